@@ -1,0 +1,20 @@
+"""Eight fake CPU devices and one compilation cache for the whole run, set up before anything imports jax."""
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+
+assert "jax" not in sys.modules, "jax was imported before the tests chose its devices"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+# Workers of pytest-xdist and programs that tests start inherit the cache, so each program is compiled once a run.
+# A fresh directory every time: a test that kills its child may leave a truncated entry behind.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _cache = tempfile.mkdtemp(prefix="v4jax-test-")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

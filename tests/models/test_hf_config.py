@@ -1,0 +1,262 @@
+"""config.json <-> Model: both spellings, the released models, refusals, and transformers as the other side."""
+
+import dataclasses
+import json
+
+import pytest
+
+from v4jax.config import HyperConnection, Indexer, Model, Moe, Rope
+from v4jax.core.check import UserError
+from v4jax.models import hf_config
+
+
+def released(**changes) -> dict:
+    """A config.json in the spelling of the released V4-Flash, from the numbers of spec 1.1."""
+    return {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "model_type": "deepseek_v4",
+        "torch_dtype": "bfloat16",
+        "vocab_size": 129280,
+        "hidden_size": 4096,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 43,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 1,
+        "head_dim": 512,
+        "qk_rope_head_dim": 64,
+        "q_lora_rank": 1024,
+        "o_groups": 8,
+        "o_lora_rank": 1024,
+        "sliding_window": 128,
+        "compress_ratios": [0, 0] + [4, 128] * 20 + [4] + [0],
+        "compress_rope_theta": 160000,
+        "rope_theta": 10000,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 16,
+            "original_max_position_embeddings": 65536,
+            "beta_fast": 32,
+            "beta_slow": 1,
+        },
+        "max_position_embeddings": 1048576,
+        "index_n_heads": 64,
+        "index_head_dim": 128,
+        "index_topk": 512,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 6,
+        "num_hash_layers": 3,
+        "scoring_func": "sqrtsoftplus",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+        "swiglu_limit": 10.0,
+        "hc_mult": 4,
+        "hc_sinkhorn_iters": 20,
+        "hc_eps": 1e-06,
+        "rms_norm_eps": 1e-06,
+        "num_nextn_predict_layers": 1,
+        "initializer_range": 0.02,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "expert_dtype": "fp4",
+        "quantization_config": {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "scale_fmt": "ue8m0",
+            "weight_block_size": [128, 128],
+        },
+    } | changes
+
+
+def released_pro() -> dict:
+    """The same for V4-Pro, with three draft stages as in its refresh."""
+    return released(
+        hidden_size=7168, moe_intermediate_size=3072, num_hidden_layers=61, num_attention_heads=128, q_lora_rank=1536,
+        o_groups=16, compress_ratios=[128, 128] + [4, 128] * 29 + [4] + [0, 0, 0], index_topk=1024,
+        n_routed_experts=384, routed_scaling_factor=2.5,
+    )  # fmt: skip
+
+
+FLASH = Model(schedule=("swa", "swa") + ("csa", "hca") * 20 + ("csa",), rope=Rope(yarn_factor=16.0))
+PRO = Model(
+    schedule=("hca", "hca") + ("csa", "hca") * 29 + ("csa",), rope=Rope(yarn_factor=16.0), hidden_size=7168, heads=128,
+    q_rank=1536, o_groups=16, indexer=Indexer(topk=1024), moe=Moe(experts=384, inner=3072, route_scale=2.5),
+)  # fmt: skip
+ODD = Model(  # every field away from its default
+    vocab_size=131, hidden_size=48, schedule=("hca", "csa", "swa", "csa"), heads=6, head_dim=49, rope_dim=14,
+    q_rank=10, o_groups=3, o_rank=7, window=17, csa_ratio=3, hca_ratio=15, max_positions=999, norm_eps=3e-6,
+    mtp_layers=0, init_std=0.013, bos_id=5, eos_id=7, dtype="float32", kv_qdq=True,
+    rope=Rope(9999.5, 123456.5, 7.5, 77, 31.5, 1.5), indexer=Indexer(16, 24, 9),
+    moe=Moe(9, 3, 11, 1, 2, 1.75, 8.5), mhc=HyperConnection(3, 11, 2e-6),
+)  # fmt: skip
+NO_YARN = dataclasses.replace(ODD, kv_qdq=False, mtp_layers=1, rope=Rope(1e4, 2e5, 1.0, 77, 31.5, 1.5))
+
+
+def test_released_flash_and_pro():
+    assert hf_config.from_hf(released()) == FLASH
+    assert hf_config.from_hf(released_pro()) == PRO
+    assert [FLASH.schedule.count(kind) for kind in ("swa", "csa", "hca")] == [2, 21, 20]
+    assert [PRO.schedule.count(kind) for kind in ("swa", "csa", "hca")] == [0, 30, 31]
+
+
+@pytest.mark.parametrize("model", [FLASH, PRO, ODD, NO_YARN], ids=["flash", "pro", "odd", "no_yarn"])
+def test_round_trip_is_the_identity(model):
+    values = json.loads(json.dumps(hf_config.to_hf(model)))
+    assert hf_config.from_hf(values) == model
+    stored = json.loads(json.dumps(hf_config.to_hf(model, weights_dtype="float32")))
+    assert stored["dtype"] == "float32" and hf_config.from_hf(stored) == model
+
+
+def test_written_fields():
+    values = hf_config.to_hf(FLASH)
+    assert values["architectures"] == ["DeepseekV4ForCausalLM"] and values["dtype"] == "bfloat16"
+    assert values["compress_ratios"] == released()["compress_ratios"]
+    assert values["mlp_layer_types"][2:5] == ["hash_moe", "moe", "moe"]
+    assert "v4jax" not in values
+    assert hf_config.to_hf(ODD)["v4jax"] == {"kv_qdq": True}
+
+
+def test_reading_a_directory_or_a_file(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(released()))
+    assert hf_config.read(tmp_path) == hf_config.read(tmp_path / "config.json") == FLASH
+    with pytest.raises(UserError, match="config.json does not exist"):
+        hf_config.read(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{,")
+    with pytest.raises(UserError, match="config.json is not valid JSON"):
+        hf_config.read(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="holds no JSON object"):
+        hf_config.read(tmp_path)
+
+
+def test_ratio_labels_and_rates():
+    """128 labels an HCA layer even where its rate is overridden."""
+    assert hf_config.from_hf(released(compress_rate_hca=16, compress_rate_csa=2)) == dataclasses.replace(
+        FLASH, hca_ratio=16, csa_ratio=2
+    )
+    rates = {"compressed_sparse_attention": 8, "heavily_compressed_attention": 64}
+    assert hf_config.from_hf(released(compress_rates=rates)).hca_ratio == 64
+
+
+def test_small_variants():
+    assert hf_config.from_hf(released(num_hidden_layers=2)).moe.hash_layers == 2
+    assert hf_config.from_hf(released(rope_scaling=None)).rope == Rope()
+    assert hf_config.from_hf(released(eos_token_id=[9])).eos_id == 9
+    assert hf_config.from_hf(released(torch_dtype="float16")).dtype == "float32"
+    assert hf_config.from_hf(released(dtype="float32")).dtype == "float32"
+    assert hf_config.from_hf(released(partial_rotary_factor=0.25)).rope_dim == 128
+
+
+def _without(name):
+    return {key: value for key, value in released().items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["hidden_size", "head_dim", "qk_rope_head_dim", "compress_ratios", "num_hash_layers", "index_topk",
+     "n_routed_experts", "hc_mult", "swiglu_limit", "sliding_window", "num_hidden_layers"],
+)  # fmt: skip
+def test_missing_fields(name):
+    with pytest.raises(UserError, match=f"^DIR: the field .*'?{name}'?.* is missing; take the config.json"):
+        hf_config.from_hf(_without(name), "DIR")
+
+
+_NESTED = hf_config.to_hf(FLASH)["rope_parameters"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "deepseek_v41"}, "model_type is 'deepseek_v41'; v4jax reads 'deepseek_v4' only"),
+        ({"model_type": "deepseek_v3"}, "model_type is 'deepseek_v3'"),
+        ({"model_type": None}, "model_type is None"),
+        ({"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'; v4jax supports 'sqrtsoftplus' only"),
+        ({"norm_topk_prob": False}, "norm_topk_prob is False"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"num_key_value_heads": 8}, "num_key_value_heads is 8"),
+        ({"n_shared_experts": 2}, "n_shared_experts is 2"),
+        ({"rope_scaling": {"type": "llama3"}}, "rope type 'llama3' is not supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": 16}}, "yarn without original_max_position_embeddings"),
+        ({"rope_scaling": released()["rope_scaling"] | {"attention_factor": 1.28}}, "attention_factor 1.0"),
+        ({"rope_scaling": released()["rope_scaling"] | {"truncate": False}}, "truncation"),
+        (
+            {"rope_scaling": None, "rope_parameters": _NESTED | {"compress": {"rope_type": "yarn", "factor": 2.0}}},
+            "attention_factor",
+        ),
+        (
+            {"rope_scaling": None, "rope_parameters": _NESTED | {"main": _NESTED["compress"]}},
+            "rope type of 'main' is 'yarn'",
+        ),
+        (
+            {"rope_scaling": None, "rope_parameters": _NESTED | {"main": {"partial_rotary_factor": 0.5}}},
+            "partial_rotary_factor",
+        ),
+        ({"compress_ratios": [0, 4, 16] + [4] * 40}, "compress_ratios has 16; known: 0, 4, 128"),
+        ({"compress_ratios": [0] * 42}, "compress_ratios must list one value for each of the 43 layers"),
+        ({"layer_types": ["full_attention"] * 43}, "layer_types has 'full_attention'"),
+        ({"mlp_layer_types": ["moe", "hash_moe"] + ["moe"] * 41}, "hash_moe layers first, then moe"),
+        ({"num_nextn_predict_layers": 3}, "num_nextn_predict_layers is 3; v4jax supports 0 or 1"),
+        ({"hidden_size": "4096"}, "hidden_size is '4096', which is no positive integer"),
+        ({"index_topk": 0}, "index_topk is 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"eos_token_id": [1, 2]}, r"eos_token_id is \[1, 2\]; v4jax supports one token id"),
+        ({"torch_dtype": "int8"}, "dtype is 'int8'"),
+        ({"o_groups": 7}, "num_attention_heads 64 is not a multiple of o_groups 7"),
+        ({"v4jax": {"kv_qdqq": True}}, "unknown field v4jax.kv_qdqq; known: dtype, kv_qdq, rope"),
+    ],
+)
+def test_refusals(changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        hf_config.from_hf(released(**changes), "DIR/config.json")
+    assert str(caught.value).startswith("DIR/config.json: ") and "\n" not in str(caught.value)
+
+
+def test_two_shared_experts_cannot_be_written():
+    with pytest.raises(UserError, match="exactly one shared expert"):
+        hf_config.to_hf(dataclasses.replace(FLASH, moe=Moe(shared=2)))
+
+
+# --- transformers ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def v4_config():
+    """The config class of transformers, the oracle."""
+    transformers = pytest.importorskip(
+        "transformers", minversion="5.23", reason="transformers with deepseek_v4 is the oracle"
+    )
+    return transformers.AutoConfig
+
+
+@pytest.mark.parametrize("model", [FLASH, PRO, ODD, NO_YARN], ids=["flash", "pro", "odd", "no_yarn"])
+def test_transformers_reads_and_rewrites_the_same_model(tmp_path, v4_config, model):
+    (tmp_path / "config.json").write_text(json.dumps(hf_config.to_hf(model)))
+    theirs = v4_config.from_pretrained(tmp_path)
+    assert theirs.layer_types == [hf_config._TYPE_OF_KIND[kind] for kind in model.schedule]
+    assert theirs.mlp_layer_types.count("hash_moe") == model.moe.hash_layers
+    assert theirs.compress_rates == {
+        "compressed_sparse_attention": model.csa_ratio,
+        "heavily_compressed_attention": model.hca_ratio,
+    }
+    assert theirs.qk_rope_head_dim == model.rope_dim and theirs.num_nextn_predict_layers == model.mtp_layers
+    assert theirs.rope_parameters["main"]["rope_theta"] == model.rope.theta
+    assert theirs.rope_parameters["compress"]["rope_theta"] == model.rope.compress_theta
+    theirs.save_pretrained(tmp_path / "again")
+    assert hf_config.read(tmp_path / "again") == model
+
+
+@pytest.mark.parametrize("values", [released(), released_pro()], ids=["flash", "pro"])
+def test_we_read_released_configs_as_transformers_does(tmp_path, v4_config, values):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    ours = hf_config.read(tmp_path)
+    v4_config.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    assert hf_config.read(tmp_path / "again") == ours

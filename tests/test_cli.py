@@ -1,0 +1,274 @@
+"""The command line: what reaches the commands, and that every mistake is one line and exit code 1."""
+
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+import v4jax
+from v4jax import cli
+from v4jax.core.check import UserError
+
+CONFIG = """
+from v4jax.config import Config, Model, Moe
+
+
+def get_config(arg=""):
+    model = Model(schedule=("swa", "csa", "hca"), moe=Moe(hash_layers=1))
+    return Config(name=arg or "mine", model=model)
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Stand-ins for what the commands call; the list holds (name, positional, keyword) of every call."""
+    made = []
+
+    def record(name, result=None):
+        return lambda *args, **kwargs: made.append((name, args, kwargs)) or result
+
+    def module(name, **content):
+        fake = types.ModuleType(name)
+        vars(fake).update(content)
+        monkeypatch.setitem(sys.modules, name, fake)
+        parent, _, last = name.rpartition(".")
+        monkeypatch.setattr(sys.modules[parent], last, fake, raising=False)
+
+    class Engine:
+        def __init__(self, *args, **kwargs):
+            made.append(("LLM", args, kwargs))
+
+        def stream(self, prompts, sampling):
+            made.append(("stream", (prompts,), sampling))
+            yield 0, "one"
+            yield from ((index, f"piece {index} ") for index in range(1, len(prompts)))
+            yield 0, " two"
+            yield from ((index, "end") for index in range(1, len(prompts)))
+
+    for package in ("train", "serve", "checkpoint", "tools", "evals"):
+        module(f"v4jax.{package}")
+    module("v4jax.train.loop", train=record("train"))
+    module("v4jax.serve", LLM=Engine, SamplingParams=lambda **kwargs: kwargs)
+    module("v4jax.checkpoint.convert", convert=record("convert"))
+    module("v4jax.tools.bench", run=record("bench"))
+    module("v4jax.evals", run=record("eval"))
+    return made
+
+
+def one_line(capsys, argv: list[str]) -> str:
+    """Run a command that must fail; its one line on stderr."""
+    assert cli.main(argv) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.endswith("\n") and captured.err.count("\n") == 1
+    return captured.err
+
+
+# --- what reaches the commands -----------------------------------------------------------------------------------
+
+
+def test_train_gets_typed_overrides(calls, config):
+    argv = ["train", f"--config={config}:night", "--workdir=runs/x", "--config.train.steps=7", "--config.train.lr", "1",
+            "--config.model.kv_qdq=true", "--noconfig.model.kv_qdq", "--config.data.source=a, b.txt"]  # fmt: skip
+    assert cli.main(argv) == 0
+    [(name, (got, workdir), _)] = calls
+    assert (name, workdir, got.name) == ("train", "runs/x", "night")
+    assert got.train.steps == 7 and type(got.train.steps) is int
+    assert got.train.lr == 1.0 and type(got.train.lr) is float
+    assert got.model.kv_qdq is False and got.data.source == "a, b.txt"
+
+
+@pytest.mark.parametrize("text", ["hca,swa", "('hca', 'swa')", "['hca', 'swa']", "hca, swa"])
+def test_tuples_are_overridden_whole(calls, config, text):
+    overrides = ["--config.model.schedule=csa", f"--config.model.schedule={text}"]  # the last one holds
+    assert cli.main(["train", "--config", config, *overrides]) == 0
+    assert calls[0][1][0].model.schedule == ("hca", "swa")
+
+
+def test_workdir_defaults_to_the_name_of_the_config(calls, config):
+    assert cli.main(["train", f"--config={config}"]) == 0
+    assert calls[0][1][1] == "runs/mine"
+
+
+def test_generate_passes_only_what_was_typed_and_streams(calls, capsys):
+    argv = ["--checkpoint=DIR", "--prompt=a, b", "--temperature=0", "--stop=x", "--stop=y", "--dtype=float32"]
+    assert cli.main(["generate", *argv]) == 0
+    assert calls == [("LLM", ("DIR",), {"dtype": "float32"}),
+                     ("stream", (["a, b"],), {"temperature": 0.0, "stop": ["x", "y"]})]  # fmt: skip
+    assert capsys.readouterr().out == "one two\n"
+
+
+def test_generate_keeps_several_prompts_apart(calls, capsys, tmp_path):
+    (tmp_path / "p.txt").write_text("b\nc\n")
+    assert cli.main(["generate", "--checkpoint=DIR", "--prompt=a", f"--prompt_file={tmp_path / 'p.txt'}"]) == 0
+    assert calls[1][1] == (["a", "b\nc"],)
+    assert capsys.readouterr().out == "==> a\none two\n\n==> b\nc\npiece 1 end\n"
+
+
+def test_convert_bench_eval_arguments(calls, config):
+    assert cli.main(["convert", "--source=A", "--target=B", "--format=orbax"]) == 0
+    assert cli.main(["bench", "--suite=peer", "--rounds=3", "--json=x.json"]) == 0
+    assert cli.main(["bench", "--suite=peer", f"--config={config}", "--config.train.steps=3"]) == 0
+    assert cli.main(["eval", "--suite=perplexity", "--checkpoint=DIR"]) == 0
+    assert calls[0] == ("convert", ("A", "B"), {"format": "orbax"})
+    assert calls[1] == ("bench", ("peer",), {"config": None, "rounds": 3, "json": "x.json"})
+    assert calls[2][2]["config"].train.steps == 3
+    assert calls[3] == ("eval", ("perplexity", "DIR"), {})
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["trian"], "did you mean train?"),
+    (["frobnicate"], "commands: train, generate"),
+    (["generate", "--promt=x"], "did you mean --prompt?"),
+    (["generate", "--prompt=x"], "needs --checkpoint"),
+    (["generate", "--checkpoint="], "needs --checkpoint"),
+    (["generate", "--checkpoint=x"], "--prompt="),
+    (["generate", "--checkpoint=x", "words"], "unexpected argument 'words'"),
+    (["generate", "--checkpoint=x", "--prompt"], "Missing value for flag --prompt"),
+    (["generate", "--checkpoint=x", "--max_tokens=1.5"], "--max_tokens=1.5 is not a positive integer"),
+    (["generate", "--checkpoint=x", "--temperature=-1"], "--temperature=-1"),
+    (["generate", "--checkpoint=x", "--top_p=2"], "--top_p=2"),
+    (["generate", "--checkpoint=x", "--dtype=int8"], "bfloat16|float32"),
+    (["generate", "--checkpoint=x", "--prompt_file=no/such"], "cannot read --prompt_file=no/such"),
+    (["convert", "--source=x"], "convert needs --target"),
+    (["convert", "--source=x", "--target=y", "--format=gguf"], "huggingface|orbax"),
+    (["bench", "--config.train.steps=3", "--suite=x"], "add --config=NAME"),
+    (["train", "--config=tinny"], "did you mean 'tiny'?"),
+    (["train", "--config="], "--config needs a name"),
+    (["train", "--config"], "--config needs a name"),
+    (["train", "--config=no/such.py"], "no config 'no/such.py'"),
+])  # fmt: skip
+def test_mistakes_are_one_line(capsys, argv, says):
+    assert says in one_line(capsys, argv)
+
+
+@pytest.mark.parametrize("override, says", [
+    ("train.step=3", "did you mean --config.train.steps?"),
+    ("trane.steps=3", "did you mean --config.train.steps?"),
+    ("steps=3", "did you mean --config.train.steps?"),
+    ("model.moe.expert=3", "did you mean --config.model.moe.experts?"),
+    ("qqq=3", "groups: data, model"),
+    ("train=3", "is a group"),
+    ("train.steps=abc", "--config.train.steps=abc is not an integer"),
+    ("train.steps=1.5", "--config.train.steps=1.5 is not an integer"),
+    ("train.lr=fast", "--config.train.lr=fast is not a number"),
+    ("train.steps", "--config.train.steps needs a value"),
+    ("model.kv_qdq=perhaps", "--config.model.kv_qdq=perhaps is not true or false"),
+    ("model.schedule=swa,cs", "model.schedule has 'cs'"),
+    ("model.schedule=", "model.schedule is empty"),
+    ("train.steps=0", "train.steps must be at least 1"),
+])  # fmt: skip
+def test_wrong_overrides_are_one_line(capsys, config, override, says):
+    assert says in one_line(capsys, ["train", f"--config={config}", f"--config.{override}"])
+
+
+def test_a_prompt_file_must_be_utf8(capsys, tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"abc\xff")
+    argv = ["generate", "--checkpoint=x", f"--prompt_file={tmp_path / 'p.txt'}"]
+    assert "is not UTF-8 (byte 3)" in one_line(capsys, argv)
+
+
+def test_errors_of_the_work_itself(monkeypatch, calls, capsys):
+    convert = sys.modules["v4jax.checkpoint.convert"]
+    argv = ["convert", "--source=A", "--target=B"]
+
+    def fail_with(error):
+        def convert_fails(*_, **__):
+            raise error
+
+        monkeypatch.setattr(convert, "convert", convert_fails)
+
+    fail_with(UserError("A is cut short:\n copy it again"))
+    assert one_line(capsys, argv) == "v4jax: A is cut short: copy it again\n"
+    with pytest.raises(UserError):
+        cli.main([*argv, "--debug"])
+    fail_with(OSError(28, "No space left on device", "B/part"))
+    assert "no space left to write B/part" in one_line(capsys, argv)
+    fail_with(KeyboardInterrupt())
+    assert cli.main(argv) == 130
+    assert capsys.readouterr().err == "\nv4jax: interrupted\n"
+    fail_with(ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(argv)
+
+
+# --- help, and the package as others see it ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_help_names_every_command(capsys, argv):
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_help_of_a_command_names_every_flag(capsys, name):
+    assert cli.main([name, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert cli.COMMANDS[name].example in out
+    assert all(f"--{flag.name}=" in out for flag in cli.COMMANDS[name].flags)
+    assert ("--config=NAME" in out) == cli.COMMANDS[name].has_config
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == v4jax.__version__ + "\n"
+
+
+def run_python(code: str, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, **kwargs)
+
+
+def test_import_and_mistakes_load_no_jax():
+    code = (
+        "import sys, v4jax, v4jax.config\n"
+        "assert 'LLM' in dir(v4jax) and v4jax.Config is v4jax.config.Config\n"
+        "light = {'jax', 'jaxlib', 'numpy', 'flax', 'absl'} & set(sys.modules)\n"
+        "from v4jax import cli\n"
+        "codes = [cli.main(['train', '--help']), cli.main(['train', '--config.train.step=3'])]\n"
+        "print(light, codes, {'jax', 'jaxlib', 'numpy', 'flax', 'ml_collections'} & set(sys.modules))"
+    )
+    done = run_python(code)
+    assert done.stdout.splitlines()[-1:] == ["set() [0, 1] set()"], done.stderr
+
+
+def test_unknown_attribute_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'frob'"):
+        v4jax.frob  # noqa: B018
+
+
+def test_as_a_program_a_mistake_is_one_line():
+    done = subprocess.run([sys.executable, "-m", "v4jax", "train", "--config=tinny"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.splitlines() == ["v4jax: no config 'tinny'; did you mean 'tiny'?"]
+
+
+def test_quickstart_refuses_an_unknown_option():
+    script = pathlib.Path(__file__).resolve().parents[1] / "launch/quickstart.sh"
+    done = subprocess.run(["bash", str(script), "--what"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "quickstart: unknown option --what; see launch/quickstart.sh --help\n"
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    code = "import sys\nfrom v4jax import cli\nsys.stdin.read()\nsys.exit(cli.main(['--help']))"
+    program = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)  # fmt: skip
+    program.stdout.close()
+    program.stdin.close()
+    assert program.wait(timeout=60) == 141
+    assert program.stderr.read() == b""
+    program.stderr.close()

@@ -1,0 +1,25 @@
+"""DeepSeek-V4 in JAX: train, convert, plan and serve one model family, from a laptop to a pod."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Public names resolve on first use, so that `import v4jax` is quick, imports no jax and touches no device.
+_HOMES = {
+    "Config": "v4jax.config",
+    "LLM": "v4jax.serve",
+    "SamplingParams": "v4jax.serve",
+    "load": "v4jax.checkpoint",
+    "save": "v4jax.checkpoint",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'v4jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: safetensors by byte range, Hugging Face directories, name mapping."""

@@ -1,0 +1,372 @@
+"""Hugging Face `deepseek_v4` directories: config.json and safetensors <-> Model and flat tensors.
+
+Written are the released names (spec 9.1), which transformers converts while loading; read are those, transformers'
+own save files and plain dumps of its modules. FP8 weights with block scales and packed FP4 experts are dequantised.
+
+Number formats, by the role of a tensor (mapping.py): "f32" is float32 always; "norm" scales are widened to the
+requested type but never narrowed; "index" is int32 in memory and int64 in files; a "matrix" takes the requested type.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+
+from v4jax.checkpoint import mapping
+from v4jax.checkpoint.safetensors import Entry, SafetensorsDir, replace_directory, write_safetensors, write_text
+from v4jax.config import Model
+from v4jax.core import dtypes
+from v4jax.core.check import UserError
+from v4jax.models import hf_config
+
+_BFLOAT16, _FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+_FLOATS = ("F32", "BF16", "F16", "F64")
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
+_FP4_GROUP = 32  # input elements per scale of a packed expert (spec 9.1)
+
+
+def read_hf(path: str | os.PathLike, dtype=None) -> tuple[Model, HfTensors]:
+    """Open a Hugging Face directory: its Model, and its tensors as a lazy mapping of flat names.
+
+    dtype: "float32" or "bfloat16" for the matrices; None keeps the stored type (float16 becomes float32, which holds
+    it exactly; FP8 and FP4 become bfloat16, which holds them exactly too). Without MTP tensors the model has
+    mtp_layers=0. All names and shapes are checked here, before any data is read. Raises UserError.
+    """
+    values, source = hf_config.load_json(path)
+    model = hf_config.from_hf(values, source)
+    store = SafetensorsDir(path)
+    if not _has_mtp(store):
+        model = replace(model, mtp_layers=0)
+    return model, HfTensors(
+        store, model, _block_size(values, source), None if dtype is None else dtypes.weight_dtype(dtype)
+    )
+
+
+class HfTensors(Mapping[str, np.ndarray]):
+    """Flat name -> array, read and converted at each access; nothing is kept. Made by `read_hf`."""
+
+    def __init__(self, store: SafetensorsDir, model: Model, block: tuple[int, int], dtype: np.dtype | None):
+        self._store, self._model, self._dtype = store, model, dtype
+        self._block = block
+        self._tensors = mapping.tensors(model)
+        self._spelling = _match(store, model, self._tensors, block)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name) -> bool:
+        return name in self._tensors
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.read(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a flat tensor, without reading it."""
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """Type that reading this tensor gives, without reading it."""
+        tensor = self._tensors[name]
+        stored = self._store.dtype(tensor.first(self._spelling[name]))
+        return _memory_dtype(tensor.role, stored, self._dtype)
+
+    def read(self, name: str, leading: int | slice = slice(None)) -> np.ndarray:
+        """A flat tensor, or its rows `leading` along the first axis.
+
+        Of experts stored one by one, only those of the slice are read (one expert in memory beside the result).
+        """
+        tensor, dtype = self._tensors[name], self.dtype(name)
+        rows = range(tensor.shape[0])[leading]
+        single = isinstance(rows, int)
+        rows = range(rows, rows + 1) if single else rows
+        pieces = list(tensor.pieces(self._spelling[name]))
+        if len(pieces) > 1 and isinstance(pieces[0].index[0], int):
+            out = np.empty((len(rows), *tensor.shape[1:]), dtype)
+            for piece in pieces:
+                if piece.index[0] in rows:
+                    moved = replace(piece, index=(rows.index(piece.index[0]), *piece.index[1:]))
+                    moved.put(out, self._piece(tensor, piece, dtype))
+            return out[0] if single else out
+        out = np.empty(tensor.shape, dtype)
+        for piece in pieces:
+            piece.put(out, self._piece(tensor, piece, dtype))
+        return out[leading]
+
+    def _piece(self, tensor: mapping.Tensor, piece: mapping.Piece, dtype: np.dtype) -> np.ndarray:
+        """One checkpoint tensor, dequantised and cast; `piece.shape`."""
+        info = self._store.info(piece.name)
+        array = self._store.read(piece.name)
+        if tensor.role == "index":
+            return _expert_ids(array, self._model.moe.experts, info)
+        if info.code in _FLOATS:
+            return array.astype(dtype, copy=False)
+        scale = self._store.read(_scale_name(self._store, piece.name)).astype(_FLOAT32)
+        if info.code == "F8_E4M3":
+            return dequantize_fp8(array, scale, self._block).astype(dtype)
+        return dequantize_fp4(array, scale).astype(dtype)
+
+
+def write_hf(
+    path: str | os.PathLike,
+    model: Model,
+    flat: Mapping[str, np.ndarray],
+    tokenizer_dir: str | os.PathLike | None = None,
+    dtype=None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a Hugging Face directory that transformers' from_pretrained loads; all of it or nothing.
+
+    flat: arrays (numpy, jax or lazy) by flat name, exactly those of `model`; fetched one at a time, an expert stack
+    being one. dtype: type of the matrices, None keeps each one's own. tokenizer_dir: directory whose tokenizer files
+    are copied along, or one tokenizer.json. Raises UserError for missing, unexpected or misshapen tensors, a full
+    disk, a target that is no model directory; then the previous content of `path` is still in place.
+    """
+    wanted = None if dtype is None else dtypes.weight_dtype(dtype)
+    tensors = mapping.tensors(model)
+    described = {name: _describe(flat, name) for name in flat}
+    _report(
+        f"cannot write {path}",
+        missing=[name for name in tensors if name not in described],
+        unexpected=[name for name in described if name not in tensors],
+        wrong=[
+            f"{name} {list(described[name][0])} instead of {list(tensor.shape)}"
+            for name, tensor in tensors.items()
+            if name in described and described[name][0] != tensor.shape
+        ],
+        cure="pass the tensors of this very model",
+    )
+    fetch = functools.lru_cache(maxsize=1)(lambda name: np.asarray(flat[name]))
+    entries = []
+    for name, tensor in tensors.items():
+        stored = _file_dtype(tensor, described[name][1], wanted)
+        entries += [Entry(p.name, stored, p.shape, _loader(fetch, name, p, stored)) for p in tensor.pieces()]
+    table_dtype = _file_dtype(tensors["embed.table"], described["embed.table"][1], wanted)
+    config = hf_config.to_hf(model, table_dtype.name)
+    copies = _tokenizer_files(tokenizer_dir)
+    with replace_directory(path) as directory:
+        for target, source in copies.items():
+            shutil.copyfile(source, directory / target)
+        write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
+        write_safetensors(directory, entries, max_shard_bytes)
+
+
+# --- quantised weights -------------------------------------------------------------------------------------------
+
+
+def dequantize_fp8(values: np.ndarray, scale: np.ndarray, block: tuple[int, int] = (128, 128)) -> np.ndarray:
+    """FP8 weight -> float32: every block of `block` elements times its scale (spec 9.1).
+
+    values: float8_e4m3fn [out, in]. scale: float32 [ceil(out / block[0]), ceil(in / block[1])], a multiplier.
+    """
+    out = np.take(_fp8_table(), values.view(np.uint8))
+    wide = np.repeat(scale, block[1], axis=1)[:, : out.shape[1]]
+    for row in range(scale.shape[0]):
+        out[row * block[0] : (row + 1) * block[0]] *= wide[row]
+    return out
+
+
+def dequantize_fp4(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Packed FP4 (E2M1) weight -> float32 [out, in]: every run of 32 inputs times its scale (spec 9.1).
+
+    packed: int8 [out, in / 2], low nibble first, or float4_e2m1fn [out, in]. scale: float32 [out, in / 32].
+    """
+    values = (packed if packed.dtype == ml_dtypes.float4_e2m1fn else dtypes.unpack_f4(packed)).astype(_FLOAT32)
+    out = values.reshape(values.shape[0], -1, _FP4_GROUP)
+    out *= scale[..., None]
+    return out.reshape(values.shape)
+
+
+@functools.cache
+def _fp8_table() -> np.ndarray:
+    """The 256 values of E4M3; a lookup is faster than converting."""
+    return np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(_FLOAT32)
+
+
+def _scale_name(store: SafetensorsDir, weight: str) -> str | None:
+    """The scale that goes with a quantised weight; `weight_scale_inv` is a multiplier too, despite its name."""
+    stem = weight.removesuffix("weight")
+    return next((stem + name for name in ("scale", "weight_scale_inv") if stem + name in store), None)
+
+
+def _block_size(values: dict, source: str) -> tuple[int, int]:
+    quantization = values.get("quantization_config")
+    block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+    block = [128, 128] if block is None else block
+    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+        raise UserError(f"{source}: weight_block_size is {block!r}; it must be two positive integers")
+    return block[0], block[1]
+
+
+# --- matching a checkpoint with a model --------------------------------------------------------------------------
+
+
+def _has_mtp(store: SafetensorsDir) -> bool:
+    names = [name for name in store.names() if _is_draft(name) and not mapping.IGNORED.fullmatch(name)]
+    return bool(names) and not any(mapping.FOREIGN_DRAFT.fullmatch(name) for name in names)
+
+
+def _is_draft(name: str) -> bool:
+    return name.removeprefix("model.").startswith("mtp.")
+
+
+def _match(store: SafetensorsDir, model: Model, tensors: dict, block: tuple[int, int]) -> dict[str, int]:
+    """Which spelling each tensor uses; one UserError for everything missing, left over or misshapen."""
+    spelling, used = {}, set()
+    missing, wrong = [], []
+    for tensor in tensors.values():
+        found = _spelling_of(store, tensor)
+        if found is None:
+            missing.append(tensor.first(0))
+            continue
+        spelling[tensor.name] = found
+        for piece in tensor.pieces(found):
+            if piece.name not in store:
+                missing.append(piece.name)
+                continue
+            used.add(piece.name)
+            problem = _check_piece(store, tensor, piece, block)
+            if problem:
+                wrong.append(f"{piece.name} {problem}")
+            elif store.info(piece.name).code not in _FLOATS:
+                used.add(_scale_name(store, piece.name))
+    drafts = model.mtp_layers > 0
+    unexpected = [
+        name for name in store.names()
+        if name not in used and not mapping.IGNORED.fullmatch(name)
+        and (drafts or not _is_draft(name))
+    ]  # fmt: skip
+    _report(
+        f"{store.path} does not fit its config.json",
+        missing,
+        unexpected,
+        wrong,
+        "check that all files are of one model and complete",
+    )
+    return spelling
+
+
+def _spelling_of(store: SafetensorsDir, tensor: mapping.Tensor) -> int | None:
+    """The spelling a checkpoint uses for a tensor, known by its first piece, or by any piece if that one is missing."""
+    known = range(tensor.spellings)
+    found = next((s for s in known if tensor.first(s) in store), None)
+    if found is not None:
+        return found
+    return next((s for s in known if any(piece.name in store for piece in tensor.pieces(s))), None)
+
+
+def _check_piece(store: SafetensorsDir, tensor: mapping.Tensor, piece: mapping.Piece, block: tuple[int, int]) -> str:
+    """What is wrong with the stored shape, type or scale of a piece; empty if nothing."""
+    info = store.info(piece.name)
+    if tensor.role == "index":
+        good = info.code in ("I64", "I32")
+        return _shape_problem(info.shape, piece.shape) if good else f"is {info.code} instead of an integer type"
+    if info.code in _FLOATS:
+        return _shape_problem(info.shape, piece.shape)
+    expert = tensor.name.split(".")[-2] == "experts"
+    if (
+        tensor.role != "matrix"
+        or len(piece.shape) != 2
+        or info.code not in ("F8_E4M3", *(("I8", "F4") if expert else ()))
+    ):
+        return f"is {info.code}, which cannot be read here"
+    rows, columns = piece.shape
+    packed = (rows, columns // 2) if info.code == "I8" else piece.shape
+    scale_shape = (
+        (-(-rows // block[0]), -(-columns // block[1])) if info.code == "F8_E4M3" else (rows, columns // _FP4_GROUP)
+    )
+    scale = _scale_name(store, piece.name)
+    if scale is None:
+        return f"is {info.code} without a scale beside it"
+    if store.info(scale).code not in ("F8_E8M0", "F32"):
+        return f"has a scale of type {store.info(scale).code} instead of F8_E8M0 or F32"
+    problem = _shape_problem(store.shape(scale), scale_shape)
+    return _shape_problem(info.shape, packed) or (f"has a scale that {problem}" if problem else "")
+
+
+def _shape_problem(found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    return "" if found == wanted else f"has shape {list(found)} instead of {list(wanted)}"
+
+
+def _report(what: str, missing: list[str], unexpected: list[str], wrong: list[str], cure: str) -> None:
+    """Raise one UserError that names the first few of each kind; return if there are none."""
+    parts = []
+    for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong", wrong)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{label}: {', '.join(names[:3])}{more}")
+    if parts:
+        raise UserError(f"{what}: {'; '.join(parts)}; {cure}")
+
+
+def _expert_ids(table: np.ndarray, experts: int, info) -> np.ndarray:
+    if table.size and (table.min() < 0 or table.max() >= experts):
+        raise UserError(
+            f"{info.file}: the hash table names expert {table.max()}, but the model has {experts}; "
+            "check that config.json and weights belong together"
+        )
+    return table.astype(np.int32)
+
+
+def _memory_dtype(role: str, stored: np.dtype, wanted: np.dtype | None) -> np.dtype:
+    if role == "index":
+        return np.dtype(np.int32)
+    if role == "f32":
+        return _FLOAT32
+    natural = stored if stored in (_BFLOAT16, _FLOAT32) else _BFLOAT16 if stored.itemsize == 1 else _FLOAT32
+    if role == "norm" and natural == _FLOAT32:
+        return _FLOAT32
+    return wanted or natural
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def _describe(flat: Mapping, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of an array, without reading it where the mapping is lazy."""
+    if isinstance(flat, HfTensors):
+        return flat.shape(name), flat.dtype(name)
+    return tuple(flat[name].shape), np.dtype(flat[name].dtype)
+
+
+def _file_dtype(tensor: mapping.Tensor, given: np.dtype, wanted: np.dtype | None) -> np.dtype:
+    if tensor.role == "index":
+        if given.kind not in "iu":
+            raise UserError(f"{tensor.name} is {given.name}; expert numbers must be integers")
+        return np.dtype(np.int64)
+    dtypes.weight_dtype(given)
+    return _memory_dtype(tensor.role, given, wanted)
+
+
+def _loader(fetch: Callable, name: str, piece: mapping.Piece, stored: np.dtype) -> Callable[[], np.ndarray]:
+    return lambda: piece.to_hf(fetch(name)).astype(stored, copy=False)
+
+
+def _tokenizer_files(source: str | os.PathLike | None) -> dict[str, pathlib.Path]:
+    """Target names and sources of the tokenizer's files."""
+    if source is None:
+        return {}
+    source = pathlib.Path(source)
+    if source.is_file():
+        return {"tokenizer.json": source}
+    found = {file.name: file for pattern in _TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()}
+    if not found:
+        raise UserError(f"{source} has no tokenizer.json; give a directory that holds a tokenizer, or none")
+    return found

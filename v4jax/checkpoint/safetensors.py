@@ -1,0 +1,433 @@
+"""Safetensors directories: read any slice by byte range, write tensor by tensor, replace a directory whole.
+
+A file is 8 bytes of header length (little endian), a JSON header {name: {dtype, shape, data_offsets}} and the raw
+row-major data. Own code because the safetensors library cannot hand FP8 and FP4 to numpy, and because errors here
+name the file and the cure in one line (UserError).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from v4jax.core import dtypes
+from v4jax.core.check import UserError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_MAX_HEADER = 100_000_000  # the library's own limit
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: file, safetensors code, shape, first and last byte (exclusive) in the file."""
+
+    file: pathlib.Path
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class SafetensorsDir:
+    """The tensors of a directory (or of one .safetensors file), read on demand.
+
+    Shards come from model.safetensors.index.json, else model.safetensors, else every *.safetensors. All headers are
+    read and checked at once; no tensor data is. Raises UserError for anything missing, damaged or inconsistent.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+        self._tensors = _open_file(self.path) if self.path.is_file() else _open_directory(self.path)
+
+    def names(self) -> list[str]:
+        """Every tensor name, in file order."""
+        return list(self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def info(self, name: str) -> TensorInfo:
+        """Place, code and shape of a tensor; UserError if it is not there."""
+        if name not in self._tensors:
+            raise UserError(f"{self.path} has no tensor {name!r}; the checkpoint is incomplete or of another model")
+        return self._tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor; F4 counts elements, not bytes."""
+        return self.info(name).shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """numpy (or ml_dtypes) type of a tensor."""
+        return dtypes.numpy_dtype(self.info(name).code)
+
+    def read(self, name: str, index: int | slice | tuple = ()) -> np.ndarray:
+        """A tensor, or `tensor[index]`, reading only the bytes of the indexed leading axes.
+
+        index: ints and slices of step 1. Returns a new, writable array. F4 tensors are read whole, then indexed.
+        """
+        info = self.info(name)
+        index = index if isinstance(index, tuple) else (index,)
+        dtype = dtypes.numpy_dtype(info.code)
+        with _open(info.file) as file:
+            if info.code == "F4":
+                raw = np.empty(info.stop - info.start, np.uint8)
+                _read_into(file, info, 0, raw)
+                return dtypes.unpack_f4(raw).reshape(info.shape)[index]
+            ranges, kept = _normalise(name, info.shape, index)
+            out = np.empty([len(r) for r in ranges] + list(info.shape[len(ranges) :]), dtype)
+            if out.size:
+                _read_ranges(file, info, ranges, out)
+        return out.reshape([out.shape[axis] for axis in kept] + list(info.shape[len(ranges) :]))
+
+
+def _normalise(name: str, shape: tuple[int, ...], index: tuple) -> tuple[list[range], list[int]]:
+    """Ranges of the indexed axes, and which of those axes the result keeps (ints drop theirs)."""
+    if len(index) > len(shape):
+        raise IndexError(f"{name} has {len(shape)} axes, index has {len(index)}")
+    ranges, kept = [], []
+    for axis, (item, size) in enumerate(zip(index, shape, strict=False)):
+        if isinstance(item, slice):
+            ranges.append(range(*item.indices(size)))
+            kept.append(axis)
+            if ranges[-1].step != 1:
+                raise IndexError(f"{name}: only slices of step 1 can be read")
+        else:
+            position = range(size)[item]
+            ranges.append(range(position, position + 1))
+    return ranges, kept
+
+
+def _read_ranges(file, info: TensorInfo, ranges: list[range], out: np.ndarray) -> None:
+    """Fill `out` with one read per contiguous run: axes after the last partial one are whole in memory and file."""
+    while ranges and len(ranges[-1]) == info.shape[len(ranges) - 1]:
+        ranges = ranges[:-1]
+    item = out.dtype.itemsize
+    strides = [math.prod(info.shape[axis + 1 :]) * item for axis in range(len(info.shape))]
+    if not ranges:
+        return _read_into(file, info, 0, out.reshape(-1).view(np.uint8))
+    runs = out.reshape(math.prod(len(r) for r in ranges[:-1]), -1).view(np.uint8)
+    for run, outer in zip(runs, np.ndindex(*(len(r) for r in ranges[:-1])), strict=True):
+        position = [r[i] for r, i in zip(ranges[:-1], outer, strict=True)] + [ranges[-1].start]
+        _read_into(file, info, sum(p * s for p, s in zip(position, strides, strict=False)), run)
+    return None
+
+
+def _read_into(file, info: TensorInfo, offset: int, out: np.ndarray) -> None:
+    file.seek(info.start + offset)
+    view = memoryview(out)
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise _damaged(info.file, "ends inside a tensor")
+        view = view[count:]
+
+
+# --- opening and checking ----------------------------------------------------------------------------------------
+
+
+def _open_directory(path: pathlib.Path) -> dict[str, TensorInfo]:
+    if not path.is_dir():
+        raise UserError(f"no such checkpoint: {path}; give a directory with .safetensors files")
+    if (path / INDEX_NAME).is_file():
+        return _open_indexed(path)
+    if (path / SINGLE_NAME).is_file():
+        return _open_file(path / SINGLE_NAME)
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"{path} has no .safetensors file; v4jax reads safetensors only, so convert other formats first"
+        )
+    _check_shard_set(path, [file.name for file in files])
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in _open_file(file).items():
+            if name in tensors:
+                raise UserError(
+                    f"tensor {name!r} is both in {tensors[name].file} and in {file.name}; remove one of them"
+                )
+            tensors[name] = info
+    return tensors
+
+
+def _check_shard_set(path: pathlib.Path, names: list[str]) -> None:
+    """Without an index only the file names say how many shards there must be."""
+    for match in filter(None, map(_SHARD.fullmatch, names)):
+        for number in range(1, int(match[3]) + 1):
+            wanted = f"{match[1]}-{number:05d}-of-{match[3]}.safetensors"
+            if wanted not in names:
+                raise UserError(f"{path} lacks the shard {wanted}; download or copy it")
+
+
+def _open_indexed(path: pathlib.Path) -> dict[str, TensorInfo]:
+    index = read_json(path / INDEX_NAME)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise UserError(f"{path / INDEX_NAME} has no weight_map of names to files; download it again")
+    files: dict[str, dict[str, TensorInfo]] = {}
+    for file in sorted(set(weight_map.values())):
+        if file != os.path.basename(file) or not (path / file).is_file():
+            raise UserError(f"{path / INDEX_NAME} names the shard {file}, which is missing; download or copy it")
+        files[file] = _open_file(path / file)
+    tensors = {}
+    for name, file in weight_map.items():
+        if name not in files[file]:
+            raise UserError(
+                f"{path / INDEX_NAME} places {name!r} in {file}, which does not hold it; download both again"
+            )
+        tensors[name] = files[file][name]
+    return tensors
+
+
+def _open_file(path: pathlib.Path) -> dict[str, TensorInfo]:
+    """Header of one file -> tensors, each range checked against the file and against the others."""
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > _MAX_HEADER or 8 + length > size:
+            raise _damaged(path, f"has no complete header ({size} bytes in all)")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except ValueError as error:
+        raise _damaged(path, f"has an unreadable header ({error})") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "has a header that is no JSON object")
+    tensors = {n: _parse_entry(path, n, e, 8 + length) for n, e in header.items() if n != "__metadata__"}
+    end, previous = 8 + length, ""
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if info.start < end and info.stop > info.start:
+            raise _damaged(path, f"gives {name!r} and {previous!r} overlapping bytes")
+        if info.stop > size:
+            raise _damaged(path, f"is truncated: {name!r} ends at byte {info.stop} of {size}")
+        if info.stop > info.start:
+            end, previous = info.stop, name
+    return tensors
+
+
+def _parse_entry(path: pathlib.Path, name: str, entry, base: int) -> TensorInfo:
+    try:
+        code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers_ok = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+    except (TypeError, KeyError, ValueError) as error:
+        raise _damaged(path, f"has a bad header entry for {name!r}") from error
+    if not numbers_ok:
+        raise _damaged(path, f"has a bad shape or offset for {name!r}")
+    if not isinstance(code, str) or code not in dtypes.CODES:
+        raise UserError(f"{path}: {name!r} has the type {code!r}; v4jax reads {', '.join(dtypes.CODES)}")
+    if stop - start != dtypes.nbytes(code, shape):
+        raise _damaged(
+            path, f"gives {name!r} {stop - start} bytes, but {code}{list(shape)} takes {dtypes.nbytes(code, shape)}"
+        )
+    return TensorInfo(path, code, shape, base + start, base + stop)
+
+
+def _unique(pairs: list[tuple]) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return result
+
+
+def _damaged(path: pathlib.Path, what: str) -> UserError:
+    return UserError(f"{path} {what}; the file is damaged, download or copy it again")
+
+
+def _open(path: pathlib.Path):
+    try:
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check that it exists and is readable") from error
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """A JSON object from a file; UserError if the file is missing, unreadable or something else."""
+    with _open(path) as file:
+        raw = file.read()
+    try:
+        value = json.loads(raw)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); download or copy it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object; download or copy it again")
+    return value
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to write: its shape and type are known beforehand, `load` is called once, when its turn comes."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return dtypes.nbytes(dtypes.code_of(self.dtype), self.shape)
+
+
+def write_safetensors(directory: str | os.PathLike, entries: Sequence[Entry], max_shard_bytes: int = 5 * 10**9) -> None:
+    """Write tensors one at a time as model.safetensors, or as numbered shards with an index when they exceed one.
+
+    A failure leaves partial files: wrap the call in `replace_directory`. A tensor above the limit gets its own shard.
+    """
+    directory = pathlib.Path(directory)
+    total = sum(entry.nbytes for entry in entries)
+    if total > shutil.disk_usage(directory).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    shards = _plan(entries, max_shard_bytes)
+    if len(shards) == 1:
+        _write_file(directory / SINGLE_NAME, shards[0])
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(directory / name, shard)
+        weight_map |= {entry.name: name for entry in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_text(directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+
+def _plan(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
+    """Consecutive entries per shard; inside a shard the widest types come first, which keeps all of them aligned."""
+    shards, room = [[]], limit
+    for entry in entries:
+        if entry.nbytes > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1].append(entry)
+        room -= entry.nbytes
+    return [sorted(shard, key=lambda entry: -dtypes.bytes_per_element(dtypes.code_of(entry.dtype))) for shard in shards]
+
+
+def _write_file(path: pathlib.Path, entries: list[Entry]) -> None:
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without this mark
+    offset = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": dtypes.code_of(entry.dtype),
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.nbytes],
+        }
+        offset += entry.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(path, "wb", buffering=0) as file:
+        _write_all(file, len(raw).to_bytes(8, "little") + raw)
+        for entry in entries:
+            array = entry.load()
+            if array.shape != tuple(entry.shape) or array.dtype != entry.dtype:
+                raise ValueError(f"{entry.name}: got {array.dtype}{array.shape}, planned {entry.dtype}{entry.shape}")
+            if dtypes.code_of(entry.dtype) == "F4":
+                array = dtypes.pack_f4(array.reshape(-1))
+            _write_all(file, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        os.fsync(file.fileno())
+
+
+def _write_all(file, data) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Write a small file and flush it to disk."""
+    with open(path, "wb", buffering=0) as file:
+        _write_all(file, text.encode())
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replace_directory(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Fill the yielded directory; when the block ends well it takes the place of `path`, else nothing has changed.
+
+    The new content is built beside `path` as `.NAME.partial` and swapped in by renaming; the old content waits as
+    `.NAME.previous` between the two renames, and a later call puts it back if the machine died just there. Files of
+    the old directory that are no weights and were not written anew (a README, a tokenizer) move along as links.
+    One writer per path. Raises UserError when the disk is full or not writable, or when `path` is a non-empty
+    directory without a config.json (so a mistyped path cannot swallow someone's files).
+    """
+    path = pathlib.Path(os.path.realpath(path))
+    partial, previous = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.previous")
+    try:
+        _recover(path, previous)
+        if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / "config.json").is_file())):
+            raise UserError(f"{path} exists and is no model directory; choose an empty or a new directory")
+        _remove(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        _carry_over(path, partial)
+        _sync_directory(partial)
+        if path.exists():
+            os.rename(path, previous)
+        os.rename(partial, path)
+        _sync_directory(path.parent)
+        _remove(previous)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; {_cure(error)}, nothing was changed"
+        ) from error
+    finally:
+        _recover(path, previous)
+        _remove(partial)
+
+
+def _cure(error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "free some space or choose another disk" if full else "choose a directory that can be written"
+
+
+def _recover(path: pathlib.Path, previous: pathlib.Path) -> None:
+    if previous.exists():
+        if path.exists():
+            _remove(previous)
+        else:
+            os.rename(previous, path)
+
+
+def _carry_over(old: pathlib.Path, new: pathlib.Path) -> None:
+    if not old.exists():
+        return
+    for item in old.iterdir():
+        stale = item.name.endswith(".safetensors") or item.name == INDEX_NAME
+        if stale or (new / item.name).exists():
+            continue
+        if item.is_dir() and not item.is_symlink():
+            shutil.copytree(item, new / item.name, symlinks=True, copy_function=_link)
+        else:
+            _link(item, new / item.name)
+
+
+def _link(source, target) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def _sync_directory(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

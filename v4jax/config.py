@@ -1,0 +1,270 @@
+"""The one configuration tree: frozen dataclasses, read from Python files, checked once.
+
+A config file defines `get_config(arg="") -> Config` and imports only this module. On the command line
+`--config=tiny` names a packaged file, `--config=path/to/file.py:arg` any other, and `--config.train.steps=200`
+overrides a field with its own type (see `v4jax/cli.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import typing
+from dataclasses import dataclass, field
+
+from v4jax.core.check import UserError
+
+
+class ConfigError(UserError):
+    """A configuration that cannot mean anything; the message names the field and the cure."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (spec 2.3). Layers without compression use `theta` and no YaRN."""
+
+    theta: float = 10_000.0
+    compress_theta: float = 160_000.0
+    yarn_factor: float = 1.0  # 1 switches YaRN off
+    yarn_original: int = 65_536
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """Lightning indexer of the CSA layers (spec 2.6)."""
+
+    heads: int = 64
+    head_dim: int = 128
+    topk: int = 512
+
+
+@dataclass(frozen=True)
+class Moe:
+    """Mixture of experts (spec 3). The first `hash_layers` layers choose experts by token id."""
+
+    experts: int = 256
+    active: int = 6
+    inner: int = 2048
+    shared: int = 1
+    hash_layers: int = 3
+    route_scale: float = 1.5
+    swiglu_limit: float = 10.0
+
+
+@dataclass(frozen=True)
+class HyperConnection:
+    """Manifold-constrained hyper-connections (spec 4): `streams` copies of the residual."""
+
+    streams: int = 4
+    sinkhorn_iters: int = 20
+    eps: float = 1e-6
+
+
+LAYER_KINDS = ("swa", "csa", "hca")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shape of a DeepSeek-V4 model. `schedule` names the attention kind of every backbone layer."""
+
+    vocab_size: int = 129_280
+    hidden_size: int = 4096
+    schedule: tuple[str, ...] = ()
+    heads: int = 64
+    head_dim: int = 512
+    rope_dim: int = 64
+    q_rank: int = 1024
+    o_groups: int = 8
+    o_rank: int = 1024
+    window: int = 128
+    csa_ratio: int = 4
+    hca_ratio: int = 128
+    max_positions: int = 1_048_576
+    norm_eps: float = 1e-6
+    mtp_layers: int = 1
+    init_std: float = 0.02
+    bos_id: int = 0
+    eos_id: int = 1
+    dtype: str = "bfloat16"  # of activations and matrix products; norms, router, mHC, softmax are float32
+    kv_qdq: bool = False  # simulate FP8 entries and FP4 index keys (spec 2.4); transformers does not
+    rope: Rope = field(default_factory=Rope)
+    indexer: Indexer = field(default_factory=Indexer)
+    moe: Moe = field(default_factory=Moe)
+    mhc: HyperConnection = field(default_factory=HyperConnection)
+
+    @property
+    def layers(self) -> int:
+        """Number of backbone layers (MTP not counted)."""
+        return len(self.schedule)
+
+    def ratio(self, kind: str) -> int:
+        """Tokens per compressed entry of a layer kind; 0 for pure sliding window."""
+        return {"swa": 0, "csa": self.csa_ratio, "hca": self.hca_ratio}[kind]
+
+    @property
+    def alignment(self) -> int:
+        """Documents packed into one row start at multiples of this, so no entry pools two of them."""
+        return max([1, *(self.ratio(kind) for kind in self.schedule)])
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the text comes from and how it is cut into rows."""
+
+    source: str = "shakespeare-kjv"  # the embedded corpus, or a path / glob of .txt and .jsonl files
+    heldout: str = ""  # path / glob for evaluation; "" takes the corpus' own held-out split, or every 50th document
+    tokenizer: str = "auto"  # "auto": the packaged BPE; else a tokenizer.json
+    seq_len: int = 256
+
+
+@dataclass(frozen=True)
+class Train:
+    """Optimisation (spec 8.1, 8.3). Learning rates are peaks of a warm-up and cosine schedule."""
+
+    steps: int = 1000
+    batch_size: int = 8
+    lr: float = 1e-2  # matrices (Muon)
+    adam_lr: float = 1e-2  # embedding, head, norms, biases (AdamW)
+    final_lr: float = 0.1  # fraction of the peak at the last step
+    warmup: int = 50
+    momentum: float = 0.95
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    mtp_weight: float = 0.3
+    balance_weight: float = 1e-4
+    indexer_weight: float = 1.0
+    bias_rate: float = 1e-3
+    remat: str = "none"  # what the backward pass recomputes: none | block
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0  # 0: only at the end
+    eval_rows: int = 64
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Limits of one generation engine."""
+
+    max_batch: int = 8
+    max_seq_len: int = 4096
+    prefill_chunk: int = 512
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything one run needs."""
+
+    name: str = "unnamed"
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    serve: Serve = field(default_factory=Serve)
+
+
+# --- reading and writing -----------------------------------------------------------------------------------------
+
+
+def to_dict(config) -> dict:
+    """Plain nested dict of a config (or of one of its parts); tuples stay tuples."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls, values: dict, path: str = ""):
+    """Build `cls` from a nested dict. An unknown field raises ConfigError naming the nearest one."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    kwargs = {}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {path + near[0]!r}?" if near else f"; known fields: {', '.join(sorted(known))}"
+            raise ConfigError(f"unknown config field {path + key!r}{hint}")
+        hint_type = hints[key]
+        if dataclasses.is_dataclass(hint_type):
+            value = from_dict(hint_type, value, f"{path}{key}.")
+        elif isinstance(value, list):
+            value = tuple(value)
+        kwargs[key] = value
+    return cls(**kwargs)
+
+
+def preset_names() -> list[str]:
+    """Names that `--config=` accepts without a path."""
+    return sorted(p.stem for p in _preset_dir().glob("*.py") if not p.stem.startswith("_"))
+
+
+def load(spec: str) -> Config:
+    """Read a config by preset name or file path, with an optional `:arg` passed to its get_config.
+
+    Raises ConfigError for an unknown name (with the nearest one) or a file without `get_config`.
+    """
+    name, _, arg = spec.partition(":")
+    path = pathlib.Path(name) if name.endswith(".py") else _preset_dir() / f"{name}.py"
+    if not path.is_file():
+        near = difflib.get_close_matches(pathlib.Path(name).stem, preset_names(), n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]!r}?" if near else f"presets: {', '.join(preset_names())}"
+        raise ConfigError(f"no config {name!r}; {hint}")
+    module_spec = importlib.util.spec_from_file_location(f"v4jax_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path} does not define get_config(arg)")
+    return validate(module.get_config(arg))
+
+
+def _preset_dir() -> pathlib.Path:
+    """The presets: `configs/` beside the package in a checkout, `v4jax/_configs` in an installed wheel."""
+    package = pathlib.Path(__file__).resolve().parent
+    return package / "_configs" if (package / "_configs").is_dir() else package.parent / "configs"
+
+
+# --- validation --------------------------------------------------------------------------------------------------
+
+
+def validate(config: Config) -> Config:
+    """Return `config` unchanged, or raise ConfigError with one line that names the field and the cure."""
+    _validate_model(config.model)
+    train, data, serve = config.train, config.data, config.serve
+    for name, value in [
+        ("train.steps", train.steps), ("train.batch_size", train.batch_size), ("data.seq_len", data.seq_len),
+        ("train.log_every", train.log_every), ("train.checkpoint_every", train.checkpoint_every),
+        ("train.keep_checkpoints", train.keep_checkpoints), ("serve.max_batch", serve.max_batch),
+        ("serve.max_seq_len", serve.max_seq_len), ("serve.prefill_chunk", serve.prefill_chunk),
+    ]:  # fmt: skip
+        _require(value >= 1, f"{name} must be at least 1, got {value}")
+    _require(data.seq_len % config.model.alignment == 0,
+             f"data.seq_len {data.seq_len} must be a multiple of {config.model.alignment}, the largest compression ratio")
+    _require(serve.max_seq_len <= config.model.max_positions,
+             f"serve.max_seq_len {serve.max_seq_len} exceeds model.max_positions {config.model.max_positions}")
+    _require(train.remat in ("none", "block"), f"train.remat must be 'none' or 'block', got {train.remat!r}")
+    return config
+
+
+def _validate_model(m: Model) -> None:
+    _require(len(m.schedule) > 0, "model.schedule is empty; give one of swa, csa, hca per layer")
+    for kind in m.schedule:
+        _require(kind in LAYER_KINDS, f"model.schedule has {kind!r}; layers are one of {', '.join(LAYER_KINDS)}")
+    _require(m.heads % m.o_groups == 0, f"model.heads {m.heads} is not a multiple of model.o_groups {m.o_groups}")
+    _require(m.rope_dim % 2 == 0 and m.rope_dim <= m.head_dim, f"model.rope_dim {m.rope_dim} must be even and at most head_dim")
+    _require(m.rope_dim <= m.indexer.head_dim or "csa" not in m.schedule,
+             f"model.indexer.head_dim {m.indexer.head_dim} is below model.rope_dim {m.rope_dim}")
+    _require(m.csa_ratio >= 2 and m.hca_ratio % m.csa_ratio == 0,
+             f"model.hca_ratio {m.hca_ratio} must be a multiple of model.csa_ratio {m.csa_ratio}")
+    _require(1 <= m.moe.active <= m.moe.experts, f"model.moe.active {m.moe.active} must lie in 1..{m.moe.experts}")
+    _require(0 <= m.moe.hash_layers <= m.layers, f"model.moe.hash_layers {m.moe.hash_layers} exceeds {m.layers} layers")
+    _require(m.mtp_layers in (0, 1), f"model.mtp_layers must be 0 or 1, got {m.mtp_layers}")
+    _require(m.dtype in ("bfloat16", "float32"), f"model.dtype must be bfloat16 or float32, got {m.dtype!r}")
+    if m.kv_qdq:
+        _require((m.head_dim - m.rope_dim) % 64 == 0 and m.indexer.head_dim % 32 == 0,
+                 "model.kv_qdq needs head_dim - rope_dim in groups of 64 and indexer.head_dim in groups of 32")
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)

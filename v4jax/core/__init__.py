@@ -1,0 +1,1 @@
+"""Floor 0: names, dtypes, quantised tensors and checks that everything else is written in."""

@@ -1,0 +1,109 @@
+"""Batches for training and evaluation: a grain pipeline over packed rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from v4jax.config import Config
+from v4jax.core.check import UserError
+from v4jax.data.packing import PackedRows
+from v4jax.data.sources import load_documents
+from v4jax.data.tokenizer import Tokenizer, token_bytes
+
+
+@dataclass(frozen=True)
+class Batches:
+    """An iterable of batches; `iter()` gives a grain iterator with `get_state()` and `set_state(state)`.
+
+    A batch is a dict of int32 arrays [B, T], tokens_BT targets_BT targets2_BT segments_BT positions_BT, as described in
+    `PackedRows`; B is this process' share of the global batch.
+
+    `num_targets` and `num_bytes` count one pass over all processes. Bits per byte is
+    sum(nll in nats over targets >= 0) / ln 2 / num_bytes. The model pays for predicting eos, which ends each document
+    and counts 0 bytes; bos is never a target and costs nothing; any other target counts the UTF-8 bytes it stands for.
+    """
+
+    dataset: grain.IterDataset
+    rows: PackedRows
+    batches: int | None  # None: endless
+    num_targets: int
+    num_bytes: int
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return iter(self.dataset)
+
+    def __len__(self) -> int:
+        if self.batches is None:
+            raise TypeError("training batches never end")
+        return self.batches
+
+
+def make_dataset(
+    config: Config,
+    tokenizer: Tokenizer,
+    split: str = "train",
+    *,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Batches of `split`, "train" or "heldout", of the documents `config.data` names.
+
+    Training shuffles all rows anew each epoch by `seed` and never ends. Held-out is one pass in order, over
+    `train.eval_rows` rows spread evenly (0: all), its last batch filled up with empty rows; `seed` plays no part.
+    Process i of n holds rows [i*B/n, (i+1)*B/n) of every global batch, so the batches do not depend on n.
+    Raises UserError for data that cannot be read, a tokenizer the model does not fit, or B not divisible by n.
+    """
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
+    _check(config, tokenizer, process_count)
+    corpus = load_documents(config.data)
+    documents = corpus.train if split == "train" else corpus.heldout
+    rows = PackedRows(
+        tokenizer.encode_batch([d.text for d in documents]),
+        seq_len=config.data.seq_len,
+        align=config.model.alignment,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+    )
+    size = config.train.batch_size
+    if split == "train":
+        chosen = np.arange(len(rows))
+        order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
+        batches = None
+    else:
+        count = min(config.train.eval_rows or len(rows), len(rows))
+        chosen = np.arange(count) * len(rows) // count
+        batches = -(-count // size)
+        order = grain.MapDataset.source(np.pad(chosen, (0, batches * size - count), constant_values=-1))
+    share = size // process_count
+    mine = slice(process_index * share, (process_index + 1) * share)
+    dataset = order.batch(size, batch_fn=np.asarray).map(lambda indices: _stack(rows, indices[mine]))
+    targets_N = rows.targets(chosen)
+    return Batches(
+        dataset=dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)),
+        rows=rows,
+        batches=batches,
+        num_targets=len(targets_N),
+        num_bytes=int(token_bytes(tokenizer)[targets_N].sum()),
+    )
+
+
+def _stack(rows: PackedRows, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows as one batch; -1 stands for an empty row."""
+    picked = [rows[i] if i >= 0 else rows.empty_row() for i in indices]
+    return {name.replace("_T", "_BT"): np.stack([row[name] for row in picked]) for name in picked[0]}
+
+
+def _check(config: Config, tokenizer: Tokenizer, process_count: int) -> None:
+    model, batch_size = config.model, config.train.batch_size
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size is {model.vocab_size}")
+    for name in ("bos_id", "eos_id"):
+        if getattr(tokenizer, name) != getattr(model, name):
+            raise UserError(f"model.{name} is {getattr(model, name)} but the tokenizer's is {getattr(tokenizer, name)}")
+    if batch_size % process_count:
+        raise UserError(f"train.batch_size {batch_size} is not a multiple of the {process_count} processes")

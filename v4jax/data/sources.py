@@ -1,0 +1,102 @@
+"""Documents named by the config: the embedded corpus or the user's own .txt and .jsonl files."""
+
+from __future__ import annotations
+
+import glob
+import json
+import pathlib
+
+from v4jax.config import Data
+from v4jax.core.check import UserError
+from v4jax.data.corpus import Corpus, Document, load_corpus
+
+EMBEDDED = "shakespeare-kjv"
+HELDOUT_EVERY = 50  # documents
+HELDOUT_TAIL = 0.02  # of the only document
+
+
+def load_documents(config: Data) -> Corpus:
+    """Training and held-out documents of `data.source` and `data.heldout`.
+
+    A .txt file is one document, a line of a .jsonl file is one (its field "text"); documents of white space alone are
+    left out. Held out are, in this order: the files of `data.heldout` (never also trained on), the embedded corpus' own
+    split, every 50th document (the last of fewer), the last 2 % of a single document, cut at a line.
+    Raises UserError naming the file, and the byte or line where it is wrong.
+    """
+    heldout_files = find_files(config.heldout) if config.heldout else []
+    if config.source == EMBEDDED:
+        corpus = load_corpus()
+        return Corpus(corpus.train, read_files(heldout_files)) if heldout_files else corpus
+    files = [path for path in find_files(config.source) if path not in heldout_files]
+    if not files:
+        raise UserError(f"data.heldout {config.heldout!r} covers every file of data.source {config.source!r}")
+    documents = read_files(files)
+    if heldout_files:
+        return Corpus(documents, read_files(heldout_files))
+    return hold_out(documents)
+
+
+def find_files(spec: str) -> list[pathlib.Path]:
+    """Absolute paths of the .txt and .jsonl files of a path, a directory (searched through) or a glob, sorted."""
+    path = pathlib.Path(spec).expanduser()
+    if path.is_dir():
+        found = path.rglob("*")
+    elif path.exists():
+        found = [path]
+    else:
+        found = map(pathlib.Path, glob.glob(str(path), recursive=True))
+    found = [p for p in found if p.is_file()]
+    if not found and not path.is_dir():
+        raise UserError(f"no file matches {spec!r}; give a path, a directory, a glob or {EMBEDDED!r}")
+    files = sorted(p.resolve() for p in found if p.suffix in (".txt", ".jsonl"))
+    if not files:
+        raise UserError(f"no .txt or .jsonl file in {spec!r}")
+    return files
+
+
+def read_files(files: list[pathlib.Path]) -> list[Document]:
+    """All documents of `files` that hold more than white space. Raises UserError if there is none."""
+    documents = [d for path in files for d in _read_file(path) if d.text and not d.text.isspace()]
+    if not documents:
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        raise UserError(f"no text in {files[0]}{more}: every document is empty")
+    return documents
+
+
+def hold_out(documents: list[Document]) -> Corpus:
+    """Split by the rule of `load_documents`. Raises UserError if a single document is too short to split."""
+    if len(documents) > 1:
+        last = HELDOUT_EVERY if len(documents) >= HELDOUT_EVERY else len(documents)
+        return Corpus([d for i, d in enumerate(documents, 1) if i % last], documents[last - 1 :: last])
+    name, text = documents[0].name, documents[0].text
+    at = int(len(text) * (1 - HELDOUT_TAIL))
+    at = text.rfind("\n", len(text) // 2, at) + 1 or at
+    if not text[:at].strip() or not text[at:].strip():
+        raise UserError(f"{name} is too short to hold out {HELDOUT_TAIL:.0%} of it; give data.heldout")
+    return Corpus([Document(name, text[:at])], [Document(f"{name} (end)", text[at:])])
+
+
+def _read_file(path: pathlib.Path) -> list[Document]:
+    try:
+        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte offset {error.start}); convert it first") from error
+    if path.suffix == ".txt":
+        return [Document(str(path), text)]
+    lines = enumerate(text.split("\n"), 1)
+    return [_parse_line(f"{path}:{number}", line) for number, line in lines if line.strip()]
+
+
+def _parse_line(where: str, line: str) -> Document:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from error
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise UserError(f"{where} is not an object with a string field 'text'")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} has half a surrogate pair in 'text'; it has no UTF-8 form") from error
+    return Document(where, text)

@@ -1,0 +1,39 @@
+"""Public entry of the expert products; picks an implementation by backend."""
+
+import jax
+
+from v4jax.kernels.experts import blocks, ragged, ref
+from v4jax.kernels.experts.activation import swiglu
+from v4jax.kernels.select import select
+
+_IMPLEMENTATIONS = {"ref": ref.experts, "blocks": blocks.experts, "ragged": ragged.experts}
+_BEST = {"cpu": "blocks", "tpu": "ragged", "gpu": "ragged"}
+
+
+def experts(
+    x_BD: jax.Array,
+    picks_BK: jax.Array,
+    weights_BK: jax.Array,
+    gate_up_EDUF: jax.Array,
+    down_EFD: jax.Array,
+    *,
+    limit: float,
+    impl: str | None = None,
+) -> jax.Array:
+    """Each token through its K experts, none dropped: [B, D] in the dtype of `x`.
+
+    Args:
+      x_BD: tokens (batch and token axes flattened into B).
+      picks_BK: int32, distinct experts of each token.
+      weights_BK: float32 routing weights, applied before the second product as in the released model (spec 3.2).
+      gate_up_EDUF: both first matrices, gate first.
+      down_EFD: second matrix.
+      limit: clamp of the SwiGLU.
+      impl: "ref", "blocks", "ragged", or None for the backend's best.
+    """
+    return _IMPLEMENTATIONS[select(impl, _IMPLEMENTATIONS, _BEST)](
+        x_BD, picks_BK, weights_BK, gate_up_EDUF, down_EFD, limit=limit
+    ).astype(x_BD.dtype)
+
+
+__all__ = ["experts", "swiglu"]

@@ -1,0 +1,360 @@
+"""Hugging Face config.json of `deepseek_v4` <-> `v4jax.config.Model`.
+
+Two spellings are read: the released one (compress_ratios, num_hash_layers, rope_scaling, qk_rope_head_dim) and that of
+transformers 5 (layer_types, compress_rates, mlp_layer_types, nested rope_parameters). Where both occur the precedence
+is transformers'. Written files use the second, plus those released fields that transformers skips over. What the
+format cannot say goes under the key "v4jax", which transformers keeps and ignores.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+
+from v4jax.config import HyperConnection, Indexer, Model, Moe, Rope
+from v4jax.core.check import UserError
+
+MODEL_TYPE = "deepseek_v4"
+_LAYER_TYPES = {
+    "sliding_attention": "swa",
+    "compressed_sparse_attention": "csa",
+    "heavily_compressed_attention": "hca",
+}
+_TYPE_OF_KIND = {kind: name for name, kind in _LAYER_TYPES.items()}
+# In the released spelling 4 and 128 are labels of the layer kind; the rates may be overridden beside them.
+_KIND_OF_RATIO = {0: "swa", 4: "csa", 128: "hca"}
+# Fields that change the mathematics and have one meaning here; absent ones have this value in transformers too.
+_FIXED = {
+    "scoring_func": "sqrtsoftplus",
+    "norm_topk_prob": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "num_key_value_heads": 1,
+    "n_shared_experts": 1,
+}
+# HF integer field -> Model field; all required, for transformers' defaults are one model's shape, not a neutral one.
+_INTEGERS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "heads",
+    "head_dim": "head_dim",
+    "q_lora_rank": "q_rank",
+    "o_groups": "o_groups",
+    "o_lora_rank": "o_rank",
+    "sliding_window": "window",
+    "max_position_embeddings": "max_positions",
+}
+_MOE_INTEGERS = {"n_routed_experts": "experts", "num_experts_per_tok": "active", "moe_intermediate_size": "inner"}
+_INDEXER_INTEGERS = {"index_n_heads": "heads", "index_head_dim": "head_dim", "index_topk": "topk"}
+_MHC_INTEGERS = {"hc_mult": "streams", "hc_sinkhorn_iters": "sinkhorn_iters"}
+_YARN_FIELDS = ("yarn_original", "yarn_beta_fast", "yarn_beta_slow")
+_OWN_FIELDS = ("dtype", "kv_qdq", "rope")
+
+
+def read(path: str | os.PathLike) -> Model:
+    """Model of a config.json, given the file or its directory. Raises UserError for any file that is not V4."""
+    return from_hf(*load_json(path))
+
+
+def load_json(path: str | os.PathLike) -> tuple[dict, str]:
+    """Raw fields of a config.json and the name to blame in messages. Raises UserError."""
+    path = pathlib.Path(path)
+    path = path / "config.json" if path.is_dir() or path.suffix != ".json" else path
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give a Hugging Face model directory") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); download or copy it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no JSON object; download or copy it again")
+    return values, str(path)
+
+
+def from_hf(values: dict, source: str = "config.json") -> Model:
+    """Fields of a config.json -> Model. Raises UserError naming `source`, the field and the cure.
+
+    The result is not yet held against the limits of `v4jax.config.validate`: what can run is the caller's question.
+    """
+    fields = _Fields(values, source)
+    found = values.get("model_type")
+    if found != MODEL_TYPE:
+        fields.fail(f"model_type is {found!r}; v4jax reads {MODEL_TYPE!r} only (V3 and V4.1 are other architectures)")
+    for name, value in _FIXED.items():
+        if name in values and values[name] != value:
+            fields.fail(f"{name} is {values[name]!r}; v4jax supports {value!r} only")
+    schedule = _schedule(fields)
+    hash_layers = _hash_layers(fields, len(schedule))
+    csa_ratio, hca_ratio = _rates(fields)
+    own = fields.own("v4jax", values.get("v4jax", {}), _OWN_FIELDS)
+    model = Model(
+        **{ours: fields.integer(theirs) for theirs, ours in _INTEGERS.items()},
+        schedule=schedule,
+        rope_dim=_rope_dim(fields),
+        csa_ratio=csa_ratio,
+        hca_ratio=hca_ratio,
+        norm_eps=fields.number("rms_norm_eps"),
+        mtp_layers=_mtp_layers(fields),
+        init_std=fields.number("initializer_range", 0.02),
+        bos_id=_token(fields, "bos_token_id", 0),
+        eos_id=_token(fields, "eos_token_id", 1),
+        dtype=_dtype(fields, own.get("dtype")),
+        kv_qdq=own.get("kv_qdq", False) is True,
+        rope=_rope(fields, fields.own("v4jax.rope", own.get("rope", {}), _YARN_FIELDS)),
+        indexer=Indexer(**{ours: fields.integer(theirs) for theirs, ours in _INDEXER_INTEGERS.items()}),
+        moe=Moe(
+            **{ours: fields.integer(theirs) for theirs, ours in _MOE_INTEGERS.items()},
+            hash_layers=hash_layers,
+            route_scale=fields.number("routed_scaling_factor"),
+            swiglu_limit=fields.number("swiglu_limit"),
+        ),
+        mhc=HyperConnection(
+            **{ours: fields.integer(theirs) for theirs, ours in _MHC_INTEGERS.items()}, eps=fields.number("hc_eps")
+        ),
+    )
+    if model.heads % model.o_groups:
+        fields.fail(f"num_attention_heads {model.heads} is not a multiple of o_groups {model.o_groups}")
+    return model
+
+
+def to_hf(model: Model, weights_dtype: str | None = None) -> dict:
+    """Model -> fields of a config.json, from which transformers builds the same model.
+
+    weights_dtype: what the weights are stored in ("float32", "bfloat16"), if other than model.dtype.
+    Raises UserError for a model that the format cannot describe.
+    """
+    if model.moe.shared != 1:
+        raise UserError(
+            f"model.moe.shared is {model.moe.shared}; Hugging Face deepseek_v4 has exactly one shared expert, "
+            "save this model in the orbax format"
+        )
+    rope_factor = _rotary_factor(model)
+    main = {"rope_type": "default", "rope_theta": model.rope.theta, "partial_rotary_factor": rope_factor}
+    compress = main | {"rope_theta": model.rope.compress_theta}
+    own = {"kv_qdq": True} if model.kv_qdq else {}
+    if model.rope.yarn_factor != 1:
+        compress |= {
+            "rope_type": "yarn",
+            "factor": float(model.rope.yarn_factor),
+            "original_max_position_embeddings": model.rope.yarn_original,
+            "beta_fast": model.rope.yarn_beta_fast,
+            "beta_slow": model.rope.yarn_beta_slow,
+            "attention_factor": 1.0,  # transformers would derive 0.1 ln(factor) + 1, which V4 does not use
+        }
+    else:
+        own["rope"] = {name: getattr(model.rope, name) for name in _YARN_FIELDS}
+    if weights_dtype not in (None, model.dtype):
+        own["dtype"] = model.dtype
+    layers, hashed = model.layers, model.moe.hash_layers
+    return {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "model_type": MODEL_TYPE,
+        "dtype": weights_dtype or model.dtype,
+        **{theirs: getattr(model, ours) for theirs, ours in _INTEGERS.items()},
+        "num_hidden_layers": layers,
+        "layer_types": [_TYPE_OF_KIND[kind] for kind in model.schedule],
+        "compress_rates": {_TYPE_OF_KIND["csa"]: model.csa_ratio, _TYPE_OF_KIND["hca"]: model.hca_ratio},
+        "compress_ratios": [model.ratio(kind) for kind in model.schedule] + [0] * model.mtp_layers,
+        "mlp_layer_types": ["hash_moe"] * hashed + ["moe"] * (layers - hashed),
+        "num_hash_layers": hashed,
+        "num_nextn_predict_layers": model.mtp_layers,
+        "qk_rope_head_dim": model.rope_dim,
+        "partial_rotary_factor": rope_factor,
+        "rope_theta": model.rope.theta,
+        "compress_rope_theta": model.rope.compress_theta,
+        "rope_parameters": {"main": main, "compress": compress},
+        **{theirs: getattr(model.indexer, ours) for theirs, ours in _INDEXER_INTEGERS.items()},
+        **{theirs: getattr(model.moe, ours) for theirs, ours in _MOE_INTEGERS.items()},
+        "routed_scaling_factor": float(model.moe.route_scale),
+        "swiglu_limit": float(model.moe.swiglu_limit),
+        **{theirs: getattr(model.mhc, ours) for theirs, ours in _MHC_INTEGERS.items()},
+        "hc_eps": float(model.mhc.eps),
+        "rms_norm_eps": float(model.norm_eps),
+        "initializer_range": float(model.init_std),
+        "bos_token_id": model.bos_id,
+        "eos_token_id": model.eos_id,
+        **_FIXED,
+        **({"v4jax": own} if own else {}),
+    }
+
+
+# --- parts -------------------------------------------------------------------------------------------------------
+
+
+class _Fields:
+    """The json values with checked access; every message names the file."""
+
+    def __init__(self, values: dict, source: str):
+        self.values, self.source = values, source
+
+    def fail(self, message: str):
+        raise UserError(f"{self.source}: {message}")
+
+    def get(self, name: str, default=None):
+        value = self.values.get(name)
+        if value is None and default is None:
+            self.fail(f"the field {name!r} is missing; take the config.json that came with the weights")
+        return default if value is None else value
+
+    def integer(self, name: str) -> int:
+        value = self.get(name)
+        if type(value) is not int or value < 1:
+            self.fail(f"{name} is {value!r}, which is no positive integer")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        return self.check_number(name, self.get(name, default))
+
+    def check_number(self, name: str, value) -> float:
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+            self.fail(f"{name} is {value!r}, which is no positive number")
+        return float(value)
+
+    def own(self, name: str, value, known: tuple[str, ...]) -> dict:
+        """An object of v4jax's own making; a field outside `known` comes from a newer version or a slip."""
+        if not isinstance(value, dict):
+            self.fail(f"{name} must be an object")
+        for key in value:
+            if key not in known:
+                self.fail(f"unknown field {name}.{key}; known: {', '.join(known)}")
+        return value
+
+    def list(self, name: str, length: int, known: tuple) -> list:
+        """The first `length` entries of a per-layer list (drafts follow), each one of `known`."""
+        value = self.values[name]
+        if not isinstance(value, list) or len(value) < length:
+            self.fail(f"{name} must list one value for each of the {length} layers")
+        for item in value[:length]:
+            if item not in known:
+                self.fail(f"{name} has {item!r}; known: {', '.join(map(str, known))}")
+        return value[:length]
+
+
+def _schedule(fields: _Fields) -> tuple[str, ...]:
+    layers = fields.integer("num_hidden_layers")
+    if fields.values.get("layer_types") is not None:
+        return tuple(_LAYER_TYPES[name] for name in fields.list("layer_types", layers, tuple(_LAYER_TYPES)))
+    if fields.values.get("compress_ratios") is None:
+        fields.fail(
+            "the field 'layer_types' (or 'compress_ratios') is missing; take the config.json that came with the weights"
+        )
+    return tuple(_KIND_OF_RATIO[ratio] for ratio in fields.list("compress_ratios", layers, tuple(_KIND_OF_RATIO)))
+
+
+def _hash_layers(fields: _Fields, layers: int) -> int:
+    if fields.values.get("mlp_layer_types") is None:
+        count = fields.get("num_hash_layers")
+        if type(count) is not int or count < 0:
+            fields.fail(f"num_hash_layers is {count!r}, which is no count")
+        return min(count, layers)
+    kinds = fields.list("mlp_layer_types", layers, ("hash_moe", "moe"))
+    count = kinds.count("hash_moe")
+    if "moe" in kinds[:count]:
+        fields.fail("mlp_layer_types mixes its kinds; v4jax supports hash_moe layers first, then moe layers")
+    return count
+
+
+def _rates(fields: _Fields) -> tuple[int, int]:
+    rates = fields.get("compress_rates", {})
+    if not isinstance(rates, dict):
+        fields.fail("compress_rates must be an object")
+    result = []
+    for kind, override, usual in (("csa", "compress_rate_csa", 4), ("hca", "compress_rate_hca", 128)):
+        rate = fields.values.get(override)
+        rate = rates.get(_TYPE_OF_KIND[kind], usual) if rate is None else rate
+        if type(rate) is not int or rate < 1:
+            fields.fail(f"the compression rate of {_TYPE_OF_KIND[kind]} is {rate!r}, which is no positive integer")
+        result.append(rate)
+    return result[0], result[1]
+
+
+def _mtp_layers(fields: _Fields) -> int:
+    count = fields.get("num_nextn_predict_layers", 0)
+    if count not in (0, 1):
+        fields.fail(f"num_nextn_predict_layers is {count!r}; v4jax supports 0 or 1")
+    return int(count)
+
+
+def _token(fields: _Fields, name: str, default: int) -> int:
+    value = fields.get(name, default)
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if type(value) is not int or value < 0:
+        fields.fail(f"{name} is {value!r}; v4jax supports one token id")
+    return value
+
+
+def _dtype(fields: _Fields, own: str | None) -> str:
+    """Of activations. float16 weights go into float32, which holds them exactly; bfloat16 does not."""
+    name = own or fields.values.get("dtype") or fields.values.get("torch_dtype") or "bfloat16"
+    known = {"bfloat16": "bfloat16", "float32": "float32", "float16": "float32"}
+    if name not in known:
+        fields.fail(f"dtype is {name!r}; known: {', '.join(known)}")
+    return known[name]
+
+
+def _rope_dim(fields: _Fields) -> int:
+    head_dim = fields.integer("head_dim")
+    if fields.values.get("partial_rotary_factor") is None:
+        return fields.integer("qk_rope_head_dim")
+    return int(head_dim * fields.number("partial_rotary_factor"))
+
+
+def _rotary_factor(model: Model) -> float:
+    """Fraction f with int(head_dim * f) == rope_dim, as transformers computes it back."""
+    factor = model.rope_dim / model.head_dim
+    return factor if int(model.head_dim * factor) == model.rope_dim else math.nextafter(factor, 1.0)
+
+
+def _rope(fields: _Fields, own: dict) -> Rope:
+    theta, compress_theta = fields.number("rope_theta", 10_000.0), fields.number("compress_rope_theta", 160_000.0)
+    given = fields.values.get("rope_scaling") or fields.values.get("rope_parameters") or {}
+    if not isinstance(given, dict):
+        fields.fail(f"rope_parameters is {given!r}, which is no object")
+    if isinstance(given.get("main"), dict) and isinstance(given.get("compress"), dict):
+        main, yarn = given["main"], given["compress"]
+        theta = fields.check_number("rope_theta", main.get("rope_theta", theta))
+        compress_theta = fields.check_number("rope_theta", yarn.get("rope_theta", compress_theta))
+        if _rope_type(main) != "default":
+            fields.fail(f"rope type of 'main' is {_rope_type(main)!r}; V4 scales compressed layers only")
+        for part in (main, yarn):
+            share = part.get("partial_rotary_factor")
+            if share is None:
+                continue
+            if int(fields.integer("head_dim") * fields.check_number("partial_rotary_factor", share)) != _rope_dim(
+                fields
+            ):
+                fields.fail("partial_rotary_factor differs inside rope_parameters; v4jax has one for all layers")
+        attention_factor = yarn.get("attention_factor")
+    else:
+        yarn, attention_factor = given, given.get("attention_factor", 1.0)
+    if _rope_type(yarn) == "default":
+        return Rope(theta=theta, compress_theta=compress_theta, **own)
+    if _rope_type(yarn) != "yarn":
+        fields.fail(f"rope type {_rope_type(yarn)!r} is not supported; v4jax knows 'default' and 'yarn'")
+    if attention_factor != 1 or yarn.get("truncate") is False:
+        fields.fail(
+            "V4 uses YaRN with attention_factor 1.0 and truncation; set attention_factor to 1.0 if that is meant"
+        )
+    for name in ("factor", "original_max_position_embeddings"):
+        if yarn.get(name) is None:
+            fields.fail(f"yarn without {name}; take the config.json that came with the weights")
+    return Rope(
+        theta=theta,
+        compress_theta=compress_theta,
+        yarn_factor=fields.check_number("factor", yarn["factor"]),
+        yarn_original=int(
+            fields.check_number("original_max_position_embeddings", yarn["original_max_position_embeddings"])
+        ),
+        yarn_beta_fast=fields.check_number("beta_fast", yarn.get("beta_fast") or 32),
+        yarn_beta_slow=fields.check_number("beta_slow", yarn.get("beta_slow") or 1),
+    )
+
+
+def _rope_type(part: dict) -> str:
+    return part.get("rope_type") or part.get("type") or "default"

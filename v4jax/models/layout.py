@@ -1,0 +1,79 @@
+"""How layers lie in memory, and the flat per-layer names that checkpoints use.
+
+`stacks` groups consecutive layers into runs of a repeated pattern. A run that repeats is held stacked (every array
+with a leading axis) and scanned, so a program for 61 layers is as long as one for 4; a run of one is held as it is.
+Small models are quicker unrolled: a scan copies each layer's weights out of the stack, which a decode step would feel.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from v4jax import config
+
+LayerKind = tuple[str, bool]  # attention kind, hash routing
+
+
+class Stack(NamedTuple):
+    """Layers first .. first + repeats * len(kinds) - 1: `kinds` in turn, `repeats` times."""
+
+    first: int
+    kinds: tuple[LayerKind, ...]
+    repeats: int
+
+    def layer(self, position: int, repeat: int) -> int:
+        """Index in the model of one layer of the stack."""
+        return self.first + repeat * len(self.kinds) + position
+
+
+def stacks(model: config.Model, scan: bool) -> list[Stack]:
+    """The runs that cover the schedule: the longest repeated pattern of one or two layers wherever one begins."""
+    kinds = [(kind, i < model.moe.hash_layers) for i, kind in enumerate(model.schedule)]
+    runs, i = [], 0
+    while i < len(kinds):
+        best = Stack(i, (kinds[i],), 1)
+        for period in (1, 2) if scan else ():
+            pattern = kinds[i : i + period]
+            repeats = 1
+            while kinds[i + repeats * period : i + (repeats + 1) * period] == pattern:
+                repeats += 1
+            if repeats > 1 and repeats * period > best.repeats * len(best.kinds):
+                best = Stack(i, tuple(pattern), repeats)
+        runs.append(best)
+        i += best.repeats * len(best.kinds)
+    return runs
+
+
+def to_flat(tree: nnx.State, runs: list[Stack]) -> dict[str, jax.Array]:
+    """In-memory tree to {"layers.3.attn.kv": array, ...}, stacked runs taken apart."""
+    flat = {}
+    for path, array in _leaves(tree).items():
+        if path[0] != "stacks":
+            flat[".".join(path)] = array
+            continue
+        run, position, name = runs[int(path[1])], int(path[2]), ".".join(path[3:])
+        for repeat in range(run.repeats):
+            flat[f"layers.{run.layer(position, repeat)}.{name}"] = array[repeat] if run.repeats > 1 else array
+    return flat
+
+
+def from_flat(flat: Mapping[str, jax.Array], abstract: nnx.State, runs: list[Stack]) -> nnx.State:
+    """{"layers.3.attn.kv": array, ...} to the tree that `abstract` describes; every name must be there."""
+
+    def find(path):
+        path = tuple(str(p) for p in path)
+        if path[0] != "stacks":
+            return flat[".".join(path)]
+        run, position, name = runs[int(path[1])], int(path[2]), ".".join(path[3:])
+        layers = [flat[f"layers.{run.layer(position, repeat)}.{name}"] for repeat in range(run.repeats)]
+        return jnp.stack(layers) if run.repeats > 1 else layers[0]
+
+    found = {path: variable.replace(find(path)) for path, variable in nnx.to_flat_state(abstract)}
+    return nnx.from_flat_state(found)
+
+
+def _leaves(tree: nnx.State) -> dict[tuple[str, ...], jax.Array]:
+    return {tuple(str(p) for p in path): variable[...] for path, variable in nnx.to_flat_state(tree)}

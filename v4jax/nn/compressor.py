@@ -1,0 +1,46 @@
+"""Compressor: pools the tokens of a window into one entry, channel by channel (spec 2.5)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from v4jax import config
+from v4jax.nn.linear import constant, weight
+from v4jax.nn.norm import RMSNorm
+from v4jax.nn.rope import angles, frequencies, rotate
+from v4jax.nn.state import Chunk, Past, Windows
+
+
+class Compressor(nnx.Module):
+    """Values and gates of one compressor; `letter` names the width of its entries (H main, L indexer)."""
+
+    def __init__(self, model: config.Model, kind: str, letter: str, size: int, rngs: nnx.Rngs):
+        self.ratio, self.overlap, self.size = model.ratio(kind), kind == "csa", size
+        self.rope, self.rope_dim = model.rope, model.rope_dim
+        width = size * (2 if self.overlap else 1)
+        self.kv = weight(rngs, "DW", (model.hidden_size, width), model.init_std)
+        self.gate = weight(rngs, "DW", (model.hidden_size, width), model.init_std)
+        self.ape = constant("PW", jnp.zeros((self.ratio, width)))
+        self.norm = RMSNorm(letter, size, model.norm_eps)
+
+    def __call__(self, x_BTD: jax.Array, chunk: Chunk, past: Past, name: str) -> tuple[jax.Array, Windows, Past]:
+        """New entries [B, C, size] in x's dtype, rotated at the position of their first token."""
+        x = x_BTD.astype(jnp.float32)
+        both_DW = jnp.concatenate([self.kv[...], self.gate[...]], axis=1).astype(jnp.float32)
+        rows_BTW = jnp.einsum("BTD,DW->BTW", x, both_DW)
+        windows, past = past.windows(name, rows_BTW, chunk, self.ratio, self.overlap)
+        pooled = self._pool(windows).astype(x_BTD.dtype)
+        cos_sin = angles(windows.position_BC, frequencies(self.rope, self.rope_dim, compressed=True))
+        return rotate(self.norm(pooled), cos_sin), windows, past
+
+    def _pool(self, windows: Windows) -> jax.Array:
+        """Softmax over the window's tokens, per channel. Overlap: slots of the window before use channels
+        [0, size), slots of this window [size, 2 size), in one softmax over both (spec 2.5)."""
+        width, size = self.ape.shape[1], self.size
+        values, gates = windows.now_BCPW[..., :width], windows.now_BCPW[..., width:] + self.ape[...]
+        if self.overlap:
+            before = windows.before_BCPW
+            gates_before = before[..., width : width + size] + self.ape[...][:, :size]
+            values = jnp.concatenate([before[..., :size], values[..., size:]], axis=-2)
+            gates = jnp.concatenate([gates_before, gates[..., size:]], axis=-2)
+        return jnp.sum(jax.nn.softmax(gates, axis=-2) * values, axis=-2)

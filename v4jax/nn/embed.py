@@ -1,0 +1,36 @@
+"""Token embedding and language-model head."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from v4jax import config
+from v4jax.nn.linear import weight
+
+
+class Embed(nnx.Module):
+    """Rows of a table by token id."""
+
+    def __init__(self, model: config.Model, rngs: nnx.Rngs):
+        self.copies, self.dtype = model.mhc.streams, jnp.dtype(model.dtype)
+        self.table = weight(rngs, "VD", (model.vocab_size, model.hidden_size), model.init_std)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """int32 [B, T] to [B, T, D]."""
+        return self.table[...][tokens_BT].astype(self.dtype)
+
+    def streams(self, tokens_BT: jax.Array) -> jax.Array:
+        """The embedding copied into every residual stream, unscaled: [B, T, X, D] (spec 4.1)."""
+        x_BTD = self(tokens_BT)
+        return jnp.broadcast_to(x_BTD[:, :, None], (*x_BTD.shape[:2], self.copies, x_BTD.shape[2]))
+
+
+class Head(nnx.Module):
+    """Projection to the vocabulary; never tied to the embedding."""
+
+    def __init__(self, model: config.Model, rngs: nnx.Rngs):
+        self.weight = weight(rngs, "DV", (model.hidden_size, model.vocab_size), model.init_std)
+
+    def __call__(self, h_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] to float32 logits [B, T, V]; the weight is promoted, as in the released model (spec 4.3)."""
+        return jnp.einsum("BTD,DV->BTV", h_BTD.astype(jnp.float32), self.weight[...].astype(jnp.float32))

@@ -1,0 +1,73 @@
+"""Manifold-constrained hyper-connections (spec 4): X residual streams, read, written and mixed per token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from v4jax import config
+from v4jax.kernels.sinkhorn import sinkhorn
+from v4jax.nn.linear import constant, weight
+
+
+def _coefficients(x_BTXD: jax.Array, fn_MXD: jax.Array, norm_eps: float) -> jax.Array:
+    """`(fn vec(X)) * rsqrt(mean(vec(X)^2) + eps)`: float32 [M, B, T].
+
+    Coefficients lead, so that the little arithmetic on them runs over tokens. So they do in fn: XLA:CPU is 4 times
+    slower on the weight gradient of a product with few output columns than on one with few rows.
+    """
+    x = x_BTXD.astype(jnp.float32)
+    inverse_rms_BT = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=(-2, -1)) + norm_eps)
+    m_BTM = jnp.einsum("BTXD,MXD->BTM", x, fn_MXD.astype(jnp.float32))
+    return jnp.moveaxis(m_BTM, -1, 0) * inverse_rms_BT
+
+
+class HyperConnection(nnx.Module):
+    """Coefficients around one sublayer: what it reads, how its output is written, how the streams mix."""
+
+    def __init__(self, model: config.Model, rngs: nnx.Rngs):
+        n = model.mhc.streams
+        self.streams, self.iters, self.eps, self.norm_eps = n, model.mhc.sinkhorn_iters, model.mhc.eps, model.norm_eps
+        # Start near a plain residual network (spec 4.5): read the mean of the streams, write with 1, mix by about I.
+        read, write, mix = np.full(n, -np.log(n - 1)), np.zeros(n), 4.0 * np.eye(n)
+        self.fn = weight(rngs, "MXD", (2 * n + n * n, n, model.hidden_size), model.init_std)
+        self.base = constant("M", np.concatenate([read, write, mix.reshape(-1)]))
+        self.scale = constant("S", np.full(3, 0.1))
+
+    def __call__(self, x_BTXD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """read_XBT, write_XBT and the doubly stochastic mix_XYBT, all float32."""
+        n = self.streams
+        m = _coefficients(x_BTXD, self.fn[...], self.norm_eps)
+        scale, base = self.scale[...].astype(jnp.float32), self.base[...].astype(jnp.float32)[:, None, None]
+        read = jax.nn.sigmoid(m[:n] * scale[0] + base[:n]) + self.eps
+        write = 2 * jax.nn.sigmoid(m[n : 2 * n] * scale[1] + base[n : 2 * n])
+        mix = (m[2 * n :] * scale[2] + base[2 * n :]).reshape(n, n, *m.shape[1:])
+        return read, write, sinkhorn(mix, iters=self.iters, eps=self.eps)
+
+
+class HeadMix(nnx.Module):
+    """The last read of the streams, before the final norm (spec 4.3)."""
+
+    def __init__(self, model: config.Model, rngs: nnx.Rngs):
+        n = model.mhc.streams
+        self.eps, self.norm_eps = model.mhc.eps, model.norm_eps
+        self.fn = weight(rngs, "YXD", (n, n, model.hidden_size), model.init_std)
+        self.base = constant("X", np.full(n, -np.log(n - 1)))
+        self.scale = constant("S", np.full(1, 0.1))
+
+    def __call__(self, x_BTXD: jax.Array) -> jax.Array:
+        """x_BTXD to x_BTD, in the same dtype."""
+        m = _coefficients(x_BTXD, self.fn[...], self.norm_eps)
+        read = jax.nn.sigmoid(m * self.scale[...].astype(jnp.float32) + self.base[...].astype(jnp.float32)[:, None, None])
+        return read_streams(x_BTXD, read + self.eps)
+
+
+def read_streams(x_BTXD: jax.Array, read_XBT: jax.Array) -> jax.Array:
+    """The sublayer's input: sum_j read_j X_j in float32, returned in x's dtype, [B, T, D]."""
+    return jnp.einsum("BTXD,XBT->BTD", x_BTXD.astype(jnp.float32), read_XBT).astype(x_BTXD.dtype)
+
+
+def write_streams(x_BTXD: jax.Array, y_BTD: jax.Array, write_XBT: jax.Array, mix_XYBT: jax.Array) -> jax.Array:
+    """X'_k = write_k y + sum_j mix[j, k] X_j: the sum runs over the FIRST index of the mix (spec 4.2, mistake 17)."""
+    mixed = jnp.einsum("BTXD,XYBT->BTYD", x_BTXD.astype(jnp.float32), mix_XYBT)
+    return (mixed + jnp.einsum("BTD,YBT->BTYD", y_BTD.astype(jnp.float32), write_XBT)).astype(x_BTXD.dtype)

@@ -1,0 +1,45 @@
+"""Mixture of experts: routed experts plus one shared expert (spec 3)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from v4jax import config
+from v4jax.kernels.experts import experts, swiglu
+from v4jax.nn.linear import project, weight
+from v4jax.nn.router import Router, balance_loss
+from v4jax.nn.state import Chunk
+
+
+class Expert(nnx.Module):
+    """Weights of E expert networks (`letters` "EDUF"), or of a single one without the E axis."""
+
+    def __init__(self, model: config.Model, inner: int, count: int | None, rngs: nnx.Rngs):
+        lead, e = ((), "") if count is None else ((count,), "E")
+        self.gate_up = weight(rngs, e + "DUF", (*lead, model.hidden_size, 2, inner), model.init_std)
+        self.down = weight(rngs, e + "FD", (*lead, inner, model.hidden_size), model.init_std)
+
+
+class Moe(nnx.Module):
+    """The feed-forward sublayer. Layers with `hashed` routing exclude themselves from the balance loss (spec 3.3)."""
+
+    def __init__(self, model: config.Model, hashed: bool, rngs: nnx.Rngs):
+        moe = model.moe
+        self.hashed, self.limit, self.dtype = hashed, moe.swiglu_limit, jnp.dtype(model.dtype)
+        self.router = Router(model, hashed, rngs)
+        self.experts = Expert(model, moe.inner, moe.experts, rngs)
+        self.shared = Expert(model, moe.inner * moe.shared, None, rngs)
+
+    def __call__(self, x_BTD: jax.Array, chunk: Chunk) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """y_BTD, the balance loss (float32 scalar) and the load of each expert, tokens [E]."""
+        picks_BTK, weights_BTK, scores_BTE = self.router(x_BTD, chunk.tokens_BT)
+        flat = lambda a: a.reshape(-1, a.shape[-1])
+        routed = experts(
+            flat(x_BTD), flat(picks_BTK), flat(weights_BTK), self.experts.gate_up[...], self.experts.down[...], limit=self.limit
+        ).reshape(x_BTD.shape)
+        h = swiglu(project("BTD,DUF->BTUF", x_BTD, self.shared.gate_up, self.dtype), self.limit).astype(self.dtype)
+        shared = project("BTF,FD->BTD", h, self.shared.down, self.dtype)
+        y_BTD = (routed.astype(jnp.float32) + shared.astype(jnp.float32)).astype(x_BTD.dtype)
+        valid_BT = None if chunk.segments_BT is None else chunk.segments_BT > 0
+        balance, load_E = balance_loss(scores_BTE, picks_BTK, valid_BT)
+        return y_BTD, jnp.where(self.hashed, 0.0, balance), load_E

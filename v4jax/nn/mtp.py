@@ -1,0 +1,34 @@
+"""Multi-token prediction (spec 5.1): one more layer that predicts the token after the next."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from v4jax import config
+from v4jax.nn.block import Block
+from v4jax.nn.linear import project, weight
+from v4jax.nn.mhc import HeadMix
+from v4jax.nn.norm import RMSNorm
+from v4jax.nn.state import Chunk, Past
+
+
+class MTP(nnx.Module):
+    """Sliding-window layer over (streams of the last layer, embedding of the next token); shares embedding and head."""
+
+    def __init__(self, model: config.Model, rngs: nnx.Rngs):
+        D = model.hidden_size
+        self.dtype = jnp.dtype(model.dtype)
+        self.embed_norm, self.hidden_norm = RMSNorm("D", D, model.norm_eps), RMSNorm("D", D, model.norm_eps)
+        self.embed_proj = weight(rngs, "DO", (D, D), model.init_std)
+        self.hidden_proj = weight(rngs, "DO", (D, D), model.init_std)
+        self.block = Block(model, "swa", False, rngs)
+        self.head_mhc = HeadMix(model, rngs)
+        self.norm = RMSNorm("D", D, model.norm_eps)
+
+    def __call__(self, x_BTXD: jax.Array, next_BTD: jax.Array, chunk: Chunk, past: Past):
+        """x_BTXD: all streams of the last backbone layer (the collapsed state will not do, mistake 23). next_BTD:
+        embedding of the token after each position. Returns h_BTD for the shared head, the past, and the block's aux."""
+        hidden = project("BTXD,DO->BTXO", self.hidden_norm(x_BTXD), self.hidden_proj, self.dtype)
+        embed = project("BTD,DO->BTO", self.embed_norm(next_BTD), self.embed_proj, self.dtype)
+        x_BTXD, past, aux = self.block(hidden + embed[:, :, None], chunk, past)
+        return self.norm(self.head_mhc(x_BTXD)), past, aux
