@@ -138,7 +138,7 @@ class Train:
     balance_weight: float = 1e-4
     indexer_weight: float = 1.0
     bias_rate: float = 1e-3
-    remat: str = "none"  # what the backward pass recomputes: none | block
+    scan: bool = False  # hold repeated layers stacked and scan them: long models compile, small ones run faster without
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0  # 0: only at the end
@@ -242,7 +242,6 @@ def validate(config: Config) -> Config:
              f"data.seq_len {data.seq_len} must be a multiple of {config.model.alignment}, the largest compression ratio")
     _require(serve.max_seq_len <= config.model.max_positions,
              f"serve.max_seq_len {serve.max_seq_len} exceeds model.max_positions {config.model.max_positions}")
-    _require(train.remat in ("none", "block"), f"train.remat must be 'none' or 'block', got {train.remat!r}")
     return config
 
 

@@ -1,11 +1,16 @@
 """A tiny model of every layer kind and random tensors for it."""
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
-from v4jax.checkpoint import mapping
+from v4jax.checkpoint import mapping, model_io
 from v4jax.config import HyperConnection, Indexer, Model, Moe, Rope
+from v4jax.models.layout import from_flat
+from v4jax.models.transformer import Transformer
 
 
 @pytest.fixture
@@ -33,6 +38,17 @@ def random_flat():
                 kind = np.float32 if tensor.role == "f32" else dtype
                 flat[name] = rng.standard_normal(tensor.shape, np.float32).astype(kind)
         return flat
+
+    return make
+
+
+@pytest.fixture
+def build():
+    """Function (model, flat tensors, scan) -> a Transformer that holds them."""
+
+    def make(model: Model, flat, scan: bool = False) -> Transformer:
+        graphdef, abstract, runs = model_io._structure(model, scan)
+        return nnx.merge(graphdef, from_flat(jax.tree.map(jnp.asarray, flat), abstract, runs))
 
     return make
 

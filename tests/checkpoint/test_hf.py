@@ -260,14 +260,14 @@ def test_writing_what_does_not_fit(tmp_path, tiny, random_flat):
 
 def test_full_disk_keeps_the_previous_model(saved, monkeypatch, same_bits):
     path, model, flat = saved
-    original = st._write_all
+    original = st.write_all
 
     def write(file, data):
         if "model" in os.path.basename(file.name) and len(memoryview(data)) > 5000:
             raise OSError(28, "No space left on device")
         original(file, data)
 
-    monkeypatch.setattr(st, "_write_all", write)
+    monkeypatch.setattr(st, "write_all", write)
     with pytest.raises(UserError, match="No space left on device"):
         hf.write_hf(path, model, {name: array * 0 for name, array in flat.items()})
     assert os.listdir(path.parent) == ["m"]

@@ -11,7 +11,7 @@ from v4jax.config import Indexer, Model, Moe
 def test_shapes_of_the_tiny_model(tiny):
     shapes = mapping.shapes(tiny)
     assert shapes["embed.table"] == (128, 64) and shapes["head.weight"] == (64, 128)
-    assert shapes["head_mhc.fn"] == (4, 64, 4) and shapes["layers.0.attn_mhc.fn"] == (4, 64, 24)
+    assert shapes["head_mhc.fn"] == (4, 4, 64) and shapes["layers.0.attn_mhc.fn"] == (24, 4, 64)
     assert shapes["layers.0.attn.q_up"] == (24, 4, 32) and shapes["layers.0.attn.o_down"] == (2, 64, 16)
     assert shapes["layers.1.attn.compressor.kv"] == (64, 64) and shapes["layers.2.attn.compressor.kv"] == (64, 32)
     assert shapes["layers.1.attn.compressor.ape"] == (4, 64) and shapes["layers.2.attn.compressor.ape"] == (16, 32)
@@ -49,9 +49,9 @@ def test_layout_of_the_pieces(tiny):
     o_down = np.arange(2 * 64 * 16, dtype=np.int32).reshape(2, 64, 16)
     (piece,) = tensors["layers.0.attn.o_down"].pieces()
     assert np.array_equal(piece.to_hf(o_down)[16 + 3], o_down[1, :, 3])
-    fn = np.arange(4 * 64 * 24, dtype=np.int32).reshape(4, 64, 24)
+    fn = np.arange(24 * 4 * 64, dtype=np.int32).reshape(24, 4, 64)
     (piece,) = tensors["layers.0.ffn_mhc.fn"].pieces()
-    assert np.array_equal(piece.to_hf(fn)[7], fn[:, :, 7].reshape(-1))
+    assert np.array_equal(piece.to_hf(fn)[7], fn[7].reshape(-1))
 
 
 def test_names_are_unique(tiny):

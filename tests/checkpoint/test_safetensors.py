@@ -1,4 +1,4 @@
-"""Own safetensors reader and writer: slices, the library as the other side, damage, and all-or-nothing writes."""
+"""Own safetensors reader and writer: slices, the library as the other side, damage, full disks."""
 
 import errno
 import json
@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from v4jax.checkpoint import atomic
 from v4jax.checkpoint import safetensors as st
 from v4jax.core import dtypes
 from v4jax.core.check import UserError
@@ -17,9 +18,13 @@ def _entries(tensors):
     return [st.Entry(name, a.dtype, a.shape, lambda a=a: a) for name, a in tensors.items()]
 
 
+def _replace(path):
+    return atomic.replace_directory(path, "config.json", lambda name: name.endswith((".safetensors", ".index.json")))
+
+
 def _write(path, tensors, **kwargs):
-    with st.replace_directory(path) as directory:
-        st.write_text(directory / "config.json", "{}")
+    with _replace(path) as directory:
+        atomic.write_text(directory / "config.json", "{}")
         st.write_safetensors(directory, _entries(tensors), **kwargs)
 
 
@@ -186,7 +191,7 @@ def test_missing_things(tmp_path):
 
 def _fill_disk_after(monkeypatch, count):
     """Writes fail with ENOSPC from call number `count` on."""
-    original, calls = st._write_all, []
+    original, calls = atomic.write_all, []
 
     def write(file, data):
         calls.append(1)
@@ -194,7 +199,8 @@ def _fill_disk_after(monkeypatch, count):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(file, data)
 
-    monkeypatch.setattr(st, "_write_all", write)
+    for module in (st, atomic):
+        monkeypatch.setattr(module, "write_all", write)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 4])
@@ -213,54 +219,9 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, count, 
 def test_too_little_space_is_seen_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(st, "_write_file", lambda *_: pytest.fail("wrote"))
     huge = st.Entry("a", np.dtype(np.float32), (10**9, 10**9), lambda: None)
-    with pytest.raises(UserError, match="No space left"), st.replace_directory(tmp_path / "m") as directory:
+    with pytest.raises(UserError, match="No space left"), _replace(tmp_path / "m") as directory:
         st.write_safetensors(directory, [huge])
     assert os.listdir(tmp_path) == []
-
-
-def test_replacing_drops_old_shards_and_keeps_other_files(tmp_path):
-    _write(tmp_path / "m", {n: np.zeros(8, np.float32) for n in "abc"}, max_shard_bytes=32)
-    (tmp_path / "m" / "README.md").write_text("mine")
-    (tmp_path / "m" / "sub").mkdir()
-    (tmp_path / "m" / "sub" / "x").write_text("mine too")
-    _write(tmp_path / "m", {"a": np.ones(2, np.float32)})
-    assert sorted(os.listdir(tmp_path)) == ["m"]
-    assert sorted(os.listdir(tmp_path / "m")) == ["README.md", "config.json", "model.safetensors", "sub"]
-    assert (tmp_path / "m" / "sub" / "x").read_text() == "mine too"
-
-
-def test_a_directory_of_something_else_is_not_replaced(tmp_path):
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="is no model directory"):
-        _write(tmp_path / "m", {"a": np.ones(2, np.float32)})
-    assert os.listdir(tmp_path / "m") == ["thesis.txt"] and os.listdir(tmp_path) == ["m"]
-
-
-def test_death_between_the_two_renames_is_repaired(tmp_path):
-    _write(tmp_path / "m", {"a": np.ones(2, np.float32)})
-    os.rename(tmp_path / "m", tmp_path / ".m.previous")
-    (tmp_path / ".m.partial").mkdir()
-    with pytest.raises(KeyboardInterrupt), st.replace_directory(tmp_path / "m"):
-        raise KeyboardInterrupt
-    assert os.listdir(tmp_path) == ["m"]
-    assert st.SafetensorsDir(tmp_path / "m").read("a").tolist() == [1, 1]
-
-
-def test_failing_swap_puts_the_old_directory_back(tmp_path, monkeypatch):
-    _write(tmp_path / "m", {"a": np.ones(2, np.float32)})
-    original = os.rename
-
-    def rename(source, target):
-        if str(source).endswith(".partial"):
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-        original(source, target)
-
-    monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(UserError, match="Permission denied; choose a directory that can be written"):
-        _write(tmp_path / "m", {"a": np.zeros(2, np.float32)})
-    assert os.listdir(tmp_path) == ["m"]
-    assert st.SafetensorsDir(tmp_path / "m").read("a").tolist() == [1, 1]
 
 
 def test_f4_packs_low_nibble_first(tmp_path):

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import v4jax
 from v4jax.checkpoint import hf, mapping
 from v4jax.checkpoint import safetensors as st
 from v4jax.models import hf_config
@@ -72,15 +73,15 @@ _MODULES = {
     "embed.table": _plain("embed_tokens.weight"),
     "head.weight": _t("lm_head.weight"),
     "norm.scale": _plain("norm.weight"),
-    "head_mhc.fn": lambda get: get("hc_head.hc_fn").T.reshape(4, 64, 4),
+    "head_mhc.fn": lambda get: get("hc_head.hc_fn").reshape(4, 4, 64),
     "head_mhc.base": _plain("hc_head.hc_base"),
     "head_mhc.scale": _plain("hc_head.hc_scale"),
     "attn_norm.scale": _plain("input_layernorm.weight"),
     "ffn_norm.scale": _plain("post_attention_layernorm.weight"),
-    "attn_mhc.fn": lambda get: get("attn_hc.fn").T.reshape(4, 64, 24),
+    "attn_mhc.fn": lambda get: get("attn_hc.fn").reshape(24, 4, 64),
     "attn_mhc.base": _plain("attn_hc.base"),
     "attn_mhc.scale": _plain("attn_hc.scale"),
-    "ffn_mhc.fn": lambda get: get("ffn_hc.fn").T.reshape(4, 64, 24),
+    "ffn_mhc.fn": lambda get: get("ffn_hc.fn").reshape(24, 4, 64),
     "ffn_mhc.base": _plain("ffn_hc.base"),
     "ffn_mhc.scale": _plain("ffn_hc.scale"),
     "attn.q_down": _t("self_attn.q_a_proj.weight"),
@@ -160,6 +161,22 @@ def test_transformers_reads_what_we_write(tmp_path, tiny, random_flat, weights, 
     _check_against_state(plain, net.state_dict())
     net.save_pretrained(tmp_path / "back", max_shard_size="150KB")
     _check_against_state(hf.read_hf(tmp_path / "back")[1], net.state_dict())
+
+
+def test_a_loaded_model_computes_the_same(tmp_path, tiny):
+    """What transformers saved and `v4jax.load` reads gives its logits, to 1e-4 of their spread."""
+    net = _random_hf(dataclasses.replace(tiny, dtype="float32"), torch.float32).eval()
+    with torch.no_grad():
+        for name, tensor in net.state_dict().items():
+            if tensor.is_floating_point():  # activations of order one
+                tensor.mul_(tensor.shape[-1] ** -0.5 if tensor.ndim > 1 else 0.1).add_(1.0 if "norm" in name else 0.0)
+            else:
+                tensor.copy_(torch.stack([torch.randperm(tiny.moe.experts)[: tiny.moe.active] for _ in tensor]))
+        tokens = torch.randint(0, tiny.vocab_size, (2, 45))
+        wanted = net(tokens).logits.numpy()
+    net.save_pretrained(tmp_path)
+    logits = np.asarray(v4jax.load(tmp_path)(tokens.numpy()))
+    assert np.abs(logits - wanted).max() <= 1e-4 * wanted.std()
 
 
 def test_state_dict_is_covered_once(tiny):

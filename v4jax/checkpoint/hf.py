@@ -2,9 +2,7 @@
 
 Written are the released names (spec 9.1), which transformers converts while loading; read are those, transformers'
 own save files and plain dumps of its modules. FP8 weights with block scales and packed FP4 experts are dequantised.
-
-Number formats, by the role of a tensor (mapping.py): "f32" is float32 always; "norm" scales are widened to the
-requested type but never narrowed; "index" is int32 in memory and int64 in files; a "matrix" takes the requested type.
+Number formats follow the roles of tensors, see tensors.py.
 """
 
 from __future__ import annotations
@@ -12,31 +10,23 @@ from __future__ import annotations
 import functools
 import json
 import os
-import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
 
 from v4jax.checkpoint import mapping
-from v4jax.checkpoint.safetensors import Entry, SafetensorsDir, replace_directory, write_safetensors, write_text
+from v4jax.checkpoint.atomic import replace_directory, write_text
+from v4jax.checkpoint.safetensors import INDEX_NAME, Entry, SafetensorsDir, write_safetensors
+from v4jax.checkpoint.tensors import FLOAT32, LazyTensors, described, memory_dtype, report, tokenizer_files
 from v4jax.config import Model
 from v4jax.core import dtypes
 from v4jax.core.check import UserError
 from v4jax.models import hf_config
 
-_BFLOAT16, _FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 _FLOATS = ("F32", "BF16", "F16", "F64")
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-)
 _FP4_GROUP = 32  # input elements per scale of a packed expert (spec 9.1)
 
 
@@ -57,36 +47,20 @@ def read_hf(path: str | os.PathLike, dtype=None) -> tuple[Model, HfTensors]:
     )
 
 
-class HfTensors(Mapping[str, np.ndarray]):
+class HfTensors(LazyTensors):
     """Flat name -> array, read and converted at each access; nothing is kept. Made by `read_hf`."""
 
     def __init__(self, store: SafetensorsDir, model: Model, block: tuple[int, int], dtype: np.dtype | None):
+        super().__init__(mapping.tensors(model))
         self._store, self._model, self._dtype = store, model, dtype
         self._block = block
-        self._tensors = mapping.tensors(model)
         self._spelling = _match(store, model, self._tensors, block)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __contains__(self, name) -> bool:
-        return name in self._tensors
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.read(name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a flat tensor, without reading it."""
-        return self._tensors[name].shape
 
     def dtype(self, name: str) -> np.dtype:
         """Type that reading this tensor gives, without reading it."""
         tensor = self._tensors[name]
         stored = self._store.dtype(tensor.first(self._spelling[name]))
-        return _memory_dtype(tensor.role, stored, self._dtype)
+        return memory_dtype(tensor.role, stored, self._dtype)
 
     def read(self, name: str, leading: int | slice = slice(None)) -> np.ndarray:
         """A flat tensor, or its rows `leading` along the first axis.
@@ -118,7 +92,7 @@ class HfTensors(Mapping[str, np.ndarray]):
             return _expert_ids(array, self._model.moe.experts, info)
         if info.code in _FLOATS:
             return array.astype(dtype, copy=False)
-        scale = self._store.read(_scale_name(self._store, piece.name)).astype(_FLOAT32)
+        scale = self._store.read(_scale_name(self._store, piece.name)).astype(FLOAT32)
         if info.code == "F8_E4M3":
             return dequantize_fp8(array, scale, self._block).astype(dtype)
         return dequantize_fp4(array, scale).astype(dtype)
@@ -140,28 +114,16 @@ def write_hf(
     disk, a target that is no model directory; then the previous content of `path` is still in place.
     """
     wanted = None if dtype is None else dtypes.weight_dtype(dtype)
-    tensors = mapping.tensors(model)
-    described = {name: _describe(flat, name) for name in flat}
-    _report(
-        f"cannot write {path}",
-        missing=[name for name in tensors if name not in described],
-        unexpected=[name for name in described if name not in tensors],
-        wrong=[
-            f"{name} {list(described[name][0])} instead of {list(tensor.shape)}"
-            for name, tensor in tensors.items()
-            if name in described and described[name][0] != tensor.shape
-        ],
-        cure="pass the tensors of this very model",
-    )
+    known = described(model, flat, path)
     fetch = functools.lru_cache(maxsize=1)(lambda name: np.asarray(flat[name]))
     entries = []
-    for name, tensor in tensors.items():
-        stored = _file_dtype(tensor, described[name][1], wanted)
+    for name, (tensor, given) in known.items():
+        stored = _file_dtype(tensor, given, wanted)
         entries += [Entry(p.name, stored, p.shape, _loader(fetch, name, p, stored)) for p in tensor.pieces()]
-    table_dtype = _file_dtype(tensors["embed.table"], described["embed.table"][1], wanted)
+    table_dtype = _file_dtype(*known["embed.table"], wanted)
     config = hf_config.to_hf(model, table_dtype.name)
-    copies = _tokenizer_files(tokenizer_dir)
-    with replace_directory(path) as directory:
+    copies = tokenizer_files(tokenizer_dir)
+    with replace_directory(path, "config.json", _is_weights) as directory:
         for target, source in copies.items():
             shutil.copyfile(source, directory / target)
         write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
@@ -188,7 +150,7 @@ def dequantize_fp4(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
     packed: int8 [out, in / 2], low nibble first, or float4_e2m1fn [out, in]. scale: float32 [out, in / 32].
     """
-    values = (packed if packed.dtype == ml_dtypes.float4_e2m1fn else dtypes.unpack_f4(packed)).astype(_FLOAT32)
+    values = (packed if packed.dtype == ml_dtypes.float4_e2m1fn else dtypes.unpack_f4(packed)).astype(FLOAT32)
     out = values.reshape(values.shape[0], -1, _FP4_GROUP)
     out *= scale[..., None]
     return out.reshape(values.shape)
@@ -197,7 +159,7 @@ def dequantize_fp4(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
 @functools.cache
 def _fp8_table() -> np.ndarray:
     """The 256 values of E4M3; a lookup is faster than converting."""
-    return np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(_FLOAT32)
+    return np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(FLOAT32)
 
 
 def _scale_name(store: SafetensorsDir, weight: str) -> str | None:
@@ -253,7 +215,7 @@ def _match(store: SafetensorsDir, model: Model, tensors: dict, block: tuple[int,
         if name not in used and not mapping.IGNORED.fullmatch(name)
         and (drafts or not _is_draft(name))
     ]  # fmt: skip
-    _report(
+    report(
         f"{store.path} does not fit its config.json",
         missing,
         unexpected,
@@ -305,17 +267,6 @@ def _shape_problem(found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
     return "" if found == wanted else f"has shape {list(found)} instead of {list(wanted)}"
 
 
-def _report(what: str, missing: list[str], unexpected: list[str], wrong: list[str], cure: str) -> None:
-    """Raise one UserError that names the first few of each kind; return if there are none."""
-    parts = []
-    for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong", wrong)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            parts.append(f"{label}: {', '.join(names[:3])}{more}")
-    if parts:
-        raise UserError(f"{what}: {'; '.join(parts)}; {cure}")
-
-
 def _expert_ids(table: np.ndarray, experts: int, info) -> np.ndarray:
     if table.size and (table.min() < 0 or table.max() >= experts):
         raise UserError(
@@ -325,48 +276,16 @@ def _expert_ids(table: np.ndarray, experts: int, info) -> np.ndarray:
     return table.astype(np.int32)
 
 
-def _memory_dtype(role: str, stored: np.dtype, wanted: np.dtype | None) -> np.dtype:
-    if role == "index":
-        return np.dtype(np.int32)
-    if role == "f32":
-        return _FLOAT32
-    natural = stored if stored in (_BFLOAT16, _FLOAT32) else _BFLOAT16 if stored.itemsize == 1 else _FLOAT32
-    if role == "norm" and natural == _FLOAT32:
-        return _FLOAT32
-    return wanted or natural
-
-
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-def _describe(flat: Mapping, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of an array, without reading it where the mapping is lazy."""
-    if isinstance(flat, HfTensors):
-        return flat.shape(name), flat.dtype(name)
-    return tuple(flat[name].shape), np.dtype(flat[name].dtype)
-
-
 def _file_dtype(tensor: mapping.Tensor, given: np.dtype, wanted: np.dtype | None) -> np.dtype:
-    if tensor.role == "index":
-        if given.kind not in "iu":
-            raise UserError(f"{tensor.name} is {given.name}; expert numbers must be integers")
-        return np.dtype(np.int64)
-    dtypes.weight_dtype(given)
-    return _memory_dtype(tensor.role, given, wanted)
+    return np.dtype(np.int64) if tensor.role == "index" else memory_dtype(tensor.role, given, wanted)
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors") or name == INDEX_NAME
 
 
 def _loader(fetch: Callable, name: str, piece: mapping.Piece, stored: np.dtype) -> Callable[[], np.ndarray]:
     return lambda: piece.to_hf(fetch(name)).astype(stored, copy=False)
-
-
-def _tokenizer_files(source: str | os.PathLike | None) -> dict[str, pathlib.Path]:
-    """Target names and sources of the tokenizer's files."""
-    if source is None:
-        return {}
-    source = pathlib.Path(source)
-    if source.is_file():
-        return {"tokenizer.json": source}
-    found = {file.name: file for pattern in _TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()}
-    if not found:
-        raise UserError(f"{source} has no tokenizer.json; give a directory that holds a tokenizer, or none")
-    return found

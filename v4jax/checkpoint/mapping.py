@@ -20,7 +20,7 @@ import numpy as np
 
 from v4jax.config import Model
 
-# Roles decide number formats (see hf.py): "f32" tensors are float32 always, "norm" scales are never narrowed,
+# Roles decide number formats (see tensors.py): "f32" tensors are float32 always, "norm" scales are never narrowed,
 # "index" tensors are integers, everything else is a "matrix".
 
 

@@ -1,4 +1,4 @@
-"""Safetensors directories: read any slice by byte range, write tensor by tensor, replace a directory whole.
+"""Safetensors directories: read any slice by byte range, write tensor by tensor.
 
 A file is 8 bytes of header length (little endian), a JSON header {name: {dtype, shape, data_offsets}} and the raw
 row-major data. Own code because the safetensors library cannot hand FP8 and FP4 to numpy, and because errors here
@@ -7,7 +7,6 @@ name the file and the cure in one line (UserError).
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import math
@@ -15,11 +14,12 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from v4jax.checkpoint.atomic import write_all, write_text
 from v4jax.core import dtypes
 from v4jax.core.check import UserError
 
@@ -284,7 +284,7 @@ class Entry:
 def write_safetensors(directory: str | os.PathLike, entries: Sequence[Entry], max_shard_bytes: int = 5 * 10**9) -> None:
     """Write tensors one at a time as model.safetensors, or as numbered shards with an index when they exceed one.
 
-    A failure leaves partial files: wrap the call in `replace_directory`. A tensor above the limit gets its own shard.
+    A failure leaves partial files: wrap the call in `atomic.replace_directory`. A tensor above the limit gets its own shard.
     """
     directory = pathlib.Path(directory)
     total = sum(entry.nbytes for entry in entries)
@@ -328,106 +328,12 @@ def _write_file(path: pathlib.Path, entries: list[Entry]) -> None:
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     with open(path, "wb", buffering=0) as file:
-        _write_all(file, len(raw).to_bytes(8, "little") + raw)
+        write_all(file, len(raw).to_bytes(8, "little") + raw)
         for entry in entries:
             array = entry.load()
             if array.shape != tuple(entry.shape) or array.dtype != entry.dtype:
                 raise ValueError(f"{entry.name}: got {array.dtype}{array.shape}, planned {entry.dtype}{entry.shape}")
             if dtypes.code_of(entry.dtype) == "F4":
                 array = dtypes.pack_f4(array.reshape(-1))
-            _write_all(file, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            write_all(file, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
         os.fsync(file.fileno())
-
-
-def _write_all(file, data) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Write a small file and flush it to disk."""
-    with open(path, "wb", buffering=0) as file:
-        _write_all(file, text.encode())
-        os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def replace_directory(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Fill the yielded directory; when the block ends well it takes the place of `path`, else nothing has changed.
-
-    The new content is built beside `path` as `.NAME.partial` and swapped in by renaming; the old content waits as
-    `.NAME.previous` between the two renames, and a later call puts it back if the machine died just there. Files of
-    the old directory that are no weights and were not written anew (a README, a tokenizer) move along as links.
-    One writer per path. Raises UserError when the disk is full or not writable, or when `path` is a non-empty
-    directory without a config.json (so a mistyped path cannot swallow someone's files).
-    """
-    path = pathlib.Path(os.path.realpath(path))
-    partial, previous = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.previous")
-    try:
-        _recover(path, previous)
-        if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / "config.json").is_file())):
-            raise UserError(f"{path} exists and is no model directory; choose an empty or a new directory")
-        _remove(partial)
-        partial.mkdir(parents=True)
-        yield partial
-        _carry_over(path, partial)
-        _sync_directory(partial)
-        if path.exists():
-            os.rename(path, previous)
-        os.rename(partial, path)
-        _sync_directory(path.parent)
-        _remove(previous)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; {_cure(error)}, nothing was changed"
-        ) from error
-    finally:
-        _recover(path, previous)
-        _remove(partial)
-
-
-def _cure(error: OSError) -> str:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return "free some space or choose another disk" if full else "choose a directory that can be written"
-
-
-def _recover(path: pathlib.Path, previous: pathlib.Path) -> None:
-    if previous.exists():
-        if path.exists():
-            _remove(previous)
-        else:
-            os.rename(previous, path)
-
-
-def _carry_over(old: pathlib.Path, new: pathlib.Path) -> None:
-    if not old.exists():
-        return
-    for item in old.iterdir():
-        stale = item.name.endswith(".safetensors") or item.name == INDEX_NAME
-        if stale or (new / item.name).exists():
-            continue
-        if item.is_dir() and not item.is_symlink():
-            shutil.copytree(item, new / item.name, symlinks=True, copy_function=_link)
-        else:
-            _link(item, new / item.name)
-
-
-def _link(source, target) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target, follow_symlinks=False)
-
-
-def _remove(path: pathlib.Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)
-
-
-def _sync_directory(path: pathlib.Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

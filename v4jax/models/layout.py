@@ -75,5 +75,25 @@ def from_flat(flat: Mapping[str, jax.Array], abstract: nnx.State, runs: list[Sta
     return nnx.from_flat_state(found)
 
 
+def named(tree: nnx.State) -> dict[str, jax.Array]:
+    """{"stacks.0.1.attn.kv": array, ...}: the tree as a flat dict, stacked runs left stacked."""
+    return {".".join(path): array for path, array in _leaves(tree).items()}
+
+
+def rebuild(arrays: Mapping[str, jax.Array], abstract: nnx.State) -> nnx.State:
+    """The inverse of `named`, for the tree that `abstract` describes."""
+    leaves = nnx.to_flat_state(abstract)
+    return nnx.from_flat_state({path: leaf.replace(arrays[".".join(map(str, path))]) for path, leaf in leaves})
+
+
+def layers_of(name: str, runs: list[Stack]) -> list[int] | None:
+    """Layers whose arrays the stacked array `name` holds, in order; None outside the backbone."""
+    path = name.split(".")
+    if path[0] != "stacks":
+        return None
+    run = runs[int(path[1])]
+    return [run.layer(int(path[2]), repeat) for repeat in range(run.repeats)]
+
+
 def _leaves(tree: nnx.State) -> dict[tuple[str, ...], jax.Array]:
     return {tuple(str(p) for p in path): variable[...] for path, variable in nnx.to_flat_state(tree)}

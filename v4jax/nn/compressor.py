@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
-from v4jax.nn.linear import constant, weight
+from v4jax.nn.linear import constant, project, weight
 from v4jax.nn.norm import RMSNorm
 from v4jax.nn.rope import angles, frequencies, rotate
 from v4jax.nn.state import Chunk, Past, Windows
@@ -26,12 +26,19 @@ class Compressor(nnx.Module):
     def __call__(self, x_BTD: jax.Array, chunk: Chunk, past: Past, name: str) -> tuple[jax.Array, Windows, Past]:
         """New entries [B, C, size] in x's dtype, rotated at the position of their first token."""
         x = x_BTD.astype(jnp.float32)
-        both_DW = jnp.concatenate([self.kv[...], self.gate[...]], axis=1).astype(jnp.float32)
-        rows_BTW = jnp.einsum("BTD,DW->BTW", x, both_DW)
-        windows, past = past.windows(name, rows_BTW, chunk, self.ratio, self.overlap)
-        pooled = self._pool(windows).astype(x_BTD.dtype)
+        rows = [project("BTD,DW->BTW", x, part, jnp.float32) for part in (self.kv, self.gate)]
+        windows, past = past.windows(name, jnp.concatenate(rows, axis=-1), chunk, self.ratio, self.overlap)
+        if x.shape[1] >= self.ratio:
+            return self._entries(windows, x_BTD.dtype), windows, past
+        # A few tokens seldom complete a window: pool only when one of the batch's rows does.
+        shape = jax.eval_shape(lambda: self._entries(windows, x_BTD.dtype))
+        skip = lambda: jnp.zeros(shape.shape, shape.dtype)
+        return jax.lax.cond(windows.complete_BC.any(), lambda: self._entries(windows, x_BTD.dtype), skip), windows, past
+
+    def _entries(self, windows: Windows, dtype: jnp.dtype) -> jax.Array:
+        """Pooled, normalised and rotated: [B, C, size]."""
         cos_sin = angles(windows.position_BC, frequencies(self.rope, self.rope_dim, compressed=True))
-        return rotate(self.norm(pooled), cos_sin), windows, past
+        return rotate(self.norm(self._pool(windows).astype(dtype)), cos_sin)
 
     def _pool(self, windows: Windows) -> jax.Array:
         """Softmax over the window's tokens, per channel. Overlap: slots of the window before use channels

@@ -35,6 +35,8 @@ class CSAttention(HCAttention):
     def remote(self, extra, order_BT, segments_BT, past: Past):
         q_BTJL, w_BTJ = extra
         entries, count = past.entries, past.entries.kv_BCH.shape[1]
+        if not count:
+            return None
         mask_BTC = readable(order_BT, segments_BT, past, self.compressor.ratio)
         scores_BTC = jnp.where(mask_BTC, score(q_BTJL, w_BTJ, entries.index_BCL), -jnp.inf)
         k = min(self.model.indexer.topk, count)

@@ -25,6 +25,8 @@ class HCAttention(WindowAttention):
         return past.extend(kv_BCH, None, windows, chunk, self.compressor.ratio)
 
     def remote(self, extra, order_BT, segments_BT, past: Past):
+        if not past.entries.kv_BCH.shape[1]:  # a fresh call shorter than one window
+            return None
         mask_BTC = readable(order_BT, segments_BT, past, self.compressor.ratio)
         return past.entries.kv_BCH, mask_BTC, None
 

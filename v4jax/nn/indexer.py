@@ -30,10 +30,10 @@ class Indexer(nnx.Module):
 def score(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BCL: jax.Array) -> jax.Array:
     """I[t, c] = sum_j w[t, j] relu(q[t, j] . k[c]): float32 [B, T, C].
 
-    Entries stay the minor axis from the product to the result; with heads minor, XLA:CPU is up to 140 times slower.
+    Entries are the minor axis throughout, and the heads are summed inside one loop over them.
     """
     dots_BTJC = jnp.einsum("BTJL,BCL->BTJC", q_BTJL, keys_BCL, preferred_element_type=jnp.float32)
-    return jnp.einsum("BTJC,BTJ->BTC", jax.nn.relu(dots_BTJC), w_BTJ)
+    return jnp.sum(jax.nn.relu(dots_BTJC) * w_BTJ[..., None], axis=2)
 
 
 def top(scores_BTC: jax.Array, k: int) -> jax.Array:
@@ -41,7 +41,9 @@ def top(scores_BTC: jax.Array, k: int) -> jax.Array:
 
     Ties go to the lowest index: relu makes exact zeros common, so the order has to be a rule (spec 11.4).
     """
-    values, picks_BTK = jax.lax.top_k(jax.lax.stop_gradient(scores_BTC), k)
+    scores_BTC = jax.lax.stop_gradient(scores_BTC)
+    scores_BTC = jnp.where(scores_BTC == 0, 0.0, scores_BTC)  # top_k sorts -0 below +0; products of relu give both
+    values, picks_BTK = jax.lax.top_k(scores_BTC, k)
     return jnp.where(values > -jnp.inf, picks_BTK, -1)
 
 

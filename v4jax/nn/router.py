@@ -16,9 +16,9 @@ class Router(nnx.Module):
         self.active, self.scale, self.hashed = moe.active, moe.route_scale, hashed
         self.weight = weight(rngs, "DE", (model.hidden_size, moe.experts), model.init_std)
         if hashed:
-            self.table = Fixed(hash_table(model.vocab_size, moe.experts, moe.active), axes=("vocab", "picks"))
+            self.table = Fixed(hash_table(model.vocab_size, moe.experts, moe.active), letters="VK")
         else:
-            self.bias = Fixed(jnp.zeros(moe.experts, jnp.float32), axes=("expert",))
+            self.bias = Fixed(jnp.zeros(moe.experts, jnp.float32), letters="E")
 
     def __call__(self, x_BTD: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """picks_BTK int32, their weights_BTK and all scores_BTE, float32.
@@ -26,7 +26,8 @@ class Router(nnx.Module):
         The bias moves the choice only, never the weight (mistake 22).
         """
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), self.weight[...].astype(jnp.float32))
-        scores_BTE = jnp.sqrt(jax.nn.softplus(logits_BTE))
+        # Below -87 softplus underflows to 0, where the root has no gradient but NaN.
+        scores_BTE = jnp.sqrt(jax.nn.softplus(jnp.maximum(logits_BTE, -80.0)))
         if self.hashed:
             picks_BTK = self.table[...][tokens_BT]
         else:

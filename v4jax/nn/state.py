@@ -74,14 +74,15 @@ class Rows:
 class Windows:
     """Compression windows that this call may complete: `now` and (overlapped layers) the one `before` each.
 
-    now_BCPW, before_BCPW or None; index_BC int32 is the entry's index in the row, out of range where the window is
-    not complete; position_BC int32 is the rotary position of its first token.
+    now_BCPW, before_BCPW or None; index_BC int32 is the entry's index in the row; position_BC int32 the rotary position
+    of its first token; complete_BC bool says whether its last token has been seen.
     """
 
     now_BCPW: jax.Array
     before_BCPW: jax.Array | None
     index_BC: jax.Array
     position_BC: jax.Array
+    complete_BC: jax.Array
 
 
 @_pytree
@@ -123,7 +124,7 @@ class Fresh:
                 starts = segment_BC != jnp.pad(segment_BC, ((0, 0), (1, 0)))[:, :-1]
                 before = jnp.where(starts[..., None, None], _empty_window(before), before)
         index = jnp.broadcast_to(jnp.arange(count), (B, count))
-        return Windows(now, before, index, chunk.positions_BT[:, first]), self
+        return Windows(now, before, index, chunk.positions_BT[:, first], jnp.ones_like(index, bool)), self
 
     def extend(self, kv_BCH: jax.Array, index_BCL: jax.Array | None, windows: Windows, chunk: Chunk, ratio: int) -> Fresh:
         """Keep the call's entries for the call itself."""
@@ -181,15 +182,14 @@ class Kept:
             before = jnp.where((entry == 0)[..., None, None], _empty_window(rows[:, :count]), rows[:, :count])
         real_B = T if chunk.count_B is None else chunk.count_B
         complete = (entry + 1) * ratio <= (chunk.start_B + real_B)[:, None]
-        index = jnp.where(complete, entry, self.entries.kv_BCH.shape[1])
         tails = self.tails | {name: _ring_write(tail, rows_BTW, chunk)}
-        return Windows(now, before, index, entry * ratio), dataclasses.replace(self, tails=tails)
+        return Windows(now, before, entry, entry * ratio, complete), dataclasses.replace(self, tails=tails)
 
     def extend(self, kv_BCH: jax.Array, index_BCL: jax.Array | None, windows: Windows, chunk: Chunk, ratio: int) -> Kept:
-        """Write complete entries at their index; out-of-range indices (incomplete windows) are dropped."""
-        row = jnp.arange(kv_BCH.shape[0])[:, None]
-        old = self.entries
-        put = lambda array, new: array.at[row, windows.index_BC].set(new.astype(array.dtype), mode="drop")
+        """Write complete entries at their index; the others go out of range and are dropped."""
+        row, old = jnp.arange(kv_BCH.shape[0])[:, None], self.entries
+        slot_BC = jnp.where(windows.complete_BC, windows.index_BC, old.kv_BCH.shape[1])
+        put = lambda array, new: array.at[row, slot_BC].set(new.astype(array.dtype), mode="drop")
         index = None if index_BCL is None else put(old.index_BCL, index_BCL)
         return dataclasses.replace(self, entries=Entries(put(old.kv_BCH, kv_BCH), index))
 

@@ -15,6 +15,9 @@ from v4jax.nn.rope import angles, frequencies, rotate
 from v4jax.nn.state import Chunk, Past, Rows
 
 
+_KEPT_BLOCKS = 8  # longer rows recompute each block's softmax in the backward pass instead of keeping all of them
+
+
 class WindowAttention(nnx.Module):
     """Steps 1 to 13 of spec 2.3 for a layer of kind `swa`."""
 
@@ -77,7 +80,9 @@ class WindowAttention(nnx.Module):
         def overlapping(a):  # [B, window + T, ...] to [blocks, B, window + size, ...]
             return jnp.concatenate([blocked(a[:, : blocks * size]), blocked(a[:, m.window :])], axis=2)
 
-        body = jax.checkpoint(lambda block: self._attend_block(*block, past))
+        body = lambda block: self._attend_block(*block, past)
+        if blocks > _KEPT_BLOCKS:
+            body = jax.checkpoint(body)
         o, loss = jax.lax.map(body, (jax.tree.map(split, queries), jax.tree.map(overlapping, rows.padded(pad))))
         join = lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], blocks * size, *a.shape[3:])[:, :T]
         return join(o), join(loss)

@@ -1,0 +1,72 @@
+"""Which kind a directory is, and the v4jax.json that makes it a checkpoint."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+
+from v4jax import config as config_lib
+from v4jax.checkpoint import directory
+from v4jax.core.check import UserError
+
+
+class Words:
+    """A tokenizer as far as checkpoints know one."""
+
+    def save(self, path):
+        (path / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize("name", config_lib.preset_names())
+def test_every_preset_comes_back(tmp_path, name):
+    config = config_lib.load(name)
+    directory.save_config(tmp_path, config)
+    assert directory.read_config(tmp_path) == config
+    assert os.listdir(tmp_path) == ["v4jax.json"]
+
+
+def test_a_workdir_becomes_a_checkpoint(tmp_path):
+    workdir = tmp_path / "runs" / "new"
+    directory.save_config(workdir, config_lib.load("tiny"), Words())
+    assert directory.format_of(workdir) == "orbax"
+    assert sorted(os.listdir(workdir)) == ["tokenizer.json", "v4jax.json"]
+
+
+def test_a_config_that_is_not_valid_is_not_saved(tmp_path):
+    tiny = config_lib.load("tiny")
+    with pytest.raises(config_lib.ConfigError, match="batch_size"):
+        directory.save_config(tmp_path, dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, batch_size=0)))
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="missing is missing; give a Hugging Face directory, a v4jax one"):
+        directory.format_of(tmp_path / "missing")
+    with pytest.raises(UserError, match="is no checkpoint, for it holds neither v4jax.json nor config.json; give"):
+        directory.format_of(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert directory.format_of(tmp_path) == "huggingface"
+    with pytest.raises(UserError, match="config.json is a file"):
+        directory.format_of(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (lambda v: v | {"format": 2}, "has the format 2, this v4jax reads 1; use the version"),
+    (lambda v: {"config": v["config"]}, "has the format None"),
+    (lambda v: {"format": 1}, "holds no config"),
+    (lambda v: v | {"config": [1]}, "holds no config"),
+    (lambda v: v | {"config": v["config"] | {"model": 5}}, "holds no config"),
+    (lambda v: v | {"config": v["config"] | {"modle": {}}}, "unknown config field 'modle'; did you mean 'model'"),
+    (lambda v: [v], "holds no JSON object"),
+])  # fmt: skip
+def test_a_damaged_config_is_named(tmp_path, change, complaint):
+    directory.save_config(tmp_path, config_lib.load("tiny"))
+    file = tmp_path / "v4jax.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(UserError, match=complaint) as error:
+        directory.read_config(tmp_path)
+    assert str(file) in str(error.value)
+    file.write_text(file.read_text()[:-5])
+    with pytest.raises(UserError, match="is not valid JSON"):
+        directory.read_config(tmp_path)

@@ -1,0 +1,100 @@
+"""Random weights from a numpy seed, so that golden files need not store them, and the configs they are made for.
+
+`RandomState` is numpy's frozen generator: its streams never change. Tensors are drawn in the order of the checkpoint
+mapping, in the flat layout; the scales are those of spec 12.1, with larger gates, sinks and biases, for weights near
+zero would leave them untested.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from v4jax.checkpoint import mapping
+from v4jax.config import HyperConnection, Indexer, Model, Moe, Rope
+from v4jax.models.layout import from_flat
+from v4jax.models.transformer import Transformer, fresh_chunk, next_chunk
+
+# Axis of the inputs in the flat layout [in..., out...], where it is not the first one.
+_FAN_IN = {
+    "embed.table": (1,), "fn": (1, 2), "o_down": (1,), "o_up": (0, 1), "experts.gate_up": (1,), "experts.down": (1,),
+}  # fmt: skip
+
+
+def config(**changes) -> Model:
+    """A small model with every feature: three layer kinds, both routings, indexer, YaRN, clamps within reach."""
+    fields = dict(
+        vocab_size=64, hidden_size=32, schedule=("swa", "csa", "hca"), heads=4, head_dim=16, rope_dim=8,
+        q_rank=24, o_groups=2, o_rank=16, window=8, csa_ratio=4, hca_ratio=16, max_positions=4096, mtp_layers=0,
+        dtype="float32", rope=Rope(yarn_factor=8.0, yarn_original=64), indexer=Indexer(heads=16, head_dim=16, topk=3),
+        moe=Moe(experts=8, active=2, inner=24, hash_layers=1, swiglu_limit=1.0), mhc=HyperConnection(),
+    )  # fmt: skip
+    return Model(**(fields | changes))
+
+
+# Golden cases: a usual model, and one where what the first fixes differs (groups, ratios, YaRN off, odd window).
+CASES = {
+    "usual": (config(), 45),
+    "other": (
+        config(
+            schedule=("hca", "csa", "swa"), heads=6, o_groups=1, window=5, hca_ratio=12, rope=Rope(),
+            indexer=Indexer(heads=24, head_dim=8, topk=2), mhc=HyperConnection(streams=2, sinkhorn_iters=5),
+            moe=Moe(experts=6, active=3, inner=16, hash_layers=2, route_scale=2.5, swiglu_limit=0.5),
+        ),
+        51,
+    ),
+}  # fmt: skip
+
+
+def random_flat(model: Model, seed: int) -> dict[str, np.ndarray]:
+    """Every flat tensor of a model: float32, hash tables int32 with distinct experts."""
+    rng = np.random.RandomState(seed)
+    flat = {}
+    for name, tensor in mapping.tensors(model).items():
+        normal = rng.standard_normal(tensor.shape)
+        if tensor.role == "index":
+            rows = [rng.permutation(model.moe.experts)[: tensor.shape[1]] for _ in range(tensor.shape[0])]
+            flat[name] = np.stack(rows).astype(np.int32)
+            continue
+        if tensor.role == "norm":
+            normal = 1 + 0.1 * normal
+        elif name.endswith(("sink", "ape")):
+            pass
+        elif name.endswith(("base", "scale", "bias")):
+            normal = 0.3 * normal
+        else:
+            axes = next((axes for end, axes in _FAN_IN.items() if name.endswith(end)), (0,))
+            normal = normal / np.sqrt(np.prod([tensor.shape[axis] for axis in axes]))
+        flat[name] = normal.astype(np.float32)
+    return flat
+
+
+def build(model: Model, flat: dict[str, np.ndarray], scan: bool = False) -> Transformer:
+    """A Transformer that holds the flat tensors."""
+    shell = nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0), scan=scan))
+    graphdef, abstract = nnx.split(shell)
+    return nnx.merge(graphdef, from_flat(jax.tree.map(jnp.asarray, flat), abstract, shell.runs))
+
+
+def quick_jit(function):
+    """`jax.jit` that spends half the usual time compiling: in these tests compilation is nearly all there is."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@quick_jit
+def full(net: Transformer, tokens_BT):
+    """The whole row at once: logits, streams after the last layer, losses and loads."""
+    x_BTXD, _, aux = net.hidden(fresh_chunk(tokens_BT), net.fresh())
+    return net.logits(x_BTXD), x_BTXD, aux
+
+
+@quick_jit
+def step(net: Transformer, tokens_BT, start_B, count_B, state):
+    """The next tokens of every row: logits, streams after the last layer, state."""
+    x_BTXD, state, _ = net.hidden(next_chunk(tokens_BT, start_B, count_B), state)
+    return net.logits(x_BTXD), x_BTXD, state
+
+
+def tokens(model: Model, shape: tuple[int, ...], seed: int = 1) -> np.ndarray:
+    """Random token ids, int32."""
+    return np.random.RandomState(seed).randint(0, model.vocab_size, shape).astype(np.int32)

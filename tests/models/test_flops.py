@@ -1,0 +1,78 @@
+"""Parameter counts against the published ones, by group (spec 1.2)."""
+
+import dataclasses
+import math
+
+import pytest
+
+from tests.golden import weights
+from v4jax import config
+from v4jax.checkpoint import mapping
+from v4jax.config import Moe
+from v4jax.models.flops import count_parameters
+
+# In billions, to the digits that were published or derived from the released files (spec 1.2).
+PUBLISHED = {
+    "v4_flash": {
+        "total": "284.33", "active": "13.27", "embedding": "0.5295", "head": "0.5295", "attention": "5.086",
+        "routed experts": "277.025", "shared experts": "1.082", "router": "0.045", "mhc": "0.034",
+    },
+    "v4_pro": {
+        "total": "1573.0", "active": "48.85", "embedding": "0.9267", "head": "0.9267", "attention": "19.465",
+        "routed experts": "1547.396", "shared experts": "4.030", "router": "0.168", "mhc": "0.084",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_counts_are_the_published_ones(name):
+    counts = count_parameters(config.load(name).model)
+    got = {"total": counts.total, "active": counts.active, **counts.by_group}
+    for group, want in PUBLISHED[name].items():
+        digits = len(want.split(".")[1])
+        assert f"{got[group] / 1e9:.{digits}f}" == want, group
+    assert sum(counts.by_group.values()) - counts.by_group["mtp"] == counts.total
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_mtp_by_arithmetic(name):
+    """One window layer with bias routing, two projections, three norms and a head mix (spec 5.1)."""
+    m = config.load(name).model
+    D, X = m.hidden_size, m.mhc.streams
+    attention = D * m.q_rank + m.q_rank * m.heads * m.head_dim + D * m.head_dim
+    attention += m.heads * m.head_dim * m.o_rank + m.o_groups * m.o_rank * D
+    attention += m.q_rank + m.head_dim + m.heads
+    experts = 3 * D * m.moe.inner * (m.moe.experts + 1) + (D + 1) * m.moe.experts
+    coefficients = X * X + 2 * X
+    mhc = 2 * (coefficients * X * D + coefficients + 3) + X * X * D + X + 1
+    norms = 5 * D
+    assert count_parameters(m).by_group["mtp"] == attention + experts + mhc + norms + 2 * D * D
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shapes_are_those_of_the_released_files(name):
+    """Weights of a checkpoint, tensor by tensor, add up to the same number (hash tables are no parameters)."""
+    m = config.load(name).model
+    sizes = [t for t in mapping.tensors(m).values() if t.role != "index"]
+    counts = count_parameters(m)
+    assert sum(math.prod(t.shape) for t in sizes) == counts.total + counts.by_group["mtp"]
+
+
+def test_the_two_models_differ_where_published():
+    flash, pro = config.load("v4_flash").model, config.load("v4_pro").model
+    assert [flash.schedule.count(kind) for kind in config.LAYER_KINDS] == [2, 21, 20]
+    assert [pro.schedule.count(kind) for kind in config.LAYER_KINDS] == [0, 30, 31]
+    assert flash.schedule[:5] == ("swa", "swa", "csa", "hca", "csa") and flash.schedule[-1] == "csa"
+    assert pro.schedule[:5] == ("hca", "hca", "csa", "hca", "csa") and pro.schedule[-1] == "csa"
+    for m in (flash, pro):
+        assert (m.rope.theta, m.rope.compress_theta, m.rope.yarn_factor, m.rope.yarn_original) == (1e4, 1.6e5, 16, 65536)
+        assert m.mtp_layers == 1 and m.dtype == "bfloat16" and not m.kv_qdq and m.alignment == m.window == 128
+
+
+def test_active_counts_a_tokens_own_experts():
+    dense = weights.config(moe=Moe(experts=4, active=4, inner=16, hash_layers=1))
+    sparse = dataclasses.replace(dense, moe=dataclasses.replace(dense.moe, active=1))
+    one = 3 * dense.hidden_size * 16
+    a, b = count_parameters(dense), count_parameters(sparse)
+    assert a.total == b.total and a.active - b.active == 3 * one * dense.layers
+    assert a.active == a.total - dense.vocab_size * dense.hidden_size and a.by_group["mtp"] == 0

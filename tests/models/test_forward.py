@@ -1,0 +1,69 @@
+"""The forward against the specification in numpy float64, token by token."""
+
+import numpy as np
+import pytest
+
+from tests.golden import weights
+from tests.nn import reference
+from v4jax.config import HyperConnection, Indexer, Moe, Rope
+from v4jax.models.transformer import fresh_chunk
+from v4jax.nn.state import Fresh
+
+CONFIGS = {
+    "usual": weights.config(),
+    "no yarn, one group": weights.config(
+        schedule=("hca", "csa"), o_groups=1, rope=Rope(), window=5, hca_ratio=12,
+        mhc=HyperConnection(streams=2, sinkhorn_iters=3), moe=Moe(6, 3, 16, hash_layers=0, route_scale=2.5, swiglu_limit=0.5),
+    ),
+    "whole head turns": weights.config(
+        schedule=("csa", "hca"), rope_dim=16, csa_ratio=2, hca_ratio=6, window=3, indexer=Indexer(20, 16, 4), moe=Moe(4, 4, 8, hash_layers=1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_forward_is_the_specification(name):
+    model = CONFIGS[name]
+    flat, ids = weights.random_flat(model, 0), weights.tokens(model, (2, 43))
+    logits, x, aux = weights.full(weights.build(model, flat), ids)
+    want = [reference.forward(model, flat, row) for row in ids]
+    spread = np.std([w[0] for w in want])
+    np.testing.assert_allclose(logits, [w[0] for w in want], rtol=0, atol=2e-5 * spread)
+    np.testing.assert_allclose(x, [w[2] for w in want], rtol=0, atol=2e-5 * np.std(x))
+    np.testing.assert_allclose(aux["indexer"], np.mean([w[1] for w in want], axis=(0, 2)), rtol=2e-4, atol=1e-7)
+
+
+def test_mtp_is_the_specification():
+    model = weights.config(schedule=("swa",), mtp_layers=1)
+    flat, ids = weights.random_flat(model, 2), weights.tokens(model, (2, 31))
+
+    @weights.quick_jit
+    def run(net, ids):
+        chunk = fresh_chunk(ids[:, :-1])
+        x = net.hidden(chunk, net.fresh())[0]
+        return net.mtp_logits(x, ids[:, 1:], chunk, Fresh())[0]
+
+    want = [reference.mtp(model, flat, reference.forward(model, flat, row[:-1])[2], row[1:]) for row in ids]
+    np.testing.assert_allclose(run(weights.build(model, flat), ids), want, rtol=0, atol=2e-5 * np.std(want))
+
+
+@pytest.mark.parametrize("length", [1, 3, 15])
+def test_rows_shorter_than_a_window(length):
+    """No entry is complete, or none of HCA: the row is attended raw."""
+    model = weights.config(schedule=("csa", "hca"))
+    flat, ids = weights.random_flat(model, 0), weights.tokens(model, (1, length))
+    want = reference.forward(model, flat, ids[0])[0]
+    got = weights.full(weights.build(model, flat), ids)[0][0]
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.std(want))
+
+
+def test_no_token_sees_a_later_one():
+    model = CONFIGS["usual"]
+    net, ids = weights.build(model, weights.random_flat(model, 0)), weights.tokens(model, (2, 43))
+    before = np.asarray(weights.full(net, ids)[0])
+    for place in (15, 31, 40):
+        other = ids.copy()
+        other[:, place:] = (other[:, place:] + 1) % model.vocab_size
+        after = np.asarray(weights.full(net, other)[0])
+        np.testing.assert_allclose(after[:, :place], before[:, :place], rtol=0, atol=1e-5)
+        assert np.all(np.abs(after[:, place] - before[:, place]).max(-1) > 1e-3)

@@ -1,0 +1,123 @@
+"""Indexer: scores, the tie rule, the mask that equals the picks, visibility, and its loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.golden import weights
+from v4jax.models.transformer import fresh_chunk
+from v4jax.nn.csa import _chosen
+from v4jax.nn.indexer import score, top, visible
+from v4jax.nn.state import Fresh
+from v4jax.nn.window import index_loss
+
+# Few values, so that most are tied; minus zero is what negative weights make of inactive heads.
+TIED = st.lists(st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 0.0, 0.5, 2.0]), min_size=9, max_size=9)
+
+TOP, CHOSEN = (jax.jit(f, static_argnums=1) for f in (top, _chosen))
+
+
+def _picks(scores, k):
+    """The rule in plain Python: higher score first, of equals the lower index, invisible ones never."""
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    return [i if scores[i] > -np.inf else -1 for i in order[:k]]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(scores=TIED, k=st.integers(1, 9))
+def test_ties_go_to_the_lowest_index_and_the_mask_is_that_set(scores, k):
+    array = jnp.asarray(scores, jnp.float32)[None, None]
+    picks = TOP(array, k)[0, 0].tolist()
+    assert picks == _picks(scores, k)
+    chosen = np.flatnonzero(np.asarray(CHOSEN(array, k))[0, 0] & (np.asarray(scores) > -np.inf)).tolist()
+    assert chosen == sorted(i for i in picks if i >= 0)
+
+
+def test_scores_are_the_formula():
+    """relu before the weight, the weight may be negative; an entry no head likes scores exactly zero."""
+    rng = np.random.RandomState(0)
+    q, w, keys = rng.standard_normal((2, 3, 4, 5)), rng.standard_normal((2, 3, 4)), rng.standard_normal((2, 6, 5))
+    q[..., 0], keys[:, 5] = -np.abs(q[..., 0]), [1, 0, 0, 0, 0]
+    got = np.asarray(score(*(jnp.asarray(a, jnp.float32) for a in (q, w, keys))))
+    want = np.zeros((2, 3, 6))
+    for b, t, c, j in np.ndindex(2, 3, 6, 4):
+        want[b, t, c] += w[b, t, j] * max(q[b, t, j] @ keys[b, c], 0)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert (got < 0).any() and not got[..., 5].any()
+
+
+@pytest.mark.parametrize("ratio", [2, 4, 16])
+def test_the_token_that_completes_a_window_sees_its_entry(ratio):
+    got = visible(jnp.arange(50)[None], ratio, 12)[0]
+    for t in range(50):
+        complete = [i for i in range(12) if (i + 1) * ratio - 1 <= t]  # entry i is there after token (i + 1) r - 1
+        assert np.flatnonzero(got[t]).tolist() == complete
+
+
+@pytest.mark.parametrize("kind, ratio", [("csa", 4), ("hca", 8)])
+def test_an_attention_layer_sees_an_entry_from_its_last_token_on(kind, ratio):
+    """With a raw window of one token, the first token of a window can only arrive through the entry."""
+    model = weights.config(schedule=(kind,), window=1, hca_ratio=8)
+    attn = weights.build(model, weights.random_flat(model, 0)).stacks[0][0].attn
+    run = weights.quick_jit(lambda attn, x: attn(x, fresh_chunk(jnp.zeros(x.shape[:2], jnp.int32)), Fresh())[0])
+    x = np.random.RandomState(1).standard_normal((1, 3 * ratio, model.hidden_size)).astype(np.float32)
+    other = x.copy()
+    other[:, ratio] += 1  # the first token of window 1
+    moved = np.abs(np.asarray(run(attn, other)) - np.asarray(run(attn, x))).max(-1)[0] > 1e-5
+    assert np.flatnonzero(moved).tolist()[:2] == [ratio, 2 * ratio - 1]
+
+
+def test_loss_is_the_divergence_from_the_attention_mass():
+    rng = np.random.RandomState(0)
+    scores, mass = rng.standard_normal((2, 3, 7)), rng.random_sample((2, 3, 7))
+    mask = rng.random_sample((2, 3, 7)) > 0.4
+    mask[0, 0], mass[0, 1, 2] = False, 0.0  # a query that reads nothing; an entry without mass
+    mass, hidden = mass * mask, np.where(mask, scores, -np.inf)
+    want = np.zeros((2, 3))
+    for b, t in np.ndindex(2, 3):
+        seen = np.flatnonzero(mask[b, t])
+        if len(seen):
+            own = np.exp(scores[b, t, seen]) / np.exp(scores[b, t, seen]).sum()
+            target = mass[b, t, seen] / mass[b, t, seen].sum()
+            want[b, t] = sum(p * np.log(p / q) for p, q in zip(target, own, strict=True) if p > 0)
+    arguments = [jnp.asarray(a, jnp.float32) for a in (hidden, mass)]
+
+    @weights.quick_jit
+    def both(scores, mass):
+        out, pull = jax.vjp(lambda s, m: index_loss(s, jnp.asarray(mask), m), scores, mass)
+        return out, *pull(jnp.ones_like(out))
+
+    loss, to_scores, to_mass = both(*arguments)
+    np.testing.assert_allclose(loss, want, rtol=1e-5, atol=1e-6)
+    assert not to_mass.any() and np.isfinite(to_scores).all() and not np.asarray(to_scores)[~mask].any()
+    assert np.abs(np.asarray(to_scores)[mask]).max() > 0.01
+
+
+def _by_name(tree):
+    return {jax.tree_util.keystr(path): np.asarray(g) for path, g in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_the_indexer_alone_learns_from_its_loss_and_from_nothing_else():
+    model = weights.config(schedule=("hca", "csa"))
+    net = weights.build(model, weights.random_flat(model, 0))
+    graphdef, params, fixed = nnx.split(net, nnx.Param, ...)
+    ids = weights.tokens(model, (1, 24))
+
+    @weights.quick_jit
+    def gradients(params):
+        def losses(params):
+            net = nnx.merge(graphdef, params, fixed)
+            x, _, aux = net.hidden(fresh_chunk(ids), net.fresh())
+            return aux["indexer"].sum(), jnp.mean(jnp.square(net.logits(x)))
+
+        return jax.jacrev(losses)(params)
+
+    index, other = (_by_name(g) for g in gradients(params))
+    for name in index:
+        assert np.isfinite(index[name]).all() and np.isfinite(other[name]).all(), name
+        assert index[name].any() == ("indexer" in name), name
+        assert other[name].any() == ("indexer" not in name), name

@@ -1,0 +1,254 @@
+"""`LLM`: prompts in, text out, whole or in pieces, and every mistake one line."""
+
+import gc
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import v4jax
+from v4jax import checkpoint, config
+from v4jax.core.check import UserError
+from v4jax.data.tokenizer import Detokenizer, Tokenizer
+from v4jax.serve import LLM, SamplingParams
+from v4jax.serve.llm import split_at_stop
+
+PROMPTS = ["To be, or not", [7, 300, 12], "¿Qué?", np.array([9])]
+LIMITS = {"max_batch": 4, "max_seq_len": 64, "prefill_chunk": 64}
+
+
+def greedy(**options):
+    return SamplingParams(**{"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **options})
+
+
+@pytest.fixture(scope="module")
+def llm(model, tokenizer):
+    return LLM(model, tokenizer=tokenizer, **LIMITS)
+
+
+@pytest.fixture(scope="module")
+def outputs(llm):
+    return llm.generate(PROMPTS, greedy())
+
+
+def test_public_names():
+    assert v4jax.LLM is LLM and v4jax.SamplingParams is SamplingParams
+
+
+def test_outputs_hold_prompt_tokens_and_text(outputs, tokenizer, full_logits):
+    assert outputs[0].prompt_token_ids == [tokenizer.bos_id, *tokenizer.encode(PROMPTS[0])]
+    assert outputs[1].prompt_token_ids == [7, 300, 12] and outputs[3].prompt_token_ids == [9]
+    assert [out.prompt for out in outputs] == [PROMPTS[0], None, PROMPTS[2], None]
+    for out in outputs:
+        assert (out.finish_reason, out.error, out.logprobs) == ("length", None, None)
+        assert len(out.token_ids) == 24 and out.text == tokenizer.decode(out.token_ids)
+        logits = full_logits(out.prompt_token_ids + out.token_ids)
+        assert np.argmax(logits[len(out.prompt_token_ids) - 1 : -1], -1).tolist() == out.token_ids
+
+
+def test_pieces_join_to_the_text(llm, outputs):
+    pieces = list(llm.stream(PROMPTS, greedy()))
+    assert all(piece for _, piece in pieces)
+    assert ["".join(piece for i, piece in pieces if i == row) for row in range(4)] == [out.text for out in outputs]
+    indices = [i for i, _ in pieces]
+    assert indices != sorted(indices)  # they come as they are made, not prompt by prompt
+
+
+def test_more_prompts_than_the_batch_holds(llm, outputs):
+    nine = [*PROMPTS, *PROMPTS, PROMPTS[1]]
+    params = [greedy(max_tokens=24 - i) for i in range(9)]
+    again = llm.generate(nine, params)
+    same = [*outputs, *outputs, outputs[1]]
+    assert [out.token_ids for out in again] == [out.token_ids[: 24 - i] for i, out in enumerate(same)]
+    assert {i for i, _ in llm.stream(nine, params)} == set(range(9))
+
+
+def test_one_string_is_one_prompt(llm, outputs):
+    [out] = llm.generate(PROMPTS[0], greedy())
+    assert out.token_ids == outputs[0].token_ids
+    assert llm.generate([]) == []
+
+
+def test_stop_strings_across_tokens(llm, outputs):
+    text, ids = outputs[0].text, outputs[0].token_ids
+    middle = len(text) // 2
+    stop = text[middle - 6 : middle + 6]  # longer than any token
+    cut = text.index(stop)
+    for given in (stop, ["nowhere to be found", stop, text[middle - 2 : middle + 12]]):
+        params = greedy(stop=given)
+        [out] = llm.generate(PROMPTS[0], params)
+        assert (out.text, out.finish_reason) == (text[:cut], "stop")
+        assert out.token_ids == ids[: len(out.token_ids)] and len(out.token_ids) < 24
+        assert stop in llm.tokenizer.decode(out.token_ids)
+        assert stop not in llm.tokenizer.decode(out.token_ids[:-1])
+        assert "".join(piece for _, piece in llm.stream(PROMPTS[0], params)) == text[:cut]
+
+
+def test_text_held_back_for_a_stop_string_comes_at_the_end(llm, outputs):
+    text = outputs[0].text
+    never = text[-5:] + "and more"
+    pieces = [piece for _, piece in llm.stream(PROMPTS[0], greedy(stop=never))]
+    assert "".join(pieces) == text and pieces[-1].endswith(text[-5:])
+
+
+def test_stop_tokens_and_the_end_of_the_document(model, llm, outputs, tokenizer):
+    ids = outputs[0].token_ids
+    at = next(i for i in range(4, 24) if ids[i] not in ids[:i])
+    [out] = llm.generate(PROMPTS[0], greedy(stop_token_ids=[ids[at]]))
+    assert (out.finish_reason, out.token_ids) == ("stop", ids[: at + 1])
+    assert out.text == tokenizer.decode(ids[:at])  # the token that ends it is no text
+    ending = Tokenizer(eos_id=ids[at])
+    other = LLM(model, tokenizer=ending, **LIMITS)
+    [out] = other.generate(PROMPTS[0], greedy(ignore_eos=False))
+    assert (out.finish_reason, out.token_ids) == ("stop", ids[: at + 1])
+    [out] = other.generate(PROMPTS[0], greedy())
+    assert out.token_ids == ids
+
+
+def test_seeds(llm):
+    sample = lambda seed, prompts=PROMPTS: [
+        out.token_ids for out in llm.generate(prompts, SamplingParams(max_tokens=24, seed=seed, top_p=0.9))
+    ]
+    first = sample(5)
+    assert sample(5) == first and sample(6) != first
+    assert sample(5, [*PROMPTS[::-1]]) == first[::-1]
+    assert sample(None) != sample(None)
+
+
+def test_logprobs_are_those_of_the_full_forward(llm, full_logits):
+    drawn = greedy(logprobs=4, temperature=2.0, seed=0)
+    outs = llm.generate(PROMPTS, [greedy(logprobs=3), greedy(logprobs=0), greedy(), drawn])
+    assert outs[2].logprobs is None
+    for out, count in [(outs[0], 3), (outs[1], 0), (outs[3], 4)]:
+        logits = full_logits(out.prompt_token_ids + out.token_ids)[len(out.prompt_token_ids) - 1 : -1]
+        expected = np.asarray(jax.nn.log_softmax(logits))
+        assert len(out.logprobs) == len(out.token_ids) == 24
+        for token, found, logp in zip(out.token_ids, out.logprobs, expected, strict=True):
+            order = np.argsort(-logp, kind="stable")
+            assert list(found) == [token, *(i for i in order[:count] if i != token)]
+            for i, entry in found.items():
+                assert entry.logprob == pytest.approx(logp[i], abs=1e-4)
+                assert entry.rank == 1 + np.flatnonzero(order == i)[0]
+    ranks = [next(iter(found.values())).rank for found in outs[3].logprobs]
+    assert max(ranks) > 4  # a token that was not among the likeliest is still reported
+
+
+def test_a_request_that_is_not_finite_ends_alone(model, llm, outputs, tokenizer):
+    graphdef, state = nnx.split(model)
+    broken = nnx.merge(graphdef, jax.tree.map(lambda a: a, state))
+    bad = next(i for i in range(300, 2048) if not any(i in out.token_ids + out.prompt_token_ids for out in outputs))
+    broken.embed.table[...] = model.embed.table[...].at[bad].set(np.nan)
+    other = LLM(broken, tokenizer=tokenizer, **LIMITS)
+    prompts = [PROMPTS[0], [7, bad, 12], PROMPTS[2], PROMPTS[3]]
+    found = other.generate(prompts, greedy())
+    assert (found[1].finish_reason, found[1].token_ids, found[1].text) == ("error", [], "")
+    assert "token 3 are not finite" in found[1].error
+    assert [found[i] for i in (0, 2, 3)] == [outputs[i] for i in (0, 2, 3)]
+    pieces = []
+    with pytest.raises(UserError, match="prompt 1 was stopped: the logits of token 3"):
+        for piece in other.stream(prompts, greedy()):
+            pieces.append(piece)
+    assert "".join(piece for i, piece in pieces if i == 3) == outputs[3].text
+
+
+def test_a_stream_that_is_left_frees_its_memory(llm, outputs):
+    gc.collect()
+    before = len(jax.live_arrays())
+    stream = llm.stream(PROMPTS, greedy())
+    next(stream)
+    assert len(jax.live_arrays()) > before
+    stream.close()
+    assert len(jax.live_arrays()) == before
+
+
+def test_pieces_never_split_a_character(llm, tokenizer):
+    """Every token is drawn, many of them single bytes: each piece is decoded whole or replaced whole."""
+    params = SamplingParams(temperature=3.0, max_tokens=24, seed=0, top_p=1.0 - 1e-6, ignore_eos=True)
+    outs = llm.generate(PROMPTS, params)
+    for row, out in enumerate(outs):
+        detokenizer = Detokenizer(tokenizer)
+        expected = [detokenizer.push(token) for token in out.token_ids]
+        expected[-1] += detokenizer.flush()
+        assert [piece for i, piece in llm.stream(PROMPTS, params) if i == row] == [piece for piece in expected if piece]
+
+
+@pytest.mark.parametrize("text, stops, result", [
+    ("hello", [], ("hello", False, "")), ("hello", ["lo"], ("hel", True, "")), ("hel", ["lo"], ("he", False, "l")),
+    ("hello", ["ell", "hello"], ("h", True, "")),  # complete first
+    ("hello", ["lo", "ello"], ("h", True, "")),  # complete together: the longest
+    ("aab", ["aac"], ("aab", False, "")), ("xaa", ["aac", "ab"], ("x", False, "aa")),
+    ("aaa", ["aab"], ("a", False, "aa")),
+    ("", ["a"], ("", False, "")), ("abab", ["abac"], ("ab", False, "ab")),
+])  # fmt: skip
+def test_split_at_stop(text, stops, result):
+    assert split_at_stop(text, stops) == result
+
+
+def test_cuts_between_tokens_do_not_matter_to_stop_strings():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        text = "".join(rng.choice(list("ab"), 12))
+        stops = ["".join(rng.choice(list("ab"), rng.integers(2, 6))) for _ in range(3)]
+        results = set()
+        for _ in range(4):
+            shown, held, stopped, at = "", "", False, 0
+            while at < len(text) and not stopped:
+                size = rng.integers(1, 5)
+                new, stopped, held = split_at_stop(held + text[at : at + size], stops)
+                shown, at = shown + new, at + size
+            results.add(shown + held)
+        assert len(results) == 1
+
+
+@pytest.mark.parametrize("prompts, words", [
+    ([""], "prompt 0 is empty; a prompt needs at least one token"), (["a", []], "prompt 1 is empty"),
+    ([[5, 2048]], "prompt 0 has token id 2048"), ([[-1]], "prompt 0 has token id -1"), ([3], "neither a string nor"),
+    ([[1.5]], "neither a string nor"), ([b"a"], "neither a string nor"), ([["a"]], "neither a string nor"),
+    ([[5] * 41], "exceeds max_seq_len 64"), ("", "prompt 0 is empty"),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_bad_prompts_are_one_line_before_anything_runs(llm, method, prompts, words):
+    with pytest.raises(UserError) as error:
+        getattr(llm, method)(prompts, greedy())  # not iterated: the stream must not wait for that
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_params_must_be_one_or_one_each(llm):
+    with pytest.raises(UserError, match="1 sampling_params for 2 prompts"):
+        llm.generate(["a", "b"], [greedy()])
+
+
+def test_token_ids_do_without_a_tokenizer(model, outputs):
+    llm = LLM(model, **LIMITS)
+    [out] = llm.generate([outputs[1].prompt_token_ids], greedy())
+    assert (out.token_ids, out.text) == (outputs[1].token_ids, "")
+    for call in (lambda: llm.generate("a"), lambda: llm.stream([[5]]), lambda: llm.generate([[5]], greedy(stop="a"))):
+        with pytest.raises(UserError, match="needs a tokenizer; put tokenizer.json"):
+            call()
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"dtype": "float32"}, "dtype applies"), ({"max_batch": 0}, "max_batch must be at least 1"),
+    ({"prefill_chunk": 0}, "prefill_chunk must be"), ({"max_seq_len": 5000}, "exceeds the 4096 positions"),
+    ({"tokenizer": "no/such/file"}, "no tokenizer no/such/file"),
+], ids=str)  # fmt: skip
+def test_bad_limits_are_one_line(model, options, words):
+    with pytest.raises(UserError, match=words):
+        LLM(model, **options)
+
+
+def test_a_directory_brings_its_tokenizer_and_limits(monkeypatch, model, tokenizer):
+    read = []
+    stored = config.Config(serve=config.Serve(max_batch=3, max_seq_len=50, prefill_chunk=20))
+    monkeypatch.setattr(checkpoint, "load", lambda path, dtype=None: read.append((path, dtype)) or model)
+    monkeypatch.setattr(checkpoint, "load_config", lambda path: stored)
+    monkeypatch.setattr(checkpoint, "load_tokenizer", lambda path: tokenizer)
+    llm = LLM("DIR", dtype="bfloat16", max_batch=2)
+    assert read == [("DIR", "bfloat16")] and llm.tokenizer is tokenizer
+    assert llm.engine.limits == config.Serve(max_batch=2, max_seq_len=50, prefill_chunk=20)
+
+    monkeypatch.setattr(checkpoint, "load_tokenizer", lambda path: None)
+    with pytest.raises(UserError, match="prompt 0 is text, which needs a tokenizer; put tokenizer.json into"):
+        LLM("DIR").generate("a")
+    assert LLM("DIR", tokenizer="auto").tokenizer.bos_id == tokenizer.bos_id

@@ -1,0 +1,84 @@
+"""What a checkpoint directory holds, and which kind it is.
+
+A v4jax directory, be it the workdir of a training run or an exported model:
+
+    v4jax.json                                the whole Config, so that a model is rebuilt with no other file
+    tokenizer.json, tokenizer_config.json     where text is asked for
+    checkpoints/<step>/                       orbax: parameters, and of a run also what resuming needs
+
+A Hugging Face directory holds config.json, safetensors and a tokenizer under the same names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from dataclasses import replace
+
+from v4jax import config as config_lib
+from v4jax.checkpoint.atomic import replace_text, write_error
+from v4jax.checkpoint.safetensors import read_json
+from v4jax.config import Config, Data, Model, Serve
+from v4jax.core.check import UserError
+
+CONFIG_NAME = "v4jax.json"
+FORMATS = ("huggingface", "orbax")
+_VERSION = 1
+
+
+def format_of(path: str | os.PathLike) -> str:
+    """ "huggingface" or "orbax", by what the directory holds. Raises UserError if it is neither."""
+    path = pathlib.Path(path)
+    known = "give a Hugging Face directory, a v4jax one, or the workdir of a training run"
+    if not path.is_dir():
+        raise UserError(f"{path} is {'a file' if path.exists() else 'missing'}; {known}")
+    if (path / CONFIG_NAME).is_file():
+        return "orbax"
+    if (path / "config.json").is_file():
+        return "huggingface"
+    raise UserError(f"{path} is no checkpoint, for it holds neither {CONFIG_NAME} nor config.json; {known}")
+
+
+def config_text(config: Config) -> str:
+    """Content of v4jax.json."""
+    return json.dumps({"format": _VERSION, "config": config_lib.to_dict(config)}, indent=2) + "\n"
+
+
+def save_config(path: str | os.PathLike, config: Config, tokenizer=None) -> None:
+    """Make `path` a v4jax directory, as a training run does before its first step; what it holds is kept.
+
+    tokenizer: anything with `save(directory)`, such as data.Tokenizer. Raises UserError if nothing can be written, or
+    the config is not valid.
+    """
+    path = pathlib.Path(path)
+    config_lib.validate(config)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if tokenizer is not None:
+            tokenizer.save(path)
+        replace_text(path / CONFIG_NAME, config_text(config))  # last, for it is what makes the directory a checkpoint
+    except OSError as error:
+        raise write_error(path, error, "no checkpoint was touched") from error
+
+
+def read_config(path: str | os.PathLike) -> Config:
+    """Config in the v4jax.json of a directory. Raises UserError for a damaged file or another version."""
+    file = pathlib.Path(path) / CONFIG_NAME
+    values = read_json(file)
+    if values.get("format") != _VERSION:
+        raise UserError(f"{file} has the format {values.get('format')!r}, this v4jax reads {_VERSION}; "
+                        "use the version that wrote it")  # fmt: skip
+    try:
+        return config_lib.validate(config_lib.from_dict(Config, values["config"]))
+    except config_lib.ConfigError as error:
+        raise UserError(f"{file}: {error}; use the v4jax that wrote it") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{file} holds no config ({error}); restore it from a copy") from error
+
+
+def config_of_model(model: Model, name: str) -> Config:
+    """A validated Config around a bare model, its other parts at their defaults or what the model allows."""
+    aligned = -(-Data.seq_len // model.alignment) * model.alignment
+    serve = replace(Serve(), max_seq_len=min(Serve.max_seq_len, model.max_positions))
+    return config_lib.validate(Config(name=name, model=model, data=Data(seq_len=aligned), serve=serve))

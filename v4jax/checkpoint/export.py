@@ -1,0 +1,121 @@
+"""Models written as v4jax directories with one orbax step, tensor by tensor."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from v4jax.checkpoint.atomic import replace_directory, write_text
+from v4jax.checkpoint.directory import CONFIG_NAME, config_text
+from v4jax.checkpoint.orbax import STEPS_NAME, WEIGHTS, finished_steps, require_space, silence, steps_path, system_error
+from v4jax.checkpoint.tensors import described, memory_dtype, tokenizer_files
+from v4jax.config import Config
+from v4jax.core import dtypes
+from v4jax.core.check import UserError
+
+_CHUNK_BYTES = 64 * 1024 * 1024  # largest piece of an exported tensor that must be read whole
+_BATCH_BYTES = 256 * 1024 * 1024  # tensors are loaded and written together until they reach this size
+
+
+def write_orbax(
+    path: str | os.PathLike,
+    config: Config,
+    flat: Mapping[str, np.ndarray],
+    tokenizer_dir: str | os.PathLike | None = None,
+    dtype=None,
+) -> None:
+    """Write a v4jax directory with one step, number 0, of weights only; all of it or nothing.
+
+    flat: arrays (numpy, jax or lazy) by flat name, exactly those of `config.model`; fetched one at a time. dtype: type
+    of the matrices, None keeps each one's own. tokenizer_dir: as in `write_hf`. Raises UserError for tensors that do
+    not fit, a full disk, a target that is something else or a training run; the target is then as it was.
+    """
+    wanted = None if dtype is None else dtypes.weight_dtype(dtype)
+    pending = {}
+    for name, (tensor, given) in described(config.model, flat, path).items():
+        stored = memory_dtype(tensor.role, given, wanted)
+        load = lambda name=name, stored=stored: np.ascontiguousarray(np.asarray(flat[name]).astype(stored, copy=False))
+        pending[name] = _Pending(tensor.shape, stored, load)
+    _refuse_run(path)
+    copies = tokenizer_files(tokenizer_dir)
+    with replace_directory(path, CONFIG_NAME, lambda name: name == STEPS_NAME) as directory:
+        require_space(directory, sum(tensor.nbytes for tensor in pending.values()))
+        for target, source in copies.items():
+            shutil.copyfile(source, directory / target)
+        try:
+            _write_step(directory / STEPS_NAME, pending)
+        except ValueError as error:
+            if (cause := system_error(error)) is None:
+                raise
+            raise cause from error
+        write_text(directory / CONFIG_NAME, config_text(config))
+
+
+def _write_step(path: pathlib.Path, pending: dict[str, _Pending]) -> None:
+    silence()
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler()), (_Pending, _PendingHandler())
+    )
+    handlers = {WEIGHTS: ocp.PyTreeCheckpointHandler(type_handler_registry=registry)}
+    chunked = dict.fromkeys(pending, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
+    args = ocp.args.Composite(**{WEIGHTS: ocp.args.PyTreeSave(pending, save_args=chunked)})
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    with ocp.CheckpointManager(path, item_handlers=handlers, options=options) as manager:
+        manager.save(0, args=args)
+
+
+def _refuse_run(path: str | os.PathLike) -> None:
+    """An export must not take the place of a run, whose optimizer state would be lost."""
+    for step in finished_steps(path):
+        if {entry.name for entry in (steps_path(path) / str(step)).iterdir() if entry.is_dir()} != {WEIGHTS}:
+            raise UserError(f"{path} is a training run; choose an empty or a new directory")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A tensor that is fetched when its turn to be written comes; its public fields are what orbax asks of an array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    load: Callable[[], np.ndarray]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+class _PendingHandler(ocp.type_handlers.NumpyHandler):
+    """Teaches orbax to write _Pending tensors a batch at a time, for they do not fit in memory all at once."""
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def serialize(self, values, infos, args=None):
+        start, size = 0, 0
+        for stop, value in enumerate(values, 1):
+            size += value.nbytes
+            if size >= _BATCH_BYTES or stop == len(values):
+                batch = slice(start, stop)
+                loaded = [pending.load() for pending in values[batch]]
+                for future in await super().serialize(loaded, infos[batch], args[batch]):
+                    await asyncio.to_thread(future.result)
+                del loaded  # or it would stay until the next batch is there
+                start, size = stop, 0
+        return []

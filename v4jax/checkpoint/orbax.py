@@ -1,0 +1,336 @@
+"""Checkpoints in orbax: the numbered steps of a training run. An exported model (export.py) is one step of weights.
+
+Every step holds items, one orbax tree each, stored flat: {name: array}. The item `model` goes by the flat per-layer
+names of models/layout.py, so that a step written from stacked layers fits an unrolled model; the leaves of other items,
+such as an optimizer's state, are named by their place in the tree. `extras` is JSON.
+
+A step is written to a temporary name and renamed when it is complete, so whatever stops a writer, the steps that have
+their final name are good. Arrays are read by byte range, through tensorstore.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from v4jax.checkpoint import mapping
+from v4jax.checkpoint.atomic import write_error
+from v4jax.checkpoint.directory import CONFIG_NAME, read_config, save_config
+from v4jax.checkpoint.tensors import LazyTensors, memory_dtype, report
+from v4jax.config import Config, Model
+from v4jax.core.check import UserError
+
+STEPS_NAME = "checkpoints"
+WEIGHTS = "model"
+_EXTRAS = "extras"
+_COMPLETE = "_CHECKPOINT_METADATA"  # orbax's file of a step; it names the time of the commit once there was one
+_TEMPORARY = ".orbax-checkpoint-tmp"  # ends the name of a step that is being written
+_LAST_WRITES = 6  # twentieths of a second in which what a failed save still writes is removed
+_SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
+
+
+# --- training runs -----------------------------------------------------------------------------------------------
+
+
+class RunStore:
+    """A training run's workdir as a checkpoint: v4jax.json, tokenizer, and the newest `keep` finished steps.
+
+    tokenizer: anything with `save(directory)`, or None. A context manager; leaving it closes. Opening removes what an
+    interrupted writer left. Raises UserError if the directory cannot be written or holds a run of another model.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, config: Config, tokenizer=None, *, keep: int):
+        self._path = steps_path(workdir)
+        self._keep = keep
+        if finished_steps(workdir) and (self._path.parent / CONFIG_NAME).is_file():
+            _check_same_model(workdir, read_config(workdir).model, config.model)
+        save_config(workdir, config, tokenizer)
+        silence()
+        self._open()
+
+    def __enter__(self) -> RunStore:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def save(self, step: int, tree: Mapping, extras: Mapping) -> None:
+        """Start to save; the arrays may be donated as soon as this returns. A step that is saved already is left.
+
+        tree: {item: pytree of jax arrays}; `model` is a flat dict by `layout.to_flat`. extras: what json can hold.
+        Steps must grow. Raises UserError if this save, or the one before, cannot be written; then the earlier
+        checkpoints are good.
+        """
+        if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree)):
+            raise TypeError("a checkpoint holds jax arrays; put other values into the extras")
+        items = {name: _flatten(item) for name, item in tree.items()}
+        if any(name.startswith("stacks.") for name in items.get(WEIGHTS, ())):
+            raise ValueError("the model is saved by flat names; pass it through layout.to_flat")
+        if _EXTRAS in tree:
+            raise ValueError(f"an item of a checkpoint cannot be called {_EXTRAS!r}")
+        json.dumps(extras)  # a mistake shows here and not in a thread
+        if step in self._manager.all_steps():
+            return
+        args = {name: ocp.args.StandardSave(flat) for name, flat in items.items() if flat}
+        args[_EXTRAS] = ocp.args.JsonSave(dict(extras))
+        self.wait()
+        with jax.transfer_guard("allow"):  # this is the place where a training loop means to fetch its arrays
+            self._guard(lambda: self._start(step, ocp.args.Composite(**args), jax.tree.leaves(tree)))
+
+    def latest(self) -> int | None:
+        """The newest finished step, or None."""
+        return max(finished_steps(self._path.parent), default=None)
+
+    def restore(self, step: int, abstract_tree: Mapping) -> tuple[dict, dict]:
+        """The tree and the extras of a step.
+
+        abstract_tree: like the saved tree or some of its items, its leaves with shape and dtype; a leaf goes to its
+        sharding, or to the default device. Raises UserError if the step is missing, of another shape, or damaged.
+        """
+        directory = self._path / str(step)
+        if not _is_finished(directory):
+            raise UserError(f"{self._path} has no finished checkpoint of step {step}; "
+                            f"finished: {finished_steps(self._path.parent) or 'none'}")  # fmt: skip
+        tree = {}
+        for name, item in abstract_tree.items():
+            wanted = _flatten(item)
+            stores = _open_matching(directory, name, wanted)
+            # One after another, and not by orbax, whose threads fill the terminal when a file is damaged.
+            leaves = [_to_device(directory, stores[place], leaf) for place, leaf in wanted.items()]
+            tree[name] = jax.tree.unflatten(jax.tree.structure(item), leaves)
+        try:
+            extras = self._manager.restore(step, args=ocp.args.Composite(**{_EXTRAS: ocp.args.JsonRestore()}))[_EXTRAS]
+        except (OSError, ValueError, KeyError) as error:
+            raise _damaged(directory, error) from error
+        return tree, extras
+
+    def wait(self) -> None:
+        """Return when the save under way is on disk. Raises UserError if it failed."""
+        self._guard(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """`wait`, and end the threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _open(self) -> None:
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            for directory in self._unfinished():
+                shutil.rmtree(directory)
+            self._manager = ocp.CheckpointManager(self._path, options=ocp.CheckpointManagerOptions(max_to_keep=self._keep))
+        except OSError as error:
+            raise write_error(self._path, error, "nothing was saved") from error
+
+    def _unfinished(self) -> list[pathlib.Path]:
+        """What an interrupted save or removal left; a removal leaves half a step under its final name."""
+        if jax.process_index() > 0:
+            return []
+        half = lambda entry: entry.name.isdigit() and not _is_finished(entry)
+        return [entry for entry in self._path.iterdir() if entry.name.endswith(_TEMPORARY) or half(entry)]
+
+    def _start(self, step: int, args: ocp.args.Composite, leaves: list[jax.Array]) -> None:
+        require_space(self._path, sum(leaf.nbytes for leaf in leaves))
+        self._manager.save(step, args=args, force=True)
+
+    def _guard(self, action: Callable[[], object]) -> None:
+        """Run a part of saving; a full disk becomes a UserError and leaves a store that can go on."""
+        try:
+            action()
+        except (OSError, ValueError) as error:
+            cause = system_error(error)
+            if cause is None:
+                raise
+            with contextlib.suppress(OSError, ValueError):  # closing tells of the same failure a second time
+                self._manager.close()
+            # The half-written step takes up the full disk, and other threads of orbax still write to it for a while.
+            for _ in range(_LAST_WRITES):
+                for directory in self._unfinished():
+                    shutil.rmtree(directory, ignore_errors=True)
+                time.sleep(0.05)
+            self._open()  # anew, for a manager forgets its older steps when a save fails
+            raise write_error(self._path, cause, "the earlier checkpoints are good") from error
+
+
+def _check_same_model(workdir: str | os.PathLike, old, new, path: str = "model") -> None:
+    """Raise UserError naming the first field in which two configs differ."""
+    for field in dataclasses.fields(old):
+        was, now, name = getattr(old, field.name), getattr(new, field.name), f"{path}.{field.name}"
+        if dataclasses.is_dataclass(was):
+            _check_same_model(workdir, was, now, name)
+        elif was != now:
+            raise UserError(f"{workdir} holds a run with {name} = {was}, not {now}; use its config or another workdir")
+
+
+def finished_steps(path: str | os.PathLike) -> list[int]:
+    """Steps of a v4jax directory whose checkpoint is complete, in order."""
+    steps = steps_path(path)
+    if not steps.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in steps.iterdir() if entry.name.isdigit() and _is_finished(entry))
+
+
+def steps_path(path: str | os.PathLike) -> pathlib.Path:
+    return pathlib.Path(os.path.realpath(path)) / STEPS_NAME
+
+
+def _is_finished(directory: pathlib.Path) -> bool:
+    try:
+        return json.loads((directory / _COMPLETE).read_bytes())["commit_timestamp_nsecs"] is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _flatten(tree) -> dict[str, object]:
+    """Leaves by their place in the tree, "a.0.b"; a flat dict stays what it is."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    flat = {jax.tree_util.keystr(path, simple=True, separator=".") or "value": leaf for path, leaf in leaves}
+    if len(flat) != len(leaves):
+        raise ValueError("two leaves of the tree have the same name; rename one")
+    return flat
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+class OrbaxTensors(LazyTensors):
+    """Weights of the newest finished step of a v4jax directory.
+
+    All names, shapes and types are checked at once, data is read when asked for. Raises UserError.
+    """
+
+    def __init__(self, path: str | os.PathLike, model: Model, dtype: np.dtype | None = None):
+        super().__init__(mapping.tensors(model))
+        steps = finished_steps(path)
+        if not steps:
+            raise UserError(f"{path} has no finished checkpoint; train until the first one is saved, or copy it again")
+        self._directory, self._wanted = steps_path(path) / str(steps[-1]), dtype
+        self._stores = _open_item(self._directory, WEIGHTS)
+        wanted = {name: (tensor.shape, tensor.role == "index") for name, tensor in self._tensors.items()}
+        found = {name: (store.shape, store.dtype.numpy_dtype.kind in "iu") for name, store in self._stores.items()}
+        _report_difference(self._directory, found, wanted, lambda shape, integer: f"{list(shape)}{' int' * integer}")
+
+    def dtype(self, name: str) -> np.dtype:
+        return memory_dtype(self._tensors[name].role, self._stores[name].dtype.numpy_dtype, self._wanted)
+
+    def read(self, name: str, leading: int | slice = slice(None)) -> np.ndarray:
+        array = _read(self._directory, self._stores[name][leading])
+        return array.astype(self.dtype(name), copy=False)
+
+
+def _open_item(directory: pathlib.Path, item: str) -> dict[str, tensorstore.TensorStore]:
+    """The arrays of one item by name, unread."""
+    try:
+        metadata = json.loads((directory / item / "_METADATA").read_bytes())
+        (directory / item / "manifest.ocdbt").stat()  # tensorstore takes a missing one for an empty database
+        driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+        base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory / item}/"}}
+        marker = "/zarr.json" if driver == "zarr3" else "/.zarray"
+        keys = [key.decode() for key in tensorstore.KvStore.open(base).result().list().result()]
+        names = [key.removesuffix(marker) for key in keys if key.endswith(marker)]
+        context = tensorstore.Context()
+        opened = {
+            name: tensorstore.open({"driver": driver, "kvstore": {**base, "path": f"{name}/"}}, context=context, open=True)
+            for name in names
+        }
+        return {name: future.result() for name, future in opened.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise _damaged(directory, error) from error
+
+
+def _open_matching(directory: pathlib.Path, item: str, wanted: Mapping) -> dict[str, tensorstore.TensorStore]:
+    """`_open_item` of exactly the wanted leaves; UserError if an item holds others."""
+    if not wanted:
+        return {}
+    if not (directory / item).is_dir():
+        raise UserError(f"{directory} holds no {item!r}; a run can be resumed only from a checkpoint of a run")
+    stores = _open_item(directory, item)
+    _report_difference(
+        directory,
+        {name: (store.shape, store.dtype.numpy_dtype) for name, store in stores.items()},
+        {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in wanted.items()},
+        lambda shape, dtype: f"{dtype.name}{list(shape)}",
+    )
+    return stores
+
+
+def _to_device(directory: pathlib.Path, store: tensorstore.TensorStore, leaf) -> jax.Array:
+    """Read an array onto the sharding of `leaf`, each shard by itself, or onto the default device."""
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        return jax.device_put(_read(directory, store))
+    return jax.make_array_from_callback(store.shape, sharding, lambda index: _read(directory, store[index]))
+
+
+def _read(directory: pathlib.Path, store: tensorstore.TensorStore) -> np.ndarray:
+    try:
+        return store.read().result()
+    except (OSError, ValueError) as error:
+        raise _damaged(directory, error) from error
+
+
+def _report_difference(directory: pathlib.Path, found: dict, wanted: dict, describe: Callable[..., str]) -> None:
+    report(
+        f"{directory} does not fit the config",
+        missing=[name for name in wanted if name not in found],
+        unexpected=[name for name in found if name not in wanted],
+        wrong=[
+            f"{name} {describe(*found[name])} instead of {describe(*wanted[name])}"
+            for name in wanted
+            if name in found and found[name] != wanted[name]
+        ],
+        cure="use the config it was trained with, or another directory",
+    )
+
+
+def _damaged(directory: pathlib.Path, error: Exception) -> UserError:
+    cause = " ".join(str(error).split())[:200]
+    return UserError(f"{directory} is damaged ({cause}); remove it to go on from an earlier one, or copy it again")
+
+
+# --- orbax's manners ---------------------------------------------------------------------------------------------
+
+
+def system_error(error: Exception) -> OSError | None:
+    """The failed system call behind an error, or None; tensorstore tells of it in text."""
+    if isinstance(error, OSError):
+        return error
+    match = _SYSTEM_ERROR.search(str(error))
+    return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
+
+
+def require_space(path: pathlib.Path, needed: int) -> None:
+    """Raise OSError if a disk is fuller than that; orbax prints tracebacks when it meets the end while writing."""
+    if shutil.disk_usage(path).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def silence() -> None:
+    """Keep orbax's log from the terminal: it reports every save, and every error that it raises several times over."""
+    for name in ("absl", "asyncio"):
+        logger = logging.getLogger(name)
+        if _from_elsewhere not in logger.filters:
+            logger.addFilter(_from_elsewhere)
+
+
+def _from_elsewhere(record: logging.LogRecord) -> bool:
+    frames = traceback.walk_tb(record.exc_info[2] if record.exc_info else None)
+    files = [record.pathname, *(frame.f_code.co_filename for frame, _ in frames)]
+    return record.levelno >= logging.CRITICAL or not any(f"{os.sep}orbax{os.sep}" in file for file in files)

@@ -1,0 +1,27 @@
+"""Tables on the terminal and records in files, in one form for every command that measures."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+
+
+def write_json(path: str, records: list[dict]) -> None:
+    """Records (flat dicts) to a JSON file, whole or not at all."""
+    target = pathlib.Path(path)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, target)
+
+
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """A Markdown table, its columns padded: readable here, and pasted into a document as it is."""
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+    line = lambda cells: "| " + " | ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+    print(f"\n{title}\n")
+    print(line(header))
+    print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    for row in rows:
+        print(line(row))
+    print(flush=True)

@@ -1,0 +1,32 @@
+"""Held-out text: nats a token and bits a byte of a checkpoint."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+
+from v4jax import checkpoint as store
+from v4jax.core.check import UserError
+from v4jax.core.tables import print_table
+from v4jax.data.pipeline import make_dataset
+from v4jax.train.loss import heldout_nll
+
+
+def run(checkpoint: str) -> list[dict]:
+    """Next-token loss (MTP excluded) on the held-out part of the data that the checkpoint's config names."""
+    config, tokenizer = store.load_config(checkpoint), store.load_tokenizer(checkpoint)
+    if tokenizer is None:
+        raise UserError(f"{checkpoint} has no tokenizer.json, without which text cannot be scored; put one beside the weights")
+    model, batches = store.load(checkpoint), make_dataset(config, tokenizer, "heldout", seed=0)
+    score = jax.jit(heldout_nll)
+    totals = jax.device_get([score(model, batch) for batch in batches])
+    nll, count = (float(np.sum(column, dtype=np.float64)) for column in zip(*totals, strict=True))
+    values = {"loss": (nll / count, "nats/token"), "bits_per_byte": (nll / math.log(2) / batches.num_bytes, "bits/byte")}
+    print_table(f"{config.name}: held-out text, {int(count):,} tokens, {batches.num_bytes:,} bytes", ["metric", "value", "unit"],
+                [[name, f"{value:.4f}", unit] for name, (value, unit) in values.items()])  # fmt: skip
+    return [
+        {"suite": "perplexity", "metric": name, "value": value, "unit": unit, "config": config.name, "context": config.data.seq_len}
+        for name, (value, unit) in values.items()
+    ]

@@ -1,0 +1,49 @@
+"""Work and size of a model, from its shapes alone: nothing is allocated."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from v4jax import config
+from v4jax.models.transformer import Transformer
+from v4jax.nn.linear import Fixed
+
+# Group of a parameter by the first of these words in its path (spec 1.2); hash tables are data and counted nowhere.
+_GROUPS = {
+    "mtp": "mtp", "embed": "embedding", "head": "head", "experts": "routed experts", "shared": "shared experts",
+    "router": "router", "attn": "attention", "attn_mhc": "mhc", "ffn_mhc": "mhc", "head_mhc": "mhc",
+    "attn_norm": "norms", "ffn_norm": "norms", "norm": "norms",
+}  # fmt: skip
+
+
+class Counts(NamedTuple):
+    """Numbers of parameters.
+
+    total: the backbone with embedding and head, without MTP. active: what one token meets in the backbone, without
+    the input embedding and with the head (the convention that gives the published 13B and 49B, spec 1.2). by_group:
+    embedding, head, attention (with compressors and indexers), routed experts, shared experts, router, mhc, norms,
+    which add up to total, and mtp beside them (its embedding and head are the backbone's).
+    """
+
+    total: int
+    active: int
+    by_group: dict[str, int]
+
+
+def count_parameters(model: config.Model) -> Counts:
+    """Counts of a model from its abstract tree."""
+    tree = nnx.state(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0), scan=True)), nnx.Any(nnx.Param, Fixed))
+    by_group = dict.fromkeys(_GROUPS.values(), 0)
+    for path, variable in nnx.to_flat_state(tree):
+        (array,) = jax.tree.leaves(variable)
+        if path[-1] != "table" or path[0] == "embed":
+            by_group[_group(path)] += int(np.prod(array.shape))
+    total = sum(by_group.values()) - by_group["mtp"]
+    idle = by_group["routed experts"] // model.moe.experts * (model.moe.experts - model.moe.active)
+    return Counts(total, total - by_group["embedding"] - idle, by_group)
+
+
+def _group(path: tuple) -> str:
+    return next(_GROUPS[part] for part in path if part in _GROUPS)

@@ -1,0 +1,205 @@
+"""How the next token is chosen: the options of a request, and the batched sampler that runs on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import numbers
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from v4jax.core.check import UserError
+
+_GREEDY_BELOW = 1e-5  # a temperature under this is 0, as in vLLM: dividing by it would overflow
+_MAX_LOGPROBS = 20  # vLLM's default limit
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Options of one request; names and meanings are vLLM's.
+
+    max_tokens: most tokens to add. temperature: 0 always takes the likeliest token. top_k: sample among the k likeliest
+    (0 or -1: all). top_p: among the fewest that hold this probability. min_p: drop tokens below this fraction of the
+    likeliest one's probability. seed: the same seed gives the same tokens, whatever else is in the batch (None: a new
+    one every time). stop: strings that end the text and are cut from it. stop_token_ids: ids that end it, like the end
+    of the document, which `ignore_eos` passes over. logprobs: report the chosen token's and the n likeliest tokens'
+    log-probabilities (0: the chosen one's alone). Raises UserError for an unknown name or a value out of range.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __new__(cls, *args, **options):
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"options: {', '.join(known)}"
+                raise UserError(f"unknown sampling option {name!r}; {hint}")
+        return super().__new__(cls)
+
+    def __post_init__(self):
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        self._require("max_tokens", _is_int(self.max_tokens) and self.max_tokens >= 1, "an integer of at least 1")
+        self._require("temperature", _is_real(self.temperature) and self.temperature >= 0, "a number of at least 0")
+        self._require("top_k", _is_int(self.top_k) and self.top_k >= -1, "an integer from 1, or 0 for all tokens")
+        self._require("top_p", _is_real(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
+        self._require("min_p", _is_real(self.min_p) and 0 <= self.min_p <= 1, "between 0 and 1")
+        self._require("seed", self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**64),
+                      "an integer from 0 to 2**64 - 1")  # fmt: skip
+        self._require("stop", all(isinstance(text, str) and text for text in stop), "strings that are not empty")
+        self._require("stop_token_ids", all(_is_int(i) and i >= 0 for i in self.stop_token_ids), "token ids")
+        reported = 0 if self.logprobs is None else self.logprobs
+        self._require("logprobs", _is_int(reported) and 0 <= reported <= _MAX_LOGPROBS,
+                      f"an integer from 0 to {_MAX_LOGPROBS}")  # fmt: skip
+
+    @property
+    def greedy(self) -> bool:
+        """Nothing is drawn."""
+        return self.temperature < _GREEDY_BELOW
+
+    def _require(self, name: str, ok: bool, meaning: str) -> None:
+        if not ok:
+            raise UserError(f"{name} must be {meaning}, got {getattr(self, name)!r}")
+
+
+class Logprob(NamedTuple):
+    """Natural logarithm of a token's probability under the model (no temperature, no filter), and its rank from 1."""
+
+    logprob: float
+    rank: int
+
+
+class Plan(NamedTuple):
+    """What a batch needs computed; part of the compiled program. Rows that need less are not changed by it."""
+
+    draw: bool  # some row is not greedy
+    cut: bool  # some row has top_k or top_p, which take a sort
+    logprobs: int | None  # most alternatives that a row reports, rounded up to a power of two
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Options:
+    """The options of a batch's rows, as arrays: float32 and int32 [B], seeds as two words, uint32 [B, 2]."""
+
+    temperature_B: jax.Array
+    top_k_B: jax.Array
+    top_p_B: jax.Array
+    min_p_B: jax.Array
+    seed_B2: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampled:
+    """One token of every row: token_B int32; finite_B bool, False where the logits held NaN or infinity (the token then
+    means nothing). With logprobs: logprob_B float32 and rank_B int32 of the token, top_BK float32 of the likeliest
+    tokens and their ids top_ids_BK, else None."""
+
+    token_B: jax.Array
+    finite_B: jax.Array
+    logprob_B: jax.Array | None = None
+    rank_B: jax.Array | None = None
+    top_BK: jax.Array | None = None
+    top_ids_BK: jax.Array | None = None
+
+
+def batch_options(rows: Sequence[SamplingParams], batch: int) -> tuple[Options, Plan]:
+    """Options of `batch` rows on the device, the last ones greedy dummies, and what they need computed."""
+    padded = [*rows, *[SamplingParams(temperature=0.0)] * (batch - len(rows))]
+    column = lambda name, dtype: np.array([getattr(row, name) for row in padded], dtype)
+    seeds = [secrets.randbits(64) if row.seed is None else int(row.seed) for row in padded]
+    options = Options(
+        np.array([0 if row.greedy else row.temperature for row in padded], np.float32),
+        np.array([min(row.top_k, 2**31 - 1) for row in padded], np.int32),
+        column("top_p", np.float32),
+        column("min_p", np.float32),
+        np.array([divmod(seed, 2**32) for seed in seeds], np.uint32),
+    )
+    draws = [row for row in rows if not row.greedy]
+    asked = [row.logprobs for row in rows if row.logprobs is not None]
+    most = max(asked) if asked else None
+    plan = Plan(
+        draw=bool(draws),
+        cut=any(row.top_k > 0 or row.top_p < 1 for row in draws),
+        logprobs=1 << (most - 1).bit_length() if most else most,
+    )
+    return jax.device_put(options), plan
+
+
+def sample(logits_BV: jax.Array, options: Options, position_B: jax.Array, plan: Plan) -> Sampled:
+    """Choose a token for every row of float32 logits.
+
+    The noise of a row depends on its seed and on position_B, int32, the place of the new token in the row, alone; it is
+    laid out by token id, so it does not depend on what the other rows need computed either. Ties go to the lowest id.
+    """
+    finite_B = jnp.isfinite(logits_BV).all(-1)
+    logits_BV = jnp.where(finite_B[:, None], logits_BV, 0.0)
+    token_B = jnp.argmax(logits_BV, -1).astype(jnp.int32)
+    if plan.draw:
+        noise = jax.vmap(lambda seed, position: _noise(seed, position, logits_BV.shape[1]))
+        noise_BV = noise(options.seed_B2, position_B)
+        drawn_B = jnp.argmax(_filtered(logits_BV, options, plan.cut) + noise_BV, -1).astype(jnp.int32)
+        token_B = jnp.where(options.temperature_B > 0, drawn_B, token_B)
+    if plan.logprobs is None:
+        return Sampled(token_B, finite_B)
+    logp_BV = jax.nn.log_softmax(logits_BV, -1)
+    logprob_B1 = jnp.take_along_axis(logp_BV, token_B[:, None], -1)
+    rank_B = 1 + (logp_BV > logprob_B1).sum(-1, dtype=jnp.int32)
+    top_BK, top_ids_BK = jax.lax.top_k(logp_BV, min(plan.logprobs, logp_BV.shape[1]))
+    return Sampled(token_B, finite_B, logprob_B1[:, 0], rank_B, top_BK, top_ids_BK)
+
+
+def _noise(seed_2: jax.Array, position: jax.Array, count: int) -> jax.Array:
+    """Gumbel noise [count] of one row and position; its generator is named, so that no setting of JAX changes it."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(seed_2, impl="threefry2x32"), position)
+    return jax.random.gumbel(key, (count,), jnp.float32)
+
+
+def _filtered(logits_BV: jax.Array, options: Options, cut: bool) -> jax.Array:
+    """Logits over the temperature, the likeliest at 0, and -inf where min_p, then top_k, then top_p drop a token."""
+    column = lambda a_B: a_B[:, None]
+    temperature_B = jnp.where(options.temperature_B > 0, options.temperature_B, 1.0)
+    x_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / column(temperature_B)
+    x_BV = jnp.where(x_BV >= column(jnp.log(options.min_p_B)), x_BV, -jnp.inf)
+    if not cut:
+        return x_BV
+    V = x_BV.shape[1]
+    sorted_BV = jnp.sort(x_BV, axis=-1, descending=True)
+    k_B = jnp.where(options.top_k_B > 0, jnp.minimum(options.top_k_B, V), V)
+    in_k_BV = jnp.arange(V) < column(k_B)
+    p_BV = jax.nn.softmax(jnp.where(in_k_BV, sorted_BV, -jnp.inf), -1)
+    before_BV = jnp.cumsum(p_BV, -1) - p_BV
+    # The rounding of the sum must not drop tokens of a row that asks for all of them.
+    in_p_BV = (before_BV < column(options.top_p_B)) | (column(options.top_p_B) >= 1)
+    keep_B1 = column((in_k_BV & in_p_BV).sum(-1))
+    last_B1 = jnp.take_along_axis(sorted_BV, keep_B1 - 1, -1)
+    above_BV, equal_BV = x_BV > last_B1, x_BV == last_B1
+    room_B1 = keep_B1 - above_BV.sum(-1, keepdims=True)
+    return jnp.where(above_BV | (equal_BV & (jnp.cumsum(equal_BV, -1) <= room_B1)), x_BV, -jnp.inf)
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_real(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,53 @@
+"""Timing two things against each other on a noisy machine, and the machine's own limits."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def alternate(arms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each arm, measured in turn, `rounds` times, so that a drift of the machine meets all alike.
+
+    An arm is a function that does its work once and returns the seconds it took; it has been warmed up.
+    """
+    seconds = {name: [] for name in arms}
+    for _ in range(rounds):
+        for name, arm in arms.items():
+            seconds[name].append(arm())
+    return seconds
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of one call, until its arrays are there."""
+    start = time.perf_counter()
+    jax.block_until_ready(work())
+    return time.perf_counter() - start
+
+
+def spread(values: list[float]) -> float:
+    """Half the distance between the quartiles, as a fraction of the median."""
+    if len(values) < 3:
+        return (max(values) - min(values)) / 2 / statistics.median(values)
+    low, middle, high = statistics.quantiles(values, n=4)
+    return (high - low) / 2 / middle
+
+
+def machine() -> dict[str, float]:
+    """What this machine can do, now: float32 products (FLOP/s, 2048^3) and memory traffic (byte/s, scaled copy of 256 MB)."""
+    a = jnp.ones((2048, 2048), jnp.float32)
+    product, big = jax.jit(lambda a: a @ a), jnp.ones(2**26, jnp.float32)
+    scale = jax.jit(lambda x: x * 1.5, donate_argnums=0)
+    timed(lambda: product(a))
+    big = scale(big)
+    flops = max(2 * 2048**3 / timed(lambda: product(a)) for _ in range(5))
+    rates = []
+    for _ in range(5):
+        start = time.perf_counter()
+        big = jax.block_until_ready(scale(big))
+        rates.append(2 * big.nbytes / (time.perf_counter() - start))
+    return {"flops_per_second": flops, "bytes_per_second": max(rates)}

@@ -1,0 +1,51 @@
+"""What training minimises: next token, token after next, balanced experts, and an indexer that follows attention."""
+
+import jax
+import jax.numpy as jnp
+
+from v4jax import config
+from v4jax.models.transformer import Transformer, fresh_chunk
+from v4jax.nn.state import Fresh
+
+Batch = dict[str, jax.Array]  # tokens_BT, targets_BT, targets2_BT, segments_BT, positions_BT (see data/packing.py)
+
+
+def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sum of -log p over targets >= 0 (nats, float32) and their number.
+
+    The target's logit is picked by comparison, not by a gather, whose gradient would be a scatter over all of [B, T, V].
+    """
+    is_target = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+    target_logit_BT = jnp.sum(jnp.where(is_target, logits_BTV, 0.0), axis=-1)
+    nll_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_logit_BT
+    counted_BT = targets_BT >= 0
+    return jnp.sum(jnp.where(counted_BT, nll_BT, 0.0)), counted_BT.sum()
+
+
+def loss(model: Transformer, batch: Batch, train: config.Train) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Weighted sum of all losses (spec 3.3, 5.1, 8.3), and its parts with the expert loads (float32).
+
+    `load_E` has a row a layer, then one for the MTP layer where there is one.
+    """
+    chunk = fresh_chunk(batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"])
+    x_BTXD, _, aux = model.hidden(chunk, model.fresh())
+    nll, count = cross_entropy(model.logits(x_BTXD), batch["targets_BT"])
+    parts = {"loss": nll / jnp.maximum(count, 1)}
+    balance, loads = aux["balance"].sum(), aux["load_E"]
+    if len(model.mtp) and train.mtp_weight > 0:
+        next_BT = jnp.maximum(batch["targets_BT"], 0)
+        logits_BTV, _, mtp_aux = model.mtp_logits(x_BTXD, next_BT, chunk, Fresh())
+        nll2, count2 = cross_entropy(logits_BTV, batch["targets2_BT"])
+        parts["mtp"] = nll2 / jnp.maximum(count2, 1)
+        balance, loads = balance + mtp_aux["balance"], jnp.concatenate([loads, mtp_aux["load_E"][None]])
+    parts |= {"balance": balance, "indexer": aux["indexer"].sum()}
+    weights = {"loss": 1.0, "mtp": train.mtp_weight, "balance": train.balance_weight, "indexer": train.indexer_weight}
+    total = sum(weights[name] * value for name, value in parts.items() if weights[name])
+    return total, parts | {"load_E": loads}
+
+
+def heldout_nll(model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Sum of next-token nats over the batch's targets, and their number: MTP plays no part."""
+    chunk = fresh_chunk(batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"])
+    x_BTXD, _, _ = model.hidden(chunk, model.fresh())
+    return cross_entropy(model.logits(x_BTXD), batch["targets_BT"])
