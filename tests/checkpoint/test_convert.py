@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import resource
 
 import ml_dtypes
 import numpy as np
@@ -26,7 +27,8 @@ def source(tmp_path, tiny, random_flat) -> pathlib.Path:
 
 def test_there_and_back_is_exact(tmp_path, source):
     convert(source, tmp_path / "orbax")
-    assert sorted(os.listdir(tmp_path / "orbax")) == ["checkpoints", "tokenizer.json", "tokenizer_config.json", "v4jax.json"]
+    files = ["checkpoints", "tokenizer.json", "tokenizer_config.json", "v4jax.json"]
+    assert sorted(os.listdir(tmp_path / "orbax")) == files
     convert(tmp_path / "orbax", tmp_path / "back")
     assert sorted(os.listdir(tmp_path / "back")) == sorted(os.listdir(source))
     for file in os.listdir(source):
@@ -79,13 +81,11 @@ def test_a_source_damaged_midway_leaves_nothing(tmp_path, source, monkeypatch, f
     assert os.listdir(tmp_path) == ["source"]
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, source, monkeypatch):
-    import resource
-
+def test_a_full_disk_leaves_nothing(tmp_path, source):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(UserError, match="cannot write .*new: File too large; free some space .* nothing was changed"):
+        with pytest.raises(UserError, match="cannot write .*new: File too large; free some .* nothing was changed"):
             convert(source, tmp_path / "new")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -29,7 +29,8 @@ from v4jax.models.layout import from_flat, to_flat
 @pytest.fixture
 def config(tiny) -> Config:
     """A valid config around the tiny model."""
-    return Config("test", model=dataclasses.replace(tiny, dtype="float32"), data=Data(seq_len=64), serve=Serve(max_seq_len=512))
+    model = dataclasses.replace(tiny, dtype="float32")
+    return Config("test", model, data=Data(seq_len=64), serve=Serve(max_seq_len=512))
 
 
 class Moments(NamedTuple):
@@ -156,7 +157,7 @@ with RunStore(path, load_config(path), keep=2) as store:
 """
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.05, 0.013])
+@pytest.mark.parametrize("delay", [0.0, 0.03])
 def test_sigkill_leaves_a_good_checkpoint(tmp_path, config, delay):
     RunStore(tmp_path, config, keep=2).close()
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -205,7 +206,7 @@ def test_full_disk_is_seen_before_writing(saved, config, monkeypatch, capfd):
     with RunStore(saved, config, keep=1) as store:
         usage = shutil.disk_usage(saved)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=200_000))
-        with pytest.raises(UserError, match="cannot write .*: No space left on device; free some space .* are good") as error:
+        with pytest.raises(UserError, match="cannot write .*: No space left on device; .* are good") as error:
             store.save(3, _tree(3), {})
         assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
         assert sorted(os.listdir(saved / "checkpoints")) == ["1", "2"]

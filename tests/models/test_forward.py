@@ -13,10 +13,12 @@ CONFIGS = {
     "usual": weights.config(),
     "no yarn, one group": weights.config(
         schedule=("hca", "csa"), o_groups=1, rope=Rope(), window=5, hca_ratio=12,
-        mhc=HyperConnection(streams=2, sinkhorn_iters=3), moe=Moe(6, 3, 16, hash_layers=0, route_scale=2.5, swiglu_limit=0.5),
+        mhc=HyperConnection(streams=2, sinkhorn_iters=3),
+        moe=Moe(6, 3, 16, hash_layers=0, route_scale=2.5, swiglu_limit=0.5),
     ),
     "whole head turns": weights.config(
-        schedule=("csa", "hca"), rope_dim=16, csa_ratio=2, hca_ratio=6, window=3, indexer=Indexer(20, 16, 4), moe=Moe(4, 4, 8, hash_layers=1),
+        schedule=("csa", "hca"), rope_dim=16, csa_ratio=2, hca_ratio=6, window=3,
+        indexer=Indexer(20, 16, 4), moe=Moe(4, 4, 8, hash_layers=1),
     ),
 }  # fmt: skip
 

@@ -93,7 +93,8 @@ def test_a_query_that_sees_nothing_gets_zeros():
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     nothing = Rows(normal(1, 6, MODEL.head_dim), jnp.full((1, 6), -(2**30)))
     chunk = fresh_chunk(jnp.zeros((1, 3), jnp.int32))
-    out, _ = weights.quick_jit(lambda q: attn._attend(q, (), nothing, chunk, Fresh()))(normal(1, 3, MODEL.heads, MODEL.head_dim))
+    attend = weights.quick_jit(lambda q: attn._attend(q, (), nothing, chunk, Fresh()))
+    out, _ = attend(normal(1, 3, MODEL.heads, MODEL.head_dim))
     np.testing.assert_array_equal(out, 0)
 
 

@@ -31,7 +31,9 @@ def _run(module, x):
     return module(x, fresh_chunk(jnp.zeros(x.shape[:2], jnp.int32)), Fresh(), "main")[:2]
 
 
-@pytest.mark.parametrize("kind, ratio, size", [("csa", 4, 16), ("csa", 4, 8), ("csa", 2, 16), ("hca", 16, 16), ("hca", 8, 16)])
+@pytest.mark.parametrize(
+    "kind, ratio, size", [("csa", 4, 16), ("csa", 4, 8), ("csa", 2, 16), ("hca", 16, 16), ("hca", 8, 16)]
+)
 def test_entries_are_the_specification(kind, ratio, size, length=37):
     model, module, w = _compressor(kind, size, **{f"{kind}_ratio": ratio})
     x = np.random.RandomState(1).standard_normal((2, length, 12)).astype(np.float32)
@@ -44,7 +46,7 @@ def test_entries_are_the_specification(kind, ratio, size, length=37):
 
 
 def test_an_entry_by_hand():
-    """Ratio 2 with overlap, one channel a half, no norm of weight: which half of which token enters, with which bias."""
+    """Ratio 2 with overlap, two channels, a norm of ones: which half of which token enters, with which bias."""
     model, module, _ = _compressor("csa", 2, csa_ratio=2, rope_dim=2)
     put = lambda array: nnx.Param(jnp.asarray(array, jnp.float32))
     kv = np.zeros((12, 4))

@@ -28,8 +28,9 @@ def test_window_layers_have_their_own_theta_and_no_yarn(dim):
     np.testing.assert_allclose(frequencies(Rope(), dim, compressed=True), compressed, rtol=1e-6)
 
 
-@pytest.mark.parametrize("rope", [RELEASED, Rope(yarn_factor=8.0, yarn_original=64), Rope(yarn_factor=4.0, yarn_original=4)])
-def test_yarn_is_the_formula(rope):
+@pytest.mark.parametrize("factor, original", [(16.0, 65_536), (8.0, 64), (4.0, 4)])
+def test_yarn_is_the_formula(factor, original):
+    rope = Rope(yarn_factor=factor, yarn_original=original)
     for dim in (8, 16, 64):
         np.testing.assert_allclose(frequencies(rope, dim, True), reference.frequencies(rope, dim, True), rtol=1e-6)
 

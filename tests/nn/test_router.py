@@ -61,7 +61,9 @@ def test_hash_layers_choose_by_token_and_weigh_by_score():
     assert np.abs(gradient).max() > 1e-3
 
 
-@pytest.mark.parametrize("vocab, experts, active", [(2048, 8, 2), (2048, 16, 4), (129_280, 256, 6), (129_280, 384, 6), (64, 4, 4)])
+@pytest.mark.parametrize(
+    "vocab, experts, active", [(2048, 8, 2), (2048, 16, 4), (129_280, 256, 6), (129_280, 384, 6), (64, 4, 4)]
+)
 def test_hash_tables_are_distinct_and_balanced(vocab, experts, active):
     table = np.asarray(hash_table(vocab, experts, active))
     assert table.shape == (vocab, active) and table.dtype == np.int32 and 0 <= table.min() <= table.max() < experts

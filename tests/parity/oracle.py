@@ -1,4 +1,4 @@
-"""transformers' `deepseek_v4` with the weights of our flat dict: the other side of the parity tests and golden files."""
+"""transformers' `deepseek_v4` with the weights of our flat dict: what parity tests and golden files compare with."""
 
 import numpy as np
 import torch

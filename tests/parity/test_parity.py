@@ -24,8 +24,8 @@ CONFIGS = {
         schedule=("csa", "hca"), o_groups=1, rope=Rope(), moe=Moe(8, 3, 24, hash_layers=0, swiglu_limit=0.5),
     ),
     "all hashed, odd window": weights.config(
-        schedule=("csa", "swa", "csa"), heads=6, o_groups=3, window=5, moe=Moe(6, 2, 16, hash_layers=3, route_scale=2.5),
-        indexer=Indexer(heads=32, head_dim=8, topk=2),
+        schedule=("csa", "swa", "csa"), heads=6, o_groups=3, window=5,
+        moe=Moe(6, 2, 16, hash_layers=3, route_scale=2.5), indexer=Indexer(heads=32, head_dim=8, topk=2),
     ),
     "other ratios and thetas": weights.config(
         schedule=("csa", "hca"), window=13, csa_ratio=4, hca_ratio=12, rope_dim=4,

@@ -12,6 +12,7 @@ from v4jax import checkpoint, config
 from v4jax.core.check import UserError
 from v4jax.data.tokenizer import Detokenizer, Tokenizer
 from v4jax.serve import LLM, SamplingParams
+from v4jax.serve import llm as llm_module
 from v4jax.serve.llm import split_at_stop
 
 PROMPTS = ["To be, or not", [7, 300, 12], "¿Qué?", np.array([9])]
@@ -243,12 +244,12 @@ def test_a_directory_brings_its_tokenizer_and_limits(monkeypatch, model, tokeniz
     stored = config.Config(serve=config.Serve(max_batch=3, max_seq_len=50, prefill_chunk=20))
     monkeypatch.setattr(checkpoint, "load", lambda path, dtype=None: read.append((path, dtype)) or model)
     monkeypatch.setattr(checkpoint, "load_config", lambda path: stored)
-    monkeypatch.setattr(checkpoint, "load_tokenizer", lambda path: tokenizer)
+    monkeypatch.setattr(llm_module, "load_tokenizer", lambda path, model: tokenizer)
     llm = LLM("DIR", dtype="bfloat16", max_batch=2)
     assert read == [("DIR", "bfloat16")] and llm.tokenizer is tokenizer
     assert llm.engine.limits == config.Serve(max_batch=2, max_seq_len=50, prefill_chunk=20)
 
-    monkeypatch.setattr(checkpoint, "load_tokenizer", lambda path: None)
+    monkeypatch.setattr(llm_module, "load_tokenizer", lambda path, model: None)
     with pytest.raises(UserError, match="prompt 0 is text, which needs a tokenizer; put tokenizer.json into"):
         LLM("DIR").generate("a")
     assert LLM("DIR", tokenizer="auto").tokenizer.bos_id == tokenizer.bos_id

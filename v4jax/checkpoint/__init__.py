@@ -7,7 +7,6 @@ _HOMES = {
     "RunStore": "orbax",
     "load": "model_io",
     "load_config": "model_io",
-    "load_tokenizer": "model_io",
     "save": "model_io",
 }
 __all__ = list(_HOMES)

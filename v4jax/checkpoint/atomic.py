@@ -51,7 +51,9 @@ def replace_directory(path: str | os.PathLike, marker: str, stale: Callable[[str
     try:
         _recover(path, previous)
         if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / marker).is_file())):
-            raise UserError(f"{path} exists and is no model directory with a {marker}; choose an empty or a new directory")
+            raise UserError(
+                f"{path} exists and is no model directory with a {marker}; choose an empty or a new directory"
+            )
         _remove(partial)
         partial.mkdir(parents=True)
         yield partial
@@ -67,6 +69,12 @@ def replace_directory(path: str | os.PathLike, marker: str, stale: Callable[[str
     finally:
         _recover(path, previous)
         _remove(partial)
+
+
+def require_space(path: pathlib.Path, needed: int) -> None:
+    """Raise OSError, as a write would, unless the disk of `path` has `needed` bytes left."""
+    if shutil.disk_usage(path).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def write_error(path: str | os.PathLike, error: OSError, state: str) -> UserError:

@@ -14,16 +14,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from v4jax.checkpoint.atomic import replace_directory, write_text
+from v4jax.checkpoint.atomic import replace_directory, require_space, write_text
 from v4jax.checkpoint.directory import CONFIG_NAME, config_text
-from v4jax.checkpoint.orbax import STEPS_NAME, WEIGHTS, finished_steps, require_space, silence, steps_path, system_error
+from v4jax.checkpoint.orbax import STEPS_NAME, WEIGHTS, finished_steps, silence, steps_path, system_error
 from v4jax.checkpoint.tensors import described, memory_dtype, tokenizer_files
 from v4jax.config import Config
 from v4jax.core import dtypes
 from v4jax.core.check import UserError
 
 _CHUNK_BYTES = 64 * 1024 * 1024  # largest piece of an exported tensor that must be read whole
-_BATCH_BYTES = 256 * 1024 * 1024  # tensors are loaded and written together until they reach this size
+_BATCH_BYTES = 32 * 1024 * 1024  # tensors are loaded and written together until they reach this size
 
 
 def write_orbax(

@@ -19,11 +19,10 @@ from v4jax.checkpoint import directory, mapping
 from v4jax.checkpoint.export import write_orbax
 from v4jax.checkpoint.hf import read_hf, write_hf
 from v4jax.checkpoint.orbax import OrbaxTensors
-from v4jax.checkpoint.tensors import TOKENIZER_NAME, LazyTensors
+from v4jax.checkpoint.tensors import LazyTensors
 from v4jax.config import Config, Model
 from v4jax.core import dtypes
 from v4jax.core.check import UserError
-from v4jax.data.tokenizer import Tokenizer
 from v4jax.models import hf_config
 from v4jax.models.layout import Stack
 from v4jax.models.transformer import Transformer
@@ -66,17 +65,6 @@ def load_config(path: str | os.PathLike) -> Config:
     return directory.config_of_model(hf_config.read(path), _name(path))
 
 
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer | None:
-    """The tokenizer of a checkpoint directory; None if it has none, and then takes token ids only."""
-    path = pathlib.Path(path)
-    model = load_config(path).model
-    if not (path / TOKENIZER_NAME).is_file():
-        return None
-    if (path / "tokenizer_config.json").is_file():
-        return Tokenizer(path)
-    return Tokenizer(path, bos_id=model.bos_id, eos_id=model.eos_id)
-
-
 def open_checkpoint(path: str | os.PathLike, dtype: str | None = None) -> tuple[Config, LazyTensors]:
     """Config and tensors of a checkpoint directory of either kind, in the types that `load` gives; data unread."""
     if dtype not in (None, "float32", "bfloat16"):
@@ -92,7 +80,11 @@ def open_checkpoint(path: str | os.PathLike, dtype: str | None = None) -> tuple[
 
 
 def save(
-    model: Transformer, path: str | os.PathLike, format: str = "huggingface", tokenizer=None, config: Config | None = None
+    model: Transformer,
+    path: str | os.PathLike,
+    format: str = "huggingface",
+    tokenizer=None,
+    config: Config | None = None,
 ) -> None:
     """Write a model as a directory that `load` reads, "huggingface" also transformers; all of it or nothing.
 

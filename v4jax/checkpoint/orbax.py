@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import logging
 import os
@@ -29,7 +28,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from v4jax.checkpoint import mapping
-from v4jax.checkpoint.atomic import write_error
+from v4jax.checkpoint.atomic import require_space, write_error
 from v4jax.checkpoint.directory import CONFIG_NAME, read_config, save_config
 from v4jax.checkpoint.tensors import LazyTensors, memory_dtype, report
 from v4jax.config import Config, Model
@@ -84,11 +83,11 @@ class RunStore:
         if _EXTRAS in tree:
             raise ValueError(f"an item of a checkpoint cannot be called {_EXTRAS!r}")
         json.dumps(extras)  # a mistake shows here and not in a thread
+        self.wait()
         if step in self._manager.all_steps():
             return
         args = {name: ocp.args.StandardSave(flat) for name, flat in items.items() if flat}
         args[_EXTRAS] = ocp.args.JsonSave(dict(extras))
-        self.wait()
         with jax.transfer_guard("allow"):  # this is the place where a training loop means to fetch its arrays
             self._guard(lambda: self._start(step, ocp.args.Composite(**args), jax.tree.leaves(tree)))
 
@@ -135,7 +134,8 @@ class RunStore:
             self._path.mkdir(parents=True, exist_ok=True)
             for directory in self._unfinished():
                 shutil.rmtree(directory)
-            self._manager = ocp.CheckpointManager(self._path, options=ocp.CheckpointManagerOptions(max_to_keep=self._keep))
+            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep)
+            self._manager = ocp.CheckpointManager(self._path, options=options)
         except OSError as error:
             raise write_error(self._path, error, "nothing was saved") from error
 
@@ -147,6 +147,7 @@ class RunStore:
         return [entry for entry in self._path.iterdir() if entry.name.endswith(_TEMPORARY) or half(entry)]
 
     def _start(self, step: int, args: ocp.args.Composite, leaves: list[jax.Array]) -> None:
+        # Orbax prints tracebacks when it meets the end of the disk while writing; so that is rare.
         require_space(self._path, sum(leaf.nbytes for leaf in leaves))
         self._manager.save(step, args=args, force=True)
 
@@ -245,11 +246,9 @@ def _open_item(directory: pathlib.Path, item: str) -> dict[str, tensorstore.Tens
         marker = "/zarr.json" if driver == "zarr3" else "/.zarray"
         keys = [key.decode() for key in tensorstore.KvStore.open(base).result().list().result()]
         names = [key.removesuffix(marker) for key in keys if key.endswith(marker)]
+        specs = {name: {"driver": driver, "kvstore": {**base, "path": f"{name}/"}} for name in names}
         context = tensorstore.Context()
-        opened = {
-            name: tensorstore.open({"driver": driver, "kvstore": {**base, "path": f"{name}/"}}, context=context, open=True)
-            for name in names
-        }
+        opened = {name: tensorstore.open(spec, context=context, open=True) for name, spec in specs.items()}
         return {name: future.result() for name, future in opened.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise _damaged(directory, error) from error
@@ -314,12 +313,6 @@ def system_error(error: Exception) -> OSError | None:
         return error
     match = _SYSTEM_ERROR.search(str(error))
     return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
-
-
-def require_space(path: pathlib.Path, needed: int) -> None:
-    """Raise OSError if a disk is fuller than that; orbax prints tracebacks when it meets the end while writing."""
-    if shutil.disk_usage(path).free < needed:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def silence() -> None:

@@ -7,19 +7,17 @@ name the file and the cure in one line (UserError).
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from v4jax.checkpoint.atomic import write_all, write_text
+from v4jax.checkpoint.atomic import require_space, write_all, write_text
 from v4jax.core import dtypes
 from v4jax.core.check import UserError
 
@@ -284,12 +282,11 @@ class Entry:
 def write_safetensors(directory: str | os.PathLike, entries: Sequence[Entry], max_shard_bytes: int = 5 * 10**9) -> None:
     """Write tensors one at a time as model.safetensors, or as numbered shards with an index when they exceed one.
 
-    A failure leaves partial files: wrap the call in `atomic.replace_directory`. A tensor above the limit gets its own shard.
+    A failure leaves partial files: wrap the call in `replace_directory`. A tensor above the limit gets its own shard.
     """
     directory = pathlib.Path(directory)
     total = sum(entry.nbytes for entry in entries)
-    if total > shutil.disk_usage(directory).free:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    require_space(directory, total)
     shards = _plan(entries, max_shard_bytes)
     if len(shards) == 1:
         _write_file(directory / SINGLE_NAME, shards[0])

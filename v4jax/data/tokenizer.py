@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import tokenizers
 
+from v4jax import config
 from v4jax.core.check import UserError
 from v4jax.data.corpus import ASSETS
 
@@ -145,6 +146,19 @@ class Tokenizer:
         if found is None:
             raise UserError(f"the tokenizer has no {name} token; name it in tokenizer_config.json or pass {name}_id=")
         return found
+
+
+def load_tokenizer(directory: str | os.PathLike, model: config.Model) -> Tokenizer | None:
+    """The tokenizer in a checkpoint directory; None if there is none, and then the model takes token ids only.
+
+    Where no tokenizer_config.json names them, bos and eos are the model's.
+    """
+    path = pathlib.Path(directory)
+    if not (path / "tokenizer.json").is_file():
+        return None
+    if (path / "tokenizer_config.json").is_file():
+        return Tokenizer(path)
+    return Tokenizer(path, bos_id=model.bos_id, eos_id=model.eos_id)
 
 
 class Detokenizer:

@@ -11,12 +11,14 @@ from v4jax import checkpoint as store
 from v4jax.core.check import UserError
 from v4jax.core.tables import print_table
 from v4jax.data.pipeline import make_dataset
+from v4jax.data.tokenizer import load_tokenizer
 from v4jax.train.loss import heldout_nll
 
 
 def run(checkpoint: str) -> list[dict]:
     """Next-token loss (MTP excluded) on the held-out part of the data that the checkpoint's config names."""
-    config, tokenizer = store.load_config(checkpoint), store.load_tokenizer(checkpoint)
+    config = store.load_config(checkpoint)
+    tokenizer = load_tokenizer(checkpoint, config.model)
     if tokenizer is None:
         raise UserError(f"{checkpoint} has no tokenizer.json, without which text cannot be scored; put one beside the weights")
     model, batches = store.load(checkpoint), make_dataset(config, tokenizer, "heldout", seed=0)

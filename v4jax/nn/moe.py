@@ -39,7 +39,7 @@ class Moe(nnx.Module):
         ).reshape(x_BTD.shape)
         h = swiglu(project("BTD,DUF->BTUF", x_BTD, self.shared.gate_up, self.dtype), self.limit).astype(self.dtype)
         shared = project("BTF,FD->BTD", h, self.shared.down, self.dtype)
-        y_BTD = (routed.astype(jnp.float32) + shared.astype(jnp.float32)).astype(x_BTD.dtype)
+        y_BTD = (routed + shared.astype(jnp.float32)).astype(x_BTD.dtype)
         valid_BT = None if chunk.segments_BT is None else chunk.segments_BT > 0
         balance, load_E = balance_loss(scores_BTE, picks_BTK, valid_BT)
         return y_BTD, jnp.where(self.hashed, 0.0, balance), load_E

@@ -15,7 +15,8 @@ from v4jax.nn.rope import angles, frequencies, rotate
 from v4jax.nn.state import Chunk, Past, Rows
 
 
-_KEPT_BLOCKS = 8  # longer rows recompute each block's softmax in the backward pass instead of keeping all of them
+_BLOCK = 128  # queries of a block, rounded down to whole windows
+_AT_ONCE = 8  # more blocks than this are walked one by one, and their softmax is computed anew in the backward pass
 
 
 class WindowAttention(nnx.Module):
@@ -68,8 +69,8 @@ class WindowAttention(nnx.Module):
 
     def _attend(self, q_BTNH, extra, rows: Rows, chunk: Chunk, past: Past) -> tuple[jax.Array, jax.Array]:
         """Attention in blocks of queries: memory grows with the block times the row, never with its square."""
-        m, T = self.model, q_BTNH.shape[1]
-        size = m.window  # one block reads its own rows and the `window` before them
+        window, T = self.model.window, q_BTNH.shape[1]
+        size = window * max(1, _BLOCK // window)  # a block reads its own rows and the `window` before them
         queries = (q_BTNH, chunk.order_BT, chunk.segments_BT, *extra)
         if T <= size:
             return self._attend_block(queries, rows, past)
@@ -78,12 +79,14 @@ class WindowAttention(nnx.Module):
         split = lambda a: blocked(jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)))
 
         def overlapping(a):  # [B, window + T, ...] to [blocks, B, window + size, ...]
-            return jnp.concatenate([blocked(a[:, : blocks * size]), blocked(a[:, m.window :])], axis=2)
+            before = blocked(a[:, : blocks * size])[:, :, :window]
+            return jnp.concatenate([before, blocked(a[:, window:])], axis=2)
 
-        body = lambda block: self._attend_block(*block, past)
-        if blocks > _KEPT_BLOCKS:
-            body = jax.checkpoint(body)
-        o, loss = jax.lax.map(body, (jax.tree.map(split, queries), jax.tree.map(overlapping, rows.padded(pad))))
+        arguments = (jax.tree.map(split, queries), jax.tree.map(overlapping, rows.padded(pad)))
+        if blocks <= _AT_ONCE:
+            o, loss = jax.vmap(lambda q, r: self._attend_block(q, r, past))(*arguments)
+        else:
+            o, loss = jax.lax.map(jax.checkpoint(lambda block: self._attend_block(*block, past)), arguments)
         join = lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], blocks * size, *a.shape[3:])[:, :T]
         return join(o), join(loss)
 

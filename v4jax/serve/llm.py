@@ -13,7 +13,7 @@ import numpy as np
 
 from v4jax import checkpoint, config
 from v4jax.core.check import UserError
-from v4jax.data.tokenizer import Detokenizer, Tokenizer
+from v4jax.data.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 from v4jax.models.transformer import Transformer
 from v4jax.serve.engine import Engine, Request
 from v4jax.serve.sampling import Logprob, Sampled, SamplingParams
@@ -65,7 +65,7 @@ class LLM:
         else:
             stored = checkpoint.load_config(model)
             shape, limits = stored.model, stored.serve
-            tokenizer = checkpoint.load_tokenizer(model) if tokenizer is None else tokenizer
+            tokenizer = load_tokenizer(model, shape) if tokenizer is None else tokenizer
         if isinstance(tokenizer, (str, os.PathLike)):
             tokenizer = Tokenizer(tokenizer)
         limits = dataclasses.replace(limits, max_seq_len=min(limits.max_seq_len, shape.max_positions))

@@ -36,6 +36,8 @@ class Trainer:
         letters = {".".join(map(str, path)): leaf.letters for path, leaf in nnx.to_flat_state(self._params)}
         self._optimizer = optimizer or make_optimizer(config.train, letters)
         self.step = jax.jit(self._step, donate_argnums=0)
+        # Taking stacks apart is work for the device; without stacks it only renames, and a jit would copy everything.
+        self._flat = jax.jit(self._to_flat) if config.train.scan else self._to_flat
         self.evaluate = jax.jit(lambda state, batch: heldout_nll(self.model(state.params, state.fixed), batch))
 
     def model(self, params: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> Transformer:
@@ -58,8 +60,10 @@ class Trainer:
 
     def to_tree(self, state: TrainState) -> dict[str, Any]:
         """What a checkpoint holds: the model under its per-layer names (any layout reads it), the rest as it is."""
-        model = to_flat(nnx.merge_state(rebuild(state.params, self._params), rebuild(state.fixed, self._fixed)), self.runs)
-        return {"model": model, "opt": state.opt, "step": state.step}
+        return {"model": self._flat(state.params, state.fixed), "opt": state.opt, "step": state.step}
+
+    def _to_flat(self, params: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return to_flat(nnx.merge_state(rebuild(params, self._params), rebuild(fixed, self._fixed)), self.runs)
 
     def from_tree(self, tree: dict[str, Any]) -> TrainState:
         """The inverse of `to_tree`."""
@@ -73,7 +77,7 @@ class Trainer:
         updates, opt = self._optimizer.update(grads, state.opt, state.params)
         loads = parts.pop("load_E")
         fixed = {name: self._balanced(name, array, loads) for name, array in state.fixed.items()}
-        metrics = parts | {"grad_norm": optax.global_norm(grads), "max_load": jnp.max(loads.max(1) / loads.mean(1))}
+        metrics = parts | {"grad_norm": optax.tree.norm(grads), "max_load": jnp.max(loads.max(1) / loads.mean(1))}
         return TrainState(optax.apply_updates(state.params, updates), fixed, opt, state.step + 1), metrics
 
     def _balanced(self, name: str, array: jax.Array, loads_E: jax.Array) -> jax.Array:

@@ -1,0 +1,39 @@
+"""A model and a corpus small enough to train in a test."""
+
+import dataclasses
+
+import pytest
+
+from v4jax.config import Config, Data, Indexer, Model, Moe, Train
+
+WORDS = "the king and his fool went over the hill to see the storm come in from the sea".split()
+
+
+def micro_config(source: str, **train) -> Config:
+    """Every feature on, in a model that compiles in seconds."""
+    model = Model(
+        vocab_size=2048, hidden_size=32, schedule=("swa", "csa", "hca"), heads=2, head_dim=16, rope_dim=8, q_rank=16,
+        o_groups=2, o_rank=8, window=8, hca_ratio=8, dtype="float32", max_positions=4096,
+        indexer=Indexer(heads=4, head_dim=8, topk=2), moe=Moe(experts=4, active=2, inner=16, hash_layers=1),
+    )  # fmt: skip
+    defaults = dict(steps=6, batch_size=2, warmup=2, log_every=2, checkpoint_every=3, eval_rows=4)
+    return Config("micro", model, Data(source=source, seq_len=32), Train(**defaults | train))
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """A file of some 5,000 words in which every word follows from the ones before."""
+    path = tmp_path / "story.txt"
+    path.write_text("".join(f"Chapter {i}. {' '.join(WORDS[i % 7 :] + WORDS)}.\n" for i in range(200)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def config(text_file):
+    """The micro model on that text."""
+    return micro_config(str(text_file))
+
+
+def with_train(config: Config, **changes) -> Config:
+    """`config` with other training fields."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
