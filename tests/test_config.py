@@ -33,8 +33,10 @@ def test_unknown_preset_names_the_nearest():
 
 def test_argument_reaches_get_config(tmp_path):
     path = tmp_path / "wide.py"
-    path.write_text("from v4jax.config import Config, Model, Moe\n\ndef get_config(arg=''):\n"
-                    "    return Config(model=Model(schedule=('swa',), hidden_size=int(arg), moe=Moe(hash_layers=0)))\n")
+    path.write_text(
+        "from v4jax.config import Config, Model, Moe\n\ndef get_config(arg=''):\n"
+        "    return Config(model=Model(schedule=('swa',), hidden_size=int(arg), moe=Moe(hash_layers=0)))\n"
+    )
     assert load(f"{path}:77").model.hidden_size == 77
 
 

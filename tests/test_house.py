@@ -66,8 +66,9 @@ def floor_breaches(root: pathlib.Path) -> list[str]:
             if target not in FLOORS or target in (home, "config") or (home, target) in SAME_FLOOR:
                 continue
             if FLOORS[target] >= FLOORS[home]:
-                breaches.append(f"{path.relative_to(root)}:{line}: {home} ({FLOORS[home]}) imports "
-                                f"{target} ({FLOORS[target]})")
+                breaches.append(
+                    f"{path.relative_to(root)}:{line}: {home} ({FLOORS[home]}) imports {target} ({FLOORS[target]})"
+                )
     for path in sorted((root / "configs").glob("*.py")):
         for line, module in imported_packages(path, ("configs",)):
             if module != "v4jax.config" and not module.startswith("v4jax.config."):
@@ -81,8 +82,11 @@ def top_level_breaches(files: list[str]) -> list[str]:
 
 
 def length_breaches(root: pathlib.Path, files: list[str]) -> list[str]:
-    lengths = {file: len((root / file).read_text(encoding="utf-8").splitlines())
-               for file in files if file.endswith((".py", ".sh"))}
+    lengths = {
+        file: len((root / file).read_text(encoding="utf-8").splitlines())
+        for file in files
+        if file.endswith((".py", ".sh"))
+    }
     return [f"{file}: {length} lines" for file, length in lengths.items() if length > MAX_LINES]
 
 
@@ -92,8 +96,9 @@ def machine_breaches(root: pathlib.Path, files: list[str]) -> list[str]:
     for file in files:
         if pathlib.PurePath(file).suffix in TEXT:
             lines = (root / file).read_text(encoding="utf-8").splitlines()
-            breaches += [f"{file}:{number}: {line.strip()[:80]}" for number, line in enumerate(lines, 1)
-                         if MACHINE.search(line)]
+            breaches += [
+                f"{file}:{number}: {line.strip()[:80]}" for number, line in enumerate(lines, 1) if MACHINE.search(line)
+            ]
     return breaches
 
 

@@ -107,7 +107,7 @@ COMMANDS = {
             Flag("prompt", "text to continue; repeat it for several at once", flags.DEFINE_multi_string, ()),
             Flag("prompt_file", "UTF-8 file holding one prompt; may be repeated", flags.DEFINE_multi_string, ()),
             Flag("max_tokens", "most tokens to add", flags.DEFINE_integer, options={"lower_bound": 1}),
-            Flag("max_seq_len", "most tokens of a prompt and its continuation", flags.DEFINE_integer, options={"lower_bound": 1}),
+            Flag("max_seq_len", "most tokens, prompt included", flags.DEFINE_integer, options={"lower_bound": 1}),
             Flag("temperature", "0 always takes the likeliest token", flags.DEFINE_float, options={"lower_bound": 0.0}),
             Flag("top_k", "sample among the k likeliest tokens (0: all)", flags.DEFINE_integer,
                  options={"lower_bound": 0}),
@@ -222,8 +222,9 @@ def _parse(name: str, command: Command, argv: list[str]) -> tuple[flags.FlagValu
         extra = values(["v4jax", *argv])[1:]
     except flags.UnrecognizedFlagError as error:
         known = [flag.name for flag in command.flags] + (["config"] if command.has_config else [])
-        raise UserError(f"{name} has no flag --{error.flagname}{_nearest(error.flagname, known, '--')}; "
-                        f"see v4jax {name} --help") from error
+        raise UserError(
+            f"{name} has no flag --{error.flagname}{_nearest(error.flagname, known, '--')}; see v4jax {name} --help"
+        ) from error
     except flags.IllegalFlagValueError as error:
         raise UserError(_illegal_value(values, str(error))) from error
     except flags.Error as error:

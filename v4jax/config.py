@@ -238,10 +238,14 @@ def validate(config: Config) -> Config:
         ("serve.max_seq_len", serve.max_seq_len), ("serve.prefill_chunk", serve.prefill_chunk),
     ]:  # fmt: skip
         _require(value >= 1, f"{name} must be at least 1, got {value}")
-    _require(data.seq_len % config.model.alignment == 0,
-             f"data.seq_len {data.seq_len} must be a multiple of {config.model.alignment}, the largest compression ratio")
-    _require(serve.max_seq_len <= config.model.max_positions,
-             f"serve.max_seq_len {serve.max_seq_len} exceeds model.max_positions {config.model.max_positions}")
+    _require(
+        data.seq_len % config.model.alignment == 0,
+        f"data.seq_len {data.seq_len} must be a multiple of {config.model.alignment}, the largest compression ratio",
+    )
+    _require(
+        serve.max_seq_len <= config.model.max_positions,
+        f"serve.max_seq_len {serve.max_seq_len} exceeds model.max_positions {config.model.max_positions}",
+    )
     return config
 
 
@@ -250,18 +254,27 @@ def _validate_model(m: Model) -> None:
     for kind in m.schedule:
         _require(kind in LAYER_KINDS, f"model.schedule has {kind!r}; layers are one of {', '.join(LAYER_KINDS)}")
     _require(m.heads % m.o_groups == 0, f"model.heads {m.heads} is not a multiple of model.o_groups {m.o_groups}")
-    _require(m.rope_dim % 2 == 0 and m.rope_dim <= m.head_dim, f"model.rope_dim {m.rope_dim} must be even and at most head_dim")
-    _require(m.rope_dim <= m.indexer.head_dim or "csa" not in m.schedule,
-             f"model.indexer.head_dim {m.indexer.head_dim} is below model.rope_dim {m.rope_dim}")
-    _require(m.csa_ratio >= 2 and m.hca_ratio % m.csa_ratio == 0,
-             f"model.hca_ratio {m.hca_ratio} must be a multiple of model.csa_ratio {m.csa_ratio}")
+    _require(
+        m.rope_dim % 2 == 0 and m.rope_dim <= m.head_dim,
+        f"model.rope_dim {m.rope_dim} must be even and at most head_dim",
+    )
+    _require(
+        m.rope_dim <= m.indexer.head_dim or "csa" not in m.schedule,
+        f"model.indexer.head_dim {m.indexer.head_dim} is below model.rope_dim {m.rope_dim}",
+    )
+    _require(
+        m.csa_ratio >= 2 and m.hca_ratio % m.csa_ratio == 0,
+        f"model.hca_ratio {m.hca_ratio} must be a multiple of model.csa_ratio {m.csa_ratio}",
+    )
     _require(1 <= m.moe.active <= m.moe.experts, f"model.moe.active {m.moe.active} must lie in 1..{m.moe.experts}")
     _require(0 <= m.moe.hash_layers <= m.layers, f"model.moe.hash_layers {m.moe.hash_layers} exceeds {m.layers} layers")
     _require(m.mtp_layers in (0, 1), f"model.mtp_layers must be 0 or 1, got {m.mtp_layers}")
     _require(m.dtype in ("bfloat16", "float32"), f"model.dtype must be bfloat16 or float32, got {m.dtype!r}")
     if m.kv_qdq:
-        _require((m.head_dim - m.rope_dim) % 64 == 0 and m.indexer.head_dim % 32 == 0,
-                 "model.kv_qdq needs head_dim - rope_dim in groups of 64 and indexer.head_dim in groups of 32")
+        _require(
+            (m.head_dim - m.rope_dim) % 64 == 0 and m.indexer.head_dim % 32 == 0,
+            "model.kv_qdq needs head_dim - rope_dim in groups of 64 and indexer.head_dim in groups of 32",
+        )
 
 
 def _require(ok: bool, message: str) -> None:

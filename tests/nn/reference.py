@@ -185,6 +185,8 @@ def mtp(model: Model, flat, X, next_ids):
     hidden = rms(X, model.norm_eps) * w["hidden_norm.scale"] @ w["hidden_proj"]
     hidden = hidden + (rms(embed, model.norm_eps) * w["embed_norm.scale"] @ w["embed_proj"])[:, None]
     X, _ = block(model, "swa", part(w, "block."), hidden, next_ids)
-    return rms(head_mix(model, part(w, "head_mhc."), X), model.norm_eps) * w["norm.scale"] @ np.asarray(
-        flat["head.weight"], np.float64
+    return (
+        rms(head_mix(model, part(w, "head_mhc."), X), model.norm_eps)
+        * w["norm.scale"]
+        @ np.asarray(flat["head.weight"], np.float64)
     )

@@ -51,4 +51,3 @@ def full_logits(model):
         return np.asarray(model(padded))[0, : len(ids)]
 
     return run
-

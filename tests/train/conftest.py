@@ -24,7 +24,9 @@ def micro_config(source: str, **train) -> Config:
 def text_file(tmp_path):
     """A file of some 5,000 words in which every word follows from the ones before."""
     path = tmp_path / "story.txt"
-    path.write_text("".join(f"Chapter {i}. {' '.join(WORDS[i % 7 :] + WORDS)}.\n" for i in range(200)), encoding="utf-8")
+    path.write_text(
+        "".join(f"Chapter {i}. {' '.join(WORDS[i % 7 :] + WORDS)}.\n" for i in range(200)), encoding="utf-8"
+    )
     return path
 
 

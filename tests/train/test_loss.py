@@ -26,7 +26,13 @@ def batch():
     segments = np.repeat([[1, 2, 0]], [16, 8, 8], axis=1).repeat(2, 0).astype(np.int32)
     positions = np.concatenate([np.arange(16), np.arange(8), np.zeros(8)])[None].repeat(2, 0).astype(np.int32)
     targets, targets2 = np.where(segments > 0, ids[:, 1:33], -1), np.where(segments > 0, ids[:, 2:], -1)
-    return {"tokens_BT": ids[:, :32], "targets_BT": targets, "targets2_BT": targets2, "segments_BT": segments, "positions_BT": positions}
+    return {
+        "tokens_BT": ids[:, :32],
+        "targets_BT": targets,
+        "targets2_BT": targets2,
+        "segments_BT": segments,
+        "positions_BT": positions,
+    }
 
 
 def gradients(config, batch):

@@ -23,7 +23,9 @@ def first_update(letters: str, shape: tuple[int, ...], train: Train = TRAIN, see
     return np.asarray(updates["p"])
 
 
-@pytest.mark.parametrize("letters, shape", [("DQ", (48, 16)), ("QNH", (16, 4, 8)), ("GRD", (2, 8, 40)), ("MXD", (24, 4, 16))])
+@pytest.mark.parametrize(
+    "letters, shape", [("DQ", (48, 16)), ("QNH", (16, 4, 8)), ("GRD", (2, 8, 40)), ("MXD", (24, 4, 16))]
+)
 def test_muon_orthogonalises_whole_matrices(letters, shape):
     update = first_update(letters, shape)
     inputs, outputs = MATRICES[letters]
@@ -34,14 +36,20 @@ def test_muon_orthogonalises_whole_matrices(letters, shape):
     np.testing.assert_allclose(values, 1.0, atol=5e-3)  # 8 + 2 steps; five plain ones leave 0.68 .. 1.13
 
 
-@pytest.mark.parametrize("letters, shape", [("EDUF", (3, 16, 2, 8)), ("EFD", (3, 8, 16)), ("GIR", (2, 16, 8)), ("DUF", (16, 2, 8))])
+@pytest.mark.parametrize(
+    "letters, shape", [("EDUF", (3, 16, 2, 8)), ("EFD", (3, 8, 16)), ("GIR", (2, 16, 8)), ("DUF", (16, 2, 8))]
+)
 def test_each_expert_half_and_group_is_a_matrix_of_its_own(letters, shape):
     update = first_update(letters, shape)
     inputs, outputs = MATRICES[letters]
     batch = [i for i, letter in enumerate(letters) if letter not in inputs + outputs]
-    matrices = np.moveaxis(update, batch, range(len(batch))).reshape(-1, shape[letters.index(inputs)], shape[letters.index(outputs)])
+    matrices = np.moveaxis(update, batch, range(len(batch))).reshape(
+        -1, shape[letters.index(inputs)], shape[letters.index(outputs)]
+    )
     for matrix in matrices:
-        assert np.sqrt(np.mean(matrix**2)) == pytest.approx(0.18 * np.sqrt(max(matrix.shape) * min(matrix.shape) / matrix.size), rel=1e-2)
+        assert np.sqrt(np.mean(matrix**2)) == pytest.approx(
+            0.18 * np.sqrt(max(matrix.shape) * min(matrix.shape) / matrix.size), rel=1e-2
+        )
         values = np.linalg.svd(matrix, compute_uv=False) / (0.18 * np.sqrt(max(matrix.shape)))
         np.testing.assert_allclose(values, 1.0, atol=5e-3)
 
@@ -66,7 +74,9 @@ def test_other_parameters_follow_adamw():
 def test_every_parameter_of_a_model_has_its_optimizer():
     trainer = Trainer(micro_config("unused"))
     state = jax.eval_shape(trainer.init)
-    muon = {name for name, leaf in state.opt[1].inner_states["muon"].inner_state[0].mu.items() if hasattr(leaf, "shape")}
+    muon = {
+        name for name, leaf in state.opt[1].inner_states["muon"].inner_state[0].mu.items() if hasattr(leaf, "shape")
+    }
     vectors = {"scale", "base", "sink", "ape", "table"} | {"head.weight"}
     for name, leaf in state.params.items():
         is_vector = name.split(".")[-1] in vectors or name in vectors

@@ -32,9 +32,10 @@ LETTERS = {
 }
 
 LOGICAL = {
-    "V": "vocab", "D": "embed", "O": "embed_out", "X": "stream", "Y": "stream_out", "M": "coefficient", "N": "heads", "H": "head_dim", "W": "kv_width",
-    "P": "pool", "Q": "q_rank", "G": "o_group", "I": "o_group_in", "R": "o_rank", "J": "index_heads", "L": "index_dim",
-    "E": "expert", "F": "mlp", "U": "gate_up", "K": "picks", "S": "scale",
+    "V": "vocab", "D": "embed", "O": "embed_out", "X": "stream", "Y": "stream_out", "M": "coefficient",
+    "N": "heads", "H": "head_dim", "W": "kv_width", "P": "pool", "Q": "q_rank", "G": "o_group", "I": "o_group_in",
+    "R": "o_rank", "J": "index_heads", "L": "index_dim", "E": "expert", "F": "mlp", "U": "gate_up", "K": "picks",
+    "S": "scale",
 }  # fmt: skip
 
 

@@ -18,7 +18,9 @@ def write_json(path: str, records: list[dict]) -> None:
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     """A Markdown table, its columns padded: readable here, and pasted into a document as it is."""
     widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
-    line = lambda cells: "| " + " | ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+    line = lambda cells: (
+        "| " + " | ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+    )
     print(f"\n{title}\n")
     print(line(header))
     print("|" + "|".join("-" * (width + 2) for width in widths) + "|")

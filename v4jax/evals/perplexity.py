@@ -20,15 +20,28 @@ def run(checkpoint: str) -> list[dict]:
     config = store.load_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint, config.model)
     if tokenizer is None:
-        raise UserError(f"{checkpoint} has no tokenizer.json, without which text cannot be scored; put one beside the weights")
+        raise UserError(
+            f"{checkpoint} has no tokenizer.json, without which text cannot be scored; put one beside the weights"
+        )
     model, batches = store.load(checkpoint), make_dataset(config, tokenizer, "heldout", seed=0)
     score = jax.jit(heldout_nll)
     totals = jax.device_get([score(model, batch) for batch in batches])
     nll, count = (float(np.sum(column, dtype=np.float64)) for column in zip(*totals, strict=True))
-    values = {"loss": (nll / count, "nats/token"), "bits_per_byte": (nll / math.log(2) / batches.num_bytes, "bits/byte")}
-    print_table(f"{config.name}: held-out text, {int(count):,} tokens, {batches.num_bytes:,} bytes", ["metric", "value", "unit"],
+    values = {
+        "loss": (nll / count, "nats/token"),
+        "bits_per_byte": (nll / math.log(2) / batches.num_bytes, "bits/byte"),
+    }
+    title = f"{config.name}: held-out text, {int(count):,} tokens, {batches.num_bytes:,} bytes"
+    print_table(title, ["metric", "value", "unit"],
                 [[name, f"{value:.4f}", unit] for name, (value, unit) in values.items()])  # fmt: skip
     return [
-        {"suite": "perplexity", "metric": name, "value": value, "unit": unit, "config": config.name, "context": config.data.seq_len}
+        {
+            "suite": "perplexity",
+            "metric": name,
+            "value": value,
+            "unit": unit,
+            "config": config.name,
+            "context": config.data.seq_len,
+        }
         for name, (value, unit) in values.items()
     ]

@@ -24,7 +24,9 @@ class Transformer(nnx.Module):
     def __init__(self, model: config.Model, rngs: nnx.Rngs, scan: bool = False):
         self.config, self.runs = model, tuple(stacks(model, scan))
         self.embed = Embed(model, rngs)
-        self.stacks = nnx.List([nnx.List([_blocks(model, *kind, run.repeats, rngs) for kind in run.kinds]) for run in self.runs])
+        self.stacks = nnx.List(
+            [nnx.List([_blocks(model, *kind, run.repeats, rngs) for kind in run.kinds]) for run in self.runs]
+        )
         self.head_mhc = HeadMix(model, rngs)
         self.norm = RMSNorm("D", model.hidden_size, model.norm_eps)
         self.head = Head(model, rngs)
@@ -76,7 +78,9 @@ class Transformer(nnx.Module):
         return [[one(kind, run.repeats) for kind, _ in run.kinds] for run in self.runs]
 
 
-def fresh_chunk(tokens_BT: jax.Array, positions_BT: jax.Array | None = None, segments_BT: jax.Array | None = None) -> Chunk:
+def fresh_chunk(
+    tokens_BT: jax.Array, positions_BT: jax.Array | None = None, segments_BT: jax.Array | None = None
+) -> Chunk:
     """A chunk that is the whole history; packed documents bring their positions and segment numbers."""
     order_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     return Chunk(tokens_BT, order_BT if positions_BT is None else positions_BT, order_BT, segments_BT)

@@ -35,5 +35,9 @@ class Block(nnx.Module):
         read, write, mix = self.ffn_mhc(x_BTXD)
         y_BTD, balance, load_E = self.ffn(self.ffn_norm(read_streams(x_BTXD, read)), chunk)
         real_BT = jnp.ones_like(index_BT) if chunk.segments_BT is None else chunk.segments_BT > 0
-        aux = {"balance": balance, "indexer": jnp.sum(index_BT * real_BT) / jnp.maximum(real_BT.sum(), 1), "load_E": load_E}
+        aux = {
+            "balance": balance,
+            "indexer": jnp.sum(index_BT * real_BT) / jnp.maximum(real_BT.sum(), 1),
+            "load_E": load_E,
+        }
         return write_streams(x_BTXD, y_BTD, write, mix), past, aux

@@ -50,4 +50,3 @@ def top(scores_BTC: jax.Array, k: int) -> jax.Array:
 def visible(chunk_order_BT: jax.Array, ratio: int, count: int) -> jax.Array:
     """Entry i is visible to query t when i < (t + 1) // ratio (spec 2.5): bool [B, T, count]."""
     return jnp.arange(count) < ((chunk_order_BT + 1) // ratio)[..., None]
-

@@ -9,7 +9,6 @@ from v4jax import config
 from v4jax.kernels.sinkhorn import sinkhorn
 from v4jax.nn.linear import constant, weight
 
-
 _FEW_TOKENS = 16  # up to here XLA:CPU is twice as fast with the weight as left operand, beyond with the tokens
 
 
@@ -64,7 +63,9 @@ class HeadMix(nnx.Module):
     def __call__(self, x_BTXD: jax.Array) -> jax.Array:
         """x_BTXD to x_BTD, in the same dtype."""
         m = _coefficients(x_BTXD, self.fn[...], self.norm_eps)
-        read = jax.nn.sigmoid(m * self.scale[...].astype(jnp.float32) + self.base[...].astype(jnp.float32)[:, None, None])
+        read = jax.nn.sigmoid(
+            m * self.scale[...].astype(jnp.float32) + self.base[...].astype(jnp.float32)[:, None, None]
+        )
         return read_streams(x_BTXD, read + self.eps)
 
 

@@ -35,7 +35,12 @@ class Moe(nnx.Module):
         picks_BTK, weights_BTK, scores_BTE = self.router(x_BTD, chunk.tokens_BT)
         flat = lambda a: a.reshape(-1, a.shape[-1])
         routed = experts(
-            flat(x_BTD), flat(picks_BTK), flat(weights_BTK), self.experts.gate_up[...], self.experts.down[...], limit=self.limit
+            flat(x_BTD),
+            flat(picks_BTK),
+            flat(weights_BTK),
+            self.experts.gate_up[...],
+            self.experts.down[...],
+            limit=self.limit,
         ).reshape(x_BTD.shape)
         h = swiglu(project("BTD,DUF->BTUF", x_BTD, self.shared.gate_up, self.dtype), self.limit).astype(self.dtype)
         shared = project("BTF,FD->BTD", h, self.shared.down, self.dtype)

@@ -48,7 +48,9 @@ def hash_table(vocab: int, experts: int, active: int) -> jax.Array:
     return ((start + step * jnp.arange(active, dtype=jnp.uint32)) % experts).astype(jnp.int32)
 
 
-def balance_loss(scores_BTE: jax.Array, picks_BTK: jax.Array, valid_BT: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def balance_loss(
+    scores_BTE: jax.Array, picks_BTK: jax.Array, valid_BT: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """Sequence-wise balance loss, mean over rows, and tokens per expert load_E, both float32 (spec 3.3).
 
     sum_e f_e P_e with f_e = E / (K S) #{t: e in picks(t)} and P_e = mean_t s_e / sum s; gradient through P alone.

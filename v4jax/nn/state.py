@@ -126,7 +126,9 @@ class Fresh:
         index = jnp.broadcast_to(jnp.arange(count), (B, count))
         return Windows(now, before, index, chunk.positions_BT[:, first], jnp.ones_like(index, bool)), self
 
-    def extend(self, kv_BCH: jax.Array, index_BCL: jax.Array | None, windows: Windows, chunk: Chunk, ratio: int) -> Fresh:
+    def extend(
+        self, kv_BCH: jax.Array, index_BCL: jax.Array | None, windows: Windows, chunk: Chunk, ratio: int
+    ) -> Fresh:
         """Keep the call's entries for the call itself."""
         count = kv_BCH.shape[1]
         segments = None if chunk.segments_BT is None else chunk.segments_BT[:, : count * ratio : ratio]
@@ -185,7 +187,9 @@ class Kept:
         tails = self.tails | {name: _ring_write(tail, rows_BTW, chunk)}
         return Windows(now, before, entry, entry * ratio, complete), dataclasses.replace(self, tails=tails)
 
-    def extend(self, kv_BCH: jax.Array, index_BCL: jax.Array | None, windows: Windows, chunk: Chunk, ratio: int) -> Kept:
+    def extend(
+        self, kv_BCH: jax.Array, index_BCL: jax.Array | None, windows: Windows, chunk: Chunk, ratio: int
+    ) -> Kept:
         """Write complete entries at their index; the others go out of range and are dropped."""
         row, old = jnp.arange(kv_BCH.shape[0])[:, None], self.entries
         slot_BC = jnp.where(windows.complete_BC, windows.index_BC, old.kv_BCH.shape[1])
@@ -218,7 +222,9 @@ def new_kept(model: config.Model, kind: str, batch: int, tokens: int, dtype: jnp
 def _empty_window(rows_BCPW: jax.Array) -> jax.Array:
     """Rows that vanish in the pooling: value 0, gate -inf."""
     half = rows_BCPW.shape[-1] // 2
-    return jnp.broadcast_to(jnp.where(jnp.arange(2 * half) < half, 0.0, -jnp.inf), rows_BCPW.shape).astype(rows_BCPW.dtype)
+    return jnp.broadcast_to(jnp.where(jnp.arange(2 * half) < half, 0.0, -jnp.inf), rows_BCPW.shape).astype(
+        rows_BCPW.dtype
+    )
 
 
 def _ring_write(ring_BSH: jax.Array, rows_BTH: jax.Array, chunk: Chunk) -> jax.Array:

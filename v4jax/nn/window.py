@@ -14,7 +14,6 @@ from v4jax.nn.norm import RMSNorm, rms
 from v4jax.nn.rope import angles, frequencies, rotate
 from v4jax.nn.state import Chunk, Past, Rows
 
-
 _BLOCK = 128  # queries of a block, rounded down to whole windows
 _AT_ONCE = 8  # more blocks than this are walked one by one, and their softmax is computed anew in the backward pass
 
@@ -103,7 +102,9 @@ class WindowAttention(nnx.Module):
             keys, mask_BTC, scores_BTC = far
             logits.append(_logits(q_BTNH, keys, mask_BTC))
         sink_N1 = self.sink[...].astype(jnp.float32)[:, None]
-        peak = jnp.maximum(sink_N1, jnp.max(jnp.concatenate([l.max(-1, keepdims=True) for l in logits], -1), -1, keepdims=True))
+        peak = jnp.maximum(
+            sink_N1, jnp.max(jnp.concatenate([l.max(-1, keepdims=True) for l in logits], -1), -1, keepdims=True)
+        )
         peak = jax.lax.stop_gradient(peak)
         parts = [jnp.exp(l - peak) for l in logits]
         total = sum(p.sum(-1, keepdims=True) for p in parts) + jnp.exp(sink_N1 - peak)
@@ -141,4 +142,3 @@ def index_loss(scores_BTC: jax.Array, mask_BTC: jax.Array, mass_BTC: jax.Array) 
     log_p = jax.nn.log_softmax(jnp.where(mask_BTC, scores_BTC, -1e30), axis=-1)
     terms = jnp.where(mask_BTC & (target > 0), target * (jnp.log(jnp.maximum(target, 1e-30)) - log_p), 0.0)
     return terms.sum(-1)
-

@@ -13,7 +13,7 @@ Batch = dict[str, jax.Array]  # tokens_BT, targets_BT, targets2_BT, segments_BT,
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sum of -log p over targets >= 0 (nats, float32) and their number.
 
-    The target's logit is picked by comparison, not by a gather, whose gradient would be a scatter over all of [B, T, V].
+    The target's logit is picked by comparison, not by a gather, whose gradient would be a scatter into [B, T, V].
     """
     is_target = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
     target_logit_BT = jnp.sum(jnp.where(is_target, logits_BTV, 0.0), axis=-1)

@@ -32,7 +32,8 @@ def make_optimizer(train: config.Train, letters: dict[str, str]) -> optax.Gradie
     labels = {name: "muon" if axes in MATRICES else "adamw" for name, axes in letters.items()}
     adamw = optax.adamw(schedule(train, train.adam_lr), b1=0.9, b2=0.95, eps=1e-20, weight_decay=train.weight_decay)
     return optax.chain(
-        optax.clip_by_global_norm(train.clip_norm), optax.partition({"muon": _muon(train, letters), "adamw": adamw}, labels)
+        optax.clip_by_global_norm(train.clip_norm),
+        optax.partition({"muon": _muon(train, letters), "adamw": adamw}, labels),
     )
 
 
@@ -47,7 +48,11 @@ def _muon(train: config.Train, letters: dict[str, str]) -> optax.GradientTransfo
 
     return optax.chain(
         optax.contrib.scale_by_muon(
-            ns_coeffs=_NEWTON_SCHULZ, ns_steps=len(_NEWTON_SCHULZ), beta=train.momentum, nesterov=True, weight_dimension_numbers=dimensions
+            ns_coeffs=_NEWTON_SCHULZ,
+            ns_steps=len(_NEWTON_SCHULZ),
+            beta=train.momentum,
+            nesterov=True,
+            weight_dimension_numbers=dimensions,
         ),
         optax.stateless(to_rms),
         optax.add_decayed_weights(train.weight_decay),

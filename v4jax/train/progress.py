@@ -46,7 +46,11 @@ class Progress:
         if not self._live and (now - self._printed > 10 or step == self.steps):
             self._printed = now
             left = "" if self.tokens_per_second is None else self._left(step)
-            print(f"{self.name} step {step}/{self.steps}  loss {loss:.3f}  {speed} tokens/s{left}", file=sys.stderr, flush=True)
+            print(
+                f"{self.name} step {step}/{self.steps}  loss {loss:.3f}  {speed} tokens/s{left}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _left(self, step: int) -> str:
         seconds = (self.steps - step) * self.tokens_per_step / self.tokens_per_second

@@ -7,7 +7,7 @@ from v4jax.kernels.experts.activation import swiglu
 
 
 def experts(x_BD, picks_BK, weights_BK, gate_up_EDUF, down_EFD, *, limit):
-    """Sum over a token's experts of weight * W2 (silu(min(W1 x, limit)) * clip(W3 x, -limit, limit)): float32 [B, D]."""
+    """Sum over a token's experts of weight * W2 (silu(min(W1 x, limit)) * clip(W3 x, +-limit)): float32 [B, D]."""
     x, gate_up, down = (a.astype(jnp.float32) for a in (x_BD, gate_up_EDUF, down_EFD))
     weight_BE = (jax.nn.one_hot(picks_BK, gate_up.shape[0]) * weights_BK[..., None]).sum(1)
     h_BEF = swiglu(jnp.einsum("BD,EDUF->BEUF", x, gate_up), limit)

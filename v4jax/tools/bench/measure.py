@@ -38,7 +38,7 @@ def spread(values: list[float]) -> float:
 
 
 def machine() -> dict[str, float]:
-    """What this machine can do, now: float32 products (FLOP/s, 2048^3) and memory traffic (byte/s, scaled copy of 256 MB)."""
+    """What this machine can do now: float32 products (FLOP/s, 2048^3), memory (byte/s, 256 MB scaled in place)."""
     a = jnp.ones((2048, 2048), jnp.float32)
     product, big = jax.jit(lambda a: a @ a), jnp.ones(2**26, jnp.float32)
     scale = jax.jit(lambda x: x * 1.5, donate_argnums=0)

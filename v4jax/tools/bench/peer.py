@@ -64,7 +64,10 @@ def run(config: Config, rounds: int) -> list[dict]:
         seconds["decode", length] = {name: [decode for _, decode in values] for name, values in taken.items()}
     del engine
     length = config.data.seq_len
-    arms = {OURS: _our_step(config, tokens[:, : length + 1]), THEIRS: _their_step(theirs, tokens[:, : length + 1], torch)}
+    arms = {
+        OURS: _our_step(config, tokens[:, : length + 1]),
+        THEIRS: _their_step(theirs, tokens[:, : length + 1], torch),
+    }
     for arm in arms.values():
         arm()
     seconds["train", length] = alternate(arms, rounds)
@@ -77,14 +80,29 @@ def _report(config: Config, seconds, limits) -> list[dict]:
         scale, unit = {"train": (1, "s"), "prefill": (1, "s"), "decode": (1e3, "ms")}[what]
         median = {name: statistics.median(values) * scale for name, values in taken.items()}
         ratios = [theirs / ours for ours, theirs in zip(taken[OURS], taken[THEIRS], strict=True)]
-        rows.append([what, length, f"{median[OURS]:.3g} {unit}", f"{median[THEIRS]:.3g} {unit}", f"{statistics.median(ratios):.1f}x"])
-        at = {"config": config.name, "context": length, "concurrency": ROWS if what == "train" else 1, "precision": "float32"}
+        rows.append(
+            [
+                what,
+                length,
+                f"{median[OURS]:.3g} {unit}",
+                f"{median[THEIRS]:.3g} {unit}",
+                f"{statistics.median(ratios):.1f}x",
+            ]
+        )
+        at = {
+            "config": config.name,
+            "context": length,
+            "concurrency": ROWS if what == "train" else 1,
+            "precision": "float32",
+        }
         for name, values in taken.items():
             records.append(record("peer", f"{what}_time", [v * scale for v in values], unit, arm=name, **at))
         records.append(record("peer", f"{what}_speedup", ratios, "ratio", arm=f"{THEIRS}/{OURS}", **at))
     for name, value in limits.items():
         records.append(record("peer", name, [value], name.split("_")[0] + "/s", config="machine"))
-    print_table(f"{config.name}, float32, {os.cpu_count()} CPU threads", ["what", "tokens", OURS, THEIRS, "speed-up"], rows)
+    print_table(
+        f"{config.name}, float32, {os.cpu_count()} CPU threads", ["what", "tokens", OURS, THEIRS, "speed-up"], rows
+    )
     return records
 
 
@@ -166,9 +184,10 @@ def _their_step(theirs, tokens: np.ndarray, torch) -> Callable[[], float]:
 def as_batch(tokens: np.ndarray) -> dict[str, jax.Array]:
     """Rows of T + 1 tokens as a training batch of one document a row."""
     ids = tokens[:, :-1].astype(np.int32)
+    positions = np.tile(np.arange(ids.shape[1], dtype=np.int32), (len(ids), 1))
     batch = {
         "tokens_BT": ids, "targets_BT": tokens[:, 1:].astype(np.int32),
         "targets2_BT": np.pad(tokens[:, 2:], ((0, 0), (0, 1)), constant_values=-1).astype(np.int32),
-        "segments_BT": np.ones_like(ids), "positions_BT": np.tile(np.arange(ids.shape[1], dtype=np.int32), (len(ids), 1)),
+        "segments_BT": np.ones_like(ids), "positions_BT": positions,
     }  # fmt: skip
     return jax.device_put(batch)

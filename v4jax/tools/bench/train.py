@@ -45,10 +45,17 @@ def run(config: Config, rounds: int) -> list[dict]:
     flops = 6 * count_parameters(config.model).active * rows * length
     rate = flops / median["loss and gradients"]
     table = [[name, f"{value:.3f} s", f"{value / median['whole step']:.0%}"] for name, value in median.items()]
-    print_table(f"{config.name}, {rows} x {length} tokens, {os.cpu_count()} CPU threads", ["part", "time", "of the step"], table)
+    print_table(
+        f"{config.name}, {rows} x {length} tokens, {os.cpu_count()} CPU threads", ["part", "time", "of the step"], table
+    )
+    peak = limits["flops_per_second"]
     print(f"{rows * length / median['whole step']:,.0f} tokens/s; products at {rate / 1e9:.0f} GFLOP/s, "
-          f"{rate / limits['flops_per_second']:.0%} of this machine's {limits['flops_per_second'] / 1e9:.0f}")  # fmt: skip
+          f"{rate / peak:.0%} of this machine's {peak / 1e9:.0f}")  # fmt: skip
     at = {"config": config.name, "context": length, "concurrency": rows, "precision": config.model.dtype}
     records = [record("train", "time", values, "s", part=name, **at) for name, values in taken.items()]
     speeds = [rows * length / value for value in taken["whole step"]]
-    return [*records, record("train", "tokens_per_second", speeds, "1/s", **at), record("train", "flops_per_second", [rate], "1/s", **at)]
+    return [
+        *records,
+        record("train", "tokens_per_second", speeds, "1/s", **at),
+        record("train", "flops_per_second", [rate], "1/s", **at),
+    ]
