@@ -29,6 +29,6 @@ def get_config(arg: str = "") -> Config:
         name="tiny",
         model=model,
         data=Data(seq_len=256),
-        train=Train(steps=300, batch_size=8, lr=0.016, adam_lr=0.032, warmup=20, checkpoint_every=100, eval_rows=0),
+        train=Train(steps=260, batch_size=8, lr=0.016, adam_lr=0.048, warmup=20, checkpoint_every=100, eval_rows=0),
         serve=Serve(max_batch=8, max_seq_len=4096, prefill_chunk=256),
     )
