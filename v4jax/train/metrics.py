@@ -54,10 +54,10 @@ def plot_loss(workdir: pathlib.Path, heldout: dict[int, float]) -> pathlib.Path:
 
     records = [record for record in read_metrics(workdir / "metrics.jsonl") if "loss" in record]
     steps, losses = [record["step"] for record in records], [record["loss"] for record in records]
-    smooth, average = [], None
-    for value in losses:
-        average = value if average is None else 0.95 * average + 0.05 * value
-        smooth.append(average)
+    smooth, average = [], 0.0
+    for count, value in enumerate(losses, start=1):
+        average = 0.95 * average + 0.05 * value
+        smooth.append(average / (1 - 0.95**count))  # the average starts at zero
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="training")
