@@ -68,7 +68,6 @@ def test_lists_become_tuples():
     ("model", {"dtype": "float64"}, "'float64'"),
     ("model", {"mtp_layers": 2}, "model.mtp_layers"),
     ("train", {"steps": 0}, "train.steps must be at least 1, got 0"),
-    ("train", {"remat": "some"}, "train.remat"),
     ("data", {"seq_len": 13}, "data.seq_len 13 must be a multiple"),
     ("serve", {"max_seq_len": 10**9}, "serve.max_seq_len"),
 ])  # fmt: skip
