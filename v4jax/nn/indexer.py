@@ -30,10 +30,11 @@ class Indexer(nnx.Module):
 def score(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BCL: jax.Array) -> jax.Array:
     """I[t, c] = sum_j w[t, j] relu(q[t, j] . k[c]): float32 [B, T, C].
 
-    Entries are the minor axis throughout, and the heads are summed inside one loop over them.
+    Entries are the minor axis throughout, and the sum over heads is a product: as a reduction over a middle axis
+    XLA:CPU took 17 times as long, half of a prefill.
     """
     dots_BTJC = jnp.einsum("BTJL,BCL->BTJC", q_BTJL, keys_BCL, preferred_element_type=jnp.float32)
-    return jnp.sum(jax.nn.relu(dots_BTJC) * w_BTJ[..., None], axis=2)
+    return jnp.einsum("BTJC,BTJ->BTC", jax.nn.relu(dots_BTJC), w_BTJ)
 
 
 def top(scores_BTC: jax.Array, k: int) -> jax.Array:
