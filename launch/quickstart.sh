@@ -55,5 +55,6 @@ rows = [
 ]
 print()
 for label, key, form in rows:
-    print(f"{label:<38}{form.format(summary[key])}")
+    value = summary[key]  # no speed if the run was stopped after its last step
+    print(f"{label:<38}{'not measured' if value is None else form.format(value)}")
 PYTHON

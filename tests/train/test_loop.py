@@ -133,8 +133,10 @@ def test_a_loss_that_is_no_number_ends_the_run_with_one_line(config, tmp_path):
         loop.train(with_train(config, adam_lr=1e30, lr=1e30, clip_norm=1e30, warmup=0, steps=4), str(tmp_path / "run"))
 
 
-def test_another_model_in_the_same_workdir_is_refused(config, tmp_path):
-    loop.train(config, str(tmp_path / "run"))
+def test_a_finished_run_stays_and_another_model_in_its_workdir_is_refused(config, tmp_path):
+    first = loop.train(config, str(tmp_path / "run"))
+    again = loop.train(config, str(tmp_path / "run"))  # a finished run only writes its summary anew
+    assert again | {"tokens_per_second": None} == first | {"tokens_per_second": None}
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, heads=4))
     with pytest.raises(UserError, match="model.heads"):
         loop.train(other, str(tmp_path / "run"))

@@ -10,7 +10,7 @@ from v4jax.nn.indexer import Indexer, score, top
 from v4jax.nn.state import Chunk, Past
 
 # Reading every entry through a mask costs products with all of them, gathering costs traffic per pick: with up to
-# this many entries a pick the mask is faster (measured on XLA:CPU by `v4jax bench --suite=kernels`).
+# this many entries a pick the mask is taken: an estimate for XLA:CPU, that no bench has measured yet.
 _DENSE_ENTRIES_PER_PICK = 4
 
 

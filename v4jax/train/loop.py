@@ -16,7 +16,7 @@ from v4jax.checkpoint.orbax import RunStore
 from v4jax.config import Config
 from v4jax.core.check import UserError
 from v4jax.data.baselines import baselines
-from v4jax.data.pipeline import Batches, make_dataset
+from v4jax.data.pipeline import make_dataset
 from v4jax.data.sources import load_documents
 from v4jax.data.tokenizer import Tokenizer
 from v4jax.train.metrics import MetricsWriter, plot_loss, read_metrics
@@ -50,10 +50,12 @@ class _Run:
         try:
             with self.store:
                 state, iterator, done = self._start()
-                speed = self._steps(state, iterator, done) if done < self.config.train.steps else self._finish(state)
+                if done < self.config.train.steps:
+                    return self._steps(state, iterator, done)
+                # Stopped between the last checkpoint and the summary: no step was timed in this process.
+                return self._finish(state, None, MetricsWriter(self.workdir, done))
         finally:
             signal.signal(signal.SIGTERM, previous)
-        return speed
 
     def _start(self) -> tuple[TrainState, object, int]:
         """Fresh state, or the newest checkpoint's with the data where it was."""
@@ -141,6 +143,3 @@ class _Run:
         partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, self.workdir / "summary.json")
         return summary
-
-
-__all__ = ["Batches", "train"]
