@@ -10,7 +10,8 @@ def keep_heap() -> None:
     """Make glibc keep freed memory instead of returning it to the system; elsewhere nothing happens.
 
     XLA:CPU allocates the temporary memory of a program anew at every call. glibc serves blocks that large by mmap and
-    unmaps them when freed, so every training step page-faults all its memory again. Called by the command line, never by the library.
+    unmaps them when freed, so every training step page-faults all its memory again. Called by the
+    command line, never by the library.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
