@@ -93,6 +93,10 @@ class Entries:
     index_BCL: jax.Array | None = None
     segments_BC: jax.Array | None = None
 
+    def repeated(self, times: int) -> Entries:
+        """Every row `times` times in a row."""
+        return jax.tree.map(lambda a: jnp.repeat(a, times, axis=0), self)
+
 
 @_pytree
 class Fresh:
@@ -133,6 +137,10 @@ class Fresh:
         count = kv_BCH.shape[1]
         segments = None if chunk.segments_BT is None else chunk.segments_BT[:, : count * ratio : ratio]
         return Fresh(Entries(kv_BCH, index_BCL, segments))
+
+    def repeated(self, times: int) -> Fresh:
+        """For reading alone: the entries of every row `times` times."""
+        return dataclasses.replace(self, entries=self.entries and self.entries.repeated(times))
 
     def settled(self) -> Fresh:
         """What outlives the call: nothing."""
@@ -196,6 +204,10 @@ class Kept:
         put = lambda array, new: array.at[row, slot_BC].set(new.astype(array.dtype), mode="drop")
         index = None if index_BCL is None else put(old.index_BCL, index_BCL)
         return dataclasses.replace(self, entries=Entries(put(old.kv_BCH, kv_BCH), index))
+
+    def repeated(self, times: int) -> Kept:
+        """For reading alone: the entries of every row `times` times."""
+        return dataclasses.replace(self, entries=self.entries and self.entries.repeated(times))
 
     def settled(self) -> Kept:
         """What outlives the call: everything."""

@@ -73,20 +73,23 @@ class WindowAttention(nnx.Module):
         queries = (q_BTNH, chunk.order_BT, chunk.segments_BT, *extra)
         if T <= size:
             return self._attend_block(queries, rows, past)
-        blocks, pad = -(-T // size), -T % size
-        blocked = lambda a: jnp.moveaxis(a.reshape(a.shape[0], blocks, size, *a.shape[2:]), 1, 0)
+        B, blocks, pad = q_BTNH.shape[0], -(-T // size), -T % size
+        blocked = lambda a: a.reshape(B, blocks, size, *a.shape[2:])
         split = lambda a: blocked(jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)))
 
-        def overlapping(a):  # [B, window + T, ...] to [blocks, B, window + size, ...]
+        def overlapping(a):  # [B, window + T, ...] to [B, blocks, window + size, ...]
             before = blocked(a[:, : blocks * size])[:, :, :window]
             return jnp.concatenate([before, blocked(a[:, window:])], axis=2)
 
         arguments = (jax.tree.map(split, queries), jax.tree.map(overlapping, rows.padded(pad)))
-        if blocks <= _AT_ONCE:
-            o, loss = jax.vmap(lambda q, r: self._attend_block(q, r, past))(*arguments)
+        if blocks <= _AT_ONCE:  # blocks as rows of the batch: every product reads the arrays as they lie
+            merged = jax.tree.map(lambda a: a.reshape(B * blocks, *a.shape[2:]), arguments)
+            o, loss = self._attend_block(*merged, past.repeated(blocks))
         else:
-            o, loss = jax.lax.map(jax.checkpoint(lambda block: self._attend_block(*block, past)), arguments)
-        join = lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], blocks * size, *a.shape[3:])[:, :T]
+            walk = jax.checkpoint(lambda block: self._attend_block(*block, past))
+            out = jax.lax.map(walk, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), arguments))
+            o, loss = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B * blocks, *a.shape[2:]), out)
+        join = lambda a: a.reshape(B, blocks * size, *a.shape[2:])[:, :T]
         return join(o), join(loss)
 
     def _attend_block(self, queries, rows: Rows, past: Past) -> tuple[jax.Array, jax.Array]:

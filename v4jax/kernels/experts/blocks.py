@@ -15,8 +15,23 @@ from v4jax.kernels.experts.activation import swiglu
 
 def experts(x_BD, picks_BK, weights_BK, gate_up_EDUF, down_EFD, *, limit):
     """See `api.experts`; float32 accumulation, float32 result [B, D]."""
+    if x_BD.shape[0] == 1:
+        return _single(x_BD, picks_BK, weights_BK, gate_up_EDUF, down_EFD, limit)
     plan = _plan(picks_BK, gate_up_EDUF.shape[0])
     return _experts(x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, limit)
+
+
+def _single(x_1D, picks_1K, weights_1K, gate_up_EDUF, down_EFD, limit):
+    """One token: its experts in turn, without the sorting of rows, which would take a quarter of the time."""
+    D, F = x_1D.shape[1], down_EFD.shape[1]
+
+    def one(pick):
+        expert, weight = pick
+        gate_up = _dot("RD,DG->RG", x_1D, gate_up_EDUF[expert].reshape(D, 2 * F))
+        h = (swiglu(gate_up.reshape(1, 2, F), limit) * weight).astype(x_1D.dtype)
+        return _dot("RF,FD->RD", h, down_EFD[expert])
+
+    return jax.lax.map(one, (picks_1K[0], weights_1K[0])).sum(0)
 
 
 def block_rows(rows: int, experts: int) -> int:
