@@ -1,5 +1,7 @@
 """Indexer: scores, the tie rule, the mask that equals the picks, visibility, and its loss."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +13,27 @@ from hypothesis import strategies as st
 from tests.golden import weights
 from v4jax.models.transformer import fresh_chunk
 from v4jax.nn.csa import _chosen
-from v4jax.nn.indexer import score, top, visible
-from v4jax.nn.state import Fresh
+from v4jax.nn import indexer
+from v4jax.nn.indexer import score, search, visible
+from v4jax.nn.state import Entries, Fresh
 from v4jax.nn.window import index_loss
 
 # Few values, so that most are tied; minus zero is what negative weights make of inactive heads.
 TIED = st.lists(st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 0.0, 0.5, 2.0]), min_size=9, max_size=9)
 
-TOP, CHOSEN = (jax.jit(f, static_argnums=1) for f in (top, _chosen))
+CHOSEN = jax.jit(_chosen, static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _search(scores_C, k, piece):
+    """`search` over entries whose keys give these scores: what is above 0 by one head, what is below by another."""
+    finite = jnp.where(scores_C > -jnp.inf, scores_C, 0.0)
+    keys_CL = jnp.stack([jnp.maximum(finite, 0), jnp.maximum(-finite, 0)], -1)
+    view = Entries(keys_CL[None], keys_CL[None])
+    readable = lambda first, count: jax.lax.dynamic_slice_in_dim(scores_C > -jnp.inf, first, count)[None, None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indexer, "_PIECE", piece)
+        return search(jnp.eye(2)[None, None], jnp.array([[[1.0, -1.0]]]), view, readable, jnp.int32(9), k)[0, 0]
 
 
 def _picks(scores, k):
@@ -28,10 +43,10 @@ def _picks(scores, k):
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(scores=TIED, k=st.integers(1, 9))
-def test_ties_go_to_the_lowest_index_and_the_mask_is_that_set(scores, k):
+@given(scores=TIED, k=st.integers(1, 9), piece=st.sampled_from([3, 1024]))
+def test_ties_go_to_the_lowest_index_and_the_mask_is_that_set(scores, k, piece):
     array = jnp.asarray(scores, jnp.float32)[None, None]
-    picks = TOP(array, k)[0, 0].tolist()
+    picks = _search(array[0, 0], k, piece).tolist()
     assert picks == _picks(scores, k)
     chosen = np.flatnonzero(np.asarray(CHOSEN(array, k))[0, 0] & (np.asarray(scores) > -np.inf)).tolist()
     assert chosen == sorted(i for i in picks if i >= 0)
@@ -52,7 +67,7 @@ def test_scores_are_the_formula():
 
 @pytest.mark.parametrize("ratio", [2, 4, 16])
 def test_the_token_that_completes_a_window_sees_its_entry(ratio):
-    got = visible(jnp.arange(50)[None], ratio, 12)[0]
+    got = visible(jnp.arange(50)[None], ratio, 0, 12)[0]
     for t in range(50):
         complete = [i for i in range(12) if (i + 1) * ratio - 1 <= t]  # entry i is there after token (i + 1) r - 1
         assert np.flatnonzero(got[t]).tolist() == complete

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
+from v4jax.core.check import UserError
 
 LayerKind = tuple[str, bool]  # attention kind, hash routing
 
@@ -61,14 +62,19 @@ def to_flat(tree: nnx.State, runs: list[Stack]) -> dict[str, jax.Array]:
 
 
 def from_flat(flat: Mapping[str, jax.Array], abstract: nnx.State, runs: list[Stack]) -> nnx.State:
-    """{"layers.3.attn.kv": array, ...} to the tree that `abstract` describes; every name must be there."""
+    """{"layers.3.attn.kv": array, ...} to the tree that `abstract` describes; a missing name raises UserError."""
+
+    def array(name):
+        if name not in flat:
+            raise UserError(f"parameter {name} is missing; give all parameters of this very model")
+        return flat[name]
 
     def find(path):
         path = tuple(str(p) for p in path)
         if path[0] != "stacks":
-            return flat[".".join(path)]
+            return array(".".join(path))
         run, position, name = runs[int(path[1])], int(path[2]), ".".join(path[3:])
-        layers = [flat[f"layers.{run.layer(position, repeat)}.{name}"] for repeat in range(run.repeats)]
+        layers = [array(f"layers.{run.layer(position, repeat)}.{name}") for repeat in range(run.repeats)]
         return jnp.stack(layers) if run.repeats > 1 else layers[0]
 
     found = {path: variable.replace(find(path)) for path, variable in nnx.to_flat_state(abstract)}

@@ -13,7 +13,7 @@ from v4jax.nn.embed import Embed, Head
 from v4jax.nn.mhc import HeadMix
 from v4jax.nn.mtp import MTP
 from v4jax.nn.norm import RMSNorm
-from v4jax.nn.state import Chunk, Fresh, Past, new_kept
+from v4jax.nn.state import Chunk, Fresh, Past, Place, Plain, new_kept
 
 State = list[list[Past]]  # one list a stack, one Past a layer of its pattern (leading axis where it repeats)
 
@@ -68,11 +68,14 @@ class Transformer(nnx.Module):
         return [[Fresh() for _ in run.kinds] for run in self.runs]
 
     def new_state(self, batch: int, tokens: int) -> State:
-        """Empty arrays for `batch` rows of at most `tokens` tokens."""
+        """Empty arrays for `batch` rows of at most `tokens` tokens: a record and a page a row."""
         dtype = jnp.dtype(self.config.dtype)
 
         def one(kind, repeats):
-            past = new_kept(self.config, kind, batch, tokens, dtype)
+            width = {"main": self.config.head_dim, "index": self.config.indexer.head_dim}
+            slots = max(1, tokens // self.config.ratio(kind)) if kind != "swa" else 0
+            pool = lambda part: Plain(jnp.zeros((batch, slots, width[part]), dtype))
+            past = new_kept(self.config, kind, batch, pool, dtype)
             return jax.tree.map(lambda a: jnp.broadcast_to(a, (repeats, *a.shape)), past) if repeats > 1 else past
 
         return [[one(kind, run.repeats) for kind, _ in run.kinds] for run in self.runs]
@@ -86,10 +89,12 @@ def fresh_chunk(
     return Chunk(tokens_BT, order_BT if positions_BT is None else positions_BT, order_BT, segments_BT)
 
 
-def next_chunk(tokens_BT: jax.Array, start_B: jax.Array, count_B: jax.Array | None = None) -> Chunk:
+def next_chunk(
+    tokens_BT: jax.Array, start_B: jax.Array, count_B: jax.Array | None = None, place: Place | None = None
+) -> Chunk:
     """The next tokens of rows that have seen `start_B`; of each row the first `count_B` are real (None: all)."""
     order_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-    return Chunk(tokens_BT, order_BT, order_BT, None, count_B)
+    return Chunk(tokens_BT, order_BT, order_BT, None, count_B, place)
 
 
 @jax.jit

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
-from v4jax.nn.hca import HCAttention, readable
-from v4jax.nn.indexer import Indexer, score, top
-from v4jax.nn.state import Chunk, Past
+from v4jax.nn.hca import HCAttention
+from v4jax.nn.indexer import Indexer, score, score_each, search
+from v4jax.nn.state import Chunk, Past, View
+from v4jax.nn.window import Part, Scored, attend
 
 # Reading every entry through a mask costs products with all of them, gathering costs traffic per pick: with up to
 # this many entries a pick the mask is taken: an estimate for XLA:CPU, that no bench has measured yet.
@@ -32,26 +33,26 @@ class CSAttention(HCAttention):
     def queries(self, x_BTD: jax.Array, low_BTQ: jax.Array, cos_sin) -> tuple[jax.Array, ...]:
         return self.indexer.queries(jax.lax.stop_gradient(x_BTD), jax.lax.stop_gradient(low_BTQ), cos_sin)
 
-    def remote(self, extra, order_BT, segments_BT, past: Past):
+    def remote(self, q_BTNH: jax.Array, extra, order_BT, segments_BT, view: View) -> tuple[Part, Scored]:
         q_BTJL, w_BTJ = extra
-        entries, count = past.entries, past.entries.kv_BCH.shape[1]
-        if not count:
-            return None
-        mask_BTC = readable(order_BT, segments_BT, past, self.compressor.ratio)
-        scores_BTC = jnp.where(mask_BTC, score(q_BTJL, w_BTJ, entries.index_BCL), -jnp.inf)
-        k = min(self.model.indexer.topk, count)
-        if k == count:
-            return entries.kv_BCH, mask_BTC, scores_BTC
-        if count <= _DENSE_ENTRIES_PER_PICK * k and order_BT.shape[1] > 1:
-            return entries.kv_BCH, mask_BTC & _chosen(scores_BTC, k), scores_BTC
-        picks_BTK = top(scores_BTC, k)
-        slot_BTK = jnp.maximum(picks_BTK, 0)
-        row = jnp.arange(slot_BTK.shape[0])[:, None, None]
-        return entries.kv_BCH[row, slot_BTK], picks_BTK >= 0, jnp.take_along_axis(scores_BTC, slot_BTK, axis=-1)
+        readable = self.readable(order_BT, segments_BT, view)
+        k = min(self.model.indexer.topk, view.size)
+        if view.size <= k or (view.size <= _DENSE_ENTRIES_PER_PICK * k and order_BT.shape[1] > 1):
+            mask_BTC = readable(0, view.size)
+            scores_BTC = score(q_BTJL, w_BTJ, view.keys(0, view.size))
+            if view.size > k:
+                mask_BTC &= _chosen(jnp.where(mask_BTC, scores_BTC, -jnp.inf), k)
+            part, p_BTNC = attend(q_BTNH, view.rows(0, view.size), mask_BTC)
+            return part, Scored(scores_BTC, mask_BTC, p_BTNC)
+        picks_BTK = search(q_BTJL, w_BTJ, view, readable, self.limit(order_BT), k)
+        mask_BTK, slot_BTK = picks_BTK >= 0, jnp.maximum(picks_BTK, 0)
+        part, p_BTNK = attend(q_BTNH, view.take_rows(slot_BTK), mask_BTK)
+        # Scored anew, for the loss alone: its gradient then needs the picked keys, not the scores of all.
+        return part, Scored(score_each(q_BTJL, w_BTJ, view.take_keys(slot_BTK)), mask_BTK, p_BTNK)
 
 
 def _chosen(scores_BTC: jax.Array, k: int) -> jax.Array:
-    """The set that `top` picks, as a mask: above the k-th score, and of its equals those with the lowest index."""
+    """The set that `search` picks, as a mask: above the k-th score, and of its equals those with the lowest index."""
     scores = jax.lax.stop_gradient(scores_BTC)
     kth = jax.lax.top_k(scores, k)[0][..., -1:]
     above, equal = scores > kth, scores == kth

@@ -7,8 +7,11 @@ from flax import nnx
 from v4jax import config
 from v4jax.nn.compressor import Compressor
 from v4jax.nn.indexer import visible
-from v4jax.nn.state import Chunk, Past
-from v4jax.nn.window import WindowAttention
+from v4jax.nn.state import Chunk, Past, View
+from v4jax.nn.window import Part, WindowAttention, attend
+
+_WHOLE = 1024  # up to this many entries are read in one go, more in pieces as far as they are visible
+_PIECE = 256
 
 
 class HCAttention(WindowAttention):
@@ -24,16 +27,31 @@ class HCAttention(WindowAttention):
         kv_BCH, windows, past = self.compressor(x_BTD, chunk, past, "main")
         return past.extend(kv_BCH, None, windows, chunk, self.compressor.ratio)
 
-    def remote(self, extra, order_BT, segments_BT, past: Past):
-        if not past.entries.kv_BCH.shape[1]:  # a fresh call shorter than one window
-            return None
-        mask_BTC = readable(order_BT, segments_BT, past, self.compressor.ratio)
-        return past.entries.kv_BCH, mask_BTC, None
+    def remote(self, q_BTNH: jax.Array, extra, order_BT, segments_BT, view: View) -> tuple[Part, None]:
+        if view.size <= _WHOLE:
+            mask_BTC = self.readable(order_BT, segments_BT, view)(0, view.size)
+            return attend(q_BTNH, view.rows(0, view.size), mask_BTC)[0], None
+        readable = self.readable(order_BT, segments_BT, view)
+        piece = lambda i: attend(q_BTNH, view.rows(i * _PIECE, _PIECE), readable(i * _PIECE, _PIECE))[0]
+        last = -(-self.limit(order_BT) // _PIECE)
+        return jax.lax.fori_loop(1, last, lambda i, part: part.joined(piece(i)), piece(0)), None
+
+    def readable(self, order_BT: jax.Array, segments_BT: jax.Array | None, view: View):
+        """(first, count) to bool [B, T, count]: entries that are complete for a query and of its own document."""
+
+        def mask(first, count):
+            mask_BTC = visible(order_BT, self.compressor.ratio, first, count)
+            if segments_BT is not None:
+                mask_BTC &= segments_BT[:, :, None] == segments_of(view, first, count)[:, None, :]
+            return mask_BTC
+
+        return mask
+
+    def limit(self, order_BT: jax.Array) -> jax.Array:
+        """Entries that the last query sees: no reader looks further."""
+        return (order_BT.max() + 1) // self.compressor.ratio
 
 
-def readable(order_BT: jax.Array, segments_BT: jax.Array | None, past: Past, ratio: int) -> jax.Array:
-    """Entries that are complete for a query and of its own document: bool [B, T, C]."""
-    mask_BTC = visible(order_BT, ratio, past.entries.kv_BCH.shape[1])
-    if segments_BT is not None:
-        mask_BTC &= segments_BT[:, :, None] == past.entries.segments_BC[:, None, :]
-    return jnp.broadcast_to(mask_BTC, (past.entries.kv_BCH.shape[0], *mask_BTC.shape[1:]))
+def segments_of(view: View, first, count: int) -> jax.Array:
+    """Documents of `count` entries from `first` on: [B, count]."""
+    return jax.lax.dynamic_slice_in_dim(view.segments_BC, first, count, 1)

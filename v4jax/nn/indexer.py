@@ -8,6 +8,9 @@ from v4jax import config
 from v4jax.nn.compressor import Compressor
 from v4jax.nn.linear import project, weight
 from v4jax.nn.rope import rotate
+from v4jax.nn.state import View
+
+_PIECE = 1024  # entries that are scored at once
 
 
 class Indexer(nnx.Module):
@@ -37,17 +40,40 @@ def score(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BCL: jax.Array) -> jax.Array
     return jnp.einsum("BTJC,BTJ->BTC", jax.nn.relu(dots_BTJC), w_BTJ)
 
 
-def top(scores_BTC: jax.Array, k: int) -> jax.Array:
-    """Indices of the k best entries, int32 [B, T, k], -1 where fewer are visible (score -inf).
+def score_each(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BTKL: jax.Array) -> jax.Array:
+    """`score` for keys of each query's own: float32 [B, T, K]."""
+    dots_BTJK = jnp.einsum("BTJL,BTKL->BTJK", q_BTJL, keys_BTKL, preferred_element_type=jnp.float32)
+    return jnp.einsum("BTJK,BTJ->BTK", jax.nn.relu(dots_BTJK), w_BTJ)
 
-    Ties go to the lowest index: relu makes exact zeros common, so the order has to be a rule (spec 11.4).
+
+def search(q_BTJL: jax.Array, w_BTJ: jax.Array, view: View, readable, limit: jax.Array, k: int) -> jax.Array:
+    """Indices of the k entries of `view` that score highest, int32 [B, T, k], -1 where fewer are visible.
+
+    Ties go to the lowest index: relu makes exact zeros common, so the order has to be a rule (spec 11.4). Entries are
+    looked at in pieces, so the scores of a block of queries never exist whole; the best so far stand before a piece's,
+    which keeps the rule. No gradient.
+
+    readable(first, count) gives the mask of a piece, bool [B, T, count]; entries from `limit` (int32) on are visible to
+    nobody and are not looked at.
     """
-    scores_BTC = jax.lax.stop_gradient(scores_BTC)
-    scores_BTC = jnp.where(scores_BTC == 0, 0.0, scores_BTC)  # top_k sorts -0 below +0; products of relu give both
-    values, picks_BTK = jax.lax.top_k(scores_BTC, k)
-    return jnp.where(values > -jnp.inf, picks_BTK, -1)
+    piece = _PIECE if view.size % _PIECE == 0 else view.size
+    B, T = q_BTJL.shape[:2]
+    q_BTJL, w_BTJ = jax.lax.stop_gradient((q_BTJL, w_BTJ))
+
+    def look(i, best):
+        values_BTK, picks_BTK = best
+        first = i * piece
+        scores = score(q_BTJL, w_BTJ, jax.lax.stop_gradient(view.keys(first, piece)))
+        scores = jnp.where(scores == 0, 0.0, scores)  # top_k sorts -0 below +0; products of relu give both
+        scores = jnp.where(readable(first, piece), scores, -jnp.inf)
+        index = jnp.broadcast_to(first + jnp.arange(piece, dtype=jnp.int32), scores.shape)
+        values_BTK, at = jax.lax.top_k(jnp.concatenate([values_BTK, scores], -1), k)
+        return values_BTK, jnp.take_along_axis(jnp.concatenate([picks_BTK, index], -1), at, -1)
+
+    best = jnp.full((B, T, k), -jnp.inf), jnp.full((B, T, k), -1, jnp.int32)
+    return jax.lax.fori_loop(0, -(-limit // piece), look, best)[1]
 
 
-def visible(chunk_order_BT: jax.Array, ratio: int, count: int) -> jax.Array:
-    """Entry i is visible to query t when i < (t + 1) // ratio (spec 2.5): bool [B, T, count]."""
-    return jnp.arange(count) < ((chunk_order_BT + 1) // ratio)[..., None]
+def visible(order_BT: jax.Array, ratio: int, first: jax.Array | int, count: int) -> jax.Array:
+    """Entry i is visible to query t when i < (t + 1) // ratio (spec 2.5): bool [B, T, count], entries from `first`."""
+    return first + jnp.arange(count) < ((order_BT + 1) // ratio)[..., None]

@@ -1,20 +1,23 @@
 """What a layer keeps of the tokens it has seen, and the one interface through which attention reads it.
 
-Attention never knows where its past lies. It asks a `Past` for four things: the rows of the sliding window, the
-compression windows that a call completes, a place for the new entries, and the entries themselves (scored and
-gathered by index). Two implementations here:
+Attention never knows where its past lies. It asks a `Past` for the rows of the sliding window and for the compression
+windows that a call completes, gives it the new entries, and reads the entries through a `View`: by index, in runs of
+consecutive ones or picked one by one. Two implementations here:
 
 * `Fresh`: the call is the whole history (training, scoring). Nothing outlives the call.
-* `Kept`: arrays with room for a fixed number of tokens, updated by every call (generation); rows of the batch may
-  differ in length. A decode step touches the window, the picked entries and the indexer keys, nothing else.
+* `Kept`: arrays that outlive the call (generation). What is of fixed size a row (window, compressor tails) lies in
+  numbered *records*, the entries lie in numbered *pages*; `Chunk.place` says which ones a row of the batch owns. Rows
+  may differ in length. A decode step touches the window, the picked entries and the indexer keys, nothing else.
 
-Both are pytrees and are passed in and out of the forward explicitly.
+Both are pytrees and are passed in and out of the forward explicitly. Pools of pages that quantise are in `cache/`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +27,7 @@ from v4jax import config
 _NEVER = -(2**30)  # order of a row that holds nothing: before every window
 
 
-def _pytree(cls):
+def pytree(cls):
     """Frozen dataclass registered as a pytree; fields marked static are part of the structure."""
     cls = dataclass(frozen=True)(cls)
     static = [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]
@@ -32,13 +35,26 @@ def _pytree(cls):
     return jax.tree_util.register_dataclass(cls, dynamic, static)
 
 
-@_pytree
+@pytree
+class Place:
+    """Where the rows of a batch lie in a `Kept` state.
+
+    record_B int32: record of each row. table_BA int32: page of each run of tokens, in order; pages that a row has not
+    reached may be any number in range, for nothing there is visible.
+    """
+
+    record_B: jax.Array
+    table_BA: jax.Array
+
+
+@pytree
 class Chunk:
     """The tokens of one call.
 
     tokens_BT int32; positions_BT int32 (rotary position: inside the document); order_BT int32 (place in the row's
     history, which decides who sees whom); segments_BT int32 or None (document of each token, 0 = padding);
-    count_B int32 or None (tokens of each row that are real; the rest is padding on the right, None = all).
+    count_B int32 or None (tokens of each row that are real; the rest is padding on the right, None = all);
+    place or None (row b has record b and page b alone).
     """
 
     tokens_BT: jax.Array
@@ -46,14 +62,21 @@ class Chunk:
     order_BT: jax.Array
     segments_BT: jax.Array | None = None
     count_B: jax.Array | None = None
+    place: Place | None = None
 
     @property
     def start_B(self) -> jax.Array:
         """Tokens seen before this call."""
         return self.order_BT[:, 0]
 
+    @property
+    def where(self) -> Place:
+        """`place`, or the one that None stands for."""
+        row = jnp.arange(self.tokens_BT.shape[0], dtype=jnp.int32)
+        return self.place or Place(row, row[:, None])
 
-@_pytree
+
+@pytree
 class Rows:
     """Keys (= values) of single tokens: kv_BSH, their order_BS, and segments_BS where documents are packed."""
 
@@ -70,7 +93,7 @@ class Rows:
         )
 
 
-@_pytree
+@pytree
 class Windows:
     """Compression windows that this call may complete: `now` and (overlapped layers) the one `before` each.
 
@@ -85,20 +108,49 @@ class Windows:
     complete_BC: jax.Array
 
 
-@_pytree
+class View(Protocol):
+    """The entries of a layer, read by index: what a block of queries sees of its past.
+
+    size: entries there is room for. `rows` and `keys` give main entries [B, count, H] and indexer keys [B, count, L] from
+    index `first` on (any int32; what lies beyond the room is some row); `take_rows` and `take_keys` those at
+    slot_BTK int32: [B, T, K, ...]. segments_BC: their documents, where packed.
+    """
+
+    size: int
+    segments_BC: jax.Array | None
+
+    def rows(self, first: jax.Array, count: int) -> jax.Array: ...
+    def keys(self, first: jax.Array, count: int) -> jax.Array: ...
+    def take_rows(self, slot_BTK: jax.Array) -> jax.Array: ...
+    def take_keys(self, slot_BTK: jax.Array) -> jax.Array: ...
+
+
+@pytree
 class Entries:
-    """Compressed entries of one layer: kv_BCH, indexer keys index_BCL (CSA), and segments_BC where packed."""
+    """A `View` of contiguous arrays: kv_BCH, indexer keys index_BCL (CSA), and segments_BC where packed."""
 
     kv_BCH: jax.Array
     index_BCL: jax.Array | None = None
     segments_BC: jax.Array | None = None
 
-    def repeated(self, times: int) -> Entries:
-        """Every row `times` times in a row."""
-        return jax.tree.map(lambda a: jnp.repeat(a, times, axis=0), self)
+    @property
+    def size(self) -> int:
+        return self.kv_BCH.shape[1]
+
+    def rows(self, first, count):
+        return self.kv_BCH if count == self.size else jax.lax.dynamic_slice_in_dim(self.kv_BCH, first, count, 1)
+
+    def keys(self, first, count):
+        return self.index_BCL if count == self.size else jax.lax.dynamic_slice_in_dim(self.index_BCL, first, count, 1)
+
+    def take_rows(self, slot_BTK):
+        return _picked(self.kv_BCH, slot_BTK)
+
+    def take_keys(self, slot_BTK):
+        return _picked(self.index_BCL, slot_BTK)
 
 
-@_pytree
+@pytree
 class Fresh:
     """No past: the call's own tokens are all there is. Documents start at multiples of the compression ratios."""
 
@@ -138,45 +190,127 @@ class Fresh:
         segments = None if chunk.segments_BT is None else chunk.segments_BT[:, : count * ratio : ratio]
         return Fresh(Entries(kv_BCH, index_BCL, segments))
 
-    def repeated(self, times: int) -> Fresh:
-        """For reading alone: the entries of every row `times` times."""
-        return dataclasses.replace(self, entries=self.entries and self.entries.repeated(times))
+    def view(self, chunk: Chunk, dtype: jnp.dtype, times: int = 1) -> Entries | None:
+        """The call's entries, every row `times` times."""
+        return jax.tree.map(lambda a: jnp.repeat(a, times, axis=0) if times > 1 else a, self.entries)
 
     def settled(self) -> Fresh:
         """What outlives the call: nothing."""
         return Fresh()
 
 
-@_pytree
-class Kept:
-    """Contiguous arrays with room for a fixed number of tokens.
+class Pool(Protocol):
+    """Numbered pages of rows, in some format; rows are written and read by page and slot in it (see `Plain`)."""
 
-    ring_BSH: the last `window` rows, token t in slot t mod window. tails: per compressor the projected rows of the
-    last one (HCA) or two (CSA) windows, slot t mod size, float32. entries: all compressed entries.
+    shape: tuple[int, int, int]
+
+    def write(self, page: jax.Array, slot: jax.Array, rows: jax.Array) -> Pool: ...
+    def take(self, page: jax.Array, slot: jax.Array, compute: jnp.dtype) -> jax.Array: ...
+    def pages(self, page: jax.Array, compute: jnp.dtype) -> jax.Array: ...
+
+
+@pytree
+class Plain:
+    """A `Pool` of floats: array [pages, slots, width]."""
+
+    array: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Pages, rows of a page, numbers of a row."""
+        return self.array.shape
+
+    def write(self, page: jax.Array, slot: jax.Array, rows: jax.Array) -> Plain:
+        """The pool with `rows` [..., width] at int32 page [...] and slot [...]; those out of range are dropped."""
+        return Plain(put(self.array, page, slot, rows))
+
+    def take(self, page: jax.Array, slot: jax.Array, compute: jnp.dtype) -> jax.Array:
+        """Rows [..., width] in dtype `compute` at page [...] and slot [...], which lie in range (else: some row)."""
+        return get(self.array, page, slot).astype(compute)
+
+    def pages(self, page: jax.Array, compute: jnp.dtype) -> jax.Array:
+        """All rows of these pages: [..., slots, width], under the rules of `take`."""
+        return get(self.array, page).astype(compute)
+
+
+@pytree
+class Paged:
+    """A `View` of the pages that a table names."""
+
+    main: Pool
+    index: Pool | None
+    table_BA: jax.Array
+    dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
+    segments_BC: None = None
+
+    @property
+    def size(self) -> int:
+        return self.table_BA.shape[1] * self.main.shape[1]
+
+    def rows(self, first, count):
+        return self._run(self.main, first, count)
+
+    def keys(self, first, count):
+        return self._run(self.index, first, count)
+
+    def take_rows(self, slot_BTK):
+        return self._take(self.main, slot_BTK)
+
+    def take_keys(self, slot_BTK):
+        return self._take(self.index, slot_BTK)
+
+    def _run(self, pool: Pool, first: jax.Array, count: int) -> jax.Array:
+        """Whole pages where a run is made of them, rows one by one where it is not."""
+        slots, pages = pool.shape[1], self.table_BA.shape[1]
+        if count % slots:
+            slot = jnp.broadcast_to(first + jnp.arange(count), (self.table_BA.shape[0], count))
+            return self._take(pool, slot)
+        numbers = jnp.minimum(first // slots + jnp.arange(count // slots), pages - 1)
+        rows = pool.pages(self.table_BA[:, numbers], self.dtype)
+        return rows.reshape(rows.shape[0], count, rows.shape[-1])
+
+    def _take(self, pool: Pool, slot: jax.Array) -> jax.Array:
+        slots, row = pool.shape[1], jnp.arange(slot.shape[0]).reshape(-1, *[1] * (slot.ndim - 1))
+        page = self.table_BA[row, jnp.minimum(slot // slots, self.table_BA.shape[1] - 1)]
+        return pool.take(page, slot % slots, self.dtype)
+
+
+@pytree
+class Kept:
+    """What outlives a call.
+
+    ring_ZSH: for each record the last `window` rows (and a few more, so that speculation can go back), token t in slot
+    t mod size. tails: per compressor the projected rows of the last one (HCA) or two (CSA) windows, and a few more,
+    float32 [records, size, W], token t in slot t mod size. main, index: pools of entries and indexer keys.
     """
 
-    ring_BSH: jax.Array
+    ring_ZSH: jax.Array
     tails: dict[str, jax.Array]
-    entries: Entries | None
+    main: Pool | None
+    index: Pool | None
 
     def window(self, kv_BTH: jax.Array, chunk: Chunk, size: int) -> tuple[Rows, Kept]:
-        """One token: the ring with that token in it. More: the ring's rows in order, then the call's rows."""
-        T = kv_BTH.shape[1]
-        ring = _ring_write(self.ring_BSH, kv_BTH, chunk)
+        """One token: the ring with that token in it. More: the ring's last rows in order, then the call's rows."""
+        T, record_B = kv_BTH.shape[1], chunk.where.record_B
+        ring_BSH = self.ring_ZSH[record_B]
+        slots = ring_BSH.shape[1]
         if T == 1:
+            ring_BSH = _ring_write(ring_BSH, kv_BTH, chunk)
             last_B = chunk.start_B
-            order = last_B[:, None] - (last_B[:, None] - jnp.arange(size)) % size
-            rows = Rows(ring, jnp.where(order >= 0, order, _NEVER))
+            order = last_B[:, None] - (last_B[:, None] - jnp.arange(slots)) % slots
+            rows = Rows(ring_BSH, jnp.where(order >= 0, order, _NEVER))
         else:
             past_order = chunk.start_B[:, None] - size + jnp.arange(size)
-            past = jnp.take_along_axis(self.ring_BSH, (past_order % size)[..., None], axis=1)
+            past = jnp.take_along_axis(ring_BSH, (past_order % slots)[..., None], axis=1)
             order = jnp.concatenate([jnp.where(past_order >= 0, past_order, _NEVER), chunk.order_BT], axis=1)
             rows = Rows(jnp.concatenate([past, kv_BTH.astype(past.dtype)], axis=1), order)
-        return rows, dataclasses.replace(self, ring_BSH=ring)
+            ring_BSH = _ring_write(ring_BSH, kv_BTH, chunk)
+        return rows, dataclasses.replace(self, ring_ZSH=self.ring_ZSH.at[record_B].set(ring_BSH))
 
     def windows(self, name: str, rows_BTW: jax.Array, chunk: Chunk, ratio: int, overlap: bool) -> tuple[Windows, Kept]:
         """Windows that end inside the call, pieced together from the tail and the call's rows."""
-        tail = self.tails[name]
+        record_B = chunk.where.record_B
+        tail = self.tails[name][record_B]
         size, T = tail.shape[1], rows_BTW.shape[1]
         count = (ratio - 1 + T) // ratio
         first_entry_B = chunk.start_B // ratio
@@ -192,22 +326,26 @@ class Kept:
             before = jnp.where((entry == 0)[..., None, None], _empty_window(rows[:, :count]), rows[:, :count])
         real_B = T if chunk.count_B is None else chunk.count_B
         complete = (entry + 1) * ratio <= (chunk.start_B + real_B)[:, None]
-        tails = self.tails | {name: _ring_write(tail, rows_BTW, chunk)}
+        tails = self.tails | {name: self.tails[name].at[record_B].set(_ring_write(tail, rows_BTW, chunk))}
         return Windows(now, before, entry, entry * ratio, complete), dataclasses.replace(self, tails=tails)
 
     def extend(
         self, kv_BCH: jax.Array, index_BCL: jax.Array | None, windows: Windows, chunk: Chunk, ratio: int
     ) -> Kept:
         """Write complete entries at their index; the others go out of range and are dropped."""
-        row, old = jnp.arange(kv_BCH.shape[0])[:, None], self.entries
-        slot_BC = jnp.where(windows.complete_BC, windows.index_BC, old.kv_BCH.shape[1])
-        put = lambda array, new: array.at[row, slot_BC].set(new.astype(array.dtype), mode="drop")
-        index = None if index_BCL is None else put(old.index_BCL, index_BCL)
-        return dataclasses.replace(self, entries=Entries(put(old.kv_BCH, kv_BCH), index))
+        table_BA, (pages, slots, _) = chunk.where.table_BA, self.main.shape
+        number = jnp.minimum(windows.index_BC // slots, table_BA.shape[1] - 1)
+        page_BC = jnp.where(windows.complete_BC, jnp.take_along_axis(table_BA, number, axis=1), pages)
+        put = lambda pool, new: pool.write(page_BC, windows.index_BC % slots, new)
+        index = None if index_BCL is None else put(self.index, index_BCL)
+        return dataclasses.replace(self, main=put(self.main, kv_BCH), index=index)
 
-    def repeated(self, times: int) -> Kept:
-        """For reading alone: the entries of every row `times` times."""
-        return dataclasses.replace(self, entries=self.entries and self.entries.repeated(times))
+    def view(self, chunk: Chunk, dtype: jnp.dtype, times: int = 1) -> Paged | None:
+        """The pages of the rows, every row `times` times, read as `dtype`."""
+        if self.main is None:
+            return None
+        table_BA = chunk.where.table_BA
+        return Paged(self.main, self.index, jnp.repeat(table_BA, times, axis=0) if times > 1 else table_BA, dtype)
 
     def settled(self) -> Kept:
         """What outlives the call: everything."""
@@ -217,18 +355,44 @@ class Kept:
 Past = Fresh | Kept
 
 
-def new_kept(model: config.Model, kind: str, batch: int, tokens: int, dtype: jnp.dtype) -> Kept:
-    """Empty state of one layer for `batch` rows of at most `tokens` tokens; entries and window in `dtype`."""
-    entries, tails = None, {}
+def new_kept(
+    model: config.Model,
+    kind: str,
+    records: int,
+    pool: Callable[[str], Pool],
+    dtype: jnp.dtype,
+    slack: int = 0,
+) -> Kept:
+    """Empty state of one layer: `records` records in `dtype`, and the pools that `pool("main")`, `pool("index")` make.
+
+    A speculating engine goes back by up to `slack` tokens: rings and tails keep that many more.
+    """
+    main, index, tails = None, None, {}
     if kind != "swa":
         ratio, overlap = model.ratio(kind), 2 if kind == "csa" else 1
-        count = max(1, tokens // ratio)
-        index = jnp.zeros((batch, count, model.indexer.head_dim), dtype) if kind == "csa" else None
-        entries = Entries(jnp.zeros((batch, count, model.head_dim), dtype), index)
-        tails["main"] = jnp.zeros((batch, overlap * ratio, 2 * overlap * model.head_dim), jnp.float32)
+        tail = lambda width: jnp.zeros((records, overlap * ratio + slack, 2 * overlap * width), jnp.float32)
+        main, tails["main"] = pool("main"), tail(model.head_dim)
         if kind == "csa":
-            tails["index"] = jnp.zeros((batch, overlap * ratio, 2 * overlap * model.indexer.head_dim), jnp.float32)
-    return Kept(jnp.zeros((batch, model.window, model.head_dim), dtype), tails, entries)
+            index, tails["index"] = pool("index"), tail(model.indexer.head_dim)
+    return Kept(jnp.zeros((records, model.window + slack, model.head_dim), dtype), tails, main, index)
+
+
+# Negative numbers are out of range like those past the end, not counted from it.
+
+
+def put(array: jax.Array, page: jax.Array, slot: jax.Array, new: jax.Array) -> jax.Array:
+    """array [pages, slots, ...] with `new` at page and slot; those out of range are dropped."""
+    return array.at[page, slot].set(new.astype(array.dtype), mode="drop", wrap_negative_indices=False)
+
+
+def get(array: jax.Array, *index: jax.Array) -> jax.Array:
+    """array[index]; numbers out of range give some row."""
+    return array.at[index].get(mode="clip", wrap_negative_indices=False)
+
+
+def _picked(rows_BCH: jax.Array, slot_BTK: jax.Array) -> jax.Array:
+    """Rows of each batch row's own array: [B, T, K, H]."""
+    return rows_BCH[jnp.arange(slot_BTK.shape[0])[:, None, None], slot_BTK]
 
 
 def _empty_window(rows_BCPW: jax.Array) -> jax.Array:

@@ -4,6 +4,10 @@
 (what they add to the past) and `remote` (which compressed entries a block of queries reads).
 """
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,9 +16,10 @@ from v4jax import config
 from v4jax.nn.linear import constant, project, weight
 from v4jax.nn.norm import RMSNorm, rms
 from v4jax.nn.rope import angles, frequencies, rotate
-from v4jax.nn.state import Chunk, Past, Rows
+from v4jax.nn.state import Chunk, Past, Rows, View, pytree
 
 _BLOCK = 128  # queries of a block, rounded down to whole windows
+_FLOOR = -1e30  # peak of a query that sees nothing: finite, so that its sums are 0 and not NaN
 _AT_ONCE = 8  # more blocks than this are walked one by one, and their softmax is computed anew in the backward pass
 
 
@@ -62,9 +67,9 @@ class WindowAttention(nnx.Module):
         """Further arrays [B, T, ...] that `remote` needs of its queries: none in a window layer."""
         return ()
 
-    def remote(self, extra, order_BT, segments_BT, past: Past):
-        """Keys, mask and scores of the compressed entries that a block of queries reads, or None."""
-        return None
+    def remote(self, q_BTNH: jax.Array, extra, order_BT, segments_BT, view: View) -> tuple[Part, Scored | None]:
+        """Attention of a block of queries over the compressed entries of `view`, and how the indexer chose them."""
+        raise NotImplementedError("a window layer keeps no entries")
 
     def _attend(self, q_BTNH, extra, rows: Rows, chunk: Chunk, past: Past) -> tuple[jax.Array, jax.Array]:
         """Attention in blocks of queries: memory grows with the block times the row, never with its square."""
@@ -72,7 +77,7 @@ class WindowAttention(nnx.Module):
         size = window * max(1, _BLOCK // window)  # a block reads its own rows and the `window` before them
         queries = (q_BTNH, chunk.order_BT, chunk.segments_BT, *extra)
         if T <= size:
-            return self._attend_block(queries, rows, past)
+            return self._attend_block(queries, rows, past.view(chunk, self.dtype))
         B, blocks, pad = q_BTNH.shape[0], -(-T // size), -T % size
         blocked = lambda a: a.reshape(B, blocks, size, *a.shape[2:])
         split = lambda a: blocked(jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)))
@@ -84,53 +89,76 @@ class WindowAttention(nnx.Module):
         arguments = (jax.tree.map(split, queries), jax.tree.map(overlapping, rows.padded(pad)))
         if blocks <= _AT_ONCE:  # blocks as rows of the batch: every product reads the arrays as they lie
             merged = jax.tree.map(lambda a: a.reshape(B * blocks, *a.shape[2:]), arguments)
-            o, loss = self._attend_block(*merged, past.repeated(blocks))
+            o, loss = self._attend_block(*merged, past.view(chunk, self.dtype, times=blocks))
         else:
-            walk = jax.checkpoint(lambda block: self._attend_block(*block, past))
+            view = past.view(chunk, self.dtype)
+            walk = jax.checkpoint(lambda block: self._attend_block(*block, view))
             out = jax.lax.map(walk, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), arguments))
             o, loss = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B * blocks, *a.shape[2:]), out)
         join = lambda a: a.reshape(B, blocks * size, *a.shape[2:])[:, :T]
         return join(o), join(loss)
 
-    def _attend_block(self, queries, rows: Rows, past: Past) -> tuple[jax.Array, jax.Array]:
+    def _attend_block(self, queries, rows: Rows, view: View | None) -> tuple[jax.Array, jax.Array]:
         """One softmax over the window's rows, the compressed entries and the sink (steps 9 to 11)."""
         q_BTNH, order_BT, segments_BT, *extra = queries
         ago_BTS = order_BT[:, :, None] - rows.order_BS[:, None, :]
         seen_BTS = (ago_BTS >= 0) & (ago_BTS < self.model.window)
         if segments_BT is not None:
             seen_BTS &= segments_BT[:, :, None] == rows.segments_BS[:, None, :]
-        logits = [_logits(q_BTNH, rows.kv_BSH, seen_BTS)]
-        far = self.remote(extra, order_BT, segments_BT, past)
-        if far is not None:
-            keys, mask_BTC, scores_BTC = far
-            logits.append(_logits(q_BTNH, keys, mask_BTC))
+        part, scored = attend(q_BTNH, rows.kv_BSH, seen_BTS)[0], None
+        if view is not None and view.size:  # a fresh call may be shorter than one compression window
+            far, scored = self.remote(q_BTNH, extra, order_BT, segments_BT, view)
+            part = part.joined(far)
         sink_N1 = self.sink[...].astype(jnp.float32)[:, None]
-        peak = jnp.maximum(
-            sink_N1, jnp.max(jnp.concatenate([l.max(-1, keepdims=True) for l in logits], -1), -1, keepdims=True)
-        )
-        peak = jax.lax.stop_gradient(peak)
-        parts = [jnp.exp(l - peak) for l in logits]
-        total = sum(p.sum(-1, keepdims=True) for p in parts) + jnp.exp(sink_N1 - peak)
-        o_BTNH = _values(parts[0], rows.kv_BSH)
+        peak = jnp.maximum(part.peak_BTN1, jax.lax.stop_gradient(sink_N1))
+        shrink = jnp.exp(part.peak_BTN1 - peak)
+        total = part.total_BTN1 * shrink + jnp.exp(sink_N1 - peak)
         loss_BT = jnp.zeros(order_BT.shape, jnp.float32)
-        if far is not None:
-            o_BTNH += _values(parts[1], keys)
-            if scores_BTC is not None:
-                loss_BT = index_loss(scores_BTC, mask_BTC, jnp.sum(parts[1] / total, axis=2))
-        return (o_BTNH / total).astype(self.dtype), loss_BT
+        if scored is not None:
+            mass_BTC = jnp.sum(scored.p_BTNC * (jnp.exp(far.peak_BTN1 - peak) / total), axis=2)
+            loss_BT = index_loss(scored.scores_BTC, scored.mask_BTC, mass_BTC)
+        return (part.o_BTNH * (shrink / total)).astype(self.dtype), loss_BT
 
 
-def _logits(q_BTNH: jax.Array, keys: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Scaled products with rows shared by a batch row [B, S, H] or picked per query [B, T, S, H], masked: float32."""
-    spec = "BTNH,BSH->BTNS" if keys.ndim == 3 else "BTNH,BTSH->BTNS"
-    products = jnp.einsum(spec, q_BTNH, keys.astype(q_BTNH.dtype), preferred_element_type=jnp.float32)
-    return jnp.where(mask_BTS[:, :, None], products * q_BTNH.shape[-1] ** -0.5, -jnp.inf)
+@pytree
+class Part:
+    """Attention over some of the rows, before the division: float32 sums over exp(logit - peak), per query and head.
+
+    peak_BTN1 takes no gradient, for no result depends on it.
+    """
+
+    peak_BTN1: jax.Array
+    total_BTN1: jax.Array
+    o_BTNH: jax.Array
+
+    def joined(self, other: Part) -> Part:
+        """Attention over the rows of both."""
+        peak = jnp.maximum(self.peak_BTN1, other.peak_BTN1)
+        a, b = jnp.exp(self.peak_BTN1 - peak), jnp.exp(other.peak_BTN1 - peak)
+        return Part(peak, self.total_BTN1 * a + other.total_BTN1 * b, self.o_BTNH * a + other.o_BTNH * b)
 
 
-def _values(p_BTNS: jax.Array, keys: jax.Array) -> jax.Array:
-    """Sum of the values (= keys) weighted by p, float32 [B, T, N, H]."""
-    spec = "BTNS,BSH->BTNH" if keys.ndim == 3 else "BTNS,BTSH->BTNH"
-    return jnp.einsum(spec, p_BTNS.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
+class Scored(NamedTuple):
+    """What the indexer's loss needs: its scores of entries, which of them were read, and exp(logit - peak) of each."""
+
+    scores_BTC: jax.Array
+    mask_BTC: jax.Array
+    p_BTNC: jax.Array
+
+
+def attend(q_BTNH: jax.Array, keys: jax.Array, mask_BTS: jax.Array) -> tuple[Part, jax.Array]:
+    """Attention over rows shared by a batch row [B, S, H] or picked per query [B, T, S, H], and exp(logit - peak).
+
+    Keys are also the values. A query that sees nothing gets a total of 0.
+    """
+    letters = "BSH" if keys.ndim == 3 else "BTSH"
+    keys = keys.astype(q_BTNH.dtype)
+    logits = jnp.einsum(f"BTNH,{letters}->BTNS", q_BTNH, keys, preferred_element_type=jnp.float32)
+    logits = jnp.where(mask_BTS[:, :, None], logits * q_BTNH.shape[-1] ** -0.5, -jnp.inf)
+    peak = jax.lax.stop_gradient(jnp.maximum(logits.max(-1, keepdims=True), _FLOOR))
+    p_BTNS = jnp.exp(logits - peak)
+    o_BTNH = jnp.einsum(f"BTNS,{letters}->BTNH", p_BTNS.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
+    return Part(peak, p_BTNS.sum(-1, keepdims=True), o_BTNH), p_BTNS
 
 
 def index_loss(scores_BTC: jax.Array, mask_BTC: jax.Array, mass_BTC: jax.Array) -> jax.Array:
