@@ -1,51 +1,25 @@
 """The command line: `v4jax <command> [flags]`, one thin function a command.
 
-Flags are absl's, parsed into a private `FlagValues` so that nothing global is touched and `main` can be called from
-Python. Only the standard library and absl are imported here: help and mistakes must not wait for jax.
+A command is a function here and a row of `COMMANDS`, which says what flags it takes; `core/flags.py` parses them. What
+commands work with is imported when they run, because help and mistakes must not wait for jax. Nothing global is
+touched, so `main` can be called from Python.
 """
 
 from __future__ import annotations
 
-import ast
-import difflib
 import errno
 import os
 import pathlib
-import re
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 from absl import flags
 
 import v4jax
 from v4jax import config as config_lib
 from v4jax.core.check import UserError
+from v4jax.core.flags import Command, Flag, command_help, given, nearest, parse
 from v4jax.core.memory import keep_heap
-
-
-@dataclass(frozen=True)
-class Flag:
-    """One flag of a command: how absl defines it, and the line `--help` prints."""
-
-    name: str
-    help: str
-    define: Callable = flags.DEFINE_string
-    default: object = None
-    options: dict = field(default_factory=dict)  # bounds, enum values, required
-
-
-@dataclass(frozen=True)
-class Command:
-    """`run(values, config)`: `values` is the parsed FlagValues, `config` a Config, or None where none was named."""
-
-    run: Callable[[flags.FlagValues, config_lib.Config | None], None]
-    summary: str
-    example: str
-    flags: tuple[Flag, ...]
-    has_config: bool = False
-    default_config: str | None = None
-
 
 # --- commands ----------------------------------------------------------------------------------------------------
 
@@ -60,30 +34,29 @@ def _generate(values: flags.FlagValues, _: None) -> None:
     prompts = [*values.prompt, *map(_read_prompt, values.prompt_file)]
     if not prompts:
         raise UserError('generate needs something to continue; add --prompt="..." or --prompt_file=FILE')
-    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
     from v4jax.serve import LLM, SamplingParams
 
-    sampling = SamplingParams(**{name: values[name].value for name in names if values[name].present})
-    llm = LLM(values.checkpoint, **_given(values, "dtype", "max_seq_len"))
+    sampling = SamplingParams(**given(values, "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop"))
+    llm = LLM(values.checkpoint, **given(values, "dtype", "max_seq_len"))
     _write_streams(llm.stream(prompts, sampling), prompts)
 
 
 def _convert(values: flags.FlagValues, _: None) -> None:
     from v4jax.checkpoint import convert
 
-    convert.convert(values.source, values.target, **_given(values, "format", "dtype"))
+    convert.convert(values.source, values.target, **given(values, "format", "dtype"))
 
 
 def _bench(values: flags.FlagValues, config: config_lib.Config | None) -> None:
     from v4jax.tools import bench
 
-    bench.run(values.suite, config=config, **_given(values, "checkpoint", "rounds", "json", "plot"))
+    bench.run(values.suite, config=config, **given(values, "checkpoint", "rounds", "json", "plot"))
 
 
 def _eval(values: flags.FlagValues, _: None) -> None:
     from v4jax import evals
 
-    evals.run(values.suite, values.checkpoint, **_given(values, "json"))
+    evals.run(values.suite, values.checkpoint, **given(values, "json"))
 
 
 _CHECKPOINT = Flag("checkpoint", "directory of a run, an orbax checkpoint or Hugging Face weights")
@@ -151,11 +124,6 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def _given(values: flags.FlagValues, *names: str) -> dict:
-    """The flags among `names` that were typed; the callee's own defaults stand for the others."""
-    return {name: values[name].value for name in names if values[name].present}
-
-
 def _read_prompt(path: str) -> str:
     """Text of a prompt file without its last line break."""
     try:
@@ -181,7 +149,7 @@ def _write_streams(pieces: Iterable[tuple[int, str]], prompts: list[str]) -> Non
         print(f"\n==> {prompt}\n{text}")
 
 
-# --- help --------------------------------------------------------------------------------------------------------
+# --- entry -------------------------------------------------------------------------------------------------------
 
 
 def _main_help() -> str:
@@ -193,163 +161,6 @@ def _main_help() -> str:
     ])  # fmt: skip
 
 
-def _command_help(name: str, command: Command) -> str:
-    rows = []
-    if command.has_config:
-        default = f" (default: {command.default_config})" if command.default_config else ""
-        presets = ", ".join(config_lib.preset_names())
-        rows += [("--config=NAME", f"{presets}, or FILE.py[:arg]{default}"),
-                 ("--config.FIELD=VALUE", "set one field, such as --config.train.steps=200")]  # fmt: skip
-    for flag in command.flags:
-        rows.append((f"--{flag.name}=...", flag.help + (" (required)" if flag.options.get("required") else "")))
-    lines = [f"  {left:<22}{right}" for left, right in rows]
-    return "\n".join([f"v4jax {name}: {command.summary}", "", f"  {command.example}", "", *lines])
-
-
-# --- parsing -----------------------------------------------------------------------------------------------------
-
-
-def _parse(name: str, command: Command, argv: list[str]) -> tuple[flags.FlagValues, config_lib.Config | None]:
-    """Flags and config of a command; every mistake becomes a UserError of one line."""
-    values = flags.FlagValues()
-    for flag in command.flags:
-        options = {key: value for key, value in flag.options.items() if key != "required"}
-        flag.define(flag.name, flag.default, help=flag.help, flag_values=values, **options)
-    config_dict = None
-    try:
-        if command.has_config:
-            config_dict, argv = _define_config(command, argv, values)
-        extra = values(["v4jax", *argv])[1:]
-    except flags.UnrecognizedFlagError as error:
-        known = [flag.name for flag in command.flags] + (["config"] if command.has_config else [])
-        raise UserError(
-            f"{name} has no flag --{error.flagname}{_nearest(error.flagname, known, '--')}; see v4jax {name} --help"
-        ) from error
-    except flags.IllegalFlagValueError as error:
-        raise UserError(_illegal_value(values, str(error))) from error
-    except flags.Error as error:
-        raise UserError(str(error)) from error
-    if extra:
-        raise UserError(f"unexpected argument {extra[0]!r}; flags are written --name=value")
-    for flag in command.flags:
-        if flag.options.get("required") and values[flag.name].value in (None, ""):
-            raise UserError(f"{name} needs --{flag.name}: {flag.help}")
-    if config_dict is None:
-        return values, None
-    return values, config_lib.validate(config_lib.from_dict(config_lib.Config, config_dict.to_dict()))
-
-
-def _define_config(command: Command, argv: list[str], values: flags.FlagValues):
-    """Take `--config` out of `argv` and define a typed flag for every `--config.field` in it.
-
-    Returns (ConfigDict that parsing will fill, or None without a config; the arguments left to parse).
-    """
-    spec, rest = command.default_config, []
-    arguments = iter(argv)
-    for argument in arguments:
-        if re.fullmatch(r"--?config(=.*)?", argument):
-            spec = argument.partition("=")[2] if "=" in argument else next(arguments, "")
-        else:
-            rest.append(argument)
-    if spec is None:
-        if overrides := [argument for argument in rest if _OVERRIDE.fullmatch(argument)]:
-            raise UserError(f"{overrides[0]} changes a config, but none is named; add --config=NAME")
-        return None, rest
-    if not spec:
-        raise UserError(f"--config needs a name: {', '.join(config_lib.preset_names())}, or FILE.py")
-    base = config_lib.to_dict(config_lib.load(spec))
-
-    rest = _spell_out(base, rest)
-
-    from ml_collections import config_dict, config_flags  # a fifth of a second that help and mistakes do without
-
-    config = config_dict.ConfigDict(base)
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
-    return config, rest
-
-
-_OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
-
-
-def _spell_out(base: dict, argv: list[str]) -> list[str]:
-    """Bring every override into the form `--config.field=value`, and check that the field exists.
-
-    The last of several overrides of a field holds. Tuples may be typed as `swa,csa`; config_flags alone would read
-    `('swa', 'csa')` only, and join the tuples of repeated overrides.
-    """
-    leaves = dict(_leaves(base))
-    others, overrides = [], {}
-    arguments = iter(argv)
-    for argument in arguments:
-        match = _OVERRIDE.fullmatch(argument)
-        if not match:
-            others.append(argument)
-            continue
-        negated, path, value = match.groups()
-        if path not in leaves:
-            raise UserError(_unknown_field(path, list(leaves)))
-        if negated and (value is not None or not isinstance(leaves[path], bool)):
-            raise UserError(f"{argument} has no meaning; write --config.{path}=VALUE")
-        if value is None and isinstance(leaves[path], bool):
-            value = "false" if negated else "true"
-        elif value is None and (value := next(arguments, None)) is None:
-            raise UserError(f"--config.{path} needs a value, such as --config.{path}={leaves[path]}")
-        overrides[path] = repr(_tuple_of(value)) if isinstance(leaves[path], tuple) else value
-    return others + [f"--config.{path}={value}" for path, value in overrides.items()]
-
-
-def _leaves(values: dict, prefix: str = "") -> Iterable[tuple[str, object]]:
-    """Every (dotted path, value) of a nested dict."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _tuple_of(text: str) -> tuple:
-    """`a,b` and `('a', 'b')` alike."""
-    try:
-        value = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return tuple(part.strip() for part in text.split(",") if part.strip())
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-
-def _unknown_field(path: str, leaves: list[str]) -> str:
-    """One line for a field that does not exist, with the nearest one that does."""
-    inside = [leaf for leaf in leaves if leaf.startswith(path + ".")]
-    if inside:
-        return f"config field {path!r} is a group; set a field of it, such as --config.{inside[0]}=..."
-    parent, _, last = path.rpartition(".")
-    siblings = {leaf.rpartition(".")[2]: leaf for leaf in leaves if leaf.rpartition(".")[0] == parent}
-    near = [siblings[key] for key in difflib.get_close_matches(last, siblings, n=1)]
-    near = near or [leaf for leaf in leaves if leaf.rpartition(".")[2] == last]
-    near = near or difflib.get_close_matches(path, leaves, n=1)
-    if not near:
-        return f"unknown config field {path!r}; groups: {', '.join(sorted({x.partition('.')[0] for x in leaves}))}"
-    best = max(near, key=lambda leaf: difflib.SequenceMatcher(None, path, leaf).ratio())
-    return f"unknown config field {path!r}; did you mean --config.{best}?"
-
-
-def _illegal_value(values: flags.FlagValues, message: str) -> str:
-    """absl's message, or a plainer one where absl quotes Python's conversion error."""
-    python_says = "(invalid literal|could not convert|Non-boolean)"
-    match = re.fullmatch(rf"flag --([^=]+)=(.*): .*{python_says}.*", message, re.DOTALL)
-    if not match:
-        return message
-    wanted = values[match[1]].parser.syntactic_help or "true or false"
-    return f"--{match[1]}={match[2]} is not {wanted}"
-
-
-def _nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
-
-
-# --- entry -------------------------------------------------------------------------------------------------------
-
-
 def _dispatch(argv: list[str]) -> None:
     name, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if name == "--version":
@@ -357,12 +168,12 @@ def _dispatch(argv: list[str]) -> None:
     elif name in ("--help", "-h", "help"):
         print(_main_help())
     elif name not in COMMANDS:
-        raise UserError(f"no command {name!r}{_nearest(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+        raise UserError(f"no command {name!r}{nearest(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
     elif {"--help", "-h"} & set(rest):
-        print(_command_help(name, COMMANDS[name]))
+        print(command_help(name, COMMANDS[name]))
     else:
         command = COMMANDS[name]
-        arguments = _parse(name, command, rest)
+        arguments = parse(name, command, rest)
         keep_heap()
         command.run(*arguments)
     sys.stdout.flush()  # a reader that went away shows here rather than at exit

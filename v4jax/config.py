@@ -151,9 +151,23 @@ class Train:
 class Serve:
     """Limits of one generation engine."""
 
-    max_batch: int = 8
-    max_seq_len: int = 4096
-    prefill_chunk: int = 512
+    max_batch: int = 8  # sequences that decode together
+    max_seq_len: int = 4096  # prompt and new tokens
+    prefill_chunk: int = 512  # most tokens of a prompt that are read between two decode steps
+    speculative_tokens: int = 0  # drafted by the MTP layer and verified in each step
+    batch_invariant: bool = False  # a request's tokens do not depend on what else runs, on chunks or on prefix hits
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The KV cache of one engine."""
+
+    layout: str = "model"  # model, bf16, fp8, fp8_fp4 (see cache/spec.py)
+    block: int = 0  # tokens of a page; 0: the least multiple of the compression ratios from 256 on
+    tokens: int = 0  # room for this many tokens of all sequences together; 0: for max_batch of the longest
+    prefix: bool = True  # find the blocks of earlier requests that began alike
+    records: int = 16  # checkpoint records kept for that, one at each prompt's and output's last block boundary
+    record_every: int = 0  # and one every so many blocks of a prompt
 
 
 @dataclass(frozen=True)
@@ -165,6 +179,7 @@ class Config:
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     serve: Serve = field(default_factory=Serve)
+    cache: Cache = field(default_factory=Cache)
 
 
 # --- reading and writing -----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from flax import nnx
 from tests.golden import weights
 from v4jax import config
 from v4jax.checkpoint import mapping
+from v4jax.core.check import UserError
 from v4jax.models.layout import Stack, from_flat, stacks, to_flat
 
 LONG = weights.config(schedule=("swa", "swa", "csa", "hca", "csa", "hca"), moe=config.Moe(8, 2, 16, hash_layers=2))
@@ -50,12 +51,15 @@ def test_flat_names_are_those_of_checkpoints_and_come_back(scan):
     jax.tree.map(np.testing.assert_array_equal, again, nnx.state(net))
 
 
-def test_a_missing_name_is_an_error():
-    model = weights.config(schedule=("swa",))
+@pytest.mark.parametrize(
+    "name, scan", [("layers.0.attn.sink", False), ("layers.1.attn.sink", True), ("norm.scale", True)]
+)
+def test_a_missing_name_is_one_clear_line(name, scan):
+    model = weights.config(schedule=("swa", "swa"), moe=config.Moe(8, 2, 16, hash_layers=0))
     flat = weights.random_flat(model, 0)
-    del flat["layers.0.attn.sink"]
-    with pytest.raises(KeyError, match="layers.0.attn.sink"):
-        weights.build(model, flat)
+    del flat[name]
+    with pytest.raises(UserError, match=f"^parameter {name} is missing; give all parameters of this very model$"):
+        weights.build(model, flat, scan)
 
 
 def test_scanned_layers_equal_unrolled_ones():

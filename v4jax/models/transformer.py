@@ -60,8 +60,13 @@ class Transformer(nnx.Module):
 
     def mtp_logits(self, x_BTXD: jax.Array, next_BT: jax.Array, chunk: Chunk, past: Past):
         """Logits [B, T, V] of the token after the next one, the MTP layer's past and its aux (spec 5.1)."""
-        h_BTD, past, aux = self.mtp[0](x_BTXD, self.embed(next_BT), chunk, past)
-        return self.head(h_BTD), past, aux
+        x_BTXD, past, aux = self.mtp[0](x_BTXD, self.embed(next_BT), chunk, past)
+        return self.head(self.mtp[0].read(x_BTXD)), past, aux
+
+    def draft(self, x_BTXD: jax.Array, next_BT: jax.Array, chunk: Chunk, past: Past):
+        """As `mtp_logits`, for generation: the logits, the MTP layer's streams (to draft on from), its past."""
+        x_BTXD, past, _ = self.mtp[0](x_BTXD, self.embed(next_BT), chunk, past)
+        return self.head(self.mtp[0].read(x_BTXD)), x_BTXD, past
 
     def fresh(self) -> State:
         """State of a call that is the whole history."""

@@ -19,6 +19,7 @@ class CSAttention(HCAttention):
     """A layer that attends its window and the `topk` entries that its indexer scores highest."""
 
     kind = "csa"
+    piece = 1024
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         super().__init__(model, rngs)
@@ -33,10 +34,12 @@ class CSAttention(HCAttention):
     def queries(self, x_BTD: jax.Array, low_BTQ: jax.Array, cos_sin) -> tuple[jax.Array, ...]:
         return self.indexer.queries(jax.lax.stop_gradient(x_BTD), jax.lax.stop_gradient(low_BTQ), cos_sin)
 
-    def remote(self, q_BTNH: jax.Array, extra, order_BT, segments_BT, view: View) -> tuple[Part, Scored]:
+    def remote(self, q_BTNH: jax.Array, extra, order_BT, segments_BT, view: View) -> tuple[Part, Scored | None]:
         q_BTJL, w_BTJ = extra
         readable = self.readable(order_BT, segments_BT, view)
         k = min(self.model.indexer.topk, view.size)
+        if view.size == k > self.piece:  # a dense model, for comparison: nothing is left to choose
+            return super().remote(q_BTNH, extra, order_BT, segments_BT, view)
         if view.size <= k or (view.size <= _DENSE_ENTRIES_PER_PICK * k and order_BT.shape[1] > 1):
             mask_BTC = readable(0, view.size)
             scores_BTC = score(q_BTJL, w_BTJ, view.keys(0, view.size))

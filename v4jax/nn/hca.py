@@ -10,14 +10,14 @@ from v4jax.nn.indexer import visible
 from v4jax.nn.state import Chunk, Past, View
 from v4jax.nn.window import Part, WindowAttention, attend
 
-_WHOLE = 1024  # up to this many entries are read in one go, more in pieces as far as they are visible
-_PIECE = 256
+_WHOLE = 1024  # up to this many entries are read in one go, more in pieces, as far as they are visible
 
 
 class HCAttention(WindowAttention):
     """A window layer that also attends all its compressed entries."""
 
     kind = "hca"
+    piece = 256
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         super().__init__(model, rngs)
@@ -28,13 +28,13 @@ class HCAttention(WindowAttention):
         return past.extend(kv_BCH, None, windows, chunk, self.compressor.ratio)
 
     def remote(self, q_BTNH: jax.Array, extra, order_BT, segments_BT, view: View) -> tuple[Part, None]:
-        if view.size <= _WHOLE:
-            mask_BTC = self.readable(order_BT, segments_BT, view)(0, view.size)
-            return attend(q_BTNH, view.rows(0, view.size), mask_BTC)[0], None
         readable = self.readable(order_BT, segments_BT, view)
-        piece = lambda i: attend(q_BTNH, view.rows(i * _PIECE, _PIECE), readable(i * _PIECE, _PIECE))[0]
-        last = -(-self.limit(order_BT) // _PIECE)
-        return jax.lax.fori_loop(1, last, lambda i, part: part.joined(piece(i)), piece(0)), None
+        if view.size <= _WHOLE:
+            return attend(q_BTNH, view.rows(0, view.size), readable(0, view.size))[0], None
+        size = self.piece
+        read = lambda i: attend(q_BTNH, view.rows(i * size, size), readable(i * size, size))[0]
+        last = -(-self.limit(order_BT) // size)
+        return jax.lax.fori_loop(1, last, lambda i, part: part.joined(read(i)), read(0)), None
 
     def readable(self, order_BT: jax.Array, segments_BT: jax.Array | None, view: View):
         """(first, count) to bool [B, T, count]: entries that are complete for a query and of its own document."""
@@ -54,4 +54,5 @@ class HCAttention(WindowAttention):
 
 def segments_of(view: View, first, count: int) -> jax.Array:
     """Documents of `count` entries from `first` on: [B, count]."""
-    return jax.lax.dynamic_slice_in_dim(view.segments_BC, first, count, 1)
+    index = jnp.minimum(first + jnp.arange(count), view.size - 1)
+    return view.segments_BC[:, index]

@@ -56,7 +56,7 @@ def search(q_BTJL: jax.Array, w_BTJ: jax.Array, view: View, readable, limit: jax
     readable(first, count) gives the mask of a piece, bool [B, T, count]; entries from `limit` (int32) on are visible to
     nobody and are not looked at.
     """
-    piece = _PIECE if view.size % _PIECE == 0 else view.size
+    piece = min(_PIECE, view.size)
     B, T = q_BTJL.shape[:2]
     q_BTJL, w_BTJ = jax.lax.stop_gradient((q_BTJL, w_BTJ))
 

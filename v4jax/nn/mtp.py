@@ -27,8 +27,11 @@ class MTP(nnx.Module):
 
     def __call__(self, x_BTXD: jax.Array, next_BTD: jax.Array, chunk: Chunk, past: Past):
         """x_BTXD: all streams of the last backbone layer (the collapsed state will not do, mistake 23). next_BTD:
-        embedding of the token after each position. Returns h_BTD for the shared head, the past, and the block's aux."""
+        embedding of the token after each position. Returns the layer's own streams, the past, and the block's aux."""
         hidden = project("BTXD,DO->BTXO", self.hidden_norm(x_BTXD), self.hidden_proj, self.dtype)
         embed = project("BTD,DO->BTO", self.embed_norm(next_BTD), self.embed_proj, self.dtype)
-        x_BTXD, past, aux = self.block(hidden + embed[:, :, None], chunk, past)
-        return self.norm(self.head_mhc(x_BTXD)), past, aux
+        return self.block(hidden + embed[:, :, None], chunk, past)
+
+    def read(self, x_BTXD: jax.Array) -> jax.Array:
+        """What the shared head sees of the layer's streams: h_BTD."""
+        return self.norm(self.head_mhc(x_BTXD))

@@ -39,8 +39,8 @@ def pytree(cls):
 class Place:
     """Where the rows of a batch lie in a `Kept` state.
 
-    record_B int32: record of each row. table_BA int32: page of each run of tokens, in order; pages that a row has not
-    reached may be any number in range, for nothing there is visible.
+    record_B int32: record of each row. table_BA int32: page of each run of tokens, in order; -1 where a row has none:
+    nothing is written there, and what is read there is page 0 and visible to nobody.
     """
 
     record_B: jax.Array
@@ -138,10 +138,10 @@ class Entries:
         return self.kv_BCH.shape[1]
 
     def rows(self, first, count):
-        return self.kv_BCH if count == self.size else jax.lax.dynamic_slice_in_dim(self.kv_BCH, first, count, 1)
+        return _run(self.kv_BCH, first, count)
 
     def keys(self, first, count):
-        return self.index_BCL if count == self.size else jax.lax.dynamic_slice_in_dim(self.index_BCL, first, count, 1)
+        return _run(self.index_BCL, first, count)
 
     def take_rows(self, slot_BTK):
         return _picked(self.kv_BCH, slot_BTK)
@@ -290,44 +290,46 @@ class Kept:
     index: Pool | None
 
     def window(self, kv_BTH: jax.Array, chunk: Chunk, size: int) -> tuple[Rows, Kept]:
-        """One token: the ring with that token in it. More: the ring's last rows in order, then the call's rows."""
-        T, record_B = kv_BTH.shape[1], chunk.where.record_B
-        ring_BSH = self.ring_ZSH[record_B]
-        slots = ring_BSH.shape[1]
-        if T == 1:
-            ring_BSH = _ring_write(ring_BSH, kv_BTH, chunk)
-            last_B = chunk.start_B
-            order = last_B[:, None] - (last_B[:, None] - jnp.arange(slots)) % slots
-            rows = Rows(ring_BSH, jnp.where(order >= 0, order, _NEVER))
+        """The ring with the call's tokens in it, if it has room beside `size`; else its last rows, then the call's."""
+        (_, slots, _), T, record_B = self.ring_ZSH.shape, kv_BTH.shape[1], chunk.where.record_B
+        if T <= slots - size + 1:
+            ring_ZSH = _write_few(self.ring_ZSH, kv_BTH, chunk)
+            last_B1 = chunk.order_BT[:, -1:]
+            order = last_B1 - (last_B1 - jnp.arange(slots)) % slots
+            rows = Rows(ring_ZSH[record_B], jnp.where(order >= 0, order, _NEVER))
         else:
-            past_order = chunk.start_B[:, None] - size + jnp.arange(size)
+            ring_BSH, past_order = self.ring_ZSH[record_B], chunk.start_B[:, None] - size + jnp.arange(size)
             past = jnp.take_along_axis(ring_BSH, (past_order % slots)[..., None], axis=1)
             order = jnp.concatenate([jnp.where(past_order >= 0, past_order, _NEVER), chunk.order_BT], axis=1)
             rows = Rows(jnp.concatenate([past, kv_BTH.astype(past.dtype)], axis=1), order)
-            ring_BSH = _ring_write(ring_BSH, kv_BTH, chunk)
-        return rows, dataclasses.replace(self, ring_ZSH=self.ring_ZSH.at[record_B].set(ring_BSH))
+            ring_ZSH = _write_many(self.ring_ZSH, ring_BSH, kv_BTH, chunk)
+        return rows, dataclasses.replace(self, ring_ZSH=ring_ZSH)
 
     def windows(self, name: str, rows_BTW: jax.Array, chunk: Chunk, ratio: int, overlap: bool) -> tuple[Windows, Kept]:
         """Windows that end inside the call, pieced together from the tail and the call's rows."""
-        record_B = chunk.where.record_B
-        tail = self.tails[name][record_B]
-        size, T = tail.shape[1], rows_BTW.shape[1]
+        tail_ZSW, record_B, back = self.tails[name], chunk.where.record_B, int(overlap)
+        (_, slots, _), T = tail_ZSW.shape, rows_BTW.shape[1]
         count = (ratio - 1 + T) // ratio
-        first_entry_B = chunk.start_B // ratio
-        first_token_B = (first_entry_B - int(overlap)) * ratio
-        order = first_token_B[:, None] + jnp.arange((count + int(overlap)) * ratio)
-        source = jnp.where(order < chunk.start_B[:, None], order % size, size + order - chunk.start_B[:, None])
-        both = jnp.concatenate([tail, rows_BTW.astype(tail.dtype)], axis=1)
-        rows = jnp.take_along_axis(both, jnp.minimum(source, size + T - 1)[..., None], axis=1)
-        rows = rows.reshape(rows.shape[0], count + int(overlap), ratio, -1)
-        now, before = rows[:, int(overlap) :], None
-        entry = first_entry_B[:, None] + jnp.arange(count)
+        first_B = chunk.start_B // ratio
+        order = ((first_B - back) * ratio)[:, None] + jnp.arange((count + back) * ratio)
+        if T <= slots - (1 + back) * ratio + 1:
+            tail_ZSW = _write_few(tail_ZSW, rows_BTW, chunk)
+            both, source = tail_ZSW[record_B], order % slots
+        else:
+            tail_BSW = tail_ZSW[record_B]
+            tail_ZSW = _write_many(tail_ZSW, tail_BSW, rows_BTW, chunk)
+            both = jnp.concatenate([tail_BSW, rows_BTW.astype(tail_BSW.dtype)], axis=1)
+            old = order < chunk.start_B[:, None]
+            source = jnp.where(old, order % slots, jnp.minimum(order - chunk.start_B[:, None], T - 1) + slots)
+        rows = jnp.take_along_axis(both, source[..., None], axis=1)
+        rows = rows.reshape(rows.shape[0], count + back, ratio, -1)
+        now, before, entry = rows[:, back:], None, first_B[:, None] + jnp.arange(count)
         if overlap:
             before = jnp.where((entry == 0)[..., None, None], _empty_window(rows[:, :count]), rows[:, :count])
         real_B = T if chunk.count_B is None else chunk.count_B
         complete = (entry + 1) * ratio <= (chunk.start_B + real_B)[:, None]
-        tails = self.tails | {name: self.tails[name].at[record_B].set(_ring_write(tail, rows_BTW, chunk))}
-        return Windows(now, before, entry, entry * ratio, complete), dataclasses.replace(self, tails=tails)
+        state = dataclasses.replace(self, tails=self.tails | {name: tail_ZSW})
+        return Windows(now, before, entry, entry * ratio, complete), state
 
     def extend(
         self, kv_BCH: jax.Array, index_BCL: jax.Array | None, windows: Windows, chunk: Chunk, ratio: int
@@ -336,9 +338,14 @@ class Kept:
         table_BA, (pages, slots, _) = chunk.where.table_BA, self.main.shape
         number = jnp.minimum(windows.index_BC // slots, table_BA.shape[1] - 1)
         page_BC = jnp.where(windows.complete_BC, jnp.take_along_axis(table_BA, number, axis=1), pages)
-        put = lambda pool, new: pool.write(page_BC, windows.index_BC % slots, new)
-        index = None if index_BCL is None else put(self.index, index_BCL)
-        return dataclasses.replace(self, main=put(self.main, kv_BCH), index=index)
+
+        def write(pools):
+            main, index = pools
+            slot_BC = windows.index_BC % slots
+            return main.write(page_BC, slot_BC, kv_BCH), index and index.write(page_BC, slot_BC, index_BCL)
+
+        main, index = _in_place(write, (self.main, self.index), windows.complete_BC.any())
+        return dataclasses.replace(self, main=main, index=index)
 
     def view(self, chunk: Chunk, dtype: jnp.dtype, times: int = 1) -> Paged | None:
         """The pages of the rows, every row `times` times, read as `dtype`."""
@@ -346,6 +353,15 @@ class Kept:
             return None
         table_BA = chunk.where.table_BA
         return Paged(self.main, self.index, jnp.repeat(table_BA, times, axis=0) if times > 1 else table_BA, dtype)
+
+    def records(self, change: Callable[[jax.Array], jax.Array]) -> Kept:
+        """With `change` applied to every array of records."""
+        tails = {name: change(tail) for name, tail in self.tails.items()}
+        return dataclasses.replace(self, ring_ZSH=change(self.ring_ZSH), tails=tails)
+
+    def pools(self, change: Callable[[jax.Array], jax.Array]) -> Kept:
+        """With `change` applied to every array [pages, ...] of the pools."""
+        return dataclasses.replace(self, main=jax.tree.map(change, self.main), index=jax.tree.map(change, self.index))
 
     def settled(self) -> Kept:
         """What outlives the call: everything."""
@@ -390,6 +406,12 @@ def get(array: jax.Array, *index: jax.Array) -> jax.Array:
     return array.at[index].get(mode="clip", wrap_negative_indices=False)
 
 
+def _run(rows_BCH: jax.Array, first: jax.Array | int, count: int) -> jax.Array:
+    """`count` rows from `first` on; beyond the end, the last one."""
+    size = rows_BCH.shape[1]
+    return rows_BCH if count == size else rows_BCH[:, jnp.minimum(first + jnp.arange(count), size - 1)]
+
+
 def _picked(rows_BCH: jax.Array, slot_BTK: jax.Array) -> jax.Array:
     """Rows of each batch row's own array: [B, T, K, H]."""
     return rows_BCH[jnp.arange(slot_BTK.shape[0])[:, None, None], slot_BTK]
@@ -403,16 +425,33 @@ def _empty_window(rows_BCPW: jax.Array) -> jax.Array:
     )
 
 
-def _ring_write(ring_BSH: jax.Array, rows_BTH: jax.Array, chunk: Chunk) -> jax.Array:
-    """Ring with the call's real rows written at slot (order mod size); the last `size` of them remain."""
-    size, T = ring_BSH.shape[1], rows_BTH.shape[1]
-    rows = rows_BTH.astype(ring_BSH.dtype)
+def _in_place(write, arrays, needed: jax.Array):
+    """write(arrays), where bool `needed` may say at run time that it would change nothing.
+
+    XLA:CPU fuses the update of an array into what reads it afterwards, which then also reads the array as it was, so
+    that all of it must be copied first. A loop of one turn at most keeps the two apart.
+    """
+    loop = lambda arrays: jax.lax.fori_loop(0, needed.astype(jnp.int32), lambda _, arrays: write(arrays), arrays)
+    return jax.lax.platform_dependent(arrays, cpu=loop, default=write)
+
+
+def _write_few(rings_ZSH: jax.Array, rows_BTH: jax.Array, chunk: Chunk) -> jax.Array:
+    """Rings with the call's real rows, fewer than a ring has slots, at slot (order mod slots) of their records."""
+    slots, record_B, order_BT = rings_ZSH.shape[1], chunk.where.record_B, chunk.order_BT
+    real_BT = order_BT >= 0
+    if chunk.count_B is not None:
+        real_BT &= order_BT < (chunk.start_B + chunk.count_B)[:, None]
+    slot_BT = jnp.where(real_BT, order_BT % slots, slots)
+    write = lambda rings: rings.at[record_B[:, None], slot_BT].set(rows_BTH.astype(rings.dtype), mode="drop")
+    return _in_place(write, rings_ZSH, real_BT.any())
+
+
+def _write_many(rings_ZSH: jax.Array, ring_BSH: jax.Array, rows_BTH: jax.Array, chunk: Chunk) -> jax.Array:
+    """Rings with the last of the call's real rows; ring_BSH holds the rings of the batch's rows as they were."""
+    slots, T = ring_BSH.shape[1], rows_BTH.shape[1]
     real_B = jnp.full(ring_BSH.shape[0], T) if chunk.count_B is None else chunk.count_B
-    if T == 1:
-        slot = jnp.where(real_B > 0, chunk.start_B % size, size)
-        return ring_BSH.at[jnp.arange(ring_BSH.shape[0]), slot].set(rows[:, 0], mode="drop")
     last_B = chunk.start_B + real_B - 1
-    order = last_B[:, None] - (last_B[:, None] - jnp.arange(size)) % size  # the newest token of each slot
+    order = last_B[:, None] - (last_B[:, None] - jnp.arange(slots)) % slots  # the newest token of each slot
     source = order - chunk.start_B[:, None]
-    new = jnp.take_along_axis(rows, jnp.clip(source, 0, T - 1)[..., None], axis=1)
-    return jnp.where((source >= 0)[..., None], new, ring_BSH)
+    new = jnp.take_along_axis(rows_BTH.astype(ring_BSH.dtype), jnp.clip(source, 0, T - 1)[..., None], axis=1)
+    return rings_ZSH.at[chunk.where.record_B].set(jnp.where((source >= 0)[..., None], new, ring_BSH))

@@ -1,14 +1,16 @@
-"""Prompts to tokens, one static batch at a time, over the contiguous state of `nn/state.py`.
+"""Many requests through one model at once, over the paged cache.
 
-Shapes are rounded up to powers of two (rows, prompt chunk, room for tokens), so few programs are compiled. The decode
-loop runs one step ahead of the host: while the host turns step i's tokens into text, the device computes step i + 1.
-Nothing but the sampled tokens crosses to the host.
+Every `step` asks the scheduler for a plan (one chunk of one prompt, one token or a few for all that decode), sends it to
+the device, and then takes the results of the plan before: while the host turns tokens into text, the device computes.
+Nothing but the drawn tokens crosses to the host; tables and options cross to the device only when they change.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
+import dataclasses
+import secrets
+from collections import deque
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import jax
@@ -17,148 +19,265 @@ import numpy as np
 from flax import nnx
 
 from v4jax import config
+from v4jax.cache import prefix
+from v4jax.cache.blocks import Blocks
+from v4jax.cache.entries import new_pool
+from v4jax.cache.spec import Layout
 from v4jax.core.check import UserError
-from v4jax.models.transformer import Transformer, next_chunk
-from v4jax.serve.sampling import Sampled, SamplingParams, batch_options, sample
+from v4jax.models.transformer import Transformer
+from v4jax.nn.state import new_kept
+from v4jax.serve import programs
+from v4jax.serve.programs import Heads, Live
+from v4jax.serve.sampling import Sampled, SamplingParams, batch_options
+from v4jax.serve.scheduler import Scheduler
+from v4jax.serve.sequence import Plan, Sequence
 
-_LEAST_CHUNK = 16  # shorter prompt chunks are padded to this: another program would cost more than it saves
-_LEAST_ROOM = 64
+_LEAST_CHUNK, _CHUNK_STEP = 16, 4  # prompt chunks are padded to 16, 64, 256, ... tokens: few programs
 
 
-class Request(NamedTuple):
-    """Token ids of a prompt, at least one, and how to continue it."""
+_NOT_FINITE = Sampled(np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))  # what a chunk that is not draws
 
-    prompt: list[int]
-    sampling: SamplingParams
+
+class Drawn(NamedTuple):
+    """New tokens of one request: the positions `first` to `first + count` of row `row` of `sampled` (numpy arrays)."""
+
+    id: Hashable
+    sampled: Sampled
+    row: int
+    count: int
+
+
+class _Flight(NamedTuple):
+    """A plan under way, its results still on the device: whether its prefill is finite, the token after a prompt's
+    last chunk, and the tokens of its decode rows."""
+
+    plan: Plan
+    finite: jax.Array | None
+    first: tuple[Sampled, jax.Array] | None
+    rows: tuple[Sampled, jax.Array] | None
 
 
 class Engine:
-    """Runs batches of requests through one model; keeps nothing between them."""
+    """Runs requests through one model; its cache is allocated here and lives as long as the engine."""
 
-    def __init__(self, model: Transformer, limits: config.Serve):
+    def __init__(self, model: Transformer, limits: config.Serve, cache: config.Cache | None = None):
+        self.model, self.limits, cache = model.config, limits, cache or config.Cache()
+        check_limits(self.model, limits, cache)
         graphdef, variables = nnx.split(model)
         # A flat list of arrays, because JAX walks lists natively and nnx's trees in Python, every step.
         self._weights, tree = jax.tree.flatten(variables)
-        self._structure = _structure(graphdef, tree)
-        self.model, self.limits = model.config, limits
+        self._structure = programs.structure(graphdef, tree)
+        self.layout = Layout(self.model, cache.layout, cache.block)
+        block, slots, k = self.layout.block, limits.max_batch, limits.speculative_tokens
+        self._table_width = -(-(limits.max_seq_len + k) // block)
+        pages = 1 + (-(-cache.tokens // block) or slots * self._table_width)
+        kept = range(slots + 1, slots + 1 + (cache.records if cache.prefix else 0))
+        self.scheduler = Scheduler(
+            Blocks(pages, kept), slots, block, block if limits.batch_invariant else limits.prefill_chunk,
+            record_every=cache.record_every, lookahead=k,
+        )  # fmt: skip
+        self._seed = self._digest(variables) if cache.prefix else None
+        self._live = self._allocate(model, pages, 1 + slots + len(kept), self.scheduler.slack + k)
+        self._heads = Heads(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
+        self._tables = np.full((slots + 1, self._table_width), -1, np.int32)
+        self._device_tables = jax.device_put(self._tables.copy())
+        self._sampling: dict[Hashable, SamplingParams] = {}
+        self._batch, self._device_batch = (), None
+        self._flight: deque[_Flight] = deque()
 
-    def check(self, request: Request, name: str) -> None:
+    def _allocate(self, model: Transformer, pages: int, records: int, slack: int) -> Live:
+        dtype = jnp.dtype(self.model.dtype)
+
+        def one(kind: str):
+            pool = lambda part: new_pool(self.model, part, pages, self.layout.entries(kind), self.layout.name)
+            return new_kept(self.model, kind, records, pool, dtype, slack)
+
+        layers = [[one(kind) for kind, _ in run.kinds] for run in model.runs]
+        return Live(layers, one("swa") if self.limits.speculative_tokens else None)
+
+    def _digest(self, variables) -> bytes:
+        """Seed of the names of blocks: all that their contents depend on besides the tokens."""
+        leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
+        return prefix.seed(prefix.digest(leaves), self.model, self.layout.name, self.layout.block)
+
+    # --- requests --------------------------------------------------------------------------------------------------
+
+    def check(self, prompt: list[int], sampling: SamplingParams, name: str) -> None:
         """Raise UserError, calling the prompt `name`, if the request cannot be run."""
-        ids, limit = request.prompt, self.limits.max_seq_len
-        if not ids:
+        limit = self.limits.max_seq_len
+        if not prompt:
             raise UserError(f"{name} is empty; a prompt needs at least one token")
-        if min(ids) < 0 or max(ids) >= self.model.vocab_size:
-            bad = next(i for i in ids if not 0 <= i < self.model.vocab_size)
+        if min(prompt) < 0 or max(prompt) >= self.model.vocab_size:
+            bad = next(i for i in prompt if not 0 <= i < self.model.vocab_size)
             raise UserError(f"{name} has token id {bad}; the model's ids are 0 to {self.model.vocab_size - 1}")
-        if len(ids) + request.sampling.max_tokens > limit:
+        if len(prompt) + sampling.max_tokens > limit:
             raise UserError(
-                f"{name} has {len(ids)} tokens, which with max_tokens {request.sampling.max_tokens} exceeds max_seq_len"
+                f"{name} has {len(prompt)} tokens, which with max_tokens {sampling.max_tokens} exceeds max_seq_len"
                 f" {limit}; shorten one of them or raise max_seq_len (the model takes up to {self.model.max_positions})"
             )
+        self.scheduler.check_fits(len(prompt), sampling.max_tokens)
 
-    def run(self, requests: Sequence[Request]) -> Iterator[Sampled]:
-        """One token of every row at a time, as numpy arrays; rows beyond the requests are padding.
+    def add(self, id: Hashable, prompt: list[int], sampling: SamplingParams, salt: str = "") -> None:
+        """Queue a request that `check` has passed. salt: it shares blocks only with requests of the same salt."""
+        if sampling.seed is None:
+            sampling = dataclasses.replace(sampling, seed=secrets.randbits(64))
+        seed = self._seed and prefix.seed(self._seed, salt=salt)
+        self.scheduler.add(id, prompt, sampling.max_tokens, seed=seed)
+        self._sampling[id] = sampling
 
-        At most `limits.max_batch` requests, all of them checked. A row goes on until the largest max_tokens of the
-        batch, whatever it says; the caller takes of each row what it wants and closes the iterator, which frees the
-        state, when it has enough.
+    def finish(self, id: Hashable) -> None:
+        """End a request whose text is complete."""
+        self.scheduler.finish(id)
+
+    def cancel(self, id: Hashable) -> None:
+        """Drop a request, at any moment; what it holds is freed."""
+        self.scheduler.cancel(id)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or runs, or results are under way."""
+        return self.scheduler.busy
+
+    # --- steps -----------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Drawn]:
+        """Send the next plan to the device, take the results of the one before: new tokens by request.
+
+        A request whose logits were not finite has ended, failed, when its tokens (whose `finite` says so) come.
         """
-        steps = max(request.sampling.max_tokens for request in requests)
-        options, plan = batch_options([request.sampling for request in requests], self._batch(requests))
-        state, position, ready = self._start(requests, options, plan)
-        for left in reversed(range(steps)):
-            ahead = None
-            if left:
-                state, position, ahead = self._advance(state, ready.token_B, position, options, plan)
-            yield _fetch(ready)
-            ready = ahead
-
-    def _batch(self, requests: Sequence[Request]) -> int:
-        return _bucket(len(requests), 1, self.limits.max_batch)
+        plan = self.scheduler.step()
+        if plan is not None:
+            self._flight.append(self._send(plan))
+        if len(self._flight) > (plan is not None):
+            return self._take(self._flight.popleft())
+        return []
 
     @jax.transfer_guard("disallow")
-    def _start(self, requests, options, plan):
-        """Read the prompts, chunk by chunk: (state, position of each row's first new token, those tokens)."""
-        batch, chunk = self._batch(requests), self.limits.prefill_chunk
-        lengths_B = np.zeros(batch, np.int32)
-        lengths_B[: len(requests)] = [len(request.prompt) for request in requests]
-        prompts_BT = np.zeros((batch, lengths_B.max() + max(chunk, _LEAST_CHUNK)), np.int32)
-        for row, request in zip(prompts_BT, requests, strict=False):
-            row[: len(request.prompt)] = request.prompt
-        room = max(len(request.prompt) + request.sampling.max_tokens for request in requests)
-        room = _bucket(room, _LEAST_ROOM, self.limits.max_seq_len)
-        state, last_BXD = _empty(self._structure, self._weights, batch, room)
-        for start in range(0, lengths_B.max(), chunk):
-            size = _bucket(lengths_B.max() - start, _LEAST_CHUNK, chunk)
-            start_B, count_B = np.minimum(start, lengths_B), np.clip(lengths_B - start, 0, size)
-            inputs = jax.device_put((prompts_BT[:, start : start + size], start_B, count_B))
-            state, last_BXD = _prefill(self._structure, self._weights, state, last_BXD, *inputs)
-        position_B = jax.device_put(lengths_B)
-        logits_BV = _head(self._structure, self._weights, last_BXD)
-        return state, position_B, _sample(logits_BV, options, position_B, plan)
+    def _send(self, plan: Plan) -> _Flight:
+        for source, target in plan.copies:
+            self._live = programs.copy(self._live, *jax.device_put((np.int32(source), np.int32(target))))
+        self._set_tables(plan.sequences)
+        finite, first = self._prefill(*plan.prefill) if plan.prefill else (None, None)
+        rows = self._decode([row.sequence for row in plan.decode]) if plan.decode else None
+        return _Flight(plan, finite, first, rows)
+
+    def _set_tables(self, sequences: list[Sequence]) -> None:
+        changed = False
+        for sequence in sequences:
+            row = self._table(sequence)
+            if not np.array_equal(row, self._tables[sequence.slot]):
+                self._tables[sequence.slot], changed = row, True
+        if changed:
+            self._device_tables = jax.device_put(self._tables.copy())
+
+    def _table(self, sequence: Sequence) -> np.ndarray:
+        row = np.full(self._table_width, -1, np.int32)
+        row[: len(sequence.pages)] = sequence.pages
+        return row
+
+    def _prefill(self, sequence: Sequence, start: int, count: int, last: bool):
+        size = self._chunk(count)
+        tokens = np.zeros(size + 1, np.int32)
+        known = sequence.tokens[start : start + count + 1]
+        tokens[: len(known)] = known
+        scalars = (np.int32(start), np.int32(count), np.int32(sequence.slot))
+        inputs = jax.device_put((tokens, *scalars))
+        self._live, x_11XD, finite = programs.prefill(
+            self._structure, self._weights, self._live, *inputs, self._device_tables
+        )
+        if not last:
+            return finite, None
+        record_B, position_B = jax.device_put(
+            (np.array([sequence.slot], np.int32), np.array([start + count], np.int32))
+        )
+        options = batch_options([self._sampling[sequence.id]], 1)
+        logits_BTV = programs.logits(self._structure, self._weights, x_11XD)
+        return finite, self._draw(logits_BTV, (record_B, position_B), options, x_11XD)
+
+    def _chunk(self, count: int) -> int:
+        """Tokens that a chunk of `count` is padded to; in invariant mode always the same."""
+        size, most = _LEAST_CHUNK, self.scheduler.chunk
+        while size < count and not self.limits.batch_invariant:
+            size *= _CHUNK_STEP
+        return most if self.limits.batch_invariant else min(size, max(most, _LEAST_CHUNK))
+
+    def _decode(self, sequences: list[Sequence]):
+        batch = tuple((sequence.slot, sequence.id) for sequence in sequences)
+        if batch != self._batch:
+            size = min(1 << (len(batch) - 1).bit_length(), self.limits.max_batch)
+            record_B = np.zeros(size, np.int32)
+            record_B[: len(batch)] = [slot for slot, _ in batch]
+            options = batch_options([self._sampling[id] for _, id in batch], size)
+            self._batch, self._device_batch = batch, (jax.device_put(record_B), options)
+        record_B, options = self._device_batch
+        rows = (record_B, self._device_tables)
+        self._live, x_BTXD, logits_BTV = programs.decode(
+            self._structure, self._weights, self._live, self._heads, rows, self.limits.batch_invariant
+        )
+        return self._draw(logits_BTV, (record_B, None), options, x_BTXD)
+
+    def _draw(self, logits_BTV, place, options, x_BTXD):
+        """Tokens of the positions just read, and drafts of what follows them."""
+        self._heads, drawn = programs.draw(logits_BTV, self._heads, place, *options, self.limits.batch_invariant)
+        if self._live.mtp is not None:
+            sampled, count_B = drawn
+            mtp, self._heads = programs.draft(
+                self._structure,
+                self._weights,
+                self._live.mtp,
+                self._heads,
+                x_BTXD,
+                (sampled.token_B, count_B),
+                place[0],
+            )
+            self._live = self._live._replace(mtp=mtp)
+        return drawn
 
     @jax.transfer_guard("disallow")
-    def _advance(self, state, token_B, position_B, options, plan):
-        """One more token of every row: (state, its position, the token)."""
-        state, position_B, logits_BV = _decode(self._structure, self._weights, state, token_B, position_B)
-        return state, position_B, _sample(logits_BV, options, position_B, plan)
+    def _take(self, flight: _Flight) -> list[Drawn]:
+        plan, (finite, first, rows) = flight.plan, jax.device_get(flight[1:])
+        drawn, failed = [], []
+        if finite is not None and not finite:
+            failed.append(plan.prefill.sequence)
+            first = first or (_NOT_FINITE, None)
+        if first is not None:
+            drawn.append(Drawn(plan.prefill.sequence.id, first[0], 0, 1))
+        if rows is not None:
+            drawn += [Drawn(row.sequence.id, rows[0], i, int(rows[1][i])) for i, row in enumerate(plan.decode)]
+        alive = self.scheduler.sequences
+        drawn = [d for d in drawn if d.id in alive]
+        failed += [alive[d.id] for d in drawn if not d.sampled.finite_B[d.row, : d.count].all()]
+        for sequence in failed:
+            self._fail(sequence)
+        gained = {d.id: d.sampled.token_B[d.row, : d.count].tolist() for d in drawn}
+        self.scheduler.commit(plan, gained)
+        for id in [id for id in self._sampling if id not in self.scheduler.sequences]:
+            del self._sampling[id]
+        return drawn
+
+    def _fail(self, sequence: Sequence) -> None:
+        """End a request whose logits are not finite; what it alone wrote is wiped before others may get it."""
+        slot, pages = sequence.slot, self._table(sequence)
+        pages[: sequence.found] = -1
+        if self.scheduler.fail(sequence.id):
+            self._live = programs.wipe(self._live, *jax.device_put((np.int32(slot), pages)))
+
+    def stats(self) -> dict[str, float]:
+        """Counts of sequences, pages and prefix hits; `kv_bytes`: of all arrays of the cache."""
+        held = sum(a.nbytes for a in jax.tree.leaves(self._live))
+        return self.scheduler.stats() | {"kv_bytes": held}
 
 
-@jax.transfer_guard("disallow")
-def _fetch(sampled: Sampled) -> Sampled:
-    return jax.device_get(sampled)
-
-
-def _bucket(size: int, least: int, most: int) -> int:
-    """The power of two from `least` on that holds `size`, but not above `most`."""
-    return min(max(least, 1 << (int(size) - 1).bit_length()), most)
-
-
-# --- programs ----------------------------------------------------------------------------------------------------
-
-
-class _Structure:
-    """A model without its arrays, compared by identity: hashing the graph itself would cost a step milliseconds."""
-
-    def __init__(self, graphdef, tree):
-        self._graphdef, self._tree = graphdef, tree
-
-    def model(self, weights: list[jax.Array]) -> Transformer:
-        return nnx.merge(self._graphdef, jax.tree.unflatten(self._tree, weights))
-
-
-_structure = functools.lru_cache(maxsize=16)(_Structure)  # models of equal structure share their programs
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _empty(structure, weights, batch, tokens):
-    """State with room for `tokens`, and streams of each row's last token, which prefill fills."""
-    model = structure.model(weights)
-    shape = (batch, model.config.mhc.streams, model.config.hidden_size)
-    return model.new_state(batch, tokens), jnp.zeros(shape, jnp.dtype(model.config.dtype))
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
-def _prefill(structure, weights, state, last_BXD, tokens_BT, start_B, count_B):
-    """Read the next `count_B` tokens of every row, which may be none."""
-    x_BTXD, state, _ = structure.model(weights).hidden(next_chunk(tokens_BT, start_B, count_B), state)
-    end_BXD = x_BTXD[jnp.arange(count_B.shape[0]), jnp.maximum(count_B - 1, 0)]
-    return state, jnp.where((count_B > 0)[:, None, None], end_BXD, last_BXD)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _head(structure, weights, last_BXD):
-    """Float32 logits [B, V] of the streams of each row's last token."""
-    return structure.model(weights).logits(last_BXD[:, None])[:, 0]
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(structure, weights, state, token_B, position_B):
-    """Put each row's token at its position: the state, the next position, the logits of what goes there."""
-    model = structure.model(weights)
-    x_BTXD, state, _ = model.hidden(next_chunk(token_B[:, None], position_B), state)
-    return state, position_B + 1, model.logits(x_BTXD)[:, 0]
-
-
-# Apart from `_decode`, so that a batch with other sampling options does not compile the model again.
-_sample = functools.partial(jax.jit, static_argnums=3)(sample)
+def check_limits(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
+    """Raise UserError for limits that cannot be kept."""
+    for name in ("max_batch", "max_seq_len", "prefill_chunk"):
+        if getattr(limits, name) < 1:
+            raise UserError(f"{name} must be at least 1, got {getattr(limits, name)}")
+    if limits.max_seq_len > model.max_positions:
+        raise UserError(f"max_seq_len {limits.max_seq_len} exceeds the {model.max_positions} positions of the model")
+    if limits.speculative_tokens < 0 or cache.tokens < 0 or cache.records < 0 or cache.record_every < 0:
+        raise UserError("speculative_tokens, cache tokens, records and record_every must be at least 0")
+    if limits.speculative_tokens and not model.mtp_layers:
+        raise UserError("speculative_tokens needs a model with an MTP layer, and this one has none; set it to 0")
+    if limits.speculative_tokens and limits.batch_invariant:
+        raise UserError("batch_invariant and speculative_tokens exclude each other: drafts change the shapes computed")

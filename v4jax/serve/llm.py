@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import difflib
+import itertools
 import numbers
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from v4jax import checkpoint, config
 from v4jax.core.check import UserError
 from v4jax.data.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 from v4jax.models.transformer import Transformer
-from v4jax.serve.engine import Engine, Request
+from v4jax.serve.engine import Drawn, Engine, check_limits
 from v4jax.serve.sampling import Logprob, Sampled, SamplingParams
 
 Prompt = str | Sequence[int]
@@ -44,8 +46,9 @@ class LLM:
 
     model: a directory (a run, an orbax checkpoint or Hugging Face weights) or a Transformer. tokenizer: a Tokenizer or
     its path; by default the directory's own; without one, prompts must be token ids. dtype: "float32" or "bfloat16",
-    for a directory only. max_batch, max_seq_len (prompt and new tokens), prefill_chunk: limits of the engine, by
-    default those of the checkpoint's config. Raises UserError.
+    for a directory only. cache: a CacheConfig. Other options are fields of `config.Serve`: max_batch, max_seq_len
+    (prompt and new tokens), prefill_chunk, speculative_tokens, batch_invariant. What is not given comes from the
+    checkpoint's config. Raises UserError.
     """
 
     def __init__(
@@ -54,28 +57,25 @@ class LLM:
         *,
         tokenizer: Tokenizer | str | os.PathLike | None = None,
         dtype: str | None = None,
-        max_batch: int | None = None,
-        max_seq_len: int | None = None,
-        prefill_chunk: int | None = None,
+        cache: config.Cache | None = None,
+        **limits,
     ):
         if isinstance(model, Transformer):
-            shape, limits = model.config, config.Serve()
+            stored = config.Config(model=model.config)
             if dtype is not None:
                 raise UserError("dtype applies when a checkpoint is read; give a directory, or a model of that dtype")
         else:
             stored = checkpoint.load_config(model)
-            shape, limits = stored.model, stored.serve
-            tokenizer = load_tokenizer(model, shape) if tokenizer is None else tokenizer
+            tokenizer = load_tokenizer(model, stored.model) if tokenizer is None else tokenizer
         if isinstance(tokenizer, (str, os.PathLike)):
             tokenizer = Tokenizer(tokenizer)
-        limits = dataclasses.replace(limits, max_seq_len=min(limits.max_seq_len, shape.max_positions))
-        given = {"max_batch": max_batch, "max_seq_len": max_seq_len, "prefill_chunk": prefill_chunk}
-        limits = dataclasses.replace(limits, **{name: value for name, value in given.items() if value is not None})
-        _check_limits(limits, shape)
+        serve, cache = _limits(stored, limits), cache or stored.cache
+        check_limits(stored.model, serve, cache)
         if not isinstance(model, Transformer):  # last: reading weights may take minutes
             model = checkpoint.load(model, dtype=dtype)
-        self.tokenizer, self.engine = tokenizer, Engine(model, limits)
+        self.tokenizer, self.engine = tokenizer, Engine(model, serve, cache)
         self._ends = tokenizer or model.config  # who knows the ids of bos and eos
+        self._count, self._running = itertools.count(), {}
 
     def generate(
         self,
@@ -84,9 +84,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue every prompt, a string or a list of token ids, under one SamplingParams or one each.
 
-        Strings are read as the beginning of a document: bos is put before them. More prompts than `max_batch` run in
-        several batches. A request whose logits are not finite ends alone, with finish_reason "error". Raises UserError,
-        before anything runs, for a request that cannot be run.
+        Strings are read as the beginning of a document: bos is put before them. Any number of prompts: they join and
+        leave the running batch as there is room. A request whose logits are not finite ends alone, with finish_reason
+        "error". Raises UserError, before anything runs, for a request that cannot be run.
         """
         rows = self._rows(prompts, sampling_params)
         for _ in self._run(rows):
@@ -101,10 +101,14 @@ class LLM:
         """`generate`, as (index of the prompt, piece of its text) while the pieces come.
 
         A piece never ends inside a character or in what may become a stop string; the pieces of a prompt join to its
-        text. After the last piece, UserError if a request ended in an error. Closing the iterator frees its memory.
+        text. After the last piece, UserError if a request ended in an error. Closing the iterator frees what it held.
         """
         self._need_tokenizer("streaming text")
         return self._stream(self._rows(prompts, sampling_params))
+
+    def stats(self) -> dict[str, float]:
+        """What the engine counts: sequences waiting and running, pages and records, prefix hits, bytes of the cache."""
+        return self.engine.stats()
 
     def _stream(self, rows: list[_Row]) -> Iterator[tuple[int, str]]:
         yield from self._run(rows)
@@ -113,17 +117,25 @@ class LLM:
                 raise UserError(f"prompt {index} was stopped: {row.error}")
 
     def _run(self, rows: list[_Row]) -> Iterator[tuple[int, str]]:
-        """Fill the rows, batch after batch, and yield their text."""
-        size = self.engine.limits.max_batch
-        for first in range(0, len(rows), size):
-            batch = rows[first : first + size]
-            with contextlib.closing(self.engine.run([row.request for row in batch])) as steps:
-                for sampled in steps:
-                    for i, row in enumerate(batch):
-                        if row.finish_reason is None and (piece := row.take(sampled, i)):
-                            yield first + i, piece
-                    if all(row.finish_reason for row in batch):
-                        break
+        """Run the requests to their end and yield their text; other streams of this LLM may run between."""
+        mine = {next(self._count): row for row in rows}
+        try:
+            for id, row in mine.items():
+                self.engine.add(id, row.prompt_ids, row.sampling)
+                self._running[id] = row
+            while any(row.finish_reason is None for row in rows):
+                for drawn in self.engine.step():
+                    if (row := self._running.get(drawn.id)) is not None:
+                        row.take(drawn)
+                        if row.finish_reason is not None:
+                            self.engine.finish(drawn.id)
+                for index, row in enumerate(rows):
+                    if piece := row.shown():
+                        yield index, piece
+        finally:
+            for id in mine:
+                self.engine.cancel(id)
+                self._running.pop(id, None)
 
     def _rows(self, prompts, sampling_params) -> list[_Row]:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -136,11 +148,11 @@ class LLM:
     def _row(self, name: str, prompt: Prompt, sampling: SamplingParams) -> _Row:
         if sampling.stop:
             self._need_tokenizer(f"{name} uses stop strings, which")
-        request = Request(self._ids(name, prompt), sampling)
-        self.engine.check(request, name)
+        ids = self._ids(name, prompt)
+        self.engine.check(ids, sampling, name)
         ends = {*sampling.stop_token_ids, *([] if sampling.ignore_eos else [self._ends.eos_id])}
         text = prompt if isinstance(prompt, str) else None
-        return _Row(text, request, frozenset(ends), Detokenizer(self.tokenizer) if self.tokenizer else None)
+        return _Row(text, ids, sampling, frozenset(ends), Detokenizer(self.tokenizer) if self.tokenizer else None)
 
     def _ids(self, name: str, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; [] for one that has none."""
@@ -160,55 +172,71 @@ class LLM:
 class _Row:
     """One request while it is generated. `ends` are the token ids that end it."""
 
-    def __init__(self, prompt: str | None, request: Request, ends: frozenset[int], detokenizer: Detokenizer | None):
-        self.prompt, self.request, self.ends, self.detokenizer = prompt, request, ends, detokenizer
-        self.text, self.held = "", ""  # shown; not yet, as it may begin a stop string
+    def __init__(
+        self,
+        prompt: str | None,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        ends: frozenset[int],
+        detokenizer: Detokenizer | None,
+    ):
+        self.prompt, self.prompt_ids, self.sampling = prompt, prompt_ids, sampling
+        self.ends, self.detokenizer = ends, detokenizer
+        self.text, self.new, self.held = "", "", ""  # complete; of it not yet given out; may begin a stop string
         self.token_ids: list[int] = []
         self.logprobs: list[dict[int, Logprob]] = []
         self.finish_reason: str | None = None
         self.error: str | None = None
 
-    def take(self, sampled: Sampled, row: int) -> str:
-        """Take one token of the batch; the text that it completes."""
-        sampling = self.request.sampling
-        if not sampled.finite_B[row]:
-            position = len(self.request.prompt) + len(self.token_ids)
+    def take(self, drawn: Drawn) -> None:
+        """Take the tokens of one step, as far as they count."""
+        for i in range(drawn.count):
+            if self.finish_reason is None:
+                self._take(jax.tree.map(lambda a, i=i: a[drawn.row, i], drawn.sampled))
+
+    def shown(self) -> str:
+        """Text that is complete and was not given out yet."""
+        new, self.new = self.new, ""
+        return new
+
+    def output(self) -> RequestOutput:
+        logprobs = None if self.sampling.logprobs is None else self.logprobs
+        return RequestOutput(
+            self.prompt, self.prompt_ids, self.text, self.token_ids, logprobs, self.finish_reason, self.error
+        )
+
+    def _take(self, sampled: Sampled) -> None:
+        if not sampled.finite_B:
+            position = len(self.prompt_ids) + len(self.token_ids)
             self.error = (
                 f"the logits of token {position} are not finite; the weights may be damaged, or dtype too narrow"
             )
             return self._finish("error")
-        token = int(sampled.token_B[row])
+        token = int(sampled.token_B)
         self.token_ids.append(token)
-        if sampling.logprobs is not None:
-            self.logprobs.append(_logprobs(sampled, row, sampling.logprobs))
+        if self.sampling.logprobs is not None:
+            self.logprobs.append(_logprobs(sampled, self.sampling.logprobs))
         if token in self.ends:
             return self._finish("stop")
-        piece = self._show(self.detokenizer.push(token)) if self.detokenizer else ""
-        if self.finish_reason is None and len(self.token_ids) == sampling.max_tokens:
-            piece += self._finish("length")
-        return piece
+        if self.detokenizer:
+            self._show(self.detokenizer.push(token))
+        if self.finish_reason is None and len(self.token_ids) == self.sampling.max_tokens:
+            self._finish("length")
 
-    def output(self) -> RequestOutput:
-        logprobs = None if self.request.sampling.logprobs is None else self.logprobs
-        return RequestOutput(
-            self.prompt, self.request.prompt, self.text, self.token_ids, logprobs, self.finish_reason, self.error
-        )
-
-    def _finish(self, reason: str) -> str:
+    def _finish(self, reason: str) -> None:
         """End here: what was held back is text after all."""
-        piece = self._show(self.detokenizer.flush()) if self.detokenizer else ""
+        if self.detokenizer:
+            self._show(self.detokenizer.flush())
         if self.finish_reason is None:
             self.finish_reason = reason
-            self.text, piece, self.held = self.text + self.held, piece + self.held, ""
-        return piece
+            self.text, self.new, self.held = self.text + self.held, self.new + self.held, ""
 
-    def _show(self, new: str) -> str:
+    def _show(self, text: str) -> None:
         """Add text; give out what no stop string can touch any more, and finish at the first stop string."""
-        shown, stopped, self.held = split_at_stop(self.held + new, self.request.sampling.stop)
+        shown, stopped, self.held = split_at_stop(self.held + text, self.sampling.stop)
         if stopped:
             self.finish_reason = "stop"
-        self.text += shown
-        return shown
+        self.text, self.new = self.text + shown, self.new + shown
 
 
 def split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool, str]:
@@ -226,19 +254,21 @@ def split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool, str]:
     return text, False, ""
 
 
-def _logprobs(sampled: Sampled, row: int, count: int) -> dict[int, Logprob]:
-    """The chosen token, then the `count` likeliest ones."""
-    found = {int(sampled.token_B[row]): Logprob(float(sampled.logprob_B[row]), int(sampled.rank_B[row]))}
-    likeliest = zip(sampled.top_ids_BK[row, :count], sampled.top_BK[row, :count], strict=True)
-    for rank, (i, logprob) in enumerate(likeliest, 1):
+def _logprobs(sampled: Sampled, count: int) -> dict[int, Logprob]:
+    """The chosen token, then the `count` likeliest ones, of the arrays of one position."""
+    found = {int(sampled.token_B): Logprob(float(sampled.logprob_B), int(sampled.rank_B))}
+    for rank, (i, logprob) in enumerate(zip(sampled.top_ids_BK[:count], sampled.top_BK[:count], strict=True), 1):
         found.setdefault(int(i), Logprob(float(logprob), rank))
     return found
 
 
-def _check_limits(limits: config.Serve, model: config.Model) -> None:
-    """Raise UserError for a limit that cannot be kept."""
-    for name in ("max_batch", "max_seq_len", "prefill_chunk"):
-        if getattr(limits, name) < 1:
-            raise UserError(f"{name} must be at least 1, got {getattr(limits, name)}")
-    if limits.max_seq_len > model.max_positions:
-        raise UserError(f"max_seq_len {limits.max_seq_len} exceeds the {model.max_positions} positions of the model")
+def _limits(stored: config.Config, given: dict) -> config.Serve:
+    """The checkpoint's limits, as far as the model goes, and over them those given."""
+    known = [field.name for field in dataclasses.fields(config.Serve)]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"options: {', '.join(known)}"
+            raise UserError(f"LLM has no option {name!r}; {hint}")
+    limits = dataclasses.replace(stored.serve, max_seq_len=min(stored.serve.max_seq_len, stored.model.max_positions))
+    return dataclasses.replace(limits, **{name: value for name, value in given.items() if value is not None})

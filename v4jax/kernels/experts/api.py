@@ -31,7 +31,7 @@ def experts(
       limit: clamp of the SwiGLU.
       impl: "ref", "blocks", "ragged", or None for the backend's best.
     """
-    return _IMPLEMENTATIONS[select(impl, _IMPLEMENTATIONS, _BEST)](
+    return _IMPLEMENTATIONS[select(impl, _IMPLEMENTATIONS, _BEST, portable="ragged")](
         x_BD, picks_BK, weights_BK, gate_up_EDUF, down_EFD, limit=limit
     )
 

@@ -6,7 +6,7 @@ from v4jax.config import Config, load
 from v4jax.core.check import UserError
 from v4jax.core.tables import write_json
 
-SUITES = ("peer", "train")
+SUITES = ("kv", "peer", "train")
 
 
 def run(
@@ -23,9 +23,10 @@ def run(
         raise UserError(f"unknown suite {suite!r}; one of {', '.join(SUITES)}")
     if checkpoint or plot:
         raise UserError(f"suite {suite!r} makes its own weights and draws no plot: drop --checkpoint and --plot")
-    from v4jax.tools.bench import peer, train
+    from v4jax.tools.bench import kv, peer, train
 
-    records = {"peer": peer.run, "train": train.run}[suite](config or load("small"), rounds)
+    config = config or load("small")
+    records = kv.run(config) if suite == "kv" else {"peer": peer.run, "train": train.run}[suite](config, rounds)
     if json:
         write_json(json, records)
     return records

@@ -12,7 +12,6 @@ from v4jax.config import Config
 from v4jax.core.tables import print_table
 from v4jax.models.flops import count_parameters
 from v4jax.tools.bench.measure import alternate, machine, timed
-from v4jax.tools.bench.peer import as_batch
 from v4jax.tools.bench.report import record
 from v4jax.train.loss import loss
 from v4jax.train.state import Trainer
@@ -59,3 +58,15 @@ def run(config: Config, rounds: int) -> list[dict]:
         record("train", "tokens_per_second", speeds, "1/s", **at),
         record("train", "flops_per_second", [rate], "1/s", **at),
     ]
+
+
+def as_batch(tokens: np.ndarray) -> dict[str, jax.Array]:
+    """Rows of T + 1 tokens as a training batch of one document a row."""
+    ids = tokens[:, :-1].astype(np.int32)
+    positions = np.tile(np.arange(ids.shape[1], dtype=np.int32), (len(ids), 1))
+    batch = {
+        "tokens_BT": ids, "targets_BT": tokens[:, 1:].astype(np.int32),
+        "targets2_BT": np.pad(tokens[:, 2:], ((0, 0), (0, 1)), constant_values=-1).astype(np.int32),
+        "segments_BT": np.ones_like(ids), "positions_BT": positions,
+    }  # fmt: skip
+    return jax.device_put(batch)

@@ -1,0 +1,391 @@
+"""The scheduler against a device that remembers which tokens everything it holds was computed from (device.py)."""
+
+import pytest
+
+from tests.serve import device
+from tests.serve.device import World, solo
+from v4jax.core.check import UserError
+from v4jax.serve.sequence import State
+
+
+@pytest.fixture
+def endless(monkeypatch):
+    """A model that never stops by itself."""
+    sample = device.sample
+    monkeypatch.setattr(device, "sample", lambda salt, tokens: 1 + sample(salt, tokens) % 4)
+
+
+def run(world, steps):
+    """Plans of so many steps, each committed at once."""
+    plans = []
+    for _ in range(steps):
+        plans.append(world.step())
+        world.check()
+        if world.flight:
+            world.commit()
+    return plans
+
+
+def until(world, condition, ahead):
+    """Step until the condition holds, with up to `ahead` plans under way."""
+    for _ in range(100):
+        if condition():
+            return
+        while len(world.flight) > ahead:
+            world.commit()
+        world.step()
+        world.check()
+    raise AssertionError("it never came to that")
+
+
+def chunks(plans, id):
+    return [(p.prefill.start, p.prefill.count) for p in plans if p and p.prefill and p.prefill.sequence.id == id]
+
+
+def decoded(plan):
+    return [row.sequence.id for row in plan.decode]
+
+
+# --- order and chunks -----------------------------------------------------------------------------------------------
+
+
+def test_one_prompt_is_read_at_a_time_while_the_others_decode(endless):
+    world = World(pages=20, slots=2)
+    for id in "abc":
+        world.add(id, [1] * 5 + [ord(id)], 3, salt=id)
+    plans = run(world, 8)
+    assert [p.prefill and p.prefill.sequence.id for p in plans] == ["a", "a", "b", "b", "c", "c", None, None]
+    assert [decoded(p) for p in plans] == [[], [], ["a"], ["a"], ["b"], ["b"], ["c"], ["c"]]
+    assert [p.prefill.last for p in plans[:4]] == [False, True, False, True]
+    world.drain()
+
+
+@pytest.mark.parametrize("prompt, options, expected", [
+    (11, {"chunk": 4, "block": 4}, [(0, 4), (4, 4), (8, 3)]),
+    (11, {"chunk": 3, "block": 4}, [(0, 3), (3, 3), (6, 2), (8, 1), (9, 2)]),
+    (8, {"chunk": 16, "block": 4}, [(0, 4), (4, 4)]),  # a prompt asked again must find a record before its end
+    (3, {"chunk": 16, "block": 4}, [(0, 3)]),
+    (14, {"chunk": 16, "block": 2, "record_every": 3}, [(0, 6), (6, 6), (12, 2)]),
+])  # fmt: skip
+def test_chunks_end_at_multiples_and_at_the_last_boundary(prompt, options, expected):
+    world = World(pages=20, **options)
+    world.add(0, list(range(prompt)), 1)
+    plans = run(world, len(expected))
+    assert chunks(plans, 0) == expected
+    assert [p.prefill.last for p in plans] == [*[False] * (len(expected) - 1), True]
+    assert world.everyone[0].state is State.FINISHED
+
+
+def test_records_are_kept_at_the_last_boundary_and_periodically():
+    for every, records in [(0, 1), (2, 3)]:
+        world = World(pages=20, records=9, record_every=every)
+        world.add(0, list(range(11)), 1)
+        world.drain()
+        assert world.scheduler.stats()["records_kept"] == records
+
+
+def test_decoding_moves_one_record_along(endless):
+    world = World(pages=20, records=9)
+    world.add(0, [1, 2, 3], 9)
+    kept = []
+    while world.scheduler.busy:
+        run(world, 1)
+        kept.append(len(world.blocks._record))
+    assert max(kept) == 2  # the prompt's and the newest
+    answer = world.everyone[0].tokens
+    row = world.add(1, [*answer, 3], 1)
+    run(world, 1)
+    assert row.found == (len(answer) - 1) // 2
+
+
+def test_with_lookahead_a_boundary_is_copied_once_and_not_too_late(endless):
+    for slack, late in [(3, 0), (6, 1)]:
+        world = World(pages=40, records=30, block=5, lookahead=3, slack=slack)
+        row = world.add(0, [1, 2, 3], 60)
+        copies = 0
+        while world.scheduler.busy:
+            plan = world.step()
+            if len(world.flight) > 1 or plan is None:
+                world.commit()
+            copies += len(plan.copies) if plan else 0
+        assert copies <= len(row.tokens) // 5
+        assert late == (copies == len(row.tokens) // 5)
+
+
+def test_with_lookahead_a_record_never_lies_further_back_than_slack(endless):
+    for random_seed, (block, slack) in enumerate(10 * [(5, 3), (8, 6)]):
+        world = World(pages=20, records=20, block=block, lookahead=3, slack=slack, random_seed=random_seed)
+        world.add(0, [1, 2, 3], 60)
+        world.drain()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_record_that_others_resumed_from_is_not_dropped(endless, shared):
+    world = World(pages=40, records=9, slots=2)
+    row = world.add(0, [1, 2, 3], 12)
+    run(world, 4)
+    assert row.moving == row.names[1]
+    if shared:
+        other = world.add(1, [*row.tokens[:5], 9], 1)
+        run(world, 1)
+        assert other.found == 2
+    world.drain()
+    assert world.blocks.match(row.names[:2])[0] == (2 if shared else 1)
+
+
+# --- prefix cache ----------------------------------------------------------------------------------------------------
+
+
+def test_a_prefix_is_found_up_to_the_last_record_and_by_its_own_tenant_only():
+    world = World(pages=30, records=9)
+    prompt = [1, 2, 3, 4, 5, 6, 7]
+    for id, salt in enumerate(["", "", "other", "other", None, None]):
+        world.add(id, prompt, 1, salt=salt)
+        world.drain()
+    assert [world.everyone[id].tokens for id in range(6)] == [
+        solo(s, prompt, 1) for s in ["", "", *["other"] * 2, *[None] * 2]
+    ]
+    stats = world.scheduler.stats()
+    assert stats["hits"] == 6 and stats["queries"] == 12 and stats["repeated"] == 6
+    assert stats["pages_cached"] == 6
+
+
+def test_a_burst_with_one_prefix_waits_for_the_first_to_compute_it():
+    world = World(pages=60, records=9, slots=8)
+    for id in range(6):
+        world.add(id, [1, 2, 3, 4, 5, 6, 10 + id], 2)
+    world.drain()
+    assert world.scheduler.stats()["hits"] == 5 * 3
+    assert world.scheduler.stats()["preemptions"] == 0
+
+
+def test_nobody_waits_for_a_record_that_could_not_be_kept(endless):
+    world = World(pages=30, records=0, slots=2)
+    for id in range(2):
+        world.add(id, [1, 2, 3], 9)
+    run(world, 3)
+    assert world.everyone[0].state is State.RUNNING and world.everyone[1].state is State.PREFILL
+    world.drain()
+
+
+# --- running out of pages ------------------------------------------------------------------------------------------
+
+
+def test_what_never_fits_is_refused_with_the_numbers():
+    world = World(pages=4, lookahead=1)
+    with pytest.raises(UserError, match="5 tokens with max_tokens 2 needs 4 pages of 2 tokens, but the cache has 3"):
+        world.add(0, [1] * 5, 2)
+    world.add(1, [1] * 4, 2)
+    with pytest.raises(ValueError):
+        world.scheduler.add(1, [1], 1)
+    with pytest.raises(ValueError):
+        world.scheduler.add(2, [], 1)
+    world.drain()
+
+
+def test_what_just_fits_is_admitted_and_the_next_waits_for_a_block_more_than_its_prompt(endless):
+    world = World(pages=3)
+    world.add(0, [1, 2, 3], 1)
+    world.drain()
+    world = World(pages=5)
+    for id in range(2):
+        world.add(id, [id, 2, 3], 3)
+    world.drain()
+    assert world.scheduler.stats()["preemptions"] == 0
+
+
+def test_younger_ones_get_no_pages_while_an_older_one_waits_for_some(endless):
+    world = World(pages=30, records=0, block=1, lookahead=1)
+    rows = [world.add(id, [id], 9) for id in range(3)]
+    until(world, lambda: all(row.state is State.RUNNING for row in rows), ahead=0)
+    while world.flight:
+        world.commit()
+    world.step()
+    rows[1].pages += world.blocks.allocate(1)  # so that it needs fewer now
+    elsewhere = world.blocks.allocate(world.blocks.room() - 1)
+    assert world.step() is None and rows[2].state is State.PREEMPTED
+    assert world.blocks.room() == 1
+    world.blocks.release(elsewhere)
+    world.drain()
+
+
+def test_the_youngest_is_preempted_and_resumes_with_the_same_answer(endless):
+    world = World(pages=9, records=4)
+    for id in range(3):
+        world.add(id, [10 + id] * 3, 9)
+    world.drain()
+    rows = world.everyone
+    assert rows[0].preemptions == 0 and rows[2].preemptions > 0
+    assert world.scheduler.stats()["preemptions"] == sum(row.preemptions for row in rows.values())
+    assert world.scheduler.stats()["queries"] == 3  # coming back is no new query
+    assert all(len(row.tokens) == 12 for row in rows.values())
+
+
+def test_a_preempted_sequence_begins_behind_what_it_left(endless):
+    world = World(pages=8, records=4, slots=2)
+    world.add("old", [1, 2, 3], 10)
+    young = world.add("young", [4, 5, 6], 8)
+    until(world, lambda: young.state is State.WAITING and young.preemptions, ahead=0)
+    assert not young.pages and not young.slot
+    until(world, lambda: young.state is State.PREFILL or young.found, ahead=0)
+    assert young.found > 0 and young.goal > 3
+    world.drain()
+
+
+def test_only_as_many_as_needed_are_preempted_while_pages_are_on_their_way(endless):
+    world = World(pages=9, records=0, slots=4, block=4, chunk=4)
+    for id in range(4):
+        world.add(id, [id] * 7, 9)
+    row = world.everyone[2]
+    until(world, lambda: world.scheduler.stats()["preemptions"], ahead=1)
+    assert row.state is State.PREEMPTED and row.pages and row.slot
+    while len(world.flight) > 1:
+        world.commit()
+    world.step()
+    assert world.scheduler.stats()["preemptions"] == 1
+    world.drain()
+
+
+def test_nobody_overtakes_a_sequence_that_is_being_preempted(endless):
+    world = World(pages=11, records=0, slots=3, block=3)
+    elsewhere = world.blocks.allocate(5)
+    world.add("old", [1], 8)
+    young = world.add("young", [2] * 3, 8)
+    while young.state is not State.PREEMPTED:
+        if len(world.flight) > 1:
+            world.commit()
+        world.step()
+    assert len(world.flight) == 1, "the case is that the step which preempts has nothing to run"
+    world.blocks.release(elsewhere)
+    world.add("late", [3], 2)
+    plan = world.step()
+    assert decoded(plan) == ["old"] and plan.prefill is None
+    world.drain()
+
+
+# --- one step ahead --------------------------------------------------------------------------------------------------
+
+
+def test_what_ends_keeps_its_pages_until_the_plan_under_way_is_committed(endless):
+    world = World(pages=9)
+    row = world.add(0, [1, 2, 3], 5)
+    run(world, 2)
+    first, second = world.step(), world.step()
+    assert (decoded(first), decoded(second)) == ([0], [0]) and second.decode[0].position == first.decode[0].position + 1
+    with pytest.raises(RuntimeError, match="commit"):
+        world.step()
+    world.scheduler.commit(first, {0: [4]}, finished={0})
+    world.flight.pop(0)
+    assert row.state is State.FINISHED and row.pages and world.scheduler.stats()["pages_in_use"] == len(row.pages)
+    with pytest.raises(ValueError, match="in the order"):
+        world.scheduler.commit(first, {})
+    world.scheduler.commit(second, {})
+    assert not row.pages and not world.scheduler.busy and world.scheduler.stats()["pages_in_use"] == 0
+    world.scheduler.check()
+
+
+def test_no_step_is_spent_beyond_max_tokens(endless):
+    world = World(pages=9)
+    world.add(0, [1, 2, 3], 2)
+    assert [world.step() is not None, world.step() is not None] == [True, True]  # two chunks
+    world.commit()
+    assert decoded(world.step()) == [0]
+    world.commit()
+    assert world.step() is None
+    world.commit()
+    assert not world.scheduler.busy
+
+
+@pytest.mark.parametrize("gained", [{}, {0: []}, {0: [1, 1]}])
+def test_results_must_be_what_the_plan_adds(gained):
+    world = World()
+    world.add(0, [1], 5)
+    plan = world.step()
+    with pytest.raises(ValueError, match=r"gained \d tokens, where 1 to 1 can be"):
+        world.scheduler.commit(plan, gained)
+
+
+# --- ending early -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", range(8))
+@pytest.mark.parametrize("under_way", [0, 1, 2])
+@pytest.mark.parametrize("how", ["cancel", "fail"])
+def test_ending_at_any_moment_frees_everything(endless, steps, under_way, how):
+    world = World(pages=9, records=3)
+    row = world.add(0, [1, 2, 3, 4, 5], 10)
+    run(world, steps)
+    for _ in range(under_way):
+        world.step()
+    own = row.pages[row.found :]
+    assert getattr(world.scheduler, how)(0) is True
+    assert getattr(world.scheduler, how)(0) is False
+    world.check()
+    while world.flight:
+        world.commit()
+    stats = world.scheduler.stats()
+    assert not world.scheduler.busy and stats["pages_in_use"] == 0
+    if how == "fail":
+        assert stats["pages_cached"] == stats["records_kept"] == 0 and not set(own) & set(world.blocks._page.values())
+    else:
+        ends = [row.names.index(name) + 1 for name in world.blocks._record]
+        assert all(world.blocks.match(row.names[:end])[0] == end for end in ends), "a record that cannot be reached"
+    world.settled()
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_finish_that_comes_later_keeps_the_blocks(endless, ahead):
+    world = World(pages=9)
+    row = world.add(0, [1, 2, 3, 4], 9)
+    run(world, 3)
+    for _ in range(ahead):
+        world.step()
+    assert world.scheduler.finish(0) and not world.scheduler.finish(0) and row.state is State.FINISHED
+    while world.flight:
+        world.commit()
+    assert not world.scheduler.busy and world.blocks.match(row.names)[0] == 2
+
+
+def test_a_failure_keeps_what_it_had_found_and_hurts_nobody_else(endless):
+    world = World(pages=20, records=6)
+    prompt = [1, 2, 3, 4, 5]
+    world.add("first", prompt, 1)
+    world.drain()
+    bad = world.add("bad", [*prompt, 6, 7, 8], 5)
+    run(world, 2)
+    sharing = world.add("sharing", [*prompt, 6, 7, 8, 9, 10], 4)
+    run(world, 1)
+    assert bad.found == 2 and sharing.found == 3
+    world.scheduler.fail("bad")
+    world.drain()
+    assert sharing.state is State.FINISHED
+    assert world.blocks.match(sharing.names)[0] == 2  # its own blocks hang behind a retracted one
+
+
+def test_a_failure_takes_its_record_along_even_behind_the_page_of_another(endless):
+    world = World(pages=20, records=1)
+    row = world.add("first", [1, 2, 3], 1)
+    world.drain()
+    world.blocks.forget(row.names[0])
+    bad = world.add("bad", [1, 2, 3], 5)
+    run(world, 2)
+    assert bad.published == 1 and world.blocks.match(row.names)[0] == 1
+    assert world.blocks._page[row.names[0]] != bad.pages[0]
+    world.scheduler.fail("bad")
+    assert world.blocks.match(row.names) == (0, None) and row.names[0] in world.blocks._page
+
+
+def test_unknown_requests_cannot_be_ended():
+    assert World().scheduler.cancel("nobody") is False
+
+
+# --- everything at once ----------------------------------------------------------------------------------------------
+
+
+def test_a_burst_of_200_into_a_pool_for_8_gets_every_answer_right():
+    world = World(pages=33, records=8, slots=8, block=4, chunk=8)
+    for id in range(200):
+        world.add(id, [id % 2, 2, 3, 3, 1, 1, id % 3, 1, 1][: 3 + id % 7], 1 + id % 9)
+    world.drain()
+    assert all(row.state is State.FINISHED for row in world.everyone.values())
+    assert world.scheduler.stats()["hits"] > 0

@@ -1,0 +1,66 @@
+"""The scheduler under requests that come, run, end and fail in any order (the device: device.py)."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.serve.device import World
+from v4jax.core.check import UserError
+
+
+class Serving(RuleBasedStateMachine):
+    """Requests come, run, end and fail in any order over tiny pools; `World` checks what may never happen."""
+
+    @initialize(
+        pages=st.integers(9, 14), records=st.integers(0, 5), slots=st.integers(1, 4), block=st.integers(1, 3),
+        chunk=st.integers(1, 6), lookahead=st.integers(0, 2), late=st.integers(0, 2), record_every=st.integers(0, 2),
+        random_seed=st.integers(0, 99),
+    )  # fmt: skip
+    def start(self, lookahead, late, **options):
+        self.world = World(lookahead=lookahead, slack=lookahead + late, **options)
+
+    @rule(
+        prompt=st.lists(st.sampled_from([1, 1, 2]), min_size=1, max_size=6), max_tokens=st.integers(1, 6),
+        salt=st.sampled_from(["", "", "other", None]),
+    )  # fmt: skip
+    def come(self, prompt, max_tokens, salt):
+        try:
+            self.world.add(len(self.world.everyone), prompt, max_tokens, salt)
+        except UserError:
+            assert len(prompt) + max_tokens + 1 > self.world.blocks.capacity * self.world.scheduler.block
+
+    @precondition(lambda self: len(self.world.flight) < 2)
+    @rule()
+    def step(self):
+        self.world.step()
+
+    @precondition(lambda self: self.world.flight)
+    @rule()
+    def commit(self):
+        self.world.commit()
+
+    @precondition(lambda self: self.world.everyone)
+    @rule(which=st.integers(0, 99))
+    def cancel(self, which):
+        self.world.scheduler.cancel(which % len(self.world.everyone))
+
+    @precondition(lambda self: self.world.everyone)
+    @rule(which=st.integers(0, 99))
+    def fail(self, which):
+        row = self.world.everyone[which % len(self.world.everyone)]
+        own = row.pages[row.found :]
+        if self.world.scheduler.fail(row.id):
+            assert not set(own) & set(self.world.blocks._page.values())
+
+    @invariant()
+    def books(self):
+        if hasattr(self, "world"):
+            self.world.check()
+
+    def teardown(self):
+        if hasattr(self, "world"):
+            self.world.drain()
+
+
+TestServing = Serving.TestCase
+TestServing.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

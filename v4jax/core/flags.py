@@ -1,0 +1,199 @@
+"""The flags of a command: how they are declared, explained and parsed, with typed overrides of a config among them.
+
+Parsed into a private `FlagValues`, so that nothing global is touched. Only the standard library and absl are imported
+until a config is read: help and mistakes must not wait for jax.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from absl import flags
+
+from v4jax import config as config_lib
+from v4jax.core.check import UserError
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag of a command: how absl defines it, and the line `--help` prints."""
+
+    name: str
+    help: str
+    define: Callable = flags.DEFINE_string
+    default: object = None
+    options: dict = field(default_factory=dict)  # bounds, enum values, required
+
+
+@dataclass(frozen=True)
+class Command:
+    """`run(values, config)`: `values` is the parsed FlagValues, `config` a Config, or None where none was named."""
+
+    run: Callable[[flags.FlagValues, config_lib.Config | None], None]
+    summary: str
+    example: str
+    flags: tuple[Flag, ...]
+    has_config: bool = False
+    default_config: str | None = None
+
+
+def given(values: flags.FlagValues, *names: str) -> dict:
+    """The flags among `names` that were typed; the callee's own defaults stand for the others."""
+    return {name: values[name].value for name in names if values[name].present}
+
+
+def command_help(name: str, command: Command) -> str:
+    """What `v4jax name --help` prints."""
+    rows = []
+    if command.has_config:
+        default = f" (default: {command.default_config})" if command.default_config else ""
+        presets = ", ".join(config_lib.preset_names())
+        rows += [("--config=NAME", f"{presets}, or FILE.py[:arg]{default}"),
+                 ("--config.FIELD=VALUE", "set one field, such as --config.train.steps=200")]  # fmt: skip
+    for flag in command.flags:
+        rows.append((f"--{flag.name}=...", flag.help + (" (required)" if flag.options.get("required") else "")))
+    lines = [f"  {left:<22}{right}" for left, right in rows]
+    return "\n".join([f"v4jax {name}: {command.summary}", "", f"  {command.example}", "", *lines])
+
+
+def parse(name: str, command: Command, argv: list[str]) -> tuple[flags.FlagValues, config_lib.Config | None]:
+    """Flags and config of a command; every mistake becomes a UserError of one line."""
+    values = flags.FlagValues()
+    for flag in command.flags:
+        options = {key: value for key, value in flag.options.items() if key != "required"}
+        flag.define(flag.name, flag.default, help=flag.help, flag_values=values, **options)
+    config_dict = None
+    try:
+        if command.has_config:
+            config_dict, argv = _define_config(command, argv, values)
+        extra = values(["v4jax", *argv])[1:]
+    except flags.UnrecognizedFlagError as error:
+        known = [flag.name for flag in command.flags] + (["config"] if command.has_config else [])
+        raise UserError(
+            f"{name} has no flag --{error.flagname}{nearest(error.flagname, known, '--')}; see v4jax {name} --help"
+        ) from error
+    except flags.IllegalFlagValueError as error:
+        raise UserError(_illegal_value(values, str(error))) from error
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    if extra:
+        raise UserError(f"unexpected argument {extra[0]!r}; flags are written --name=value")
+    for flag in command.flags:
+        if flag.options.get("required") and values[flag.name].value in (None, ""):
+            raise UserError(f"{name} needs --{flag.name}: {flag.help}")
+    if config_dict is None:
+        return values, None
+    return values, config_lib.validate(config_lib.from_dict(config_lib.Config, config_dict.to_dict()))
+
+
+def _define_config(command: Command, argv: list[str], values: flags.FlagValues):
+    """Take `--config` out of `argv` and define a typed flag for every `--config.field` in it.
+
+    Returns (ConfigDict that parsing will fill, or None without a config; the arguments left to parse).
+    """
+    spec, rest = command.default_config, []
+    arguments = iter(argv)
+    for argument in arguments:
+        if re.fullmatch(r"--?config(=.*)?", argument):
+            spec = argument.partition("=")[2] if "=" in argument else next(arguments, "")
+        else:
+            rest.append(argument)
+    if spec is None:
+        if overrides := [argument for argument in rest if _OVERRIDE.fullmatch(argument)]:
+            raise UserError(f"{overrides[0]} changes a config, but none is named; add --config=NAME")
+        return None, rest
+    if not spec:
+        raise UserError(f"--config needs a name: {', '.join(config_lib.preset_names())}, or FILE.py")
+    base = config_lib.to_dict(config_lib.load(spec))
+
+    rest = _spell_out(base, rest)
+
+    from ml_collections import config_dict, config_flags  # a fifth of a second that help and mistakes do without
+
+    config = config_dict.ConfigDict(base)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
+    return config, rest
+
+
+_OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
+
+
+def _spell_out(base: dict, argv: list[str]) -> list[str]:
+    """Bring every override into the form `--config.field=value`, and check that the field exists.
+
+    The last of several overrides of a field holds. Tuples may be typed as `swa,csa`; config_flags alone would read
+    `('swa', 'csa')` only, and join the tuples of repeated overrides.
+    """
+    leaves = dict(_leaves(base))
+    others, overrides = [], {}
+    arguments = iter(argv)
+    for argument in arguments:
+        match = _OVERRIDE.fullmatch(argument)
+        if not match:
+            others.append(argument)
+            continue
+        negated, path, value = match.groups()
+        if path not in leaves:
+            raise UserError(_unknown_field(path, list(leaves)))
+        if negated and (value is not None or not isinstance(leaves[path], bool)):
+            raise UserError(f"{argument} has no meaning; write --config.{path}=VALUE")
+        if value is None and isinstance(leaves[path], bool):
+            value = "false" if negated else "true"
+        elif value is None and (value := next(arguments, None)) is None:
+            raise UserError(f"--config.{path} needs a value, such as --config.{path}={leaves[path]}")
+        overrides[path] = repr(_tuple_of(value)) if isinstance(leaves[path], tuple) else value
+    return others + [f"--config.{path}={value}" for path, value in overrides.items()]
+
+
+def _leaves(values: dict, prefix: str = "") -> Iterable[tuple[str, object]]:
+    """Every (dotted path, value) of a nested dict."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _tuple_of(text: str) -> tuple:
+    """`a,b` and `('a', 'b')` alike."""
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _unknown_field(path: str, leaves: list[str]) -> str:
+    """One line for a field that does not exist, with the nearest one that does."""
+    inside = [leaf for leaf in leaves if leaf.startswith(path + ".")]
+    if inside:
+        return f"config field {path!r} is a group; set a field of it, such as --config.{inside[0]}=..."
+    parent, _, last = path.rpartition(".")
+    siblings = {leaf.rpartition(".")[2]: leaf for leaf in leaves if leaf.rpartition(".")[0] == parent}
+    near = [siblings[key] for key in difflib.get_close_matches(last, siblings, n=1)]
+    near = near or [leaf for leaf in leaves if leaf.rpartition(".")[2] == last]
+    near = near or difflib.get_close_matches(path, leaves, n=1)
+    if not near:
+        return f"unknown config field {path!r}; groups: {', '.join(sorted({x.partition('.')[0] for x in leaves}))}"
+    best = max(near, key=lambda leaf: difflib.SequenceMatcher(None, path, leaf).ratio())
+    return f"unknown config field {path!r}; did you mean --config.{best}?"
+
+
+def _illegal_value(values: flags.FlagValues, message: str) -> str:
+    """absl's message, or a plainer one where absl quotes Python's conversion error."""
+    python_says = "(invalid literal|could not convert|Non-boolean)"
+    match = re.fullmatch(rf"flag --([^=]+)=(.*): .*{python_says}.*", message, re.DOTALL)
+    if not match:
+        return message
+    wanted = values[match[1]].parser.syntactic_help or "true or false"
+    return f"--{match[1]}={match[2]} is not {wanted}"
+
+
+def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a message about an unknown word: "; did you mean ...?", or nothing if no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""

@@ -1,0 +1,176 @@
+"""The programs that the engine compiles: read a prompt, decode, draw, draft, copy a record.
+
+Each takes the weights and the live state and gives the state back updated in place (it is donated). Shapes are static
+and few: prompt chunks and batches are rounded up, contexts of any length share one program, because what reads the
+past walks its pages only as far as they are filled. Rows beyond the batch read and write record 0, which belongs to
+nobody, and no page.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from v4jax.models.transformer import State, Transformer, next_chunk
+from v4jax.nn.state import Kept, Place
+from v4jax.serve.sampling import Options, Plan, Sampled, sample
+
+
+class Live(NamedTuple):
+    """What the model keeps on the device: the layers' states, and the MTP layer's if the engine speculates."""
+
+    layers: State
+    mtp: Kept | None
+
+
+class Heads(NamedTuple):
+    """Where each record stands: its newest token (not yet read), the place of that token, and the tokens drafted after
+    it: int32 [records], [records], [records, speculative tokens]."""
+
+    token_Z: jax.Array
+    position_Z: jax.Array
+    draft_ZK: jax.Array
+
+
+class _Structure:
+    """A model without its arrays, compared by identity: hashing the graph itself would cost a step milliseconds."""
+
+    def __init__(self, graphdef, tree):
+        self._graphdef, self._tree = graphdef, tree
+
+    def model(self, weights: list[jax.Array]) -> Transformer:
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._tree, weights))
+
+
+structure = functools.lru_cache(maxsize=16)(_Structure)  # models of equal structure share their programs
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def prefill(structure, weights, live: Live, tokens_T: jax.Array, start, count, record, table_ZA):
+    """Read tokens_T[:count] (T + 1 of them, the last one only to be drafted from) at `start` of one row.
+
+    The live state, the streams [1, 1, X, D] of the last token read, and whether they are finite: what is not spreads
+    to every later token through the window. All scalars int32.
+    """
+    model = structure.model(weights)
+    one = lambda a: a[None]
+    chunk = next_chunk(tokens_T[None, :-1], one(start), one(count), Place(one(record), one(table_ZA[record])))
+    x_BTXD, layers, _ = model.hidden(chunk, live.layers)
+    mtp = live.mtp
+    if mtp is not None:
+        _, _, mtp = model.draft(x_BTXD, tokens_T[None, 1:], chunk, mtp)
+    x_11XD = jax.lax.dynamic_slice_in_dim(x_BTXD, count - 1, 1, axis=1)
+    return Live(layers, mtp), x_11XD, jnp.isfinite(x_11XD).all()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
+def decode(structure, weights, live: Live, heads: Heads, rows, invariant: bool):
+    """Read each row's newest token, and its drafts: the live state, the streams, float32 logits [B, T, V].
+
+    rows: (record_B, table_ZA). invariant: row by row, so that the bits of a row do not depend on the batch.
+    """
+    model, (record_B, table_ZA) = structure.model(weights), rows
+    if not invariant:
+        layers, x_BTXD, logits_BTV = _read(model, live.layers, heads, record_B, table_ZA)
+        return Live(layers, live.mtp), x_BTXD, logits_BTV
+
+    def one(layers, record):
+        layers, x_BTXD, logits_BTV = _read(model, layers, heads, record[None], table_ZA)
+        return layers, (x_BTXD[0], logits_BTV[0])
+
+    layers, (x_BTXD, logits_BTV) = jax.lax.scan(one, live.layers, record_B)
+    return Live(layers, live.mtp), x_BTXD, logits_BTV
+
+
+def _read(model: Transformer, layers: State, heads: Heads, record_B, table_ZA):
+    tokens_BT = jnp.concatenate([heads.token_Z[record_B][:, None], heads.draft_ZK[record_B]], axis=1)
+    chunk = next_chunk(tokens_BT, heads.position_Z[record_B], None, Place(record_B, table_ZA[record_B]))
+    x_BTXD, layers, _ = model.hidden(chunk, layers)
+    return layers, x_BTXD, model.logits(x_BTXD)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(structure, weights, x_BTXD: jax.Array) -> jax.Array:
+    """Float32 logits [B, T, V]."""
+    return structure.model(weights).logits(x_BTXD)
+
+
+# Apart from `decode`, so that a batch with other sampling options does not compile the model again.
+@functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=1)
+def draw(logits_BTV: jax.Array, heads: Heads, place, options: Options, plan: Plan, invariant: bool):
+    """Draw a token for every position read, and move each row behind those that its drafts foretold.
+
+    place: (record_B, position_B of the first token drawn or None: after each row's newest). Gives the heads, the
+    `Sampled` arrays [B, T, ...] and count_B of their tokens that count. What a row draws at a position depends on what
+    precedes it alone, so a draft that equals the token drawn is as good as no draft at all: the tokens are those of
+    plain decoding, whatever their distribution. invariant: row by row, as in `decode`.
+    """
+    record_B, position_B = place
+    B, T, V = logits_BTV.shape
+    if position_B is None:
+        position_B = heads.position_Z[record_B] + 1
+    each = lambda a: jnp.repeat(a, T, axis=0)
+    position_BT = position_B[:, None] + jnp.arange(T)
+    rows = (logits_BTV.reshape(B * T, V), jax.tree.map(each, options), position_BT.reshape(-1))
+    if invariant:
+        one = lambda row: sample(*jax.tree.map(lambda a: a[None], row), plan)
+        sampled = jax.tree.map(lambda a: a[:, 0], jax.lax.map(one, rows))
+    else:
+        sampled = sample(*rows, plan)
+    sampled = jax.tree.map(lambda a: a.reshape(B, T, *a.shape[1:]), sampled)
+    right_BK = sampled.token_B[:, :-1] == heads.draft_ZK[record_B][:, : T - 1]
+    more_B = jnp.cumprod(right_BK, axis=1).sum(1).astype(jnp.int32)
+    newest_B = jnp.take_along_axis(sampled.token_B, more_B[:, None], axis=1)[:, 0]
+    heads = heads._replace(
+        token_Z=heads.token_Z.at[record_B].set(newest_B),
+        position_Z=heads.position_Z.at[record_B].set(position_B + more_B),
+    )
+    return heads, (sampled, more_B + 1)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+def draft(structure, weights, mtp: Kept, heads: Heads, x_BTXD, drawn, record_B):
+    """Tokens that may follow each row's newest one, by the MTP layer: its state, and the heads with the drafts.
+
+    x_BTXD: streams of the positions read last. drawn: (token_BT drawn there, count_B of them that count). Beyond one
+    token the layer goes on from its own streams, for which it was not trained.
+    """
+    model, (token_BT, count_B) = structure.model(weights), drawn
+    T, place = token_BT.shape[1], Place(record_B, record_B[:, None])
+    start_B = heads.position_Z[record_B] - count_B
+    chunk = next_chunk(token_BT, start_B, None, place)
+    logits_BTV, x_BTXD, mtp = model.draft(x_BTXD, token_BT, chunk, mtp)
+    at = lambda a: jnp.take_along_axis(a, (count_B - 1).reshape(-1, *[1] * (a.ndim - 1)), axis=1)
+    logits_BTV, x_BTXD, drafts = at(logits_BTV), at(x_BTXD), []
+    for more in range(heads.draft_ZK.shape[1]):
+        if more:
+            chunk = next_chunk(drafts[-1], start_B + count_B + more - 1, None, place)
+            logits_BTV, x_BTXD, mtp = model.draft(x_BTXD, drafts[-1], chunk, mtp)
+        drafts.append(jnp.argmax(logits_BTV, -1).astype(jnp.int32))
+    return mtp, heads._replace(draft_ZK=heads.draft_ZK.at[record_B].set(jnp.concatenate(drafts, axis=1)))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def copy(live: Live, source: jax.Array, target: jax.Array) -> Live:
+    """Record `source` to record `target`, int32 scalars."""
+
+    def one(kept: Kept) -> Kept:
+        move = lambda a: a.at[target].set(a[source])
+        return kept.records(move)
+
+    return jax.tree.map(one, live, is_leaf=lambda a: isinstance(a, Kept))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def wipe(live: Live, record: jax.Array, page_A: jax.Array) -> Live:
+    """Zeros in a record and in pages (int32, -1 for none): masks hide what is stale, but 0 * NaN is NaN."""
+
+    def one(kept: Kept) -> Kept:
+        kept = kept.records(lambda a: a.at[record].set(0))
+        return kept.pools(lambda a: a.at[page_A].set(0, mode="drop", wrap_negative_indices=False))
+
+    return jax.tree.map(one, live, is_leaf=lambda a: isinstance(a, Kept))
