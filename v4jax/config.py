@@ -286,9 +286,10 @@ def _validate_model(m: Model) -> None:
     _require(m.mtp_layers in (0, 1), f"model.mtp_layers must be 0 or 1, got {m.mtp_layers}")
     _require(m.dtype in ("bfloat16", "float32"), f"model.dtype must be bfloat16 or float32, got {m.dtype!r}")
     if m.kv_qdq:
+        L = m.indexer.head_dim
         _require(
-            (m.head_dim - m.rope_dim) % 64 == 0 and m.indexer.head_dim % 32 == 0,
-            "model.kv_qdq needs head_dim - rope_dim in groups of 64 and indexer.head_dim in groups of 32",
+            (m.head_dim - m.rope_dim) % 64 == 0 and L % 32 == 0 and L & (L - 1) == 0,
+            "model.kv_qdq needs head_dim - rope_dim in groups of 64 and indexer.head_dim a power of two from 32 on",
         )
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
+from v4jax.nn import qdq
 from v4jax.nn.hca import HCAttention
 from v4jax.nn.indexer import Indexer, score, score_each, search
 from v4jax.nn.state import Chunk, Past, View
@@ -26,9 +27,11 @@ class CSAttention(HCAttention):
         self.indexer = Indexer(model, rngs)
 
     def compress(self, x_BTD: jax.Array, chunk: Chunk, past: Past) -> Past:
-        kv_BCH, windows, past = self.compressor(x_BTD, chunk, past, "main")
+        kv_BCH, windows, past = self.entries(x_BTD, chunk, past)
         # The indexer learns from its own loss alone, and moves nothing else (spec 8.3).
         index_BCL, _, past = self.indexer.compressor(jax.lax.stop_gradient(x_BTD), chunk, past, "index")
+        if self.model.kv_qdq:
+            index_BCL = qdq.keys(index_BCL)
         return past.extend(kv_BCH, index_BCL, windows, chunk, self.compressor.ratio)
 
     def queries(self, x_BTD: jax.Array, low_BTQ: jax.Array, cos_sin) -> tuple[jax.Array, ...]:

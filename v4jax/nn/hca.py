@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
+from v4jax.nn import qdq
 from v4jax.nn.compressor import Compressor
 from v4jax.nn.indexer import visible
 from v4jax.nn.state import Chunk, Past, View
@@ -24,8 +25,13 @@ class HCAttention(WindowAttention):
         self.compressor = Compressor(model, self.kind, "H", model.head_dim, rngs)
 
     def compress(self, x_BTD: jax.Array, chunk: Chunk, past: Past) -> Past:
-        kv_BCH, windows, past = self.compressor(x_BTD, chunk, past, "main")
+        kv_BCH, windows, past = self.entries(x_BTD, chunk, past)
         return past.extend(kv_BCH, None, windows, chunk, self.compressor.ratio)
+
+    def entries(self, x_BTD: jax.Array, chunk: Chunk, past: Past):
+        """The call's main entries [B, C, H], as the cache stores them, the windows they pool, and the past."""
+        kv_BCH, windows, past = self.compressor(x_BTD, chunk, past, "main")
+        return qdq.entries(kv_BCH, self.model.rope_dim) if self.model.kv_qdq else kv_BCH, windows, past
 
     def remote(self, q_BTNH: jax.Array, extra, order_BT, segments_BT, view: View) -> tuple[Part, None]:
         readable = self.readable(order_BT, segments_BT, view)

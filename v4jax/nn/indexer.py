@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
+from v4jax.nn import qdq
 from v4jax.nn.compressor import Compressor
 from v4jax.nn.linear import project, weight
 from v4jax.nn.rope import rotate
@@ -18,7 +19,7 @@ class Indexer(nnx.Module):
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         heads, dim = model.indexer.heads, model.indexer.head_dim
-        self.dtype, self.scale = jnp.dtype(model.dtype), dim**-0.5 * heads**-0.5
+        self.rounded, self.dtype, self.scale = model.kv_qdq, jnp.dtype(model.dtype), dim**-0.5 * heads**-0.5
         self.q_up = weight(rngs, "QJL", (model.q_rank, heads, dim), model.init_std)
         self.weight = weight(rngs, "DJ", (model.hidden_size, heads), model.init_std)
         self.compressor = Compressor(model, "csa", "L", dim, rngs)
@@ -26,6 +27,8 @@ class Indexer(nnx.Module):
     def queries(self, x_BTD: jax.Array, low_BTQ: jax.Array, cos_sin) -> tuple[jax.Array, jax.Array]:
         """Rotated queries q_BTJL and head weights w_BTJ (float32, scale folded in)."""
         q = rotate(project("BTQ,QJL->BTJL", low_BTQ, self.q_up, self.dtype), cos_sin)
+        if self.rounded:
+            q = qdq.keys(q)
         w = project("BTD,DJ->BTJ", x_BTD, self.weight, self.dtype).astype(jnp.float32) * self.scale
         return q, w
 

@@ -111,8 +111,8 @@ class Windows:
 class View(Protocol):
     """The entries of a layer, read by index: what a block of queries sees of its past.
 
-    size: entries there is room for. `rows` and `keys` give main entries [B, count, H] and indexer keys [B, count, L] from
-    index `first` on (any int32; what lies beyond the room is some row); `take_rows` and `take_keys` those at
+    size: entries there is room for. `rows` and `keys` give main entries [B, count, H] and indexer keys [B, count, L]
+    from index `first` on (any int32; what lies beyond the room is some row); `take_rows` and `take_keys` those at
     slot_BTK int32: [B, T, K, ...]. segments_BC: their documents, where packed.
     """
 

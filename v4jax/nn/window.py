@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
+from v4jax.nn import qdq
 from v4jax.nn.linear import constant, project, weight
 from v4jax.nn.norm import RMSNorm, rms
 from v4jax.nn.rope import angles, frequencies, rotate
@@ -50,6 +51,8 @@ class WindowAttention(nnx.Module):
         q_BTNH = rms(project("BTQ,QNH->BTNH", low_BTQ, self.q_up, self.dtype), m.norm_eps)
         q_BTNH = rotate(q_BTNH, cos_sin_heads)
         kv_BTH = rotate(self.kv_norm(project("BTD,DH->BTH", x_BTD, self.kv, self.dtype)), cos_sin)
+        if m.kv_qdq:
+            kv_BTH = qdq.entries(kv_BTH, m.rope_dim)
         rows, past = past.window(kv_BTH, chunk, m.window)
         past = self.compress(x_BTD, chunk, past)
         extra = self.queries(x_BTD, low_BTQ, cos_sin_heads)

@@ -1,8 +1,9 @@
 """Many requests through one model at once, over the paged cache.
 
-Every `step` asks the scheduler for a plan (one chunk of one prompt, one token or a few for all that decode), sends it to
-the device, and then takes the results of the plan before: while the host turns tokens into text, the device computes.
-Nothing but the drawn tokens crosses to the host; tables and options cross to the device only when they change.
+Every `step` asks the scheduler for a plan (one chunk of one prompt, one token or a few for all that decode), sends it
+to the device, and then takes the results of the plan before: while the host turns tokens into text, the device
+computes. Nothing but the drawn tokens crosses to the host; tables and options cross to the device only when they
+change.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class Engine:
     def __init__(self, model: Transformer, limits: config.Serve, cache: config.Cache | None = None):
         self.model, self.limits, cache = model.config, limits, cache or config.Cache()
         check_limits(self.model, limits, cache)
+        if any(run.repeats > 1 for run in model.runs):
+            raise UserError("the engine cannot run layers that are held stacked; load the model with scan=False")
         graphdef, variables = nnx.split(model)
         # A flat list of arrays, because JAX walks lists natively and nnx's trees in Python, every step.
         self._weights, tree = jax.tree.flatten(variables)
@@ -74,7 +77,7 @@ class Engine:
         kept = range(slots + 1, slots + 1 + (cache.records if cache.prefix else 0))
         self.scheduler = Scheduler(
             Blocks(pages, kept), slots, block, block if limits.batch_invariant else limits.prefill_chunk,
-            record_every=cache.record_every, lookahead=k,
+            record_every=cache.record_every, lookahead=k, replay=limits.batch_invariant,
         )  # fmt: skip
         self._seed = self._digest(variables) if cache.prefix else None
         self._live = self._allocate(model, pages, 1 + slots + len(kept), self.scheduler.slack + k)
@@ -123,7 +126,7 @@ class Engine:
             sampling = dataclasses.replace(sampling, seed=secrets.randbits(64))
         seed = self._seed and prefix.seed(self._seed, salt=salt)
         self.scheduler.add(id, prompt, sampling.max_tokens, seed=seed)
-        self._sampling[id] = sampling
+        self._sampling[id], self._batch = sampling, ()  # an id may come again with other options
 
     def finish(self, id: Hashable) -> None:
         """End a request whose text is complete."""
@@ -187,12 +190,10 @@ class Engine:
         )
         if not last:
             return finite, None
-        record_B, position_B = jax.device_put(
-            (np.array([sequence.slot], np.int32), np.array([start + count], np.int32))
-        )
+        place = jax.device_put((np.array([sequence.slot], np.int32), np.array([start + count], np.int32)))
         options = batch_options([self._sampling[sequence.id]], 1)
         logits_BTV = programs.logits(self._structure, self._weights, x_11XD)
-        return finite, self._draw(logits_BTV, (record_B, position_B), options, x_11XD)
+        return finite, self._draw(logits_BTV, place, options, x_11XD)
 
     def _chunk(self, count: int) -> int:
         """Tokens that a chunk of `count` is padded to; in invariant mode always the same."""
@@ -250,6 +251,7 @@ class Engine:
         for sequence in failed:
             self._fail(sequence)
         gained = {d.id: d.sampled.token_B[d.row, : d.count].tolist() for d in drawn}
+        drawn = [d for d in drawn if not alive[d.id].repeats]
         self.scheduler.commit(plan, gained)
         for id in [id for id in self._sampling if id not in self.scheduler.sequences]:
             del self._sampling[id]

@@ -17,7 +17,7 @@ from flax import nnx
 
 from v4jax.models.transformer import State, Transformer, next_chunk
 from v4jax.nn.state import Kept, Place
-from v4jax.serve.sampling import Options, Plan, Sampled, sample
+from v4jax.serve.sampling import Options, Plan, sample
 
 
 class Live(NamedTuple):
@@ -127,7 +127,8 @@ def draw(logits_BTV: jax.Array, heads: Heads, place, options: Options, plan: Pla
     newest_B = jnp.take_along_axis(sampled.token_B, more_B[:, None], axis=1)[:, 0]
     heads = heads._replace(
         token_Z=heads.token_Z.at[record_B].set(newest_B),
-        position_Z=heads.position_Z.at[record_B].set(position_B + more_B),
+        # Padding rows stay at the beginning: readers walk as far as the row furthest on.
+        position_Z=heads.position_Z.at[record_B].set(jnp.where(record_B > 0, position_B + more_B, 0)),
     )
     return heads, (sampled, more_B + 1)
 
@@ -140,7 +141,7 @@ def draft(structure, weights, mtp: Kept, heads: Heads, x_BTXD, drawn, record_B):
     token the layer goes on from its own streams, for which it was not trained.
     """
     model, (token_BT, count_B) = structure.model(weights), drawn
-    T, place = token_BT.shape[1], Place(record_B, record_B[:, None])
+    place = Place(record_B, record_B[:, None])
     start_B = heads.position_Z[record_B] - count_B
     chunk = next_chunk(token_BT, start_B, None, place)
     logits_BTV, x_BTXD, mtp = model.draft(x_BTXD, token_BT, chunk, mtp)

@@ -7,6 +7,10 @@ gives its pages up (what it published stays findable until evicted) and waits ag
 reads its prompt and the tokens that it had as one prompt. The oldest is never made to wait by a younger one, and what
 does not fit alone is refused at `add`, so everything ends.
 
+**Replay.** Reading a token as part of a prompt and decoding it differ in the last bits. Where that matters, `replay`
+makes a preempted sequence decode its tokens anew (`Sequence.repeats` says that the next one is known already), and
+shares no block that decoding wrote.
+
 **One step ahead.** `step` may be called once before the last plan is committed; plans run and are committed in order.
 A plan is made from lengths, not from the values of tokens: `Sequence.ahead` counts the decode steps under way, each of
 which adds 1 to 1 + lookahead tokens, so a sequence's position lies in a known range. Three rules make that safe:
@@ -61,6 +65,7 @@ class Scheduler:
     block_tokens: tokens of a block. prefill_chunk: most tokens of one prompt in a plan; chunks end at its multiples,
     and at the last block boundary before the prompt's end. record_every: blocks between further records (0: none).
     lookahead: tokens that a decode step may add beyond one. slack: tokens behind its boundary that a record may hold.
+    replay: see above.
     """
 
     def __init__(
@@ -73,9 +78,10 @@ class Scheduler:
         record_every: int = 0,
         lookahead: int = 0,
         slack: int | None = None,
+        replay: bool = False,
     ):
         self.blocks, self.block, self.chunk = blocks, block_tokens, prefill_chunk
-        self.record_every, self.lookahead = record_every, lookahead
+        self.record_every, self.lookahead, self.replay = record_every, lookahead, replay
         self.slack = 2 * lookahead if slack is None else slack
         self.sequences: dict[Hashable, Sequence] = {}  # all that hold anything or wait
         self._waiting: list[Sequence] = []  # by arrival, and all arrived after all active ones
@@ -214,7 +220,7 @@ class Scheduler:
         if not promised.isdisjoint(usable[found:]):
             return None  # somebody is computing what it could begin with
         need = self._pages(len(sequence.tokens)) - found
-        spare = self._pages(len(sequence.tokens) + self.block) - found
+        spare = self._pages(max(len(sequence.tokens), sequence.reached) + self.block) - found
         most = self._pages(sequence.limit - 1 + self.lookahead) - found
         if self.blocks.room(usable[:found]) < min(spare, most):
             return None
@@ -234,7 +240,7 @@ class Scheduler:
     def _keep(self, sequence: Sequence, boundary: int, draft: _Draft) -> None:
         """Copy the slot into a record for `boundary`, where the slot stands now (or not more than `slack` behind)."""
         sequence.copied = boundary
-        if sequence.seed is None:
+        if sequence.seed is None or boundary > self._shared(sequence):
             return
         name = self._names(sequence)[boundary // self.block - 1]
         if boundary > len(sequence.prompt):
@@ -292,7 +298,7 @@ class Scheduler:
         if not least <= len(tokens) <= most:
             raise ValueError(f"request {sequence.id!r} gained {len(tokens)} tokens, where {least} to {most} can be")
         sequence.tokens += tokens
-        full = sequence.computed // self.block
+        full = min(sequence.computed, self._shared(sequence)) // self.block
         if sequence.seed is not None and full > sequence.published:
             names = self._names(sequence)
             for i in range(sequence.published, full):
@@ -319,6 +325,9 @@ class Scheduler:
         if sequence.state is not State.PREEMPTED:
             del self.sequences[sequence.id]
             return
+        if self.replay:
+            sequence.reached = max(sequence.reached, len(sequence.tokens))
+            del sequence.tokens[len(sequence.prompt) :]
         sequence.moving = sequence.promise = None
         sequence.goal = sequence.sent = sequence.computed = sequence.ahead = 0
         sequence.found = sequence.published = sequence.copied = 0
@@ -329,6 +338,10 @@ class Scheduler:
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.block)
+
+    def _shared(self, sequence: Sequence) -> int:
+        """Tokens whose blocks others may find."""
+        return len(sequence.prompt) if self.replay else sequence.limit
 
     def _names(self, sequence: Sequence) -> list[bytes]:
         """Names of all blocks that its tokens fill; none if it does not take part in the prefix cache."""

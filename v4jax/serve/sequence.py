@@ -36,6 +36,7 @@ class Sequence:
     state: State = State.WAITING
     preemptions: int = 0
     names: list[bytes] = field(default_factory=list)  # of full blocks; grows with the tokens
+    reached: int = 0  # most tokens that it had before a preemption that took some of them
     # The rest is of one life.
     pages: list[int] = field(default_factory=list)
     slot: int = 0
@@ -54,6 +55,11 @@ class Sequence:
     @property
     def limit(self) -> int:
         return len(self.prompt) + self.max_tokens
+
+    @property
+    def repeats(self) -> bool:
+        """Whether its next token came once before, in an earlier life."""
+        return len(self.tokens) < self.reached
 
     @property
     def position(self) -> int:

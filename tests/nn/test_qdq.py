@@ -1,0 +1,65 @@
+"""Storage rounding in the forward: the formats, straight-through gradients, and that a cache in them loses nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.golden import weights
+from v4jax import config
+from v4jax.nn import qdq
+from v4jax.serve.engine import Engine
+from v4jax.serve.sampling import SamplingParams
+
+MODEL = weights.config(
+    schedule=("swa", "csa", "hca"), head_dim=72, rope_dim=8, kv_qdq=True, dtype="bfloat16",
+    indexer=weights.Indexer(heads=16, head_dim=32, topk=4),
+)  # fmt: skip
+
+
+def test_entries_round_all_but_the_rotary_end():
+    x = jnp.asarray(np.random.RandomState(0).standard_normal((3, 72)), jnp.float32).at[:, 0].set(448.0)
+    got = qdq.entries(x, 8)
+    np.testing.assert_array_equal(got[:, 64:], x[:, 64:])
+    np.testing.assert_array_equal(got[:, :64], x[:, :64].astype(jnp.float8_e4m3fn).astype(jnp.float32))  # scale 1
+    assert (got != x).any()
+
+
+def test_keys_are_turned_before_they_are_rounded_and_products_survive():
+    rng = np.random.RandomState(0)
+    q, k = (jnp.asarray(rng.standard_normal((200, 32)), jnp.float32) for _ in range(2))
+    turned = [np.asarray(qdq.keys(a)) for a in (q, k)]
+    assert len(np.unique(np.abs(turned[0][0]) / np.abs(turned[0][0])[np.abs(turned[0][0]) > 0].min())) <= 12
+    exact, rough = np.sum(q * k, -1), np.sum(turned[0] * turned[1], -1)
+    assert np.corrcoef(exact, rough)[0, 1] > 0.97
+    outlier = jnp.zeros((1, 32)).at[0, 0].set(100.0).at[0, 1].set(1.0)
+    assert np.abs(np.asarray(qdq.keys(outlier))).min() > 0  # spread over all channels, none lost under the scale
+
+
+@pytest.mark.parametrize("function", [qdq.keys, lambda x: qdq.entries(x, 0)])
+def test_gradients_pass_straight_through(function):
+    x = jnp.asarray(np.random.RandomState(1).standard_normal((2, 64)), jnp.float32)
+    gradient = jax.grad(lambda x: jnp.sum(jnp.square(function(x))) / 2)(x)
+    back = function(x) if function is not qdq.keys else qdq.keys(x) @ qdq._hadamard(64)
+    np.testing.assert_allclose(gradient, back, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_in_these_formats_gives_the_same_logprobs():
+    """Rounded twice is rounded once: every bit of the logits survives the FP8 and FP4 cache, and not a plain model's."""
+    prompt = np.random.RandomState(0).randint(3, 64, 90).tolist()
+    sampling = SamplingParams(temperature=0.0, max_tokens=12, logprobs=1, ignore_eos=True)
+
+    def logprobs(model, layout):
+        net = weights.build(model, weights.random_flat(model, 3))
+        engine = Engine(net, config.Serve(1, 256, 64), config.Cache(layout=layout, prefix=False))
+        engine.add(0, prompt, sampling)
+        drawn = []
+        while engine.busy:
+            drawn += [d.sampled.logprob_B[d.row, 0] for d in engine.step()]
+        return drawn
+
+    assert logprobs(MODEL, "fp8_fp4") == logprobs(MODEL, "model")
+    plain = dataclasses.replace(MODEL, kv_qdq=False)
+    assert logprobs(plain, "fp8_fp4") != logprobs(plain, "model")
