@@ -56,7 +56,7 @@ def _bench(values: flags.FlagValues, config: config_lib.Config | None) -> None:
 def _eval(values: flags.FlagValues, _: None) -> None:
     from v4jax import evals
 
-    evals.run(values.suite, values.checkpoint, **given(values, "json"))
+    evals.run(values.suite, values.checkpoint, **given(values, "json", "layout", "context", "windows", "bounds"))
 
 
 _CHECKPOINT = Flag("checkpoint", "directory of a run, an orbax checkpoint or Hugging Face weights")
@@ -119,7 +119,15 @@ COMMANDS = {
     "eval": Command(
         _eval, "measure the quality of a checkpoint",
         "v4jax eval --checkpoint=runs/tiny --suite=perplexity",
-        (Flag("suite", "what to measure", options={"required": True}), _NEEDED_CHECKPOINT, _JSON),
+        (
+            Flag("suite", "perplexity, or fp8 (what a cache in fewer bits costs)", options={"required": True}),
+            _NEEDED_CHECKPOINT,
+            _JSON,
+            Flag("layout", "fp8: the cache's layout, fp8 or fp8_fp4"),
+            Flag("context", "fp8: tokens of a window", flags.DEFINE_integer, options={"lower_bound": 2}),
+            Flag("windows", "fp8: how many windows", flags.DEFINE_integer, options={"lower_bound": 1}),
+            Flag("bounds", "fp8: other bounds, such as kl_mean=1e-3,top1=0.98"),
+        ),
     ),
 }  # fmt: skip
 

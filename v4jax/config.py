@@ -288,8 +288,8 @@ def _validate_model(m: Model) -> None:
     if m.kv_qdq:
         L = m.indexer.head_dim
         _require(
-            (m.head_dim - m.rope_dim) % 64 == 0 and L % 32 == 0 and L & (L - 1) == 0,
-            "model.kv_qdq needs head_dim - rope_dim in groups of 64 and indexer.head_dim a power of two from 32 on",
+            m.head_dim > m.rope_dim and L & (L - 1) == 0,
+            f"model.kv_qdq needs head_dim above rope_dim, and indexer.head_dim {L} to be a power of two",
         )
 
 

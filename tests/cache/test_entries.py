@@ -15,7 +15,7 @@ from v4jax import config
 from v4jax.cache.entries import Bfloat16, Quantised, new_pool
 from v4jax.cache.spec import LAYOUTS, row
 from v4jax.core import qtensor
-from v4jax.nn.state import Plain
+from v4jax.nn.kept import Plain
 
 PAGES, SLOTS = 3, 4
 SMALL = dataclasses.replace(weights.config(), head_dim=40)  # 32 numbers and 8 rotary ones

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.golden import weights
 from v4jax.config import Indexer, Moe, Rope
 from v4jax.models.transformer import next_chunk
-from v4jax.nn.state import new_kept
+from v4jax.nn.kept import new_kept
 
 LENGTH, WIDTH = 45, 11  # of a row; of a call with several tokens (more than a window of SWA or CSA, less than of HCA)
 CONFIGS = {

@@ -47,7 +47,7 @@ def test_gradients_pass_straight_through(function):
 
 
 def test_a_cache_in_these_formats_gives_the_same_logprobs():
-    """Rounded twice is rounded once: every bit of the logits survives the FP8 and FP4 cache, and not a plain model's."""
+    """Rounded twice is rounded once: every bit survives the FP8 and FP4 cache, and not that of a plain model."""
     prompt = np.random.RandomState(0).randint(3, 64, 90).tolist()
     sampling = SamplingParams(temperature=0.0, max_tokens=12, logprobs=1, ignore_eos=True)
 

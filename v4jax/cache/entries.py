@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from v4jax import config
 from v4jax.cache import spec
 from v4jax.core.qtensor import dequantise, quantise
-from v4jax.nn.state import Plain, Pool, get, put, pytree
+from v4jax.nn.kept import Plain, Pool, get, put
+from v4jax.nn.state import pytree
 
 
 @pytree

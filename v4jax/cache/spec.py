@@ -23,11 +23,12 @@ import jax.numpy as jnp
 from v4jax import config
 from v4jax.core.check import UserError
 from v4jax.core.qtensor import group_size
-from v4jax.nn.state import new_kept
+from v4jax.nn import qdq
+from v4jax.nn.kept import new_kept
 
 LAYOUTS = ("model", "bf16", "fp8", "fp8_fp4")
 _FORMATS = {"fp8": {"main": "fp8", "index": "fp8"}, "fp8_fp4": {"main": "fp8", "index": "fp4"}}
-_GROUP = {"main": 64, "index": 32}  # most numbers that share a scale
+_GROUP = {"main": qdq.ENTRY_GROUP, "index": qdq.KEY_GROUP}
 _WORD = 4  # bytes that a quantised row is padded to a multiple of
 
 

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+
 from v4jax.core.check import UserError
 from v4jax.core.tables import write_json
 
-SUITES = ("perplexity",)
+SUITES = ("fp8", "perplexity")
 
 
-def run(suite: str, checkpoint: str, json: str | None = None) -> list[dict]:
-    """Run a suite on a checkpoint, print its table, and return its records; `json` also writes them to a file."""
+def run(suite: str, checkpoint: str, json: str | None = None, **options) -> list[dict]:
+    """Run a suite on a checkpoint, print its table, and return its records; `json` also writes them to a file.
+
+    options: of the suite's own `run`. Raises UserError, after all that, if a bound of the suite does not hold.
+    """
     if suite not in SUITES:
         raise UserError(f"unknown suite {suite!r}; one of {', '.join(SUITES)}")
-    from v4jax.evals import perplexity
-
-    records = perplexity.run(checkpoint)
+    home = importlib.import_module(f"v4jax.evals.{suite}")
+    for name in options:
+        if name not in inspect.signature(home.run).parameters:
+            raise UserError(f"suite {suite!r} has no --{name}; drop it")
+    records = home.run(checkpoint, **options)
     if json:
         write_json(json, records)
+    broken = [f"{r['metric']} {r['value']:.3g} (bound {r['bound']:g})" for r in records if not r.get("holds", True)]
+    if broken:
+        raise UserError(f"suite {suite!r}: beyond its bounds: {', '.join(broken)}")
     return records

@@ -10,10 +10,11 @@ from v4jax import config
 from v4jax.models.layout import stacks
 from v4jax.nn.block import Block
 from v4jax.nn.embed import Embed, Head
+from v4jax.nn.kept import Plain, new_kept
 from v4jax.nn.mhc import HeadMix
 from v4jax.nn.mtp import MTP
 from v4jax.nn.norm import RMSNorm
-from v4jax.nn.state import Chunk, Fresh, Past, Place, Plain, new_kept
+from v4jax.nn.state import Chunk, Fresh, Past, Place
 
 State = list[list[Past]]  # one list a stack, one Past a layer of its pattern (leading axis where it repeats)
 

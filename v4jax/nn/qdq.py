@@ -9,24 +9,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax.core.qtensor import dequantise, quantise
+from v4jax.core.qtensor import dequantise, group_size, quantise
 
-ENTRY_GROUP, KEY_GROUP = 64, 32  # numbers that share a scale
+ENTRY_GROUP, KEY_GROUP = 64, 32  # most numbers that share a scale
 
 
 def entries(kv: jax.Array, rope_dim: int) -> jax.Array:
-    """Main entries or window rows [..., H]: FP8 in groups of 64, all but the rotary channels at the end."""
+    """Main entries or window rows [..., H]: FP8 in groups of up to 64, all but the rotary channels at the end."""
     plain = kv.shape[-1] - rope_dim
-    return jnp.concatenate([_rounded(kv[..., :plain], "fp8", ENTRY_GROUP), kv[..., plain:]], axis=-1)
+    return jnp.concatenate([_rounded(kv[..., :plain], "fp8", group_size(plain, ENTRY_GROUP)), kv[..., plain:]], axis=-1)
 
 
 def keys(x: jax.Array) -> jax.Array:
-    """Indexer queries or keys [..., L], L a power of two: rotated by a Hadamard matrix, then FP4 in groups of 32.
+    """Indexer queries or keys [..., L], L a power of two: rotated by a Hadamard matrix, then FP4 in groups of up to 32.
 
     The rotation spreads outliers over all channels and, done to both sides, changes no product.
     """
     turned = jnp.einsum("...k,kl->...l", x.astype(jnp.float32), _hadamard(x.shape[-1]))
-    return _rounded(turned.astype(x.dtype), "fp4", KEY_GROUP)
+    return _rounded(turned.astype(x.dtype), "fp4", group_size(x.shape[-1], KEY_GROUP))
 
 
 def _rounded(x: jax.Array, format: str, group: int) -> jax.Array:

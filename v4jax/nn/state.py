@@ -9,22 +9,20 @@ consecutive ones or picked one by one. Two implementations here:
   numbered *records*, the entries lie in numbered *pages*; `Chunk.place` says which ones a row of the batch owns. Rows
   may differ in length. A decode step touches the window, the picked entries and the indexer keys, nothing else.
 
-Both are pytrees and are passed in and out of the forward explicitly. Pools of pages that quantise are in `cache/`.
+Both are pytrees and are passed in and out of the forward explicitly. `Kept` is in `nn/kept.py`, pools of pages that
+quantise are in `cache/`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
-from v4jax import config
-
-_NEVER = -(2**30)  # order of a row that holds nothing: before every window
+NEVER = -(2**30)  # order of a row that holds nothing: before every window
 
 
 def pytree(cls):
@@ -89,7 +87,7 @@ class Rows:
         after = ((0, 0), (0, count))
         segments = None if self.segments_BS is None else jnp.pad(self.segments_BS, after)
         return Rows(
-            jnp.pad(self.kv_BSH, (*after, (0, 0))), jnp.pad(self.order_BS, after, constant_values=_NEVER), segments
+            jnp.pad(self.kv_BSH, (*after, (0, 0))), jnp.pad(self.order_BS, after, constant_values=NEVER), segments
         )
 
 
@@ -123,6 +121,25 @@ class View(Protocol):
     def keys(self, first: jax.Array, count: int) -> jax.Array: ...
     def take_rows(self, slot_BTK: jax.Array) -> jax.Array: ...
     def take_keys(self, slot_BTK: jax.Array) -> jax.Array: ...
+
+
+class Past(Protocol):
+    """What a layer keeps, as attention uses it; every method that adds something returns the past with it.
+
+    window: rows [B, S] that include the last `size` tokens before the call and the call's own. windows: those of
+    compressor `name` that may end inside the call. extend: add what was pooled from them. view: to read the entries,
+    every batch row `times` times, in `dtype`; None if the layer has none. settled: what outlives the call.
+    """
+
+    def window(self, kv_BTH: jax.Array, chunk: Chunk, size: int) -> tuple[Rows, Past]: ...
+    def windows(
+        self, name: str, rows_BTW: jax.Array, chunk: Chunk, ratio: int, overlap: bool
+    ) -> tuple[Windows, Past]: ...
+    def extend(
+        self, kv_BCH: jax.Array, index_BCL: jax.Array | None, windows: Windows, chunk: Chunk, ratio: int
+    ) -> Past: ...
+    def view(self, chunk: Chunk, dtype: jnp.dtype, times: int = 1) -> View | None: ...
+    def settled(self) -> Past: ...
 
 
 @pytree
@@ -161,7 +178,7 @@ class Fresh:
         before = ((0, 0), (size, 0))
         rows = Rows(
             jnp.pad(kv_BTH, (*before, (0, 0))),
-            jnp.pad(chunk.order_BT, before, constant_values=_NEVER),
+            jnp.pad(chunk.order_BT, before, constant_values=NEVER),
             None if chunk.segments_BT is None else jnp.pad(chunk.segments_BT, before),
         )
         return rows, self
@@ -174,11 +191,11 @@ class Fresh:
         first = slice(0, count * ratio, ratio)
         before = None
         if overlap:
-            before = jnp.concatenate([_empty_window(now[:, :1]), now[:, :-1]], axis=1)[:, :count]
+            before = jnp.concatenate([empty_window(now[:, :1]), now[:, :-1]], axis=1)[:, :count]
             if chunk.segments_BT is not None:
                 segment_BC = chunk.segments_BT[:, first]
                 starts = segment_BC != jnp.pad(segment_BC, ((0, 0), (1, 0)))[:, :-1]
-                before = jnp.where(starts[..., None, None], _empty_window(before), before)
+                before = jnp.where(starts[..., None, None], empty_window(before), before)
         index = jnp.broadcast_to(jnp.arange(count), (B, count))
         return Windows(now, before, index, chunk.positions_BT[:, first], jnp.ones_like(index, bool)), self
 
@@ -199,213 +216,6 @@ class Fresh:
         return Fresh()
 
 
-class Pool(Protocol):
-    """Numbered pages of rows, in some format; rows are written and read by page and slot in it (see `Plain`)."""
-
-    shape: tuple[int, int, int]
-
-    def write(self, page: jax.Array, slot: jax.Array, rows: jax.Array) -> Pool: ...
-    def take(self, page: jax.Array, slot: jax.Array, compute: jnp.dtype) -> jax.Array: ...
-    def pages(self, page: jax.Array, compute: jnp.dtype) -> jax.Array: ...
-
-
-@pytree
-class Plain:
-    """A `Pool` of floats: array [pages, slots, width]."""
-
-    array: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Pages, rows of a page, numbers of a row."""
-        return self.array.shape
-
-    def write(self, page: jax.Array, slot: jax.Array, rows: jax.Array) -> Plain:
-        """The pool with `rows` [..., width] at int32 page [...] and slot [...]; those out of range are dropped."""
-        return Plain(put(self.array, page, slot, rows))
-
-    def take(self, page: jax.Array, slot: jax.Array, compute: jnp.dtype) -> jax.Array:
-        """Rows [..., width] in dtype `compute` at page [...] and slot [...], which lie in range (else: some row)."""
-        return get(self.array, page, slot).astype(compute)
-
-    def pages(self, page: jax.Array, compute: jnp.dtype) -> jax.Array:
-        """All rows of these pages: [..., slots, width], under the rules of `take`."""
-        return get(self.array, page).astype(compute)
-
-
-@pytree
-class Paged:
-    """A `View` of the pages that a table names."""
-
-    main: Pool
-    index: Pool | None
-    table_BA: jax.Array
-    dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
-    segments_BC: None = None
-
-    @property
-    def size(self) -> int:
-        return self.table_BA.shape[1] * self.main.shape[1]
-
-    def rows(self, first, count):
-        return self._run(self.main, first, count)
-
-    def keys(self, first, count):
-        return self._run(self.index, first, count)
-
-    def take_rows(self, slot_BTK):
-        return self._take(self.main, slot_BTK)
-
-    def take_keys(self, slot_BTK):
-        return self._take(self.index, slot_BTK)
-
-    def _run(self, pool: Pool, first: jax.Array, count: int) -> jax.Array:
-        """Whole pages where a run is made of them, rows one by one where it is not."""
-        slots, pages = pool.shape[1], self.table_BA.shape[1]
-        if count % slots:
-            slot = jnp.broadcast_to(first + jnp.arange(count), (self.table_BA.shape[0], count))
-            return self._take(pool, slot)
-        numbers = jnp.minimum(first // slots + jnp.arange(count // slots), pages - 1)
-        rows = pool.pages(self.table_BA[:, numbers], self.dtype)
-        return rows.reshape(rows.shape[0], count, rows.shape[-1])
-
-    def _take(self, pool: Pool, slot: jax.Array) -> jax.Array:
-        slots, row = pool.shape[1], jnp.arange(slot.shape[0]).reshape(-1, *[1] * (slot.ndim - 1))
-        page = self.table_BA[row, jnp.minimum(slot // slots, self.table_BA.shape[1] - 1)]
-        return pool.take(page, slot % slots, self.dtype)
-
-
-@pytree
-class Kept:
-    """What outlives a call.
-
-    ring_ZSH: for each record the last `window` rows (and a few more, so that speculation can go back), token t in slot
-    t mod size. tails: per compressor the projected rows of the last one (HCA) or two (CSA) windows, and a few more,
-    float32 [records, size, W], token t in slot t mod size. main, index: pools of entries and indexer keys.
-    """
-
-    ring_ZSH: jax.Array
-    tails: dict[str, jax.Array]
-    main: Pool | None
-    index: Pool | None
-
-    def window(self, kv_BTH: jax.Array, chunk: Chunk, size: int) -> tuple[Rows, Kept]:
-        """The ring with the call's tokens in it, if it has room beside `size`; else its last rows, then the call's."""
-        (_, slots, _), T, record_B = self.ring_ZSH.shape, kv_BTH.shape[1], chunk.where.record_B
-        if T <= slots - size + 1:
-            ring_ZSH = _write_few(self.ring_ZSH, kv_BTH, chunk)
-            last_B1 = chunk.order_BT[:, -1:]
-            order = last_B1 - (last_B1 - jnp.arange(slots)) % slots
-            rows = Rows(ring_ZSH[record_B], jnp.where(order >= 0, order, _NEVER))
-        else:
-            ring_BSH, past_order = self.ring_ZSH[record_B], chunk.start_B[:, None] - size + jnp.arange(size)
-            past = jnp.take_along_axis(ring_BSH, (past_order % slots)[..., None], axis=1)
-            order = jnp.concatenate([jnp.where(past_order >= 0, past_order, _NEVER), chunk.order_BT], axis=1)
-            rows = Rows(jnp.concatenate([past, kv_BTH.astype(past.dtype)], axis=1), order)
-            ring_ZSH = _write_many(self.ring_ZSH, ring_BSH, kv_BTH, chunk)
-        return rows, dataclasses.replace(self, ring_ZSH=ring_ZSH)
-
-    def windows(self, name: str, rows_BTW: jax.Array, chunk: Chunk, ratio: int, overlap: bool) -> tuple[Windows, Kept]:
-        """Windows that end inside the call, pieced together from the tail and the call's rows."""
-        tail_ZSW, record_B, back = self.tails[name], chunk.where.record_B, int(overlap)
-        (_, slots, _), T = tail_ZSW.shape, rows_BTW.shape[1]
-        count = (ratio - 1 + T) // ratio
-        first_B = chunk.start_B // ratio
-        order = ((first_B - back) * ratio)[:, None] + jnp.arange((count + back) * ratio)
-        if T <= slots - (1 + back) * ratio + 1:
-            tail_ZSW = _write_few(tail_ZSW, rows_BTW, chunk)
-            both, source = tail_ZSW[record_B], order % slots
-        else:
-            tail_BSW = tail_ZSW[record_B]
-            tail_ZSW = _write_many(tail_ZSW, tail_BSW, rows_BTW, chunk)
-            both = jnp.concatenate([tail_BSW, rows_BTW.astype(tail_BSW.dtype)], axis=1)
-            old = order < chunk.start_B[:, None]
-            source = jnp.where(old, order % slots, jnp.minimum(order - chunk.start_B[:, None], T - 1) + slots)
-        rows = jnp.take_along_axis(both, source[..., None], axis=1)
-        rows = rows.reshape(rows.shape[0], count + back, ratio, -1)
-        now, before, entry = rows[:, back:], None, first_B[:, None] + jnp.arange(count)
-        if overlap:
-            before = jnp.where((entry == 0)[..., None, None], _empty_window(rows[:, :count]), rows[:, :count])
-        real_B = T if chunk.count_B is None else chunk.count_B
-        complete = (entry + 1) * ratio <= (chunk.start_B + real_B)[:, None]
-        state = dataclasses.replace(self, tails=self.tails | {name: tail_ZSW})
-        return Windows(now, before, entry, entry * ratio, complete), state
-
-    def extend(
-        self, kv_BCH: jax.Array, index_BCL: jax.Array | None, windows: Windows, chunk: Chunk, ratio: int
-    ) -> Kept:
-        """Write complete entries at their index; the others go out of range and are dropped."""
-        table_BA, (pages, slots, _) = chunk.where.table_BA, self.main.shape
-        number = jnp.minimum(windows.index_BC // slots, table_BA.shape[1] - 1)
-        page_BC = jnp.where(windows.complete_BC, jnp.take_along_axis(table_BA, number, axis=1), pages)
-
-        def write(pools):
-            main, index = pools
-            slot_BC = windows.index_BC % slots
-            return main.write(page_BC, slot_BC, kv_BCH), index and index.write(page_BC, slot_BC, index_BCL)
-
-        main, index = _in_place(write, (self.main, self.index), windows.complete_BC.any())
-        return dataclasses.replace(self, main=main, index=index)
-
-    def view(self, chunk: Chunk, dtype: jnp.dtype, times: int = 1) -> Paged | None:
-        """The pages of the rows, every row `times` times, read as `dtype`."""
-        if self.main is None:
-            return None
-        table_BA = chunk.where.table_BA
-        return Paged(self.main, self.index, jnp.repeat(table_BA, times, axis=0) if times > 1 else table_BA, dtype)
-
-    def records(self, change: Callable[[jax.Array], jax.Array]) -> Kept:
-        """With `change` applied to every array of records."""
-        tails = {name: change(tail) for name, tail in self.tails.items()}
-        return dataclasses.replace(self, ring_ZSH=change(self.ring_ZSH), tails=tails)
-
-    def pools(self, change: Callable[[jax.Array], jax.Array]) -> Kept:
-        """With `change` applied to every array [pages, ...] of the pools."""
-        return dataclasses.replace(self, main=jax.tree.map(change, self.main), index=jax.tree.map(change, self.index))
-
-    def settled(self) -> Kept:
-        """What outlives the call: everything."""
-        return self
-
-
-Past = Fresh | Kept
-
-
-def new_kept(
-    model: config.Model,
-    kind: str,
-    records: int,
-    pool: Callable[[str], Pool],
-    dtype: jnp.dtype,
-    slack: int = 0,
-) -> Kept:
-    """Empty state of one layer: `records` records in `dtype`, and the pools that `pool("main")`, `pool("index")` make.
-
-    A speculating engine goes back by up to `slack` tokens: rings and tails keep that many more.
-    """
-    main, index, tails = None, None, {}
-    if kind != "swa":
-        ratio, overlap = model.ratio(kind), 2 if kind == "csa" else 1
-        tail = lambda width: jnp.zeros((records, overlap * ratio + slack, 2 * overlap * width), jnp.float32)
-        main, tails["main"] = pool("main"), tail(model.head_dim)
-        if kind == "csa":
-            index, tails["index"] = pool("index"), tail(model.indexer.head_dim)
-    return Kept(jnp.zeros((records, model.window + slack, model.head_dim), dtype), tails, main, index)
-
-
-# Negative numbers are out of range like those past the end, not counted from it.
-
-
-def put(array: jax.Array, page: jax.Array, slot: jax.Array, new: jax.Array) -> jax.Array:
-    """array [pages, slots, ...] with `new` at page and slot; those out of range are dropped."""
-    return array.at[page, slot].set(new.astype(array.dtype), mode="drop", wrap_negative_indices=False)
-
-
-def get(array: jax.Array, *index: jax.Array) -> jax.Array:
-    """array[index]; numbers out of range give some row."""
-    return array.at[index].get(mode="clip", wrap_negative_indices=False)
-
-
 def _run(rows_BCH: jax.Array, first: jax.Array | int, count: int) -> jax.Array:
     """`count` rows from `first` on; beyond the end, the last one."""
     size = rows_BCH.shape[1]
@@ -417,41 +227,9 @@ def _picked(rows_BCH: jax.Array, slot_BTK: jax.Array) -> jax.Array:
     return rows_BCH[jnp.arange(slot_BTK.shape[0])[:, None, None], slot_BTK]
 
 
-def _empty_window(rows_BCPW: jax.Array) -> jax.Array:
+def empty_window(rows_BCPW: jax.Array) -> jax.Array:
     """Rows that vanish in the pooling: value 0, gate -inf."""
     half = rows_BCPW.shape[-1] // 2
     return jnp.broadcast_to(jnp.where(jnp.arange(2 * half) < half, 0.0, -jnp.inf), rows_BCPW.shape).astype(
         rows_BCPW.dtype
     )
-
-
-def _in_place(write, arrays, needed: jax.Array):
-    """write(arrays), where bool `needed` may say at run time that it would change nothing.
-
-    XLA:CPU fuses the update of an array into what reads it afterwards, which then also reads the array as it was, so
-    that all of it must be copied first. A loop of one turn at most keeps the two apart.
-    """
-    loop = lambda arrays: jax.lax.fori_loop(0, needed.astype(jnp.int32), lambda _, arrays: write(arrays), arrays)
-    return jax.lax.platform_dependent(arrays, cpu=loop, default=write)
-
-
-def _write_few(rings_ZSH: jax.Array, rows_BTH: jax.Array, chunk: Chunk) -> jax.Array:
-    """Rings with the call's real rows, fewer than a ring has slots, at slot (order mod slots) of their records."""
-    slots, record_B, order_BT = rings_ZSH.shape[1], chunk.where.record_B, chunk.order_BT
-    real_BT = order_BT >= 0
-    if chunk.count_B is not None:
-        real_BT &= order_BT < (chunk.start_B + chunk.count_B)[:, None]
-    slot_BT = jnp.where(real_BT, order_BT % slots, slots)
-    write = lambda rings: rings.at[record_B[:, None], slot_BT].set(rows_BTH.astype(rings.dtype), mode="drop")
-    return _in_place(write, rings_ZSH, real_BT.any())
-
-
-def _write_many(rings_ZSH: jax.Array, ring_BSH: jax.Array, rows_BTH: jax.Array, chunk: Chunk) -> jax.Array:
-    """Rings with the last of the call's real rows; ring_BSH holds the rings of the batch's rows as they were."""
-    slots, T = ring_BSH.shape[1], rows_BTH.shape[1]
-    real_B = jnp.full(ring_BSH.shape[0], T) if chunk.count_B is None else chunk.count_B
-    last_B = chunk.start_B + real_B - 1
-    order = last_B[:, None] - (last_B[:, None] - jnp.arange(slots)) % slots  # the newest token of each slot
-    source = order - chunk.start_B[:, None]
-    new = jnp.take_along_axis(rows_BTH.astype(ring_BSH.dtype), jnp.clip(source, 0, T - 1)[..., None], axis=1)
-    return rings_ZSH.at[chunk.where.record_B].set(jnp.where((source >= 0)[..., None], new, ring_BSH))

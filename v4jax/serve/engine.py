@@ -26,7 +26,7 @@ from v4jax.cache.entries import new_pool
 from v4jax.cache.spec import Layout
 from v4jax.core.check import UserError
 from v4jax.models.transformer import Transformer
-from v4jax.nn.state import new_kept
+from v4jax.nn.kept import new_kept
 from v4jax.serve import programs
 from v4jax.serve.programs import Heads, Live
 from v4jax.serve.sampling import Sampled, SamplingParams, batch_options

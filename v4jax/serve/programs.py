@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax.models.transformer import State, Transformer, next_chunk
-from v4jax.nn.state import Kept, Place
+from v4jax.nn.kept import Kept
+from v4jax.nn.state import Place
 from v4jax.serve.sampling import Options, Plan, sample
 
 
