@@ -1,39 +1,24 @@
-"""A small random model that compresses both ways (each layer has a window too), and its forward without cache.
+"""The small random model, its forward without cache, and a tokenizer."""
 
-All tests here share one shape of model and few shapes of batches, because compiling them is what takes the time.
-"""
-
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 
-from v4jax import config
+from tests.serve import small
 from v4jax.data.tokenizer import Tokenizer
-from v4jax.models.transformer import Transformer
+from v4jax.serve.engine import Engine
 
-MODEL = config.Model(
-    vocab_size=2048, hidden_size=32, schedule=("csa", "hca"), heads=2, head_dim=16, rope_dim=8, q_rank=16,
-    o_groups=1, o_rank=16, window=8, csa_ratio=4, hca_ratio=8, max_positions=4096, mtp_layers=0, init_std=0.3,
-    dtype="float32", indexer=config.Indexer(heads=16, head_dim=8, topk=4),
-    moe=config.Moe(experts=4, active=2, inner=16, hash_layers=1), mhc=config.HyperConnection(streams=2),
-)  # fmt: skip
 ROOM = 64  # tokens of the reference's one shape; later tokens do not reach earlier logits
 
 
 @pytest.fixture(scope="session")
 def model():
-    """Drawn with numpy: JAX would compile a program a shape to draw it."""
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Transformer(MODEL, nnx.Rngs(0))))
-    rng = np.random.default_rng(0)
+    return small.draw_model(0)
 
-    def draw(leaf):
-        if np.issubdtype(leaf.dtype, np.integer):  # distinct experts of every token
-            return np.argsort(rng.random((leaf.shape[0], MODEL.moe.experts)))[:, : leaf.shape[1]].astype(np.int32)
-        mean, std = (0, MODEL.init_std) if len(leaf.shape) > 1 else (1, 0.1)
-        return rng.normal(mean, std, leaf.shape).astype(np.float32)
 
-    return nnx.merge(graphdef, jax.device_put(jax.tree.map(draw, abstract)))
+@pytest.fixture(scope="session")
+def plain(model):
+    """An engine that all modules share. What it has cached is whatever ran before; see `small.new_books`."""
+    return Engine(model, small.LIMITS)
 
 
 @pytest.fixture(scope="session")

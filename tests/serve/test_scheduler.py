@@ -232,6 +232,25 @@ def test_a_preempted_sequence_begins_behind_what_it_left(endless):
     world.drain()
 
 
+def test_with_replay_tokens_are_decoded_anew_and_not_shared(endless):
+    world = World(pages=8, records=4, slots=2, replay=True)
+    world.add("old", [1, 2, 3], 10)
+    young = world.add("young", [4, 5, 6], 8)
+    until(world, lambda: young.state is State.WAITING and young.preemptions, ahead=0)
+    reached = young.reached
+    assert reached > 5 and young.tokens == [4, 5, 6] and young.repeats
+    until(world, lambda: young.slot, ahead=0)
+    assert young.goal == 3
+    until(world, lambda: len(young.tokens) == reached - 1, ahead=0)
+    assert young.repeats
+    until(world, lambda: len(young.tokens) == reached, ahead=0)
+    assert not young.repeats
+    world.drain()
+    for row in world.everyone.values():
+        assert [name in world.blocks._page for name in row.names] == [True] + [False] * (len(row.names) - 1)
+        assert not {*row.names[1:]} & {*world.blocks._record}
+
+
 def test_only_as_many_as_needed_are_preempted_while_pages_are_on_their_way(endless):
     world = World(pages=9, records=0, slots=4, block=4, chunk=4)
     for id in range(4):

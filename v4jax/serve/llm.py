@@ -136,6 +136,8 @@ class LLM:
             for id in mine:
                 self.engine.cancel(id)
                 self._running.pop(id, None)
+            while self.engine.busy and not self._running:  # what is under way still holds its pages
+                self.engine.step()
 
     def _rows(self, prompts, sampling_params) -> list[_Row]:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)

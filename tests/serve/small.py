@@ -1,0 +1,121 @@
+"""A small random model with every kind of layer, and ways to run engines on it.
+
+All tests here share one shape of model, limits and cache, because compiling programs is what takes the time.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from flax import nnx
+
+from v4jax import config
+from v4jax.cache.blocks import Blocks
+from v4jax.models.transformer import Transformer
+from v4jax.serve.sampling import SamplingParams
+from v4jax.serve.scheduler import Scheduler
+
+MODEL = config.Model(
+    vocab_size=2048, hidden_size=32, schedule=("swa", "csa", "hca"), heads=2, head_dim=16, rope_dim=8, q_rank=16,
+    o_groups=1, o_rank=16, window=8, csa_ratio=4, hca_ratio=8, max_positions=4096, mtp_layers=1, init_std=0.3,
+    dtype="float32", indexer=config.Indexer(heads=16, head_dim=8, topk=4),
+    moe=config.Moe(experts=4, active=2, inner=16, hash_layers=1), mhc=config.HyperConnection(streams=2),
+)  # fmt: skip
+LIMITS = config.Serve(max_batch=4, max_seq_len=576, prefill_chunk=64)
+BLOCK = 256
+STEPS = 3000  # more than any run here takes
+
+
+def draw_model(seed: int) -> Transformer:
+    """Drawn with numpy: JAX would compile a program a shape to draw it."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Transformer(MODEL, nnx.Rngs(0))))
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        if np.issubdtype(leaf.dtype, np.integer):  # distinct experts of every token
+            return np.argsort(rng.random((leaf.shape[0], MODEL.moe.experts)))[:, : leaf.shape[1]].astype(np.int32)
+        mean, std = (0, MODEL.init_std) if len(leaf.shape) > 1 else (1, 0.1)
+        return rng.normal(mean, std, leaf.shape).astype(np.float32)
+
+    return nnx.merge(graphdef, jax.device_put(jax.tree.map(draw, abstract)))
+
+
+@dataclass
+class Request:
+    """What is asked for, before which step, and before which step it is ended again (by `how` of the engine)."""
+
+    prompt: list[int]
+    sampling: SamplingParams
+    salt: str = ""
+    join: int = 0
+    leave: int | None = None
+    how: str = "cancel"
+
+
+@dataclass
+class Answer:
+    """What came: token ids, and of each its log-probability and the likeliest ones', as far as asked for."""
+
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[tuple[float, list[float]]] = dataclasses.field(default_factory=list)
+
+    def cut(self, count):
+        return Answer(self.tokens[:count], self.logprobs[:count])
+
+
+def new_books(engine, pages=None, records=16, chunk=None, record_every=0):
+    """Forget all that the engine has cached; its arrays keep what they hold, so whatever is read unwritten is wrong."""
+    assert not engine.busy
+    old, slots = engine.scheduler, engine.limits.max_batch
+    room = engine._live.layers[-1][-1].main.shape[0]
+    assert pages is None or pages < room
+    blocks = Blocks(pages + 1 if pages else room, range(slots + 1, slots + 1 + records))
+    engine.scheduler = Scheduler(
+        blocks, slots, old.block, chunk or old.chunk, record_every=record_every,
+        lookahead=old.lookahead, replay=old.replay,
+    )  # fmt: skip
+
+
+def drive(engine, requests):
+    """Answers of all requests, which join and leave as they say; in the end nothing may be held."""
+    answers, step = [Answer() for _ in requests], 0
+    while engine.busy or any(request.join >= step for request in requests):
+        for id, request in enumerate(requests):
+            if request.join == step:
+                engine.check(request.prompt, request.sampling, f"prompt {id}")
+                engine.add(id, request.prompt, request.sampling, request.salt)
+            elif request.leave is not None and max(request.leave, request.join + 1) == step:
+                getattr(engine, request.how)(id)
+        for drawn in engine.step():
+            request, answer = requests[drawn.id], answers[drawn.id]
+            if request.leave is None or step < max(request.leave, request.join + 1):
+                _take(answer, drawn, request.sampling)
+        step += 1
+        assert step < STEPS, "it goes on for ever"
+    check_settled(engine)
+    return [answer.cut(request.sampling.max_tokens) for answer, request in zip(answers, requests, strict=True)]
+
+
+def _take(answer, drawn, sampling):
+    for i in range(drawn.count):
+        one = jax.tree.map(lambda a, i=i: a[drawn.row, i], drawn.sampled)
+        assert one.finite_B
+        answer.tokens.append(int(one.token_B))
+        if sampling.logprobs is not None:
+            answer.logprobs.append((float(one.logprob_B), one.top_BK[: sampling.logprobs].tolist()))
+
+
+def check_settled(engine):
+    """All books add up, and nobody holds anything."""
+    engine.scheduler.check()
+    stats = engine.stats()
+    assert stats["waiting"] == stats["running"] == stats["pages_in_use"] == 0 and not engine.busy
+    assert stats["pages_free"] + stats["pages_cached"] == engine.scheduler.blocks.capacity
+    assert not any(engine.scheduler.blocks._pins.values())
+
+
+def tokens_of(engine, prompts, sampling):
+    """Tokens of every prompt, asked for at once."""
+    sampling = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
+    return [answer.tokens for answer in drive(engine, list(map(Request, prompts, sampling)))]

@@ -1,0 +1,264 @@
+"""What a request answers does not depend on what else runs: property-based, against its answer alone.
+
+One engine a mode for the whole module, with new books for every example; its arrays keep what earlier examples wrote.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.serve.small import LIMITS, MODEL, Request, draw_model, drive, new_books
+from v4jax.serve import programs
+from v4jax.serve.engine import Engine
+from v4jax.serve.sampling import SamplingParams
+from v4jax.serve.sequence import State
+
+MOST = 24  # new tokens
+GREEDY = SamplingParams(temperature=0.0, max_tokens=MOST)
+SAMPLED = SamplingParams(temperature=0.8, max_tokens=MOST, seed=5)
+LENGTHS = [1, 2, 3, 5, 9, 15, 16, 17, 65, 130, 240, 245, 250, 253, 254, 255, 256, 257, 258, 300, 505, 511, 512, 513]
+BASES = np.random.default_rng(1).integers(3, MODEL.vocab_size, (2, max(LENGTHS))).tolist()
+
+few = functools.partial(settings, derandomize=True, deadline=None, database=None)
+
+
+@pytest.fixture(scope="module")
+def invariant(model):
+    return Engine(model, dataclasses.replace(LIMITS, max_batch=2, batch_invariant=True))
+
+
+@pytest.fixture(scope="module")
+def speculating(model):
+    return Engine(model, dataclasses.replace(LIMITS, max_batch=2, prefill_chunk=16, speculative_tokens=2))
+
+
+class Solo:
+    """Answers of single requests by an engine without anything cached, remembered."""
+
+    def __init__(self, engine):
+        self.engine, self.known = engine, {}
+
+    def __call__(self, request):
+        sampling = dataclasses.replace(request.sampling, max_tokens=MOST)
+        key = (*request.prompt, sampling)
+        if key not in self.known:
+            new_books(self.engine)
+            [self.known[key]] = drive(self.engine, [Request(request.prompt, sampling)])
+        return self.known[key].cut(request.sampling.max_tokens)
+
+
+@pytest.fixture(scope="module")
+def solo(plain):
+    return Solo(plain)
+
+
+@pytest.fixture(scope="module")
+def solo_bits(invariant):
+    return Solo(invariant)
+
+
+@st.composite
+def companies(draw, logprobs=(None,)):
+    """Two to six requests that share prefixes, come while others run and may be ended early."""
+
+    def one():
+        length, base = draw(st.sampled_from(LENGTHS)), draw(st.sampled_from([0, 0, 0, 1]))
+        prompt = [*BASES[base][: length - 1], draw(st.sampled_from([BASES[base][length - 1], 7]))]
+        sampling = SamplingParams(
+            max_tokens=draw(st.sampled_from([1, 2, 7, 16, MOST])),
+            temperature=draw(st.sampled_from([0.0, 0.8])),
+            seed=draw(st.sampled_from([5, 6])),
+            logprobs=draw(st.sampled_from(logprobs)),
+        )
+        join, leave = draw(st.sampled_from([0, 0, 1, 5, 14])), draw(st.sampled_from([None, None, None, 2, 9, 20]))
+        how = draw(st.sampled_from(["cancel", "finish"]))
+        return Request(prompt, sampling, draw(st.sampled_from(["", "", "", "other"])), join, leave, how)
+
+    return [one() for _ in range(draw(st.integers(2, 6)))]
+
+
+# Three pages hold any one request.
+books = st.fixed_dictionaries({
+    "pages": st.integers(3, 5), "records": st.sampled_from([0, 1, 2, 16]), "record_every": st.integers(0, 1),
+})  # fmt: skip
+
+
+def check(asked, answers, solo):
+    """Whoever was not ended early has the whole answer it gets alone, the others its beginning."""
+    for request, answer in zip(asked, answers, strict=True):
+        alone = solo(request)
+        if request.leave is None:
+            assert answer == alone
+        else:
+            assert answer == alone.cut(len(answer.tokens))
+
+
+def staying(asked):
+    return [dataclasses.replace(request, join=0, leave=None) for request in asked]
+
+
+# --- joining, leaving, preemption, prefix hits ------------------------------------------------------------------------
+
+
+@few(max_examples=25)
+@given(asked=companies(), books=books, chunk=st.sampled_from([7, 64]))
+def test_a_request_among_others_answers_as_alone(plain, solo, asked, books, chunk):
+    new_books(plain, **books, chunk=chunk)
+    answers = drive(plain, asked)
+    again = drive(plain, staying(asked[:2]))  # what was kept is right, too
+    check(asked, answers, solo)
+    check(staying(asked[:2]), again, solo)
+
+
+def crowded(phase=0, length=10, sampling=GREEDY):
+    """An old request that will need a second page, and a young one that stands in its way; `phase` shifts it."""
+    return [Request(BASES[0][:250], sampling), Request(BASES[1][: length + phase], sampling)]
+
+
+@pytest.mark.parametrize("phase", range(MODEL.hca_ratio))
+def test_a_request_preempted_in_any_phase_of_compression_answers_as_alone(plain, solo, phase):
+    new_books(plain, pages=2)
+    answers = drive(plain, crowded(phase))
+    assert plain.stats()["preemptions"] == 1
+    check(crowded(phase), answers, solo)
+
+
+@pytest.mark.parametrize("chunk", [3, 7])
+def test_a_request_preempted_while_it_reads_its_prompt_answers_as_alone(plain, solo, chunk):
+    new_books(plain, pages=2, chunk=chunk)
+    asked, states = crowded(length=200), []
+    leave = plain.scheduler._leave
+    plain.scheduler._leave = lambda sequence, state: states.append((sequence.state, state)) or leave(sequence, state)
+    answers = drive(plain, asked)
+    assert states[0] == (State.PREFILL, State.PREEMPTED)
+    check(asked, answers, solo)
+
+
+def test_a_prefix_is_found_again_by_those_who_may(plain, solo):
+    asked, hits = [Request(BASES[0][:513], SAMPLED), Request(BASES[0][:300], GREEDY)], []
+    alone = [solo(request) for request in asked]
+    new_books(plain)
+    for salt in ("", "", "other", "other"):
+        assert drive(plain, [dataclasses.replace(request, salt=salt) for request in asked]) == alone
+        hits.append(plain.stats()["hits"])
+    assert hits == [0, 3, 3, 6]  # two blocks and one; those of strangers are not found
+
+
+def test_other_weights_find_nothing(plain, solo):
+    other = Engine(draw_model(1), LIMITS)
+    alone = Solo(other)
+    asked = [Request(BASES[0][:300], GREEDY)]
+    expected = alone(asked[0])
+    new_books(plain)
+    check(asked, drive(plain, asked), solo)
+    other.scheduler = plain.scheduler  # the same books, as if they were one cache
+    check(asked, drive(other, asked), alone)
+    assert other.stats()["hits"] == 0 and expected != solo(asked[0])
+
+
+# --- speculation ------------------------------------------------------------------------------------------------------
+
+
+class Drafted:
+    """Runs of the speculating engine with drafts that are right so often: of random weights, real ones never are."""
+
+    def __init__(self, engine, solo):
+        self.engine, self.solo, self.rng = engine, solo, np.random.default_rng(0)
+
+    def __call__(self, asked, right=0.7):
+        whole = [dataclasses.replace(a.sampling, max_tokens=MOST) for a in asked]
+        known = [[*a.prompt, *self.solo(Request(a.prompt, s)).tokens] for a, s in zip(asked, whole, strict=True)]
+        draft = programs.draft
+
+        def foretell(*args):
+            mtp, heads = draft(*args)
+            draft_ZK, position_Z = (np.array(a) for a in jax.device_get((heads.draft_ZK, heads.position_Z)))
+            for sequence in self.engine.scheduler.sequences.values():
+                next = int(position_Z[sequence.slot]) + 1
+                for k in range(draft_ZK.shape[1]):
+                    truth = known[sequence.id][next + k : next + k + 1]
+                    draft_ZK[sequence.slot, k] = truth[0] if truth and self.rng.random() < right else 3
+            return mtp, heads._replace(draft_ZK=jax.device_put(draft_ZK))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(programs, "draft", foretell)
+            return drive(self.engine, asked)
+
+
+@pytest.fixture(scope="module")
+def drafted(speculating, solo):
+    return Drafted(speculating, solo)
+
+
+@few(max_examples=15)
+@given(asked=companies(), books=books)
+def test_speculation_changes_nothing(drafted, speculating, solo, asked, books):
+    new_books(speculating, **books)
+    answers = drafted(asked)
+    again = drafted(staying(asked[:2]))
+    check(asked, answers, solo)
+    check(staying(asked[:2]), again, solo)
+
+
+@pytest.mark.parametrize("right, least, most", [(1.0, 8, 12), (0.0, 24, 26)])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_right_drafts_save_steps(drafted, speculating, solo, monkeypatch, right, least, most, sampling):
+    asked = [Request(BASES[0][:9], sampling)]
+    alone = [solo(request) for request in asked]
+    steps, decode = [], programs.decode
+    monkeypatch.setattr(programs, "decode", lambda *args: steps.append(0) or decode(*args))
+    new_books(speculating)
+    assert drafted(asked, right) == alone
+    assert least <= 1 + len(steps) <= most  # the first token comes with the prompt
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_drafts_of_the_layer_itself_change_nothing(speculating, solo, sampling):
+    new_books(speculating)
+    asked = [Request(BASES[0][:length], sampling) for length in (9, 250, 256)]
+    check(asked, drive(speculating, asked), solo)
+
+
+# --- batch invariance -------------------------------------------------------------------------------------------------
+
+
+@few(max_examples=20)
+@given(asked=companies(logprobs=(None, 0, 2, 4)), books=books)
+def test_invariant_log_probabilities_are_equal_to_the_bit(invariant, solo_bits, asked, books):
+    new_books(invariant, **books)
+    answers = drive(invariant, asked)
+    again = drive(invariant, staying(asked[:2]))
+    check(asked, answers, solo_bits)
+    check(staying(asked[:2]), again, solo_bits)
+
+
+@pytest.mark.parametrize("phase", [0, 3])
+def test_preemption_and_replay_keep_every_bit(invariant, solo_bits, phase):
+    new_books(invariant, pages=2)
+    asked = crowded(phase, sampling=dataclasses.replace(SAMPLED, logprobs=2))
+    answers = drive(invariant, asked)
+    assert invariant.stats()["preemptions"] == 1
+    check(asked, answers, solo_bits)
+
+
+def test_invariant_engines_share_no_decoded_block(plain, invariant, solo_bits):
+    first = Request(BASES[0][:250], dataclasses.replace(SAMPLED, logprobs=2))
+    for engine, hits in [(plain, 1), (invariant, 0)]:
+        new_books(engine)
+        [answer] = drive(engine, [first])
+        longer = Request([*first.prompt, *answer.tokens], first.sampling)
+        [answer] = drive(engine, [longer])
+        assert engine.stats()["hits"] == hits
+    assert answer == solo_bits(longer)
+
+
+def test_invariant_engines_read_prompts_in_blocks_whatever_they_are_told(model, invariant):
+    told = Engine(model, dataclasses.replace(LIMITS, max_batch=2, batch_invariant=True, prefill_chunk=7))
+    asked = [Request(BASES[0][:300], dataclasses.replace(SAMPLED, logprobs=2))]
+    new_books(invariant)
+    assert drive(told, asked) == drive(invariant, asked)

@@ -1,0 +1,47 @@
+"""The peer suite: both arms on one small model, and what it says without torch."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+
+import pytest
+
+from tests.golden import weights
+from v4jax.config import Config, Data, Moe
+from v4jax.core.check import UserError
+from v4jax.tools import bench
+from v4jax.tools.bench import peer
+
+MODEL = weights.config(schedule=("csa",), moe=Moe(experts=4, active=2, inner=16, hash_layers=0), dtype="bfloat16")
+CONFIG = Config(name="mine", model=MODEL, data=Data(seq_len=16))
+
+
+@pytest.mark.skipif(
+    not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")),
+    reason="the other arm is transformers: install the extra `parity`",
+)
+def test_both_arms_run_the_same_model(monkeypatch, capfd):
+    monkeypatch.setattr(peer, "PREFILL", (9, 16))
+    monkeypatch.setattr(peer, "DECODED", 3)
+    # Compilation is nearly all there is: half of it will do.
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_backend_optimization_level=0")
+    records = bench.run("peer", config=CONFIG, rounds=1)
+    printed = capfd.readouterr().out
+    difference = re.search("largest logit difference (.*) of the logit spread", printed)[1]
+    assert 0 < float(difference) < 1e-4
+    assert re.findall(r"^\| (\w+) +\| (\d+) ", printed, re.M) == [
+        ("prefill", "9"), ("decode", "9"), ("prefill", "16"), ("decode", "16"), ("train", "16")]  # fmt: skip
+    times = {(r["metric"], r["context"], r["arm"]): r["value"] for r in records if "arm" in r}
+    assert len(times) == 15 and len(records) == 17 and all(value > 0 for value in times.values())
+    assert all(r["suite"] == "peer" and r["rounds"] == 1 for r in records)
+    for what, length in [("prefill", 9), ("decode", 16), ("train", 16)]:
+        theirs, ours = (times[f"{what}_time", length, arm] for arm in ("transformers", "v4jax"))
+        assert times[f"{what}_speedup", length, "transformers/v4jax"] == pytest.approx(theirs / ours)
+
+
+def test_without_torch_it_says_what_to_install(monkeypatch, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"needs torch and transformers \(no torch here\); install them beside v4jax"):
+        bench.run("peer", config=dataclasses.replace(CONFIG, name="other"), rounds=1)

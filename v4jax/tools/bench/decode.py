@@ -1,0 +1,259 @@
+"""What a decode step takes by length of context: reading all entries or picked ones, held in bfloat16 or in FP8.
+
+All arms share weights and forced tokens, and those of one layout their cache. A dense arm is the same model with a
+`topk` beyond its context: it attends every compressed entry, in pieces, and its indexer, whose keys it still keeps,
+searches nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import statistics
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from v4jax.cache.entries import new_pool
+from v4jax.cache.spec import Layout
+from v4jax.config import Config, Model
+from v4jax.core.check import UserError
+from v4jax.core.tables import print_table
+from v4jax.models.transformer import Transformer
+from v4jax.nn.kept import Kept, Pool, new_kept
+from v4jax.serve import programs
+from v4jax.serve.programs import Heads, Live
+from v4jax.tools.bench.measure import alternate, timed
+from v4jax.tools.bench.report import record
+
+ARMS = {
+    "A0": ("dense", "bf16"), "A1": ("sparse", "bf16"), "A2": ("dense", "fp8"), "A3": ("sparse", "fp8"),
+    "A3'": ("sparse", "fp8"),
+}  # fmt: skip
+CONTEXTS = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
+STEPS = 16  # decode steps of a measurement, the last ones of the context
+_ARM, _CONTROL, _TOLERANCE = "A3", "A3'", 0.05
+_SPEEDUPS = (("A3", "A0"), ("A1", "A0"), ("A2", "A0"), ("A3", "A1"))
+_GROWTH_FROM = 4096
+_RECORD = 1  # of the one row; record 0 is the engine's for rows of padding
+
+
+def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS, plot: str | None = None) -> list[dict]:
+    """Milliseconds a decode step of one sequence, by arm and context; prints tables, and draws them to a PNG `plot`.
+
+    One engine's worth of cache, for the longest context, serves all; its entries are drawn at random. Arms and contexts
+    are measured in turn, `rounds` times. Raises UserError for contexts that cannot be measured.
+    """
+    model = dataclasses.replace(config.model, mtp_layers=0, kv_qdq=False)
+    contexts = _checked(model, contexts)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    arms = _arms(model, max(contexts))
+    tokens = np.random.default_rng(0).integers(2, model.vocab_size, STEPS + 1)
+    cells = {}
+    for context in contexts:
+        heads = [_heads(token, context - STEPS - 1 + i) for i, token in enumerate(tokens)]
+        cells |= {(context, name): functools.partial(arm.seconds, heads) for name, arm in arms.items()}
+    for cell in cells.values():
+        cell()
+    seconds = alternate(cells, rounds)
+    return _report(config.name, model, contexts, seconds, load, plot)
+
+
+def _checked(model: Model, contexts: Sequence[int]) -> list[int]:
+    if "csa" not in model.schedule:
+        raise UserError("suite 'decode' compares dense with sparse attention, and this model has no csa layer")
+    for context in contexts:
+        if not STEPS < context <= model.max_positions:
+            raise UserError(
+                f"context {context} cannot be measured; take {STEPS + 1} to model.max_positions {model.max_positions}"
+            )
+    if not contexts:
+        raise UserError("no contexts to measure; give at least one")
+    return sorted(set(contexts))
+
+
+# --- arms ----------------------------------------------------------------------------------------------------------
+
+
+class _Cache:
+    """A cache of one layout, with entries for `tokens` tokens of one sequence."""
+
+    def __init__(self, model: Model, layout: str, tokens: int):
+        sizes = Layout(model, layout)
+        blocks = -(-tokens // sizes.block)
+        pool = lambda kind: lambda part: new_pool(model, part, blocks + 1, sizes.entries(kind), layout)
+        kept = lambda kind: new_kept(model, kind, _RECORD + 1, pool(kind), jnp.dtype(model.dtype))
+        layers = [_filled(kept(kind), jax.random.key(i)) for i, kind in enumerate(model.schedule)]
+        self.live = Live([[layer] for layer in layers], None)
+        table_ZA = np.full((_RECORD + 1, blocks), -1, np.int32)
+        table_ZA[_RECORD] = 1 + np.random.default_rng(0).permutation(blocks)  # pages in disorder, as after much use
+        self.rows = jax.device_put((np.array([_RECORD], np.int32), table_ZA))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _filled(kept: Kept, key: jax.Array) -> Kept:
+    """Every row of unit variance, as entries are after their norm; the same numbers in every layout."""
+
+    def fill(pool: Pool, key: jax.Array) -> Pool:
+        pages, slots, width = pool.shape
+
+        def page(i, pool):
+            rows = jax.random.normal(jax.random.fold_in(key, i), (slots, width))
+            return pool.write(jnp.full(slots, i), jnp.arange(slots), rows)
+
+        return jax.lax.fori_loop(0, pages, page, pool)
+
+    keys = jax.random.split(key, 3)
+    kept = kept.records(lambda a: jax.random.normal(keys[2], a.shape, a.dtype))
+    pools = [pool and fill(pool, key) for pool, key in zip((kept.main, kept.index), keys, strict=False)]
+    return dataclasses.replace(kept, main=pools[0], index=pools[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arm:
+    """The engine's decode program with the weights and the cache that it runs on."""
+
+    structure: object
+    weights: list[jax.Array]
+    cache: _Cache
+
+    def seconds(self, heads: list[Heads]) -> float:
+        """Seconds a step, over all but the first: that one fetches what the arm before threw out of the caches."""
+        first, *others = heads
+        jax.block_until_ready(self._step(first))
+        return timed(lambda: [self._step(each) for each in others][-1]) / len(others)
+
+    def _step(self, heads: Heads) -> jax.Array:
+        args = (self.structure, self.weights, self.cache.live, heads, self.cache.rows, False)
+        self.cache.live, _, logits_BTV = programs.decode(*args)
+        return logits_BTV
+
+
+def _arms(model: Model, tokens: int) -> dict[str, _Arm]:
+    everything = dataclasses.replace(model.indexer, topk=model.max_positions)
+    kinds = {"sparse": model, "dense": dataclasses.replace(model, indexer=everything)}
+    weights = jax.tree.leaves(nnx.split(Transformer(model, nnx.Rngs(0)))[1])
+    structures = {}
+    for kind, each in kinds.items():
+        graphdef, variables = nnx.split(nnx.eval_shape(lambda each=each: Transformer(each, nnx.Rngs(0))))
+        structures[kind] = programs.structure(graphdef, jax.tree.structure(variables))
+    caches = {layout: _Cache(model, layout, tokens) for layout in dict.fromkeys(layout for _, layout in ARMS.values())}
+    return {name: _Arm(structures[kind], weights, caches[layout]) for name, (kind, layout) in ARMS.items()}
+
+
+def _heads(token: int, position: int) -> Heads:
+    each = lambda value: np.full(_RECORD + 1, value, np.int32)
+    return jax.device_put(Heads(each(token), each(position), np.zeros((_RECORD + 1, 0), np.int32)))
+
+
+# --- report --------------------------------------------------------------------------------------------------------
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95% bootstrap interval of the median."""
+    samples = np.random.default_rng(0).choice(values, (10_000, len(values)))
+    low, high = np.percentile(np.median(samples, axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def fit(contexts: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
+    """a and b of time = a + b * context, least squares of the relative errors (timings err in proportion)."""
+    slope, fixed = np.polyfit(contexts, times, 1, w=1 / np.asarray(times))
+    return float(fixed), float(slope)
+
+
+def _report(name: str, model: Model, contexts: list[int], seconds, load: float, plot: str | None) -> list[dict]:
+    ms = {cell: [1e3 * value for value in values] for cell, values in seconds.items()}
+    middle = {cell: statistics.median(values) for cell, values in ms.items()}
+    bounds = {cell: interval(values) for cell, values in ms.items()}
+    at = {"config": name, "concurrency": 1}
+    records, rows = [], []
+    for context in contexts:
+        row = [f"{context:,}"]
+        for arm, (_, layout) in ARMS.items():
+            low, high = bounds[context, arm]
+            row.append(f"{middle[context, arm]:.2f} [{low:.2f}, {high:.2f}]")
+            where = at | {"arm": arm, "context": context, "precision": layout, "low": low, "high": high}
+            records.append(record("decode", "decode_time", ms[context, arm], "ms", **where))
+        for fast, slow in _SPEEDUPS:
+            ratios = _ratios(ms, context, fast, slow)
+            (low, high), where = interval(ratios), at | {"arm": f"{fast}/{slow}", "context": context}
+            row.append(f"{statistics.median(ratios):.2f}x")
+            records.append(record("decode", "decode_speedup", ratios, "ratio", low=low, high=high, **where))
+        rows.append(row)
+    title = f"{name}: ms a decode step of one sequence [95% interval], and ratios of speed; {os.cpu_count()} CPU threads"
+    print_table(title, ["context", *ARMS, *map("/".join, _SPEEDUPS)], rows)
+    records += _trend(contexts, middle, at)
+    print(f"dense: every compressed entry, sparse: the top {model.indexer.topk}; {model.dtype} products; "
+          f"medians of {len(next(iter(ms.values())))} x {STEPS} steps, arms in turn; load average {load:.1f}.\n"
+          "The entries are random numbers of unit variance, not those of a prompt that was read.")  # fmt: skip
+    records += _control(contexts, ms, at)
+    if plot:
+        _plot(plot, name, contexts, middle, bounds)
+    return records
+
+
+def _ratios(ms, context: int, fast: str, slow: str) -> list[float]:
+    """Speed of arm `fast` by that of `slow`, round by round."""
+    return [b / a for a, b in zip(ms[context, fast], ms[context, slow], strict=True)]
+
+
+def _trend(contexts: list[int], middle, at) -> list[dict]:
+    """How each arm's time grows."""
+    rows, records, last = [], [], contexts[-1]
+    first = _GROWTH_FROM if _GROWTH_FROM in contexts else contexts[0]
+    for arm, (kind, layout) in ARMS.items():
+        where = at | {"arm": arm, "precision": layout}
+        growth = middle[last, arm] / middle[first, arm]
+        records.append(record("decode", "decode_growth", [growth], "ratio", context=last, base=first, **where))
+        row = [arm, kind, layout, f"{growth:.2f}x"]
+        if len(contexts) > 1:
+            fixed, slope = fit(contexts, [middle[context, arm] for context in contexts])
+            records.append(record("decode", "decode_fixed", [fixed], "ms", **where))
+            records.append(record("decode", "decode_slope", [slope], "ms/token", **where))
+            row.append(f"{fixed:.2f} ms + {slope * 1e6:.2f} ns * context")
+        rows.append(row)
+    header = ["arm", "reads", "layout", f"time at {last:,} by that at {first:,}", "time = a + b * context"]
+    print_table("Growth with the context", header[: len(rows[0])], rows)
+    return records
+
+
+def _control(contexts: list[int], ms, at) -> list[dict]:
+    """How far the two arms that are the same differ."""
+    ratio = {context: statistics.median(_ratios(ms, context, _ARM, _CONTROL)) for context in contexts}
+    worst = max(contexts, key=lambda context: abs(ratio[context] - 1))
+    text = f"the A/A control differs by {abs(ratio[worst] - 1):.1%} (at {worst:,} tokens)"
+    if abs(ratio[worst] - 1) > _TOLERANCE:
+        text = f"WARNING: {text}: do not trust these timings"
+    print(text, flush=True)
+    where = at | {"arm": f"{_ARM}/{_CONTROL}"}
+    return [record("decode", "control", [ratio[context]], "ratio", context=context, **where) for context in contexts]
+
+
+def _plot(path: str, name: str, contexts: list[int], middle, bounds) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    colors, styles = {"dense": "tab:orange", "sparse": "tab:blue"}, {"bf16": "o--", "fp8": "s-"}
+    for arm, (kind, layout) in ARMS.items():
+        if arm == _CONTROL:
+            continue
+        times = np.array([middle[context, arm] for context in contexts])
+        ends = np.array([bounds[context, arm] for context in contexts]).T
+        bars = np.abs(ends - times)
+        label = f"{arm}: {kind}, {layout}"
+        axes.errorbar(contexts, times, yerr=bars, fmt=styles[layout], color=colors[kind], capsize=3, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(contexts, [f"{c // 1024}k" if c % 1024 == 0 else f"{c}" for c in contexts])
+    axes.set(xlabel="context (tokens)", ylabel="ms a token", title=f"Decode step of one sequence, {name}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    partial = f"{path}.partial"
+    figure.savefig(partial, dpi=120, format="png")
+    os.replace(partial, path)
