@@ -31,8 +31,9 @@ from v4jax.serve import programs
 from v4jax.serve.programs import Heads, Live
 from v4jax.serve.sampling import Sampled, SamplingParams, batch_options
 from v4jax.serve.scheduler import Scheduler
-from v4jax.serve.sequence import Plan, Sequence
+from v4jax.serve.sequence import Plan, Sequence, State
 
+_ENDED = (State.FINISHED, State.CANCELLED, State.FAILED)
 _LEAST_CHUNK, _CHUNK_STEP = 16, 4  # prompt chunks are padded to 16, 64, 256, ... tokens: few programs
 
 
@@ -245,7 +246,7 @@ class Engine:
             drawn.append(Drawn(plan.prefill.sequence.id, first[0], 0, 1))
         if rows is not None:
             drawn += [Drawn(row.sequence.id, rows[0], i, int(rows[1][i])) for i, row in enumerate(plan.decode)]
-        alive = self.scheduler.sequences
+        alive = {id: s for id, s in self.scheduler.sequences.items() if s.state not in _ENDED}
         drawn = [d for d in drawn if d.id in alive]
         failed += [alive[d.id] for d in drawn if not d.sampled.finite_B[d.row, : d.count].all()]
         for sequence in failed:
