@@ -50,7 +50,7 @@ def _convert(values: flags.FlagValues, _: None) -> None:
 def _bench(values: flags.FlagValues, config: config_lib.Config | None) -> None:
     from v4jax.tools import bench
 
-    bench.run(values.suite, config=config, **given(values, "checkpoint", "rounds", "json", "plot"))
+    bench.run(values.suite, config=config, **given(values, "checkpoint", "rounds", "contexts", "json", "plot"))
 
 
 def _eval(values: flags.FlagValues, _: None) -> None:
@@ -111,8 +111,9 @@ COMMANDS = {
             Flag("suite", "what to measure", options={"required": True}),
             _CHECKPOINT,
             Flag("rounds", "repetitions of every measurement", flags.DEFINE_integer, options={"lower_bound": 1}),
+            Flag("contexts", "tokens of context, such as 1024,65536 (suites decode and generate)", flags.DEFINE_list),
             _JSON,
-            Flag("plot", "also draw the records to this PNG file"),
+            Flag("plot", "also draw the records to this PNG file (suite decode)"),
         ),
         has_config=True,
     ),

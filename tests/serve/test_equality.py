@@ -4,32 +4,18 @@ One engine a mode for the whole module, with new books for every example; its ar
 """
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.serve.companies import BASES, GREEDY, MOST, SAMPLED, Solo, books, check, companies, crowded, few, staying
 from tests.serve.small import LIMITS, MODEL, Request, draw_model, drive, new_books
 from v4jax.serve import programs
 from v4jax.serve.engine import Engine
-from v4jax.serve.sampling import SamplingParams
 from v4jax.serve.sequence import State
-
-MOST = 24  # new tokens
-GREEDY = SamplingParams(temperature=0.0, max_tokens=MOST)
-SAMPLED = SamplingParams(temperature=0.8, max_tokens=MOST, seed=5)
-LENGTHS = [1, 2, 3, 5, 9, 15, 16, 17, 65, 130, 240, 245, 250, 253, 254, 255, 256, 257, 258, 300, 505, 511, 512, 513]
-BASES = np.random.default_rng(1).integers(3, MODEL.vocab_size, (2, max(LENGTHS))).tolist()
-
-few = functools.partial(settings, derandomize=True, deadline=None, database=None)
-
-
-@pytest.fixture(scope="module")
-def invariant(model):
-    return Engine(model, dataclasses.replace(LIMITS, max_batch=2, batch_invariant=True))
 
 
 @pytest.fixture(scope="module")
@@ -37,69 +23,9 @@ def speculating(model):
     return Engine(model, dataclasses.replace(LIMITS, max_batch=2, prefill_chunk=16, speculative_tokens=2))
 
 
-class Solo:
-    """Answers of single requests by an engine without anything cached, remembered."""
-
-    def __init__(self, engine):
-        self.engine, self.known = engine, {}
-
-    def __call__(self, request):
-        sampling = dataclasses.replace(request.sampling, max_tokens=MOST)
-        key = (*request.prompt, sampling)
-        if key not in self.known:
-            new_books(self.engine)
-            [self.known[key]] = drive(self.engine, [Request(request.prompt, sampling)])
-        return self.known[key].cut(request.sampling.max_tokens)
-
-
 @pytest.fixture(scope="module")
 def solo(plain):
     return Solo(plain)
-
-
-@pytest.fixture(scope="module")
-def solo_bits(invariant):
-    return Solo(invariant)
-
-
-@st.composite
-def companies(draw, logprobs=(None,)):
-    """Two to six requests that share prefixes, come while others run and may be ended early."""
-
-    def one():
-        length, base = draw(st.sampled_from(LENGTHS)), draw(st.sampled_from([0, 0, 0, 1]))
-        prompt = [*BASES[base][: length - 1], draw(st.sampled_from([BASES[base][length - 1], 7]))]
-        sampling = SamplingParams(
-            max_tokens=draw(st.sampled_from([1, 2, 7, 16, MOST])),
-            temperature=draw(st.sampled_from([0.0, 0.8])),
-            seed=draw(st.sampled_from([5, 6])),
-            logprobs=draw(st.sampled_from(logprobs)),
-        )
-        join, leave = draw(st.sampled_from([0, 0, 1, 5, 14])), draw(st.sampled_from([None, None, None, 2, 9, 20]))
-        how = draw(st.sampled_from(["cancel", "finish"]))
-        return Request(prompt, sampling, draw(st.sampled_from(["", "", "", "other"])), join, leave, how)
-
-    return [one() for _ in range(draw(st.integers(2, 6)))]
-
-
-# Three pages hold any one request.
-books = st.fixed_dictionaries({
-    "pages": st.integers(3, 5), "records": st.sampled_from([0, 1, 2, 16]), "record_every": st.integers(0, 1),
-})  # fmt: skip
-
-
-def check(asked, answers, solo):
-    """Whoever was not ended early has the whole answer it gets alone, the others its beginning."""
-    for request, answer in zip(asked, answers, strict=True):
-        alone = solo(request)
-        if request.leave is None:
-            assert answer == alone
-        else:
-            assert answer == alone.cut(len(answer.tokens))
-
-
-def staying(asked):
-    return [dataclasses.replace(request, join=0, leave=None) for request in asked]
 
 
 # --- joining, leaving, preemption, prefix hits ------------------------------------------------------------------------
@@ -113,11 +39,6 @@ def test_a_request_among_others_answers_as_alone(plain, solo, asked, books, chun
     again = drive(plain, staying(asked[:2]))  # what was kept is right, too
     check(asked, answers, solo)
     check(staying(asked[:2]), again, solo)
-
-
-def crowded(phase=0, length=10, sampling=GREEDY):
-    """An old request that will need a second page, and a young one that stands in its way; `phase` shifts it."""
-    return [Request(BASES[0][:250], sampling), Request(BASES[1][: length + phase], sampling)]
 
 
 @pytest.mark.parametrize("phase", range(MODEL.hca_ratio))
@@ -224,41 +145,11 @@ def test_drafts_of_the_layer_itself_change_nothing(speculating, solo, sampling):
     check(asked, drive(speculating, asked), solo)
 
 
-# --- batch invariance -------------------------------------------------------------------------------------------------
-
-
-@few(max_examples=20)
-@given(asked=companies(logprobs=(None, 0, 2, 4)), books=books)
-def test_invariant_log_probabilities_are_equal_to_the_bit(invariant, solo_bits, asked, books):
-    new_books(invariant, **books)
-    answers = drive(invariant, asked)
-    again = drive(invariant, staying(asked[:2]))
-    check(asked, answers, solo_bits)
-    check(staying(asked[:2]), again, solo_bits)
-
-
-@pytest.mark.parametrize("phase", [0, 3])
-def test_preemption_and_replay_keep_every_bit(invariant, solo_bits, phase):
-    new_books(invariant, pages=2)
-    asked = crowded(phase, sampling=dataclasses.replace(SAMPLED, logprobs=2))
-    answers = drive(invariant, asked)
-    assert invariant.stats()["preemptions"] == 1
-    check(asked, answers, solo_bits)
-
-
-def test_invariant_engines_share_no_decoded_block(plain, invariant, solo_bits):
-    first = Request(BASES[0][:250], dataclasses.replace(SAMPLED, logprobs=2))
-    for engine, hits in [(plain, 1), (invariant, 0)]:
-        new_books(engine)
-        [answer] = drive(engine, [first])
-        longer = Request([*first.prompt, *answer.tokens], first.sampling)
-        [answer] = drive(engine, [longer])
-        assert engine.stats()["hits"] == hits
-    assert answer == solo_bits(longer)
-
-
-def test_invariant_engines_read_prompts_in_blocks_whatever_they_are_told(model, invariant):
-    told = Engine(model, dataclasses.replace(LIMITS, max_batch=2, batch_invariant=True, prefill_chunk=7))
-    asked = [Request(BASES[0][:300], dataclasses.replace(SAMPLED, logprobs=2))]
-    new_books(invariant)
-    assert drive(told, asked) == drive(invariant, asked)
+def test_speculating_engines_report_the_same_log_probabilities(drafted, speculating, solo):
+    asked = [Request(BASES[0][:9], dataclasses.replace(SAMPLED, logprobs=2))]
+    alone = [solo(request) for request in asked]
+    new_books(speculating)
+    answers = drafted(asked)
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in alone]
+    flat = lambda answers: np.array([[chosen, *top] for answer in answers for chosen, top in answer.logprobs])
+    np.testing.assert_allclose(flat(answers), flat(alone), atol=1e-4)

@@ -1,5 +1,6 @@
 """`LLM`: prompts in, text out, whole or in pieces, and every mistake one line."""
 
+import dataclasses
 
 import jax
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from flax import nnx
 
 import v4jax
+from tests.serve import small
 from v4jax import checkpoint, config
 from v4jax.core.check import UserError
 from v4jax.data.tokenizer import Detokenizer, Tokenizer
@@ -15,7 +17,7 @@ from v4jax.serve import llm as llm_module
 from v4jax.serve.llm import split_at_stop
 
 PROMPTS = ["To be, or not", [7, 300, 12], "¿Qué?", np.array([9])]
-LIMITS = {"max_batch": 4, "max_seq_len": 64, "prefill_chunk": 64}
+LIMITS = {name: getattr(small.LIMITS, name) for name in ("max_batch", "max_seq_len", "prefill_chunk")}
 
 
 def greedy(**options):
@@ -160,6 +162,35 @@ def test_a_stream_that_is_left_frees_what_it_held(llm, outputs):
     assert llm.stats()["pages_in_use"] == llm.stats()["running"] == 0 and not llm.engine.busy
 
 
+def test_what_ends_early_holds_nothing(llm, outputs):
+    llm.generate(PROMPTS, greedy(stop_token_ids=[outputs[0].token_ids[4]]))
+    small.check_settled(llm.engine)
+
+
+def test_streams_may_run_side_by_side_and_be_left(llm, outputs):
+    first, second, left = (llm.stream(prompts, greedy()) for prompts in (PROMPTS[:1], PROMPTS[1:3], PROMPTS[3:]))
+    found = {0: [next(first)[1]], 1: [], 2: []}
+    index, piece = next(second)
+    found[1 + index].append(piece)
+    next(left)
+    left.close()
+    found[0] += [piece for _, piece in first]
+    assert llm.stats()["running"] > 0
+    for index, piece in second:
+        found[1 + index].append(piece)
+    assert ["".join(pieces) for pieces in found.values()] == [out.text for out in outputs[:3]]
+    small.check_settled(llm.engine)
+
+
+def test_stats_count_sequences_pages_and_hits(llm):
+    before = llm.stats()
+    llm.generate([[11] * 300] * 2, greedy(max_tokens=1))
+    after = llm.stats()
+    assert after["hits"] == before["hits"] + 1 and after["queries"] == before["queries"] + 2
+    assert after["kv_bytes"] == sum(a.nbytes for a in jax.tree.leaves(llm.engine._live))
+    assert {"waiting", "running", "preemptions", "pages_free", "hit_rate", "hit_ceiling"} <= set(after)
+
+
 def test_pieces_never_split_a_character(llm, tokenizer):
     """Every token is drawn, many of them single bytes: each piece is decoded whole or replaced whole."""
     params = SamplingParams(temperature=3.0, max_tokens=24, seed=0, top_p=1.0 - 1e-6, ignore_eos=True)
@@ -203,7 +234,7 @@ def test_cuts_between_tokens_do_not_matter_to_stop_strings():
     ([""], "prompt 0 is empty; a prompt needs at least one token"), (["a", []], "prompt 1 is empty"),
     ([[5, 2048]], "prompt 0 has token id 2048"), ([[-1]], "prompt 0 has token id -1"), ([3], "neither a string nor"),
     ([[1.5]], "neither a string nor"), ([b"a"], "neither a string nor"), ([["a"]], "neither a string nor"),
-    ([[5] * 41], "exceeds max_seq_len 64"), ("", "prompt 0 is empty"),
+    ([[5] * 553], "exceeds max_seq_len 576"), ("", "prompt 0 is empty"),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("method", ["generate", "stream"])
 def test_bad_prompts_are_one_line_before_anything_runs(llm, method, prompts, words):
@@ -230,10 +261,24 @@ def test_token_ids_do_without_a_tokenizer(model, outputs):
     ({"dtype": "float32"}, "dtype applies"), ({"max_batch": 0}, "max_batch must be at least 1"),
     ({"prefill_chunk": 0}, "prefill_chunk must be"), ({"max_seq_len": 5000}, "exceeds the 4096 positions"),
     ({"tokenizer": "no/such/file"}, "no tokenizer no/such/file"),
+    ({"speculative_token": 1}, "LLM has no option 'speculative_token'; did you mean 'speculative_tokens'"),
+    ({"speculative_tokens": 1, "batch_invariant": True}, "exclude each other"),
+    ({"cache": config.Cache(layout="fp16")}, "unknown cache layout 'fp16'"),
+    ({"cache": config.Cache(block=12)}, "block of 12 tokens is not a multiple of model.hca_ratio 8"),
 ], ids=str)  # fmt: skip
 def test_bad_limits_are_one_line(model, options, words):
     with pytest.raises(UserError, match=words):
         LLM(model, **options)
+
+
+def test_options_reach_the_engine(model):
+    cache = v4jax.CacheConfig(layout="fp8", tokens=512, records=3)
+    llm = LLM(model, cache=cache, batch_invariant=True, max_seq_len=576)
+    assert llm.engine.limits == dataclasses.replace(config.Serve(), batch_invariant=True, max_seq_len=576)
+    assert (llm.engine.layout.name, llm.stats()["pages_free"], llm.stats()["records_spare"]) == ("fp8", 2, 3)
+    with pytest.raises(UserError, match="needs 3 pages of 256 tokens, but the cache has 2"):
+        llm.generate([[5] * 550], greedy())
+    assert LLM(model, speculative_tokens=1).engine.limits.speculative_tokens == 1
 
 
 def test_a_directory_brings_its_tokenizer_and_limits(monkeypatch, model, tokenizer):

@@ -60,5 +60,6 @@ class HCAttention(WindowAttention):
 
 def segments_of(view: View, first, count: int) -> jax.Array:
     """Documents of `count` entries from `first` on: [B, count]."""
-    index = jnp.minimum(first + jnp.arange(count), view.size - 1)
-    return view.segments_BC[:, index]
+    if count == view.size:
+        return view.segments_BC
+    return jnp.take(view.segments_BC, first + jnp.arange(count), axis=1, mode="clip")

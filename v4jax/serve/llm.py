@@ -123,15 +123,18 @@ class LLM:
             for id, row in mine.items():
                 self.engine.add(id, row.prompt_ids, row.sampling)
                 self._running[id] = row
-            while any(row.finish_reason is None for row in rows):
+            while True:
+                done = all(row.finish_reason is not None for row in rows)
+                for index, row in enumerate(rows):
+                    if piece := row.shown():
+                        yield index, piece  # meanwhile the steps of another stream may bring more
+                if done:
+                    break
                 for drawn in self.engine.step():
                     if (row := self._running.get(drawn.id)) is not None:
                         row.take(drawn)
                         if row.finish_reason is not None:
                             self.engine.finish(drawn.id)
-                for index, row in enumerate(rows):
-                    if piece := row.shown():
-                        yield index, piece
         finally:
             for id in mine:
                 self.engine.cancel(id)

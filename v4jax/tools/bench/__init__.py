@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from v4jax.config import Config, load
 from v4jax.core.check import UserError
 from v4jax.core.tables import write_json
 
-SUITES = ("kv", "peer", "train")
+SUITES = ("decode", "generate", "kv", "peer", "train")
+_WITH_CONTEXTS, _WITH_PLOT = ("decode", "generate"), ("decode",)
 
 
 def run(
@@ -15,18 +18,41 @@ def run(
     config: Config | None = None,
     checkpoint: str | None = None,
     rounds: int = 5,
+    contexts: Sequence[int | str] = (),
     json: str | None = None,
     plot: str | None = None,
 ) -> list[dict]:
-    """Run a suite, print its table, and return its records (see `report.record`); `json` also writes them to a file."""
+    """Run a suite, print its table, and return its records (see `report.record`); `json` also writes them to a file.
+
+    contexts: lengths in tokens, for suites that go through several; none: the suite's own. plot: a PNG file to draw.
+    """
     if suite not in SUITES:
         raise UserError(f"unknown suite {suite!r}; one of {', '.join(SUITES)}")
-    if checkpoint or plot:
-        raise UserError(f"suite {suite!r} makes its own weights and draws no plot: drop --checkpoint and --plot")
-    from v4jax.tools.bench import kv, peer, train
+    if checkpoint:
+        raise UserError(f"suite {suite!r} makes its own weights: drop --checkpoint")
+    if plot and suite not in _WITH_PLOT:
+        raise UserError(f"suite {suite!r} draws no plot: drop --plot")
+    if contexts and suite not in _WITH_CONTEXTS:
+        raise UserError(f"suite {suite!r} has lengths of its own: drop --contexts")
+    from v4jax.tools.bench import decode, generate, kv, peer, train
 
     config = config or load("small")
-    records = kv.run(config) if suite == "kv" else {"peer": peer.run, "train": train.run}[suite](config, rounds)
+    lengths = {"contexts": _lengths(contexts)} if contexts else {}
+    suites = {
+        "decode": lambda: decode.run(config, rounds, plot=plot, **lengths),
+        "generate": lambda: generate.run(config, rounds, **lengths),
+        "kv": lambda: kv.run(config),
+        "peer": lambda: peer.run(config, rounds),
+        "train": lambda: train.run(config, rounds),
+    }
+    records = suites[suite]()
     if json:
         write_json(json, records)
     return records
+
+
+def _lengths(contexts: Sequence[int | str]) -> list[int]:
+    try:
+        return [int(context) for context in contexts]
+    except ValueError as error:
+        raise UserError(f"--contexts={','.join(map(str, contexts))} are not numbers; such as 1024,4096") from error

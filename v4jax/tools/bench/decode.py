@@ -39,6 +39,7 @@ STEPS = 16  # decode steps of a measurement, the last ones of the context
 _ARM, _CONTROL, _TOLERANCE = "A3", "A3'", 0.05
 _SPEEDUPS = (("A3", "A0"), ("A1", "A0"), ("A2", "A0"), ("A3", "A1"))
 _GROWTH_FROM = 4096
+_AT_ONCE = 64  # pages filled at once
 _RECORD = 1  # of the one row; record 0 is the engine's for rows of padding
 
 
@@ -50,7 +51,7 @@ def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS, plot: s
     """
     model = dataclasses.replace(config.model, mtp_layers=0, kv_qdq=False)
     contexts = _checked(model, contexts)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     arms = _arms(model, max(contexts))
     tokens = np.random.default_rng(0).integers(2, model.vocab_size, STEPS + 1)
     cells = {}
@@ -87,30 +88,31 @@ class _Cache:
         blocks = -(-tokens // sizes.block)
         pool = lambda kind: lambda part: new_pool(model, part, blocks + 1, sizes.entries(kind), layout)
         kept = lambda kind: new_kept(model, kind, _RECORD + 1, pool(kind), jnp.dtype(model.dtype))
-        layers = [_filled(kept(kind), jax.random.key(i)) for i, kind in enumerate(model.schedule)]
+        layers = [_filled(kept(kind), np.random.default_rng(i)) for i, kind in enumerate(model.schedule)]
         self.live = Live([[layer] for layer in layers], None)
         table_ZA = np.full((_RECORD + 1, blocks), -1, np.int32)
-        table_ZA[_RECORD] = 1 + np.random.default_rng(0).permutation(blocks)  # pages in disorder, as after much use
+        table_ZA[_RECORD] = 1 + np.arange(blocks)  # in order, as the engine gives them to a lone sequence
         self.rows = jax.device_put((np.array([_RECORD], np.int32), table_ZA))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _filled(kept: Kept, key: jax.Array) -> Kept:
+def _filled(kept: Kept, rng: np.random.Generator) -> Kept:
     """Every row of unit variance, as entries are after their norm; the same numbers in every layout."""
 
-    def fill(pool: Pool, key: jax.Array) -> Pool:
-        pages, slots, width = pool.shape
+    def fill(pool: Pool | None) -> Pool | None:
+        pages, slots, width = pool.shape if pool else (0, 0, 0)
+        for first in range(0, pages, _AT_ONCE):  # pages beyond the last are dropped
+            rows = rng.standard_normal((_AT_ONCE, slots, width), np.float32)
+            page = np.arange(first, first + _AT_ONCE, dtype=np.int32)[:, None]
+            pool = _write(pool, page, np.arange(slots, dtype=np.int32)[None], rows)
+        return pool
 
-        def page(i, pool):
-            rows = jax.random.normal(jax.random.fold_in(key, i), (slots, width))
-            return pool.write(jnp.full(slots, i), jnp.arange(slots), rows)
+    kept = kept.records(lambda a: jax.device_put(rng.standard_normal(a.shape, np.float32).astype(a.dtype)))
+    return dataclasses.replace(kept, main=fill(kept.main), index=fill(kept.index))
 
-        return jax.lax.fori_loop(0, pages, page, pool)
 
-    keys = jax.random.split(key, 3)
-    kept = kept.records(lambda a: jax.random.normal(keys[2], a.shape, a.dtype))
-    pools = [pool and fill(pool, key) for pool, key in zip((kept.main, kept.index), keys, strict=False)]
-    return dataclasses.replace(kept, main=pools[0], index=pools[1])
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(pool: Pool, page: np.ndarray, slot: np.ndarray, rows: np.ndarray) -> Pool:
+    return pool.write(page, slot, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,10 +135,14 @@ class _Arm:
         return logits_BTV
 
 
+def _random(model: Model) -> Transformer:
+    return Transformer(model, nnx.Rngs(0))
+
+
 def _arms(model: Model, tokens: int) -> dict[str, _Arm]:
     everything = dataclasses.replace(model.indexer, topk=model.max_positions)
     kinds = {"sparse": model, "dense": dataclasses.replace(model, indexer=everything)}
-    weights = jax.tree.leaves(nnx.split(Transformer(model, nnx.Rngs(0)))[1])
+    weights = jax.tree.leaves(nnx.split(_random(model))[1])
     structures = {}
     for kind, each in kinds.items():
         graphdef, variables = nnx.split(nnx.eval_shape(lambda each=each: Transformer(each, nnx.Rngs(0))))
@@ -166,7 +172,7 @@ def fit(contexts: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
     return float(fixed), float(slope)
 
 
-def _report(name: str, model: Model, contexts: list[int], seconds, load: float, plot: str | None) -> list[dict]:
+def _report(name: str, model: Model, contexts: list[int], seconds, load: float | None, plot: str | None) -> list[dict]:
     ms = {cell: [1e3 * value for value in values] for cell, values in seconds.items()}
     middle = {cell: statistics.median(values) for cell, values in ms.items()}
     bounds = {cell: interval(values) for cell, values in ms.items()}
@@ -177,7 +183,7 @@ def _report(name: str, model: Model, contexts: list[int], seconds, load: float, 
         for arm, (_, layout) in ARMS.items():
             low, high = bounds[context, arm]
             row.append(f"{middle[context, arm]:.2f} [{low:.2f}, {high:.2f}]")
-            where = at | {"arm": arm, "context": context, "precision": layout, "low": low, "high": high}
+            where = at | {"arm": arm, "context": context, "precision": layout, "low": low, "high": high, "load": load}
             records.append(record("decode", "decode_time", ms[context, arm], "ms", **where))
         for fast, slow in _SPEEDUPS:
             ratios = _ratios(ms, context, fast, slow)
@@ -185,11 +191,12 @@ def _report(name: str, model: Model, contexts: list[int], seconds, load: float, 
             row.append(f"{statistics.median(ratios):.2f}x")
             records.append(record("decode", "decode_speedup", ratios, "ratio", low=low, high=high, **where))
         rows.append(row)
-    title = f"{name}: ms a decode step of one sequence [95% interval], and ratios of speed; {os.cpu_count()} CPU threads"
+    title = f"{name}: ms a decode step of one sequence [95% interval], and ratios of speed"
     print_table(title, ["context", *ARMS, *map("/".join, _SPEEDUPS)], rows)
     records += _trend(contexts, middle, at)
     print(f"dense: every compressed entry, sparse: the top {model.indexer.topk}; {model.dtype} products; "
-          f"medians of {len(next(iter(ms.values())))} x {STEPS} steps, arms in turn; load average {load:.1f}.\n"
+          f"medians of {len(next(iter(ms.values())))} x {STEPS} steps, arms in turn; {os.cpu_count()} CPU threads, "
+          f"load average {'unknown' if load is None else f'{load:.1f}'}.\n"
           "The entries are random numbers of unit variance, not those of a prompt that was read.")  # fmt: skip
     records += _control(contexts, ms, at)
     if plot:

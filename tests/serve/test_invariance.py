@@ -1,0 +1,68 @@
+"""`batch_invariant`: not only tokens but the bits of log-probabilities do not depend on what else runs.
+
+The programs are compiled as users have them, for bits depend on that.
+"""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+
+from tests.serve.companies import BASES, SAMPLED, Solo, books, check, companies, crowded, few, staying
+from tests.serve.small import LIMITS, Request, drive, new_books
+from v4jax.serve.engine import Engine
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """Not here."""
+
+
+@pytest.fixture(scope="module")
+def invariant(model):
+    return Engine(model, dataclasses.replace(LIMITS, max_batch=2, batch_invariant=True))
+
+
+@pytest.fixture(scope="module")
+def solo_bits(invariant):
+    return Solo(invariant)
+
+
+@few(max_examples=20)
+@given(asked=companies(logprobs=(None, 0, 2, 4)), books=books)
+def test_invariant_log_probabilities_are_equal_to_the_bit(invariant, solo_bits, asked, books):
+    new_books(invariant, **books)
+    answers = drive(invariant, asked)
+    again = drive(invariant, staying(asked[:2]))
+    check(asked, answers, solo_bits)
+    check(staying(asked[:2]), again, solo_bits)
+
+
+@pytest.mark.parametrize("phase", [0, 3])
+def test_preemption_and_replay_keep_every_bit(invariant, solo_bits, phase):
+    new_books(invariant, pages=2)
+    asked = crowded(phase, sampling=dataclasses.replace(SAMPLED, logprobs=2))
+    answers = drive(invariant, asked)
+    assert invariant.stats()["preemptions"] == 1
+    check(asked, answers, solo_bits)
+
+
+def test_invariant_engines_share_no_decoded_block(invariant, solo_bits):
+    first = Request(BASES[0][:250], dataclasses.replace(SAMPLED, logprobs=2))
+    [answer] = drive(invariant, [first])
+    longer = Request([*first.prompt, *answer.tokens], first.sampling)
+    alone = solo_bits(longer)
+    for replay in (True, False):
+        new_books(invariant)
+        invariant.scheduler.replay = replay
+        drive(invariant, [first])
+        found = drive(invariant, [longer])
+        assert invariant.stats()["hits"] == (not replay) and (found == [alone]) == replay
+    invariant.scheduler.replay = True
+
+
+def test_invariant_engines_read_prompts_in_blocks_whatever_they_are_told(model, invariant):
+    told = Engine(model, dataclasses.replace(LIMITS, max_batch=2, batch_invariant=True, prefill_chunk=7))
+    asked = [Request(BASES[0][:300], dataclasses.replace(SAMPLED, logprobs=2))]
+    new_books(invariant)
+    assert drive(told, asked) == drive(invariant, asked)

@@ -1,0 +1,150 @@
+"""All that a sequence stands on is its pages, a record, and what follows from its tokens: going on from these alone.
+
+Forgetting the overlap of compression windows is almost silent, for most tokens stay what they were: bits are compared.
+"""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from tests.serve.small import BLOCK, LIMITS, MODEL, Request, drive, new_books
+from v4jax import config
+from v4jax.cache import prefix
+from v4jax.cache.spec import LAYOUTS
+from v4jax.serve.engine import Engine
+from v4jax.serve.sampling import SamplingParams
+
+RECORDS = 1 + LIMITS.max_batch + config.Cache().records
+# Fewer tokens behind the boundary than the window has, and so drawn that the entry over the boundary is picked.
+PROMPT = np.random.default_rng(2).integers(3, MODEL.vocab_size, 2 * BLOCK + 3).tolist()
+ASKED = [Request(PROMPT, SamplingParams(temperature=0.0, max_tokens=24, logprobs=4))]
+
+# Leaves of the small model's cache, by what they belong to.
+RINGS = [f".layers[{i}][0].ring_ZSH" for i in range(3)]
+TAILS = [".layers[1][0].tails['main']", ".layers[1][0].tails['index']", ".layers[2][0].tails['main']"]
+POOLS = [".layers[1][0].main", ".layers[1][0].index", ".layers[2][0].main"]
+
+
+def leaves(engine):
+    """Arrays of the cache by name."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(engine._live)}
+
+
+def change(engine, touch):
+    """Put touch(name, array) in the place of every array of the cache; it may write to the numpy array it gets."""
+    new = lambda path, leaf: jax.device_put(touch(jax.tree_util.keystr(path), np.array(leaf)))
+    engine._live = jax.tree_util.tree_map_with_path(new, engine._live)
+
+
+def boundary(engine):
+    """(names, pages, record) that the last whole block of the prompt stands on."""
+    names = prefix.chain(prefix.seed(engine._seed, salt=""), PROMPT, BLOCK)
+    blocks = engine.scheduler.blocks
+    return names, [blocks._page[name] for name in names], blocks._record[names[-1]]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(plain):
+    new_books(plain)
+    return drive(plain, ASKED)
+
+
+@pytest.fixture
+def kept(plain, uninterrupted):
+    """The engine when the prompt has been read once."""
+    new_books(plain)
+    assert drive(plain, ASKED) == uninterrupted
+    return plain
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_leaf_belongs_to_a_page_or_to_a_record(model, layout):
+    engine = Engine(model, dataclasses.replace(LIMITS, speculative_tokens=2), config.Cache(layout=layout))
+    pages = 1 + engine.scheduler.blocks.capacity
+    assert len({pages, RECORDS}) == 2  # so that the leading axis tells them apart
+    named = leaves(engine)
+    records = [*RINGS, *TAILS, ".mtp.ring_ZSH"]
+    assert {name for name, leaf in named.items() if leaf.shape[0] == RECORDS} == set(records)
+    for name in named.keys() - records:
+        pool, plane = re.fullmatch(r"(.*\.(?:main|index))(\..*)", name).groups()
+        assert pool in POOLS and named[name].shape[0] == pages
+    # And the engine holds no other arrays: the heads follow from the tokens, tables from the books.
+    arrays = lambda value: any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
+    held = {name for name, value in vars(engine).items() if arrays(value)}
+    assert held == {"_weights", "_live", "_heads", "_device_tables"}
+    assert all(leaf.shape[0] == 1 + LIMITS.max_batch for leaf in [*engine._heads, engine._device_tables])
+
+
+def test_going_on_from_a_record_gives_every_bit_of_the_uninterrupted_run(kept, uninterrupted):
+    assert drive(kept, ASKED) == uninterrupted
+    assert kept.stats()["hits"] == 2
+
+
+def test_pages_and_a_record_are_all_it_takes(model, kept, uninterrupted):
+    """They are moved into another engine, to other numbers, where everything else is rubbish."""
+    names, pages, record = boundary(kept)
+    source, rng = leaves(kept), np.random.default_rng(0)
+    engine = Engine(model, LIMITS)
+    blocks, seed = engine.scheduler.blocks, prefix.seed(engine._seed, salt="")
+    given = blocks.allocate(5)
+    moved = [given[4], given[2]]
+    blocks.publish(seed, names[0], moved[0])
+    blocks.publish(names[0], names[1], moved[1])
+    blocks.release([given[i] for i in (0, 1, 3)])
+    blocks.release(moved)
+    blocks.keep(b"another's")
+    target = blocks.keep(names[1])
+    blocks.ready(names[1], target)
+    assert target != record and not set(moved) & set(pages)
+
+    def touch(name, array):
+        array[...] = rng.normal(0, 100, array.shape)
+        if name in (*RINGS, *TAILS):
+            array[target] = source[name][record]
+        else:
+            array[moved] = source[name][np.array(pages)]
+        return array
+
+    change(engine, touch)
+    engine._heads = jax.tree.map(lambda a: jax.device_put(np.full(a.shape, 99, np.int32)), engine._heads)
+    blocks.ready(b"another's", blocks._record[b"another's"], valid=False)
+    assert drive(engine, ASKED) == uninterrupted
+    assert engine.stats()["hits"] == 2
+
+
+OVERLAP = slice(MODEL.csa_ratio, None)  # slots of the last window, as a block is a whole number of tails
+
+
+@pytest.mark.parametrize("name, slots, needed", [
+    *((name, slice(None), True) for name in (*RINGS, *TAILS[:2])),
+    *((name, OVERLAP, True) for name in TAILS[:2]),
+    # What is behind the overlap, and the whole tail of a compressor without one, has become entries at a boundary.
+    *((name, slice(0, OVERLAP.start), False) for name in TAILS[:2]), (TAILS[2], slice(None), False),
+])  # fmt: skip
+def test_what_a_record_needs_at_a_boundary(kept, uninterrupted, name, slots, needed):
+    _, _, record = boundary(kept)
+
+    def touch(leaf, array):
+        if leaf == name:
+            array[record, slots] = 0
+        return array
+
+    change(kept, touch)
+    assert (drive(kept, ASKED) != uninterrupted) == needed
+    assert kept.stats()["hits"] == 2
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_what_the_pages_hold_is_read(kept, uninterrupted, pool):
+    _, pages, _ = boundary(kept)
+
+    def touch(leaf, array):
+        if leaf.startswith(pool):
+            array[pages] = 0
+        return array
+
+    change(kept, touch)
+    assert drive(kept, ASKED) != uninterrupted

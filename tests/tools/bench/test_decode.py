@@ -1,0 +1,134 @@
+"""The suites decode and generate: every arm on a small model, what is printed, drawn and refused."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests.golden import weights
+from v4jax.config import Cache, Config, Indexer, Moe, Serve
+from v4jax.core.check import UserError
+from v4jax.serve import programs
+from v4jax.tools import bench
+from v4jax.tools.bench import decode, generate
+
+MODEL = weights.config(
+    schedule=("csa",), indexer=Indexer(heads=16, head_dim=16, topk=20),
+    moe=Moe(experts=4, active=2, inner=16, hash_layers=0),
+)  # fmt: skip
+CONFIG = Config(name="mine", model=MODEL, serve=Serve(prefill_chunk=16))
+CONTEXTS = (20, 300)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """Compilation is nearly all there is: half of it will do, and weights are drawn by numpy."""
+    draw = lambda model: weights.build(model, weights.random_flat(model, 0))
+    options = {"xla_backend_optimization_level": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        for suite in (decode, generate):
+            patch.setattr(suite, "_random", draw)
+        for name, static in (("decode", (0, 5)), ("prefill", 0)):
+            function = getattr(programs, name).__wrapped__
+            program = jax.jit(function, static_argnums=static, donate_argnums=2, compiler_options=options)
+            patch.setattr(programs, name, program)
+        yield
+
+
+def test_every_arm_is_measured_printed_and_drawn(tmp_path, capsys):
+    files = {name: str(tmp_path / f"decode.{name}") for name in ("json", "plot")}
+    records = bench.run("decode", config=CONFIG, rounds=3, contexts=["300", "20"], **files)
+    assert json.loads((tmp_path / "decode.json").read_text()) == records
+    assert (tmp_path / "decode.plot").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["decode.json", "decode.plot"]
+    times = {(r["arm"], r["context"]): r for r in records if r["metric"] == "decode_time"}
+    assert set(times) == {(arm, context) for arm in decode.ARMS for context in CONTEXTS}
+    for (arm, _), r in times.items():
+        assert 0 < r["low"] <= r["value"] <= r["high"] and r["unit"] == "ms" and r["rounds"] == 3
+        assert r["precision"] == decode.ARMS[arm][1] and r["concurrency"] == 1 and r["config"] == "mine"
+    speedups = [(r["arm"], r["context"]) for r in records if r["metric"] == "decode_speedup"]
+    assert speedups == [(arm, context) for context in CONTEXTS for arm in ("A3/A0", "A1/A0", "A2/A0", "A3/A1")]
+    printed = capsys.readouterr().out
+    assert "| 300 " in printed and "time at 300 by that at 20" in printed and "the A/A control differs by" in printed
+    assert "random numbers" in printed
+
+
+def test_arms_read_what_they_say():
+    """Dense equals sparse as long as the top k are all there are, and FP8 is not bfloat16."""
+    arms = decode._arms(MODEL, max(CONTEXTS))
+    logits = lambda name, at: np.asarray(arms[name]._step(decode._heads(7, at)))
+    for position, equal in ((82, True), (99, False)):  # 20 entries are complete after 83 tokens
+        for dense, sparse in (("A0", "A1"), ("A2", "A3")):
+            close = np.allclose(logits(dense, position), logits(sparse, position), rtol=1e-4, atol=1e-5)
+            assert close == equal, (dense, position)
+    assert not np.allclose(logits("A1", 82), logits("A3", 82), rtol=1e-4, atol=1e-5)
+
+
+def seconds_of(per_context, rounds=5, **factors):
+    """What the arms took: a time by context, times a factor by arm."""
+    return {
+        (context, arm): [value * factors.get(arm, 1.0)] * rounds
+        for context, value in per_context.items()
+        for arm in decode.ARMS
+    }
+
+
+def test_ratios_fit_and_growth_of_known_times(capsys):
+    times = {4096: 2e-3, 65_536: 2e-3 + 61_440e-8, 1_048_576: 2e-3 + 1_044_480e-8}
+    seconds = seconds_of(times, A0=4.0, A1=0.5, A2=2.0)
+    records = decode._report("mine", MODEL, list(times), seconds, 0.5, None)
+    assert "WARNING" not in capsys.readouterr().out
+    value = lambda metric, arm, **at: next(
+        r["value"] for r in records if r["metric"] == metric and r["arm"] == arm and at.items() <= r.items()
+    )
+    for fast, expected in (("A3/A0", 4), ("A1/A0", 8), ("A2/A0", 2), ("A3/A1", 0.5)):
+        assert value("decode_speedup", fast, context=65_536) == pytest.approx(expected)
+    assert value("decode_growth", "A3") == pytest.approx(times[1_048_576] / times[4096])
+    assert value("decode_slope", "A3") == pytest.approx(1e-5)
+    assert value("decode_fixed", "A0") == pytest.approx(4 * (2 - 4096e-5))
+    assert value("control", "A3/A3'", context=4096) == 1
+
+
+def test_a_control_that_differs_is_told(capsys):
+    decode._report("mine", MODEL, [64], seconds_of({64: 1e-3}, **{"A3'": 1.08}), 0.5, None)
+    assert "WARNING: the A/A control differs by 8.0% (at 64 tokens): do not trust" in capsys.readouterr().out
+
+
+def test_the_interval_holds_the_median():
+    values = np.random.default_rng(1).normal(10, 1, 40)
+    low, high = decode.interval(values)
+    assert low < np.median(values) < high and high - low < 1.5
+    assert decode.interval([3.0]) == (3.0, 3.0)
+
+
+def test_generate_reads_prompts_through_the_engine(monkeypatch, capsys):
+    monkeypatch.setattr(generate, "DECODED", 4)
+    config = dataclasses.replace(CONFIG, cache=Cache(layout="fp8"))
+    records = bench.run("generate", config=config, rounds=2, contexts=[20, 5])
+    found = [(r["metric"], r["context"], r["unit"], r["precision"], r["rounds"]) for r in records]
+    units = {"prefill_time": "s", "prefill_tokens_per_second": "1/s", "decode_time": "ms"}
+    assert found == [(metric, length, unit, "fp8", 2) for length in (5, 20) for metric, unit in units.items()]
+    assert all(r["value"] > 0 for r in records)
+    assert "cache layout fp8: one request at a time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suite, options, words", [
+    ("decode", {"contexts": [10]}, "context 10 cannot be measured; take 17 to model.max_positions 4096"),
+    ("decode", {"contexts": [5000]}, "context 5000 cannot be measured"),
+    ("decode", {"contexts": ["4k"]}, "--contexts=4k are not numbers"),
+    ("decode", {"checkpoint": "DIR"}, "drop --checkpoint"),
+    ("generate", {"contexts": [4090]}, "needs contexts from 1 to 4063 tokens"),
+    ("generate", {"plot": "x.png"}, "draws no plot"),
+    ("kv", {"contexts": [64]}, "drop --contexts"),
+])  # fmt: skip
+def test_what_cannot_be_measured_is_one_line(suite, options, words):
+    with pytest.raises(UserError, match=words):
+        bench.run(suite, config=CONFIG, **options)
+
+
+def test_dense_and_sparse_need_an_indexer():
+    model = dataclasses.replace(MODEL, schedule=("hca",))
+    with pytest.raises(UserError, match="no csa layer"):
+        bench.run("decode", config=dataclasses.replace(CONFIG, model=model))

@@ -1,0 +1,84 @@
+"""Time to the first token, and of each token after it, of prompts that the engine really reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from flax import nnx
+
+from v4jax.config import Config, Model
+from v4jax.core.check import UserError
+from v4jax.core.tables import print_table
+from v4jax.models.transformer import Transformer
+from v4jax.serve.engine import Engine
+from v4jax.serve.sampling import SamplingParams
+from v4jax.tools.bench.measure import alternate
+from v4jax.tools.bench.report import record
+
+CONTEXTS = (256, 1024, 4096, 16_384)
+DECODED = 33  # tokens after a prompt
+
+
+def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS) -> list[dict]:
+    """Seconds to the first token and milliseconds a token after it, one request at a time, by length of the prompt.
+
+    The model has random weights, the cache is `config.cache` without prefixes, every prompt is new. Lengths are
+    measured in turn, `rounds` times. Raises UserError for lengths that cannot be measured.
+    """
+    contexts = sorted(set(contexts))
+    most = config.model.max_positions - DECODED
+    if not contexts or not 0 < contexts[0] <= contexts[-1] <= most:
+        raise UserError(f"suite 'generate' needs contexts from 1 to {most} tokens; give them as --contexts=256,1024")
+    model = dataclasses.replace(config.model, mtp_layers=0)
+    limits = dict(max_batch=1, max_seq_len=contexts[-1] + DECODED, speculative_tokens=0)
+    serve, cache = dataclasses.replace(config.serve, **limits), dataclasses.replace(config.cache, prefix=False)
+    engine = Engine(_random(model), serve, cache)
+    rng = np.random.default_rng(0)
+
+    def request(length: int):
+        return lambda: _times(engine, rng.integers(2, model.vocab_size, length).tolist())
+
+    for length in contexts:  # the programs depend on the sizes of the chunks alone
+        chunk = serve.prefill_chunk
+        request(length if length <= chunk else chunk + length % chunk)()
+    taken = alternate({length: request(length) for length in contexts}, rounds)
+    return _report(config, taken)
+
+
+def _random(model: Model) -> Transformer:
+    return Transformer(model, nnx.Rngs(0))
+
+
+def _times(engine: Engine, prompt: list[int]) -> tuple[float, float]:
+    """Seconds to the first token, and a token after it."""
+    start, stamps = time.perf_counter(), []
+    engine.add("request", prompt, SamplingParams(max_tokens=DECODED, temperature=0.0))
+    while engine.busy:
+        drawn = engine.step()
+        stamps += [time.perf_counter()] * len(drawn)
+    return stamps[0] - start, (stamps[-1] - stamps[0]) / (len(stamps) - 1)
+
+
+def _report(config: Config, taken: dict[int, list[tuple[float, float]]]) -> list[dict]:
+    at = {"config": config.name, "concurrency": 1, "precision": config.cache.layout}
+    rows, records = [], []
+    for length, times in taken.items():
+        first, later = [a for a, _ in times], [1e3 * b for _, b in times]
+        speed = [length / a for a in first]
+        rows.append([f"{length:,}", f"{statistics.median(first):.3g}", f"{statistics.median(speed):,.0f}",
+                     f"{statistics.median(later):.2f}"])  # fmt: skip
+        where = at | {"context": length}
+        records += [
+            record("generate", "prefill_time", first, "s", **where),
+            record("generate", "prefill_tokens_per_second", speed, "1/s", **where),
+            record("generate", "decode_time", later, "ms", **where),
+        ]
+    what = f"{config.name}, {config.model.dtype}, cache layout {config.cache.layout}"
+    title = f"{what}: one request at a time, {os.cpu_count()} CPU threads"
+    print_table(title, ["prompt", "s to the first token", "prompt tokens/s", "ms a token after it"], rows)
+    return records
