@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.serve.small import LIMITS, MODEL, Request, check_settled, draw_model, drive, new_books, tokens_of
+from tests.serve.small import LIMITS, MODEL, check_settled, draw_model, new_books, tokens_of
 from v4jax import config
 from v4jax.core.check import UserError
 from v4jax.models.transformer import Transformer
@@ -70,10 +70,11 @@ def test_rows_that_end_early_make_room_and_harm_nobody(engine, full_logits):
 
 def test_an_id_may_come_again_with_other_options(engine):
     """In the same row, so that nothing else tells one from the other."""
-    greedy, sampled = (Request(PROMPTS[0], s) for s in (GREEDY, SamplingParams(max_tokens=24, seed=3)))
-    first = [drive(engine, [request]) for request in (greedy, sampled)]
-    assert [drive(engine, [request]) for request in (sampled, greedy, sampled)] == [first[1], first[0], first[1]]
-    assert first[0] != first[1]
+    sampled = SamplingParams(max_tokens=24, seed=3)
+    first, second = tokens_of(engine, [PROMPTS[0]] * 2, [GREEDY, sampled])
+    assert first != second
+    for sampling, expected in [(GREEDY, first), (sampled, second), (GREEDY, first)]:
+        assert tokens_of(engine, [PROMPTS[0]], sampling) == [expected]
 
 
 def test_without_a_seed_every_answer_is_another(engine):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.golden import weights
+from v4jax import cli
 from v4jax.config import Cache, Config, Indexer, Moe, Serve
 from v4jax.core.check import UserError
 from v4jax.serve import programs
@@ -122,6 +123,7 @@ def test_generate_reads_prompts_through_the_engine(monkeypatch, capsys):
     ("generate", {"contexts": [4090]}, "needs contexts from 1 to 4063 tokens"),
     ("generate", {"plot": "x.png"}, "draws no plot"),
     ("kv", {"contexts": [64]}, "drop --contexts"),
+    ("decode", {"plot": "no/such/x.png"}, "there is no directory for no/such/x.png"),
 ])  # fmt: skip
 def test_what_cannot_be_measured_is_one_line(suite, options, words):
     with pytest.raises(UserError, match=words):
@@ -132,3 +134,12 @@ def test_dense_and_sparse_need_an_indexer():
     model = dataclasses.replace(MODEL, schedule=("hca",))
     with pytest.raises(UserError, match="no csa layer"):
         bench.run("decode", config=dataclasses.replace(CONFIG, model=model))
+
+
+def test_contexts_come_from_the_command_line(capsys):
+    assert cli.main(["bench", "--suite=decode", "--config=tiny", "--contexts=64,4k"]) == 1
+    assert capsys.readouterr().err == "v4jax: --contexts=64,4k are not numbers; such as 1024,4096\n"
+
+
+def test_contexts_on_the_axis_are_short():
+    assert [decode._short(context) for context in (20, 1024, 4096, 1_048_576)] == ["20", "1k", "4k", "1M"]

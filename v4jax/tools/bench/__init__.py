@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Sequence
 
 from v4jax.config import Config, load
 from v4jax.core.check import UserError
 from v4jax.core.tables import write_json
 
-SUITES = ("decode", "generate", "kv", "peer", "train")
+SUITES = ("decode", "generate", "kv", "peer", "serve", "train")
 _WITH_CONTEXTS, _WITH_PLOT = ("decode", "generate"), ("decode",)
 
 
@@ -34,7 +35,10 @@ def run(
         raise UserError(f"suite {suite!r} draws no plot: drop --plot")
     if contexts and suite not in _WITH_CONTEXTS:
         raise UserError(f"suite {suite!r} has lengths of its own: drop --contexts")
-    from v4jax.tools.bench import decode, generate, kv, peer, train
+    for path in filter(None, (json, plot)):
+        if not pathlib.Path(path).parent.is_dir():  # told now: some suites run for an hour
+            raise UserError(f"there is no directory for {path}; create it first")
+    from v4jax.tools.bench import decode, generate, kv, peer, serve, train
 
     config = config or load("small")
     lengths = {"contexts": _lengths(contexts)} if contexts else {}
@@ -43,6 +47,7 @@ def run(
         "generate": lambda: generate.run(config, rounds, **lengths),
         "kv": lambda: kv.run(config),
         "peer": lambda: peer.run(config, rounds),
+        "serve": lambda: serve.run(config, rounds),
         "train": lambda: train.run(config, rounds),
     }
     records = suites[suite]()

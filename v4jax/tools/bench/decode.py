@@ -51,7 +51,7 @@ def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS, plot: s
     """
     model = dataclasses.replace(config.model, mtp_layers=0, kv_qdq=False)
     contexts = _checked(model, contexts)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     arms = _arms(model, max(contexts))
     tokens = np.random.default_rng(0).integers(2, model.vocab_size, STEPS + 1)
     cells = {}
@@ -196,7 +196,7 @@ def _report(name: str, model: Model, contexts: list[int], seconds, load: float |
     records += _trend(contexts, middle, at)
     print(f"dense: every compressed entry, sparse: the top {model.indexer.topk}; {model.dtype} products; "
           f"medians of {len(next(iter(ms.values())))} x {STEPS} steps, arms in turn; {os.cpu_count()} CPU threads, "
-          f"load average {'unknown' if load is None else f'{load:.1f}'}.\n"
+          f"load average {'unknown' if load is None else load}.\n"
           "The entries are random numbers of unit variance, not those of a prompt that was read.")  # fmt: skip
     records += _control(contexts, ms, at)
     if plot:
@@ -257,10 +257,18 @@ def _plot(path: str, name: str, contexts: list[int], middle, bounds) -> None:
         axes.errorbar(contexts, times, yerr=bars, fmt=styles[layout], color=colors[kind], capsize=3, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(contexts, [f"{c // 1024}k" if c % 1024 == 0 else f"{c}" for c in contexts])
+    axes.set_xticks(contexts, [_short(context) for context in contexts])
     axes.set(xlabel="context (tokens)", ylabel="ms a token", title=f"Decode step of one sequence, {name}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     partial = f"{path}.partial"
     figure.savefig(partial, dpi=120, format="png")
     os.replace(partial, path)
+
+
+def _short(tokens: int) -> str:
+    """1048576 as 1M, 4096 as 4k."""
+    for letter, size in (("M", 2**20), ("k", 2**10)):
+        if tokens % size == 0:
+            return f"{tokens // size}{letter}"
+    return str(tokens)

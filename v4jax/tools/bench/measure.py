@@ -30,11 +30,11 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def spread(values: list[float]) -> float:
-    """Half the distance between the quartiles, as a fraction of the median."""
-    if len(values) < 3:
-        return (max(values) - min(values)) / 2 / statistics.median(values)
-    low, middle, high = statistics.quantiles(values, n=4)
-    return (high - low) / 2 / middle
+    """Half the distance between the quartiles, as a fraction of the median; 0 where all are equal."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    if len(values) > 2:
+        low, middle, high = statistics.quantiles(values, n=4)
+    return (high - low) / 2 / middle if high > low else 0.0
 
 
 def machine() -> dict[str, float]:
