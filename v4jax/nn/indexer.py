@@ -12,6 +12,9 @@ from v4jax.nn.rope import rotate
 from v4jax.nn.state import View
 
 _PIECE = 1024  # entries that are scored at once
+_FEW = 8  # queries of a decode step, drafts included: up to so many, keys are the left operand of their products
+_FEW_NUMBERS = 2**17  # numbers in the keys of a piece that a decode step scores at once
+_TILE = 64  # queries that XLA:CPU scores at once: with a piece of keys their scores still fit its caches
 
 
 class Indexer(nnx.Module):
@@ -59,22 +62,56 @@ def search(q_BTJL: jax.Array, w_BTJ: jax.Array, view: View, readable, limit: jax
     readable(first, count) gives the mask of a piece, bool [B, T, count]; entries from `limit` (int32) on are visible to
     nobody and are not looked at.
     """
-    piece = min(_PIECE, view.size)
-    B, T = q_BTJL.shape[:2]
+    B, T, _, L = q_BTJL.shape
     q_BTJL, w_BTJ = jax.lax.stop_gradient((q_BTJL, w_BTJ))
+    few = T <= _FEW
+    piece = min(_PIECE, view.size)
+    big = max(1, min(_FEW_NUMBERS // L, view.size) // piece) * piece if few else piece
 
-    def look(i, best):
+    def look(first, count, best):
         values_BTK, picks_BTK = best
-        first = i * piece
-        scores = score(q_BTJL, w_BTJ, jax.lax.stop_gradient(view.keys(first, piece)))
+        keys_BCL = jax.lax.stop_gradient(view.keys(first, count))
+        if few:
+            scores = _score_few(q_BTJL, w_BTJ, keys_BCL)
+        else:
+            scores = jax.lax.platform_dependent(q_BTJL, w_BTJ, keys_BCL, cpu=_score_tiled, default=score)
         scores = jnp.where(scores == 0, 0.0, scores)  # top_k sorts -0 below +0; products of relu give both
-        scores = jnp.where(readable(first, piece), scores, -jnp.inf)
-        index = jnp.broadcast_to(first + jnp.arange(piece, dtype=jnp.int32), scores.shape)
+        scores = jnp.where(readable(first, count), scores, -jnp.inf)
+        index = jnp.broadcast_to(first + jnp.arange(count, dtype=jnp.int32), scores.shape)
         values_BTK, at = jax.lax.top_k(jnp.concatenate([values_BTK, scores], -1), k)
         return values_BTK, jnp.take_along_axis(jnp.concatenate([picks_BTK, index], -1), at, -1)
 
-    best = jnp.full((B, T, k), -jnp.inf), jnp.full((B, T, k), -1, jnp.int32)
-    return jax.lax.fori_loop(0, -(-limit // piece), look, best)[1]
+    best, done = (jnp.full((B, T, k), -jnp.inf), jnp.full((B, T, k), -1, jnp.int32)), 0
+    if big > piece:  # whole big pieces first, so that what is left to the small ones is short
+        done = limit // big
+        best = jax.lax.fori_loop(0, done, lambda i, best: look(i * big, big, best), best)
+        done *= big // piece
+    return jax.lax.fori_loop(done, -(-limit // piece), lambda i, best: look(i * piece, piece, best), best)[1]
+
+
+def _score_few(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BCL: jax.Array) -> jax.Array:
+    """`score` for few queries: as right operands XLA:CPU would transpose the keys, half of a step at a million tokens.
+
+    The sum over heads is one product of all queries' heads, each with its own column of weights.
+    """
+    dots_BCTJ = jnp.einsum("BCL,BTJL->BCTJ", keys_BCL, q_BTJL, preferred_element_type=jnp.float32)
+    B, C, T, J = dots_BCTJ.shape
+    own_TT = jnp.eye(T, dtype=w_BTJ.dtype)
+    w_BXT = jnp.einsum("BTJ,TU->BTJU", w_BTJ, own_TT).reshape(B, T * J, T)
+    scores_BCT = jnp.einsum("BCX,BXT->BCT", jax.nn.relu(dots_BCTJ).reshape(B, C, T * J), w_BXT)
+    return jnp.moveaxis(scores_BCT, 1, 2)
+
+
+def _score_tiled(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BCL: jax.Array) -> jax.Array:
+    """`score` in tiles of queries, so that the scores of single heads do not go through memory."""
+    B, T, J, L = q_BTJL.shape
+    size = min(_TILE, T)
+    if T % size:
+        return score(q_BTJL, w_BTJ, keys_BCL)
+    tiles = lambda a: a.reshape(B * (T // size), 1, size, *a.shape[2:])
+    row = jnp.repeat(jnp.arange(B), T // size)
+    one = lambda tile: score(*tile[:2], jax.lax.dynamic_slice_in_dim(keys_BCL, tile[2], 1))
+    return jax.lax.map(one, (tiles(q_BTJL), tiles(w_BTJ), row)).reshape(B, T, -1)
 
 
 def visible(order_BT: jax.Array, ratio: int, first: jax.Array | int, count: int) -> jax.Array:
