@@ -13,7 +13,7 @@ from v4jax import config
 from v4jax.core.check import UserError
 from v4jax.nn.kept import Kept
 from v4jax.serve import programs
-from v4jax.serve.engine import Engine, check_limits
+from v4jax.serve.engine import Engine, check_limits, chunk_sizes
 from v4jax.serve.sampling import SamplingParams
 
 RNG = np.random.default_rng(0)
@@ -138,3 +138,11 @@ def test_a_model_without_the_layer_cannot_speculate(model):
     plain = dataclasses.replace(MODEL, mtp_layers=0)
     with pytest.raises(UserError, match="needs a model with an MTP layer"):
         check_limits(plain, dataclasses.replace(LIMITS, speculative_tokens=1), config.Cache())
+
+
+def test_prompt_chunks_come_in_few_sizes():
+    assert chunk_sizes(1024) == [16, 64, 256, 512, 768, 1024]
+    assert chunk_sizes(4096) == [16, 64, 256, 1024, 2048, 3072, 4096]
+    for longest in range(1, 200):
+        sizes = chunk_sizes(longest)
+        assert sizes[-1] >= longest and sizes == sorted(set(sizes)) and len(sizes) <= 6

@@ -34,8 +34,7 @@ from v4jax.serve.scheduler import Scheduler
 from v4jax.serve.sequence import Plan, Sequence, State
 
 _ENDED = (State.FINISHED, State.CANCELLED, State.FAILED)
-_LEAST_CHUNK, _CHUNK_STEP = 16, 4  # prompt chunks are padded to 16, 64, 256, ... tokens: few programs
-
+_LEAST_CHUNK = 16  # tokens
 
 _NOT_FINITE = Sampled(np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))  # what a chunk that is not draws
 
@@ -80,6 +79,8 @@ class Engine:
             Blocks(pages, kept), slots, block, block if limits.batch_invariant else limits.prefill_chunk,
             record_every=cache.record_every, lookahead=k, replay=limits.batch_invariant,
         )  # fmt: skip
+        longest = self.scheduler.chunk
+        self._sizes = [longest] if limits.batch_invariant else chunk_sizes(longest)
         self._seed = self._digest(variables) if cache.prefix else None
         self._live = self._allocate(model, pages, 1 + slots + len(kept), self.scheduler.slack + k)
         self._heads = Heads(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
@@ -180,7 +181,7 @@ class Engine:
         return row
 
     def _prefill(self, sequence: Sequence, start: int, count: int, last: bool):
-        size = self._chunk(count)
+        size = next(size for size in self._sizes if size >= count)
         tokens = np.zeros(size + 1, np.int32)
         known = sequence.tokens[start : start + count + 1]
         tokens[: len(known)] = known
@@ -195,13 +196,6 @@ class Engine:
         options = batch_options([self._sampling[sequence.id]], 1)
         logits_BTV = programs.logits(self._structure, self._weights, x_11XD)
         return finite, self._draw(logits_BTV, place, options, x_11XD)
-
-    def _chunk(self, count: int) -> int:
-        """Tokens that a chunk of `count` is padded to; in invariant mode always the same."""
-        size, most = _LEAST_CHUNK, self.scheduler.chunk
-        while size < count and not self.limits.batch_invariant:
-            size *= _CHUNK_STEP
-        return most if self.limits.batch_invariant else min(size, max(most, _LEAST_CHUNK))
 
     def _decode(self, sequences: list[Sequence]):
         batch = tuple((sequence.slot, sequence.id) for sequence in sequences)
@@ -269,6 +263,17 @@ class Engine:
         """Counts of sequences, pages and prefix hits; `kv_bytes`: of all arrays of the cache."""
         held = sum(a.nbytes for a in jax.tree.leaves(self._live))
         return self.scheduler.stats() | {"kv_bytes": held}
+
+
+def chunk_sizes(longest: int) -> list[int]:
+    """What prompt chunks of up to `longest` tokens are padded to, ascending: 16, 64, ..., and then quarters of the
+    longest. Few programs, and little padding where it costs most."""
+    sizes = {max(_LEAST_CHUNK, longest * quarters // 4) for quarters in (1, 2, 3, 4)}
+    size = _LEAST_CHUNK
+    while size < longest // 4:
+        sizes.add(size)
+        size *= 4
+    return sorted(sizes)
 
 
 def check_limits(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
