@@ -67,6 +67,18 @@ def test_arms_read_what_they_say():
     assert not np.allclose(logits("A1", 82), logits("A3", 82), rtol=1e-4, atol=1e-5)
 
 
+def test_quality_is_zero_where_nothing_differs_and_small_in_fp8():
+    arms = decode._arms(MODEL, max(CONTEXTS))
+    heads = [decode._heads(token, 290 + token) for token in range(2, 6)]
+    found = decode._quality(arms, heads)
+    assert set(found) == {("A3", "A1"), ("A2", "A0")} and all(0 < kl < 0.05 and same <= 1 for kl, same in found.values())
+    same = decode._quality(arms | {"A3": arms["A1"], "A2": arms["A0"]}, heads)
+    assert all(value == (0.0, 1.0) for value in same.values())
+
+
+QUALITY = {("A3", "A1"): (1e-3, 0.5), ("A2", "A0"): (2e-3, 1.0)}
+
+
 def seconds_of(per_context, rounds=5, **factors):
     """What the arms took: a time by context, times a factor by arm."""
     return {
@@ -79,7 +91,7 @@ def seconds_of(per_context, rounds=5, **factors):
 def test_ratios_fit_and_growth_of_known_times(capsys):
     times = {4096: 2e-3, 65_536: 2e-3 + 61_440e-8, 1_048_576: 2e-3 + 1_044_480e-8}
     seconds = seconds_of(times, A0=4.0, A1=0.5, A2=2.0)
-    records = decode._report("mine", MODEL, list(times), seconds, 0.5, None)
+    records = decode._report("mine", MODEL, list(times), seconds, dict.fromkeys(times, QUALITY), 0.5, None)
     assert "WARNING" not in capsys.readouterr().out
     value = lambda metric, arm, **at: next(
         r["value"] for r in records if r["metric"] == metric and r["arm"] == arm and at.items() <= r.items()
@@ -90,10 +102,12 @@ def test_ratios_fit_and_growth_of_known_times(capsys):
     assert value("decode_slope", "A3") == pytest.approx(1e-5)
     assert value("decode_fixed", "A0") == pytest.approx(4 * (2 - 4096e-5))
     assert value("control", "A3/A3'", context=4096) == 1
+    assert value("decode_kl", "A3/A1", context=4096) == 1e-3
+    assert value("decode_same_token", "A2/A0", context=4096) == 1
 
 
 def test_a_control_that_differs_is_told(capsys):
-    decode._report("mine", MODEL, [64], seconds_of({64: 1e-3}, **{"A3'": 1.08}), 0.5, None)
+    decode._report("mine", MODEL, [64], seconds_of({64: 1e-3}, **{"A3'": 1.08}), {64: QUALITY}, 0.5, None)
     assert "WARNING: the A/A control differs by 8.0% (at 64 tokens): do not trust" in capsys.readouterr().out
 
 

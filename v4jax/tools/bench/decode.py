@@ -38,6 +38,7 @@ CONTEXTS = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
 STEPS = 16  # decode steps of a measurement, the last ones of the context
 _ARM, _CONTROL, _TOLERANCE = "A3", "A3'", 0.05
 _SPEEDUPS = (("A3", "A0"), ("A1", "A0"), ("A2", "A0"), ("A3", "A1"))
+_QUALITY = (("A3", "A1"), ("A2", "A0"))  # pairs that differ in the layout alone
 _GROWTH_FROM = 4096
 _AT_ONCE = 64  # pages filled at once
 _RECORD = 1  # of the one row; record 0 is the engine's for rows of padding
@@ -54,14 +55,13 @@ def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS, plot: s
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     arms = _arms(model, max(contexts))
     tokens = np.random.default_rng(0).integers(2, model.vocab_size, STEPS + 1)
-    cells = {}
+    cells, quality = {}, {}
     for context in contexts:
         heads = [_heads(token, context - STEPS - 1 + i) for i, token in enumerate(tokens)]
+        quality[context] = _quality(arms, heads)
         cells |= {(context, name): functools.partial(arm.seconds, heads) for name, arm in arms.items()}
-    for cell in cells.values():
-        cell()
     seconds = alternate(cells, rounds)
-    return _report(config.name, model, contexts, seconds, load, plot)
+    return _report(config.name, model, contexts, seconds, quality, load, plot)
 
 
 def _checked(model: Model, contexts: Sequence[int]) -> list[int]:
@@ -172,7 +172,19 @@ def fit(contexts: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
     return float(fixed), float(slope)
 
 
-def _report(name: str, model: Model, contexts: list[int], seconds, load: float | None, plot: str | None) -> list[dict]:
+def _quality(arms: dict[str, _Arm], heads: list[Heads]) -> dict[tuple[str, str], tuple[float, float]]:
+    """Mean KL in nats from the second of each pair to the first over the steps, and the share of equal greedy tokens."""
+    out, names = {}, dict.fromkeys(name for pair in _QUALITY for name in pair)
+    log_p = {name: np.concatenate([jax.nn.log_softmax(arms[name]._step(each)[0]) for each in heads]) for name in names}
+    for one, other in _QUALITY:
+        kl = np.sum(np.exp(log_p[other]) * (log_p[other] - log_p[one]), axis=-1)
+        out[one, other] = float(kl.mean()), float(np.mean(log_p[one].argmax(-1) == log_p[other].argmax(-1)))
+    return out
+
+
+def _report(
+    name: str, model: Model, contexts: list[int], seconds, quality, load: float | None, plot: str | None
+) -> list[dict]:
     ms = {cell: [1e3 * value for value in values] for cell, values in seconds.items()}
     middle = {cell: statistics.median(values) for cell, values in ms.items()}
     bounds = {cell: interval(values) for cell, values in ms.items()}
@@ -190,14 +202,21 @@ def _report(name: str, model: Model, contexts: list[int], seconds, load: float |
             (low, high), where = interval(ratios), at | {"arm": f"{fast}/{slow}", "context": context}
             row.append(f"{statistics.median(ratios):.2f}x")
             records.append(record("decode", "decode_speedup", ratios, "ratio", low=low, high=high, **where))
+        for one, other in _QUALITY:
+            (kl, same), where = quality[context][one, other], at | {"arm": f"{one}/{other}", "context": context}
+            row.append(f"{kl:.1e}, {same:.0%}")
+            records.append(record("decode", "decode_kl", [kl], "nats", **where))
+            records.append(record("decode", "decode_same_token", [same], "share", **where))
         rows.append(row)
-    title = f"{name}: ms a decode step of one sequence [95% interval], and ratios of speed"
-    print_table(title, ["context", *ARMS, *map("/".join, _SPEEDUPS)], rows)
+    title = f"{name}: ms a decode step of one sequence [95% interval], ratios of speed, and what FP8 changes"
+    header = [f"KL, same token: {one} to {other}" for one, other in _QUALITY]
+    print_table(title, ["context", *ARMS, *map("/".join, _SPEEDUPS), *header], rows)
     records += _trend(contexts, middle, at)
     print(f"dense: every compressed entry, sparse: the top {model.indexer.topk}; {model.dtype} products; "
           f"medians of {len(next(iter(ms.values())))} x {STEPS} steps, arms in turn; {os.cpu_count()} CPU threads, "
           f"load average {'unknown' if load is None else load}.\n"
-          "The entries are random numbers of unit variance, not those of a prompt that was read.")  # fmt: skip
+          "Weights and entries are random numbers, entries of unit variance; what FP8 costs a trained model is told by"
+          " `v4jax eval --suite=fp8`.")  # fmt: skip
     records += _control(contexts, ms, at)
     if plot:
         _plot(plot, name, contexts, middle, bounds)
