@@ -9,9 +9,10 @@ from v4jax.nn import qdq
 from v4jax.nn.compressor import Compressor
 from v4jax.nn.indexer import visible
 from v4jax.nn.state import Chunk, Past, View
-from v4jax.nn.window import Part, WindowAttention, attend
+from v4jax.nn.window import FEW, Part, WindowAttention, attend
 
 _WHOLE = 1024  # up to this many entries are read in one go, more in pieces, as far as they are visible
+_FEW_PIECE = 1024  # entries of a piece where queries are few: their logits are small
 
 
 class HCAttention(WindowAttention):
@@ -37,7 +38,7 @@ class HCAttention(WindowAttention):
         readable = self.readable(order_BT, segments_BT, view)
         if view.size <= _WHOLE:
             return attend(q_BTNH, view.rows(0, view.size), readable(0, view.size))[0], None
-        size = self.piece
+        size = self.piece if order_BT.shape[1] > FEW else _FEW_PIECE
         read = lambda i: attend(q_BTNH, view.rows(i * size, size), readable(i * size, size))[0]
         last = -(-self.limit(order_BT) // size)
         return jax.lax.fori_loop(1, last, lambda i, part: part.joined(read(i)), read(0)), None

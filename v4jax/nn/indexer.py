@@ -10,10 +10,11 @@ from v4jax.nn.compressor import Compressor
 from v4jax.nn.linear import project, weight
 from v4jax.nn.rope import rotate
 from v4jax.nn.state import View
+from v4jax.nn.window import FEW
 
 _PIECE = 1024  # entries that are scored at once
-_FEW = 8  # queries of a decode step, drafts included: up to so many, keys are the left operand of their products
-_FEW_NUMBERS = 2**17  # numbers in the keys of a piece that a decode step scores at once
+_FEW_NUMBERS = 2**17  # numbers in the keys of a small piece of a decode step; a big one has `_BIG` times as many
+_BIG = 4
 _TILE = 64  # queries that XLA:CPU scores at once: with a piece of keys their scores still fit its caches
 
 
@@ -64,9 +65,9 @@ def search(q_BTJL: jax.Array, w_BTJ: jax.Array, view: View, readable, limit: jax
     """
     B, T, _, L = q_BTJL.shape
     q_BTJL, w_BTJ = jax.lax.stop_gradient((q_BTJL, w_BTJ))
-    few = T <= _FEW
-    piece = min(_PIECE, view.size)
-    big = max(1, min(_FEW_NUMBERS // L, view.size) // piece) * piece if few else piece
+    few = T <= FEW
+    piece = min(max(_PIECE, _FEW_NUMBERS // L) if few else _PIECE, view.size)
+    big = _BIG * piece if few and _BIG * piece <= view.size else piece
 
     def look(first, count, best):
         values_BTK, picks_BTK = best

@@ -21,7 +21,7 @@ from v4jax.nn.state import Chunk, Past, Rows, View, pytree
 
 _BLOCK = 128  # queries of a block, rounded down to whole windows
 _FLOOR = -1e30  # peak of a query that sees nothing: finite, so that its sums are 0 and not NaN
-_FEW = 8  # queries of a decode step, drafts included
+FEW = 8  # queries of a decode step, drafts included: up to so many, what is read is the left operand of products
 _AT_ONCE = 8  # more blocks than this are walked one by one, and their softmax is computed anew in the backward pass
 
 
@@ -157,7 +157,7 @@ def attend(q_BTNH: jax.Array, keys: jax.Array, mask_BTS: jax.Array) -> tuple[Par
     """
     letters = "BSH" if keys.ndim == 3 else "BTSH"
     keys = keys.astype(q_BTNH.dtype)
-    if q_BTNH.shape[1] <= _FEW:  # keys on the left: on the right XLA:CPU would transpose them first
+    if q_BTNH.shape[1] <= FEW:  # keys on the left: on the right XLA:CPU would transpose them first
         out = "BSTN" if keys.ndim == 3 else "BTSN"
         logits = jnp.einsum(f"{letters},BTNH->{out}", keys, q_BTNH, preferred_element_type=jnp.float32)
         logits = jnp.moveaxis(logits, out.index("S"), -1)
