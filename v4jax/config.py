@@ -65,6 +65,7 @@ class HyperConnection:
 
 
 LAYER_KINDS = ("swa", "csa", "hca")
+MODALITIES = ("text",)  # kinds of input that this version's models read
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class Model:
     eos_id: int = 1
     dtype: str = "bfloat16"  # of activations and matrix products; norms, router, mHC, softmax are float32
     kv_qdq: bool = False  # simulate FP8 entries and FP4 index keys (spec 2.4); transformers does not
+    modalities: tuple[str, ...] = MODALITIES  # of one token stream; any other than text is refused in this version
+    engram_layers: tuple[int, ...] = ()  # layers with n-gram tables; any is refused in this version
     rope: Rope = field(default_factory=Rope)
     indexer: Indexer = field(default_factory=Indexer)
     moe: Moe = field(default_factory=Moe)
@@ -285,6 +288,10 @@ def _validate_model(m: Model) -> None:
     _require(0 <= m.moe.hash_layers <= m.layers, f"model.moe.hash_layers {m.moe.hash_layers} exceeds {m.layers} layers")
     _require(m.mtp_layers in (0, 1), f"model.mtp_layers must be 0 or 1, got {m.mtp_layers}")
     _require(m.dtype in ("bfloat16", "float32"), f"model.dtype must be bfloat16 or float32, got {m.dtype!r}")
+    for kind in m.modalities:
+        _require(kind in MODALITIES, f"model.modalities has {kind!r}; this version reads {', '.join(MODALITIES)} only")
+    _require(m.modalities != (), "model.modalities is empty; a model reads at least text")
+    _require(not m.engram_layers, f"model.engram_layers is {m.engram_layers}; this version has no Engram, leave it ()")
     if m.kv_qdq:
         L = m.indexer.head_dim
         _require(
