@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> Config:
             yarn_factor=16.0, yarn_original=65_536, yarn_beta_fast=32.0, yarn_beta_slow=1.0,
         ),
         indexer=Indexer(heads=64, head_dim=128, topk=1024),  # as Pro: 1024 of the 262,144 entries at 1M tokens
-        # Sparsity of Pro (6 of 384 = 8 of 512 = 1.56 %), in experts a third narrower: 512 is a power of two, so that any
+        # Sparsity of Pro (6 of 384 = 8 of 512 = 1.56 %), in experts a third narrower: 512 is a power of two, so any
         # expert axis up to 512 splits them, and 2048 = 16 x 128 fills the matrix units of every listed chip at up to 16
         # tensor shards. Eight routed experts make 15.4B active, attention 11.8B, the head 0.8B; two shared ones (Pro's
         # 3072 would be one and a half) bring the sum to 32.1B.
@@ -52,6 +52,6 @@ def get_config(arg: str = "") -> Config:
         model=model,
         # Between the rates of Flash (2.7e-4) and Pro (2.0e-4), by the logarithm of active parameters: 2.2e-4.
         data=Data(seq_len=4096),
-        train=Train(lr=2.2e-4, adam_lr=2.2e-4, final_lr=0.1, warmup=2000, batch_size=1024, scan=True),
+        train=Train(lr=2.2e-4, adam_lr=2.2e-4, final_lr=0.1, warmup=2000, batch_size=1024, scan=True, remat=True),
         serve=Serve(max_batch=64, max_seq_len=1_048_576, prefill_chunk=8192),
     )
