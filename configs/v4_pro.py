@@ -41,6 +41,6 @@ def get_config(arg: str = "") -> Config:
         model=model,
         # Training: peak rate, its last value and the warm-up of spec 8.3; the first stage's rows of 4K.
         data=Data(seq_len=4096),
-        train=Train(lr=2.0e-4, adam_lr=2.0e-4, final_lr=0.1, warmup=2000, batch_size=1024, scan=True),
+        train=Train(lr=2.0e-4, adam_lr=2.0e-4, final_lr=0.1, warmup=2000, batch_size=1024, scan=True, remat=True),
         serve=Serve(max_batch=64, max_seq_len=1_048_576, prefill_chunk=8192),
     )

@@ -25,9 +25,26 @@ from v4jax.core.memory import keep_heap
 
 
 def _train(values: flags.FlagValues, config: config_lib.Config) -> None:
+    from v4jax.parallel import distributed
+
+    distributed.start(_place(values), values.join_timeout)
     from v4jax.train import loop
 
     loop.train(config, values.workdir or f"runs/{config.name}")
+
+
+def _place(values: flags.FlagValues):
+    """The place of this process in a run of several: by flags, or by what a launcher left in the environment."""
+    from v4jax.parallel.distributed import Place, where
+
+    if values.coordinator is None:
+        return where(os.environ)
+    if values.num_processes is None or values.process_id is None:
+        raise UserError("--coordinator needs --num_processes and --process_id, the number of this one from 0")
+    if not 0 <= values.process_id < values.num_processes:
+        raise UserError(f"--process_id={values.process_id} must lie in 0..{values.num_processes - 1}")
+    devices = tuple(map(int, values.local_devices)) if values.local_devices else None
+    return Place("flags", values.coordinator, values.num_processes, values.process_id, devices)
 
 
 def _generate(values: flags.FlagValues, _: None) -> None:
@@ -45,6 +62,12 @@ def _convert(values: flags.FlagValues, _: None) -> None:
     from v4jax.checkpoint import convert
 
     convert.convert(values.source, values.target, **given(values, "format", "dtype"))
+
+
+def _plan(values: flags.FlagValues, config: config_lib.Config) -> None:
+    from v4jax.tools import plan
+
+    plan.run(config, values.topology, **given(values, "mode", "context", "concurrency", "analytic", "json"))
 
 
 def _bench(values: flags.FlagValues, config: config_lib.Config | None) -> None:
@@ -69,7 +92,15 @@ COMMANDS = {
     "train": Command(
         _train, "train a model, or resume a run that was stopped",
         "v4jax train --config=tiny --workdir=runs/tiny --config.train.steps=200",
-        (Flag("workdir", "directory of the run (default: runs/<name of the config>)"),),
+        (
+            Flag("workdir", "directory of the run (default: runs/<name of the config>)"),
+            Flag("coordinator", "HOST:PORT of process 0, where no launcher tells it"),
+            Flag("num_processes", "processes of the run", flags.DEFINE_integer, options={"lower_bound": 1}),
+            Flag("process_id", "number of this process", flags.DEFINE_integer, options={"lower_bound": 0}),
+            Flag("local_devices", "GPUs of this process, such as 0,1 (default: all it sees)", flags.DEFINE_list),
+            Flag("join_timeout", "seconds to wait for all processes", flags.DEFINE_integer, 300,
+                 options={"lower_bound": 1}),
+        ),
         has_config=True, default_config="tiny",
     ),
     "generate": Command(
@@ -103,6 +134,24 @@ COMMANDS = {
                  options={"enum_values": ["huggingface", "orbax"]}),
             _DTYPE,
         ),
+    ),
+    "plan": Command(
+        _plan, "what a model needs on a topology, before a machine is rented",
+        "v4jax plan --config=v4_1t --topology=v5p:8x8x8 --mode=train --analytic",
+        (
+            Flag("topology", "chip and shape, such as v5p:8x8x8, v5e:16x16x4slices or h100:64",
+                 options={"required": True}),
+            Flag("mode", "train, prefill or decode (default: train)", flags.DEFINE_enum, "train",
+                 options={"enum_values": ["train", "prefill", "decode"]}),
+            Flag("context", "tokens of a row (default: the config's)", flags.DEFINE_integer,
+                 options={"lower_bound": 1}),
+            Flag("concurrency", "rows of a step (default: the config's)", flags.DEFINE_integer,
+                 options={"lower_bound": 1}),
+            Flag("analytic", "the closed form alone, in a second; else TPU programs are compiled", flags.DEFINE_bool,
+                 False),
+            _JSON,
+        ),
+        has_config=True, default_config="tiny",
     ),
     "bench": Command(
         _bench, "measure speed, as ratios taken in one run",

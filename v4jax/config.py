@@ -65,6 +65,7 @@ class HyperConnection:
 
 
 LAYER_KINDS = ("swa", "csa", "hca")
+MODALITIES = ("text",)  # kinds of input that this version's models read
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class Model:
     eos_id: int = 1
     dtype: str = "bfloat16"  # of activations and matrix products; norms, router, mHC, softmax are float32
     kv_qdq: bool = False  # simulate FP8 entries and FP4 index keys (spec 2.4); transformers does not
+    modalities: tuple[str, ...] = MODALITIES  # of one token stream; any other than text is refused in this version
+    engram_layers: tuple[int, ...] = ()  # layers with n-gram tables; any is refused in this version
     rope: Rope = field(default_factory=Rope)
     indexer: Indexer = field(default_factory=Indexer)
     moe: Moe = field(default_factory=Moe)
@@ -139,6 +142,7 @@ class Train:
     indexer_weight: float = 1.0
     bias_rate: float = 1e-3
     scan: bool = False  # hold repeated layers stacked and scan them: long models compile, small ones run faster without
+    remat: bool = False  # keep only the streams between layers for the backward pass: a third more work, less memory
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0  # 0: only at the end
@@ -170,6 +174,35 @@ class Cache:
     record_every: int = 0  # and one every so many blocks of a prompt
 
 
+MESH_AXES = ("slice", "data", "fsdp", "expert", "context", "tensor")  # slowest network first
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices by axis. The layout's `fill` axis, where it is left at 1, takes the devices that the others leave."""
+
+    layout: str = ""  # of configs/mesh, or a file; "": one device
+    slice: int = 1  # whole slices (pods), joined by the data-centre network
+    data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+
+
+Rule = tuple[str, tuple[str, ...]]  # a logical axis and the mesh axes that split it, major first
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which mesh axes split which logical axes (`core/axes.py`); what no rule names is whole on every device."""
+
+    name: str
+    fill: str
+    weights: tuple[Rule, ...] = ()  # of parameters with two axes or more; vectors are whole everywhere
+    activations: tuple[Rule, ...] = ()  # batch, token, vocab
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything one run needs."""
@@ -180,6 +213,7 @@ class Config:
     train: Train = field(default_factory=Train)
     serve: Serve = field(default_factory=Serve)
     cache: Cache = field(default_factory=Cache)
+    mesh: Mesh = field(default_factory=Mesh)
 
 
 # --- reading and writing -----------------------------------------------------------------------------------------
@@ -211,7 +245,12 @@ def from_dict(cls, values: dict, path: str = ""):
 
 def preset_names() -> list[str]:
     """Names that `--config=` accepts without a path."""
-    return sorted(p.stem for p in _preset_dir().glob("*.py") if not p.stem.startswith("_"))
+    return _stems(_preset_dir())
+
+
+def layout_names() -> list[str]:
+    """Names that `--config.mesh.layout=` accepts without a path."""
+    return _stems(_preset_dir() / "mesh")
 
 
 def load(spec: str) -> Config:
@@ -220,17 +259,32 @@ def load(spec: str) -> Config:
     Raises ConfigError for an unknown name (with the nearest one) or a file without `get_config`.
     """
     name, _, arg = spec.partition(":")
-    path = pathlib.Path(name) if name.endswith(".py") else _preset_dir() / f"{name}.py"
+    return validate(_function(name, _preset_dir(), "get_config", "config")(arg))
+
+
+def load_layout(name: str) -> Layout:
+    """Read a rule table by its name in configs/mesh, or by file path. Raises ConfigError as `load` does."""
+    return _function(name, _preset_dir() / "mesh", "get_layout", "mesh layout")()
+
+
+def _function(name: str, directory: pathlib.Path, function: str, what: str):
+    """`function` of the preset `name` in `directory`, or of the file of that path."""
+    path = pathlib.Path(name) if name.endswith(".py") else directory / f"{name}.py"
     if not path.is_file():
-        near = difflib.get_close_matches(pathlib.Path(name).stem, preset_names(), n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}?" if near else f"presets: {', '.join(preset_names())}"
-        raise ConfigError(f"no config {name!r}; {hint}")
+        known = _stems(directory)
+        near = difflib.get_close_matches(pathlib.Path(name).stem, known, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]!r}?" if near else f"{what}s: {', '.join(known)}"
+        raise ConfigError(f"no {what} {name!r}; {hint}")
     module_spec = importlib.util.spec_from_file_location(f"v4jax_config_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ConfigError(f"{path} does not define get_config(arg)")
-    return validate(module.get_config(arg))
+    if not hasattr(module, function):
+        raise ConfigError(f"{path} does not define {function}")
+    return getattr(module, function)
+
+
+def _stems(directory: pathlib.Path) -> list[str]:
+    return sorted(path.stem for path in directory.glob("*.py") if not path.stem.startswith("_"))
 
 
 def _preset_dir() -> pathlib.Path:
@@ -245,6 +299,7 @@ def _preset_dir() -> pathlib.Path:
 def validate(config: Config) -> Config:
     """Return `config` unchanged, or raise ConfigError with one line that names the field and the cure."""
     _validate_model(config.model)
+    _validate_mesh(config.mesh)
     train, data, serve = config.train, config.data, config.serve
     for name, value in [
         ("train.steps", train.steps), ("train.batch_size", train.batch_size), ("data.seq_len", data.seq_len),
@@ -285,12 +340,24 @@ def _validate_model(m: Model) -> None:
     _require(0 <= m.moe.hash_layers <= m.layers, f"model.moe.hash_layers {m.moe.hash_layers} exceeds {m.layers} layers")
     _require(m.mtp_layers in (0, 1), f"model.mtp_layers must be 0 or 1, got {m.mtp_layers}")
     _require(m.dtype in ("bfloat16", "float32"), f"model.dtype must be bfloat16 or float32, got {m.dtype!r}")
+    for kind in m.modalities:
+        _require(kind in MODALITIES, f"model.modalities has {kind!r}; this version reads {', '.join(MODALITIES)} only")
+    _require(m.modalities != (), "model.modalities is empty; a model reads at least text")
+    _require(not m.engram_layers, f"model.engram_layers is {m.engram_layers}; this version has no Engram, leave it ()")
     if m.kv_qdq:
         L = m.indexer.head_dim
         _require(
             m.head_dim > m.rope_dim and L & (L - 1) == 0,
             f"model.kv_qdq needs head_dim above rope_dim, and indexer.head_dim {L} to be a power of two",
         )
+
+
+def _validate_mesh(mesh: Mesh) -> None:
+    for axis in MESH_AXES:
+        size = getattr(mesh, axis)
+        _require(size >= 1, f"mesh.{axis} must be at least 1, got {size}")
+        _require(size == 1 or mesh.layout, f"mesh.{axis} is {size}, but no layout says what to split; set mesh.layout "
+                 f"to one of {', '.join(layout_names())}")  # fmt: skip
 
 
 def _require(ok: bool, message: str) -> None:

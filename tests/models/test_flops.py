@@ -34,6 +34,16 @@ def test_counts_are_the_published_ones(name):
     assert sum(counts.by_group.values()) - counts.by_group["mtp"] == counts.total
 
 
+def test_the_flagship_has_a_trillion_parameters_and_32_billion_active():
+    counts, m = count_parameters(config.load("v4_1t").model), config.load("v4_1t").model
+    assert counts.total == pytest.approx(1e12, rel=0.01) and counts.active == pytest.approx(32e9, rel=0.02)
+    assert m.max_positions == 2**20 and m.layers == 51 and m.heads * m.head_dim == 8 * m.hidden_size
+    assert (m.modalities, m.engram_layers) == (("text",), ())
+    pro = config.load("v4_pro").model  # the sparsity and the groups are Pro's
+    assert m.moe.active / m.moe.experts == pro.moe.active / pro.moe.experts
+    assert m.heads // m.o_groups == pro.heads // pro.o_groups == 8
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_mtp_by_arithmetic(name):
     """One window layer with bias routing, two projections, three norms and a head mix (spec 5.1)."""

@@ -33,6 +33,7 @@ from v4jax.checkpoint.directory import CONFIG_NAME, read_config, save_config
 from v4jax.checkpoint.tensors import LazyTensors, memory_dtype, report
 from v4jax.config import Config, Model
 from v4jax.core.check import UserError
+from v4jax.parallel.distributed import barrier, is_lead
 
 STEPS_NAME = "checkpoints"
 WEIGHTS = "model"
@@ -58,7 +59,8 @@ class RunStore:
         self._keep = keep
         if finished_steps(workdir) and (self._path.parent / CONFIG_NAME).is_file():
             _check_same_model(workdir, read_config(workdir).model, config.model)
-        save_config(workdir, config, tokenizer)
+        if is_lead():
+            save_config(workdir, config, tokenizer)
         silence()
         self._open()
 
@@ -134,6 +136,7 @@ class RunStore:
             self._path.mkdir(parents=True, exist_ok=True)
             for directory in self._unfinished():
                 shutil.rmtree(directory)
+            barrier("checkpoints cleared")
             options = ocp.CheckpointManagerOptions(max_to_keep=self._keep)
             self._manager = ocp.CheckpointManager(self._path, options=options)
         except OSError as error:
@@ -141,7 +144,7 @@ class RunStore:
 
     def _unfinished(self) -> list[pathlib.Path]:
         """What an interrupted save or removal left; a removal leaves half a step under its final name."""
-        if jax.process_index() > 0:
+        if not is_lead():
             return []
         half = lambda entry: entry.name.isdigit() and not _is_finished(entry)
         return [entry for entry in self._path.iterdir() if entry.name.endswith(_TEMPORARY) or half(entry)]

@@ -39,6 +39,16 @@ LOGICAL = {
 }  # fmt: skip
 
 
+# The same letter means another logical axis where a layout has to be free to split it otherwise: inside the routed
+# experts, the query rank where a matrix reads it, and the scores of a router.
+SPECIAL = {
+    "EDUF": {"D": "expert_embed", "F": "expert_mlp"}, "EFD": {"D": "expert_embed", "F": "expert_mlp"},
+    "QNH": {"Q": "q_rank_in"}, "QJL": {"Q": "q_rank_in"}, "DE": {"E": "expert_score"},
+}  # fmt: skip
+
+ACTIVATION = {"B": "batch", "T": "token", "V": "vocab"}  # of activations; their other axes are never named in a rule
+
+
 def logical(letters: str) -> tuple[str, ...]:
     """Logical axis names of a parameter, from its letters: `logical("DQ") == ("embed", "q_rank")`."""
-    return tuple(LOGICAL[letter] for letter in letters)
+    return tuple(SPECIAL.get(letters, {}).get(letter, LOGICAL[letter]) for letter in letters)

@@ -15,15 +15,19 @@ from v4jax.nn.mhc import HeadMix
 from v4jax.nn.mtp import MTP
 from v4jax.nn.norm import RMSNorm
 from v4jax.nn.state import Chunk, Fresh, Past, Place
+from v4jax.parallel.rules import constrain
 
 State = list[list[Past]]  # one list a stack, one Past a layer of its pattern (leading axis where it repeats)
 
 
 class Transformer(nnx.Module):
-    """The backbone and its MTP layer. `scan` stacks and scans repeated layers (see `models/layout.py`)."""
+    """The backbone and its MTP layer. `scan` stacks and scans repeated layers (see `models/layout.py`).
 
-    def __init__(self, model: config.Model, rngs: nnx.Rngs, scan: bool = False):
-        self.config, self.runs = model, tuple(stacks(model, scan))
+    remat: gradients keep the streams between layers alone and compute the inside of each layer anew.
+    """
+
+    def __init__(self, model: config.Model, rngs: nnx.Rngs, scan: bool = False, remat: bool = False):
+        self.config, self.runs, self.remat = model, tuple(stacks(model, scan)), remat
         self.embed = Embed(model, rngs)
         self.stacks = nnx.List(
             [nnx.List([_blocks(model, *kind, run.repeats, rngs) for kind in run.kinds]) for run in self.runs]
@@ -42,14 +46,16 @@ class Transformer(nnx.Module):
 
         The same function trains (`self.fresh()` as state), prefills in any chunking, and decodes.
         """
-        x_BTXD = self.embed.streams(chunk.tokens_BT)
+        x_BTXD = constrain(self.embed.streams(chunk.tokens_BT), "BTXD")
         aux, new_state = [], []
+        pattern = lambda x, blocks, pasts: _pattern(x, blocks, pasts, chunk)
+        pattern = jax.checkpoint(pattern) if self.remat else pattern
         for run, blocks, pasts in zip(self.runs, self.stacks, state, strict=True):
             if run.repeats == 1:
-                x_BTXD, (past, out) = _pattern(x_BTXD, list(blocks), pasts, chunk)
+                x_BTXD, (past, out) = pattern(x_BTXD, list(blocks), pasts)
                 out = jax.tree.map(lambda a: a[None], out)
             else:
-                step = lambda x, layer: _pattern(x, *layer, chunk)
+                step = lambda x, layer: pattern(x, *layer)
                 x_BTXD, (past, out) = jax.lax.scan(step, x_BTXD, (list(blocks), pasts))
             new_state.append(past)
             aux.append(out)
@@ -57,12 +63,12 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BTXD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of the streams after the last layer."""
-        return self.head(self.norm(self.head_mhc(x_BTXD)))
+        return constrain(self.head(self.norm(self.head_mhc(x_BTXD))), "BTV")
 
     def mtp_logits(self, x_BTXD: jax.Array, next_BT: jax.Array, chunk: Chunk, past: Past):
         """Logits [B, T, V] of the token after the next one, the MTP layer's past and its aux (spec 5.1)."""
         x_BTXD, past, aux = self.mtp[0](x_BTXD, self.embed(next_BT), chunk, past)
-        return self.head(self.mtp[0].read(x_BTXD)), past, aux
+        return constrain(self.head(self.mtp[0].read(x_BTXD)), "BTV"), past, aux
 
     def draft(self, x_BTXD: jax.Array, next_BT: jax.Array, chunk: Chunk, past: Past):
         """As `mtp_logits`, for generation: the logits, the MTP layer's streams (to draft on from), its past."""
@@ -120,6 +126,7 @@ def _pattern(x_BTXD, blocks, pasts, chunk):
     new, aux = [], []
     for block, past in zip(blocks, pasts, strict=True):
         x_BTXD, past, out = block(x_BTXD, chunk, past)
+        x_BTXD = constrain(x_BTXD, "BTXD")
         new.append(past.settled())
         aux.append(out)
     return x_BTXD, (new, aux)

@@ -8,7 +8,9 @@ from v4jax import config
 from v4jax.kernels.experts import experts, swiglu
 from v4jax.nn.linear import project, weight
 from v4jax.nn.router import Router, balance_loss
+from v4jax.nn.spread import spread_experts
 from v4jax.nn.state import Chunk
+from v4jax.parallel.rules import active
 
 
 class Expert(nnx.Module):
@@ -33,15 +35,13 @@ class Moe(nnx.Module):
     def __call__(self, x_BTD: jax.Array, chunk: Chunk) -> tuple[jax.Array, jax.Array, jax.Array]:
         """y_BTD, the balance loss (float32 scalar) and the load of each expert, tokens [E]."""
         picks_BTK, weights_BTK, scores_BTE = self.router(x_BTD, chunk.tokens_BT)
-        flat = lambda a: a.reshape(-1, a.shape[-1])
-        routed = experts(
-            flat(x_BTD),
-            flat(picks_BTK),
-            flat(weights_BTK),
-            self.experts.gate_up[...],
-            self.experts.down[...],
-            limit=self.limit,
-        ).reshape(x_BTD.shape)
+        matrices = self.experts.gate_up[...], self.experts.down[...]
+        if (sharding := active()) is not None:
+            routed = spread_experts(sharding, x_BTD, picks_BTK, weights_BTK, *matrices, self.limit)
+        else:
+            flat = lambda a: a.reshape(-1, a.shape[-1])
+            routed = experts(flat(x_BTD), flat(picks_BTK), flat(weights_BTK), *matrices, limit=self.limit)
+            routed = routed.reshape(x_BTD.shape)
         h = swiglu(project("BTD,DUF->BTUF", x_BTD, self.shared.gate_up, self.dtype), self.limit).astype(self.dtype)
         shared = project("BTF,FD->BTD", h, self.shared.down, self.dtype)
         y_BTD = (routed + shared.astype(jnp.float32)).astype(x_BTD.dtype)

@@ -19,6 +19,7 @@ from v4jax.data.baselines import baselines
 from v4jax.data.pipeline import make_dataset
 from v4jax.data.sources import load_documents
 from v4jax.data.tokenizer import Tokenizer
+from v4jax.parallel.distributed import barrier, is_lead, peers, stop_asked
 from v4jax.train.metrics import MetricsWriter, plot_loss, read_metrics
 from v4jax.train.progress import Progress
 from v4jax.train.state import Trainer, TrainState
@@ -29,40 +30,52 @@ def train(config: Config, workdir: str) -> dict[str, object]:
 
     Leaves in `workdir`: v4jax.json and the tokenizer (so the directory is a checkpoint that `generate` takes),
     checkpoints/, metrics.jsonl, tensorboard/, loss.png and, last of all, summary.json, whose values are returned.
-    A resumed run repeats the losses of an uninterrupted one bit for bit. SIGTERM saves, then exits with 143.
+    A resumed run repeats the losses of an uninterrupted one bit for bit. SIGTERM saves, then exits with 143; of several
+    processes it reaches all through any of them. With several, the first writes everything but the checkpoints.
     """
-    return _Run(configs.validate(config), pathlib.Path(workdir)).run()
+    with peers():
+        return _Run(configs.validate(config), pathlib.Path(workdir)).run()
 
 
 class _Run:
     def __init__(self, config: Config, workdir: pathlib.Path):
         self.config, self.workdir = config, workdir
         self.tokenizer = Tokenizer(config.data.tokenizer)
-        self.data = make_dataset(config, self.tokenizer, "train", seed=config.train.seed)
-        self.heldout = make_dataset(config, self.tokenizer, "heldout", seed=config.train.seed)
         self.trainer = Trainer(config)
+        part, parts = self.trainer.share
+        mine = {"seed": config.train.seed, "process_index": part, "process_count": parts}
+        self.data = make_dataset(config, self.tokenizer, "train", **mine)
+        self.heldout = make_dataset(config, self.tokenizer, "heldout", **mine)
         self.store = RunStore(workdir, config, self.tokenizer, keep=config.train.keep_checkpoints)
         self.stopping = False
         self.measured: dict[int, float] = {}  # step -> held-out nats a token
 
     def run(self) -> dict[str, object]:
+        if jax.process_count() > 1:  # JAX's own handler tells all processes, which then stop after the same step
+            return self._run()
         previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
         try:
-            with self.store:
-                state, iterator, done = self._start()
-                if done < self.config.train.steps:
-                    return self._steps(state, iterator, done)
-                # Stopped between the last checkpoint and the summary: no step was timed in this process.
-                return self._finish(state, None, MetricsWriter(self.workdir, done))
+            return self._run()
         finally:
             signal.signal(signal.SIGTERM, previous)
+
+    def _run(self) -> dict[str, object]:
+        with self.store:
+            state, iterator, done = self._start()
+            if done < self.config.train.steps:
+                return self._steps(state, iterator, done)
+            # Stopped between the last checkpoint and the summary: no step was timed in this process.
+            return self._finish(state, None, self._writer(done))
+
+    def _writer(self, done: int) -> MetricsWriter | None:
+        return MetricsWriter(self.workdir, done) if is_lead() else None
 
     def _start(self) -> tuple[TrainState, object, int]:
         """Fresh state, or the newest checkpoint's with the data where it was."""
         iterator, step = iter(self.data), self.store.latest()
         if step is None:
             return self.trainer.init(), iterator, 0
-        tree, extras = self.store.restore(step, jax.eval_shape(self.trainer.to_tree, self.trainer.abstract()))
+        tree, extras = self.store.restore(step, self.trainer.abstract_tree())
         iterator.set_state(extras["data"])
         self.measured = {int(at): value for at, value in extras["heldout"].items()}
         return self.trainer.from_tree(tree), iterator, step
@@ -71,12 +84,13 @@ class _Run:
         """From step `done` to the last, then the summary."""
         t, tokens = self.config.train, self.config.train.batch_size * self.config.data.seq_len
         waiting: list[tuple[int, dict[str, jax.Array]]] = []
-        writer = MetricsWriter(self.workdir, done)
-        with Progress(self.config.name, done, t.steps, tokens) as progress, jax.transfer_guard("disallow"):
+        writer = self._writer(done)
+        with Progress(self.config.name, done, t.steps, tokens, is_lead()) as progress, jax.transfer_guard("disallow"):
             for step in range(done + 1, t.steps + 1):
-                batch = jax.device_put(next(iterator))
+                batch = self.trainer.place(next(iterator))
                 state, metrics = self.trainer.step(state, batch)
                 waiting.append((step, metrics))
+                self.stopping |= stop_asked(step)
                 last = step == t.steps or self.stopping
                 checkpoint = last or step % t.checkpoint_every == 0
                 evaluate = step < t.steps and t.eval_every and step % t.eval_every == 0
@@ -86,8 +100,9 @@ class _Run:
                 if evaluate:
                     with progress.pause("evaluating"):
                         self.measured[step] = self._evaluate(state)[0]
-                    writer.write(step, {"heldout_loss": self.measured[step]})
-                    writer.flush()
+                    if writer:
+                        writer.write(step, {"heldout_loss": self.measured[step]})
+                        writer.flush()
                 if checkpoint:
                     extras = {"data": iterator.get_state(), "heldout": self.measured}
                     self.store.save(step, self.trainer.to_tree(state), extras)
@@ -95,11 +110,12 @@ class _Run:
                     break
         self.store.wait()
         if self.stopping and step < t.steps:
-            print(f"stopped at step {step}; the checkpoint is saved, the same command goes on from it", flush=True)
+            if is_lead():
+                print(f"stopped at step {step}; the checkpoint is saved, the same command goes on from it", flush=True)
             raise SystemExit(128 + signal.SIGTERM)
         return self._finish(state, progress.tokens_per_second, writer)
 
-    def _report(self, waiting, writer: MetricsWriter, progress: Progress) -> None:
+    def _report(self, waiting, writer: MetricsWriter | None, progress: Progress) -> None:
         """Write the metrics of the steps since the last report; a loss that is no number ends the run."""
         for step, values in jax.device_get(waiting):
             values = {name: float(value) for name, value in values.items()}
@@ -108,20 +124,25 @@ class _Run:
                     f"the loss is {values['loss']} at step {step}: lower train.lr or train.adam_lr, or raise "
                     f"train.warmup; the last good checkpoint is step {self.store.latest() or 0}"
                 )
-            writer.write(step, values)
-        writer.flush()
+            if writer:
+                writer.write(step, values)
+        if writer:
+            writer.flush()
         progress.update(step, values["loss"])
 
     def _evaluate(self, state: TrainState) -> tuple[float, float]:
         """Held-out nats a token and bits per byte."""
-        totals = [self.trainer.evaluate(state, jax.device_put(batch)) for batch in self.heldout]
+        totals = [self.trainer.evaluate(state, self.trainer.place(batch)) for batch in self.heldout]
         nll, count = (float(np.sum(column, dtype=np.float64)) for column in zip(*jax.device_get(totals), strict=True))
         return nll / max(count, 1), nll / math.log(2) / max(self.heldout.num_bytes, 1)
 
-    def _finish(self, state: TrainState, tokens_per_second: float | None, writer: MetricsWriter) -> dict[str, object]:
+    def _finish(self, state: TrainState, tokens_per_second: float | None, writer: MetricsWriter | None) -> dict:
         """Held-out loss, plot and summary; the summary is written last, so that its presence means a finished run."""
         steps = self.config.train.steps
         self.measured[steps], bits_per_byte = self._evaluate(state)
+        if writer is None:
+            barrier("summary")
+            return json.loads((self.workdir / "summary.json").read_text(encoding="utf-8"))
         writer.write(steps, {"heldout_loss": self.measured[steps], "heldout_bits_per_byte": bits_per_byte})
         writer.close()
         marks = baselines(load_documents(self.config.data))
@@ -142,4 +163,5 @@ class _Run:
         partial = self.workdir / "summary.json.partial"
         partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, self.workdir / "summary.json")
+        barrier("summary")
         return summary

@@ -1,20 +1,21 @@
 """Optimizer: Muon for matrices, AdamW for the rest (spec 8.1), and the router-bias rule (spec 3.3)."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers
 
 from v4jax import config
 
 # Logical matrices by the letters of a parameter: inputs, outputs. Letters that are neither (experts, gate or up,
-# output groups) count several matrices, each orthogonalised alone. Parameters not listed go to AdamW: embedding and
-# head by the report, norms, mHC bases and scales, and (unnamed in it, the only sensible choice) sinks and ape.
+# output groups) count several matrices, each orthogonalised alone. Of two letters the one that layouts split comes
+# first. Parameters not listed go to AdamW: embedding and head by the report, norms, mHC bases and scales, and (unnamed
+# in it, the only sensible choice) sinks and ape.
 MATRICES = {
     "DQ": ("D", "Q"), "QNH": ("Q", "NH"), "DH": ("D", "H"), "GIR": ("I", "R"), "GRD": ("GR", "D"), "DW": ("D", "W"),
-    "QJL": ("Q", "JL"), "DJ": ("D", "J"), "MXD": ("XD", "M"), "YXD": ("XD", "Y"), "DE": ("D", "E"),
+    "QJL": ("Q", "JL"), "DJ": ("D", "J"), "MXD": ("DX", "M"), "YXD": ("DX", "Y"), "DE": ("D", "E"),
     "EDUF": ("D", "F"), "EFD": ("F", "D"), "DUF": ("D", "F"), "FD": ("F", "D"), "DO": ("D", "O"),
 }  # fmt: skip
 _NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
@@ -39,42 +40,74 @@ def make_optimizer(train: config.Train, letters: dict[str, str]) -> optax.Gradie
 
 def _muon(train: config.Train, letters: dict[str, str]) -> optax.GradientTransformation:
     """Nesterov momentum, orthogonalised by 8 + 2 Newton-Schulz steps, scaled to an RMS of 0.18, decayed."""
+    matrices = lambda function, tree: {
+        name: leaf if isinstance(leaf, optax.MaskedNode) else function(letters[name], leaf)
+        for name, leaf in tree.items()
+    }
 
-    def dimensions(tree):
-        return {name: _dimensions(letters[name], leaf) for name, leaf in tree.items()}
-
-    def to_rms(updates, params=None):
-        return {name: _scaled(letters[name], leaf) for name, leaf in updates.items()}
+    def orthogonal(updates, params=None):
+        return matrices(orthogonalise, updates)
 
     return optax.chain(
-        optax.contrib.scale_by_muon(
-            ns_coeffs=_NEWTON_SCHULZ,
-            ns_steps=len(_NEWTON_SCHULZ),
-            beta=train.momentum,
-            nesterov=True,
-            weight_dimension_numbers=dimensions,
-        ),
-        optax.stateless(to_rms),
+        nesterov(train.momentum),
+        optax.stateless(orthogonal),
         optax.add_decayed_weights(train.weight_decay),
         optax.scale_by_learning_rate(schedule(train, train.lr)),
     )
 
 
-def _axes(letters: str, leaf: jax.Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Input and output axes of a (possibly stacked) parameter's matrices."""
-    stacked = leaf.ndim - len(letters)
-    return tuple(tuple(stacked + letters.index(letter) for letter in side) for side in MATRICES[letters])
+class Momentum(NamedTuple):
+    """State of `nesterov`: steps done and the running mean of the gradients."""
+
+    count: jax.Array
+    mu: optax.Updates
 
 
-def _dimensions(letters: str, leaf):
-    return leaf if isinstance(leaf, optax.MaskedNode) else MuonDimensionNumbers(*_axes(letters, leaf))
+def nesterov(beta: float) -> optax.GradientTransformation:
+    """Bias-corrected Nesterov momentum, as in optax.contrib.scale_by_muon."""
+
+    def init(params):
+        return Momentum(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params))
+
+    def update(updates, state, params=None):
+        mu, count = optax.tree.update_moment(updates, state.mu, beta, 1), state.count + 1
+        ahead, now = optax.tree.bias_correction(mu, beta, count + 1), optax.tree.bias_correction(updates, beta, count)
+        return jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, now), Momentum(count, mu)
+
+    return optax.GradientTransformation(init, update)
 
 
-def _scaled(letters: str, leaf):
-    if isinstance(leaf, optax.MaskedNode):
-        return leaf
-    fan_in, fan_out = (math.prod(leaf.shape[axis] for axis in side) for side in _axes(letters, leaf))
-    return leaf * (_UPDATE_RMS * math.sqrt(max(fan_in, fan_out)))
+def orthogonalise(letters: str, leaf: jax.Array) -> jax.Array:
+    """Every matrix of a parameter made orthogonal by Newton-Schulz steps, then scaled to an RMS of 0.18.
+
+    Axes that count matrices stay apart, and the axes of one side join with the split one first, so an array that is
+    split over devices is worked on where it lies. Stacked layers come one after another: the temporaries of one layer
+    are several times its size.
+    """
+    if leaf.ndim > len(letters):
+        return jax.lax.map(lambda one: orthogonalise(letters, one), leaf)
+    inputs, outputs = ([letters.index(letter) for letter in side] for side in MATRICES[letters])
+    order = [axis for axis in range(leaf.ndim) if axis not in inputs + outputs] + inputs + outputs
+    batch = [leaf.shape[axis] for axis in order[: leaf.ndim - len(inputs + outputs)]]
+    fan_in, fan_out = (math.prod(leaf.shape[axis] for axis in side) for side in (inputs, outputs))
+    x = _newton_schulz(leaf.transpose(order).reshape(*batch, fan_in, fan_out))
+    x = x.reshape([leaf.shape[axis] for axis in order]).transpose([order.index(axis) for axis in range(leaf.ndim)])
+    return x * (_UPDATE_RMS * math.sqrt(max(fan_in, fan_out)))
+
+
+def _newton_schulz(x: jax.Array) -> jax.Array:
+    """Singular values of [..., rows, columns] driven to 1 by X' = a X + (b A + c A A) X, A = X X^T (spec 8.1)."""
+    if tall := x.shape[-2] > x.shape[-1]:  # the same result, by smaller products
+        x = x.mT
+    x = x / (jnp.linalg.norm(x, ord="fro", axis=(-2, -1), keepdims=True) + 1e-8)
+
+    def step(x, coefficients):
+        a = x @ x.mT
+        b = coefficients[1] * a + coefficients[2] * (a @ a)
+        return coefficients[0] * x + b @ x, None
+
+    x = jax.lax.scan(step, x, jnp.array(_NEWTON_SCHULZ, x.dtype))[0]
+    return x.mT if tall else x
 
 
 def update_bias(bias_E: jax.Array, load_E: jax.Array, rate: float) -> jax.Array:

@@ -10,15 +10,18 @@ import rich.progress as rp
 
 
 class Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere. Speed leaves out the first report, which compiled."""
+    """A bar on a terminal, a line every ten seconds elsewhere. Speed leaves out the first report, which compiled.
 
-    def __init__(self, name: str, done: int, steps: int, tokens_per_step: int):
+    show: False measures and prints nothing, in processes other than the first.
+    """
+
+    def __init__(self, name: str, done: int, steps: int, tokens_per_step: int, show: bool = True):
         self.name, self.steps, self.tokens_per_step = name, steps, tokens_per_step
         self.tokens_per_second: float | None = None
         self._mark: tuple[int, float] | None = None
         self._paused = 0.0
         self._printed = time.monotonic()
-        self._live = sys.stderr.isatty()
+        self._show, self._live = show, show and sys.stderr.isatty()
         columns = (
             rp.TextColumn("{task.description}"), rp.BarColumn(), rp.MofNCompleteColumn(),
             rp.TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"), rp.TimeRemainingColumn(),
@@ -43,7 +46,7 @@ class Progress:
             self.tokens_per_second = (step - self._mark[0]) * self.tokens_per_step / max(seconds, 1e-9)
         speed = "..." if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f}"
         self._bar.update(self._task, completed=step, loss=f"{loss:.3f}", speed=speed)
-        if not self._live and (now - self._printed > 10 or step == self.steps):
+        if self._show and not self._live and (now - self._printed > 10 or step == self.steps):
             self._printed = now
             left = "" if self.tokens_per_second is None else self._left(step)
             print(

@@ -1,17 +1,22 @@
-"""Training state and the compiled step."""
+"""Training state and the compiled step, on one device or on a mesh of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from v4jax.config import Config
+from v4jax.core.check import UserError
 from v4jax.models.layout import from_flat, layers_of, named, rebuild, to_flat
 from v4jax.models.transformer import Transformer
+from v4jax.parallel.rules import check_used, make_sharding, use
 from v4jax.train.loss import Batch, heldout_nll, loss
 from v4jax.train.optim import make_optimizer, update_bias
 
@@ -26,19 +31,101 @@ class TrainState(NamedTuple):
 
 
 class Trainer:
-    """The parts of a run that do not change: model structure, optimizer and compiled functions."""
+    """The parts of a run that do not change: model structure, optimizer, sharding and compiled functions.
 
-    def __init__(self, config: Config, optimizer: optax.GradientTransformation | None = None):
+    With a layout in `config.mesh` the state lies on the mesh of `devices` (default: all), the batch is split over it,
+    and every function is one program for all of them. Raises UserError for a mesh that does not fit the model.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        optimizer: optax.GradientTransformation | None = None,
+        devices: Sequence[jax.Device] | None = None,
+    ):
         self.config = config
-        abstract = nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0), config.train.scan))
+        self._new = lambda rngs: Transformer(config.model, rngs, config.train.scan, config.train.remat)
+        abstract = nnx.eval_shape(lambda: self._new(nnx.Rngs(0)))
         self.runs = abstract.runs
         self._graph, self._params, self._fixed = nnx.split(abstract, nnx.Param, ...)
-        letters = {".".join(map(str, path)): leaf.letters for path, leaf in nnx.to_flat_state(self._params)}
-        self._optimizer = optimizer or make_optimizer(config.train, letters)
-        self.step = jax.jit(self._step, donate_argnums=0)
+        leaves = nnx.to_flat_state(self._params)
+        self._letters = {".".join(map(str, path)): leaf.letters for path, leaf in leaves}
+        self._optimizer = optimizer or make_optimizer(config.train, self._letters)
+        self.sharding = make_sharding(config.mesh, devices)
+        shapes = {".".join(map(str, path)): leaf.get_value().shape for path, leaf in leaves}
+        self._place_on_mesh(shapes)
+        self.model_loss = lambda params, fixed, batch: loss(self.model(params, fixed), batch, config.train)
+        heldout = lambda state, batch: heldout_nll(self.model(state.params, state.fixed), batch)
+        state, batch = self.state_sharding, self.batch_sharding
+        self.step = self._jit(self._step, (state, batch), (state, self._whole), donate_argnums=0)
+        self.evaluate = self._jit(heldout, (state, batch), self._whole)
         # Taking stacks apart is work for the device; without stacks it only renames, and a jit would copy everything.
-        self._flat = jax.jit(self._to_flat) if config.train.scan else self._to_flat
-        self.evaluate = jax.jit(lambda state, batch: heldout_nll(self.model(state.params, state.fixed), batch))
+        self._flat = self._jit(self._to_flat, None, None) if config.train.scan else self._to_flat
+
+    def _place_on_mesh(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Where state, batch and results lie; all None without a mesh."""
+        self._whole = self.batch_sharding = self.state_sharding = self._param_sharding = None
+        self.share = (0, 1)
+        if self.sharding is None:
+            return
+        check_used(self.sharding.layout, list(self._letters.values()))
+        self._whole = self.sharding.named(PartitionSpec())
+        self.batch_sharding = self.sharding.named(self.sharding.activation("BT"))
+        self._param_sharding = self.sharding.parameters(self._letters, shapes)
+        self.share = self._share()
+        self.state_sharding = self._over_state(self.abstract())
+
+    def _share(self) -> tuple[int, int]:
+        """(i, n): this process feeds part i of n equal parts of the batch's rows. Raises UserError for uneven ones."""
+        shape = (self.config.train.batch_size, self.config.data.seq_len)
+        for size, letter, name in zip(shape, "BT", ("train.batch_size", "data.seq_len"), strict=True):
+            axes = self.sharding.activation(letter)[0] or ()
+            parts = self.sharding.size((axes,) if isinstance(axes, str) else axes)
+            if size % parts:
+                raise UserError(f"{name} {size} is not a multiple of the {parts} parts that the mesh splits it into")
+        mine = {index[0].indices(shape[0])[:2] for index in self._local_indices(shape)}
+        first, last = min(start for start, _ in mine), max(stop for _, stop in mine)
+        return first // (last - first), shape[0] // (last - first)
+
+    def _local_indices(self, shape: tuple[int, int]):
+        """Index of this process' part of the batch on each of its devices."""
+        where = self.batch_sharding.devices_indices_map(shape)
+        mine = [index for device, index in where.items() if device.process_index == jax.process_index()]
+        return mine or list(where.values())  # devices of a topology that is only compiled for belong to nobody
+
+    def _over_state(self, state: TrainState) -> TrainState:
+        """A tree like `state` of shardings: an optimizer's array lies as the parameter whose name ends its path."""
+
+        def of(path, leaf):
+            name = getattr(path[-1], "key", None) if path else None
+            if name in self._param_sharding and leaf.ndim:
+                return self._param_sharding[name]
+            return self._whole
+
+        return jax.tree_util.tree_map_with_path(of, state)
+
+    def _jit(self, function, inputs, outputs, **options):
+        """`jax.jit`, on a mesh with the rules in force while it is traced."""
+        if self.sharding is None:
+            return jax.jit(function, **options)
+
+        def traced(*args):
+            with use(self.sharding):
+                return function(*args)
+
+        return jax.jit(traced, in_shardings=inputs, out_shardings=outputs, **options)
+
+    def place(self, batch: dict[str, np.ndarray]) -> Batch:
+        """This process' rows of a batch (its `share`), on the devices."""
+        if self.sharding is None:
+            return jax.device_put(batch)
+        rows, first = self.config.train.batch_size, self.share[0] * len(batch["tokens_BT"])
+
+        def array(mine):
+            local = lambda index: mine[slice(*(i - first for i in index[0].indices(rows)[:2])), index[1]]
+            return jax.make_array_from_callback((rows, mine.shape[1]), self.batch_sharding, local)
+
+        return {name: array(mine) for name, mine in batch.items()}
 
     def model(self, params: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> Transformer:
         """The module with these arrays in it."""
@@ -46,33 +133,61 @@ class Trainer:
 
     def init(self) -> TrainState:
         """State before the first step, drawn from `train.seed`."""
+        return self._jit(self._build, None, self.state_sharding)(jax.random.key(self.config.train.seed))
 
-        def build(key):
-            model = Transformer(self.config.model, nnx.Rngs(key), self.config.train.scan)
-            params, fixed = (named(tree) for tree in nnx.split(model, nnx.Param, ...)[1:])
-            return TrainState(params, fixed, self._optimizer.init(params), jnp.zeros((), jnp.int32))
-
-        return jax.jit(build)(jax.random.key(self.config.train.seed))
+    def _build(self, key: jax.Array) -> TrainState:
+        model = self._new(nnx.Rngs(key))
+        params, fixed = (named(tree) for tree in nnx.split(model, nnx.Param, ...)[1:])
+        return TrainState(params, fixed, self._optimizer.init(params), jnp.zeros((), jnp.int32))
 
     def abstract(self) -> TrainState:
-        """Shapes and dtypes of the state, nothing computed."""
-        return jax.eval_shape(self.init)
+        """Shapes and dtypes of the state, on a mesh with shardings; nothing computed."""
+        return _with(jax.eval_shape(self._build, jax.random.key(0)), self.state_sharding)
 
     def to_tree(self, state: TrainState) -> dict[str, Any]:
         """What a checkpoint holds: the model under its per-layer names (any layout reads it), the rest as it is."""
         return {"model": self._flat(state.params, state.fixed), "opt": state.opt, "step": state.step}
+
+    def abstract_tree(self) -> dict[str, Any]:
+        """`to_tree` of `abstract`; on a mesh with the shardings that reading a checkpoint should give."""
+        tree = jax.eval_shape(self._tree, self.abstract())
+        if self.sharding is None:
+            return tree
+        letters = {name: self._letters.get(self._stacked_name(name), "") for name in tree["model"]}
+        shapes = {name: leaf.shape for name, leaf in tree["model"].items()}
+        model = self.sharding.parameters(letters, shapes)
+        return _with(tree, {"model": model, "opt": self.state_sharding.opt, "step": self.state_sharding.step})
+
+    def _tree(self, state: TrainState) -> dict[str, Any]:
+        return {"model": self._to_flat(state.params, state.fixed), "opt": state.opt, "step": state.step}
+
+    def _stacked_name(self, name: str) -> str:
+        """Name in memory of the array that holds `name` of the flat per-layer names."""
+        head, _, rest = name.partition(".")
+        if head != "layers":
+            return name
+        layer, _, rest = rest.partition(".")
+        for i, run in enumerate(self.runs):
+            past = int(layer) - run.first
+            if past < run.repeats * len(run.kinds):
+                return f"stacks.{i}.{past % len(run.kinds)}.{rest}"
+        raise ValueError(f"no layer {layer}")
 
     def _to_flat(self, params: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return to_flat(nnx.merge_state(rebuild(params, self._params), rebuild(fixed, self._fixed)), self.runs)
 
     def from_tree(self, tree: dict[str, Any]) -> TrainState:
         """The inverse of `to_tree`."""
+        if self.sharding is None:
+            return self._from_tree(tree)
+        return self._jit(self._from_tree, None, self.state_sharding)(tree)
+
+    def _from_tree(self, tree: dict[str, Any]) -> TrainState:
         params, fixed = (named(from_flat(tree["model"], part, self.runs)) for part in (self._params, self._fixed))
         return TrainState(params, fixed, tree["opt"], tree["step"])
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        train = self.config.train
-        objective = lambda params: loss(self.model(params, state.fixed), batch, train)
+        objective = lambda params: self.model_loss(params, state.fixed, batch)
         (_, parts), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         updates, opt = self._optimizer.update(grads, state.opt, state.params)
         loads = parts.pop("load_E")
@@ -86,3 +201,11 @@ class Trainer:
         layers = layers_of(name, self.runs)
         load = loads_E[-1] if layers is None else loads_E[jnp.array(layers)].reshape(array.shape)
         return update_bias(array, load, self.config.train.bias_rate)
+
+
+def _with(tree, shardings):
+    """Abstract arrays with shardings; shardings None: as they are."""
+    if shardings is None:
+        return tree
+    abstract = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.tree.map(abstract, tree, shardings)

@@ -24,7 +24,7 @@ def experts(
 
     Args:
       x_BD: tokens (batch and token axes flattened into B).
-      picks_BK: int32, distinct experts of each token.
+      picks_BK: int32, distinct experts of each token; E stands for none, and what it gives is undefined.
       weights_BK: float32 routing weights, applied before the second product as in the released model (spec 3.2).
       gate_up_EDUF: both first matrices, gate first.
       down_EFD: second matrix.

@@ -1,0 +1,19 @@
+"""Experts stay on their devices and tokens travel to them; all else is split as in `fsdp`, over both axes."""
+
+from v4jax.config import Layout
+
+
+def get_layout() -> Layout:
+    """The rule table."""
+    return Layout(
+        "expert",
+        fill="expert",
+        weights=(
+            ("expert", ("expert",)),
+            ("expert_embed", ("fsdp",)),
+            ("embed", ("fsdp", "expert")),
+            ("q_rank_in", ("fsdp", "expert")),
+            ("o_group_in", ("fsdp", "expert")),
+        ),
+        activations=(("batch", ("slice", "data", "fsdp", "expert")),),
+    )

@@ -1,0 +1,21 @@
+"""For decoding: experts stay where they are, all else is whole, or split by heads and widths, and never gathered."""
+
+from v4jax.config import Layout
+
+
+def get_layout() -> Layout:
+    """The rule table."""
+    return Layout(
+        "serve",
+        fill="expert",
+        weights=(
+            ("expert", ("expert",)),
+            ("heads", ("tensor",)),
+            ("o_group", ("tensor",)),
+            ("index_heads", ("tensor",)),
+            ("mlp", ("tensor",)),
+            ("expert_mlp", ("tensor",)),
+            ("vocab", ("tensor",)),
+        ),
+        activations=(("batch", ("slice", "data", "expert")), ("vocab", ("tensor",))),
+    )

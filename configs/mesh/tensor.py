@@ -1,0 +1,20 @@
+"""Heads, output groups, expert widths and vocabulary split: devices of a fast network share every token."""
+
+from v4jax.config import Layout
+
+
+def get_layout() -> Layout:
+    """The rule table."""
+    return Layout(
+        "tensor",
+        fill="tensor",
+        weights=(
+            ("heads", ("tensor",)),
+            ("o_group", ("tensor",)),
+            ("index_heads", ("tensor",)),
+            ("mlp", ("tensor",)),
+            ("expert_mlp", ("tensor",)),
+            ("vocab", ("tensor",)),
+        ),
+        activations=(("batch", ("slice", "data")), ("vocab", ("tensor",))),
+    )

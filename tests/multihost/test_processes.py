@@ -1,0 +1,77 @@
+"""Several processes on loopback train as one does; one that is killed ends the others, and the restart goes on."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.train.conftest import WORDS
+from v4jax.train.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # half the time to compile
+NOTICED = 90  # seconds in which a run must end after one of its processes was killed
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    lines = [f"Chapter {i}. {' '.join(WORDS[i % 7 :] + WORDS)}.\n" for i in range(200)]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def command(text, workdir, *flags) -> list[str]:
+    return ["train", f"--config={ROOT}/tests/multihost/micro.py:{text}", f"--workdir={workdir}", *flags]
+
+
+def launch(processes: int, devices: int, arguments: list[str]) -> subprocess.Popen:
+    local = [sys.executable, str(ROOT / "launch/local.py"), f"-n={processes}", f"--devices={devices}", "--", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICK}
+    return subprocess.Popen(local, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finished(process: subprocess.Popen) -> str:
+    output = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def losses(workdir: pathlib.Path) -> list[float]:
+    records = read_metrics(workdir / "metrics.jsonl")
+    rows = {record["step"]: record["loss"] for record in records if "loss" in record}
+    assert list(rows) == list(range(1, 41))
+    return list(rows.values())
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """Losses of one process with eight devices."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    finished(launch(1, 8, command(text, workdir, "--config.mesh.layout=fsdp", "--config.mesh.data=2")))
+    return losses(workdir)
+
+
+def test_a_killed_run_of_two_processes_goes_on_as_four_on_another_mesh(text, whole, tmp_path):
+    """2 x 4 devices with experts split over all; one process is killed; then 4 x 2 with `fsdp` give the same losses."""
+    workdir = tmp_path / "cut"
+    process = launch(2, 4, command(text, workdir, "--config.mesh.layout=expert"))
+    metrics = workdir / "metrics.jsonl"
+    end = time.monotonic() + 300
+    while not (metrics.exists() and len(read_metrics(metrics)) >= 15):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.02)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    os.kill(int(children.split()[-1]), signal.SIGKILL)
+    killed = time.monotonic()
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode not in (0, None) and time.monotonic() - killed < NOTICED
+    assert "v4jax: another process of this run" in output, output
+    assert not (workdir / "summary.json").exists()
+    finished(launch(4, 2, command(text, workdir, "--config.mesh.layout=fsdp")))
+    np.testing.assert_allclose(losses(workdir), whole, rtol=2e-5)

@@ -1,0 +1,123 @@
+"""The closed form of the planner: exact where it can be, plausible elsewhere, and clear about what it cannot."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from v4jax import config as config_lib
+from v4jax.config import Mesh
+from v4jax.core.check import UserError
+from v4jax.models.flops import count_parameters
+from v4jax.tools import compiled, plan
+from v4jax.tools.estimate import Work, attention_flops, default_mesh, estimate, state_bytes
+from v4jax.tools.topology import CHIPS, listed, parse
+from v4jax.train.state import Trainer
+
+
+def values(records, metric, **where):
+    return [r["value"] for r in records if r["metric"] == metric and where.items() <= r.items()]
+
+
+def test_topologies_by_name():
+    pod = parse("v5p:8x8x8")
+    assert (pod.chips, pod.devices, pod.device_memory) == (512, 512, 95 * 2**30)
+    assert parse("tpu7x:4x4x4").devices == 128 and parse("v5e:16x16x4slices").chips == 1024
+    assert parse("v5e:16x16x4slices").name == "v5e:16x16x4slices" and parse("h100:64").chips == 64
+    wrong = {"v9:2x2": "no topology", "v5p:8x8": "a shape of v5p has 3 sizes", "h100:8x8": "1 sizes", "v5e:0x4": "up"}
+    for text, says in wrong.items():
+        with pytest.raises(UserError, match=says):
+            parse(text)
+    for chip in CHIPS.values():
+        assert [t.chips for t in listed(chip)] == sorted(t.chips for t in listed(chip))
+
+
+def test_bytes_of_the_state_are_those_of_the_real_one():
+    """Weights and optimizer of the abstract training state, as its shardings split it."""
+    tiny = dataclasses.replace(config_lib.load("tiny"), mesh=Mesh("fsdp", data=2))
+    tiny = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, scan=True))
+    trainer = Trainer(tiny)
+    state, where = trainer.abstract(), trainer.state_sharding
+    size = lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    weights = sum(size(leaf, where.params[name]) for name, leaf in state.params.items())
+    import jax
+
+    optimizer = sum(map(size, jax.tree.leaves(state.opt), jax.tree.leaves(where.opt)))
+    got = state_bytes(tiny, trainer.sharding)
+    assert got["weights"] == weights and got["gradients"] == weights
+    assert optimizer - 64 < got["optimizer"] <= optimizer  # which also counts steps
+
+
+def test_the_flagship_on_one_pod(capsys, tmp_path):
+    flagship = config_lib.load("v4_1t")
+    records = plan.run(flagship, "v5p:8x8x8", analytic=True, json=str(tmp_path / "plan.json"))
+    assert json.loads((tmp_path / "plan.json").read_text()) == records
+    counts = count_parameters(flagship.model)
+    assert values(records, "parameters_total") == [counts.total]
+    assert values(records, "parameters_active") == [counts.active]
+    [weights] = values(records, "device_bytes", part="weights")
+    assert weights * 512 == pytest.approx(4 * (counts.total + counts.by_group["mtp"]), rel=0.01)
+    [flops] = values(records, "flops_per_step")
+    assert flops > 6 * counts.active * 1024 * 4096
+    [bound] = values(records, "step_seconds_bound", part="longest")
+    assert bound == max(value for part in ("compute", "memory", "network")
+                        for value in values(records, "step_seconds_bound", part=part))  # fmt: skip
+    assert 0 < values(records, "mfu_bound")[0] <= 1 and values(records, "device_bytes_limit") == [95 * 2**30]
+    assert {"host_bytes", "fits", "collective_bytes", "smallest_topology"} <= {r["metric"] for r in records}
+    out = capsys.readouterr().out
+    assert "1,003.1B parameters, 32.06B active" in out and "It can't know" in out
+
+
+def test_more_chips_need_less_memory_each_and_less_time():
+    flagship, totals, bounds = config_lib.load("v4_1t"), [], []
+    work = Work("train", 4096, 1024)
+    for name in ("v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x16"):
+        place = parse(name)
+        found = estimate(flagship, place, default_mesh(flagship, place, work), work)
+        totals.append(sum(found.device_bytes.values()))
+        bounds.append(max(found.seconds.values()))
+    assert totals == sorted(totals, reverse=True) and bounds == sorted(bounds, reverse=True)
+
+
+def test_decoding_keeps_and_reads_a_cache():
+    flash = config_lib.load("v4_flash")
+    short, long = (plan.run(flash, "v5p:4x4x4", "decode", context, 64, analytic=True) for context in (4096, 1_048_576))
+    [a], [b] = (values(records, "device_bytes", part="kv") for records in (short, long))
+    assert 20 < b / a < 256 and values(long, "fits") == [1]
+    assert values(short, "device_bytes", part="weights") == values(long, "device_bytes", part="weights")
+
+
+def test_work_of_attention():
+    m = config_lib.load("v4_flash").model
+    one = dataclasses.replace(m, schedule=("swa",))
+    assert attention_flops(one, 10**6) == 4 * 64 * 512 * 128
+    csa = dataclasses.replace(m, schedule=("csa",))
+    assert attention_flops(csa, 2**20) == 4 * 64 * 512 * (128 + 512) + 2 * 64 * 128 * 2**18
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (("v5p:4x4x4", "train", 4096, 7), "7 rows cannot be split|cannot be split"),
+    (("v5q:4x4x4",), "no topology"),
+])  # fmt: skip
+def test_plans_that_cannot_be_are_one_line(arguments, says):
+    flagship = dataclasses.replace(config_lib.load("v4_1t"), mesh=Mesh("pod", expert=64))
+    with pytest.raises(UserError, match=says):
+        plan.run(flagship, *arguments, analytic=True)
+
+
+def test_collectives_of_a_program_count_loops_by_their_trips():
+    text = """HloModule m
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %ag = bf16[8,4]{1,0} all-gather(%x), dimensions={0}
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %s = (f32[2]{0}, f32[16]{0}) all-gather-start(%a), dimensions={0}
+  %d = f32[16]{0} all-gather-done(%s)
+  %r = f32[] all-reduce(%b), to_apply=%sum
+}
+"""
+    assert compiled.collective_bytes(text) == {"all-gather": 5 * 64 + 64, "all-reduce": 4}

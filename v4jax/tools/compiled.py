@@ -1,0 +1,144 @@
+"""The real training step, compiled ahead of time for a TPU topology with no TPU present, and what the compiler says."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+
+import jax
+import numpy as np
+
+from v4jax.config import Config, Mesh
+from v4jax.core.check import UserError
+from v4jax.core.tables import print_table
+from v4jax.tools.estimate import Work
+from v4jax.tools.topology import GIB, Topology
+
+_WIDTH = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
+          "f32": 4, "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
+_KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """Of one device: bytes by part, operations and bytes touched (loop bodies counted once, as XLA reports them), and
+    bytes of collectives by kind (loop bodies times their trips, where the compiler knows them)."""
+
+    device_bytes: dict[str, int]
+    limit: int
+    flops: float
+    traffic: float
+    collectives: dict[str, float]
+
+
+def devices(topology: Topology) -> list[jax.Device]:
+    """Devices of the topology, good for compiling alone. Raises UserError without libtpu, or for an unknown shape."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would wait for a metadata server that is not here
+    from jax.experimental import topologies
+
+    options = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    try:
+        return list(topologies.get_topology_desc(f"{topology.chip.name}:{topology.shape}", "tpu", **options).devices)
+    except (ImportError, jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError, ValueError) as error:
+        cause = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"cannot compile for {topology.name}: {cause}; install v4jax[tpu] (libtpu), or add --analytic"
+        ) from error
+
+
+def train_step(config: Config, topology: Topology, mesh: Mesh, work: Work) -> Compiled:
+    """Compile the training step of `config` on `mesh`. Raises UserError if the compiler finds no room for it."""
+    from v4jax.train.state import Trainer
+
+    train = dataclasses.replace(config.train, batch_size=work.rows)
+    data = dataclasses.replace(config.data, seq_len=work.context)
+    trainer = Trainer(dataclasses.replace(config, train=train, data=data, mesh=mesh), devices=devices(topology))
+    row = jax.ShapeDtypeStruct((work.rows, work.context), np.int32, sharding=trainer.batch_sharding)
+    names = ("tokens_BT", "targets_BT", "targets2_BT", "segments_BT", "positions_BT")
+    try:
+        program = trainer.step.lower(trainer.abstract(), dict.fromkeys(names, row)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        text = " ".join(str(error).split())
+        if "RESOURCE_EXHAUSTED" not in text:
+            raise
+        raise UserError(f"the compiler finds no room on {topology.name}: {text[:240]}; take a larger one") from error
+    memory, cost = program.memory_analysis(), program.cost_analysis()
+    parts = {
+        "arguments": memory.argument_size_in_bytes, "results": memory.output_size_in_bytes,
+        "donated": -memory.alias_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+    }  # fmt: skip
+    return Compiled(parts, topology.device_memory, cost.get("flops", 0.0), cost.get("bytes accessed", 0.0),
+                    collective_bytes(program.as_text()))  # fmt: skip
+
+
+def records(result: Compiled, at: dict) -> list[dict]:
+    """Flat records, beside those of the closed form."""
+    def record(metric, value, unit, **more):
+        return {"suite": "plan", "metric": metric, "value": value, "unit": unit} | at | more
+
+    total = sum(result.device_bytes.values())
+    return [
+        record("device_bytes", total, "B", part="total"),
+        *(record("device_bytes", value, "B", part=part) for part, value in result.device_bytes.items()),
+        record("device_bytes_limit", result.limit, "B"),
+        record("flops_per_step", result.flops, "1", part="one device, loop bodies once"),
+        record("bytes_per_step", result.traffic, "B", part="one device, loop bodies once"),
+        *(record("collective_bytes", value, "B", part=part) for part, value in result.collectives.items()),
+        record("fits", int(total <= result.limit), "1"),
+    ]
+
+
+def show(result: Compiled, topology: Topology, seconds: float) -> None:
+    """The compiler's numbers as a table."""
+    total = sum(result.device_bytes.values())
+    rows = [[part, f"{value / GIB:,.2f} GiB", f"{value / result.limit:.1%}"] for part, value in
+            (*result.device_bytes.items(), ("total", total))]  # fmt: skip
+    title = f"compiled for {topology.name} in {seconds:.0f} s"
+    print_table(title, ["bytes of a device", "compiler", "of memory"], rows)
+    rows = [[kind, f"{value / GIB:,.3f} GiB"] for kind, value in result.collectives.items()]
+    print_table("collectives of a device and step", ["kind", "bytes of results"], rows)
+    print(f"compiled: {'fits' if total <= result.limit else 'does not fit'}")
+
+
+def collective_bytes(text: str) -> dict[str, float]:
+    """Bytes of the results of each kind of collective in optimised HLO, a loop's body counted once a trip.
+
+    Trips come from `known_trip_count`; a loop without counts as one trip.
+    """
+    bodies: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if not line.startswith(" ") and (match := re.match(r"(ENTRY )?%?([\w.\-]+)[^=]*\{$", line.strip())):
+            name = match[2]
+            bodies[name] = []
+            entry = name if match[1] else entry
+        elif name:
+            bodies[name].append(line)
+    totals: dict[str, float] = {}
+
+    def walk(name: str, times: float) -> None:
+        for line in bodies.get(name, ()):
+            match = re.search(r"= (.+?) ([\w\-]+)\(", line)
+            if not match:
+                continue
+            kind = match[2].removesuffix("-start")
+            if kind in _KINDS:
+                totals[kind] = totals.get(kind, 0.0) + times * _largest(match[1])
+            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            inner = int(trips[1]) if trips and kind == "while" else 1
+            for called in re.findall(r"(?:body|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line):
+                walk(called, times * inner)
+
+    walk(entry, 1.0)
+    return totals
+
+
+def _largest(shapes: str) -> float:
+    """Bytes of the largest array in a result's type: of a started collective that is the result itself."""
+    sizes = [0.0]
+    for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+        if kind in _WIDTH:
+            sizes.append(float(_WIDTH[kind] * np.prod([int(d) for d in dims.split(",") if d], dtype=np.float64)))
+    return max(sizes)

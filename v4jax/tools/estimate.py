@@ -1,0 +1,241 @@
+"""The closed form of a plan: what a model needs on a topology, from shapes and rules alone.
+
+Bytes of state are exact, from the same rules that split it in a run. Activations, traffic and work are sums over the
+terms named in the docstrings; `plan` says what they leave out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh
+
+from v4jax import config as configs
+from v4jax.cache.spec import Layout
+from v4jax.config import MESH_AXES, Config, Mesh
+from v4jax.core.check import UserError
+from v4jax.models.flops import count_parameters
+from v4jax.models.transformer import Transformer
+from v4jax.parallel.mesh import sizes
+from v4jax.parallel.rules import Sharding, check_layout
+from v4jax.tools.topology import GIB, Topology, listed
+from v4jax.train.optim import MATRICES
+
+_RUNTIME = 2 * GIB  # of host memory a chip, for programs and transfer buffers: an allowance, not a measurement
+MODES = ("train", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is planned: the mode, tokens of a row (context), and rows (train: the batch, else sequences at once)."""
+
+    mode: str
+    context: int
+    rows: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one step computes."""
+        return self.rows if self.mode == "decode" else self.rows * self.context
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One plan. device_bytes, traffic and collectives are by part, of one device and one step."""
+
+    device_bytes: dict[str, float]
+    host_bytes: float
+    flops: float  # of all devices together, without recomputation
+    device_flops: float  # of one device, with it
+    traffic: dict[str, float]
+    collectives: dict[str, float]
+    seconds: dict[str, float]  # compute, memory, network: the step takes at least the longest
+    mfu: float
+
+
+def default_mesh(config: Config, topology: Topology, work: Work) -> Mesh:
+    """`config.mesh` if it names a layout; else experts over up to 64 devices in training, over all in serving.
+
+    Training takes `pod`: rows split over experts and fsdp, and the tokens of a row where devices outnumber rows.
+    Serving takes `serve`.
+    """
+    if config.mesh.layout:
+        return config.mesh
+    per_slice = topology.devices // topology.slices
+    if work.mode != "train":
+        expert = math.gcd(per_slice, config.model.moe.experts)
+        return Mesh("serve", slice=topology.slices, data=per_slice // expert, expert=expert)
+    parts = math.gcd(per_slice, max(work.rows // topology.slices, 1))
+    expert = math.gcd(parts, config.model.moe.experts, 64)
+    return Mesh("pod", slice=topology.slices, expert=expert, fsdp=parts // expert, context=per_slice // parts)
+
+
+def abstract_sharding(mesh: Mesh, devices: int) -> Sharding:
+    """The rules of a mesh on devices that need not exist."""
+    layout = configs.load_layout(mesh.layout)
+    check_layout(layout)
+    return Sharding(AbstractMesh(sizes(mesh, layout, devices), MESH_AXES), layout)
+
+
+def parameter_table(config: Config) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Letters and shape of every parameter, hash tables and router biases left out (they weigh nothing)."""
+    tree = nnx.state(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0), scan=True)), nnx.Param)
+    return {".".join(map(str, path)): (leaf.letters, leaf.get_value().shape) for path, leaf in nnx.to_flat_state(tree)}
+
+
+def state_bytes(config: Config, sharding: Sharding) -> dict[str, float]:
+    """Bytes of one device, exact: weights, gradients and optimizer state in float32, as rules and shapes split them."""
+    table = parameter_table(config)
+    where = sharding.parameters(
+        {name: letters for name, (letters, _) in table.items()}, {name: shape for name, (_, shape) in table.items()}
+    )
+    weights = optimizer = 0
+    for name, (letters, shape) in table.items():
+        numbers = math.prod(where[name].shard_shape(shape))
+        weights += 4 * numbers
+        optimizer += 4 * numbers * (1 if letters in MATRICES else 2)  # Muon keeps one moment, AdamW two
+    return {"weights": weights, "gradients": weights, "optimizer": optimizer}
+
+
+def attention_flops(model: configs.Model, context: float) -> float:
+    """Operations of one token that sees `context` tokens: both products with window, picked and visible entries, and
+    the indexer's scores; 2 a multiply-add."""
+    heads, total = 4 * model.heads * model.head_dim, 0.0
+    for kind in model.schedule:
+        seen = min(model.window, context)
+        if kind == "csa":
+            entries = context / model.csa_ratio
+            seen += min(model.indexer.topk, entries)
+            total += 2 * model.indexer.heads * model.indexer.head_dim * entries
+        elif kind == "hca":
+            seen += context / model.hca_ratio
+        total += heads * seen
+    return total
+
+
+def estimate(config: Config, topology: Topology, mesh: Mesh, work: Work) -> Estimate:
+    """The plan of one mode. Raises UserError where mesh, model and batch do not fit each other."""
+    if work.mode not in MODES:
+        raise UserError(f"no mode {work.mode!r}; one of {', '.join(MODES)}")
+    sharding = abstract_sharding(mesh, topology.devices)
+    build = _train if work.mode == "train" else _serve
+    parts, traffic, collectives, host = build(config, topology, sharding, work)
+    counts = count_parameters(config.model)
+    mean = work.context if work.mode == "decode" else work.context / 2
+    attention = attention_flops(config.model, mean)
+    once = 2 * counts.active + attention  # forward, one token
+    times = 3 if work.mode == "train" else 1  # and twice that backward
+    again = 1 if work.mode == "train" and config.train.remat else 0
+    flops = times * once * work.tokens
+    device_flops = (times + again) * once * work.tokens / topology.devices
+    seconds = {
+        "compute": device_flops / (topology.chip.flops / topology.chip.devices),
+        "memory": sum(traffic.values()) / (topology.chip.bandwidth / topology.chip.devices),
+        "network": sum(collectives.values()) / (topology.network / topology.chip.devices),
+    }
+    bound = max(seconds.values())
+    mfu = flops / (bound * topology.chips * topology.chip.flops)
+    return Estimate(parts, host, flops, device_flops, traffic, collectives, seconds, mfu)
+
+
+def _train(config: Config, topology: Topology, sharding: Sharding, work: Work):
+    """Training: state as it lies; kept streams of every layer (with remat) and the largest layer's inside; logits."""
+    m, parts = config.model, state_bytes(config, sharding)
+    tokens = work.tokens / _parts(sharding, work)
+    width = jnp.dtype(m.dtype).itemsize
+    D, F, K = m.hidden_size, m.moe.inner, m.moe.active
+    tensor = sharding.size(sharding.axes("weights", "expert_mlp"))
+    streams = tokens * m.mhc.streams * D * width
+    # Inside of one layer: float32 streams of two hyper-connections, queries and outputs of all heads with a float32
+    # copy, rows that travel (in, out and their gradients), gate, up and product of each.
+    inside = 4 * streams * 4 / width + tokens * m.heads * m.head_dim / tensor * (2 * width + 8)
+    inside += 1.5 * tokens * K * (4 * D * width + 3 * F / tensor * 4)
+    kept = streams if config.train.remat else inside
+    vocabulary = sharding.size(sharding.axes("weights", "vocab"))
+    logits = 3 * tokens * m.vocab_size / vocabulary * 4
+    # Experts of a layer with their hidden size gathered, forward and as gradients.
+    expert_parts = sharding.size(sharding.axes("weights", "expert")) * tensor
+    layer = 3 * D * F * m.moe.experts / expert_parts * width
+    parts |= {"activations": m.layers * kept + inside + logits, "gathered": 2 * layer}
+    passes = 3 if config.train.remat else 2
+    traffic = {
+        "weights": passes * m.layers * layer, "optimizer": 2 * (parts["weights"] + parts["optimizer"]),
+        "gradients": 2 * parts["gradients"], "activations": passes * m.layers * (inside + streams) + 2 * logits,
+    }  # fmt: skip
+    split = sharding.size(sharding.axes("weights", "expert_embed"))
+    travel = sharding.size(sharding.axes("weights", "expert"))
+    dense = (count_parameters(m).total - count_parameters(m).by_group["routed experts"]) * width
+    dense_split = sharding.size(sharding.axes("weights", "embed"))
+    away = lambda n: (n - 1) / n
+    replicas = _parts(sharding, work) // (travel * split)
+    collectives = {
+        "all-gather": passes * (m.layers * layer * away(split) + dense / tensor * away(dense_split)),
+        "reduce-scatter": m.layers * layer * away(split) + dense / tensor * away(dense_split),
+        "all-reduce": 2 * (m.layers * layer / split) * away(replicas),
+        "all-to-all": m.layers * tokens * K * D * width * away(travel) * (2 * passes),
+    }
+    host = topology.chip.host * _RUNTIME
+    return parts, traffic, collectives, host
+
+
+def _serve(config: Config, topology: Topology, sharding: Sharding, work: Work):
+    """Serving: bfloat16 weights, the cache of all rows in `cache.layout`, one chunk's activations."""
+    m, width, layout = config.model, 2, Layout(config.model, config.cache.layout, config.cache.block)
+    table = parameter_table(config)
+    where = sharding.parameters(
+        {name: letters for name, (letters, _) in table.items()}, {name: shape for name, (_, shape) in table.items()}
+    )
+    weights = sum(width * math.prod(where[name].shard_shape(shape)) for name, (_, shape) in table.items())
+    kv = work.rows * (work.context * layout.token_bytes + layout.record_bytes()) / topology.devices
+    step = work.rows if work.mode == "decode" else work.rows * min(work.context, config.serve.prefill_chunk)
+    tokens = max(1.0, step / topology.devices)
+    activations = tokens * (4 * 4 * m.mhc.streams * m.hidden_size + 12 * m.heads * m.head_dim + 4 * m.vocab_size)
+    parts = {"weights": weights, "kv": kv, "activations": activations}
+    steps = 1 if work.mode == "decode" else -(-work.context // config.serve.prefill_chunk)
+    experts = count_parameters(m).by_group["routed experts"] * width / topology.devices
+    met = 1 - (1 - m.moe.active / m.moe.experts) ** step  # of the experts, by a step's tokens, picked evenly
+    read = weights - experts * (1 - met)
+    rows = work.rows / topology.devices
+    entry, key, each = layout.entry_bytes, layout.key_bytes if "csa" in m.schedule else 0, 0.0
+    for kind in m.schedule:
+        if kind == "csa":
+            each += work.context / m.csa_ratio * key + min(m.indexer.topk, work.context / m.csa_ratio) * entry
+        elif kind == "hca":
+            each += work.context / m.hca_ratio * entry
+        each += m.window * m.head_dim * width
+    traffic = {"weights": steps * read, "kv": rows * each * (1 if work.mode == "decode" else steps / 2),
+               "activations": 2 * steps * activations}  # fmt: skip
+    travel, tensor = (sharding.size(sharding.axes("weights", name)) for name in ("expert", "expert_mlp"))
+    sent = steps * m.layers * tokens * m.hidden_size
+    collectives = {
+        "all-to-all": sent * m.moe.active * width * 2 * (travel - 1) / travel,
+        "all-reduce": sent * 4 * 2 * 2 * (tensor - 1) / tensor,
+    }
+    return parts, traffic, collectives, topology.chip.host * _RUNTIME
+
+
+def _parts(sharding: Sharding, work: Work) -> int:
+    """Parts that the tokens of a step are split into; UserError where they do not divide."""
+    for name, size, letter in (("rows", work.rows, "B"), ("context", work.context, "T")):
+        axes = sharding.activation(letter)[0] or ()
+        number = sharding.size((axes,) if isinstance(axes, str) else axes)
+        if size % number:
+            raise UserError(f"{size} {name} cannot be split into the {number} parts of this mesh; choose another mesh")
+    return sharding.size(sharding.axes("activations", "batch") + sharding.axes("activations", "token"))
+
+
+def smallest(config: Config, topology: Topology, work: Work, reserve: float) -> tuple[Topology, Estimate] | None:
+    """The smallest listed topology of the same chip on which the closed form fits, or None."""
+    for candidate in listed(topology.chip):
+        try:
+            plain = dataclasses.replace(config, mesh=Mesh())
+            found = estimate(plain, candidate, default_mesh(plain, candidate, work), work)
+        except UserError:
+            continue
+        if sum(found.device_bytes.values()) <= candidate.device_memory * (1 - reserve):
+            return candidate, found
+    return None

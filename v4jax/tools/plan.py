@@ -1,0 +1,117 @@
+"""`v4jax plan`: what a model needs on a topology, before any machine is rented.
+
+The closed form answers in a second. For TPUs the training step itself is then compiled for the topology, with no
+accelerator present, and the compiler's own numbers stand beside it.
+"""
+
+from __future__ import annotations
+
+import time
+
+from v4jax.config import MESH_AXES, Config
+from v4jax.core.tables import print_table, write_json
+from v4jax.models.flops import count_parameters
+from v4jax.tools.estimate import Estimate, Work, default_mesh, estimate, smallest
+from v4jax.tools.topology import GIB, TPUS, Topology, parse
+
+RESERVE = 0.06  # of device memory, for the runtime, programs and fragments: what a plan must leave free
+UNKNOWN = (
+    "It can't know: how evenly tokens spread over experts (even is assumed), how far collectives hide behind products "
+    "(the bound takes the longest of compute, memory and network, as if all overlapped), host input, stragglers and "
+    "restarts. The closed form's activations are a sum of the largest arrays, not a schedule."
+)
+
+
+def run(
+    config: Config, topology: str, mode: str = "train", context: int | None = None, concurrency: int | None = None,
+    analytic: bool = False, json: str | None = None,
+) -> list[dict]:  # fmt: skip
+    """Print the plan and return its records.
+
+    topology: as `tools.topology.parse` reads it. context: tokens of a row (default: data.seq_len in training, else
+    serve.max_seq_len). concurrency: rows (default: train.batch_size or serve.max_batch). analytic: the closed form
+    alone. Raises UserError for what cannot be planned.
+    """
+    place = parse(topology)
+    rows = concurrency or (config.train.batch_size if mode == "train" else config.serve.max_batch)
+    tokens = context or (config.data.seq_len if mode == "train" else config.serve.max_seq_len)
+    work = Work(mode, tokens, rows)
+    mesh = default_mesh(config, place, work)
+    found = estimate(config, place, mesh, work)
+    at = {"config": config.name, "topology": place.name, "mode": mode, "context": tokens, "concurrency": rows,
+          "precision": config.model.dtype}  # fmt: skip
+    records = _records(config, place, work, found, at)
+    _print(config, place, mesh, work, found)
+    if not analytic and mode == "train" and place.chip.name in TPUS:
+        from v4jax.tools import compiled
+
+        begun = time.monotonic()
+        result = compiled.train_step(config, place, mesh, work)
+        records += compiled.records(result, at | {"source": "compiled"})
+        compiled.show(result, place, time.monotonic() - begun)
+    elif not analytic:
+        what = "decode and prefill steps are" if mode != "train" else f"programs for {place.chip.name} are"
+        print(f"{what} not compiled ahead of time in this version: the numbers are the closed form's")
+    print(UNKNOWN)
+    if json:
+        write_json(json, records)
+    return records
+
+
+def fits(bytes_needed: float, topology: Topology) -> bool:
+    """Whether a device holds that much and its reserve."""
+    return bytes_needed <= topology.device_memory * (1 - RESERVE)
+
+
+def _records(config: Config, topology: Topology, work: Work, found: Estimate, at: dict) -> list[dict]:
+    counts = count_parameters(config.model)
+    least = smallest(config, topology, work, RESERVE)
+    total = sum(found.device_bytes.values())
+
+    def record(metric, value, unit, **more):
+        return {"suite": "plan", "metric": metric, "value": value, "unit": unit, "source": "analytic", **at, **more}
+
+    return [
+        record("parameters_total", counts.total, "1"),
+        record("parameters_active", counts.active, "1"),
+        record("device_bytes", total, "B", part="total"),
+        *(record("device_bytes", value, "B", part=part) for part, value in found.device_bytes.items()),
+        record("device_bytes_limit", topology.device_memory, "B"),
+        record("host_bytes", found.host_bytes, "B"),
+        record("flops_per_step", found.flops, "1"),
+        *(record("bytes_per_step", value, "B", part=part) for part, value in found.traffic.items()),
+        *(record("collective_bytes", value, "B", part=part) for part, value in found.collectives.items()),
+        *(record("step_seconds_bound", value, "s", part=part) for part, value in found.seconds.items()),
+        record("step_seconds_bound", max(found.seconds.values()), "s", part="longest"),
+        record("mfu_bound", found.mfu, "1"),
+        record("fits", int(fits(total, topology)), "1"),
+        record("smallest_topology", least[0].name if least else "none", ""),
+    ]
+
+
+def _print(config: Config, topology: Topology, mesh, work: Work, found: Estimate) -> None:
+    counts, total = count_parameters(config.model), sum(found.device_bytes.values())
+    gib = lambda value: f"{value / GIB:,.2f} GiB"
+    share = lambda value: f"{value / topology.device_memory:.1%}"
+    axes = ", ".join(f"{axis} {getattr(mesh, axis)}" for axis in MESH_AXES if getattr(mesh, axis) > 1)
+    rows = [[part, gib(value), share(value)] for part, value in found.device_bytes.items()]
+    rows += [["total", gib(total), share(total)], ["limit", gib(topology.device_memory), f"{RESERVE:.0%} reserved"]]
+    title = (
+        f"{config.name}: {counts.total / 1e9:,.1f}B parameters, {counts.active / 1e9:,.2f}B active; {work.mode} of "
+        f"{work.rows} x {work.context} tokens on {topology.name} ({topology.chips} chips, {topology.devices} devices), "
+        f"layout {mesh.layout or 'none'} ({axes or 'one device'})"
+    )
+    print_table(title, ["bytes of a device", "closed form", "of memory"], rows)
+    collectives = [[f"network: {part}", gib(value)] for part, value in found.collectives.items() if value]
+    traffic = [[f"memory: {part}", gib(value)] for part, value in found.traffic.items()]
+    print_table("bytes of a device and step", ["", "closed form"], traffic + collectives)
+    longest = max(found.seconds, key=found.seconds.get)
+    bound, least = found.seconds[longest], smallest(config, topology, work, RESERVE)
+    print(
+        f"{found.flops:.3g} operations a step; at least {bound:.4g} s, bound by {longest} "
+        f"({', '.join(f'{part} {value:.4g} s' for part, value in found.seconds.items())}): "
+        f"{work.tokens / bound:,.0f} tokens/s, {found.mfu:.1%} MFU; host {gib(found.host_bytes)} a host"
+    )
+    verdict = "fits" if fits(total, topology) else "does not fit"
+    print(f"{verdict}; smallest listed {topology.chip.name} that does: {least[0].name if least else 'none'}")
+
