@@ -8,7 +8,9 @@ from v4jax.cache.manifest import Form, checksum
 from v4jax.cache.tiers import Item
 
 ROOT = bytes(16)
-BLOCK = Form("block", (("csa.main", "uint16", (4, 16)), ("csa.index", "float8_e4m3fn", (4, 8)), ("hca.main", "float32", (2, 16))))
+BLOCK = Form(
+    "block", (("csa.main", "uint16", (4, 16)), ("csa.index", "float8_e4m3fn", (4, 8)), ("hca.main", "float32", (2, 16)))
+)
 RECORD = Form("record", (("ring", "float32", (8, 16)), ("tails", "float32", (8, 32))))
 
 

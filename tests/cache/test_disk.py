@@ -1,4 +1,4 @@
-"""The disk tier against what disks do. Numbers of faults are those of the list in the reliability study (1 to 6, 10)."""
+"""The disk tier against what disks do. Numbers of faults are those of the reliability study (1 to 6, 10)."""
 
 import errno
 import json

@@ -49,7 +49,13 @@ def test_a_sound_file_under_another_key_is_not_read():
 
 
 def test_forms_differ_by_kind_names_dtypes_and_shapes():
-    tables = [BLOCK.table, BLOCK.table[::-1], BLOCK.table[:-1], (("csa.main", "int16", (4, 16)),), (("csa.main", "int16", (64,)),)]
+    tables = [
+        BLOCK.table,
+        BLOCK.table[::-1],
+        BLOCK.table[:-1],
+        (("csa.main", "int16", (4, 16)),),
+        (("csa.main", "int16", (64,)),),
+    ]
     forms = [Form(kind, table) for kind in ("block", "record") for table in tables]
     assert len({form.digest for form in forms}) == len(forms)
     assert len({form.key(NAME) for form in forms}) == len(forms)

@@ -160,9 +160,9 @@ class Blocks:
         self._count["evictions"] += 1
 
     def _tell(self, kind: str, name: bytes, leaves: bool) -> None:
-        page, number = self._page.get(name), self.number(kind, name)
-        if self.watch is not None and page in self._idle and number is not None:
-            self.watch(kind, self._name[page][0], name, number, leaves)
+        if self.watch is not None and (page := self._page.get(name)) in self._idle:
+            if (number := self.number(kind, name)) is not None:
+                self.watch(kind, self._name[page][0], name, number, leaves)
 
     # --- records ---------------------------------------------------------------------------------------------------
 

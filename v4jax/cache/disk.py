@@ -1,8 +1,8 @@
 """The disk tier: a directory of files, one a block or record (see `cache/manifest.py` for what is in a file).
 
-The files are the index: their names say what they hold, so a directory that a killed process left is as good as one that
-was closed. A file is written under a temporary name and renamed when whole, without waiting for the disk: what a crash
-of the machine tears fails its checksum, and is a miss. One process at a time owns a directory.
+The files are the index: their names say what they hold, so a directory that a killed process left is as good as one
+that was closed. A file is written under a temporary name and renamed when whole, without waiting for the disk: what a
+crash of the machine tears fails its checksum, and is a miss. One process at a time owns a directory.
 """
 
 from __future__ import annotations
@@ -149,7 +149,9 @@ class Disk:
         error = self._write(item)
         if error is not None and error.errno in _FULL:
             with self._lock:
-                gone = self._make_room(self._shelf.budget - self._shelf.used - self._reserved + size)  # of `size` at least
+                gone = self._make_room(
+                    self._shelf.budget - self._shelf.used - self._reserved + size
+                )  # of `size` at least
             self._unlink(gone)
             error = self._write(item)
         with self._lock:

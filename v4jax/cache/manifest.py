@@ -1,12 +1,12 @@
 """A stored block or record as bytes: what lies in a file of the disk tier, and how it is recognised and verified.
 
 Little-endian: magic (8 bytes), version and kind (2 each), length of the group table (4), name, parent and form (16
-each), length of the payload and its xxh3-64 (8 each), xxh3-64 of all that and the table (8); then the table, JSON padded
-with spaces so that the payload begins at a multiple of 64; then the payload. Nothing else is in the file.
+each), length of the payload and its xxh3-64 (8 each), xxh3-64 of all that and the table (8); then the table, JSON
+padded with spaces so that the payload begins at a multiple of 64; then the payload. Nothing else is in the file.
 
 A *name* says what the contents are (`prefix.chain`: weights, config, precision, tokens, tenant), a *form* how they are
-laid out (the group table: every array with dtype and logical shape, whatever the mesh). Both are the key. What has another
-key is another thing, so a change of either is a miss and never a collision.
+laid out (the group table: every array with dtype and logical shape, whatever the mesh). Both are the key. What has
+another key is another thing, so a change of either is a miss and never a collision.
 """
 
 from __future__ import annotations

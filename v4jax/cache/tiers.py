@@ -55,7 +55,8 @@ class Tier(Protocol):
 
 
 class Breaker:
-    """Opens at `limit` failures in a row: then nothing is tried for a while, and twice as long if the next try fails."""
+    """Opens at `limit` failures in a row: then nothing is tried for a while, and twice as long if the next try
+    fails."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, limit: int = 3):
         self._clock, self._limit = clock, limit

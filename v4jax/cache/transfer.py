@@ -43,6 +43,7 @@ class Fetch:
     record: Item | None = None
     done: threading.Event = field(default_factory=threading.Event)
     cancelled: bool = False
+    quick: bool = False  # nothing of it has to come from disk
     beat: float = field(default_factory=time.monotonic)  # of the last progress
     bad: set[Key] = field(default_factory=set)
 
@@ -167,6 +168,9 @@ class Transfer:
     def close(self, seconds: float = 10.0) -> None:
         """Flush, end the threads as soon as they have nothing to do, and leave the tiers."""
         self.flush(seconds)
+        with self._lock:
+            self._pending.clear()  # the directory may be another's soon
+            self._loose_bytes = 0
         for todo, _ in self._threads:
             todo.put(None)
         for tier in self.tiers.values():
@@ -184,9 +188,9 @@ class Transfer:
         for tier in self.tiers.values():
             tier.touch(keys)
         # What lies on the host must not wait for a disk that hangs.
-        quick = self.host is not None and all(key in self.host for key in keys if self._needs(job, key))
+        job.quick = self.host is not None and all(key in self.host for key in keys if self._needs(job, key))
         self._count.update(fetches=1)
-        (self._quick if quick else self._reads).put((job,))
+        (self._quick if job.quick else self._reads).put((job,))
         return True
 
     def late(self, job: Fetch) -> bool:
@@ -195,7 +199,7 @@ class Transfer:
             return False
         job.cancelled = True
         self._count.update(late=1)
-        if self.disk is not None:
+        if self.disk is not None and not job.quick:
             self.disk.late()
         return True
 
@@ -244,6 +248,7 @@ class Transfer:
         with self._lock:
             self._settled.wait_for(lambda: key not in self._coming, self.deadline)
             item, _ = self._pending.get(key, (None, False))
+        job.beat = time.monotonic()
         if item is not None and not item.sound:
             item = None
         for tier in self.tiers.values():

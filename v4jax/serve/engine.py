@@ -181,7 +181,7 @@ class Engine:
     def _park(self, waits: bool = False) -> None:
         """Move between the device and the tiers below what the scheduler's books have moved."""
         if self.parking is not None:
-            self._live = self.parking.carry_out(self._live)
+            self._live = self.parking.carry_out(self._live, idle=not self.busy)
             if waits:
                 self.parking.wait()
 

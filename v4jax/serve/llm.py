@@ -109,15 +109,22 @@ class LLM:
     def stats(self) -> dict[str, float]:
         """What the engine counts: sequences waiting and running, pages and records, prefix hits, bytes of the cache.
 
-        With tiers on host and disk also, as host_* and disk_*: blocks, records and bytes there, hits and misses of both,
-        bytes moved, evictions, corrupt records, errors, the state of the breaker; and what is queued between them.
+        With tiers on host and disk also, as host_* and disk_*: blocks, records and bytes there, hits and misses of
+        both, bytes moved, evictions, corrupt records, errors, the state of the breaker; and what is queued between
+        them.
         """
         return self.engine.stats()
+
+    @property
+    def tiers(self) -> str:
+        """What device, host and disk hold of the KV cache, in tokens; "" if there is nothing below the device."""
+        return "" if self.engine.parking is None else self.engine.parking.summary
 
     def close(self) -> None:
         """Move what is worth keeping to the tiers below the device, if there are any, and leave their directory.
 
-        Without this it is done when the process ends, or a crash leaves the last few blocks unsaved. Nothing runs after.
+        Without this it is done when the process ends, or a crash leaves the last few blocks unsaved. Nothing runs
+        after.
         """
         self.engine.close()
 

@@ -1,11 +1,11 @@
 """Between the engine and the tiers below the device: what is let go there moves down, what is asked for comes up.
 
-Down: a block that is idle, and the record behind it, are copied to the tiers when there is room on the way, at the latest
-when they are evicted: their arrays are read before the next plan writes to them. Only what is idle moves: it was
-computed by a request that did not fail. Up: when a request waits, the pieces of its prefix that the device lacks are read
-and verified by other threads; when it can be admitted, they are put into the books and the arrays as if they had never
-left, and the scheduler finds them there. A request waits for that no longer than the deadline, and reads its prompt
-itself if it must.
+Down: a block that is idle, and the record behind it, are copied to the tiers when there is room on the way, at the
+latest when they are evicted: their arrays are read before the next plan writes to them. Only what is idle moves: it was
+computed by a request that did not fail. Up: when a request waits, the pieces of its prefix that the device lacks are
+read and verified by other threads; when it can be admitted, they are put into the books and the arrays as if they had
+never left, and the scheduler finds them there. A request waits for that no longer than the deadline, and reads its
+prompt itself if it must.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import logging
 import math
 import time
 import weakref
+from collections import OrderedDict
 from collections.abc import Sequence as Names
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -38,6 +39,7 @@ from v4jax.serve.scheduler import Scheduler
 from v4jax.serve.sequence import Sequence, State
 
 _BATCH = 8  # blocks or records copied by one call, if more than one
+_REMEMBERED = 1 << 20  # names of blocks
 _POOLS = ("main", "index")
 _log = logging.getLogger(__name__)
 
@@ -68,10 +70,12 @@ def build(live: Live, cache: config.Cache, layout: Layout) -> Parking | None:
     check(cache)
     if not (cache.host or cache.disk):
         return None
+    if not layout.page_bytes:
+        raise UserError("a model of window layers alone keeps no blocks for a cache on host or disk: drop those tiers")
     host = Host(cache.host) if cache.host else None
     disk = Disk(cache.directory, cache.disk, deadline=cache.deadline) if cache.disk else None
-    parking = Parking(live, host, disk, cache.deadline)
-    _log.info("cache: %s", parking.describe(layout))
+    parking = Parking(live, host, disk, cache.deadline, layout.block, second=cache.admission == "second")
+    _log.info("cache: %s", parking.summary)
     return parking
 
 
@@ -79,6 +83,8 @@ def check(cache: config.Cache) -> None:
     """Raise UserError for tiers that cannot be."""
     if min(cache.device, cache.host, cache.disk) < 0 or not cache.deadline > 0:
         raise UserError("cache device, host and disk must be at least 0 bytes, and the deadline more than 0 seconds")
+    if cache.admission not in ("all", "second"):
+        raise UserError(f"unknown cache admission {cache.admission!r}; one of all, second")
     if bool(cache.disk) != bool(cache.directory):
         raise UserError("a cache on disk needs both its size and its directory (--kv_disk=64GiB --kv_dir=DIR)")
     if (cache.host or cache.disk) and not cache.prefix:
@@ -86,9 +92,15 @@ def check(cache: config.Cache) -> None:
 
 
 class Parking:
-    """The tiers of one engine. `attach` joins it to its scheduler and books, which call it then, as the engine does."""
+    """The tiers of one engine. `attach` joins it to its scheduler and books, which call it then, as the engine does.
 
-    def __init__(self, live: Live, host: Host | None, disk: Disk | None, deadline: float):
+    tokens: of a block. second: only what a second request asked for moves down. summary: what each tier holds, in
+    tokens.
+    """
+
+    def __init__(
+        self, live: Live, host: Host | None, disk: Disk | None, deadline: float, tokens: int, *, second: bool = False
+    ):
         self._kinds = _kinds(live)
         leaves = jax.tree.leaves(live)
         [device] = leaves[0].devices()
@@ -100,17 +112,25 @@ class Parking:
         self.transfer = Transfer(*self.forms.values(), host, disk, place=place, deadline=deadline)
         weakref.finalize(self, self.transfer.close)  # an engine that nobody closed, or the end of the process
         self._moves: list[_Save | _Restore] = []  # in the order in which the books were changed
-        self._backlog: dict[tuple[str, bytes], _Save] = {}
+        self._backlog: dict[str, dict[bytes, _Save]] = {"block": {}, "record": {}}
+        self._second, self._asked = second, OrderedDict()  # by name: whether more than one request asked for it
         self._visits: dict[Sequence, _Visit | None] = {}
         self._awaited: Fetch | None = None
         self._blocks: Blocks | None = None
         self._restored = 0
-        self._pages = next(leaf.shape[0] for leaf, kind in zip(leaves, self._kinds, strict=True) if kind == "block")
+        self.summary = self._describe(leaves[self._kinds.index("block")].shape[0] - 1, tokens)
+
+    def _describe(self, pages: int, tokens: int) -> str:
+        block, parts = self.forms["block"], [f"device {pages * tokens:,} tokens"]
+        for name, tier in self.transfer.tiers.items():
+            held, size = tier.stats(), space(block.file_bytes) if name == "disk" else block.nbytes
+            parts.append(f"{name} up to {held['budget'] // size * tokens:,} ({held['blocks'] * tokens:,} are there)")
+        return ", ".join(parts)
 
     def attach(self, scheduler: Scheduler) -> None:
         """Serve this scheduler and its books from now on."""
         scheduler.below, scheduler.blocks.watch, self._blocks = self, self.parked, scheduler.blocks
-        self._moves, self._backlog, self._visits = [], {}, {}
+        self._moves, self._backlog, self._visits = [], {"block": {}, "record": {}}, {}
 
     # --- called by the books ---------------------------------------------------------------------------------------
 
@@ -118,10 +138,10 @@ class Parking:
         """A block became idle, or a record behind an idle block ready; leaves: it is evicted now."""
         save = _Save(kind, parent, name, number)
         if leaves:
-            self._backlog.pop((kind, name), None)
+            self._backlog[kind].pop(name, None)
             self._moves.append(save)
         else:
-            self._backlog[kind, name] = save
+            self._backlog[kind][name] = save
 
     # --- called by the scheduler -----------------------------------------------------------------------------------
 
@@ -132,6 +152,11 @@ class Parking:
                 visit.job.cancelled = True
         if sequence not in self._visits:
             self._visits[sequence] = self._look(names)
+            for name in names if self._second else ():
+                self._asked[name] = name in self._asked
+                self._asked.move_to_end(name)
+            while len(self._asked) > _REMEMBERED:
+                self._asked.popitem(last=False)
 
     def _look(self, names: Names[bytes], again: bool = False) -> _Visit | None:
         found, _ = self._blocks.match(names)
@@ -185,26 +210,30 @@ class Parking:
 
     # --- called by the engine --------------------------------------------------------------------------------------
 
-    def carry_out(self, live: Live) -> Live:
-        """The live state after all that the books changed; to be called before the next plan is sent."""
+    def carry_out(self, live: Live, idle: bool = True) -> Live:
+        """The live state after all that the books changed; to be called before the next plan is sent.
+
+        idle: nothing waits for the device, so that any number of blocks may be copied that could also wait.
+        """
         moves, self._moves = self._moves, []
         for (sort, kind), run in itertools.groupby(moves, lambda move: (type(move), move.kind)):
             if sort is _Restore:
                 live = self._restore(live, kind, list(run))
             else:
                 self._save(live, kind, list(run))
-        for kind in ("block", "record"):
-            room, run = self.transfer.room(self.forms[kind]), []
-            for save in [save for save in self._backlog.values() if save.kind == kind][:room]:
-                del self._backlog[kind, save.name]
-                if self._blocks.number(kind, save.name) == save.number:
-                    run.append(save)
-            self._save(live, kind, run)
+        for kind, backlog in self._backlog.items():
+            room = self.transfer.room(self.forms[kind])
+            run = [backlog[name] for name in itertools.islice(backlog, room if idle else min(room, _BATCH))]
+            for save in run:
+                del backlog[save.name]
+            self._save(live, kind, [save for save in run if self._blocks.number(kind, save.name) == save.number])
         return live
 
     def _save(self, live: Live, kind: str, saves: list[_Save]) -> None:
         form = self.forms[kind]
         saves = [save for save in saves if self.transfer.wants(form.key(save.name))]
+        if self._second:
+            saves = [save for save in saves if self._asked.get(save.name)]
         room = self.transfer.room(form)
         self.transfer.dropped(len(saves[room:]))
         for batch in _batches(saves[:room]):
@@ -237,7 +266,7 @@ class Parking:
     def flush(self, live: Live, seconds: float) -> bool:
         """Move everything down that is idle, in so many seconds at most; whether that was enough."""
         end = time.monotonic() + seconds
-        while self._backlog and time.monotonic() < end:
+        while any(self._backlog.values()) and time.monotonic() < end:
             self.carry_out(live)
             self.transfer.flush(end - time.monotonic())
         return self.transfer.flush(max(end - time.monotonic(), 0))
@@ -247,18 +276,12 @@ class Parking:
         self.flush(live, seconds)
         self.transfer.close(0.0)
 
-    def describe(self, layout: Layout) -> str:
-        """What each tier holds, in tokens."""
-        block, tokens = self.forms["block"], layout.block
-        parts = [f"device {(self._pages - 1) * tokens:,} tokens"]
-        for name, tier in self.transfer.tiers.items():
-            held, size = tier.stats(), space(block.file_bytes) if name == "disk" else block.nbytes
-            parts.append(f"{name} up to {held['budget'] // size * tokens:,} tokens ({held['blocks']} blocks are there)")
-        return ", ".join(parts)
-
     def stats(self) -> dict[str, float]:
         """What the tiers count, and blocks that came back from them."""
-        return self.transfer.stats() | {"restored_blocks": self._restored, "queue_idle": len(self._backlog)}
+        return self.transfer.stats() | {
+            "restored_blocks": self._restored,
+            "queue_idle": sum(map(len, self._backlog.values())),
+        }
 
 
 # --- programs ----------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from v4jax.config import Config, load
 from v4jax.core.check import UserError
 from v4jax.core.tables import write_json
 
-SUITES = ("decode", "generate", "kv", "peer", "train")
-_WITH_CONTEXTS, _WITH_PLOT = ("decode", "generate"), ("decode",)
+SUITES = ("decode", "generate", "kv", "peer", "tiers", "train")
+_WITH_CONTEXTS, _WITH_PLOT = ("decode", "generate", "tiers"), ("decode",)
 
 
 def run(
@@ -34,7 +34,7 @@ def run(
         raise UserError(f"suite {suite!r} draws no plot: drop --plot")
     if contexts and suite not in _WITH_CONTEXTS:
         raise UserError(f"suite {suite!r} has lengths of its own: drop --contexts")
-    from v4jax.tools.bench import decode, generate, kv, peer, train
+    from v4jax.tools.bench import decode, generate, kv, peer, tiers, train
 
     config = config or load("small")
     lengths = {"contexts": _lengths(contexts)} if contexts else {}
@@ -43,6 +43,7 @@ def run(
         "generate": lambda: generate.run(config, rounds, **lengths),
         "kv": lambda: kv.run(config),
         "peer": lambda: peer.run(config, rounds),
+        "tiers": lambda: tiers.run(config, rounds, **lengths),
         "train": lambda: train.run(config, rounds),
     }
     records = suites[suite]()
