@@ -7,6 +7,7 @@ crash of the machine tears fails its checksum, and is a miss. One process at a t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -36,8 +37,7 @@ class Files:
         """A new file, its space reserved first, readable by its owner alone."""
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "wb", buffering=0) as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, sum(len(piece) for piece in pieces))
+            _reserve(descriptor, sum(len(piece) for piece in pieces))
             for piece in pieces:
                 rest = memoryview(piece)
                 while rest:
@@ -107,11 +107,12 @@ class Disk:
         try:
             data = self._files.read(path, form.file_bytes + 1)
             payload, sum = manifest.open_payload(data, form, name, entry.parent)
-            self._files.used(path)
         except (OSError, Corrupt) as error:
             self._failed_read(error)
             self.discard(key)
             return None
+        with contextlib.suppress(OSError):  # the order of eviction is worth no error
+            self._files.used(path)
         seconds = self._clock() - start
         with self._lock:
             if seconds <= self.deadline:
@@ -263,10 +264,18 @@ class Disk:
             self._remove(path)
 
     def _remove(self, path: str) -> None:
-        try:
+        with contextlib.suppress(OSError):  # gone already, or the next process that owns the directory finds it again
             self._files.remove(path)
-        except OSError:  # gone already, or the next process that owns the directory finds it again
-            pass
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take the space of a file before it is written, where the file system can do that."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
 
 
 def space(size: int) -> int:
