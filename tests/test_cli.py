@@ -1,5 +1,6 @@
 """The command line: what reaches the commands, and that every mistake is one line and exit code 1."""
 
+import contextlib
 import pathlib
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 import v4jax
 from v4jax import cli
+from v4jax.config import Cache, Config
 from v4jax.core.check import UserError
 
 CONFIG = """
@@ -43,7 +45,12 @@ def calls(monkeypatch):
         parent, _, last = name.rpartition(".")
         monkeypatch.setattr(sys.modules[parent], last, fake, raising=False)
 
-    class Engine:
+    class Engine(contextlib.nullcontext):
+        tiers = "much"
+
+        def __enter__(self):
+            return self
+
         def __init__(self, *args, **kwargs):
             made.append(("LLM", args, kwargs))
 
@@ -58,6 +65,7 @@ def calls(monkeypatch):
         module(f"v4jax.{package}")
     module("v4jax.train.loop", train=record("train"))
     module("v4jax.serve", LLM=Engine, SamplingParams=lambda **kwargs: kwargs)
+    sys.modules["v4jax.checkpoint"].load_config = lambda directory: Config(cache=Cache(layout="fp8"))
     module("v4jax.checkpoint.convert", convert=record("convert"))
     module("v4jax.tools.bench", run=record("bench"))
     module("v4jax.evals", run=record("eval"))
@@ -114,6 +122,14 @@ def test_generate_keeps_several_prompts_apart(calls, capsys, tmp_path):
     assert capsys.readouterr().out == "==> a\none two\n\n==> b\nc\npiece 1 end\n"
 
 
+def test_generate_gives_the_cache_the_room_that_was_typed(calls, capsys):
+    argv = ["--kv_device=1.5GiB", "--kv_host=512 MB", "--kv_disk=1TiB", "--kv_dir=kv"]
+    assert cli.main(["generate", "--checkpoint=DIR", "--prompt=a", *argv]) == 0
+    cache = Cache(layout="fp8", device=3 << 29, host=512_000_000, disk=1 << 40, directory="kv")
+    assert calls[0] == ("LLM", ("DIR",), {"cache": cache})
+    assert capsys.readouterr().err == "cache: much\n"
+
+
 def test_convert_bench_eval_arguments(calls, config):
     assert cli.main(["convert", "--source=A", "--target=B", "--format=orbax"]) == 0
     assert cli.main(["bench", "--suite=peer", "--rounds=3", "--json=x.json"]) == 0
@@ -133,6 +149,8 @@ def test_convert_bench_eval_arguments(calls, config):
     (["frobnicate"], "commands: train, generate"),
     (["generate", "--promt=x"], "did you mean --prompt?"),
     (["generate", "--prompt=x"], "needs --checkpoint"),
+    (["generate", "--kv_host=lots"], "'lots' is not a number of bytes such as 512MiB"),
+    (["generate", "--kv_host=5iB"], "'5iB' is not a number of bytes"),
     (["generate", "--checkpoint="], "needs --checkpoint"),
     (["generate", "--checkpoint=x"], "--prompt="),
     (["generate", "--checkpoint=x", "words"], "unexpected argument 'words'"),

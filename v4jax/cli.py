@@ -7,6 +7,7 @@ touched, so `main` can be called from Python.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import pathlib
@@ -18,7 +19,7 @@ from absl import flags
 import v4jax
 from v4jax import config as config_lib
 from v4jax.core.check import UserError
-from v4jax.core.flags import Command, Flag, command_help, given, nearest, parse
+from v4jax.core.flags import Command, Flag, command_help, define_size, given, nearest, parse
 from v4jax.core.memory import keep_heap
 
 # --- commands ----------------------------------------------------------------------------------------------------
@@ -54,8 +55,20 @@ def _generate(values: flags.FlagValues, _: None) -> None:
     from v4jax.serve import LLM, SamplingParams
 
     sampling = SamplingParams(**given(values, "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop"))
-    llm = LLM(values.checkpoint, **given(values, "dtype", "max_seq_len"))
-    _write_streams(llm.stream(prompts, sampling), prompts)
+    with LLM(values.checkpoint, **given(values, "dtype", "max_seq_len"), **_cache(values)) as llm:
+        if llm.tiers:
+            print(f"cache: {llm.tiers}", file=sys.stderr)
+        _write_streams(llm.stream(prompts, sampling), prompts)
+
+
+def _cache(values: flags.FlagValues) -> dict[str, config_lib.Cache]:
+    """The checkpoint's cache with the flags that were typed, as `cache`; nothing if none were."""
+    typed = {_KV[name]: value for name, value in given(values, *_KV).items()}
+    if not typed:
+        return {}
+    from v4jax import checkpoint
+
+    return {"cache": dataclasses.replace(checkpoint.load_config(values.checkpoint).cache, **typed)}
 
 
 def _convert(values: flags.FlagValues, _: None) -> None:
@@ -86,6 +99,13 @@ _CHECKPOINT = Flag("checkpoint", "directory of a run, an orbax checkpoint or Hug
 _NEEDED_CHECKPOINT = Flag(_CHECKPOINT.name, _CHECKPOINT.help, options={"required": True})
 _DTYPE = Flag("dtype", "bfloat16 or float32 (default: as stored)", flags.DEFINE_enum,
               options={"enum_values": ["bfloat16", "float32"]})  # fmt: skip
+_KV = {"kv_device": "device", "kv_host": "host", "kv_disk": "disk", "kv_dir": "directory"}
+_KV_FLAGS = (
+    Flag("kv_device", "accelerator memory for the KV cache, such as 2GiB", define_size),
+    Flag("kv_host", "host memory for what leaves the device, such as 64GiB", define_size),
+    Flag("kv_disk", "disk space for it in --kv_dir, such as 1TiB", define_size),
+    Flag("kv_dir", "directory that keeps it over restarts; one engine at a time"),
+)
 _JSON = Flag("json", "also write the records to this file")
 
 COMMANDS = {
@@ -121,6 +141,7 @@ COMMANDS = {
                  options={"lower_bound": 0.0, "upper_bound": 1.0}),
             Flag("seed", "the same seed gives the same text", flags.DEFINE_integer),
             Flag("stop", "end at this string; may be repeated", flags.DEFINE_multi_string, ()),
+            *_KV_FLAGS,
             _DTYPE,
         ),
     ),
@@ -160,7 +181,8 @@ COMMANDS = {
             Flag("suite", "what to measure", options={"required": True}),
             _CHECKPOINT,
             Flag("rounds", "repetitions of every measurement", flags.DEFINE_integer, options={"lower_bound": 1}),
-            Flag("contexts", "tokens of context, such as 1024,65536 (suites decode and generate)", flags.DEFINE_list),
+            Flag("contexts", "tokens of context, such as 1024,65536 (suites decode, generate, tiers)",
+                 flags.DEFINE_list),
             _JSON,
             Flag("plot", "also draw the records to this PNG file (suite decode)"),
         ),

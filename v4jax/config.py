@@ -172,6 +172,12 @@ class Cache:
     prefix: bool = True  # find the blocks of earlier requests that began alike
     records: int = 16  # checkpoint records kept for that, one at each prompt's and output's last block boundary
     record_every: int = 0  # and one every so many blocks of a prompt
+    device: int = 0  # bytes of accelerator memory for all of that; 0: as `tokens` says
+    host: int = 0  # bytes of host memory for what leaves the device; 0: none
+    disk: int = 0  # bytes of files in `directory` for it; 0: none
+    directory: str = ""
+    admission: str = "all"  # what moves to host and disk: all, or second: what more than one request asked for
+    deadline: float = 0.5  # seconds without progress after which a request no longer waits for host and disk
 
 
 MESH_AXES = ("slice", "data", "fsdp", "expert", "context", "tensor")  # slowest network first

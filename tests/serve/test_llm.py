@@ -34,6 +34,21 @@ def outputs(llm):
     return llm.generate(PROMPTS, greedy())
 
 
+def test_conversations_outlive_an_llm(model, tokenizer, tmp_path):
+    cache = config.Cache(disk=1 << 30, directory=str(tmp_path), host=1 << 20, deadline=60.0)
+    prompt = np.random.default_rng(0).integers(3, 2000, 300)
+    with LLM(model, tokenizer=tokenizer, cache=cache, **LIMITS) as llm:
+        [first] = llm.generate([prompt], greedy())
+        assert llm.tiers == "device 3,072 tokens, host up to 32,768 (0 are there), disk up to 22,369,536 (0 are there)"
+    with LLM(model, tokenizer=tokenizer, cache=cache, **LIMITS) as llm:
+        assert "(256 are there)" in llm.tiers
+        assert llm.generate([prompt], greedy()) == [first]
+        stats = llm.stats()
+        assert stats["restored_blocks"] == stats["disk_block_hits"] == stats["host_block_misses"] == 1
+    assert llm.tiers == "" and LLM(model, **LIMITS).tiers == ""
+    llm.close()  # again does nothing
+
+
 def test_public_names():
     assert v4jax.LLM is LLM and v4jax.SamplingParams is SamplingParams
 

@@ -22,7 +22,7 @@ it may be under way, and then neither given to others nor evicted; forgetting a 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 class Blocks:
@@ -51,6 +51,8 @@ class Blocks:
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._remember = remember
         self._count = Counter(queries=0, hits=0, repeated=0, evictions=0, record_evictions=0)
+        # Told (kind, parent, name, number, whether it is evicted now) of idle blocks and of ready records behind them.
+        self.watch: Callable[[str, bytes, bytes, int, bool], None] | None = None
 
     # --- finding ---------------------------------------------------------------------------------------------------
 
@@ -68,6 +70,12 @@ class Blocks:
                 best = count, self._record[name]
         return best
 
+    def number(self, kind: str, name: bytes) -> int | None:
+        """The page (kind "block") or the ready record (kind "record") of a name; None if it cannot be found."""
+        if kind == "record" and name in self._unready:
+            return None
+        return (self._page if kind == "block" else self._record).get(name)
+
     def room(self, names: Sequence[bytes] = ()) -> int:
         """Pages that `allocate` could give once the pages of `names` were acquired."""
         return len(self._free) + len(self._idle) - sum(self._page[name] in self._idle for name in names)
@@ -82,7 +90,8 @@ class Blocks:
 
     def note(self, names: Sequence[bytes], hits: int) -> None:
         """Count a request's look-up of `names`, of which the first `hits` were used."""
-        self._count.update(queries=len(names), hits=hits, repeated=sum(name in self._seen for name in names))
+        repeated = sum(i < hits or name in self._seen for i, name in enumerate(names))
+        self._count.update(queries=len(names), hits=hits, repeated=repeated)
         self._seen.update(dict.fromkeys(names))
         while len(self._seen) > self._remember:
             self._seen.popitem(last=False)
@@ -131,6 +140,8 @@ class Blocks:
         distrusted = page in self._distrusted
         if name is not None and not distrusted and self._page.setdefault(name, page) == page:
             self._idle[page] = None
+            self._tell("record", name, False)
+            self._tell("block", name, False)
             return
         if self._page.get(name) in self._idle:
             self._idle.move_to_end(self._page[name])  # its child may just have become idle
@@ -139,12 +150,19 @@ class Blocks:
         self._free.append(page)
 
     def _evict(self) -> None:
-        page, _ = self._idle.popitem(last=False)
-        _, name = self._name.pop(page)
-        del self._page[name]
+        page = next(iter(self._idle))
+        _, name = self._name[page]
+        self._tell("record", name, True)
+        self._tell("block", name, True)
+        del self._idle[page], self._name[page], self._page[name]
         self.forget(name)  # unreachable now
         self._free.append(page)
         self._count["evictions"] += 1
+
+    def _tell(self, kind: str, name: bytes, leaves: bool) -> None:
+        if self.watch is not None and (page := self._page.get(name)) in self._idle:
+            if (number := self.number(kind, name)) is not None:
+                self.watch(kind, self._name[page][0], name, number, leaves)
 
     # --- records ---------------------------------------------------------------------------------------------------
 
@@ -156,6 +174,7 @@ class Blocks:
             old = next((old for old, record in self._record.items() if not self._pins[record]), None)
             if old is None:
                 return None
+            self._tell("record", old, True)
             self.forget(old)
             self._count["record_evictions"] += 1
         record = self._spare.pop()
@@ -170,6 +189,7 @@ class Blocks:
             self._unready.discard(name)
             if not valid:
                 self.forget(name)
+            self._tell("record", name, False)
         self.unpin(record)
 
     def pin(self, name: bytes) -> int:

@@ -145,16 +145,17 @@ class Layout:
         """Bytes that one more token of context takes, over all layers: a page's share."""
         return self.page_bytes / self.block
 
-    def record_bytes(self, slack: int = 0) -> int:
-        """Bytes of one record over the layers of the backbone, by the shapes of `nn.state.new_kept` with this slack."""
+    def record_bytes(self, slack: int = 0, mtp: bool = False) -> int:
+        """Bytes of one record over the layers, by the shapes of `nn.kept.new_kept`; mtp: with the MTP layer's."""
         dtype = jnp.dtype(self.model.dtype)
 
         def kept(kind: str) -> int:
             past = jax.eval_shape(lambda: new_kept(self.model, kind, 1, lambda part: None, dtype, slack))
             return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(past))
 
-        sizes = {kind: kept(kind) for kind in set(self.model.schedule)}
-        return sum(sizes[kind] for kind in self.model.schedule)
+        kinds = [*self.model.schedule, *(["swa"] if mtp else [])]
+        sizes = {kind: kept(kind) for kind in set(kinds)}
+        return sum(sizes[kind] for kind in kinds)
 
     def pages_for(self, budget: int) -> int:
         """Pages that `budget` bytes hold, page 0 (which is never given out) among them.

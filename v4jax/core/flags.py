@@ -41,6 +41,23 @@ class Command:
     default_config: str | None = None
 
 
+class _Size(flags.ArgumentParser):
+    """Bytes: a whole number, or a number with a unit."""
+
+    syntactic_help = "a number of bytes such as 512MiB, 2GiB or 1.5TB"
+
+    def parse(self, argument: str | int) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", str(argument).strip())
+        if match is None or (match[3] and not match[2]):
+            raise ValueError(f"{argument!r} is not {self.syntactic_help}")
+        return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))
+
+
+def define_size(name: str, default: int | None, help: str, flag_values: flags.FlagValues, **options) -> None:
+    """An absl flag of bytes."""
+    flags.DEFINE(_Size(), name, default, help, flag_values, **options)
+
+
 def given(values: flags.FlagValues, *names: str) -> dict:
     """The flags among `names` that were typed; the callee's own defaults stand for the others."""
     return {name: values[name].value for name in names if values[name].present}

@@ -27,7 +27,7 @@ from v4jax.cache.spec import Layout
 from v4jax.core.check import UserError
 from v4jax.models.transformer import Transformer
 from v4jax.nn.kept import new_kept
-from v4jax.serve import programs
+from v4jax.serve import parking, programs
 from v4jax.serve.programs import Heads, Live
 from v4jax.serve.sampling import Sampled, SamplingParams, batch_options
 from v4jax.serve.scheduler import Scheduler
@@ -73,8 +73,8 @@ class Engine:
         self.layout = Layout(self.model, cache.layout, cache.block)
         block, slots, k = self.layout.block, limits.max_batch, limits.speculative_tokens
         self._table_width = -(-(limits.max_seq_len + k) // block)
-        pages = 1 + (-(-cache.tokens // block) or slots * self._table_width)
         kept = range(slots + 1, slots + 1 + (cache.records if cache.prefix else 0))
+        pages = self._pages(cache, 1 + slots + len(kept))
         self.scheduler = Scheduler(
             Blocks(pages, kept), slots, block, block if limits.batch_invariant else limits.prefill_chunk,
             record_every=cache.record_every, lookahead=k, replay=limits.batch_invariant,
@@ -89,6 +89,23 @@ class Engine:
         self._sampling: dict[Hashable, SamplingParams] = {}
         self._batch, self._device_batch = (), None
         self._flight: deque[_Flight] = deque()
+        self.parking = parking.build(self._live, cache, self.layout)
+        if self.parking is not None:
+            self.parking.attach(self.scheduler)
+
+    def _pages(self, cache: config.Cache, records: int) -> int:
+        """Pages of every pool, page 0 among them."""
+        k, block = self.limits.speculative_tokens, self.layout.block
+        if not cache.device:
+            return 1 + (-(-cache.tokens // block) or self.limits.max_batch * self._table_width)
+        fixed = records * self.layout.record_bytes(3 * k, mtp=k > 0)
+        least = fixed + 2 * self.layout.page_bytes
+        if cache.device < least:
+            raise UserError(
+                f"a cache of {cache.device:,} bytes on the device is too small: {records} records and one block of "
+                f"{block} tokens take {least:,}; give it more, or lower max_batch or the cache's records"
+            )
+        return self.layout.pages_for(cache.device - fixed)
 
     def _allocate(self, model: Transformer, pages: int, records: int, slack: int) -> Live:
         dtype = jnp.dtype(self.model.dtype)
@@ -103,7 +120,9 @@ class Engine:
     def _digest(self, variables) -> bytes:
         """Seed of the names of blocks: all that their contents depend on besides the tokens."""
         leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
-        return prefix.seed(prefix.digest(leaves), self.model, self.layout.name, self.layout.block)
+        # Where bits are promised, blocks from another run are of use only if the same programs computed them.
+        bits = (jax.__version__, jax.default_backend()) if self.limits.batch_invariant else ()
+        return prefix.seed(prefix.digest(leaves), self.model, self.layout.name, self.layout.block, *bits)
 
     # --- requests --------------------------------------------------------------------------------------------------
 
@@ -151,11 +170,27 @@ class Engine:
         A request whose logits were not finite has ended, failed, when its tokens (whose `finite` says so) come.
         """
         plan = self.scheduler.step()
+        self._park(waits=plan is None and not self._flight)
         if plan is not None:
             self._flight.append(self._send(plan))
-        if len(self._flight) > (plan is not None):
-            return self._take(self._flight.popleft())
-        return []
+        drawn = self._take(self._flight.popleft()) if len(self._flight) > (plan is not None) else []
+        if not self.busy:
+            self._park()
+        return drawn
+
+    @jax.transfer_guard("disallow")
+    def _park(self, waits: bool = False) -> None:
+        """Move between the device and the tiers below what the scheduler's books have moved."""
+        if self.parking is not None:
+            self._live = self.parking.carry_out(self._live, idle=not self.busy)
+            if waits:
+                self.parking.wait()
+
+    def close(self, seconds: float = 10.0) -> None:
+        """Move what is idle to the tiers below the device, in so many seconds at most, and leave them. For good."""
+        if self.parking is not None:
+            self.parking.close(self._live, seconds)
+            self.parking = self.scheduler.below = self.scheduler.blocks.watch = None
 
     @jax.transfer_guard("disallow")
     def _send(self, plan: Plan) -> _Flight:
@@ -260,9 +295,10 @@ class Engine:
             self._live = programs.wipe(self._live, *jax.device_put((np.int32(slot), pages)))
 
     def stats(self) -> dict[str, float]:
-        """Counts of sequences, pages and prefix hits; `kv_bytes`: of all arrays of the cache."""
+        """Counts of sequences, pages and prefix hits, and of the tiers; `kv_bytes`: of all arrays of the cache."""
         held = sum(a.nbytes for a in jax.tree.leaves(self._live))
-        return self.scheduler.stats() | {"kv_bytes": held}
+        below = {} if self.parking is None else self.parking.stats()
+        return self.scheduler.stats() | {"kv_bytes": held} | below
 
 
 def chunk_sizes(longest: int) -> list[int]:
@@ -289,3 +325,4 @@ def check_limits(model: config.Model, limits: config.Serve, cache: config.Cache)
         raise UserError("speculative_tokens needs a model with an MTP layer, and this one has none; set it to 0")
     if limits.speculative_tokens and limits.batch_invariant:
         raise UserError("batch_invariant and speculative_tokens exclude each other: drafts change the shapes computed")
+    parking.check(cache)

@@ -107,8 +107,32 @@ class LLM:
         return self._stream(self._rows(prompts, sampling_params))
 
     def stats(self) -> dict[str, float]:
-        """What the engine counts: sequences waiting and running, pages and records, prefix hits, bytes of the cache."""
+        """What the engine counts: sequences waiting and running, pages and records, prefix hits, bytes of the cache.
+
+        With tiers on host and disk also, as host_* and disk_*: blocks, records and bytes there, hits and misses of
+        both, bytes moved, evictions, corrupt records, errors, the state of the breaker; and what is queued between
+        them.
+        """
         return self.engine.stats()
+
+    @property
+    def tiers(self) -> str:
+        """What device, host and disk hold of the KV cache, in tokens; "" if there is nothing below the device."""
+        return "" if self.engine.parking is None else self.engine.parking.summary
+
+    def close(self) -> None:
+        """Move what is worth keeping to the tiers below the device, if there are any, and leave their directory.
+
+        Without this it is done when the process ends, or a crash leaves the last few blocks unsaved. Nothing runs
+        after.
+        """
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def _stream(self, rows: list[_Row]) -> Iterator[tuple[int, str]]:
         yield from self._run(rows)

@@ -45,6 +45,7 @@ from v4jax.cache.blocks import Blocks
 from v4jax.core.check import UserError
 from v4jax.serve.sequence import Decode, Plan, Prefill, Sequence, State
 
+_AHEAD = 2  # waiting sequences whose blocks are fetched from the tiers below the device
 _LIVE = (State.PREFILL, State.RUNNING, State.PREEMPTED)
 
 
@@ -90,6 +91,7 @@ class Scheduler:
         self._slots = list(range(slots, 0, -1))
         self._flight: deque[_Draft] = deque()
         self._serial = self._committed = self._arrivals = self._preemptions = 0
+        self.below = None  # a `serve.parking.Parking`, if there are tiers below the device
 
     # --- what users of a request do --------------------------------------------------------------------------------
 
@@ -145,6 +147,9 @@ class Scheduler:
         """What to run next; None if there is nothing (then commit what is under way, or add requests)."""
         if len(self._flight) > 1:
             raise RuntimeError("two plans are under way; commit the older one first")
+        if self.below is not None:
+            for sequence in self._waiting[:_AHEAD]:
+                self.below.prepare(sequence, self._usable(sequence))
         draft = _Draft(self._serial + 1)
         decode, short = self._decode(draft)
         short = short or any(sequence.state is State.PREEMPTED for sequence in self._leaving)
@@ -214,7 +219,7 @@ class Scheduler:
     def _admit(self, draft: _Draft) -> Sequence | None:
         """Give the first in the queue a slot, what is known of its blocks, and pages; None if it has to wait."""
         sequence = self._waiting[0]
-        usable = self._names(sequence)[: (len(sequence.tokens) - 1) // self.block]  # one token must be left to read
+        usable = self._usable(sequence)
         found, record = self.blocks.match(usable)
         promised = {other.promise for other in self._active}
         if not promised.isdisjoint(usable[found:]):
@@ -224,6 +229,11 @@ class Scheduler:
         most = self._pages(sequence.limit - 1 + self.lookahead) - found
         if self.blocks.room(usable[:found]) < min(spare, most):
             return None
+        if self.below is not None:
+            if self.below.awaits(sequence, usable):
+                return None
+            found, record = self.blocks.match(usable)
+            need = self._pages(len(sequence.tokens)) - found
         if not sequence.preemptions:
             self.blocks.note(usable, found)
         sequence.pages = self.blocks.acquire(usable[:found]) + self.blocks.allocate(need)
@@ -342,6 +352,10 @@ class Scheduler:
     def _shared(self, sequence: Sequence) -> int:
         """Tokens whose blocks others may find."""
         return len(sequence.prompt) if self.replay else sequence.limit
+
+    def _usable(self, sequence: Sequence) -> list[bytes]:
+        """Names of the blocks that it could begin behind; one token must be left to read."""
+        return self._names(sequence)[: (len(sequence.tokens) - 1) // self.block]
 
     def _names(self, sequence: Sequence) -> list[bytes]:
         """Names of all blocks that its tokens fill; none if it does not take part in the prefix cache."""

@@ -9,8 +9,8 @@ from v4jax.config import Config, load
 from v4jax.core.check import UserError
 from v4jax.core.tables import write_json
 
-SUITES = ("decode", "generate", "kv", "peer", "serve", "train")
-_WITH_CONTEXTS, _WITH_PLOT = ("decode", "generate"), ("decode",)
+SUITES = ("decode", "generate", "kv", "peer", "serve", "tiers", "train")
+_WITH_CONTEXTS, _WITH_PLOT = ("decode", "generate", "tiers"), ("decode",)
 
 
 def run(
@@ -38,7 +38,7 @@ def run(
     for path in filter(None, (json, plot)):
         if not pathlib.Path(path).parent.is_dir():  # told now: some suites run for an hour
             raise UserError(f"there is no directory for {path}; create it first")
-    from v4jax.tools.bench import decode, generate, kv, peer, serve, train
+    from v4jax.tools.bench import decode, generate, kv, peer, serve, tiers, train
 
     config = config or load("small")
     lengths = {"contexts": _lengths(contexts)} if contexts else {}
@@ -48,6 +48,7 @@ def run(
         "kv": lambda: kv.run(config),
         "peer": lambda: peer.run(config, rounds),
         "serve": lambda: serve.run(config, rounds),
+        "tiers": lambda: tiers.run(config, rounds, **lengths),
         "train": lambda: train.run(config, rounds),
     }
     records = suites[suite]()

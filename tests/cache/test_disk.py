@@ -1,0 +1,313 @@
+"""The disk tier against what disks do. Numbers of faults are those of the reliability study (1 to 6, 10)."""
+
+import errno
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.cache.stored import BLOCK, RECORD, chain, is_right, item, items
+from v4jax.cache.disk import Disk
+from v4jax.cache.faults import FaultyFiles, failing
+from v4jax.core.check import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PLENTY = 1 << 30
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def disk(tmp_path):
+    disk = Disk(tmp_path / "kv", PLENTY)
+    yield disk
+    disk.check()
+    disk.close()
+
+
+def reopened(disk, budget=PLENTY):
+    disk.close()
+    return Disk(disk.directory, budget)
+
+
+def files(disk):
+    return sorted(path for path in disk.directory.iterdir() if path.name != "lock")
+
+
+def run(*arguments, **options):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120, **options)
+
+
+# --- what it is for ---------------------------------------------------------------------------------------------------
+
+
+def test_what_was_put_is_got_by_this_process_and_the_next(disk):
+    stored = items(chain("a", 3), 2, 3)
+    assert all(disk.put(one) == (True, []) for one in stored)
+    assert all(is_right(disk.get(one.form, one.name)) for one in stored)
+    again = reopened(disk)
+    got = [again.get(one.form, one.name) for one in stored]
+    assert all(map(is_right, got)) and [one.parent for one in got] == [one.parent for one in stored]
+    stats = again.stats()
+    assert (stats["blocks"], stats["records"], stats["reads"], stats["corrupt"]) == (3, 2, 5, 0)
+    assert stats["bytes"] == 5 * 4096
+    again.close()
+
+
+def test_files_are_private_and_hold_nothing_but_hashes(disk):
+    for one in items(chain("a", 2), 2):
+        disk.put(one)
+    assert {path.stat().st_mode & 0o777 for path in disk.directory.iterdir()} == {0o600}
+    assert disk.directory.stat().st_mode & 0o777 == 0o700
+
+
+def test_what_is_not_there_is_a_miss(disk):
+    [one] = items(chain("a", 1))
+    assert one.key not in disk and disk.get(one.form, one.name) is None
+    disk.put(one)
+    files(disk)[0].unlink()  # by someone else
+    assert one.key in disk and disk.get(one.form, one.name) is None and one.key not in disk
+    assert not any(disk.stats()[count] for count in ("read_errors", "corrupt", "breaker_open"))
+
+
+def test_the_budget_holds_and_chains_go_from_their_end(tmp_path):
+    disk, names = Disk(tmp_path, 10 * 4096), chain("a", 6)
+    for one in items(names, 6):
+        disk.put(one)
+    for other in range(5):
+        disk.touch([BLOCK.key(name) for name in names])
+        assert disk.put(item(BLOCK, chain(other, 1)[0]))[0]
+        assert disk.stats()["bytes"] <= 10 * 4096
+    disk.check()
+    assert [BLOCK.key(name) in disk for name in names] == [True] * 6 and RECORD.key(names[5]) not in disk
+    disk = reopened(disk, 4 * 4096)  # a smaller budget: what fits of the newest
+    disk.check()
+    assert disk.stats()["bytes"] <= 4 * 4096
+    assert not disk.put(item(BLOCK, b"x" * 16)._replace(form=RECORD))[1]
+    disk.close()
+
+
+def test_what_is_larger_than_the_budget_is_refused(tmp_path):
+    disk = Disk(tmp_path, 4095)
+    assert disk.put(item(BLOCK, chain("a", 1)[0])) == (False, []) and disk.stats()["refused"] == 1
+    disk.check()
+
+
+def test_the_next_process_knows_what_was_used_last(tmp_path):
+    disk = Disk(tmp_path, PLENTY)
+    old, used, new = (items(chain(seed, 1))[0] for seed in ("old", "used", "new"))
+    for age, one in enumerate((used, old, new)):
+        disk.put(one)
+        [path] = [path for path in files(disk) if path.name.startswith(one.name.hex())]
+        os.utime(path, (1000 + age, 1000 + age))
+    disk.get(used.form, used.name)
+    disk = reopened(disk, 2 * 4096)
+    assert [one.key in disk for one in (old, used, new)] == [False, True, True]
+    disk.close()
+
+
+def test_files_of_other_models_count_and_go_when_they_are_old(tmp_path):
+    disk = Disk(tmp_path, 3 * 4096)
+    others = items(chain("a", 3))
+    for one in others:
+        disk.put(one)
+    (tmp_path / "notes.txt").write_text("not ours")
+    disk = reopened(disk, 3 * 4096)
+    assert disk.stats()["blocks"] == 3
+    disk.put(item(RECORD, chain("b", 1)[0]))
+    assert disk.stats()["bytes"] == 3 * 4096 and (tmp_path / "notes.txt").exists()
+    disk.close()
+
+
+# --- 1: disk full -----------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_costs_the_oldest_once(tmp_path):
+    files, clock = FaultyFiles(room=4 * BLOCK.file_bytes + 1), Clock()
+    disk = Disk(tmp_path, PLENTY, files=files, clock=clock)
+    stored = [item(BLOCK, name) for name in chain("a", 7)]
+    assert all(disk.put(one)[0] for one in stored)
+    stats = disk.stats()
+    assert (stats["full"], stats["evictions"], stats["blocks"], stats["paused"]) == (3, 3, 4, 0)
+    assert [one.key in disk for one in stored] == [False] * 3 + [True] * 4
+    disk.check()
+
+
+def test_writing_pauses_while_a_disk_stays_full_and_reading_goes_on(tmp_path):
+    files, clock = FaultyFiles(), Clock()
+    disk = Disk(tmp_path, PLENTY, files=files, clock=clock)
+    [kept, *rest] = [item(BLOCK, name) for name in chain("a", 20)]
+    assert disk.put(kept)[0] and disk.put(rest[0])[0]
+    tries = []
+
+    def full(operation, path):
+        if operation == "write":
+            tries.append(clock.now)
+            raise OSError(errno.ENOSPC, "full", path)
+
+    files.fault = full
+    for second in range(40):
+        clock.now = second
+        disk.touch([kept.key])
+        assert not disk.put(rest[1])[0]
+        assert kept.key not in disk or is_right(disk.get(kept.form, kept.name))
+    assert sorted(set(tries)) == [0, 5, 15, 35]  # pauses of 5, 10, 20 seconds
+    assert disk.stats()["full"] == len(tries) == 8 and disk.stats()["refused"] == 36
+    files.fault = lambda operation, path: None
+    clock.now = 100
+    assert disk.put(rest[1])[0] and disk.put(rest[2])[0] and not disk.stats()["paused"]
+    disk.check()
+
+
+def test_a_real_file_system_that_is_full(tmp_path):
+    command = ["unshare", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or run(*command, "mount", "-t", "tmpfs", "none", str(tmp_path)).returncode:
+        pytest.skip("this system lets its users mount no file system")
+    done = run(*command, sys.executable, "-m", "tests.cache.filled", str(tmp_path), cwd=ROOT)
+    assert done.stdout == "done\n", done.stderr
+
+
+# --- 2: read errors ---------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_read_is_forgotten_and_three_failures_open_the_breaker(tmp_path):
+    files, clock = FaultyFiles(), Clock()
+    disk = Disk(tmp_path, PLENTY, files=files, clock=clock)
+    stored = [item(BLOCK, name) for name in chain("a", 9)]
+    for one in stored:
+        disk.put(one)
+    get = lambda i: disk.get(stored[i].form, stored[i].name)
+    files.fault = failing("read")
+    assert get(0) is None and get(1) is None and stored[0].key not in disk
+    files.fault = failing()
+    assert is_right(get(2))  # two failures in a row are not three
+    files.fault = failing("read")
+    assert [get(i) for i in (3, 4, 5)] == [None] * 3 and disk.stats()["breaker_open"]
+    files.fault = failing()
+    assert stored[6].key not in disk and get(6) is None and not disk.put(item(BLOCK, b"n" * 16))[0]
+    clock.now = 5
+    files.fault = failing("read")
+    assert get(6) is None  # the probe fails, which costs twice the time
+    files.fault = failing()
+    clock.now = 14
+    assert get(7) is None
+    clock.now = 15
+    assert is_right(get(7)) and not disk.stats()["breaker_open"] and disk.stats()["read_errors"] == 6
+    disk.check()
+
+
+# --- 3, 4, 5: damaged files -------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_is_seen_wherever_it_is(disk):
+    rng = random.Random(0)
+    stored = [item(form, name) for form in (BLOCK, RECORD) for name in chain("a", 100)]
+    for number, one in enumerate(stored):
+        disk.put(one)
+        path = disk.directory / one.key.file(one.parent)
+        data = bytearray(path.read_bytes())
+        data[number * len(data) // len(stored) + rng.randrange(-2, 3)] ^= 1 << rng.randrange(8)  # every region
+        path.write_bytes(data)
+    again = reopened(disk)
+    assert [again.get(one.form, one.name) for one in stored] == [None] * 200
+    assert again.stats()["corrupt"] == 200 and again.stats()["blocks"] == again.stats()["records"] == 0
+    assert not files(again) and not again.stats()["breaker_open"]
+    assert again.put(stored[0])[0] and is_right(again.get(stored[0].form, stored[0].name))
+    again.close()
+    disk.__init__(disk.directory, PLENTY)
+
+
+@pytest.mark.parametrize("size", [0, 10, 120, BLOCK.file_bytes // 2, BLOCK.file_bytes - 1, BLOCK.file_bytes + 1, 9000])
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_file_of_another_length_is_removed_and_those_before_it_stay(disk, size, restart):
+    stored = items(chain("a", 3))
+    for one in stored:
+        disk.put(one)
+    path = disk.directory / stored[2].key.file(stored[2].parent)
+    data = path.read_bytes()
+    path.write_bytes((data + bytes(size))[:size])
+    if restart:
+        disk.close()
+        disk.__init__(disk.directory, PLENTY)
+    got = [disk.get(one.form, one.name) for one in stored]
+    assert got[2] is None and is_right(got[0]) and is_right(got[1])
+    assert disk.stats()["corrupt"] == 1 and not path.exists()
+
+
+def test_swapped_files_are_misses(disk):
+    one, two = items(chain("a", 2))
+    for stored in (one, two):
+        disk.put(stored)
+    paths = [disk.directory / stored.key.file(stored.parent) for stored in (one, two)]
+    data = [path.read_bytes() for path in paths]
+    for path, other in zip(paths, reversed(data), strict=True):
+        path.write_bytes(other)
+    assert [disk.get(stored.form, stored.name) for stored in (one, two)] == [None, None]
+    assert disk.stats()["corrupt"] == 2
+
+
+# --- 6, 10: other processes -------------------------------------------------------------------------------------------
+
+
+def test_writers_killed_at_fifty_moments_leave_nothing_torn(tmp_path):
+    done = run(sys.executable, "-m", "tests.cache.killed", str(tmp_path / "kv"), "50", "0", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["found"] > 100
+    assert not list((tmp_path / "kv").glob("*.partial"))
+
+
+def test_a_partial_file_is_swept(disk):
+    [one] = items(chain("a", 1))
+    disk.put(one)
+    [path] = files(disk)
+    path.rename(f"{path}.partial")
+    disk.close()
+    disk.__init__(disk.directory, PLENTY)
+    assert disk.stats()["swept"] == 1 and not files(disk) and disk.get(one.form, one.name) is None
+
+
+OWN = """
+import sys, time
+from v4jax.cache.disk import Disk
+disk = Disk(sys.argv[1], 1 << 20)
+print("mine", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_owner_is_refused_until_the_first_is_gone_however_it_went(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", OWN, str(tmp_path)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert child.stdout.readline() == "mine\n"
+        with pytest.raises(UserError, match="in use by another engine; end that one or give each a directory"):
+            Disk(tmp_path, PLENTY)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        disk = Disk(tmp_path, PLENTY)
+        with pytest.raises(UserError, match="in use"):  # in one process, too
+            Disk(tmp_path, PLENTY)
+        disk.close()
+    finally:
+        child.kill()
+        child.stdout.close()
+        child.wait()
+
+
+def test_a_directory_that_cannot_be_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot keep the cache in .*file.*name another"):
+        Disk(tmp_path / "file" / "kv", PLENTY)

@@ -1,0 +1,405 @@
+"""Blocks and records that leave the device and come back: every answer, to the bit, is that of an engine without tiers.
+
+Numbers of faults are those of the list in the reliability study.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.serve.companies import BASES, GREEDY, Solo, check, companies, crowded, few, staying
+from tests.serve.small import BLOCK, LIMITS, MODEL, Request, draw_model, drive
+from tests.serve.tiered import LONG, one_by_one, parked, small_books, tiered
+from v4jax import config
+from v4jax.cache.faults import FaultyFiles, failing
+from v4jax.cache.spec import LAYOUTS
+from v4jax.core.check import UserError
+from v4jax.models.transformer import Transformer
+from v4jax.serve import parking
+from v4jax.serve.engine import Engine
+from v4jax.serve.sampling import SamplingParams
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SAMPLING = SamplingParams(temperature=0.0, max_tokens=8, logprobs=2)
+# Two blocks and a bit each: of three pages, the next request takes what the one before it had.
+PROMPTS = np.random.default_rng(9).integers(3, MODEL.vocab_size, (4, 2 * BLOCK + 3)).tolist()
+CHATS = [Request(prompt, SAMPLING) for prompt in PROMPTS]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_copies(quick):
+    """As `quick`, for the programs that copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        options = {"xla_backend_optimization_level": 0}
+        for name, donated in (("take", ()), ("give", 0)):
+            function = getattr(parking, name).__wrapped__
+            program = jax.jit(function, static_argnums=(1, 2), donate_argnums=donated, compiler_options=options)
+            patch.setattr(parking, name, program)
+        yield
+
+
+@pytest.fixture(scope="module")
+def solo(plain):
+    return Solo(plain)
+
+
+@pytest.fixture(scope="module")
+def alone(plain):
+    """Answers of the chats by an engine without tiers."""
+    small_books(plain, pages=11)
+    return one_by_one(plain, CHATS)
+
+
+# --- coming back ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tiers", ["host", "disk", "both"])
+def test_what_was_evicted_comes_back(model, alone, tmp_path, tiers):
+    room = {"host": {"host": 1 << 30}, "disk": {"directory": tmp_path}, "both": {"directory": tmp_path, "host": 40_000}}
+    with tiered(model, **room[tiers]) as engine:
+        assert one_by_one(engine, CHATS) == alone and engine.stats()["restored_blocks"] == 0
+        assert one_by_one(engine, CHATS) == alone
+        stats = parked(engine)
+        assert stats["hits"] == stats["restored_blocks"] == 2 * len(CHATS)
+        assert stats["transfer_saved"] == 3 * len(CHATS) and stats["transfer_dropped"] == 0
+        if tiers == "both":
+            assert stats["host_evictions"] > 0 and stats["host_bytes"] <= 40_000
+        lowest = "host" if tiers == "host" else "disk"
+        assert (stats[f"{lowest}_blocks"], stats[f"{lowest}_records"]) == (2 * len(CHATS), len(CHATS))
+
+
+def test_conversations_survive_a_restart(model, alone, tmp_path):
+    with tiered(model, tmp_path) as engine:
+        assert one_by_one(engine, CHATS) == alone
+    with tiered(model, tmp_path, host=1 << 30) as engine:
+        assert one_by_one(engine, CHATS) == alone
+        stats = parked(engine)
+        assert stats["restored_blocks"] == stats["disk_block_hits"] == 2 * len(CHATS)
+        assert stats["disk_record_hits"] == len(CHATS) and stats["transfer_saved"] == 0
+        assert stats["hit_rate"] == stats["hit_ceiling"] == 1
+
+
+def test_one_conversation_goes_and_comes_twenty_times(model, plain, tmp_path):
+    def turns(engine):
+        rng, tokens, answers = np.random.default_rng(5), CHATS[0].prompt[:290], []
+        for _ in range(20):
+            answers += one_by_one(engine, [Request(tokens, SAMPLING)])
+            tokens = [*tokens, *answers[-1].tokens, *rng.integers(3, MODEL.vocab_size, 5).tolist()]
+            one_by_one(engine, CHATS[1:2])  # which takes all pages
+        return answers
+
+    small_books(plain, pages=11)
+    expected = turns(plain)
+    with tiered(model, tmp_path, host=30_000) as engine:
+        assert turns(engine) == expected
+        stats = parked(engine)
+        assert stats["restored_blocks"] >= 2 * 19 and stats["host_bytes"] <= 30_000
+        assert stats["disk_corrupt"] == stats["host_corrupt"] == stats["transfer_late"] == 0
+
+
+def test_what_one_request_alone_asked_for_may_be_kept_out(model, alone):
+    with tiered(model, host=1 << 30, admission="second") as engine:
+        saved = []
+        for _ in range(3):
+            assert one_by_one(engine, CHATS) == alone
+            saved.append(engine.stats()["transfer_saved"])
+        assert saved == [0, 12, 12] and engine.stats()["restored_blocks"] == 8
+
+
+@pytest.fixture(scope="module")
+def roomy(model):
+    """Engines by bytes of their host tier; what they hold of earlier examples stays there."""
+    with contextlib.ExitStack() as stack:
+        yield {room: stack.enter_context(tiered(model, host=room)) for room in (1 << 30, 20_000)}
+
+
+@few(max_examples=15)
+@given(asked=companies(), pages=st.integers(3, 5), room=st.sampled_from([1 << 30, 20_000]))
+def test_a_request_among_others_answers_as_alone(roomy, solo, asked, pages, room):
+    small_books(roomy[room], pages)
+    for some in (asked, staying(asked[:2]), asked):
+        check(some, drive(roomy[room], some), solo)
+    parked(roomy[room])
+
+
+@pytest.mark.parametrize("phase", [0, 3])
+def test_preempted_requests_come_back(model, solo, phase):
+    with tiered(model, host=1 << 30, pages=2) as engine:
+        for _ in range(2):
+            check(crowded(phase), drive(engine, crowded(phase)), solo)
+        assert parked(engine)["preemptions"] == 2
+
+
+# --- not another's ----------------------------------------------------------------------------------------------------
+
+
+def test_other_weights_find_nothing(model, alone, tmp_path):
+    with tiered(model, tmp_path) as engine:
+        one_by_one(engine, CHATS[:1])
+    trained = draw_model(0)  # the same but for one step of training in one weight
+    trained.norm.scale[...] = trained.norm.scale[...].at[0].add(1e-3)
+    with tiered(trained, tmp_path) as engine:
+        assert one_by_one(engine, CHATS[:1]) != alone[:1]
+        stats = parked(engine)
+        assert stats["restored_blocks"] == stats["disk_reads"] == 0 and stats["disk_blocks"] == 4
+
+
+def test_whatever_shapes_the_contents_is_in_the_key(model):
+    def key(model, layout="model", block=0, **limits):
+        cache = config.Cache(layout=layout, block=block, tokens=256)
+        engine = Engine(model, dataclasses.replace(LIMITS, **limits), cache)
+        return engine._seed, parking.form(engine._live, "block").digest, parking.form(engine._live, "record").digest
+
+    def other(**changes):
+        """The same weights under another config."""
+        abstract = nnx.eval_shape(lambda: Transformer(dataclasses.replace(MODEL, **changes), nnx.Rngs(0)))
+        return nnx.merge(nnx.graphdef(abstract), nnx.state(model))
+
+    base = key(model)
+    assert base == key(other(), max_batch=1, max_seq_len=300, prefill_chunk=5)
+    for changed in [
+        *[key(model, layout) for layout in LAYOUTS if layout != "model"],
+        key(model, block=512), key(model, batch_invariant=True), key(model, speculative_tokens=1),
+        key(other(rope=dataclasses.replace(MODEL.rope, theta=MODEL.rope.theta + 1))),
+        key(other(indexer=dataclasses.replace(MODEL.indexer, topk=3))),
+    ]:  # fmt: skip
+        assert changed != base
+    assert key(model, speculative_tokens=1)[2] != key(model, speculative_tokens=2)[2] != base[2]
+
+
+def test_a_tenants_blocks_are_its_own(model, alone, tmp_path):
+    with tiered(model, tmp_path) as engine:
+        salts, restored = ["", "alice", "bob", "alice"], []
+        for salt in salts:
+            assert one_by_one(engine, [dataclasses.replace(CHATS[0], salt=salt)]) == alone[:1]
+            one_by_one(engine, CHATS[1:2])
+            restored.append(engine.stats()["restored_blocks"])
+        assert np.diff(restored, prepend=0).tolist() == [0, 2, 2, 4]  # the other chat's; for alice her own, too
+        assert parked(engine)["disk_blocks"] == 2 * 4
+    assert not any(b"alice" in path.read_bytes() or "alice" in path.name for path in tmp_path.iterdir())
+
+
+def test_a_second_engine_on_a_directory_is_refused(model, tmp_path):
+    with tiered(model, tmp_path), pytest.raises(UserError, match="in use by another engine"):
+        Engine(model, LIMITS, config.Cache(disk=1 << 20, directory=str(tmp_path)))
+
+
+# --- faults 2, 3, 11, 13 to 15: what is stored cannot be had ----------------------------------------------------------
+
+
+@pytest.fixture
+def stored(model, alone, tmp_path):
+    """A directory that holds all chats."""
+    with tiered(model, tmp_path) as engine:
+        assert one_by_one(engine, CHATS) == alone
+    return tmp_path
+
+
+@pytest.mark.parametrize("fault, counter, count", [
+    (dict(fault=failing("read")), "disk_read_errors", 3),
+    (dict(flip=1.0), "disk_corrupt", 4),
+    (dict(fault=failing("write", "rename")), "disk_write_errors", 0),
+])  # fmt: skip
+def test_a_disk_that_fails_costs_time_only(model, alone, stored, fault, counter, count):
+    with tiered(model, stored, files=FaultyFiles(**fault)) as engine:
+        assert one_by_one(engine, CHATS) == alone
+        stats = parked(engine)
+        assert stats[counter] == count and stats["restored_blocks"] == (0 if count else 8)
+        assert stats["disk_breaker_open"] == (counter == "disk_read_errors")
+
+
+def test_a_disk_that_refuses_writes_costs_time_only(model, alone, tmp_path):
+    with tiered(model, tmp_path, files=FaultyFiles(room=30_000)) as engine:
+        assert one_by_one(engine, CHATS) == one_by_one(engine, CHATS) == alone
+        stats = parked(engine)
+        assert stats["disk_full"] > 0 and stats["disk_evictions"] > 0 and stats["disk_bytes_in"] > 30_000
+
+
+def test_a_disk_that_hangs_costs_the_deadline_until_the_breaker_opens(model, alone, stored):
+    gate = threading.Event()
+    files = FaultyFiles(lambda operation, path: gate.wait(LONG) if operation == "read" else None)
+    with tiered(model, stored, files=files, deadline=0.05) as engine:
+        answers = [drive(engine, [chat])[0] for chat in CHATS]
+        stats = engine.stats()
+        gate.set()
+        assert answers == alone and stats["disk_late"] == stats["transfer_late"] == 3 and stats["disk_breaker_open"]
+        parked(engine)
+
+
+def test_others_decode_while_one_waits_for_a_disk_that_hangs(model, solo, stored):
+    gate = threading.Event()
+    files = FaultyFiles(lambda operation, path: gate.wait(LONG) if operation == "read" else None)
+    with tiered(model, stored, files=files, pages=5) as engine:
+        short = Request(BASES[0][:9], GREEDY)
+        engine.add("short", short.prompt, short.sampling)
+        engine.step()
+        engine.add("long", CHATS[0].prompt, SAMPLING)
+        tokens = {"short": [], "long": []}
+        while engine.busy:
+            for drawn in engine.step():
+                tokens[drawn.id] += drawn.sampled.token_B[drawn.row, : drawn.count].tolist()
+            if len(tokens["short"]) == GREEDY.max_tokens:
+                assert tokens["long"] or engine.stats()["waiting"] == 1 or gate.is_set()
+                gate.set()
+        assert tokens["short"] == solo(short).tokens and engine.stats()["restored_blocks"] == 2
+
+
+def test_pieces_that_are_missing_shorten_what_is_found(model, alone, stored):
+    chat = {}
+    for path in stored.glob("*.*"):
+        chat.setdefault(path.suffix, []).append(path)
+    for path in chat[".record"][:2] + chat[".block"][:1]:
+        path.unlink()
+    with tiered(model, stored) as engine:
+        assert one_by_one(engine, CHATS) == alone
+        stats = parked(engine)
+        assert stats["restored_blocks"] in (2, 4) and stats["disk_blocks"] == 8 and stats["disk_records"] == 4
+
+
+def test_no_memory_for_copies_costs_time_only(model, alone, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of pinned memory")
+
+    with tiered(model, host=1 << 30) as engine:
+        monkeypatch.setattr(parking, "take", refuse)
+        assert one_by_one(engine, CHATS) == alone
+        stats = parked(engine)
+        assert stats["transfer_dropped"] >= 3 * len(CHATS) and stats["transfer_saved"] == stats["host_blocks"] == 0
+
+
+def test_without_pinned_memory_plain_memory_does(model, alone, stored):
+    with tiered(model, stored, host=1 << 30) as engine:
+        engine.parking._pinned = None
+        assert one_by_one(engine, CHATS) == one_by_one(engine, CHATS) == alone
+
+
+def test_pieces_evicted_between_fetch_and_admission_are_fetched_again(model, alone, stored):
+    with tiered(model, stored) as engine:
+        drive(engine, CHATS[:1])
+        bring_in = engine.parking._bring_in
+
+        def once(job, seed):
+            engine.parking._bring_in = bring_in
+            job.blocks.clear()
+            return bring_in(job, seed)
+
+        engine.parking._bring_in = once
+        assert drive(engine, CHATS[1:2]) == alone[1:2]
+        assert engine.stats()["restored_blocks"] == 4
+
+
+# --- 7: killed under load ---------------------------------------------------------------------------------------------
+
+
+def test_an_engine_killed_under_load_leaves_what_its_restart_finds(model, alone, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.serve.killed", str(tmp_path)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+    try:
+        answered = json.loads(child.stdout.readline())
+        assert answered == [answer.tokens for answer in alone]
+        time.sleep(0.1)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+    with tiered(model, tmp_path) as engine:
+        assert one_by_one(engine, CHATS) == alone
+        stats = parked(engine)
+        assert stats["restored_blocks"] == 2 * len(CHATS) and stats["disk_corrupt"] == 0
+    assert not list(tmp_path.glob("*.partial"))
+
+
+# --- what must not be kept --------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_finite_is_not_stored(tmp_path):
+    model = draw_model(0)
+    model.embed.table[...] = model.embed.table[...].at[2].set(np.nan)
+    with tiered(model, tmp_path) as engine:
+        for position in (5, 300, 2 * BLOCK + 1):
+            prompt = list(CHATS[0].prompt)
+            prompt[position] = 2
+            engine.add(position, prompt, SAMPLING)
+            while engine.busy:
+                engine.step()
+        parked(engine)
+        assert engine.stats()["transfer_saved"] == 0 and not list(tmp_path.glob("*.*"))
+
+
+# --- copies to the bit ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["model", "fp8_fp4"])
+def test_copies_off_the_device_and_back_keep_every_bit_of_every_leaf(model, layout):
+    engine = Engine(model, dataclasses.replace(LIMITS, speculative_tokens=1), config.Cache(layout=layout, tokens=2048))
+    rng, kinds = np.random.default_rng(0), parking._kinds(engine._live)
+
+    def rubbish(leaf):
+        raw = rng.integers(0, 256, (*leaf.shape, leaf.dtype.itemsize), np.uint8)
+        return jax.device_put(raw.view(leaf.dtype)[..., 0])  # NaN of every kind among them
+
+    bits = lambda live: [np.array(leaf).view(np.uint8) for leaf in jax.tree.leaves(live)]
+    one, two = (jax.tree.map(rubbish, engine._live) for _ in range(2))
+    source, before = bits(one), bits(two)
+    for kind in ("block", "record"):
+        numbers = np.array([3, 1, 4], np.int32)
+        payloads = parking.take(one, kinds, kind, numbers)
+        assert {payload.nbytes for payload in payloads} == {parking.form(one, kind).nbytes}
+        two = parking.give(two, kinds, kind, np.array([2, 5, 2**31 - 1], np.int32), payloads)
+    assert parking.form(one, "block").nbytes == engine.layout.page_bytes
+    assert parking.form(one, "record").nbytes == engine.layout.record_bytes(3, mtp=True)
+    for have, had, other in zip(bits(two), before, source, strict=True):
+        had[[2, 5]] = other[[3, 1]]
+        assert np.array_equal(have, had)
+
+
+# --- what users type --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, complaint", [
+    (dict(disk=1), "both its size and its directory"), (dict(directory="x"), "both its size and its directory"),
+    (dict(host=-1), "at least 0 bytes"), (dict(deadline=0), "more than 0 seconds"),
+    (dict(admission="none"), "one of all, second"), (dict(host=1, prefix=False), "set prefix=True"),
+    (dict(device=1000), "too small: 21 records and one block"),
+])  # fmt: skip
+def test_tiers_that_cannot_be_are_one_line(model, options, complaint):
+    with pytest.raises(UserError, match=complaint):
+        Engine(model, LIMITS, config.Cache(**options))
+
+
+def test_the_devices_budget_bounds_all_arrays_of_the_cache(model):
+    for device in (140_000, 151_040, 1_000_000):
+        engine = Engine(model, LIMITS, config.Cache(device=device))
+        held, page = engine.stats()["kv_bytes"], engine.layout.page_bytes
+        assert device - page < held <= device
+
+
+def test_the_log_says_what_each_tier_holds(model, tmp_path, caplog):
+    with caplog.at_level("INFO"), tiered(model, tmp_path, host=1 << 20, disk=1 << 30):
+        pass
+    [line] = [record.message for record in caplog.records if record.name == "v4jax.serve.parking"]
+    assert line == "cache: device 3,072 tokens, host up to 32,768 (0 are there), disk up to 22,369,536 (0 are there)"
+
+
+def test_tiers_are_let_go_with_an_engine_that_nobody_closes(model, tmp_path):
+    engine = Engine(model, LIMITS, config.Cache(disk=1 << 20, directory=str(tmp_path)))
+    del engine
+    gc.collect()
+    with tiered(model, tmp_path):
+        pass

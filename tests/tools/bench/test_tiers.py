@@ -1,0 +1,39 @@
+import dataclasses
+
+import pytest
+
+from tests.golden import weights
+from tests.serve import small
+from v4jax import config
+from v4jax.core.check import UserError
+from v4jax.serve import programs
+from v4jax.tools import bench
+from v4jax.tools.bench import tiers
+
+MODEL = dataclasses.replace(small.MODEL, mtp_layers=0)
+CONFIG = config.Config(name="tiny", model=MODEL, serve=small.LIMITS)
+
+
+def test_the_suite_measures_what_it_says(monkeypatch, tmp_path, capsys):
+    for name, program in small.QUICK.items():
+        monkeypatch.setattr(programs, name, program)
+    draw = lambda model: weights.build(model, weights.random_flat(model, 0))
+    monkeypatch.setattr(tiers, "_random", draw)
+    monkeypatch.setattr(tiers, "BURST", 1)  # fewer programs
+    monkeypatch.setattr(tiers, "SYSTEMS", 1)
+    monkeypatch.setattr(tiers, "CONVERSATIONS", 3)
+    records = bench.run("tiers", config=CONFIG, rounds=1, contexts=["300"], json=str(tmp_path / "records.json"))
+    value = {(record["metric"], record.get("arm")): record["value"] for record in records}
+    assert value["restart_same_tokens", None] == 1 and value["first_token", "restart"] > 0
+    arms = [arm for metric, arm in value if metric == "trace_hit_rate"]
+    assert len(arms) == 5 and all(value["trace_same_tokens", arm] == 1 for arm in arms)
+    assert value["trace_hit_rate", "no prefixes"] == 0
+    assert 0 < value["trace_hit_rate", "device"] <= value["trace_hit_rate", "device, host, disk"]
+    assert {value["trace_device_bytes", arm] for arm in arms[1:]} == {value["trace_device_bytes", "device"]}
+    assert "a prompt after a restart" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("contexts", [["0"], ["4096"]])
+def test_contexts_that_cannot_be_measured_are_one_line(contexts):
+    with pytest.raises(UserError, match="needs contexts from 1 to 4080"):
+        bench.run("tiers", config=CONFIG, contexts=contexts)

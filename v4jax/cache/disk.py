@@ -1,0 +1,283 @@
+"""The disk tier: a directory of files, one a block or record (see `cache/manifest.py` for what is in a file).
+
+The files are the index: their names say what they hold, so a directory that a killed process left is as good as one
+that was closed. A file is written under a temporary name and renamed when whole, without waiting for the disk: what a
+crash of the machine tears fails its checksum, and is a miss. One process at a time owns a directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from v4jax.cache import manifest
+from v4jax.cache.manifest import Corrupt, Form, Key
+from v4jax.cache.shelf import Shelf
+from v4jax.cache.tiers import Breaker, Item
+from v4jax.core.check import UserError
+
+_UNIT = 4096  # bytes in which a file takes space
+_PARTIAL, _LOCK = ".partial", "lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Files:
+    """What the disk tier asks of a file system: the place to put faults in. Everything raises OSError."""
+
+    def write(self, path: str, pieces: Sequence[bytes | np.ndarray]) -> None:
+        """A new file, its space reserved first, readable by its owner alone."""
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "wb", buffering=0) as file:
+            _reserve(descriptor, sum(len(piece) for piece in pieces))
+            for piece in pieces:
+                rest = memoryview(piece)
+                while rest:
+                    rest = rest[file.write(rest) :]
+
+    def read(self, path: str, most: int) -> np.ndarray:
+        """The first `most` bytes of a file, or all of them: uint8 [bytes]."""
+        data, count = np.empty(most, np.uint8), 0
+        with open(path, "rb", buffering=0) as file:
+            while count < most and (new := file.readinto(data[count:])):
+                count += new
+        return data[:count]
+
+    def rename(self, path: str, target: str) -> None:
+        """Give a file its final name, whatever had it before."""
+        os.replace(path, target)
+
+    def remove(self, path: str) -> None:
+        """Remove a file."""
+        os.remove(path)
+
+    def used(self, path: str) -> None:
+        """Mark a file as used now, for the order in which a later process evicts."""
+        os.utime(path)
+
+
+class Disk:
+    """Items in the files of a directory, which is made if need be.
+
+    deadline: seconds that a read may take without counting against the disk; who waits gives up by then and calls
+    `late`. Raises UserError if the directory cannot be used, or is in use.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        budget: int,
+        *,
+        deadline: float = 0.5,
+        files: Files | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.directory, self.deadline = pathlib.Path(directory), deadline
+        self._files, self._clock = files or Files(), clock
+        self._shelf, self._reserved = Shelf(budget), 0
+        self._lock = threading.Lock()
+        self._reads, self._writes = Breaker(clock), Breaker(clock, limit=1)
+        self._count = Counter(
+            evictions=0, refused=0, corrupt=0, read_errors=0, write_errors=0, full=0, late=0, swept=0,
+            bytes_in=0, bytes_out=0, reads=0,
+        )  # fmt: skip
+        self._seconds = self._slowest = 0.0
+        self._owner = self._own()
+        self._find()
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._shelf and not self._reads.open
+
+    def get(self, form: Form, name: bytes) -> Item | None:
+        """The item, every byte verified; None if it is not here, or could not be read and is therefore forgotten."""
+        key = form.key(name)
+        with self._lock:
+            entry = self._shelf.entries.get(key)
+        if entry is None or self._reads.open:
+            return None
+        path, start = self._path(key, entry.parent), self._clock()
+        try:
+            data = self._files.read(path, form.file_bytes + 1)
+            payload, sum = manifest.open_payload(data, form, name, entry.parent)
+        except (OSError, Corrupt) as error:
+            self._failed_read(error)
+            self.discard(key)
+            return None
+        with contextlib.suppress(OSError):  # the order of eviction is worth no error
+            self._files.used(path)
+        seconds = self._clock() - start
+        with self._lock:
+            if seconds <= self.deadline:
+                self._reads.worked()
+            self._count.update(reads=1, bytes_out=data.size)
+            self._seconds, self._slowest = self._seconds + seconds, max(self._slowest, seconds)
+        return Item(form, name, entry.parent, payload, sum)
+
+    def _failed_read(self, error: OSError | Corrupt) -> None:
+        with self._lock:
+            if isinstance(error, Corrupt):
+                self._count.update(corrupt=1)
+            elif not isinstance(error, FileNotFoundError):  # who removes files makes no disk fail
+                self._count.update(read_errors=1)
+                self._reads.failed()
+
+    def late(self) -> None:
+        """Somebody gave up waiting for a read."""
+        with self._lock:
+            self._count.update(late=1)
+            self._reads.failed()
+
+    def put(self, item: Item) -> tuple[bool, list[Item]]:
+        """(whether it is here now, nothing: what had to go is gone)."""
+        key, size = item.key, space(item.form.file_bytes)
+        with self._lock:
+            if key in self._shelf:
+                return True, []
+            if self._reads.open or self._writes.open or size > self._shelf.budget:
+                self._count.update(refused=1)
+                return False, []
+            gone = self._make_room(size)
+            self._reserved += size
+        self._unlink(gone)
+        error = self._write(item)
+        if error is not None and error.errno in _FULL:
+            with self._lock:
+                gone = self._make_room(
+                    self._shelf.budget - self._shelf.used - self._reserved + size
+                )  # of `size` at least
+            self._unlink(gone)
+            error = self._write(item)
+        with self._lock:
+            self._reserved -= size
+            if error is None:
+                self._writes.worked()
+                self._shelf.add(key, item.parent, size)
+                self._count.update(bytes_in=item.form.file_bytes)
+            else:
+                self._writes.failed()
+        return error is None, []
+
+    def _write(self, item: Item) -> OSError | None:
+        path = self._path(item.key, item.parent)
+        header = manifest.header(item.form, item.name, item.parent, item.sum)
+        try:
+            self._files.write(path + _PARTIAL, [header, np.asarray(item.payload)])
+            self._files.rename(path + _PARTIAL, path)
+        except OSError as error:
+            with self._lock:
+                self._count.update(write_errors=1, full=int(error.errno in _FULL))
+            self._remove(path + _PARTIAL)
+            return error
+        return None
+
+    def _make_room(self, size: int) -> list[str]:
+        """Strike out what goes first until `size` bytes more fit; their files are still to be removed."""
+        gone = []
+        while not self._shelf.fits(self._reserved + size) and (key := self._shelf.oldest()) is not None:
+            gone.append(self._path(key, self._shelf.remove(key).parent))
+        self._count.update(evictions=len(gone))
+        return gone
+
+    def touch(self, keys: Iterable[Key]) -> None:
+        """One request uses these keys, as far as they are here."""
+        with self._lock:
+            self._shelf.touch(keys)
+
+    def discard(self, key: Key) -> None:
+        """Forget an item and remove its file, if it is here."""
+        with self._lock:
+            entry = self._shelf.remove(key)
+        if entry is not None:
+            self._remove(self._path(key, entry.parent))
+
+    def stats(self) -> dict[str, float]:
+        """Counts since the start, and what is here now; breaker_open: reads are not tried; paused: writes are not."""
+        with self._lock:
+            held = {"blocks": self._shelf.count["block"], "records": self._shelf.count["record"]}
+            state = {"breaker_open": int(self._reads.open), "paused": int(self._writes.open)}
+            mean = self._seconds / max(self._count["reads"], 1)
+            times = {"read_ms_mean": 1e3 * mean, "read_ms_max": 1e3 * self._slowest}
+            return held | {"bytes": self._shelf.used, "budget": self._shelf.budget, **self._count, **state, **times}
+
+    def check(self) -> None:
+        """Raise AssertionError if books and files differ; nobody may be writing."""
+        with self._lock:
+            self._shelf.check()
+            files = {entry.name for entry in os.scandir(self.directory)} - {_LOCK}
+            booked = {key.file(entry.parent) for key, entry in self._shelf.entries.items()}
+            if self._reserved or files != booked:
+                raise AssertionError(f"the disk tier's files and books differ in {files ^ booked or self._reserved}")
+
+    def close(self) -> None:
+        """Leave the directory to others. The files stay."""
+        self._owner.close()
+
+    # --- the directory ---------------------------------------------------------------------------------------------
+
+    def _own(self):
+        """Make the directory and lock it; the lock goes with the process, however that ends."""
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            owner = open(self.directory / _LOCK, "a+b", opener=lambda path, flags: os.open(path, flags, 0o600))
+        except OSError as error:
+            raise UserError(f"cannot keep the cache in {self.directory}: {error.strerror}; name another") from error
+        try:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner.close()
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(f"cannot lock {self.directory}: {error.strerror}; name another") from error
+            raise UserError(
+                f"{self.directory} is in use by another engine; end that one or give each a directory of its own"
+            ) from error
+        return owner
+
+    def _find(self) -> None:
+        """Enter the files that are there, the least recently used first, and remove what is of no use."""
+        found = []
+        with os.scandir(self.directory) as entries:
+            for entry in entries:
+                if (known := manifest.parse_file(entry.name.removesuffix(_PARTIAL))) is not None:
+                    stat = entry.stat(follow_symlinks=False)
+                    found.append((entry.name.endswith(_PARTIAL), stat.st_mtime_ns, stat.st_size, entry.path, known))
+        for partial, _, size, path, (key, parent) in sorted(found):
+            if partial or space(size) > self._shelf.budget or key in self._shelf:
+                self._remove(path)
+                self._count.update(swept=1)
+                continue
+            self._unlink(self._make_room(space(size)))
+            self._shelf.add(key, parent, space(size))
+
+    def _path(self, key: Key, parent: bytes) -> str:
+        return str(self.directory / key.file(parent))
+
+    def _unlink(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            self._remove(path)
+
+    def _remove(self, path: str) -> None:
+        with contextlib.suppress(OSError):  # gone already, or the next process that owns the directory finds it again
+            self._files.remove(path)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take the space of a file before it is written, where the file system can do that."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+
+
+def space(size: int) -> int:
+    """Bytes that a file of this size takes."""
+    return -(-size // _UNIT) * _UNIT

@@ -1,0 +1,126 @@
+"""A stored block or record as bytes: what lies in a file of the disk tier, and how it is recognised and verified.
+
+Little-endian: magic (8 bytes), version and kind (2 each), length of the group table (4), name, parent and form (16
+each), length of the payload and its xxh3-64 (8 each), xxh3-64 of all that and the table (8); then the table, JSON
+padded with spaces so that the payload begins at a multiple of 64; then the payload. Nothing else is in the file.
+
+A *name* says what the contents are (`prefix.chain`: weights, config, precision, tokens, tenant), a *form* how they are
+laid out (the group table: every array with dtype and logical shape, whatever the mesh). Both are the key. What has
+another key is another thing, so a change of either is a miss and never a collision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import ml_dtypes  # noqa: F401 - teaches numpy the names of its dtypes
+import numpy as np
+import xxhash
+
+VERSION = 1
+KINDS = ("block", "record")
+_MAGIC = b"V4JAX-KV"
+_HEADER = struct.Struct("<8sHHI16s16s16sQQ")
+_SUM = struct.Struct("<Q")
+_ALIGN = 64
+_FILE = re.compile(r"([0-9a-f]{32})-([0-9a-f]{32})-([0-9a-f]{32})\.(block|record)")
+
+
+class Corrupt(Exception):
+    """Stored bytes are not what their key promises; the message says in which way."""
+
+
+class Key(NamedTuple):
+    """kind: "block" or "record"; name and form: 16 bytes each."""
+
+    kind: str
+    name: bytes
+    form: bytes
+
+    def file(self, parent: bytes) -> str:
+        """Name of its file, which tells everything that an index needs."""
+        return f"{self.name.hex()}-{parent.hex()}-{self.form.hex()}.{self.kind}"
+
+
+def parse_file(file: str) -> tuple[Key, bytes] | None:
+    """(key, parent) of a file's name, None for a file that is none of ours."""
+    match = _FILE.fullmatch(file)
+    if match is None:
+        return None
+    name, parent, form = (bytes.fromhex(part) for part in match.groups()[:3])
+    return Key(match[4], name, form), parent
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a payload is made of: (name, dtype, shape) of every array, in the order in which their bytes follow."""
+
+    kind: str
+    table: tuple[tuple[str, str, tuple[int, ...]], ...]
+
+    @cached_property
+    def packed(self) -> bytes:
+        """The group table of the header."""
+        text = json.dumps([[name, dtype, list(shape)] for name, dtype, shape in self.table], separators=(",", ":"))
+        data = text.encode()
+        return data + b" " * (-(_HEADER.size + _SUM.size + len(data)) % _ALIGN)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """16 bytes that another kind, table or version of this format does not have."""
+        return hashlib.blake2b(repr((VERSION, self.kind)).encode() + self.packed, digest_size=16).digest()
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the payload."""
+        return sum(math.prod(shape) * np.dtype(dtype).itemsize for _, dtype, shape in self.table)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the whole file."""
+        return _HEADER.size + _SUM.size + len(self.packed) + self.nbytes
+
+    def key(self, name: bytes) -> Key:
+        """Key of the contents `name` in this form."""
+        return Key(self.kind, name, self.digest)
+
+
+def checksum(data: np.ndarray | bytes | memoryview) -> int:
+    """xxh3-64 of bytes."""
+    return xxhash.xxh3_64_intdigest(data)
+
+
+def header(form: Form, name: bytes, parent: bytes, payload_sum: int) -> bytes:
+    """All of a file that precedes the payload."""
+    fields = (_MAGIC, VERSION, KINDS.index(form.kind), len(form.packed), name, parent, form.digest)
+    start = _HEADER.pack(*fields, form.nbytes, payload_sum)
+    return start + _SUM.pack(checksum(start + form.packed)) + form.packed
+
+
+def open_payload(data: np.ndarray, form: Form, name: bytes, parent: bytes) -> tuple[np.ndarray, int]:
+    """(payload, its checksum) of a whole file (uint8 [bytes]), every byte of it verified. Raises Corrupt."""
+    if data.size != form.file_bytes:
+        raise Corrupt(f"{data.size} bytes where {form.file_bytes} belong")
+    split = form.file_bytes - form.nbytes
+    start, table = data[: _HEADER.size], data[_HEADER.size + _SUM.size : split]
+    magic, version, kind, length, *ids, payload_bytes, payload_sum = _HEADER.unpack(start)
+    if (magic, version) != (_MAGIC, VERSION):
+        raise Corrupt("no record of this format and version")
+    [header_sum] = _SUM.unpack(data[_HEADER.size : _HEADER.size + _SUM.size])
+    if checksum(np.concatenate([start, table])) != header_sum:
+        raise Corrupt("the header fails its checksum")
+    if (kind, length, *ids) != (KINDS.index(form.kind), len(form.packed), name, parent, form.digest):
+        raise Corrupt("the header names another key")
+    if payload_bytes != form.nbytes or table.tobytes() != form.packed:
+        raise Corrupt("the header describes another group table")
+    payload = data[split:]
+    if checksum(payload) != payload_sum:
+        raise Corrupt("the payload fails its checksum")
+    return payload, payload_sum

@@ -1,0 +1,152 @@
+"""Tiers of storage for blocks and records that are not on the device: host memory, and files in a directory.
+
+A tier may lose what it was given and may refuse to take more; it never gives bytes that it has not verified. So a fault
+costs time, nothing else. Every tier counts what happens to it, and holds its budget at every moment.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+
+from v4jax.cache.manifest import Form, Key, checksum
+from v4jax.cache.shelf import Shelf
+
+if TYPE_CHECKING:
+    import jax  # what needs the tiers alone starts without it
+
+_PAUSE, _MOST_PAUSE = 5.0, 300.0  # seconds without a try after trouble; doubles up to the second
+
+
+class Item(NamedTuple):
+    """One block or record: its bytes (uint8 [bytes], a numpy array or one of JAX in host memory) and their checksum."""
+
+    form: Form
+    name: bytes
+    parent: bytes
+    payload: np.ndarray | jax.Array
+    sum: int
+
+    @property
+    def key(self) -> Key:
+        return self.form.key(self.name)
+
+    @property
+    def sound(self) -> bool:
+        """Whether the bytes still have their checksum."""
+        return checksum(np.asarray(self.payload)) == self.sum
+
+
+class Tier(Protocol):
+    """Where items lie. All of it may be called by several threads."""
+
+    def __contains__(self, key: Key) -> bool: ...
+    def get(self, form: Form, name: bytes) -> Item | None: ...
+    def put(self, item: Item) -> tuple[bool, list[Item]]: ...
+    def touch(self, keys: Iterable[Key]) -> None: ...
+    def discard(self, key: Key) -> None: ...
+    def stats(self) -> dict[str, float]: ...
+    def close(self) -> None: ...
+
+
+class Breaker:
+    """Opens at `limit` failures in a row: then nothing is tried for a while, and twice as long if the next try
+    fails."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, limit: int = 3):
+        self._clock, self._limit = clock, limit
+        self._failures, self._pause, self._until = 0, _PAUSE, 0.0
+
+    @property
+    def open(self) -> bool:
+        """Whether nothing is to be tried now."""
+        return self._clock() < self._until
+
+    def failed(self) -> None:
+        """A try failed. Those that began before it opened do not count again."""
+        self._failures += 1
+        if self._failures >= self._limit and not self.open:
+            self._until = self._clock() + self._pause
+            self._pause = min(2 * self._pause, _MOST_PAUSE)
+
+    def worked(self) -> None:
+        """A try did not fail."""
+        self._failures, self._pause, self._until = 0, _PAUSE, 0.0
+
+
+class Host:
+    """Items in the memory of this process."""
+
+    def __init__(self, budget: int):
+        self._shelf, self._items = Shelf(budget), {}
+        self._lock = threading.Lock()
+        self._count = Counter(evictions=0, refused=0, corrupt=0, bytes_in=0, bytes_out=0)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._shelf
+
+    def get(self, form: Form, name: bytes) -> Item | None:
+        """The item, verified; None if it is not (or no longer) here, or was damaged and is therefore forgotten."""
+        with self._lock:
+            item = self._items.get(form.key(name))
+        if item is None:
+            return None
+        sound = item.sound
+        with self._lock:
+            self._count.update(bytes_out=form.nbytes) if sound else self._count.update(corrupt=1)
+        if not sound:
+            self.discard(item.key)
+            return None
+        return item
+
+    def put(self, item: Item) -> tuple[bool, list[Item]]:
+        """(whether it is here now, what had to go to make room)."""
+        gone = []
+        with self._lock:
+            if item.key in self._shelf:
+                return True, gone
+            if item.form.nbytes > self._shelf.budget:
+                self._count.update(refused=1)
+                return False, gone
+            while not self._shelf.fits(item.form.nbytes):
+                key = self._shelf.oldest()
+                self._shelf.remove(key)
+                gone.append(self._items.pop(key))
+            self._shelf.add(item.key, item.parent, item.form.nbytes)
+            self._items[item.key] = item
+            self._count.update(evictions=len(gone), bytes_in=item.form.nbytes)
+        return True, gone
+
+    def touch(self, keys: Iterable[Key]) -> None:
+        """One request uses these keys, as far as they are here."""
+        with self._lock:
+            self._shelf.touch(keys)
+
+    def discard(self, key: Key) -> None:
+        """Forget an item, if it is here."""
+        with self._lock:
+            if self._shelf.remove(key) is not None:
+                del self._items[key]
+
+    def stats(self) -> dict[str, float]:
+        """Counts since the start, and what is here now."""
+        with self._lock:
+            held = {"blocks": self._shelf.count["block"], "records": self._shelf.count["record"]}
+            return held | {"bytes": self._shelf.used, "budget": self._shelf.budget, **self._count}
+
+    def check(self) -> None:
+        """Raise AssertionError if the books do not add up."""
+        with self._lock:
+            self._shelf.check()
+            if self._items.keys() != self._shelf.entries.keys():
+                raise AssertionError("the host tier's items and books differ")
+
+    def close(self) -> None:
+        """Let everything go."""
+        with self._lock:
+            self._shelf, self._items = Shelf(self._shelf.budget), {}

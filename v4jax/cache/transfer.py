@@ -1,0 +1,293 @@
+"""Moves blocks and records between the device's caller, the host tier and the disk tier, on threads of its own.
+
+Down: `save` queues what was copied off the device; one thread sums it up and puts it on the host, another writes it to
+disk. What does not fit the bounded queues is dropped and counted: it is a cache. Up: `fetch` reads the pieces of one
+prefix, host first, all verified, on another thread. Nobody waits for a thread: whoever needs a fetch asks whether it is
+done, and gives up when it has made no progress within the deadline.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+from v4jax.cache.disk import Disk
+from v4jax.cache.manifest import Form, Key, checksum
+from v4jax.cache.tiers import Host, Item
+
+_READERS = 2
+ROOM = 256 << 20
+
+
+@dataclass(eq=False)
+class Fetch:
+    """What of one chain of names is to come up, and what has come.
+
+    blocks_here, records_here: names that are on the device. least: blocks that can be had without this. In the end,
+    `boundary` blocks can be begun behind: `blocks` (by name) and `record` are what of it was not on the device.
+    """
+
+    names: Sequence[bytes]
+    blocks_here: frozenset[bytes]
+    records_here: frozenset[bytes]
+    least: int
+    boundary: int = 0
+    blocks: dict[bytes, Item] = field(default_factory=dict)
+    record: Item | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+    cancelled: bool = False
+    quick: bool = False  # nothing of it has to come from disk
+    beat: float = field(default_factory=time.monotonic)  # of the last progress
+    bad: set[Key] = field(default_factory=set)
+
+
+class Transfer:
+    """The tiers below the device (either may be None) and the threads between them.
+
+    block, record: their forms. place: puts bytes from a file where the host tier is to hold them. deadline: seconds
+    without progress after which a fetch is late. room: bytes under way from the device, and as many on to disk.
+    """
+
+    def __init__(
+        self,
+        block: Form,
+        record: Form,
+        host: Host | None,
+        disk: Disk | None,
+        *,
+        place: Callable[[np.ndarray], np.ndarray | jax.Array] = lambda payload: payload,
+        deadline: float = 0.5,
+        room: int = ROOM,
+    ):
+        self.block, self.record, self.host, self.disk, self._place = block, record, host, disk, place
+        self.deadline, self._room = deadline, max(room, 2 * max(block.nbytes, record.nbytes))
+        self._lock = threading.Lock()
+        self._settled = threading.Condition(self._lock)
+        self._coming: set[Key] = set()  # on the way from the device
+        self._pending: dict[Key, tuple[Item, bool]] = {}  # to be written; whether nobody else holds the item
+        self._coming_bytes = self._loose_bytes = 0
+        self._count = Counter(saved=0, dropped=0, fetches=0, late=0)
+        self._looked = Counter()
+        self._saves, self._writes, self._reads, self._quick = (queue.SimpleQueue() for _ in range(4))
+        self._threads = [(self._saves, self._take_in), (self._writes, self._write), (self._quick, self._bring)]
+        self._threads += [(self._reads, self._bring)] * _READERS
+        for todo, work in self._threads:
+            threading.Thread(target=_serve, args=(todo, work), daemon=True).start()
+
+    @property
+    def tiers(self) -> dict[str, Host | Disk]:
+        """Those there are, by name, the fast one first."""
+        return {name: tier for name, tier in (("host", self.host), ("disk", self.disk)) if tier is not None}
+
+    # --- down ------------------------------------------------------------------------------------------------------
+
+    def wants(self, key: Key) -> bool:
+        """Whether saving it would be of use: no tier has it, and it is not on its way to one."""
+        known = key in self._coming or key in self._pending or any(key in tier for tier in self.tiers.values())
+        return not known
+
+    def room(self, form: Form) -> int:
+        """How many more of a form `save` may be given now."""
+        return max(self._room - self._coming_bytes, 0) // form.nbytes
+
+    def save(self, form: Form, name: bytes, parent: bytes, payload: jax.Array | np.ndarray) -> None:
+        """Send the bytes of a block or record down; they may still be on their way from the device."""
+        with self._lock:
+            self._count.update(saved=1)
+            self._coming.add(form.key(name))
+            self._coming_bytes += form.nbytes
+        self._saves.put((form, name, parent, payload))
+
+    def dropped(self, count: int) -> None:
+        """So many were not saved, for want of room or because the copy failed."""
+        with self._lock:
+            self._count.update(dropped=count)
+
+    def _take_in(self, form: Form, name: bytes, parent: bytes, payload: jax.Array | np.ndarray) -> None:
+        try:
+            item = Item(form, name, parent, payload, checksum(np.asarray(payload)))
+            self._keep(item)
+        except (RuntimeError, MemoryError):  # what JAX raises if the copy off the device failed
+            self.dropped(1)
+        finally:
+            with self._lock:
+                self._coming.discard(form.key(name))
+                self._coming_bytes -= form.nbytes
+                self._settled.notify_all()
+
+    def _keep(self, item: Item) -> None:
+        """Put an item on the host, and what that pushes out, and the item itself, on disk."""
+        held, gone = self.host.put(item) if self.host is not None else (False, [])
+        if self.disk is None:
+            return
+        with self._lock:
+            for other in gone:
+                self._to_disk(other, loose=True)
+            self._to_disk(item, loose=not held)
+
+    def _to_disk(self, item: Item, loose: bool) -> None:
+        """Queue a write, under the lock. loose: nobody else holds the item, so that it counts against the room."""
+        key = item.key
+        if key in self.disk:
+            return
+        queued = self._strike(key)
+        if loose and self._loose_bytes + item.form.nbytes > self._room:
+            self._count.update(dropped=1)
+            return
+        self._pending[key] = item, loose
+        self._loose_bytes += loose * item.form.nbytes
+        if not queued:
+            self._writes.put((key,))
+
+    def _strike(self, key: Key) -> bool:
+        item, loose = self._pending.pop(key, (None, False))
+        self._loose_bytes -= item.form.nbytes if loose else 0
+        return item is not None
+
+    def _write(self, key: Key) -> None:
+        with self._lock:
+            item, _ = self._pending.get(key, (None, False))
+        if item is not None:  # not dropped meanwhile
+            self.disk.put(item)
+            with self._lock:
+                self._strike(key)
+                self._settled.notify_all()
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until nothing is on its way down, so long at most; whether that is so."""
+        with self._lock:
+            return self._settled.wait_for(lambda: not self._coming and not self._pending, seconds)
+
+    def close(self, seconds: float = 10.0) -> None:
+        """Flush, end the threads as soon as they have nothing to do, and leave the tiers."""
+        self.flush(seconds)
+        with self._lock:
+            self._pending.clear()  # the directory may be another's soon
+            self._loose_bytes = 0
+        for todo, _ in self._threads:
+            todo.put(None)
+        for tier in self.tiers.values():
+            tier.close()
+
+    # --- up --------------------------------------------------------------------------------------------------------
+
+    def fetch(self, job: Fetch) -> bool:
+        """Begin to fetch, if the tiers have what it takes to start behind more blocks; counts as one use of those."""
+        goal = self._goal(job)
+        self._note(job, goal)
+        if goal <= job.least:
+            return False
+        keys = [self.block.key(name) for name in job.names[:goal]] + [self.record.key(job.names[goal - 1])]
+        for tier in self.tiers.values():
+            tier.touch(keys)
+        # What lies on the host must not wait for a disk that hangs.
+        job.quick = self.host is not None and all(key in self.host for key in keys if self._needs(job, key))
+        self._count.update(fetches=1)
+        (self._quick if job.quick else self._reads).put((job,))
+        return True
+
+    def late(self, job: Fetch) -> bool:
+        """Whether a fetch has made no progress within the deadline; then it is given up."""
+        if job.done.is_set() or time.monotonic() - job.beat <= self.deadline:
+            return False
+        job.cancelled = True
+        self._count.update(late=1)
+        if self.disk is not None and not job.quick:
+            self.disk.late()
+        return True
+
+    def _bring(self, job: Fetch) -> None:
+        try:
+            while not job.cancelled and (goal := self._goal(job)) > job.least:
+                if self._complete(job, goal):
+                    job.boundary = goal
+                    break
+        finally:
+            job.done.set()
+
+    def _goal(self, job: Fetch) -> int:
+        """Most blocks in a row, as far as is known, that end at a record."""
+        best = 0
+        for count, name in enumerate(job.names, 1):
+            if not (name in job.blocks_here or name in job.blocks or self._has(job, self.block.key(name))):
+                break
+            if name in job.records_here or self._has(job, self.record.key(name)):
+                best = count
+        return best
+
+    def _needs(self, job: Fetch, key: Key) -> bool:
+        return key.name not in (job.blocks_here if key.kind == "block" else job.records_here)
+
+    def _has(self, job: Fetch, key: Key) -> bool:
+        return key not in job.bad and not self.wants(key)
+
+    def _complete(self, job: Fetch, goal: int) -> bool:
+        """Read what is missing; False at the first piece that cannot be had: then there may be another goal."""
+        last, job.record = job.names[goal - 1], None
+        if last not in job.records_here:
+            job.record = self._read(job, self.record, last)
+            if job.record is None:
+                return False
+        for name in job.names[:goal]:
+            if name not in job.blocks_here and name not in job.blocks:
+                item = None if job.cancelled else self._read(job, self.block, name)
+                if item is None:
+                    return False
+                job.blocks[name] = item
+        return True
+
+    def _read(self, job: Fetch, form: Form, name: bytes) -> Item | None:
+        job.beat, key = time.monotonic(), form.key(name)
+        with self._lock:
+            self._settled.wait_for(lambda: key not in self._coming, self.deadline)
+            item, _ = self._pending.get(key, (None, False))
+        job.beat = time.monotonic()
+        if item is not None and not item.sound:
+            item = None
+        for tier in self.tiers.values():
+            if item is None and (item := tier.get(form, name)) is not None and tier is self.disk:
+                item = item._replace(payload=self._place(item.payload))
+                self._keep(item)
+        job.beat = time.monotonic()
+        if item is None:
+            job.bad.add(key)
+        return item
+
+    # --- seen from outside -----------------------------------------------------------------------------------------
+
+    def _note(self, job: Fetch, goal: int) -> None:
+        """Count what a request looks up below the device: each tier is asked for what the ones above do not have."""
+        asked = [("block", self.block.key(name)) for name in job.names if name not in job.blocks_here]
+        last = job.names[max(goal, 1) - 1] if job.names else None
+        if last is not None and last not in job.records_here:
+            asked.append(("record", self.record.key(last)))
+        for name, tier in self.tiers.items():
+            missed = [(kind, key) for kind, key in asked if key not in tier]
+            self._looked.update(f"{name}_{kind}_misses" for kind, _ in missed)
+            self._looked.update(f"{name}_{kind}_hits" for kind, key in asked if (kind, key) not in missed)
+            asked = missed
+
+    def stats(self) -> dict[str, float]:
+        """Counts since the start, of what is under way, and of every tier."""
+        with self._lock:
+            under_way = {"queue_saves": len(self._coming), "queue_writes": len(self._pending)}
+            counts = {f"transfer_{name}": count for name, count in self._count.items()}
+        looked = {
+            f"{tier}_{kind}_{what}": self._looked[f"{tier}_{kind}_{what}"]
+            for tier in self.tiers for kind in ("block", "record") for what in ("hits", "misses")
+        }  # fmt: skip
+        held = {f"{name}_{what}": value for name, tier in self.tiers.items() for what, value in tier.stats().items()}
+        return counts | under_way | looked | held
+
+
+def _serve(todo: queue.SimpleQueue, work: Callable[..., None]) -> None:
+    while (arguments := todo.get()) is not None:
+        work(*arguments)
+        del arguments  # it may hold a whole prefix

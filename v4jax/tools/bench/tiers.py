@@ -1,0 +1,216 @@
+"""What the tiers below the device are worth: a restart with a warm disk, and many conversations on little memory.
+
+All arms share weights and requests. Their tokens are compared: times and hits may differ, answers should not (without
+`serve.batch_invariant`, other companies in a batch change the last bits, which random weights may make a token of).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from flax import nnx
+
+from v4jax.cache.spec import Layout
+from v4jax.config import Config, Model
+from v4jax.core.check import UserError
+from v4jax.core.tables import print_table
+from v4jax.models.transformer import Transformer
+from v4jax.serve.engine import Engine
+from v4jax.serve.sampling import SamplingParams
+from v4jax.tools.bench.measure import alternate
+from v4jax.tools.bench.report import record
+
+CONTEXTS = (4096, 32_768)
+CONVERSATIONS, TURNS, SYSTEMS, BURST = 200, 3, 12, 8
+_ANSWER, _PLENTY = 16, 1 << 40
+_GREEDY = SamplingParams(max_tokens=_ANSWER, temperature=0.0)
+
+
+def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS) -> list[dict]:
+    """Two tables: seconds to the first token after a restart, by prompt; the trace, by the tiers that there are.
+
+    The model has random weights. Raises UserError for contexts that cannot be measured.
+    """
+    contexts = sorted(set(contexts))
+    model = dataclasses.replace(config.model, mtp_layers=0)
+    most = model.max_positions - _ANSWER
+    if not contexts or not 0 < contexts[0] <= contexts[-1] <= most:
+        raise UserError(f"suite 'tiers' needs contexts from 1 to {most} tokens; give them as --contexts=4096,32768")
+    transformer, cache = _random(model), dataclasses.replace(config.cache, deadline=10.0)
+    serve = dataclasses.replace(config.serve, speculative_tokens=0)
+    records = _restarts(config, transformer, serve, cache, rounds, contexts)
+    return records + _trace(config, transformer, serve, cache, CONVERSATIONS)
+
+
+def _random(model: Model) -> Transformer:
+    return Transformer(model, nnx.Rngs(0))
+
+
+# --- a restart -----------------------------------------------------------------------------------------------------
+
+
+def _restarts(config, model, serve, cache, rounds: int, contexts: Sequence[int]) -> list[dict]:
+    serve = dataclasses.replace(serve, max_batch=1, max_seq_len=contexts[-1] + _ANSWER)
+    rng, answers = np.random.default_rng(0), {length: [] for length in contexts}
+    prompts = {length: rng.integers(2, model.config.vocab_size, length).tolist() for length in contexts}
+    with tempfile.TemporaryDirectory(prefix="v4jax-tiers-") as directory:
+        on_disk = dataclasses.replace(cache, prefix=True, disk=_PLENTY, directory=directory)
+        cold = Engine(model, serve, dataclasses.replace(cache, prefix=False))
+
+        def recompute(length: int) -> float:
+            return _first(cold, prompts[length], answers)
+
+        def restart(length: int) -> float:
+            engine = Engine(model, serve, on_disk)
+            seconds = _first(engine, prompts[length], answers)
+            engine.close()
+            return seconds
+
+        for length in contexts:  # the first time fills the disk and compiles, the second compiles what reads it
+            recompute(length), restart(length), restart(length)
+        arms = {(what.__name__, length): what for length in contexts for what in (recompute, restart)}
+        taken = alternate(
+            {(name, length): lambda a=arm, n=length: a(n) for (name, length), arm in arms.items()}, rounds
+        )
+    at = {"config": config.name, "concurrency": 1, "precision": cache.layout}
+    rows, records = [], []
+    for length in contexts:
+        again, warm = taken["recompute", length], taken["restart", length]
+        ratio = [a / b for a, b in zip(again, warm, strict=True)]
+        same = all(answer == answers[length][0] for answer in answers[length])
+        rows.append([f"{length:,}", f"{statistics.median(again):.3g}", f"{statistics.median(warm):.3g}",
+                     f"{statistics.median(ratio):.1f}x", "yes" if same else "no"])  # fmt: skip
+        records += [
+            record("tiers", "first_token", again, "s", arm="recompute", context=length, **at),
+            record("tiers", "first_token", warm, "s", arm="restart", context=length, **at),
+            record("tiers", "restart_speedup", ratio, "ratio", context=length, **at),
+            record("tiers", "restart_same_tokens", [float(same)], "ratio", context=length, **at),
+        ]
+    title = f"{config.name}: a prompt after a restart, {os.cpu_count()} CPU threads, {rounds} rounds"
+    print_table(title, ["prompt", "s to first token, read anew", "from a warm disk", "faster", "same tokens"], rows)
+    return records
+
+
+def _first(engine: Engine, prompt: list[int], answers: dict[int, list[list[int]]]) -> float:
+    """Seconds to the first token; the answer joins those of its length."""
+    start, seconds, tokens = time.perf_counter(), None, []
+    engine.add("request", prompt, _GREEDY)
+    while engine.busy:
+        for drawn in engine.step():
+            seconds = seconds or time.perf_counter() - start
+            tokens += drawn.sampled.token_B[drawn.row, : drawn.count].tolist()
+    answers[len(prompt)].append(tokens)
+    return seconds
+
+
+# --- many conversations --------------------------------------------------------------------------------------------
+
+
+def _trace(config, model, serve, cache, conversations: int) -> list[dict]:
+    """Bursts of turns of conversations that share beginnings, more of them than device and host hold."""
+    layout = Layout(model.config, cache.layout, cache.block)
+    blocks = 6 * conversations  # what all conversations come to, about
+    page, kept = layout.page_bytes, layout.record_bytes()
+    serve = dataclasses.replace(serve, max_batch=BURST, max_seq_len=8 * layout.block)
+    records_kept = max(conversations // 8, 4)
+    device = (1 + BURST + records_kept) * kept + max(blocks // 16, 8 * BURST + 2) * page
+    host = blocks // 5 * page + 2 * conversations // 5 * kept
+    tokens, rows, records = {}, [], []
+    with tempfile.TemporaryDirectory(prefix="v4jax-tiers-") as directory:
+        below = {
+            "no prefixes": {"prefix": False}, "device": {}, "device, host": {"host": host},
+            "device, host; asked for twice": {"host": host, "admission": "second"},
+            "device, host, disk": {"host": host, "disk": _PLENTY, "directory": directory},
+        }  # fmt: skip
+        for name, options in below.items():
+            options = dataclasses.replace(cache, device=device, records=records_kept, **options)
+            engine = Engine(model, serve, options)
+            _play(engine, _turns(layout.block, 3, model.config.vocab_size, seed=1), {})  # compiles
+            turns = _turns(layout.block, conversations, model.config.vocab_size, seed=0)
+            seconds, read, same = _play(engine, turns, tokens)
+            stats = engine.stats()
+            engine.close()
+            hits = {tier: stats.get(f"{tier}_block_hits", 0) for tier in ("host", "disk")}
+            rows.append([
+                name, f"{read / seconds:,.0f}", f"{seconds:.1f}", f"{stats['hit_rate']:.0%}",
+                f"{stats['hit_ceiling']:.0%}", f"{hits['host']:,.0f}", f"{hits['disk']:,.0f}",
+                f"{stats['kv_bytes'] / 2**20:,.0f}", f"{_resumable(stats):,.0f}", f"{same:.1%}",
+            ])  # fmt: skip
+            at = {"config": config.name, "arm": name, "concurrency": BURST, "precision": cache.layout}
+            for metric, value, unit in [
+                ("tokens_per_second", read / seconds, "1/s"), ("hit_rate", stats["hit_rate"], "ratio"),
+                ("hit_ceiling", stats["hit_ceiling"], "ratio"), ("same_tokens", same, "ratio"),
+                ("resumable", _resumable(stats), "1"), ("device_bytes", stats["kv_bytes"], "B"),
+                ("host_block_hits", hits["host"], "1"), ("disk_block_hits", hits["disk"], "1"),
+            ]:  # fmt: skip
+                records.append(record("tiers", f"trace_{metric}", [value], unit, **at))
+    what = f"{conversations} conversations of {TURNS} turns, {SYSTEMS} shared beginnings, bursts of {BURST}"
+    header = [
+        "tiers",
+        "tokens/s",
+        "s",
+        "hits",
+        "ceiling",
+        "of host",
+        "of disk",
+        "device MiB",
+        "can go on",
+        "same tokens",
+    ]
+    print_table(f"{config.name}: {what}", header, rows)
+    return records
+
+
+def _resumable(stats: dict[str, float]) -> float:
+    """Places where a conversation can be taken up again: the records of the largest tier."""
+    return max(stats["records_kept"], stats.get("host_records", 0), stats.get("disk_records", 0))
+
+
+def _turns(block: int, conversations: int, vocab: int, seed: int) -> Iterator[list[tuple[int, list[int]]]]:
+    """Bursts of (conversation, new tokens of its user); the first of a conversation holds its shared beginning."""
+    rng = np.random.default_rng(seed)
+    systems = [rng.integers(2, vocab, block * int(rng.integers(1, 4))).tolist() for _ in range(SYSTEMS)]
+    weight = 1 / np.arange(1, SYSTEMS + 1)
+    order = [*range(conversations)] * TURNS
+    rng.shuffle(order)
+    begun = set()
+    for start in range(0, len(order), BURST):
+        burst = []
+        for conversation in dict.fromkeys(order[start : start + BURST]):
+            system = systems[rng.choice(SYSTEMS, p=weight / weight.sum())] if conversation not in begun else []
+            begun.add(conversation)
+            new = rng.integers(2, vocab, int(rng.integers(block // 2, block))).tolist()
+            burst.append((conversation, [*system, *new]))
+        yield burst
+
+
+def _play(
+    engine: Engine, bursts: Iterator[list[tuple[int, list[int]]]], expected: dict[int, dict]
+) -> tuple[float, int, float]:
+    """(seconds, tokens of all prompts and answers, answers equal to `expected`); a turn reads all before it.
+
+    Answers that nobody expected yet are entered, so that all arms go on with the same ones.
+    """
+    history, count, seconds, same = {}, 0, 0.0, []
+    for number, burst in enumerate(bursts):
+        start = time.perf_counter()
+        for conversation, new in burst:
+            history[conversation] = [*history.get(conversation, ()), *new]
+            engine.add(conversation, history[conversation], _GREEDY)
+            count += len(history[conversation]) + _ANSWER
+        answers = {conversation: [] for conversation, _ in burst}
+        while engine.busy:
+            for drawn in engine.step():
+                answers[drawn.id] += drawn.sampled.token_B[drawn.row, : drawn.count].tolist()
+        seconds += time.perf_counter() - start
+        known = expected.setdefault(number, answers)
+        for conversation, answer in answers.items():
+            same.append(answer == known[conversation])
+            history[conversation] += known[conversation]
+    return seconds, count, statistics.mean(same)
