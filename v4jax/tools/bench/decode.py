@@ -175,7 +175,8 @@ def fit(contexts: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
 def _quality(arms: dict[str, _Arm], heads: list[Heads]) -> dict[tuple[str, str], tuple[float, float]]:
     """Mean KL in nats from the second of each pair to the first over the steps, and the share of equal greedy tokens."""
     out, names = {}, dict.fromkeys(name for pair in _QUALITY for name in pair)
-    log_p = {name: np.concatenate([jax.nn.log_softmax(arms[name]._step(each)[0]) for each in heads]) for name in names}
+    read = lambda name: [jax.nn.log_softmax(arms[name]._step(each)[0]) for each in heads]
+    log_p = {name: np.concatenate(read(name)) for name in names}
     for one, other in _QUALITY:
         kl = np.sum(np.exp(log_p[other]) * (log_p[other] - log_p[one]), axis=-1)
         out[one, other] = float(kl.mean()), float(np.mean(log_p[one].argmax(-1) == log_p[other].argmax(-1)))
