@@ -173,7 +173,7 @@ def fit(contexts: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
 
 
 def _quality(arms: dict[str, _Arm], heads: list[Heads]) -> dict[tuple[str, str], tuple[float, float]]:
-    """Mean KL in nats from the second of each pair to the first over the steps, and the share of equal greedy tokens."""
+    """Mean KL over the steps, in nats, from the second of each pair to the first, and the share of equal tokens."""
     out, names = {}, dict.fromkeys(name for pair in _QUALITY for name in pair)
     read = lambda name: [jax.nn.log_softmax(arms[name]._step(each)[0]) for each in heads]
     log_p = {name: np.concatenate(read(name)) for name in names}
