@@ -92,7 +92,8 @@ def _bench(values: flags.FlagValues, config: config_lib.Config | None) -> None:
 def _eval(values: flags.FlagValues, _: None) -> None:
     from v4jax import evals
 
-    evals.run(values.suite, values.checkpoint, **given(values, "json", "layout", "context", "windows", "bounds"))
+    options = ("json", "layout", "context", "windows", "contexts", "depths", "trials", "bounds")
+    evals.run(values.suite, values.checkpoint, **given(values, *options))
 
 
 _CHECKPOINT = Flag("checkpoint", "directory of a run, an orbax checkpoint or Hugging Face weights")
@@ -192,13 +193,17 @@ COMMANDS = {
         _eval, "measure the quality of a checkpoint",
         "v4jax eval --checkpoint=runs/tiny --suite=perplexity",
         (
-            Flag("suite", "perplexity, or fp8 (what a cache in fewer bits costs)", options={"required": True}),
+            Flag("suite", "perplexity, fp8 (what a cache in fewer bits costs) or needle (retrieval, by both caches)",
+                 options={"required": True}),
             _NEEDED_CHECKPOINT,
             _JSON,
-            Flag("layout", "fp8: the cache's layout, fp8 or fp8_fp4"),
+            Flag("layout", "fp8, needle: the cache's layout, fp8 or fp8_fp4"),
             Flag("context", "fp8: tokens of a window", flags.DEFINE_integer, options={"lower_bound": 2}),
             Flag("windows", "fp8: how many windows", flags.DEFINE_integer, options={"lower_bound": 1}),
-            Flag("bounds", "fp8: other bounds, such as kl_mean=1e-3,top1=0.98"),
+            Flag("contexts", "needle: tokens of haystack, such as 1024,65536", flags.DEFINE_list),
+            Flag("depths", "needle: depths in a haystack", flags.DEFINE_integer, options={"lower_bound": 1}),
+            Flag("trials", "needle: questions a context and depth", flags.DEFINE_integer, options={"lower_bound": 1}),
+            Flag("bounds", "fp8, needle: other bounds, such as kl_mean=1e-3,top1=0.98 or accuracy=0.9"),
         ),
     ),
 }  # fmt: skip

@@ -118,10 +118,11 @@ class Model:
 class Data:
     """Where the text comes from and how it is cut into rows."""
 
-    source: str = "shakespeare-kjv"  # the embedded corpus, or a path / glob of .txt and .jsonl files
+    source: str = "shakespeare-kjv"  # the embedded corpus, "needle" (data/needle.py), or a path / glob of .txt, .jsonl
     heldout: str = ""  # path / glob for evaluation; "" takes the corpus' own held-out split, or every 50th document
     tokenizer: str = "auto"  # "auto": the packaged BPE; else a tokenizer.json
     seq_len: int = 256
+    questions: int = 8  # source "needle": asked at the end of each row
 
 
 @dataclass(frozen=True)
@@ -309,6 +310,7 @@ def validate(config: Config) -> Config:
     train, data, serve = config.train, config.data, config.serve
     for name, value in [
         ("train.steps", train.steps), ("train.batch_size", train.batch_size), ("data.seq_len", data.seq_len),
+        ("data.questions", data.questions),
         ("train.log_every", train.log_every), ("train.checkpoint_every", train.checkpoint_every),
         ("train.keep_checkpoints", train.keep_checkpoints), ("serve.max_batch", serve.max_batch),
         ("serve.max_seq_len", serve.max_seq_len), ("serve.prefill_chunk", serve.prefill_chunk),

@@ -57,9 +57,7 @@ class PackedRows:
 
     def empty_row(self) -> dict[str, np.ndarray]:
         """A row of padding."""
-        row = {name: np.zeros(self.seq_len, np.int32) for name in ("segments_T", "positions_T")}
-        row |= {name: np.full(self.seq_len, -1, np.int32) for name in ("targets_T", "targets2_T")}
-        return {"tokens_T": np.full(self.seq_len, self.eos_id, np.int32), **row}
+        return empty_row(self.seq_len, self.eos_id)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not 0 <= index < len(self):
@@ -77,6 +75,13 @@ class PackedRows:
             row["positions_T"][here] = np.arange(n)
             at += -(-n // self.align) * self.align
         return row
+
+
+def empty_row(seq_len: int, eos_id: int) -> dict[str, np.ndarray]:
+    """A row of padding, in the form of `PackedRows`."""
+    row = {name: np.zeros(seq_len, np.int32) for name in ("segments_T", "positions_T")}
+    row |= {name: np.full(seq_len, -1, np.int32) for name in ("targets_T", "targets2_T")}
+    return {"tokens_T": np.full(seq_len, eos_id, np.int32), **row}
 
 
 def _assign_rows(sizes: np.ndarray, capacity: int) -> np.ndarray:

@@ -9,9 +9,14 @@ import numpy as np
 
 from v4jax.config import Config
 from v4jax.core.check import UserError
+from v4jax.data.needle import SOURCE as NEEDLE
+from v4jax.data.needle import NeedleRows
 from v4jax.data.packing import PackedRows
 from v4jax.data.sources import load_documents
 from v4jax.data.tokenizer import Tokenizer, token_bytes
+
+_ENDLESS = 1 << 40  # rows of a synthetic source
+_HELDOUT_NEEDLES = 64
 
 
 @dataclass(frozen=True)
@@ -24,10 +29,11 @@ class Batches:
     `num_targets` and `num_bytes` count one pass over all processes. Bits per byte is
     sum(nll in nats over targets >= 0) / ln 2 / num_bytes. The model pays for predicting eos, which ends each document
     and counts 0 bytes; bos is never a target and costs nothing; any other target counts the UTF-8 bytes it stands for.
+    Synthetic rows (`NeedleRows`) have no end and stand for no text: both are 0.
     """
 
     dataset: grain.IterDataset
-    rows: PackedRows
+    rows: PackedRows | NeedleRows
     batches: int | None  # None: endless
     num_targets: int
     num_bytes: int
@@ -43,7 +49,7 @@ class Batches:
 
 def make_dataset(
     config: Config,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     split: str = "train",
     *,
     seed: int,
@@ -55,11 +61,19 @@ def make_dataset(
     Training shuffles all rows anew each epoch by `seed` and never ends. Held-out is one pass in order, over
     `train.eval_rows` rows spread evenly (0: all), its last batch filled up with empty rows; `seed` plays no part.
     Process i of n holds rows [i*B/n, (i+1)*B/n) of every global batch, so the batches do not depend on n.
+    The source "needle" is synthetic: it takes no tokenizer, its rows follow from `seed` and never repeat, and held-out
+    are 64 others if `train.eval_rows` does not say how many.
     Raises UserError for data that cannot be read, a tokenizer the model does not fit, or B not divisible by n.
     """
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
-    _check(config, tokenizer, process_count)
+    size = config.train.batch_size
+    if size % process_count:
+        raise UserError(f"train.batch_size {size} is not a multiple of the {process_count} processes")
+    mine = slice(process_index * (size // process_count), (process_index + 1) * (size // process_count))
+    if config.data.source == NEEDLE:
+        return _needle_batches(config, split, seed, mine)
+    _check(config, tokenizer)
     corpus = load_documents(config.data)
     documents = corpus.train if split == "train" else corpus.heldout
     rows = PackedRows(
@@ -69,41 +83,50 @@ def make_dataset(
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
     )
-    size = config.train.batch_size
     if split == "train":
         chosen = np.arange(len(rows))
-        order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
-        batches = None
+        order, batches = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat(), None
     else:
         count = min(config.train.eval_rows or len(rows), len(rows))
         chosen = np.arange(count) * len(rows) // count
-        batches = -(-count // size)
-        order = grain.MapDataset.source(np.pad(chosen, (0, batches * size - count), constant_values=-1))
-    share = size // process_count
-    mine = slice(process_index * share, (process_index + 1) * share)
-    dataset = order.batch(size, batch_fn=np.asarray).map(lambda indices: _stack(rows, indices[mine]))
+        order, batches = _one_pass(chosen, size)
     targets_N = rows.targets(chosen)
-    return Batches(
-        dataset=dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)),
-        rows=rows,
-        batches=batches,
-        num_targets=len(targets_N),
-        num_bytes=int(token_bytes(tokenizer)[targets_N].sum()),
-    )
+    num_bytes = int(token_bytes(tokenizer)[targets_N].sum())
+    return Batches(_batched(order, rows, size, mine), rows, batches, len(targets_N), num_bytes)
 
 
-def _stack(rows: PackedRows, indices: np.ndarray) -> dict[str, np.ndarray]:
+def _needle_batches(config: Config, split: str, seed: int, mine: slice) -> Batches:
+    data, size = config.data, config.train.batch_size
+    rows = NeedleRows(config.model, data.seq_len, data.questions, seed if split == "train" else None)
+    if split == "train":
+        order, batches = grain.MapDataset.range(_ENDLESS), None
+    else:
+        order, batches = _one_pass(np.arange(config.train.eval_rows or _HELDOUT_NEEDLES), size)
+    return Batches(_batched(order, rows, size, mine), rows, batches, 0, 0)
+
+
+def _one_pass(chosen: np.ndarray, size: int) -> tuple[grain.MapDataset, int]:
+    """Row numbers filled up with -1 to whole batches, and how many of those there are."""
+    batches = -(-len(chosen) // size)
+    return grain.MapDataset.source(np.pad(chosen, (0, batches * size - len(chosen)), constant_values=-1)), batches
+
+
+def _batched(order: grain.MapDataset, rows, size: int, mine: slice) -> grain.IterDataset:
+    """This process' share of batches of `size` rows in this order."""
+    dataset = order.batch(size, batch_fn=np.asarray).map(lambda indices: _stack(rows, indices[mine]))
+    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+
+
+def _stack(rows: PackedRows | NeedleRows, indices: np.ndarray) -> dict[str, np.ndarray]:
     """The rows as one batch; -1 stands for an empty row."""
-    picked = [rows[i] if i >= 0 else rows.empty_row() for i in indices]
+    picked = [rows[i] if i >= 0 else rows.empty_row() for i in indices.tolist()]
     return {name.replace("_T", "_BT"): np.stack([row[name] for row in picked]) for name in picked[0]}
 
 
-def _check(config: Config, tokenizer: Tokenizer, process_count: int) -> None:
-    model, batch_size = config.model, config.train.batch_size
+def _check(config: Config, tokenizer: Tokenizer) -> None:
+    model = config.model
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size is {model.vocab_size}")
     for name in ("bos_id", "eos_id"):
         if getattr(tokenizer, name) != getattr(model, name):
             raise UserError(f"model.{name} is {getattr(model, name)} but the tokenizer's is {getattr(tokenizer, name)}")
-    if batch_size % process_count:
-        raise UserError(f"train.batch_size {batch_size} is not a multiple of the {process_count} processes")

@@ -21,6 +21,7 @@ from v4jax.core.qtensor import dequantise, quantise
 from v4jax.core.tables import print_table
 from v4jax.data.sources import load_documents
 from v4jax.data.tokenizer import load_tokenizer
+from v4jax.evals.bounds import read as read_bounds
 from v4jax.models.transformer import Transformer, fresh_chunk, next_chunk
 from v4jax.nn.csa import CSAttention
 from v4jax.nn.indexer import score, visible
@@ -137,13 +138,4 @@ def _recall(model: Transformer, tokens_RT: jax.Array, layout: str):
 
 
 def _bounds(text: str) -> dict[str, float]:
-    limits = {name: bound for name, (_, bound, _) in BOUNDS.items()}
-    for part in filter(None, text.split(",")):
-        name, _, value = part.partition("=")
-        try:
-            limits[name], known = float(value), name in BOUNDS
-        except ValueError:
-            known = False
-        if not known:
-            raise UserError(f"bound {part!r} is not NAME=NUMBER with a name of {', '.join(BOUNDS)}")
-    return limits
+    return read_bounds(text, {name: bound for name, (_, bound, _) in BOUNDS.items()})

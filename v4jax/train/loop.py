@@ -16,6 +16,7 @@ from v4jax.checkpoint.orbax import RunStore
 from v4jax.config import Config
 from v4jax.core.check import UserError
 from v4jax.data.baselines import baselines
+from v4jax.data.needle import SOURCE as NEEDLE
 from v4jax.data.pipeline import make_dataset
 from v4jax.data.sources import load_documents
 from v4jax.data.tokenizer import Tokenizer
@@ -40,7 +41,7 @@ def train(config: Config, workdir: str) -> dict[str, object]:
 class _Run:
     def __init__(self, config: Config, workdir: pathlib.Path):
         self.config, self.workdir = config, workdir
-        self.tokenizer = Tokenizer(config.data.tokenizer)
+        self.tokenizer = None if config.data.source == NEEDLE else Tokenizer(config.data.tokenizer)
         self.trainer = Trainer(config)
         part, parts = self.trainer.share
         mine = {"seed": config.train.seed, "process_index": part, "process_count": parts}
@@ -143,19 +144,22 @@ class _Run:
         if writer is None:
             barrier("summary")
             return json.loads((self.workdir / "summary.json").read_text(encoding="utf-8"))
-        writer.write(steps, {"heldout_loss": self.measured[steps], "heldout_bits_per_byte": bits_per_byte})
+        measured, marks = {"heldout_loss": self.measured[steps]}, {}
+        if self.tokenizer is not None:  # text: bits per byte can stand beside those of other models
+            measured["heldout_bits_per_byte"] = bits_per_byte
+            marks = baselines(load_documents(self.config.data))
+            marks = {"xz_bits_per_byte": marks["xz"], "xz_kind": marks["xz_kind"],
+                     "trigram_bits_per_byte": marks["trigram"]}  # fmt: skip
+        writer.write(steps, measured)
         writer.close()
-        marks = baselines(load_documents(self.config.data))
         records = read_metrics(self.workdir / "metrics.jsonl")
         summary = {
             "name": self.config.name,
             "steps": steps,
             "parameters": int(sum(array.size for array in state.params.values())),
             "train_loss": [record["loss"] for record in records if "loss" in record][-1],
-            "heldout_bits_per_byte": bits_per_byte,
-            "xz_bits_per_byte": marks["xz"],
-            "xz_kind": marks["xz_kind"],
-            "trigram_bits_per_byte": marks["trigram"],
+            **measured,
+            **marks,
             "tokens_per_second": tokens_per_second,
             "checkpoint": str(self.workdir),
             "plot": str(plot_loss(self.workdir, self.measured)),

@@ -1,0 +1,161 @@
+"""Needles in haystacks of any length, asked for through the engine: from exact entries, and from quantised ones.
+
+A model trained on `data.source=needle` reads a haystack (see `data/needle.py`) and is asked for the value of one key;
+it answers right or not. Both arms are sparse and have the same weights and questions. The reference keeps its entries
+in bfloat16 and rounds nothing in the forward, even if the model was trained with `kv_qdq`; the other arm computes as
+the model was trained and keeps its entries in `layout`.
+
+All needles of a haystack are asked for, each by a request of its own: the first reads the haystack, the others find
+its blocks in the prefix cache. A bin is (context, depth): the needles in one of `depths` equal parts of the haystack,
+`trials` of them, from as many haystacks as that takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from flax import nnx
+
+from v4jax import checkpoint as store
+from v4jax import config as configs
+from v4jax.cache.spec import LAYOUTS, Layout
+from v4jax.core.check import UserError
+from v4jax.core.tables import print_table
+from v4jax.data.needle import QUESTION, SOURCE, VALUE, Alphabet, Haystack, haystack
+from v4jax.evals.bounds import read as read_bounds
+from v4jax.models.transformer import Transformer
+from v4jax.serve import LLM, SamplingParams
+
+REFERENCE = "bf16"
+# name -> (bound, whether it is an upper one): share that an arm finds, and how much less than the reference that is
+BOUNDS = {"accuracy": (0.95, False), "lost": (0.01, True)}
+_SPACING = 32  # tokens of haystack that each needle has at least
+_REQUESTS = 8  # under way together
+_CHUNK = 1024  # tokens of haystack read at once
+_SEED = 2026
+
+
+def run(
+    checkpoint: str,
+    layout: str = "fp8_fp4",
+    contexts: Sequence[int | str] = (1024, 4096, 16_384),
+    depths: int = 5,
+    trials: int = 100,
+    bounds: str = "",
+) -> list[dict]:
+    """Ask `trials` questions in each of `depths` depths of haystacks of `contexts` tokens, over bf16 and over `layout`.
+
+    bounds: "accuracy=0.9,lost=0.02", over the defaults; they hold in every bin. Prints a table for each context; a
+    record says whether its bound holds. Raises UserError for a checkpoint of other data, impossible contexts, or an
+    unknown bound.
+    """
+    limits = read_bounds(bounds, {name: bound for name, (bound, _) in BOUNDS.items()})
+    contexts = _contexts(contexts)
+    config = store.load_config(checkpoint)
+    _check(config, layout, max(contexts))
+    alphabet, places = Alphabet.of(config.model), {"suite": "needle", "config": config.name, "trials": trials}
+    stacks = {context: draw(alphabet, context, depths, trials) for context in contexts}
+    model = store.load(checkpoint)
+    records = []
+    for context, hay in stacks.items():
+        arms = {REFERENCE: unrounded(model), layout: model}
+        right = {name: found(arm, name, hay, depths)[:, :trials] for name, arm in arms.items()}
+        judged = judge(right, limits, places | {"context": context})
+        _print(f"{config.name}: needles found in {context:,} tokens, {trials} trials a depth", judged, layout)
+        records += judged
+    return records
+
+
+def unrounded(model: Transformer) -> Transformer:
+    """The same weights in a forward that rounds no entry and no key."""
+    plain = dataclasses.replace(model.config, kv_qdq=False)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Transformer(plain, nnx.Rngs(0))))
+    return nnx.merge(graph, nnx.state(model))
+
+
+def draw(alphabet: Alphabet, context: int, depths: int, trials: int) -> list[Haystack]:
+    """Haystacks of `context` tokens, each with the same number of needles in every depth, `trials` or more together."""
+    each = min(trials, context // _SPACING // depths, len(alphabet.keys) ** 2 // depths)
+    if not each:
+        raise UserError(f"--contexts={context} is too short for {depths} depths; give at least {_SPACING * depths}")
+    rng = np.random.default_rng((_SEED, context))
+    return [haystack(rng, alphabet, context, each * depths) for _ in range(-(-trials // each))]
+
+
+def found(model: Transformer, layout: str, stacks: list[Haystack], depths: int) -> np.ndarray:
+    """Whether each needle was found: bool [depths, needles of that depth], the earliest depth first."""
+    context, room = len(stacks[0].tokens_T), Layout(model.config, layout).block
+    llm = LLM(
+        model,
+        cache=configs.Cache(layout=layout, tokens=context + 2 * _REQUESTS * room),
+        max_batch=_REQUESTS,
+        max_seq_len=context + QUESTION + VALUE,
+        prefill_chunk=_CHUNK,
+    )
+    right = [_ask(llm, stack, Alphabet.of(model.config).ask) for stack in stacks]
+    return np.concatenate([part.reshape(depths, -1) for part in right], axis=1)
+
+
+def _ask(llm: LLM, stack: Haystack, ask: int) -> np.ndarray:
+    """Whether each needle of a haystack was found: bool [needles]."""
+    hay, right = stack.tokens_T.tolist(), []
+    greedy = SamplingParams(max_tokens=VALUE, temperature=0.0, ignore_eos=True)
+    questions = stack.questions(ask).tolist()
+    for first in range(0, len(questions), _REQUESTS):  # no more at once: each prompt is a copy of the haystack
+        prompts = [hay + question for question in questions[first : first + _REQUESTS]]
+        right += [output.token_ids for output in llm.generate(prompts, greedy)]
+    return (np.array(right) == stack.answers()).all(axis=1)
+
+
+def judge(right: dict[str, np.ndarray], limits: dict[str, float], place: dict) -> list[dict]:
+    """Records of one context: what each arm found at each depth, and what the second lost against the reference."""
+    records = []
+    shares = {name: rows.mean(axis=1) for name, rows in right.items()}
+    (_, reference), (layout, other) = shares.items()
+    for depth in range(len(reference)):
+        values = [("accuracy", REFERENCE, reference[depth]), ("accuracy", layout, other[depth]),
+                  ("lost", layout, reference[depth] - other[depth])]  # fmt: skip
+        for metric, precision, value in values:
+            value, bound = round(float(value), 9), limits[metric]  # 1 - 0.99 is above 0.01 by a rounding
+            holds = value <= bound if BOUNDS[metric][1] else value >= bound
+            records.append(place | {
+                "metric": metric, "value": value, "unit": "share", "precision": precision,
+                "depth": (depth + 0.5) / len(reference), "bound": bound, "holds": holds,
+            })  # fmt: skip
+    return records
+
+
+def _print(title: str, records: list[dict], layout: str) -> None:
+    """A row a depth, which is the part of the haystack before the middle of the bin."""
+    rows = []
+    for depth in sorted({record["depth"] for record in records}):
+        parts = [record for record in records if record["depth"] == depth]
+        shares = [f"{100 * part['value']:.1f} %" for part in parts]
+        rows.append([f"{depth:.2f}", *shares, "yes" if all(part["holds"] for part in parts) else "NO"])
+    print_table(title, ["depth", REFERENCE, layout, "lost", "holds"], rows)
+
+
+def _contexts(given: Sequence[int | str]) -> list[int]:
+    """Ascending. Raises UserError for what is no number above 0."""
+    try:
+        contexts = sorted({int(context) for context in given})
+    except ValueError:
+        contexts = []
+    if not contexts or contexts[0] < 1:
+        raise UserError(f"--contexts={','.join(map(str, given))} is not a list of numbers of tokens, such as 1024,4096")
+    return contexts
+
+
+def _check(config: configs.Config, layout: str, context: int) -> None:
+    """Raise UserError for what cannot be asked of this model."""
+    if config.data.source != SOURCE:
+        raise UserError(f"{config.name} learnt from {config.data.source!r}, not to find needles; train --config=needle")
+    if layout not in LAYOUTS or layout == REFERENCE:
+        others = ", ".join(name for name in LAYOUTS if name != REFERENCE)
+        raise UserError(f"--layout={layout} cannot be held against {REFERENCE}; give one of {others}")
+    Layout(config.model, layout)
+    most = config.model.max_positions - QUESTION - VALUE
+    if context > most:
+        raise UserError(f"--contexts={context} and a question exceed the model's positions; give at most {most}")
