@@ -177,7 +177,7 @@ def test_mistakes_are_one_line(capsys, argv, says):
     ("trane.steps=3", "did you mean --config.train.steps?"),
     ("steps=3", "did you mean --config.train.steps?"),
     ("model.moe.expert=3", "did you mean --config.model.moe.experts?"),
-    ("qqq=3", "groups: cache, data, model"),
+    ("qqq=3", "groups: cache, data, mesh, model"),
     ("train=3", "is a group"),
     ("train.steps=abc", "--config.train.steps=abc is not an integer"),
     ("train.steps=1.5", "--config.train.steps=1.5 is not an integer"),

@@ -12,8 +12,10 @@ def get_layout() -> Layout:
             ("expert", ("expert",)),
             ("expert_embed", ("fsdp",)),
             ("embed", ("fsdp", "expert")),
-            ("q_rank_in", ("fsdp", "expert")),
             ("o_group_in", ("fsdp", "expert")),
+            ("q_rank_in", ("fsdp",)),
+            ("head_dim_out", ("expert",)),
+            ("index_dim_out", ("expert",)),
         ),
         activations=(("batch", ("slice", "data", "fsdp", "expert")),),
     )

@@ -1,20 +1,24 @@
-"""All axes at once, for the largest models: experts by device, their hidden size by fsdp, their width by tensor."""
+"""All axes at once, for the largest models: experts by device, their hidden size by fsdp, their width by tensor.
+
+`context` splits tokens alone: it is for more devices than rows, where weights are split enough already.
+"""
 
 from v4jax.config import Layout
 
 
 def get_layout() -> Layout:
     """The rule table."""
-    shared = ("fsdp", "expert", "context")
     return Layout(
         "pod",
         fill="fsdp",
         weights=(
             ("expert", ("expert",)),
-            ("expert_embed", ("fsdp", "context")),
-            ("embed", shared),
-            ("q_rank_in", shared),
-            ("o_group_in", shared),
+            ("expert_embed", ("fsdp",)),
+            ("embed", ("fsdp", "expert")),
+            ("o_group_in", ("fsdp", "expert")),
+            ("q_rank_in", ("fsdp",)),
+            ("head_dim_out", ("expert",)),
+            ("index_dim_out", ("expert",)),
             ("heads", ("tensor",)),
             ("o_group", ("tensor",)),
             ("index_heads", ("tensor",)),

@@ -16,11 +16,9 @@ def tables() -> dict[str, dict[str, str]]:
     from tests.parallel.meshes import MESHES
     from v4jax import config
     from v4jax.parallel.rules import check_used, make_sharding
-    from v4jax.tools.estimate import parameter_table
+    from v4jax.tools.estimate import parameter_shapes
 
-    table = parameter_table(config.load("v4_1t"))
-    letters = {name: axes for name, (axes, _) in table.items()}
-    shapes = {name: shape for name, (_, shape) in table.items()}
+    letters, shapes = parameter_shapes(config.load("v4_1t").model)
     out = {}
     for mesh in MESHES.values():
         sharding = make_sharding(mesh)

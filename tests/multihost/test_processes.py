@@ -37,7 +37,11 @@ def launch(processes: int, devices: int, arguments: list[str]) -> subprocess.Pop
 
 
 def finished(process: subprocess.Popen) -> str:
-    output = process.communicate(timeout=400)[0]
+    try:
+        output = process.communicate(timeout=900)[0]
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)  # which the launcher passes on
+        raise
     assert process.returncode == 0, output
     return output
 

@@ -66,7 +66,7 @@ def test_the_flagship_on_one_pod(capsys, tmp_path):
     assert 0 < values(records, "mfu_bound")[0] <= 1 and values(records, "device_bytes_limit") == [95 * 2**30]
     assert {"host_bytes", "fits", "collective_bytes", "smallest_topology"} <= {r["metric"] for r in records}
     out = capsys.readouterr().out
-    assert "1,003.1B parameters, 32.06B active" in out and "It can't know" in out
+    assert "1,003.15B parameters, 32.06B active" in out and "It can't know" in out
 
 
 def test_more_chips_need_less_memory_each_and_less_time():

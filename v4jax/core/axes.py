@@ -40,10 +40,11 @@ LOGICAL = {
 
 
 # The same letter means another logical axis where a layout has to be free to split it otherwise: inside the routed
-# experts, the query rank where a matrix reads it, and the scores of a router.
+# experts, both ends of what makes queries, and the scores of a router.
 SPECIAL = {
     "EDUF": {"D": "expert_embed", "F": "expert_mlp"}, "EFD": {"D": "expert_embed", "F": "expert_mlp"},
-    "QNH": {"Q": "q_rank_in"}, "QJL": {"Q": "q_rank_in"}, "DE": {"E": "expert_score"},
+    "QNH": {"Q": "q_rank_in", "H": "head_dim_out"}, "QJL": {"Q": "q_rank_in", "L": "index_dim_out"},
+    "DE": {"E": "expert_score"},
 }  # fmt: skip
 
 ACTIVATION = {"B": "batch", "T": "token", "V": "vocab"}  # of activations; their other axes are never named in a rule

@@ -1,9 +1,9 @@
 """Work and size of a model, from its shapes alone: nothing is allocated."""
 
+import functools
+import math
 from typing import NamedTuple
 
-import jax
-import numpy as np
 from flax import nnx
 
 from v4jax import config
@@ -32,14 +32,23 @@ class Counts(NamedTuple):
     by_group: dict[str, int]
 
 
+@functools.cache
+def parameter_table(model: config.Model) -> dict[tuple[str, ...], tuple[str, tuple[int, ...], bool]]:
+    """Letters, shape and whether it is trained, of every array of a model by its path; equal layers are stacked."""
+    tree = nnx.state(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0), scan=True)), nnx.Any(nnx.Param, Fixed))
+    return {
+        tuple(map(str, path)): (leaf.letters, leaf.get_value().shape, isinstance(leaf, nnx.Param))
+        for path, leaf in nnx.to_flat_state(tree)
+    }
+
+
+@functools.cache
 def count_parameters(model: config.Model) -> Counts:
     """Counts of a model from its abstract tree."""
-    tree = nnx.state(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0), scan=True)), nnx.Any(nnx.Param, Fixed))
     by_group = dict.fromkeys(_GROUPS.values(), 0)
-    for path, variable in nnx.to_flat_state(tree):
-        (array,) = jax.tree.leaves(variable)
+    for path, (_, shape, _) in parameter_table(model).items():
         if path[-1] != "table" or path[0] == "embed":
-            by_group[_group(path)] += int(np.prod(array.shape))
+            by_group[_group(path)] += math.prod(shape)
     total = sum(by_group.values()) - by_group["mtp"]
     idle = by_group["routed experts"] // model.moe.experts * (model.moe.experts - model.moe.active)
     return Counts(total, total - by_group["embedding"] - idle, by_group)

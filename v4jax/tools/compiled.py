@@ -13,7 +13,7 @@ from v4jax.config import Config, Mesh
 from v4jax.core.check import UserError
 from v4jax.core.tables import print_table
 from v4jax.tools.estimate import Work
-from v4jax.tools.topology import GIB, Topology
+from v4jax.tools.topology import Topology, size
 
 _WIDTH = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
           "f32": 4, "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
@@ -93,11 +93,11 @@ def records(result: Compiled, at: dict) -> list[dict]:
 def show(result: Compiled, topology: Topology, seconds: float) -> None:
     """The compiler's numbers as a table."""
     total = sum(result.device_bytes.values())
-    rows = [[part, f"{value / GIB:,.2f} GiB", f"{value / result.limit:.1%}"] for part, value in
+    rows = [[part, size(value), f"{value / result.limit:.1%}"] for part, value in
             (*result.device_bytes.items(), ("total", total))]  # fmt: skip
     title = f"compiled for {topology.name} in {seconds:.0f} s"
     print_table(title, ["bytes of a device", "compiler", "of memory"], rows)
-    rows = [[kind, f"{value / GIB:,.3f} GiB"] for kind, value in result.collectives.items()]
+    rows = [[kind, size(value)] for kind, value in result.collectives.items()]
     print_table("collectives of a device and step", ["kind", "bytes of results"], rows)
     print(f"compiled: {'fits' if total <= result.limit else 'does not fit'}")
 

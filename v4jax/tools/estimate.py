@@ -11,15 +11,13 @@ import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import AbstractMesh
 
 from v4jax import config as configs
 from v4jax.cache.spec import Layout
 from v4jax.config import MESH_AXES, Config, Mesh
 from v4jax.core.check import UserError
-from v4jax.models.flops import count_parameters
-from v4jax.models.transformer import Transformer
+from v4jax.models.flops import count_parameters, parameter_table
 from v4jax.parallel.mesh import sizes
 from v4jax.parallel.rules import Sharding, check_layout
 from v4jax.tools.topology import GIB, Topology, listed
@@ -81,23 +79,20 @@ def abstract_sharding(mesh: Mesh, devices: int) -> Sharding:
     return Sharding(AbstractMesh(sizes(mesh, layout, devices), MESH_AXES), layout)
 
 
-def parameter_table(config: Config) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Letters and shape of every parameter, hash tables and router biases left out (they weigh nothing)."""
-    tree = nnx.state(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0), scan=True)), nnx.Param)
-    return {".".join(map(str, path)): (leaf.letters, leaf.get_value().shape) for path, leaf in nnx.to_flat_state(tree)}
+def parameter_shapes(model: configs.Model) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """Letters and shape of every trained parameter by its name; hash tables and router biases weigh nothing."""
+    rows = {".".join(path): row for path, row in parameter_table(model).items() if row[2]}
+    return {name: letters for name, (letters, _, _) in rows.items()}, {name: row[1] for name, row in rows.items()}
 
 
 def state_bytes(config: Config, sharding: Sharding) -> dict[str, float]:
     """Bytes of one device, exact: weights, gradients and optimizer state in float32, as rules and shapes split them."""
-    table = parameter_table(config)
-    where = sharding.parameters(
-        {name: letters for name, (letters, _) in table.items()}, {name: shape for name, (_, shape) in table.items()}
-    )
+    letters, shapes = parameter_shapes(config.model)
     weights = optimizer = 0
-    for name, (letters, shape) in table.items():
-        numbers = math.prod(where[name].shard_shape(shape))
+    for name, where in sharding.parameters(letters, shapes).items():
+        numbers = math.prod(where.shard_shape(shapes[name]))
         weights += 4 * numbers
-        optimizer += 4 * numbers * (1 if letters in MATRICES else 2)  # Muon keeps one moment, AdamW two
+        optimizer += 4 * numbers * (1 if letters[name] in MATRICES else 2)  # Muon keeps one moment, AdamW two
     return {"weights": weights, "gradients": weights, "optimizer": optimizer}
 
 
@@ -185,11 +180,9 @@ def _train(config: Config, topology: Topology, sharding: Sharding, work: Work):
 def _serve(config: Config, topology: Topology, sharding: Sharding, work: Work):
     """Serving: bfloat16 weights, the cache of all rows in `cache.layout`, one chunk's activations."""
     m, width, layout = config.model, 2, Layout(config.model, config.cache.layout, config.cache.block)
-    table = parameter_table(config)
-    where = sharding.parameters(
-        {name: letters for name, (letters, _) in table.items()}, {name: shape for name, (_, shape) in table.items()}
-    )
-    weights = sum(width * math.prod(where[name].shard_shape(shape)) for name, (_, shape) in table.items())
+    letters, shapes = parameter_shapes(m)
+    where = sharding.parameters(letters, shapes)
+    weights = sum(width * math.prod(where[name].shard_shape(shape)) for name, shape in shapes.items())
     kv = work.rows * (work.context * layout.token_bytes + layout.record_bytes()) / topology.devices
     step = work.rows if work.mode == "decode" else work.rows * min(work.context, config.serve.prefill_chunk)
     tokens = max(1.0, step / topology.devices)

@@ -12,7 +12,7 @@ from v4jax.config import MESH_AXES, Config
 from v4jax.core.tables import print_table, write_json
 from v4jax.models.flops import count_parameters
 from v4jax.tools.estimate import Estimate, Work, default_mesh, estimate, smallest
-from v4jax.tools.topology import GIB, TPUS, Topology, parse
+from v4jax.tools.topology import TPUS, Topology, parse, size
 
 RESERVE = 0.06  # of device memory, for the runtime, programs and fragments: what a plan must leave free
 UNKNOWN = (
@@ -58,6 +58,11 @@ def run(
     return records
 
 
+def number(value: float) -> str:
+    """A count in billions, or millions where that is less than one."""
+    return f"{value / 1e9:,.2f}B" if value >= 1e9 else f"{value / 1e6:,.2f}M"
+
+
 def fits(bytes_needed: float, topology: Topology) -> bool:
     """Whether a device holds that much and its reserve."""
     return bytes_needed <= topology.device_memory * (1 - RESERVE)
@@ -91,26 +96,25 @@ def _records(config: Config, topology: Topology, work: Work, found: Estimate, at
 
 def _print(config: Config, topology: Topology, mesh, work: Work, found: Estimate) -> None:
     counts, total = count_parameters(config.model), sum(found.device_bytes.values())
-    gib = lambda value: f"{value / GIB:,.2f} GiB"
     share = lambda value: f"{value / topology.device_memory:.1%}"
     axes = ", ".join(f"{axis} {getattr(mesh, axis)}" for axis in MESH_AXES if getattr(mesh, axis) > 1)
-    rows = [[part, gib(value), share(value)] for part, value in found.device_bytes.items()]
-    rows += [["total", gib(total), share(total)], ["limit", gib(topology.device_memory), f"{RESERVE:.0%} reserved"]]
+    rows = [[part, size(value), share(value)] for part, value in found.device_bytes.items()]
+    rows += [["total", size(total), share(total)], ["limit", size(topology.device_memory), f"{RESERVE:.0%} reserved"]]
     title = (
-        f"{config.name}: {counts.total / 1e9:,.1f}B parameters, {counts.active / 1e9:,.2f}B active; {work.mode} of "
+        f"{config.name}: {number(counts.total)} parameters, {number(counts.active)} active; {work.mode} of "
         f"{work.rows} x {work.context} tokens on {topology.name} ({topology.chips} chips, {topology.devices} devices), "
         f"layout {mesh.layout or 'none'} ({axes or 'one device'})"
     )
     print_table(title, ["bytes of a device", "closed form", "of memory"], rows)
-    collectives = [[f"network: {part}", gib(value)] for part, value in found.collectives.items() if value]
-    traffic = [[f"memory: {part}", gib(value)] for part, value in found.traffic.items()]
+    collectives = [[f"network: {part}", size(value)] for part, value in found.collectives.items() if value]
+    traffic = [[f"memory: {part}", size(value)] for part, value in found.traffic.items()]
     print_table("bytes of a device and step", ["", "closed form"], traffic + collectives)
     longest = max(found.seconds, key=found.seconds.get)
     bound, least = found.seconds[longest], smallest(config, topology, work, RESERVE)
     print(
         f"{found.flops:.3g} operations a step; at least {bound:.4g} s, bound by {longest} "
         f"({', '.join(f'{part} {value:.4g} s' for part, value in found.seconds.items())}): "
-        f"{work.tokens / bound:,.0f} tokens/s, {found.mfu:.1%} MFU; host {gib(found.host_bytes)} a host"
+        f"{work.tokens / bound:,.0f} tokens/s, {found.mfu:.1%} MFU; host {size(found.host_bytes)} a host"
     )
     verdict = "fits" if fits(total, topology) else "does not fit"
     print(f"{verdict}; smallest listed {topology.chip.name} that does: {least[0].name if least else 'none'}")

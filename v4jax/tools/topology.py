@@ -103,3 +103,8 @@ def parse(text: str) -> Topology:
 def listed(chip: Chip) -> list[Topology]:
     """The single-slice topologies of a chip, smallest first."""
     return [Topology(chip, shape) for shape in chip.sizes]
+
+
+def size(value: float) -> str:
+    """Bytes as GiB, or MiB where that is less than one."""
+    return f"{value / GIB:,.2f} GiB" if abs(value) >= GIB else f"{value / 2**20:,.2f} MiB"
