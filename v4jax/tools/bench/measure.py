@@ -30,7 +30,9 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def spread(values: list[float]) -> float:
-    """Half the distance between the quartiles, as a fraction of the median."""
+    """Half the distance between the quartiles, as a fraction of the median; 0 of equal values, be they 0."""
+    if min(values) == max(values):
+        return 0.0
     if len(values) < 3:
         return (max(values) - min(values)) / 2 / statistics.median(values)
     low, middle, high = statistics.quantiles(values, n=4)
