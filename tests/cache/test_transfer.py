@@ -306,10 +306,10 @@ def test_closing_leaves_no_thread_and_no_owner(make, tmp_path):
     save(transfer, items(chain("a", 3), 3), wait=False)
     transfer.close(LONG)
     for _ in range(200):
-        if threading.active_count() == before:
+        if threading.active_count() <= before:  # less, if threads of an earlier test end meanwhile
             break
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
     disk = Disk(tmp_path, PLENTY)
     assert disk.stats()["blocks"] == 3
     disk.close()

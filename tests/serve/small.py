@@ -87,7 +87,8 @@ def new_books(engine, pages=None, records=16, chunk=None, record_every=0):
     assert pages is None or pages < room
     blocks = Blocks(pages + 1 if pages else room, range(slots + 1, slots + 1 + records))
     engine.scheduler = Scheduler(
-        blocks, slots, old.block, chunk or old.chunk, record_every=record_every,
+        blocks, slots, old.block, chunk or (old.block if old.replay else engine.limits.prefill_chunk),
+        record_every=record_every,
         lookahead=old.lookahead, replay=old.replay,
     )  # fmt: skip
 

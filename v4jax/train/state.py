@@ -122,8 +122,12 @@ class Trainer:
         rows, first = self.config.train.batch_size, self.share[0] * len(batch["tokens_BT"])
 
         def array(mine):
+            shape, sharding = (rows, mine.shape[1]), self.batch_sharding
             local = lambda index: mine[slice(*(i - first for i in index[0].indices(rows)[:2])), index[1]]
-            return jax.make_array_from_callback((rows, mine.shape[1]), self.batch_sharding, local)
+            places = sharding.addressable_devices_indices_map(shape).items()
+            # Transfers that are said, as the loop's guard wants them; `make_array_from_callback` counts as implicit.
+            parts = [jax.device_put(local(index), device) for device, index in places]
+            return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
         return {name: array(mine) for name, mine in batch.items()}
 
