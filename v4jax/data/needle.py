@@ -5,9 +5,9 @@ A document is
     bos  filler ... k k v ... filler ... k k v ... filler  ask k k v  ask k k v ...
 
 Keys, values and filler are three ranges of ids, and all keys of a document differ. Targets are the questions from the
-second token of the key on; the rest cannot be foretold. That second token matters: where values alone were targets,
-entries came to hold nothing but values, and no key was ever recognised. Rows follow from a seed and their number
-alone, so nothing is stored, and a run goes on where it was cut.
+second token of the key on; the rest cannot be foretold. With values alone as targets no run learnt to tell keys apart;
+that the second token is what cures it was not tested by itself. Rows follow from a seed and their number alone, so
+nothing is stored, and a run goes on where it was cut.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class NeedleRows:
     """Endless rows of `seq_len` tokens in the form of `PackedRows`: a haystack, then `questions` with their answers.
 
     How many needles there are, and of how many different tokens their keys, is drawn anew for each row, evenly on a
-    logarithmic scale: with few needles the model learns to look for values at all, and only then to tell keys apart
-    (with 8 or more in every row it learnt neither); with few key tokens it learns to heed the whole key. Positions
+    logarithmic scale: few needles are to teach it to look for values at all, before it tells keys apart; few key tokens
+    are to teach it to heed the whole key. Positions
     jump once, by up to what `max_positions` leaves and at a multiple of the compression ratios: needles then lie at
     every distance that the model is to bridge, though rows are short (PoSE, Zhu et al. 2023). seed None: the held-out
     rows, which are no training rows of any seed.
