@@ -57,7 +57,7 @@ class Kept(NamedTuple):
 
 
 def keeping() -> optax.GradientTransformation:
-    """Plain descent that remembers what it was given. Muon on a mesh has a test of its own."""
+    """Plain descent that remembers what it was given. Muon on a mesh is tested by the runs of several processes."""
     update = lambda updates, state, params=None: (jax.tree.map(lambda g: -0.1 * g, updates), Kept(updates))
     return optax.GradientTransformation(lambda params: Kept(optax.tree.zeros_like(params)), update)
 

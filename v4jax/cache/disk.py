@@ -150,9 +150,8 @@ class Disk:
         error = self._write(item)
         if error is not None and error.errno in _FULL:
             with self._lock:
-                gone = self._make_room(
-                    self._shelf.budget - self._shelf.used - self._reserved + size
-                )  # of `size` at least
+                free = self._shelf.budget - self._shelf.used - self._reserved
+                gone = self._make_room(free + size)  # evicts `size` bytes at least
             self._unlink(gone)
             error = self._write(item)
         with self._lock:

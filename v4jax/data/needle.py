@@ -97,10 +97,9 @@ class NeedleRows:
 
     How many needles there are, and of how many different tokens their keys, is drawn anew for each row, evenly on a
     logarithmic scale: few needles are to teach it to look for values at all, before it tells keys apart; few key tokens
-    are to teach it to heed the whole key. Positions
-    jump once, by up to what `max_positions` leaves and at a multiple of the compression ratios: needles then lie at
-    every distance that the model is to bridge, though rows are short (PoSE, Zhu et al. 2023). seed None: the held-out
-    rows, which are no training rows of any seed.
+    are to teach it to heed the whole key. Positions jump once, by up to what `max_positions` leaves and at a multiple
+    of the compression ratios: needles then lie at every distance that the model is to bridge, though rows are short
+    (PoSE, Zhu et al. 2023). seed None: the held-out rows, which are no training rows of any seed.
     """
 
     def __init__(self, model: config.Model, seq_len: int, questions: int, seed: int | None):

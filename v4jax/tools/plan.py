@@ -40,8 +40,10 @@ def run(
     found = estimate(config, place, mesh, work)
     at = {"config": config.name, "topology": place.name, "mode": mode, "context": tokens, "concurrency": rows,
           "precision": config.model.dtype}  # fmt: skip
-    records = _records(config, place, work, found, at)
-    _print(config, place, mesh, work, found)
+    least = smallest(config, place, work, RESERVE)
+    least = least[0].name if least else "none"
+    records = _records(config, place, found, least, at)
+    _print(config, place, mesh, work, found, least)
     if not analytic and mode == "train" and place.chip.name in TPUS:
         from v4jax.tools import compiled
 
@@ -68,9 +70,8 @@ def fits(bytes_needed: float, topology: Topology) -> bool:
     return bytes_needed <= topology.device_memory * (1 - RESERVE)
 
 
-def _records(config: Config, topology: Topology, work: Work, found: Estimate, at: dict) -> list[dict]:
+def _records(config: Config, topology: Topology, found: Estimate, least: str, at: dict) -> list[dict]:
     counts = count_parameters(config.model)
-    least = smallest(config, topology, work, RESERVE)
     total = sum(found.device_bytes.values())
 
     def record(metric, value, unit, **more):
@@ -90,11 +91,11 @@ def _records(config: Config, topology: Topology, work: Work, found: Estimate, at
         record("step_seconds_bound", max(found.seconds.values()), "s", part="longest"),
         record("mfu_bound", found.mfu, "1"),
         record("fits", int(fits(total, topology)), "1"),
-        record("smallest_topology", least[0].name if least else "none", ""),
+        record("smallest_topology", least, ""),
     ]
 
 
-def _print(config: Config, topology: Topology, mesh, work: Work, found: Estimate) -> None:
+def _print(config: Config, topology: Topology, mesh, work: Work, found: Estimate, least: str) -> None:
     counts, total = count_parameters(config.model), sum(found.device_bytes.values())
     share = lambda value: f"{value / topology.device_memory:.1%}"
     axes = ", ".join(f"{axis} {getattr(mesh, axis)}" for axis in MESH_AXES if getattr(mesh, axis) > 1)
@@ -110,12 +111,12 @@ def _print(config: Config, topology: Topology, mesh, work: Work, found: Estimate
     traffic = [[f"memory: {part}", size(value)] for part, value in found.traffic.items()]
     print_table("bytes of a device and step", ["", "closed form"], traffic + collectives)
     longest = max(found.seconds, key=found.seconds.get)
-    bound, least = found.seconds[longest], smallest(config, topology, work, RESERVE)
+    bound = found.seconds[longest]
     print(
         f"{found.flops:.3g} operations a step; at least {bound:.4g} s, bound by {longest} "
         f"({', '.join(f'{part} {value:.4g} s' for part, value in found.seconds.items())}): "
         f"{work.tokens / bound:,.0f} tokens/s, {found.mfu:.1%} MFU; host {size(found.host_bytes)} a host"
     )
     verdict = "fits" if fits(total, topology) else "does not fit"
-    print(f"{verdict}; smallest listed {topology.chip.name} that does: {least[0].name if least else 'none'}")
+    print(f"{verdict}; smallest listed {topology.chip.name} that does: {least}")
 

@@ -1,8 +1,9 @@
 """Chips and how many of them make a topology: the numbers a plan divides by.
 
-Sources: the vendors' data sheets. For TPUs the network is one direction of all links of a chip together: links (4 in a
-plane, 6 in a cube) times bytes a second of a link one way (4.5e10 on v5e, 9e10 on v5p and v6e, 1e11 on tpu7x). For GPUs
-it is one direction of NVLink inside a host of 8, and beyond it of a 400 Gbit/s card a GPU.
+Sources: the vendors' data sheets, as remembered: no number was held against a sheet yet. For TPUs the network is one
+direction of all links of a chip together: links (4 in a plane, 6 in a cube) times bytes a second of a link one way
+(4.5e10 on v5e, 9e10 on v5p and v6e, 1e11 on tpu7x). For GPUs it is one direction of NVLink inside a host of 8, and
+beyond it of a 400 Gbit/s card a GPU.
 """
 
 from __future__ import annotations
