@@ -125,7 +125,9 @@ def test_generate_reads_prompts_through_the_engine(monkeypatch, capsys):
     records = bench.run("generate", config=config, rounds=2, contexts=[20, 5])
     found = [(r["metric"], r["context"], r["unit"], r["precision"], r["rounds"]) for r in records]
     units = {"prefill_time": "s", "prefill_tokens_per_second": "1/s", "decode_time": "ms"}
-    assert found == [(metric, length, unit, "fp8", 2) for length in (5, 20) for metric, unit in units.items()]
+    expected = [(metric, length, unit, "fp8", 2) for length in (5, 20) for metric, unit in units.items()]
+    assert found == [*expected, ("peak_memory", 20, "B", "fp8", 1)]
+    assert records[-1]["value"] > 2**26
     assert all(r["value"] > 0 for r in records)
     assert "cache layout fp8: one request at a time" in capsys.readouterr().out
 
@@ -135,7 +137,7 @@ def test_generate_reads_prompts_through_the_engine(monkeypatch, capsys):
     ("decode", {"contexts": [5000]}, "context 5000 cannot be measured"),
     ("decode", {"contexts": ["4k"]}, "--contexts=4k are not numbers"),
     ("decode", {"checkpoint": "DIR"}, "drop --checkpoint"),
-    ("generate", {"contexts": [4090]}, "needs contexts from 1 to 4063 tokens"),
+    ("generate", {"contexts": [4090]}, "needs contexts from 1 to 3839 tokens"),
     ("generate", {"plot": "x.png"}, "draws no plot"),
     ("kv", {"contexts": [64]}, "drop --contexts"),
     ("decode", {"plot": "no/such/x.png"}, "there is no directory for no/such/x.png"),
