@@ -18,7 +18,7 @@ from v4jax.serve.engine import Engine
 @pytest.fixture(scope="module")
 def as_users_have_them():
     """The tests' quick compiler (tests/conftest.py) set back to XLA's default."""
-    options = {"xla_backend_optimization_level": 3}
+    options = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
     static = {"prefill": (0, 2), "decode": ((0, 5), 2), "draw": ((4, 5), 1)}
     with pytest.MonkeyPatch.context() as patch:
         for name, (numbers, donated) in static.items():
