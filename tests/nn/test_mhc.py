@@ -81,3 +81,15 @@ def test_a_new_connection_is_nearly_a_plain_residual():
     np.testing.assert_allclose(read, 0.25, atol=0.05)
     np.testing.assert_allclose(write, 1.0, atol=0.1)
     np.testing.assert_allclose(mix[:, :, 0, 0], np.eye(4), atol=0.1)
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4])
+def test_untrained_streams_are_read_as_their_mean(streams):
+    """Up to the few per mille that `fn` and the 0.98 of a single stream leave."""
+    model = dataclasses.replace(MODEL, mhc=dataclasses.replace(MODEL.mhc, streams=streams))
+    x = np.ones((1, 3, streams, 16), np.float32)
+    read, write, mix = call(HyperConnection(model, nnx.Rngs(0)), x)
+    np.testing.assert_allclose(read.sum(0), 1, atol=0.03)
+    np.testing.assert_allclose(write, 1, atol=0.03)
+    np.testing.assert_allclose(mix.sum(0), 1, atol=1e-3)
+    assert np.isfinite(call(HeadMix(model, nnx.Rngs(0)), x)).all()

@@ -12,6 +12,11 @@ from v4jax.nn.linear import constant, weight
 _FEW_TOKENS = 16  # up to here XLA:CPU is twice as fast with the weight as left operand, beyond with the tokens
 
 
+def _mean(n: int) -> np.ndarray:
+    """What a sigmoid takes to 1 / n, n times; to 0.98 for a single stream, for 1 is out of its reach."""
+    return np.full(n, -np.log(max(n - 1, 0.02)))
+
+
 def _coefficients(x_BTXD: jax.Array, fn_MXD: jax.Array, norm_eps: float) -> jax.Array:
     """`(fn vec(X)) * rsqrt(mean(vec(X)^2) + eps)`: float32 [M, B, T].
 
@@ -34,7 +39,7 @@ class HyperConnection(nnx.Module):
         n = model.mhc.streams
         self.streams, self.iters, self.eps, self.norm_eps = n, model.mhc.sinkhorn_iters, model.mhc.eps, model.norm_eps
         # Start near a plain residual network (spec 4.5): read the mean of the streams, write with 1, mix by about I.
-        read, write, mix = np.full(n, -np.log(n - 1)), np.zeros(n), 4.0 * np.eye(n)
+        read, write, mix = _mean(n), np.zeros(n), 4.0 * np.eye(n)
         self.fn = weight(rngs, "MXD", (2 * n + n * n, n, model.hidden_size), model.init_std)
         self.base = constant("M", np.concatenate([read, write, mix.reshape(-1)]))
         self.scale = constant("S", np.full(3, 0.1))
@@ -57,7 +62,7 @@ class HeadMix(nnx.Module):
         n = model.mhc.streams
         self.eps, self.norm_eps = model.mhc.eps, model.norm_eps
         self.fn = weight(rngs, "YXD", (n, n, model.hidden_size), model.init_std)
-        self.base = constant("X", np.full(n, -np.log(n - 1)))
+        self.base = constant("X", _mean(n))
         self.scale = constant("S", np.full(1, 0.1))
 
     def __call__(self, x_BTXD: jax.Array) -> jax.Array:
