@@ -144,6 +144,13 @@ class Train:
     bias_rate: float = 1e-3
     scan: bool = False  # hold repeated layers stacked and scan them: long models compile, small ones run faster without
     remat: bool = False  # keep only the streams between layers for the backward pass: a third more work, less memory
+    spike: str = "off"  # a step whose loss or gradient is no number or far too large: off (no number ends the run),
+    #                     skip (it changes nothing), rollback (and after too many, back to the last checkpoint)
+    spike_factor: float = 8.0  # too large: as many spreads above the median of the last steps; 0: only no number is
+    spike_window: int = 64  # how many last steps, of those taken
+    spike_patience: int = 5  # spikes in a row that are too many: `skip` then ends the run
+    hang_seconds: float = 0.0  # without an ended step after which all stacks are written out; 0: never
+    hang_exit: bool = False  # and then end with status 75, for the launcher to start the run again
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0  # 0: only at the end
@@ -312,10 +319,15 @@ def validate(config: Config) -> Config:
         ("train.steps", train.steps), ("train.batch_size", train.batch_size), ("data.seq_len", data.seq_len),
         ("data.questions", data.questions),
         ("train.log_every", train.log_every), ("train.checkpoint_every", train.checkpoint_every),
-        ("train.keep_checkpoints", train.keep_checkpoints), ("serve.max_batch", serve.max_batch),
+        ("train.keep_checkpoints", train.keep_checkpoints), ("train.spike_window", train.spike_window),
+        ("train.spike_patience", train.spike_patience), ("serve.max_batch", serve.max_batch),
         ("serve.max_seq_len", serve.max_seq_len), ("serve.prefill_chunk", serve.prefill_chunk),
     ]:  # fmt: skip
         _require(value >= 1, f"{name} must be at least 1, got {value}")
+    spikes = ("off", "skip", "rollback")
+    _require(train.spike in spikes, f"train.spike is {train.spike!r}; one of {', '.join(spikes)}")
+    for name, value in [("train.spike_factor", train.spike_factor), ("train.hang_seconds", train.hang_seconds)]:
+        _require(value >= 0, f"{name} must not be negative, got {value}")
     _require(
         data.seq_len % config.model.alignment == 0,
         f"data.seq_len {data.seq_len} must be a multiple of {config.model.alignment}, the largest compression ratio",

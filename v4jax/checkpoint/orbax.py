@@ -97,6 +97,10 @@ class RunStore:
         """The newest finished step, or None."""
         return max(finished_steps(self._path.parent), default=None)
 
+    def holds(self, step: int, item: str) -> bool:
+        """Whether a finished step has this item."""
+        return (self._path / str(step) / item).is_dir()
+
     def restore(self, step: int, abstract_tree: Mapping) -> tuple[dict, dict]:
         """The tree and the extras of a step.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from v4jax.core.check import UserError
 from v4jax.models.layout import from_flat, layers_of, named, rebuild, to_flat
 from v4jax.models.transformer import Transformer
 from v4jax.parallel.rules import check_used, make_sharding, use
+from v4jax.train.guard import Guard, choose, judge, new_guard
 from v4jax.train.loss import Batch, heldout_nll, loss
 from v4jax.train.optim import make_optimizer, update_bias
 
@@ -27,7 +28,8 @@ class TrainState(NamedTuple):
     params: dict[str, jax.Array]
     fixed: dict[str, jax.Array]  # router biases and hash tables
     opt: Any
-    step: jax.Array  # int32 scalar: steps done
+    step: jax.Array  # int32 scalar: steps done, skipped ones too
+    guard: Guard | None = None  # against loss spikes, where `train.spike` asks for one
 
 
 class Trainer:
@@ -142,7 +144,8 @@ class Trainer:
     def _build(self, key: jax.Array) -> TrainState:
         model = self._new(nnx.Rngs(key))
         params, fixed = (named(tree) for tree in nnx.split(model, nnx.Param, ...)[1:])
-        return TrainState(params, fixed, self._optimizer.init(params), jnp.zeros((), jnp.int32))
+        step, guard = jnp.zeros((), jnp.int32), new_guard(self.config.train)
+        return TrainState(params, fixed, self._optimizer.init(params), step, guard)
 
     def abstract(self) -> TrainState:
         """Shapes and dtypes of the state, on a mesh with shardings; nothing computed."""
@@ -150,20 +153,21 @@ class Trainer:
 
     def to_tree(self, state: TrainState) -> dict[str, Any]:
         """What a checkpoint holds: the model under its per-layer names (any layout reads it), the rest as it is."""
-        return {"model": self._flat(state.params, state.fixed), "opt": state.opt, "step": state.step}
+        return self._tree(state, self._flat)
 
     def abstract_tree(self) -> dict[str, Any]:
         """`to_tree` of `abstract`; on a mesh with the shardings that reading a checkpoint should give."""
-        tree = jax.eval_shape(self._tree, self.abstract())
+        tree = jax.eval_shape(lambda state: self._tree(state, self._to_flat), self.abstract())
         if self.sharding is None:
             return tree
         letters = {name: self._letters.get(self._stacked_name(name), "") for name in tree["model"]}
         shapes = {name: leaf.shape for name, leaf in tree["model"].items()}
         model = self.sharding.parameters(letters, shapes)
-        return _with(tree, {"model": model, "opt": self.state_sharding.opt, "step": self.state_sharding.step})
+        return _with(tree, self._tree(self.state_sharding, lambda *_: model))
 
-    def _tree(self, state: TrainState) -> dict[str, Any]:
-        return {"model": self._to_flat(state.params, state.fixed), "opt": state.opt, "step": state.step}
+    def _tree(self, state: TrainState, flat: Callable) -> dict[str, Any]:
+        model = flat(state.params, state.fixed)
+        return {"model": model, "opt": state.opt, "step": state.step, "guard": state.guard}
 
     def _stacked_name(self, name: str) -> str:
         """Name in memory of the array that holds `name` of the flat per-layer names."""
@@ -188,7 +192,8 @@ class Trainer:
 
     def _from_tree(self, tree: dict[str, Any]) -> TrainState:
         params, fixed = (named(from_flat(tree["model"], part, self.runs)) for part in (self._params, self._fixed))
-        return TrainState(params, fixed, tree["opt"], tree["step"])
+        guard = tree["guard"] if "guard" in tree else new_guard(self.config.train)
+        return TrainState(params, fixed, tree["opt"], tree["step"], guard)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         objective = lambda params: self.model_loss(params, state.fixed, batch)
@@ -197,7 +202,13 @@ class Trainer:
         loads = parts.pop("load_E")
         fixed = {name: self._balanced(name, array, loads) for name, array in state.fixed.items()}
         metrics = parts | {"grad_norm": optax.tree.norm(grads), "max_load": jnp.max(loads.max(1) / loads.mean(1))}
-        return TrainState(optax.apply_updates(state.params, updates), fixed, opt, state.step + 1), metrics
+        params, guard = optax.apply_updates(state.params, updates), state.guard
+        if guard is not None:
+            good, guard = judge(guard, metrics["loss"], metrics["grad_norm"], self.config.train.spike_factor)
+            old = state.params, state.fixed, state.opt
+            params, fixed, opt = choose(good, (params, fixed, opt), old)
+            metrics |= {"skipped": guard.skipped, "skipped_row": guard.row}
+        return TrainState(params, fixed, opt, state.step + 1, guard), metrics
 
     def _balanced(self, name: str, array: jax.Array, loads_E: jax.Array) -> jax.Array:
         if not name.endswith("router.bias"):
