@@ -32,7 +32,8 @@ def command(text, workdir, *flags) -> list[str]:
 
 def launch(processes: int, devices: int, arguments: list[str]) -> subprocess.Popen:
     local = [sys.executable, str(ROOT / "launch/local.py"), f"-n={processes}", f"--devices={devices}", "--", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICK}
+    # The processes of a run have one program: the first compiles it and hands it to the others.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICK, "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1"}
     return subprocess.Popen(local, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -148,7 +148,7 @@ class _Run:
         return self._finish(state, progress.tokens_per_second)
 
     def _open_records(self, step: int, values: dict[str, float]) -> None:
-        """Metrics from step `step` on, `values` first; those of later steps, which will be done again, are forgotten."""
+        """Metrics after step `step`, `values` first; those of steps that will be done again are forgotten."""
         if not is_lead():
             return
         if self.writer:
@@ -185,8 +185,8 @@ class _Run:
             self.writer.flush()
         progress.update(step, loss)
         if t.spike == "skip" and spikes >= t.spike_patience:
-            raise UserError(f"{spikes} steps in a row were skipped until step {step}, the last with a loss of {loss:.4g} "
-                            f"and a gradient norm of {values['grad_norm']:.4g}: {self._cure()}")  # fmt: skip
+            raise UserError(f"{spikes} steps in a row were skipped until step {step}, the last with a loss of "
+                            f"{loss:.4g} and a gradient norm of {values['grad_norm']:.4g}: {self._cure()}")  # fmt: skip
         return spikes
 
     def _cure(self) -> str:

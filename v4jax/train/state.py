@@ -16,6 +16,7 @@ from v4jax.config import Config
 from v4jax.core.check import UserError
 from v4jax.models.layout import from_flat, layers_of, named, rebuild, to_flat
 from v4jax.models.transformer import Transformer
+from v4jax.nn.linear import low_precision
 from v4jax.parallel.rules import check_used, make_sharding, use
 from v4jax.train.guard import Guard, choose, judge, new_guard
 from v4jax.train.loss import Batch, heldout_nll, loss
@@ -46,8 +47,10 @@ class Trainer:
         devices: Sequence[jax.Device] | None = None,
     ):
         self.config = config
-        self._new = lambda rngs: Transformer(config.model, rngs, config.train.scan, config.train.remat)
+        train, streams = config.train, "streams" in config.train.offload
+        self._new = lambda rngs: Transformer(config.model, rngs, train.scan, train.remat, streams)
         abstract = nnx.eval_shape(lambda: self._new(nnx.Rngs(0)))
+        low_precision(abstract, train.matmul, train.expert_weights)
         self.runs = abstract.runs
         self._graph, self._params, self._fixed = nnx.split(abstract, nnx.Param, ...)
         leaves = nnx.to_flat_state(self._params)
@@ -62,7 +65,7 @@ class Trainer:
         self.step = self._jit(self._step, (state, batch), (state, self._whole), donate_argnums=0)
         self.evaluate = self._jit(heldout, (state, batch), self._whole)
         # Taking stacks apart is work for the device; without stacks it only renames, and a jit would copy everything.
-        self._flat = self._jit(self._to_flat, None, None) if config.train.scan else self._to_flat
+        self._flat = self._jit(self._to_flat, None, None) if train.scan else self._to_flat
 
     def _place_on_mesh(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Where state, batch and results lie; all None without a mesh."""
@@ -76,6 +79,10 @@ class Trainer:
         self._param_sharding = self.sharding.parameters(self._letters, shapes)
         self.share = self._share()
         self.state_sharding = self._over_state(self.abstract())
+        if "optimizer" in self.config.train.offload:
+            on_host = self.state_sharding.opt
+            on_host = jax.tree.map(lambda s: s if s == self._whole else s.with_memory_kind("pinned_host"), on_host)
+            self.state_sharding = self.state_sharding._replace(opt=on_host)
 
     def _share(self) -> tuple[int, int]:
         """(i, n): this process feeds part i of n equal parts of the batch's rows. Raises UserError for uneven ones."""
@@ -196,6 +203,8 @@ class Trainer:
         return TrainState(params, fixed, tree["opt"], tree["step"], guard)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        if "optimizer" in self.config.train.offload:  # its sharding brings it back to the host
+            state = state._replace(opt=jax.device_put(state.opt, jax.memory.Space.Device))
         objective = lambda params: self.model_loss(params, state.fixed, batch)
         (_, parts), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         updates, opt = self._optimizer.update(grads, state.opt, state.params)
