@@ -39,6 +39,11 @@ def in_blocks(w: np.ndarray) -> np.ndarray:
     return out
 
 
+def with_gradients(function, dy, *arguments):
+    y, pull = jax.vjp(function, *arguments)
+    return y, *pull(dy)
+
+
 @pytest.fixture(scope="module")
 def arrays():
     """x, w and dy whose magnitudes span tiles, and what the loops make of them: y, dx, dw."""
@@ -54,43 +59,39 @@ def arrays():
 @pytest.mark.parametrize("impl", ["ref", "tiled", None])
 def test_the_three_products_are_those_of_the_loops(arrays, impl):
     (x, w, dy), wanted = arrays
-    y, pull = jax.vjp(lambda x, w: fp8.dot(x, w, impl), x, w)
-    for got, want in zip((y, *pull(dy)), wanted, strict=True):
+    products = jax.jit(lambda x, w, dy: with_gradients(lambda x, w: fp8.dot(x, w, impl), dy, x, w))
+    for got, want in zip(products(x, w, dy), wanted, strict=True):
         assert got.shape == want.shape and got.dtype == jnp.float32
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
 
 
 def test_rounding_is_that_of_the_loops_bit_for_bit(arrays):
     (x, w, dy), _ = arrays
-    np.testing.assert_array_equal(block_floats(w), in_blocks(w))
-    np.testing.assert_array_equal(rows(x), along(x, 2))
-    np.testing.assert_array_equal(rows(dy, 1), along(dy, 1))
-    again = fp8.with_rows(rows(x).astype(jnp.bfloat16))  # bfloat16 holds them too
-    np.testing.assert_array_equal(again.astype(jnp.float32), rows(x))
+    twice = lambda x: fp8.with_rows(rows(x).astype(jnp.bfloat16)).astype(jnp.float32)  # bfloat16 holds them too
+    got = jax.jit(lambda x, w, dy: (block_floats(w), rows(x), twice(x), rows(dy, 1)))(x, w, dy)
+    for one, other in zip(got, (in_blocks(w), along(x, 2), along(x, 2), along(dy, 1)), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_products_of_short_axes_need_no_filling():
     x, w = jnp.ones((1, 3, 8)), jnp.full((8, 1, 5), 0.375)
-    np.testing.assert_array_equal(fp8.dot(x, w), np.full((1, 3, 1, 5), 3.0))
-    np.testing.assert_array_equal(fp8.dot(x, w, "tiled"), np.full((1, 3, 1, 5), 3.0))
+    for y in jax.jit(lambda x, w: (fp8.dot(x, w), fp8.dot(x, w, "tiled")))(x, w):
+        np.testing.assert_array_equal(y, np.full((1, 3, 1, 5), 3.0))
 
 
 def test_experts_round_what_meets_their_matrices():
     """All implementations agree with the reference, whose rounding is written in another place, and differ from
     plain products by what FP8 loses."""
     rng, E, K = np.random.default_rng(1), 3, 2
-    gate_up, down = rng.normal(0, 0.1, (E, 40, 2, 24)), rng.normal(0, 0.1, (E, 24, 40))
+    drawn = (rng.normal(0, 0.1, (E, *shape)).astype(np.float32) for shape in ((40, 2, 24), (24, 1, 40)))
+    gate_up, down = (jax.jit(jax.vmap(fp8.weights))(w) for w in drawn)
     x, dy = rng.normal(size=(2, 12, 40)).astype(np.float32)
     picks = jnp.array([rng.permutation(E)[:K] for _ in range(12)], jnp.int32)
     share = jnp.asarray(rng.uniform(0.2, 1, (12, K)), jnp.float32)
-    matrices = [jax.vmap(fp8.weights)(jnp.asarray(w, jnp.float32).reshape(E, w.shape[1], -1, w.shape[-1])) for w in
-                (gate_up, down)]  # fmt: skip
-    matrices = matrices[0], matrices[1][:, :, 0]
 
     def both(impl, narrow):
         function = lambda x, share, *w: experts(x, picks, share, *w, limit=10.0, fp8=narrow, impl=impl)
-        y, pull = jax.vjp(function, x, share, *matrices)
-        return y, *pull(dy)
+        return jax.jit(lambda *arguments: with_gradients(function, dy, *arguments))(x, share, gate_up, down[:, :, 0])
 
     wanted, plain = both("ref", True), both("ref", False)
     for impl in ("blocks", "ragged"):

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests.train.conftest import with_train
@@ -73,7 +74,7 @@ class Poisoned(Trainer):
     bad: tuple[int, ...] = ()
 
     def __init__(self, config):
-        super().__init__(config)
+        super().__init__(config, optax.sgd(0.1, momentum=0.9))  # Muon takes long to compile
         self.placed, model_loss = 0, self.model_loss
         self.model_loss = lambda params, fixed, batch: self._spoil(*model_loss(params, fixed, batch), batch)
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from tests.parallel.test_training import batches, small
@@ -15,11 +16,12 @@ from v4jax.train.state import Trainer
 MESH = Mesh(layout="fsdp")
 
 
-def run(tmp_path, **train):
+def run(**train):
     """The last state of three steps on two devices, the losses, a trainer, and the compiled step's text."""
-    config = validate(small(MESH, scan=True, remat=True, steps=20, **train))
+    config = validate(small(MESH, scan=True, remat=True, **train))
     model = dataclasses.replace(config.model, schedule=("swa", "swa"))
-    trainer = Trainer(dataclasses.replace(config, model=model), devices=jax.devices()[:2])
+    optimizer = optax.sgd(0.1, momentum=0.9)  # Muon takes long to compile
+    trainer = Trainer(dataclasses.replace(config, model=model), optimizer, jax.devices()[:2])
     state, losses, rows = trainer.init(), [], [trainer.place(batch) for batch in batches(config)[:3]]
     lowered = trainer.step.lower(state, rows[0])
     step = lowered.compile({"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
@@ -30,9 +32,9 @@ def run(tmp_path, **train):
 
 
 def test_optimizer_and_streams_in_host_memory_give_the_same_losses_bit_for_bit(tmp_path):
-    _, plain, wanted, text = run(tmp_path)
+    _, plain, wanted, text = run()
     assert "pinned_host" not in text
-    trainer, state, losses, text = run(tmp_path, offload=("optimizer", "streams"))
+    trainer, state, losses, text = run(offload=("optimizer", "streams"))
     assert losses == wanted
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(plain))
     # Streams: the forward scan sends each layer's to the host, the backward scan fetches it.
@@ -42,10 +44,9 @@ def test_optimizer_and_streams_in_host_memory_give_the_same_losses_bit_for_bit(t
     assert kinds(state.opt) == {"pinned_host"} and kinds(state.params) == {default} != {"pinned_host"}
     with RunStore(tmp_path, trainer.config, keep=1) as store:
         store.save(3, trainer.to_tree(state), {})
-        tree, _ = store.restore(3, trainer.abstract_tree())
-    restored = trainer.from_tree(tree)
-    assert kinds(restored.opt) == {"pinned_host"} and kinds(restored.params) == {default}
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
+        restored, _ = store.restore(3, {"opt": trainer.abstract_tree()["opt"]})
+    assert kinds(restored["opt"]) == {"pinned_host"}
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored["opt"]), jax.device_get(state.opt))
 
 
 @pytest.mark.parametrize("change, complaint", [

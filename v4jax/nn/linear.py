@@ -42,9 +42,10 @@ def low_precision(model: nnx.Module, matmul: str, expert_weights: str) -> None:
     for _, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.Param):
             letters = variable.get_metadata("letters")
-            marks = {"fp8": matmul == "fp8" and letters in _FP8}
-            marks["mxfp4"] = expert_weights == "mxfp4" and letters in ("EDUF", "EFD")
-            variable.set_metadata(**{name: True for name, given in marks.items() if given})
+            if matmul == "fp8" and letters in _FP8:
+                variable.set_metadata(fp8=True)
+            if expert_weights == "mxfp4" and letters in ("EDUF", "EFD"):
+                variable.set_metadata(mxfp4=True)
 
 
 def in_fp8(w: nnx.Param) -> bool:

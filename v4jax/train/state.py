@@ -78,11 +78,12 @@ class Trainer:
         self.batch_sharding = self.sharding.named(self.sharding.activation("BT"))
         self._param_sharding = self.sharding.parameters(self._letters, shapes)
         self.share = self._share()
-        self.state_sharding = self._over_state(self.abstract())
+        abstract = self.abstract()
+        self.state_sharding = self._over_state(abstract)
         if "optimizer" in self.config.train.offload:
-            on_host = self.state_sharding.opt
-            on_host = jax.tree.map(lambda s: s if s == self._whole else s.with_memory_kind("pinned_host"), on_host)
-            self.state_sharding = self.state_sharding._replace(opt=on_host)
+            moved = lambda sharding, leaf: sharding.with_memory_kind("pinned_host") if leaf.ndim else sharding
+            opt = jax.tree.map(moved, self.state_sharding.opt, abstract.opt)
+            self.state_sharding = self.state_sharding._replace(opt=opt)
 
     def _share(self) -> tuple[int, int]:
         """(i, n): this process feeds part i of n equal parts of the batch's rows. Raises UserError for uneven ones."""

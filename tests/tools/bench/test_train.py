@@ -1,12 +1,15 @@
 """Suite `train` names every way to train, and each is a config that trains."""
 
 import dataclasses
+import functools
 
+import optax
 import pytest
 
 from tests.train.conftest import micro_config
 from v4jax.config import Moe, validate
 from v4jax.tools.bench import measure, train
+from v4jax.train.state import Trainer
 
 
 @pytest.fixture
@@ -23,6 +26,7 @@ def test_ratios_are_to_the_plain_step_of_the_same_round(config, monkeypatch, cap
     assert all(validate(way).train.remat == ("remat" in name) for name, way in ways.items())
     assert ways["mxfp4 experts"].train.expert_weights == "mxfp4" and ways["plain"].train.spike == "off"
     chosen = ("plain", "sharded, one device")
+    monkeypatch.setattr(train, "Trainer", functools.partial(Trainer, optimizer=optax.sgd(0.1)))  # quick to compile
     monkeypatch.setattr(train, "options", lambda config: {name: ways[name] for name in chosen})
     seconds = iter([2.0, 3.0, 4.0, 4.0, 5.0, 10.0])
     monkeypatch.setattr(train, "timed", lambda work: work() and next(seconds))
