@@ -14,7 +14,6 @@ from tests.train.conftest import WORDS
 from v4jax.train.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # half the time to compile
 NOTICED = 90  # seconds in which a run must end after one of its processes was killed
 
 
@@ -32,8 +31,7 @@ def command(text, workdir, *flags) -> list[str]:
 
 def launch(processes: int, devices: int, arguments: list[str]) -> subprocess.Popen:
     local = [sys.executable, str(ROOT / "launch/local.py"), f"-n={processes}", f"--devices={devices}", "--", *arguments]
-    # The processes of a run have one program: the first compiles it and hands it to the others.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICK, "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # with the quick compiler of conftest.py
     return subprocess.Popen(local, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -24,7 +24,7 @@ def run(**train):
     trainer = Trainer(dataclasses.replace(config, model=model), optimizer, jax.devices()[:2])
     state, losses, rows = trainer.init(), [], [trainer.place(batch) for batch in batches(config)[:3]]
     lowered = trainer.step.lower(state, rows[0])
-    step = lowered.compile({"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
+    step = lowered.compile()
     for batch in rows:
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))

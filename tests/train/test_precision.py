@@ -21,7 +21,6 @@ from v4jax.nn import qdq
 from v4jax.train.state import Trainer
 
 STEPS, CLOSE = 20, 0.05  # nats by which FP8 and FP4 may move the loss of a step; it falls by more than 1
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 GRID = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
@@ -37,15 +36,14 @@ def train(config):
     """Losses of the same 20 steps on rows that repeat a pattern, and the last state."""
     trainer, rng = Trainer(config, optax.adam(5e-3)), np.random.default_rng(0)  # Muon takes long to compile
     pattern = rng.integers(3, 300, 40)
-    state, step, losses = trainer.init(), None, []
+    state, losses = trainer.init(), []
     for _ in range(STEPS):
         ids = np.stack([np.tile(np.roll(pattern, -rng.integers(40)), 2)[:34] for _ in range(2)]).astype(np.int32)
         batch = trainer.place({
             "tokens_BT": ids[:, :32], "targets_BT": ids[:, 1:33], "targets2_BT": ids[:, 2:],
             "segments_BT": np.ones((2, 32), np.int32), "positions_BT": np.tile(np.arange(32, dtype=np.int32), (2, 1)),
         })  # fmt: skip
-        step = step or trainer.step.lower(state, batch).compile(QUICK)
-        state, metrics = step(state, batch)
+        state, metrics = trainer.step(state, batch)
         losses.append(float(metrics["loss"]))
     return np.array(losses), trainer, state
 

@@ -27,7 +27,7 @@ def constant(letters: str, value: jax.Array) -> nnx.Param:
 
 
 def project(spec: str, x: jax.Array, w: nnx.Param, dtype: jnp.dtype) -> jax.Array:
-    """`einsum(spec, x, w)` computed and returned in `dtype`; letters follow the alphabet.
+    """`einsum(spec, x, w)` computed and returned in `dtype`; letters follow the alphabet. w may hold a QTensor.
 
     A weight that `low_precision` marked is multiplied in FP8, with float32 sums.
     """

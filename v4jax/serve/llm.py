@@ -47,8 +47,8 @@ class LLM:
     model: a directory (a run, an orbax checkpoint or Hugging Face weights) or a Transformer. tokenizer: a Tokenizer or
     its path; by default the directory's own; without one, prompts must be token ids. dtype: "float32" or "bfloat16",
     for a directory only. cache: a CacheConfig. Other options are fields of `config.Serve`: max_batch, max_seq_len
-    (prompt and new tokens), prefill_chunk, speculative_tokens, batch_invariant. What is not given comes from the
-    checkpoint's config. Raises UserError.
+    (prompt and new tokens), prefill_chunk, speculative_tokens, batch_invariant, precision ("fp8": the large matrices
+    in 8 bits). What is not given comes from the checkpoint's config. Raises UserError.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LLM:
         serve, cache = _limits(stored, limits), cache or stored.cache
         check_limits(stored.model, serve, cache)
         if not isinstance(model, Transformer):  # last: reading weights may take minutes
-            model = checkpoint.load(model, dtype=dtype)
+            model = checkpoint.load(model, dtype=dtype, precision=serve.precision)
         self.tokenizer, self.engine = tokenizer, Engine(model, serve, cache)
         self._ends = tokenizer or model.config  # who knows the ids of bos and eos
         self._count, self._running = itertools.count(), {}

@@ -2,6 +2,7 @@
 
 import jax
 
+from v4jax.core.qtensor import QTensor
 from v4jax.kernels.experts import blocks, ragged, ref
 from v4jax.kernels.experts.activation import swiglu
 from v4jax.kernels.fp8 import gradient_rows, with_rows
@@ -15,8 +16,8 @@ def experts(
     x_BD: jax.Array,
     picks_BK: jax.Array,
     weights_BK: jax.Array,
-    gate_up_EDUF: jax.Array,
-    down_EFD: jax.Array,
+    gate_up_EDUF: jax.Array | QTensor,
+    down_EFD: jax.Array | QTensor,
     *,
     limit: float,
     fp8: bool = False,
@@ -34,8 +35,11 @@ def experts(
       fp8: round what meets the matrices, forward and backward, in tiles of 1 x 128 along the hidden or inner size
         (spec 8.4; `kernels.fp8`). The matrices come rounded. Their own gradients take the same tiles: the rows of an
         expert are too few to be tiled along.
-      impl: "ref", "blocks", "ragged", or None for the backend's best.
+      impl: "ref", "blocks", "ragged", or None for the backend's best; "blocks" where the weights are in 8 bits, because
+        it widens one expert at a time and never all of them.
     """
+    if impl is None and isinstance(gate_up_EDUF, QTensor):
+        impl = "blocks"
     x_BD = with_rows(x_BD) if fp8 else x_BD
     y_BD = _IMPLEMENTATIONS[select(impl, _IMPLEMENTATIONS, _BEST, portable="ragged")](
         x_BD, picks_BK, weights_BK, gate_up_EDUF, down_EFD, limit=limit, fp8=fp8

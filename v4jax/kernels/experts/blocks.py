@@ -29,11 +29,10 @@ def _single(x_1D, picks_1K, weights_1K, gate_up_EDUF, down_EFD, limit, fp8):
 
     def one(pick):
         expert, weight = pick
-        gate_up = _dot("RD,DG->RG", x_1D, gate_up_EDUF[expert].reshape(D, 2 * F))
-        gate_up = gate_up.reshape(1, 2, F)
+        gate_up = _dot("RD,DG->RG", x_1D, _matrix(gate_up_EDUF, expert, x_1D).reshape(D, 2 * F)).reshape(1, 2, F)
         h = swiglu(gradient_rows(gate_up) if fp8 else gate_up, limit) * weight
         h = (with_rows(h) if fp8 else h).astype(x_1D.dtype)
-        return _dot("RF,FD->RD", h, down_EFD[expert])
+        return _dot("RF,FD->RD", h, _matrix(down_EFD, expert, x_1D))
 
     return jax.lax.map(one, (picks_1K[0], weights_1K[0])).sum(0)
 
@@ -77,8 +76,13 @@ def _narrow(a, fp8):
     return tiled(a) if fp8 else a
 
 
+def _matrix(w_E, expert, like):
+    """One expert's matrix in the type of `like`."""
+    return w_E[expert].astype(like.dtype)
+
+
 def _dot(spec, a, b):
-    return jnp.einsum(spec, a, b.astype(a.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -95,9 +99,9 @@ def _forward(x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, limit, fp8):
         gate_up_all, y_all = carry
         rows = lambda a: jax.lax.dynamic_slice_in_dim(a, i * size, size)
         e = expert_of_block[i]
-        gate_up = _dot("RD,DG->RG", rows(x), gate_up_EDUF[e].reshape(D, 2 * F))
+        gate_up = _dot("RD,DG->RG", rows(x), _matrix(gate_up_EDUF, e, x).reshape(D, 2 * F))
         h = _narrow(swiglu(gate_up.reshape(size, 2, F), limit) * rows(w)[:, None], fp8).astype(x.dtype)
-        y = _dot("RF,FD->RD", h, down_EFD[e])
+        y = _dot("RF,FD->RD", h, _matrix(down_EFD, e, x))
         put = lambda a, v: jax.lax.dynamic_update_slice_in_dim(a, v, i * size, axis=0)
         return put(gate_up_all, gate_up), put(y_all, y)
 
@@ -122,10 +126,10 @@ def _backward(limit, fp8, saved, dout_BD):
         rows = lambda a: jax.lax.dynamic_slice_in_dim(a, i * size, size)
         e = expert_of_block[i]
         h, pull = jax.vjp(lambda g: swiglu(g, limit), rows(gate_up).reshape(size, 2, F))
-        dh = _dot("RD,FD->RF", rows(dy), down_EFD[e])
+        dh = _dot("RD,FD->RF", rows(dy), _matrix(down_EFD, e, x))
         (dg,) = pull(dh * rows(w)[:, None])
         dg = _narrow(dg, fp8).reshape(size, 2 * F).astype(x.dtype)
-        dx = _dot("RG,DG->RD", dg, gate_up_EDUF[e].reshape(D, 2 * F))
+        dx = _dot("RG,DG->RD", dg, _matrix(gate_up_EDUF, e, x).reshape(D, 2 * F))
         weighted = _narrow(h * rows(w)[:, None], fp8).astype(x.dtype)
         dgate_up = dgate_up.at[e].add(_dot("RD,RG->DG", rows(x), dg))
         ddown = ddown.at[e].add(_dot("RF,RD->FD", weighted, rows(dy)))
