@@ -144,6 +144,16 @@ class Train:
     bias_rate: float = 1e-3
     scan: bool = False  # hold repeated layers stacked and scan them: long models compile, small ones run faster without
     remat: bool = False  # keep only the streams between layers for the backward pass: a third more work, less memory
+    offload: tuple[str, ...] = ()  # to host memory between uses: optimizer (its state), streams (what remat keeps)
+    matmul: str = "plain"  # or "fp8": products of the matrices that are released in FP8 (spec 8.4)
+    expert_weights: str = "plain"  # or "mxfp4": rounded in the forward pass, and in what is made of a checkpoint
+    spike: str = "off"  # a step whose loss or gradient is no number or far too large: off (no number ends the run),
+    #                     skip (it changes nothing), rollback (and after too many, back to the last checkpoint)
+    spike_factor: float = 8.0  # too large: as many spreads above the median of the last steps; 0: only no number is
+    spike_window: int = 64  # how many last steps, of those taken
+    spike_patience: int = 5  # spikes in a row that are too many: `skip` then ends the run
+    hang_seconds: float = 0.0  # without an ended step after which all stacks are written out; 0: never
+    hang_exit: bool = False  # and then end with status 75, for the launcher to start the run again
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0  # 0: only at the end
@@ -313,10 +323,25 @@ def validate(config: Config) -> Config:
         ("train.steps", train.steps), ("train.batch_size", train.batch_size), ("data.seq_len", data.seq_len),
         ("data.questions", data.questions),
         ("train.log_every", train.log_every), ("train.checkpoint_every", train.checkpoint_every),
-        ("train.keep_checkpoints", train.keep_checkpoints), ("serve.max_batch", serve.max_batch),
+        ("train.keep_checkpoints", train.keep_checkpoints), ("train.spike_window", train.spike_window),
+        ("train.spike_patience", train.spike_patience), ("serve.max_batch", serve.max_batch),
         ("serve.max_seq_len", serve.max_seq_len), ("serve.prefill_chunk", serve.prefill_chunk),
     ]:  # fmt: skip
         _require(value >= 1, f"{name} must be at least 1, got {value}")
+    for name, value, known in [
+        ("train.spike", train.spike, ("off", "skip", "rollback")), ("train.matmul", train.matmul, ("plain", "fp8")),
+        ("train.expert_weights", train.expert_weights, ("plain", "mxfp4")),
+        *(("train.offload", part, ("optimizer", "streams")) for part in train.offload),
+    ]:  # fmt: skip
+        _require(value in known, f"{name} is {value!r}; one of {', '.join(known)}")
+    _require("streams" not in train.offload or train.remat, "train.offload names streams: set train.remat=true too")
+    _require(not train.offload or config.mesh.layout, "train.offload needs a mesh, of one device if need be: set "
+             "mesh.layout=fsdp")  # fmt: skip
+    for name, size in [("hidden_size", config.model.hidden_size), ("moe.inner", config.model.moe.inner)]:
+        _require(train.expert_weights == "plain" or size % 32 == 0, f"train.expert_weights=mxfp4 takes groups of 32, "
+                 f"and model.{name} is {size}")  # fmt: skip
+    for name, value in [("train.spike_factor", train.spike_factor), ("train.hang_seconds", train.hang_seconds)]:
+        _require(value >= 0, f"{name} must not be negative, got {value}")
     _require(
         data.seq_len % config.model.alignment == 0,
         f"data.seq_len {data.seq_len} must be a multiple of {config.model.alignment}, the largest compression ratio",

@@ -11,6 +11,6 @@ def get_config(arg: str = "") -> Config:
         indexer=Indexer(heads=4, head_dim=8, topk=2), moe=Moe(experts=8, active=2, inner=16, hash_layers=0),
     )  # fmt: skip
     train = Train(
-        steps=40, batch_size=8, warmup=2, log_every=1, checkpoint_every=10, eval_rows=8, lr=5e-3, adam_lr=5e-3
+        steps=20, batch_size=8, warmup=2, log_every=1, checkpoint_every=5, eval_rows=8, lr=5e-3, adam_lr=5e-3
     )
     return Config("micro", model, Data(source=arg, seq_len=32), train)

@@ -14,7 +14,6 @@ from tests.train.conftest import WORDS
 from v4jax.train.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # half the time to compile
 NOTICED = 90  # seconds in which a run must end after one of its processes was killed
 
 
@@ -32,7 +31,7 @@ def command(text, workdir, *flags) -> list[str]:
 
 def launch(processes: int, devices: int, arguments: list[str]) -> subprocess.Popen:
     local = [sys.executable, str(ROOT / "launch/local.py"), f"-n={processes}", f"--devices={devices}", "--", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICK}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # with the quick compiler of conftest.py
     return subprocess.Popen(local, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -49,7 +48,7 @@ def finished(process: subprocess.Popen) -> str:
 def losses(workdir: pathlib.Path) -> list[float]:
     records = read_metrics(workdir / "metrics.jsonl")
     rows = {record["step"]: record["loss"] for record in records if "loss" in record}
-    assert list(rows) == list(range(1, 41))
+    assert list(rows) == list(range(1, 21))
     return list(rows.values())
 
 
@@ -67,7 +66,7 @@ def test_a_killed_run_of_two_processes_goes_on_as_four_on_another_mesh(text, who
     process = launch(2, 4, command(text, workdir, "--config.mesh.layout=expert"))
     metrics = workdir / "metrics.jsonl"
     end = time.monotonic() + 300
-    while not (metrics.exists() and len(read_metrics(metrics)) >= 15):
+    while not (metrics.exists() and len(read_metrics(metrics)) >= 9):
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
         time.sleep(0.02)
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout

@@ -51,6 +51,16 @@ def test_spread_experts_are_experts(name, uneven):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
+def test_spread_experts_round_to_fp8_as_experts_do():
+    """But for the routing weights, which apply after the second product here and before it there."""
+    sharding = make_sharding(MESHES["expert, fsdp"])
+    *dense, picks = arguments(True)
+    function = lambda x, w, g, d: spread.spread_experts(sharding, x, picks, w, g, d, 1.0, True)
+    got = jax.jit(lambda *a: (function(*a), jax.vjp(function, *a)[1](jnp.cos(a[0]))))(*dense)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(alone(True)), strict=True):
+        assert 1e-4 < np.abs(one - other).max() / np.abs(other).max() < 0.1
+
+
 def test_uneven_routing_takes_several_rounds():
     """Else the test above would not show that a full round drops nothing."""
     picks = arguments(True)[-1]

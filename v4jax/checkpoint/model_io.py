@@ -80,7 +80,8 @@ def open_checkpoint(path: str | os.PathLike, dtype: str | None = None) -> tuple[
     path = pathlib.Path(path)
     if directory.format_of(path) == "orbax":
         config = directory.read_config(path)
-        tensors = OrbaxTensors(path, config.model, None if dtype is None else dtypes.weight_dtype(dtype))
+        wanted = None if dtype is None else dtypes.weight_dtype(dtype)
+        tensors = OrbaxTensors(path, config.model, wanted, mxfp4=config.train.expert_weights == "mxfp4")
     else:
         model, tensors = read_hf(path, dtype)
         config = directory.config_of_model(model, _name(path))

@@ -33,15 +33,18 @@ from v4jax.checkpoint.directory import CONFIG_NAME, read_config, save_config
 from v4jax.checkpoint.tensors import LazyTensors, memory_dtype, report
 from v4jax.config import Config, Model
 from v4jax.core.check import UserError
+from v4jax.nn import qdq
 from v4jax.parallel.distributed import barrier, is_lead
 
 STEPS_NAME = "checkpoints"
 WEIGHTS = "model"
 _EXTRAS = "extras"
+_INPUT_AXIS = {"gate_up": -3, "down": -2}  # of an expert's matrices
 _COMPLETE = "_CHECKPOINT_METADATA"  # orbax's file of a step; it names the time of the commit once there was one
 _TEMPORARY = ".orbax-checkpoint-tmp"  # ends the name of a step that is being written
 _LAST_WRITES = 6  # twentieths of a second in which what a failed save still writes is removed
 _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
+_mxfp4 = jax.jit(qdq.mxfp4, static_argnums=1)
 
 
 # --- training runs -----------------------------------------------------------------------------------------------
@@ -96,6 +99,10 @@ class RunStore:
     def latest(self) -> int | None:
         """The newest finished step, or None."""
         return max(finished_steps(self._path.parent), default=None)
+
+    def holds(self, step: int, item: str) -> bool:
+        """Whether a finished step has this item."""
+        return (self._path / str(step) / item).is_dir()
 
     def restore(self, step: int, abstract_tree: Mapping) -> tuple[dict, dict]:
         """The tree and the extras of a step.
@@ -217,15 +224,16 @@ def _flatten(tree) -> dict[str, object]:
 class OrbaxTensors(LazyTensors):
     """Weights of the newest finished step of a v4jax directory.
 
-    All names, shapes and types are checked at once, data is read when asked for. Raises UserError.
+    All names, shapes and types are checked at once, data is read when asked for. mxfp4: the experts were trained to be
+    rounded to MXFP4, and are as they are read (again, if they were: it changes nothing). Raises UserError.
     """
 
-    def __init__(self, path: str | os.PathLike, model: Model, dtype: np.dtype | None = None):
+    def __init__(self, path: str | os.PathLike, model: Model, dtype: np.dtype | None = None, mxfp4: bool = False):
         super().__init__(mapping.tensors(model))
         steps = finished_steps(path)
         if not steps:
             raise UserError(f"{path} has no finished checkpoint; train until the first one is saved, or copy it again")
-        self._directory, self._wanted = steps_path(path) / str(steps[-1]), dtype
+        self._directory, self._wanted, self._mxfp4 = steps_path(path) / str(steps[-1]), dtype, mxfp4
         self._stores = _open_item(self._directory, WEIGHTS)
         wanted = {name: (tensor.shape, tensor.role == "index") for name, tensor in self._tensors.items()}
         found = {name: (store.shape, store.dtype.numpy_dtype.kind in "iu") for name, store in self._stores.items()}
@@ -236,6 +244,9 @@ class OrbaxTensors(LazyTensors):
 
     def read(self, name: str, leading: int | slice = slice(None)) -> np.ndarray:
         array = _read(self._directory, self._stores[name][leading])
+        *_, group, matrix = name.split(".")
+        if self._mxfp4 and group == "experts":
+            array = np.asarray(_mxfp4(array, _INPUT_AXIS[matrix]))
         return array.astype(self.dtype(name), copy=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from v4jax import config
 from v4jax.models.layout import stacks
@@ -17,17 +18,28 @@ from v4jax.nn.norm import RMSNorm
 from v4jax.nn.state import Chunk, Fresh, Past, Place
 from v4jax.parallel.rules import constrain
 
+_STREAMS = "streams"
+_ON_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[_STREAMS],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
+
 State = list[list[Past]]  # one list a stack, one Past a layer of its pattern (leading axis where it repeats)
 
 
 class Transformer(nnx.Module):
     """The backbone and its MTP layer. `scan` stacks and scans repeated layers (see `models/layout.py`).
 
-    remat: gradients keep the streams between layers alone and compute the inside of each layer anew.
+    remat: gradients keep the streams between layers alone and compute the inside of each layer anew. offload: and they
+    keep them in host memory.
     """
 
-    def __init__(self, model: config.Model, rngs: nnx.Rngs, scan: bool = False, remat: bool = False):
-        self.config, self.runs, self.remat = model, tuple(stacks(model, scan)), remat
+    def __init__(
+        self, model: config.Model, rngs: nnx.Rngs, scan: bool = False, remat: bool = False, offload: bool = False
+    ):
+        self.config, self.runs, self.remat, self.offload = model, tuple(stacks(model, scan)), remat, offload
         self.embed = Embed(model, rngs)
         self.stacks = nnx.List(
             [nnx.List([_blocks(model, *kind, run.repeats, rngs) for kind in run.kinds]) for run in self.runs]
@@ -48,8 +60,9 @@ class Transformer(nnx.Module):
         """
         x_BTXD = constrain(self.embed.streams(chunk.tokens_BT), "BTXD")
         aux, new_state = [], []
-        pattern = lambda x, blocks, pasts: _pattern(x, blocks, pasts, chunk)
-        pattern = jax.checkpoint(pattern) if self.remat else pattern
+        pattern = lambda x, blocks, pasts: _pattern(checkpoint_name(x, _STREAMS), blocks, pasts, chunk)
+        if self.remat:
+            pattern = jax.checkpoint(pattern, policy=_ON_HOST if self.offload else None)
         for run, blocks, pasts in zip(self.runs, self.stacks, state, strict=True):
             if run.repeats == 1:
                 x_BTXD, (past, out) = pattern(x_BTXD, list(blocks), pasts)

@@ -1,8 +1,15 @@
 """Parameters with logical axes, and einsum products in the compute dtype."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from v4jax.kernels import fp8
+
+# Letters of the matrices that are released in FP8 (spec 9.1) and multiplied in it (9.3: not the first output matrix).
+_FP8 = {"DQ", "QNH", "DH", "GRD", "QJL", "DUF", "FD", "DO", "EDUF", "EFD"}
 
 
 class Fixed(nnx.Variable):
@@ -20,5 +27,43 @@ def constant(letters: str, value: jax.Array) -> nnx.Param:
 
 
 def project(spec: str, x: jax.Array, w: nnx.Param, dtype: jnp.dtype) -> jax.Array:
-    """`einsum(spec, x, w)` computed and returned in `dtype`; letters follow the alphabet. w may hold a QTensor."""
+    """`einsum(spec, x, w)` computed and returned in `dtype`; letters follow the alphabet. w may hold a QTensor.
+
+    A weight that `low_precision` marked is multiplied in FP8, with float32 sums.
+    """
+    if in_fp8(w):
+        return _project_fp8(spec, x, w[...]).astype(dtype)
     return jnp.einsum(spec, x.astype(dtype), w[...].astype(dtype))
+
+
+def low_precision(model: nnx.Module, matmul: str, expert_weights: str) -> None:
+    """Mark the parameters that are multiplied in FP8 or rounded to MXFP4 (`config.Train`): what was declared once, with
+    its letters, says how it is used, and no layer has a mode."""
+    for _, variable in nnx.iter_graph(model):
+        if isinstance(variable, nnx.Param):
+            letters = variable.get_metadata("letters")
+            if matmul == "fp8" and letters in _FP8:
+                variable.set_metadata(fp8=True)
+            if expert_weights == "mxfp4" and letters in ("EDUF", "EFD"):
+                variable.set_metadata(mxfp4=True)
+
+
+def in_fp8(w: nnx.Param) -> bool:
+    """Whether products with this weight are in FP8."""
+    return w.get_metadata("fp8", False)
+
+
+def in_mxfp4(w: nnx.Param) -> bool:
+    """Whether this weight is rounded to MXFP4 before use."""
+    return w.get_metadata("mxfp4", False)
+
+
+def _project_fp8(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """The product of `project` as one of [B, T, D] and [D, U, F]: the second letter of x, with what follows it up to
+    the contracted ones, counts tokens; U counts matrices, and stays apart from F, which may be split over devices."""
+    left, right = spec.split("->")[0].split(",")
+    inner = len([letter for letter in left if letter in right])
+    U = w.shape[inner] if right[inner] == "U" else 1
+    D = math.prod(w.shape[:inner])
+    y_BTUF = fp8.dot(x.reshape(x.shape[0], -1, D), w.reshape(D, U, -1))
+    return y_BTUF.reshape(*x.shape[: x.ndim - inner], *w.shape[inner:])

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
+from v4jax.kernels import fp8
 from v4jax.kernels.experts import experts, swiglu
-from v4jax.nn.linear import project, weight
+from v4jax.nn import qdq
+from v4jax.nn.linear import in_fp8, in_mxfp4, project, weight
 from v4jax.nn.router import Router, balance_loss
 from v4jax.nn.spread import spread_experts
 from v4jax.nn.state import Chunk
@@ -20,6 +22,16 @@ class Expert(nnx.Module):
         lead, e = ((), "") if count is None else ((count,), "E")
         self.gate_up = weight(rngs, e + "DUF", (*lead, model.hidden_size, 2, inner), model.init_std)
         self.down = weight(rngs, e + "FD", (*lead, inner, model.hidden_size), model.init_std)
+
+    def matrices(self) -> tuple[jax.Array, jax.Array]:
+        """gate_up_EDUF and down_EFD as the routed experts use them: rounded where training says so."""
+        gate_up_EDUF, down_EFD = self.gate_up[...], self.down[...]
+        if in_mxfp4(self.gate_up):
+            gate_up_EDUF, down_EFD = qdq.mxfp4(gate_up_EDUF, 1), qdq.mxfp4(down_EFD, 1)
+        if in_fp8(self.gate_up):  # which holds what FP4 can, if scales within a block differ by up to 2^14 (spec 8.4)
+            gate_up_EDUF = jax.vmap(fp8.weights)(gate_up_EDUF)
+            down_EFD = jax.vmap(fp8.weights)(down_EFD[:, :, None])[:, :, 0]
+        return gate_up_EDUF, down_EFD
 
 
 class Moe(nnx.Module):
@@ -35,12 +47,12 @@ class Moe(nnx.Module):
     def __call__(self, x_BTD: jax.Array, chunk: Chunk) -> tuple[jax.Array, jax.Array, jax.Array]:
         """y_BTD, the balance loss (float32 scalar) and the load of each expert, tokens [E]."""
         picks_BTK, weights_BTK, scores_BTE = self.router(x_BTD, chunk.tokens_BT)
-        matrices = self.experts.gate_up[...], self.experts.down[...]
+        matrices, narrow = self.experts.matrices(), in_fp8(self.experts.gate_up)
         if (sharding := active()) is not None:
-            routed = spread_experts(sharding, x_BTD, picks_BTK, weights_BTK, *matrices, self.limit)
+            routed = spread_experts(sharding, x_BTD, picks_BTK, weights_BTK, *matrices, self.limit, narrow)
         else:
             flat = lambda a: a.reshape(-1, a.shape[-1])
-            routed = experts(flat(x_BTD), flat(picks_BTK), flat(weights_BTK), *matrices, limit=self.limit)
+            routed = experts(flat(x_BTD), flat(picks_BTK), flat(weights_BTK), *matrices, limit=self.limit, fp8=narrow)
             routed = routed.reshape(x_BTD.shape)
         h = swiglu(project("BTD,DUF->BTUF", x_BTD, self.shared.gate_up, self.dtype), self.limit).astype(self.dtype)
         shared = project("BTF,FD->BTD", h, self.shared.down, self.dtype)

@@ -32,13 +32,14 @@ def spread_experts(
     gate_up_EDUF: jax.Array,
     down_EFD: jax.Array,
     limit: float,
+    fp8: bool = False,
 ) -> jax.Array:
     """As `kernels.experts.experts` on arrays that `sharding` splits: float32 [B, T, D].
 
     The routing weights apply to what comes back, in float32. Raises UserError for a layout that this cannot follow.
     """
     check(sharding)
-    return _routed(sharding, limit, x_BTD, weights_BTK, gate_up_EDUF, down_EFD, picks_BTK)
+    return _routed(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EDUF, down_EFD, picks_BTK)
 
 
 def check(sharding: Sharding) -> None:
@@ -55,23 +56,23 @@ def _token_axes(sharding: Sharding) -> tuple[str, ...]:
     return sharding.axes("activations", "batch") + sharding.axes("activations", "token")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _routed(sharding, limit, x_BTD, weights_BTK, gate_up_EDUF, down_EFD, picks_BTK):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _routed(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EDUF, down_EFD, picks_BTK):
     rows, matrices = sharding.activation("BTD"), (sharding.weight("EDUF"), sharding.weight("EFD"))
-    forward = functools.partial(_forward, sharding, limit)
+    forward = functools.partial(_forward, sharding, limit, fp8)
     mapped = jax.shard_map(
         forward, mesh=sharding.mesh, in_specs=(rows, rows, *matrices, rows), out_specs=rows, check_vma=False
     )
     return mapped(x_BTD, weights_BTK, gate_up_EDUF, down_EFD, picks_BTK)
 
 
-def _save(sharding, limit, *arguments):
-    return _routed(sharding, limit, *arguments), arguments
+def _save(sharding, limit, fp8, *arguments):
+    return _routed(sharding, limit, fp8, *arguments), arguments
 
 
-def _gradients(sharding, limit, arguments, dy_BTD):
+def _gradients(sharding, limit, fp8, arguments, dy_BTD):
     rows, matrices = sharding.activation("BTD"), (sharding.weight("EDUF"), sharding.weight("EFD"))
-    backward = functools.partial(_backward, sharding, limit)
+    backward = functools.partial(_backward, sharding, limit, fp8)
     mapped = jax.shard_map(
         backward, mesh=sharding.mesh, in_specs=(rows, rows, *matrices, rows, rows),
         out_specs=(rows, rows, *matrices), check_vma=False,
@@ -82,18 +83,18 @@ def _gradients(sharding, limit, arguments, dy_BTD):
 _routed.defvjp(_save, _gradients)
 
 
-def _forward(sharding, limit, x_BTD, weights_BTK, gate_up_EDUF, down_EFD, picks_BTK):
+def _forward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EDUF, down_EFD, picks_BTK):
     """The shard_map body: one device's tokens, its part of the matrices."""
-    rounds, one = _rounds(sharding, limit, picks_BTK, gate_up_EDUF.shape[0])
+    rounds, one = _rounds(sharding, _products(sharding, limit, fp8), picks_BTK, gate_up_EDUF.shape[0])
     arguments = (_flat(x_BTD), _flat(weights_BTK), *_gathered(sharding, x_BTD.dtype, gate_up_EDUF, down_EFD))
     first = one(jnp.int32(0), *arguments)  # outside of the loop, so that it can overlap with what is independent
     y_BD = jax.lax.fori_loop(1, rounds, lambda turn, y: y + one(turn, *arguments), first)
     return jax.lax.psum(y_BD, _width_axes(sharding)).reshape(x_BTD.shape)
 
 
-def _backward(sharding, limit, x_BTD, weights_BTK, gate_up_EDUF, down_EFD, picks_BTK, dy_BTD):
+def _backward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EDUF, down_EFD, picks_BTK, dy_BTD):
     """Each round once more, with its gradients; those of a matrix are summed over the devices that used it."""
-    rounds, one = _rounds(sharding, limit, picks_BTK, gate_up_EDUF.shape[0])
+    rounds, one = _rounds(sharding, _products(sharding, limit, fp8), picks_BTK, gate_up_EDUF.shape[0])
     arguments = (_flat(x_BTD), _flat(weights_BTK), *_gathered(sharding, x_BTD.dtype, gate_up_EDUF, down_EFD))
     pull = lambda turn: jax.vjp(functools.partial(one, turn), *arguments)[1](_flat(dy_BTD))
     add = lambda turn, sums: jax.tree.map(jnp.add, sums, pull(turn))
@@ -107,13 +108,17 @@ def _backward(sharding, limit, x_BTD, weights_BTK, gate_up_EDUF, down_EFD, picks
     )  # fmt: skip
 
 
-def _rounds(sharding, limit, picks_BTK, experts_here):
+def _products(sharding, limit, fp8):
+    """The expert products of the mesh's devices, which need not be of this process' backend."""
+    return functools.partial(experts, limit=limit, fp8=fp8, impl="blocks" if sharding.platform == "cpu" else "ragged")
+
+
+def _rounds(sharding, products, picks_BTK, experts_here):
     """How many rounds there are, and one of them: (turn, x_BD, weights_BK, gate_up, down) -> its part of y_BD."""
     picks_BK = _flat(picks_BTK)
     axes = sharding.axes("weights", "expert")
-    impl = "blocks" if sharding.platform == "cpu" else "ragged"
     if not axes:
-        alone = lambda turn, x, w, gate_up, down: experts(x, picks_BK, w, gate_up, down, limit=limit, impl=impl)
+        alone = lambda turn, x, w, gate_up, down: products(x, picks_BK, w, gate_up, down)
         return 1, alone
     B, K = picks_BK.shape
     P = sharding.size(axes)
@@ -136,9 +141,7 @@ def _rounds(sharding, limit, picks_BTK, experts_here):
         full = arrival < travel.arriving
         pick = jnp.where(full, expert, experts_here).astype(jnp.int32)  # beyond the last expert: computed by none
         here = travel.go(x_BD[order_R // K], turn)
-        done = experts(
-            here, pick[:, None], full[:, None].astype(jnp.float32), gate_up_EDUF, down_EFD, limit=limit, impl=impl
-        )
+        done = products(here, pick[:, None], full[:, None].astype(jnp.float32), gate_up_EDUF, down_EFD)
         done = jnp.where(full[:, None], done, 0).astype(x_BD.dtype)
         y_RD = travel.back(done, turn, home_R)[place_R]
         return jnp.einsum("BKD,BK->BD", y_RD.reshape(B, K, -1).astype(jnp.float32), weights_BK)

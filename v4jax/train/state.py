@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,9 @@ from v4jax.config import Config
 from v4jax.core.check import UserError
 from v4jax.models.layout import from_flat, layers_of, named, rebuild, to_flat
 from v4jax.models.transformer import Transformer
+from v4jax.nn.linear import low_precision
 from v4jax.parallel.rules import check_used, make_sharding, use
+from v4jax.train.guard import Guard, choose, judge, new_guard
 from v4jax.train.loss import Batch, heldout_nll, loss
 from v4jax.train.optim import make_optimizer, update_bias
 
@@ -27,7 +29,8 @@ class TrainState(NamedTuple):
     params: dict[str, jax.Array]
     fixed: dict[str, jax.Array]  # router biases and hash tables
     opt: Any
-    step: jax.Array  # int32 scalar: steps done
+    step: jax.Array  # int32 scalar: steps done, skipped ones too
+    guard: Guard | None = None  # against loss spikes, where `train.spike` asks for one
 
 
 class Trainer:
@@ -44,8 +47,10 @@ class Trainer:
         devices: Sequence[jax.Device] | None = None,
     ):
         self.config = config
-        self._new = lambda rngs: Transformer(config.model, rngs, config.train.scan, config.train.remat)
+        train, streams = config.train, "streams" in config.train.offload
+        self._new = lambda rngs: Transformer(config.model, rngs, train.scan, train.remat, streams)
         abstract = nnx.eval_shape(lambda: self._new(nnx.Rngs(0)))
+        low_precision(abstract, train.matmul, train.expert_weights)
         self.runs = abstract.runs
         self._graph, self._params, self._fixed = nnx.split(abstract, nnx.Param, ...)
         leaves = nnx.to_flat_state(self._params)
@@ -60,7 +65,7 @@ class Trainer:
         self.step = self._jit(self._step, (state, batch), (state, self._whole), donate_argnums=0)
         self.evaluate = self._jit(heldout, (state, batch), self._whole)
         # Taking stacks apart is work for the device; without stacks it only renames, and a jit would copy everything.
-        self._flat = self._jit(self._to_flat, None, None) if config.train.scan else self._to_flat
+        self._flat = self._jit(self._to_flat, None, None) if train.scan else self._to_flat
 
     def _place_on_mesh(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Where state, batch and results lie; all None without a mesh."""
@@ -73,7 +78,12 @@ class Trainer:
         self.batch_sharding = self.sharding.named(self.sharding.activation("BT"))
         self._param_sharding = self.sharding.parameters(self._letters, shapes)
         self.share = self._share()
-        self.state_sharding = self._over_state(self.abstract())
+        abstract = self.abstract()
+        self.state_sharding = self._over_state(abstract)
+        if "optimizer" in self.config.train.offload:
+            moved = lambda sharding, leaf: sharding.with_memory_kind("pinned_host") if leaf.ndim else sharding
+            opt = jax.tree.map(moved, self.state_sharding.opt, abstract.opt)
+            self.state_sharding = self.state_sharding._replace(opt=opt)
 
     def _share(self) -> tuple[int, int]:
         """(i, n): this process feeds part i of n equal parts of the batch's rows. Raises UserError for uneven ones."""
@@ -142,7 +152,8 @@ class Trainer:
     def _build(self, key: jax.Array) -> TrainState:
         model = self._new(nnx.Rngs(key))
         params, fixed = (named(tree) for tree in nnx.split(model, nnx.Param, ...)[1:])
-        return TrainState(params, fixed, self._optimizer.init(params), jnp.zeros((), jnp.int32))
+        step, guard = jnp.zeros((), jnp.int32), new_guard(self.config.train)
+        return TrainState(params, fixed, self._optimizer.init(params), step, guard)
 
     def abstract(self) -> TrainState:
         """Shapes and dtypes of the state, on a mesh with shardings; nothing computed."""
@@ -150,20 +161,21 @@ class Trainer:
 
     def to_tree(self, state: TrainState) -> dict[str, Any]:
         """What a checkpoint holds: the model under its per-layer names (any layout reads it), the rest as it is."""
-        return {"model": self._flat(state.params, state.fixed), "opt": state.opt, "step": state.step}
+        return self._tree(state, self._flat)
 
     def abstract_tree(self) -> dict[str, Any]:
         """`to_tree` of `abstract`; on a mesh with the shardings that reading a checkpoint should give."""
-        tree = jax.eval_shape(self._tree, self.abstract())
+        tree = jax.eval_shape(lambda state: self._tree(state, self._to_flat), self.abstract())
         if self.sharding is None:
             return tree
         letters = {name: self._letters.get(self._stacked_name(name), "") for name in tree["model"]}
         shapes = {name: leaf.shape for name, leaf in tree["model"].items()}
         model = self.sharding.parameters(letters, shapes)
-        return _with(tree, {"model": model, "opt": self.state_sharding.opt, "step": self.state_sharding.step})
+        return _with(tree, self._tree(self.state_sharding, lambda *_: model))
 
-    def _tree(self, state: TrainState) -> dict[str, Any]:
-        return {"model": self._to_flat(state.params, state.fixed), "opt": state.opt, "step": state.step}
+    def _tree(self, state: TrainState, flat: Callable) -> dict[str, Any]:
+        model = flat(state.params, state.fixed)
+        return {"model": model, "opt": state.opt, "step": state.step, "guard": state.guard}
 
     def _stacked_name(self, name: str) -> str:
         """Name in memory of the array that holds `name` of the flat per-layer names."""
@@ -188,16 +200,25 @@ class Trainer:
 
     def _from_tree(self, tree: dict[str, Any]) -> TrainState:
         params, fixed = (named(from_flat(tree["model"], part, self.runs)) for part in (self._params, self._fixed))
-        return TrainState(params, fixed, tree["opt"], tree["step"])
+        guard = tree["guard"] if "guard" in tree else new_guard(self.config.train)
+        return TrainState(params, fixed, tree["opt"], tree["step"], guard)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        if "optimizer" in self.config.train.offload:  # its sharding brings it back to the host
+            state = state._replace(opt=jax.device_put(state.opt, jax.memory.Space.Device))
         objective = lambda params: self.model_loss(params, state.fixed, batch)
         (_, parts), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         updates, opt = self._optimizer.update(grads, state.opt, state.params)
         loads = parts.pop("load_E")
         fixed = {name: self._balanced(name, array, loads) for name, array in state.fixed.items()}
         metrics = parts | {"grad_norm": optax.tree.norm(grads), "max_load": jnp.max(loads.max(1) / loads.mean(1))}
-        return TrainState(optax.apply_updates(state.params, updates), fixed, opt, state.step + 1), metrics
+        params, guard = optax.apply_updates(state.params, updates), state.guard
+        if guard is not None:
+            good, guard = judge(guard, metrics["loss"], metrics["grad_norm"], self.config.train.spike_factor)
+            old = state.params, state.fixed, state.opt
+            params, fixed, opt = choose(good, (params, fixed, opt), old)
+            metrics |= {"skipped": guard.skipped, "skipped_row": guard.row}
+        return TrainState(params, fixed, opt, state.step + 1, guard), metrics
 
     def _balanced(self, name: str, array: jax.Array, loads_E: jax.Array) -> jax.Array:
         if not name.endswith("router.bias"):

@@ -5,6 +5,7 @@ import jax
 from v4jax.core.qtensor import QTensor
 from v4jax.kernels.experts import blocks, ragged, ref
 from v4jax.kernels.experts.activation import swiglu
+from v4jax.kernels.fp8 import gradient_rows, with_rows
 from v4jax.kernels.select import select
 
 _IMPLEMENTATIONS = {"ref": ref.experts, "blocks": blocks.experts, "ragged": ragged.experts}
@@ -19,6 +20,7 @@ def experts(
     down_EFD: jax.Array | QTensor,
     *,
     limit: float,
+    fp8: bool = False,
     impl: str | None = None,
 ) -> jax.Array:
     """Each token through its K experts, none dropped: float32 [B, D].
@@ -30,14 +32,19 @@ def experts(
       gate_up_EDUF: both first matrices, gate first.
       down_EFD: second matrix.
       limit: clamp of the SwiGLU.
+      fp8: round what meets the matrices, forward and backward, in tiles of 1 x 128 along the hidden or inner size
+        (spec 8.4; `kernels.fp8`). The matrices come rounded. Their own gradients take the same tiles: the rows of an
+        expert are too few to be tiled along.
       impl: "ref", "blocks", "ragged", or None for the backend's best; "blocks" where the weights are in 8 bits, because
         it widens one expert at a time and never all of them.
     """
     if impl is None and isinstance(gate_up_EDUF, QTensor):
         impl = "blocks"
-    return _IMPLEMENTATIONS[select(impl, _IMPLEMENTATIONS, _BEST, portable="ragged")](
-        x_BD, picks_BK, weights_BK, gate_up_EDUF, down_EFD, limit=limit
+    x_BD = with_rows(x_BD) if fp8 else x_BD
+    y_BD = _IMPLEMENTATIONS[select(impl, _IMPLEMENTATIONS, _BEST, portable="ragged")](
+        x_BD, picks_BK, weights_BK, gate_up_EDUF, down_EFD, limit=limit, fp8=fp8
     )
+    return gradient_rows(y_BD) if fp8 else y_BD
 
 
 __all__ = ["experts", "swiglu"]

@@ -11,24 +11,27 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.kernels.experts.activation import swiglu
+from v4jax.kernels.fp8 import gradient_rows, with_rows
+from v4jax.kernels.fp8.rounding import rows as tiled
 
 
-def experts(x_BD, picks_BK, weights_BK, gate_up_EDUF, down_EFD, *, limit):
+def experts(x_BD, picks_BK, weights_BK, gate_up_EDUF, down_EFD, *, limit, fp8=False):
     """See `api.experts`; float32 accumulation, float32 result [B, D]."""
     if x_BD.shape[0] == 1:
-        return _single(x_BD, picks_BK, weights_BK, gate_up_EDUF, down_EFD, limit)
+        return _single(x_BD, picks_BK, weights_BK, gate_up_EDUF, down_EFD, limit, fp8)
     plan = _plan(picks_BK, gate_up_EDUF.shape[0])
-    return _experts(x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, limit)
+    return _experts(x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, limit, fp8)
 
 
-def _single(x_1D, picks_1K, weights_1K, gate_up_EDUF, down_EFD, limit):
+def _single(x_1D, picks_1K, weights_1K, gate_up_EDUF, down_EFD, limit, fp8):
     """One token: its experts in turn, without the sorting of rows, which would take a quarter of the time."""
     D, F = x_1D.shape[1], down_EFD.shape[1]
 
     def one(pick):
         expert, weight = pick
-        gate_up = _dot("RD,DG->RG", x_1D, _matrix(gate_up_EDUF, expert, x_1D).reshape(D, 2 * F))
-        h = (swiglu(gate_up.reshape(1, 2, F), limit) * weight).astype(x_1D.dtype)
+        gate_up = _dot("RD,DG->RG", x_1D, _matrix(gate_up_EDUF, expert, x_1D).reshape(D, 2 * F)).reshape(1, 2, F)
+        h = swiglu(gradient_rows(gate_up) if fp8 else gate_up, limit) * weight
+        h = (with_rows(h) if fp8 else h).astype(x_1D.dtype)
         return _dot("RF,FD->RD", h, _matrix(down_EFD, expert, x_1D))
 
     return jax.lax.map(one, (picks_1K[0], weights_1K[0])).sum(0)
@@ -68,6 +71,11 @@ def _slots(x_BD, weights_BK, plan):
     return x, w
 
 
+def _narrow(a, fp8):
+    """`a` as it meets the matrices: float32, rounded in tiles of the last axis if `fp8`."""
+    return tiled(a) if fp8 else a
+
+
 def _matrix(w_E, expert, like):
     """One expert's matrix in the type of `like`."""
     return w_E[expert].astype(like.dtype)
@@ -77,12 +85,12 @@ def _dot(spec, a, b):
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _experts(x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, limit):
-    return _forward(x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, limit)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _experts(x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, limit, fp8):
+    return _forward(x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, limit, fp8)[0]
 
 
-def _forward(x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, limit):
+def _forward(x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, limit, fp8):
     expert_of_block, in_use, row_of_slot, slot_of_row = plan
     D, F, size = x_BD.shape[1], down_EFD.shape[1], row_of_slot.size // expert_of_block.size
     x, w = _slots(x_BD, weights_BK, plan)
@@ -92,7 +100,7 @@ def _forward(x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, limit):
         rows = lambda a: jax.lax.dynamic_slice_in_dim(a, i * size, size)
         e = expert_of_block[i]
         gate_up = _dot("RD,DG->RG", rows(x), _matrix(gate_up_EDUF, e, x).reshape(D, 2 * F))
-        h = (swiglu(gate_up.reshape(size, 2, F), limit) * rows(w)[:, None]).astype(x.dtype)
+        h = _narrow(swiglu(gate_up.reshape(size, 2, F), limit) * rows(w)[:, None], fp8).astype(x.dtype)
         y = _dot("RF,FD->RD", h, _matrix(down_EFD, e, x))
         put = lambda a, v: jax.lax.dynamic_update_slice_in_dim(a, v, i * size, axis=0)
         return put(gate_up_all, gate_up), put(y_all, y)
@@ -103,7 +111,7 @@ def _forward(x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, limit):
     return out, (x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, gate_up)
 
 
-def _backward(limit, saved, dout_BD):
+def _backward(limit, fp8, saved, dout_BD):
     """Products transposed, block by block; a block's expert repeats in runs, so its gradient is added in place."""
     x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, gate_up = saved
     expert_of_block, in_use, row_of_slot, slot_of_row = plan
@@ -117,12 +125,12 @@ def _backward(limit, saved, dout_BD):
         dx_all, dw_all, dgate_up, ddown = carry
         rows = lambda a: jax.lax.dynamic_slice_in_dim(a, i * size, size)
         e = expert_of_block[i]
-        h, pull = jax.vjp(lambda g: swiglu(g.reshape(size, 2, F), limit), rows(gate_up))
+        h, pull = jax.vjp(lambda g: swiglu(g, limit), rows(gate_up).reshape(size, 2, F))
         dh = _dot("RD,FD->RF", rows(dy), _matrix(down_EFD, e, x))
         (dg,) = pull(dh * rows(w)[:, None])
-        dg = dg.astype(x.dtype)
+        dg = _narrow(dg, fp8).reshape(size, 2 * F).astype(x.dtype)
         dx = _dot("RG,DG->RD", dg, _matrix(gate_up_EDUF, e, x).reshape(D, 2 * F))
-        weighted = (h * rows(w)[:, None]).astype(x.dtype)
+        weighted = _narrow(h * rows(w)[:, None], fp8).astype(x.dtype)
         dgate_up = dgate_up.at[e].add(_dot("RD,RG->DG", rows(x), dg))
         ddown = ddown.at[e].add(_dot("RF,RD->FD", weighted, rows(dy)))
         put = lambda a, v: jax.lax.dynamic_update_slice_in_dim(a, v, i * size, axis=0)

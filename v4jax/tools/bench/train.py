@@ -1,24 +1,32 @@
-"""Where a training step's time goes: forward, backward, optimizer."""
+"""Where a training step's time goes, and what each way to train costs against the plain step."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import statistics
 
 import jax
 import numpy as np
 
-from v4jax.config import Config
+from v4jax.config import Config, Mesh
 from v4jax.core.tables import print_table
 from v4jax.models.flops import count_parameters
-from v4jax.tools.bench.measure import alternate, machine, timed
+from v4jax.tools.bench.measure import alternate, machine, spread, timed
 from v4jax.tools.bench.report import record
 from v4jax.train.loss import loss
 from v4jax.train.state import Trainer
 
 
 def run(config: Config, rounds: int) -> list[dict]:
-    """Time of the whole step of `config`, of its loss, and of loss with gradients; tokens a second and product rate."""
+    """Time of the whole step of `config`, of its loss, and of loss with gradients; tokens a second and product rate;
+    then the step with other options of training (`options`) as ratios to the plain one."""
+    at = {"config": config.name, "context": config.data.seq_len, "concurrency": config.train.batch_size,
+          "precision": config.model.dtype}  # fmt: skip
+    return _parts(config, rounds, at) + _options(config, rounds, at)
+
+
+def _parts(config: Config, rounds: int, at: dict) -> list[dict]:
     trainer = Trainer(config)
     rows, length = config.train.batch_size, config.data.seq_len
     batch = as_batch(np.random.default_rng(0).integers(2, config.model.vocab_size, (rows, length + 1)))
@@ -50,7 +58,6 @@ def run(config: Config, rounds: int) -> list[dict]:
     peak = limits["flops_per_second"]
     print(f"{rows * length / median['whole step']:,.0f} tokens/s; products at {rate / 1e9:.0f} GFLOP/s, "
           f"{rate / peak:.0%} of this machine's {peak / 1e9:.0f}")  # fmt: skip
-    at = {"config": config.name, "context": length, "concurrency": rows, "precision": config.model.dtype}
     records = [record("train", "time", values, "s", part=name, **at) for name, values in taken.items()]
     speeds = [rows * length / value for value in taken["whole step"]]
     return [
@@ -58,6 +65,54 @@ def run(config: Config, rounds: int) -> list[dict]:
         record("train", "tokens_per_second", speeds, "1/s", **at),
         record("train", "flops_per_second", [rate], "1/s", **at),
     ]
+
+
+def options(config: Config) -> dict[str, Config]:
+    """The config as it is without options, then with one at a time; on a mesh it is one device's."""
+    train, alone, mesh = config.train, Mesh(), Mesh(layout="fsdp")
+    bare = dict(remat=False, offload=(), matmul="plain", expert_weights="plain", spike="off")
+    made = lambda mesh=alone, **changes: dataclasses.replace(
+        config, mesh=mesh, train=dataclasses.replace(train, **bare | changes)
+    )
+    ways = {
+        "plain": made(),
+        "sharded, one device": made(mesh),
+        "spike guard": made(spike="skip"),
+        "remat": made(remat=True),
+        "optimizer in host memory": made(mesh, offload=("optimizer",)),
+        "remat, streams in host memory": made(mesh, remat=True, offload=("streams",)),
+        "fp8 products": made(matmul="fp8"),
+    }
+    if config.model.hidden_size % 32 == config.model.moe.inner % 32 == 0:
+        ways["mxfp4 experts"] = made(expert_weights="mxfp4")
+    return ways
+
+
+def _options(config: Config, rounds: int, at: dict) -> list[dict]:
+    """Steps of `options` in turn, from equal states."""
+    tokens = np.random.default_rng(0).integers(2, config.model.vocab_size, (config.train.batch_size,
+                                                                             config.data.seq_len + 1))  # fmt: skip
+    batch = jax.device_get(as_batch(tokens))
+
+    def arm(way):
+        trainer = Trainer(way, devices=jax.devices()[:1])
+        state, placed = trainer.init(), trainer.place(batch)
+
+        def step():
+            nonlocal state
+            state, metrics = trainer.step(state, placed)
+            return metrics
+
+        step()
+        return lambda: timed(step)
+
+    taken = alternate({name: arm(way) for name, way in options(config).items()}, rounds)
+    ratios = {name: [a / b for a, b in zip(values, taken["plain"], strict=True)] for name, values in taken.items()}
+    table = [[name, f"{statistics.median(taken[name]):.3f} s", f"{statistics.median(ratios[name]):.2f}",
+              f"{spread(ratios[name]):.0%}"] for name in ratios]  # fmt: skip
+    header = ["step", "time", "ratio", "spread"]
+    print_table(f"{config.name}: a step, and its time against the plain one", header, table)
+    return [record("train", "step_ratio", values, "1", option=name, **at) for name, values in ratios.items()]
 
 
 def as_batch(tokens: np.ndarray) -> dict[str, jax.Array]:
