@@ -1,0 +1,71 @@
+"""What an engine counts, for Prometheus.
+
+    from prometheus_client import REGISTRY, start_http_server
+
+    REGISTRY.register(v4jax.serve.Metrics(llm))
+    start_http_server(9100)
+
+Names start with `v4jax_`; sizes are bytes, times seconds; what belongs to one tier has the label `tier`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from v4jax.serve.llm import LLM
+
+_TIERS = ("host", "disk")
+# What goes up and down; all else only counts up. With `LLM.stats` as the source of every name, nothing is told twice.
+_GAUGES = {
+    "waiting": "requests that wait to be admitted",
+    "running": "requests that read a prompt or decode",
+    "pages_free": "pages that hold nothing",
+    "pages_cached": "pages that nobody uses and prompts may find",
+    "pages_in_use": "pages of running requests",
+    "records_spare": "records that hold nothing",
+    "records_kept": "records that prompts may find",
+    "hit_rate": "blocks of prompts found on the device, of all asked for",
+    "hit_ceiling": "blocks of prompts asked for before, of all asked for: no cache finds more",
+    "kv_bytes": "all device arrays of the cache",
+    "queue_idle": "idle blocks that wait to be copied down",
+    "queue_saves": "copies on their way down",
+    "queue_writes": "items that wait to be written to disk",
+}
+_TIER_GAUGES = {
+    "blocks": "blocks held", "records": "records held", "bytes": "bytes held", "budget": "bytes that may be held",
+    "breaker_open": "1 while reads are not tried", "paused": "1 while writes are not tried",
+    "read_ms_mean": "mean time of a read", "read_ms_max": "longest time of a read",
+}  # fmt: skip
+_MILLISECONDS = re.compile(r"_ms(_|$)")
+
+
+class Metrics(Collector):
+    """A collector of `llm.stats()`, read anew at every scrape; holds on to the LLM."""
+
+    def __init__(self, llm: LLM):
+        self._stats: Callable[[], dict[str, float]] = llm.stats
+
+    def describe(self) -> list[Metric]:
+        """Nothing beforehand: registering must not wait for an engine at work."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """One family a count."""
+        families: dict[str, Metric] = {}
+        for stat, value in self._stats().items():
+            tier, _, rest = stat.partition("_")
+            tiered = tier in _TIERS
+            name, gauges, labels = (rest, _TIER_GAUGES, [tier]) if tiered else (stat, _GAUGES, [])
+            unit = _MILLISECONDS.search(name)
+            full = "v4jax_" + "tier_" * tiered + (_MILLISECONDS.sub(r"_seconds\1", name) if unit else name)
+            if full not in families:
+                kind = GaugeMetricFamily if name in gauges else CounterMetricFamily
+                families[full] = kind(full, gauges.get(name, name.replace("_", " ")), labels=["tier"] * tiered)
+            families[full].add_metric(labels, value / 1e3 if unit else value)
+        yield from families.values()
