@@ -58,7 +58,8 @@ def test_spread_experts_round_to_fp8_as_experts_do():
     function = lambda x, w, g, d: spread.spread_experts(sharding, x, picks, w, g, d, 1.0, True)
     got = jax.jit(lambda *a: (function(*a), jax.vjp(function, *a)[1](jnp.cos(a[0]))))(*dense)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(alone(True)), strict=True):
-        assert 1e-4 < np.abs(one - other).max() / np.abs(other).max() < 0.1
+        error = np.linalg.norm(one - other) / np.linalg.norm(other)  # of all: single numbers may cross the clamp
+        assert 1e-3 < error < 0.15, error
 
 
 def test_uneven_routing_takes_several_rounds():

@@ -44,6 +44,7 @@ def test_optimizer_and_streams_in_host_memory_give_the_same_losses_bit_for_bit(t
     assert kinds(state.opt) == {"pinned_host"} and kinds(state.params) == {default} != {"pinned_host"}
     with RunStore(tmp_path, trainer.config, keep=1) as store:
         store.save(3, trainer.to_tree(state), {})
+        store.wait()
         restored, _ = store.restore(3, {"opt": trainer.abstract_tree()["opt"]})
     assert kinds(restored["opt"]) == {"pinned_host"}
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored["opt"]), jax.device_get(state.opt))
