@@ -178,21 +178,23 @@ def _train(config: Config, topology: Topology, sharding: Sharding, work: Work):
 
 
 def _serve(config: Config, topology: Topology, sharding: Sharding, work: Work):
-    """Serving: bfloat16 weights, the cache of all rows in `cache.layout`, one chunk's activations."""
-    m, width, layout = config.model, 2, Layout(config.model, config.cache.layout, config.cache.block)
+    """Serving: weights in the model's dtype, the cache of all rows in `cache.layout`, one chunk's activations."""
+    m, layout = config.model, Layout(config.model, config.cache.layout, config.cache.block)
+    width = jnp.dtype(m.dtype).itemsize
     letters, shapes = parameter_shapes(m)
     where = sharding.parameters(letters, shapes)
     weights = sum(width * math.prod(where[name].shard_shape(shape)) for name, shape in shapes.items())
-    kv = work.rows * (work.context * layout.token_bytes + layout.record_bytes()) / topology.devices
-    step = work.rows if work.mode == "decode" else work.rows * min(work.context, config.serve.prefill_chunk)
-    tokens = max(1.0, step / topology.devices)
+    # A device has a page and a record to spare, and pages are whole.
+    rows, pages = work.rows / topology.devices, -(-work.context // layout.block)
+    kv = (1 + rows * pages) * layout.page_bytes + (1 + rows) * layout.record_bytes()
+    # Decoding reads a token of every row at once, a prefill the rows of a device one by one, and each chunk by chunk.
+    chunk = min(work.context, config.serve.prefill_chunk)
+    tokens, steps = (max(1.0, rows), 1) if work.mode == "decode" else (chunk, rows * -(-work.context // chunk))
     activations = tokens * (4 * 4 * m.mhc.streams * m.hidden_size + 12 * m.heads * m.head_dim + 4 * m.vocab_size)
     parts = {"weights": weights, "kv": kv, "activations": activations}
-    steps = 1 if work.mode == "decode" else -(-work.context // config.serve.prefill_chunk)
     experts = count_parameters(m).by_group["routed experts"] * width / topology.devices
-    met = 1 - (1 - m.moe.active / m.moe.experts) ** step  # of the experts, by a step's tokens, picked evenly
+    met = 1 - (1 - m.moe.active / m.moe.experts) ** (tokens * topology.devices)  # of the experts, by a step's tokens, picked evenly
     read = weights - experts * (1 - met)
-    rows = work.rows / topology.devices
     entry, key, each = layout.entry_bytes, layout.key_bytes if "csa" in m.schedule else 0, 0.0
     for kind in m.schedule:
         if kind == "csa":
@@ -200,7 +202,7 @@ def _serve(config: Config, topology: Topology, sharding: Sharding, work: Work):
         elif kind == "hca":
             each += work.context / m.hca_ratio * entry
         each += m.window * m.head_dim * width
-    traffic = {"weights": steps * read, "kv": rows * each * (1 if work.mode == "decode" else steps / 2),
+    traffic = {"weights": steps * read, "kv": rows * each if work.mode == "decode" else steps * each / 2,
                "activations": 2 * steps * activations}  # fmt: skip
     travel, tensor = (sharding.size(sharding.axes("weights", name)) for name in ("expert", "expert_mlp"))
     sent = steps * m.layers * tokens * m.hidden_size

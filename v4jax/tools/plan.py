@@ -1,12 +1,10 @@
 """`v4jax plan`: what a model needs on a topology, before any machine is rented.
 
-The closed form answers in a second. For TPUs the training step itself is then compiled for the topology, with no
-accelerator present, and the compiler's own numbers stand beside it.
+The closed form answers in a second. For TPUs the step itself (of training, decoding, or a chunk of a prefill) is then
+compiled for the topology, with no accelerator present, and the compiler's own numbers stand beside it.
 """
 
 from __future__ import annotations
-
-import time
 
 from v4jax.config import MESH_AXES, Config
 from v4jax.core.tables import print_table, write_json
@@ -44,16 +42,14 @@ def run(
     least = least[0].name if least else "none"
     records = _records(config, place, found, least, at)
     _print(config, place, mesh, work, found, least)
-    if not analytic and mode == "train" and place.chip.name in TPUS:
+    if not analytic and place.chip.name in TPUS:
         from v4jax.tools import compiled
 
-        begun = time.monotonic()
-        result = compiled.train_step(config, place, mesh, work)
+        result = compiled.compile_step(config, place, mesh, work)
         records += compiled.records(result, at | {"source": "compiled"})
-        compiled.show(result, place, time.monotonic() - begun)
+        compiled.show(result, place)
     elif not analytic:
-        what = "decode and prefill steps are" if mode != "train" else f"programs for {place.chip.name} are"
-        print(f"{what} not compiled ahead of time in this version: the numbers are the closed form's")
+        print(f"programs for {place.chip.name} are not compiled ahead of time: the numbers are the closed form's")
     print(UNKNOWN)
     if json:
         write_json(json, records)
