@@ -80,6 +80,16 @@ def test_more_chips_need_less_memory_each_and_less_time():
     assert totals == sorted(totals, reverse=True) and bounds == sorted(bounds, reverse=True)
 
 
+def test_topologies_are_compared_in_one_table(capsys):
+    names = "v5p:4x8x8,v5p:8x8x16"
+    records = plan.run(config_lib.load("v4_1t"), names, analytic=True)
+    assert {r["topology"] for r in records} == set(names.split(","))
+    out = capsys.readouterr().out
+    assert "chip-seconds a million tokens" in out and "fsdp 16, expert 64" in out
+    with pytest.raises(UserError, match="add --analytic"):
+        plan.run(config_lib.load("v4_1t"), names)
+
+
 def test_decoding_keeps_and_reads_a_cache():
     flash = config_lib.load("v4_flash")
     short, long = (plan.run(flash, "v5p:4x4x4", "decode", context, 64, analytic=True) for context in (4096, 1_048_576))

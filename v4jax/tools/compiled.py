@@ -1,4 +1,4 @@
-"""The real program of a step, compiled ahead of time for a TPU topology with no TPU present, and what the compiler says.
+"""The real program of a step, compiled ahead of time for TPUs with none present, and what the compiler says of it.
 
 Most of a compile is machine code for thousands of small kernels. It is done at the compiler's lowest effort for running
 time, which chooses buffers and collectives by the same passes: on the 2-layer gradient of `tiny` at half the time, with
@@ -66,7 +66,7 @@ def compile_step(
     on: Sequence[jax.Device] | None = None,
     options: dict = EFFORT,
 ) -> Compiled:
-    """Compile the step of `work.mode` on `mesh`, for `on` (default: the devices of `topology`), with compiler `options`.
+    """Compile the step of `work.mode` on `mesh`, for devices `on` (default: the topology's), with compiler `options`.
 
     Raises UserError if the compiler finds no room for it, and as `tools.steps` does.
     """

@@ -193,7 +193,8 @@ def _serve(config: Config, topology: Topology, sharding: Sharding, work: Work):
     activations = tokens * (4 * 4 * m.mhc.streams * m.hidden_size + 12 * m.heads * m.head_dim + 4 * m.vocab_size)
     parts = {"weights": weights, "kv": kv, "activations": activations}
     experts = count_parameters(m).by_group["routed experts"] * width / topology.devices
-    met = 1 - (1 - m.moe.active / m.moe.experts) ** (tokens * topology.devices)  # of the experts, by a step's tokens, picked evenly
+    # Of the experts, by a step's tokens, picked evenly.
+    met = 1 - (1 - m.moe.active / m.moe.experts) ** (tokens * topology.devices)
     read = weights - experts * (1 - met)
     entry, key, each = layout.entry_bytes, layout.key_bytes if "csa" in m.schedule else 0, 0.0
     for kind in m.schedule:
