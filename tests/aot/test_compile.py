@@ -10,34 +10,42 @@ import jax
 import pytest
 
 from v4jax import config as config_lib
+from v4jax.config import Mesh
 from v4jax.tools import compiled
 from v4jax.tools.estimate import Work, default_mesh, estimate
 from v4jax.tools.topology import parse
 
 PLACE = parse("v5e:2x2")
-TPU = pytest.param(True, marks=pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu (extra tpu)"
-))  # fmt: skip
+QUICK = {"xla_backend_optimization_level": 0}
 
 
-def one_layer():
+def one_layer(kind: str) -> config_lib.Config:
     config = config_lib.load("tiny")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, schedule=("csa",), mtp_layers=0))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, schedule=(kind,), mtp_layers=0))
 
 
-@pytest.mark.parametrize("tpu", [False, TPU])
-@pytest.mark.parametrize("mode, context, rows", [("train", 64, 8), ("decode", 512, 8), ("prefill", 512, 4)])
-def test_a_step_compiles_for_four_devices_and_the_closed_form_agrees(mode, context, rows, tpu):
-    config, work = one_layer(), Work(mode, context, rows)
-    mesh = default_mesh(config, PLACE, work)
-    on, options = (None, compiled.EFFORT) if tpu else (jax.devices()[:4], {"xla_backend_optimization_level": 0})
-    result = compiled.compile_step(config, PLACE, mesh, work, on, options)
+def check(config: config_lib.Config, mesh: Mesh | None, work: Work, travels: str, **where):
+    mesh = mesh or default_mesh(config, PLACE, work)
+    result = compiled.compile_step(config, PLACE, mesh, work, **where)
     closed = estimate(config, PLACE, mesh, work).device_bytes
-    held = sum(closed[part] for part in (("weights", "optimizer") if mode == "train" else ("weights", "kv")))
+    held = sum(closed[part] for part in (("weights", "optimizer") if work.mode == "train" else ("weights", "kv")))
     assert result.device_bytes["arguments"] == pytest.approx(held, rel=0.15)
-    state = {"train": held, "decode": closed.get("kv"), "prefill": closed.get("kv")}[mode]
-    assert -result.device_bytes["donated"] == pytest.approx(state, rel=0.35)  # what a step changes, in place
+    changed = held if work.mode == "train" else closed["kv"]
+    assert -result.device_bytes["donated"] == pytest.approx(changed, rel=0.35)  # what a step changes, in place
     assert 0 < sum(result.device_bytes.values()) < result.limit == PLACE.device_memory
-    assert result.collectives["ragged-all-to-all" if tpu else "all-gather"] > 0, result.collectives  # CPU: the twin
-    records = compiled.records(result, {"source": "compiled"})
-    assert {"device_bytes", "device_bytes_limit", "collective_bytes", "fits"} <= {r["metric"] for r in records}
+    assert result.collectives.get(travels, 0) > 0, result.collectives
+    metrics = {record["metric"] for record in compiled.records(result, {"source": "compiled"})}
+    assert {"device_bytes", "device_bytes_limit", "collective_bytes", "fits"} <= metrics
+
+
+@pytest.mark.parametrize("kind, mesh, work", [
+    ("swa", Mesh("fsdp"), Work("train", 64, 8)), ("csa", None, Work("decode", 512, 8)),
+])  # fmt: skip
+def test_a_step_compiles_for_four_devices_and_the_closed_form_agrees(kind, mesh, work):
+    check(one_layer(kind), mesh, work, "all-gather", on=jax.devices()[:4], options=QUICK)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu (extra tpu)")
+@pytest.mark.parametrize("work", [Work("train", 64, 8), Work("decode", 512, 8), Work("prefill", 512, 4)])
+def test_a_step_compiles_for_four_tpus_and_the_closed_form_agrees(work):
+    check(one_layer("csa"), None, work, "ragged-all-to-all")

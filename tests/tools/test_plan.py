@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import pathlib
 
 import pytest
 
@@ -98,6 +99,37 @@ def test_decoding_keeps_and_reads_a_cache():
     assert values(short, "device_bytes", part="weights") == values(long, "device_bytes", part="weights")
 
 
+def recorded() -> dict[tuple, list[dict]]:
+    """What the compiler said of the flagships' steps, by config, topology, mode, context and rows.
+
+    From `v4jax plan --config=CONFIG --topology=TOPOLOGY --mode=MODE --context=CONTEXT --concurrency=ROWS --json=FILE`,
+    the records whose source is "compiled". Those of stage "buffers" were read from what the compiler writes when it has
+    placed all buffers (its option xla_dump_to), before it makes machine code of them, and lack the program's bytes.
+    """
+    groups = {}
+    for record in json.loads((pathlib.Path(__file__).parents[1] / "golden" / "compiled.json").read_text()):
+        key = tuple(record[name] for name in ("config", "topology", "mode", "context", "concurrency"))
+        groups.setdefault(key, []).append(record)
+    return groups
+
+
+@pytest.mark.parametrize("key", recorded(), ids=lambda key: "-".join(map(str, key[:3])))
+def test_the_closed_form_is_near_the_compiler(key):
+    (name, place, mode, context, rows), records = key, recorded()[key]
+    config, place, work = config_lib.load(name), parse(place), Work(mode, context, rows)
+    found = estimate(config, place, default_mesh(config, place, work), work)
+    [total] = values(records, "device_bytes", part="total")
+    assert sum(found.device_bytes.values()) == pytest.approx(total, rel=plan.MARGIN)
+    assert total <= place.device_memory
+    sent = {r["part"]: r["value"] for r in records if r["metric"] == "collective_bytes"}
+    room = 1.5  # rows of a round over those that arrive if experts are equally busy
+    assert sent["ragged-all-to-all"] / room == pytest.approx(found.collectives["all-to-all"], rel=0.25)
+    if mode == "train":  # summed and then split, or split while summed: the compiler chooses; results, not both ways
+        sums = found.collectives["reduce-scatter"] + found.collectives["all-reduce"] / 2
+        assert 0.5 < sums / (sent["all-reduce"] + sent["reduce-scatter"]) < 2
+        assert 0.5 < found.collectives["all-gather"] / sent["all-gather"] < 2
+
+
 def test_work_of_attention():
     m = config_lib.load("v4_flash").model
     one = dataclasses.replace(m, schedule=("swa",))
@@ -131,3 +163,11 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 }
 """
     assert compiled.collective_bytes(text) == {"all-gather": 5 * 64 + 64, "all-reduce": 4}
+    counted = text.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
+    assert compiled.collective_bytes(counted) == {"all-gather": 64, "all-reduce": 4}  # nobody knows how often
+    condition = """%c (p: (s32[], /*index=1*/f32[4])) -> pred[] {
+  %n = s32[]{:T(128)} constant(7)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+"""
+    assert compiled.collective_bytes(condition + counted) == {"all-gather": 7 * 64 + 64, "all-reduce": 4}

@@ -123,7 +123,8 @@ def show(result: Compiled, topology: Topology) -> None:
 def collective_bytes(text: str) -> dict[str, float]:
     """Bytes of the results of each kind of collective in optimised HLO, a loop's body counted once a trip.
 
-    Trips come from `known_trip_count`; a loop without counts as one trip.
+    Trips come from `known_trip_count`, or from the one constant that the loop's condition compares with. A loop whose
+    trips are data counts as not run: of those that send, these are the further rounds of experts that are too busy.
     """
     bodies: dict[str, list[str]] = {}
     entry = name = ""
@@ -144,13 +145,20 @@ def collective_bytes(text: str) -> dict[str, float]:
             kind = match[2].removesuffix("-start")
             if kind in _KINDS:
                 totals[kind] = totals.get(kind, 0.0) + times * _largest(match[1])
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            inner = int(trips[1]) if trips and kind == "while" else 1
+            inner = _trips(line, bodies) if kind == "while" else 1
             for called in re.findall(r"(?:body|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line):
                 walk(called, times * inner)
 
     walk(entry, 1.0)
     return totals
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
+        return int(known[1])
+    condition = "\n".join(bodies.get(re.search(r"condition=%?([\w.\-]+)", line)[1], ()))
+    constants = re.findall(r"s32\[\]\S* constant\((\d+)\)", condition)
+    return int(constants[0]) if len(constants) == 1 and "direction=LT" in condition else 0
 
 
 def _largest(shapes: str) -> float:
