@@ -163,7 +163,7 @@ COMMANDS = {
         _plan, "what a model needs on a topology, before a machine is rented",
         "v4jax plan --config=v4_1t --topology=v5p:8x8x8 --mode=train --analytic",
         (
-            Flag("topology", "chip and shape, such as v5p:8x8x8, v5e:16x16x4slices or h100:64",
+            Flag("topology", "chip and shape: v5p:8x8x8, v5e:16x16x4slices, h100:64; --analytic compares several",
                  options={"required": True}),
             Flag("mode", "train, prefill or decode (default: train)", flags.DEFINE_enum, "train",
                  options={"enum_values": ["train", "prefill", "decode"]}),

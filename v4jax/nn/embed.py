@@ -6,6 +6,7 @@ from flax import nnx
 
 from v4jax import config
 from v4jax.nn.linear import weight
+from v4jax.parallel.rules import constrain
 
 
 class Embed(nnx.Module):
@@ -17,7 +18,8 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """int32 [B, T] to [B, T, D]."""
-        return self.table[...][tokens_BT].astype(self.dtype)
+        # Said here, or a table split by D leaves the compiler with all rows of the batch on every device.
+        return constrain(self.table[...][tokens_BT].astype(self.dtype), "BTD")
 
     def streams(self, tokens_BT: jax.Array) -> jax.Array:
         """The embedding copied into every residual stream, unscaled: [B, T, X, D] (spec 4.1)."""

@@ -36,9 +36,12 @@ def spread_experts(
 ) -> jax.Array:
     """As `kernels.experts.experts` on arrays that `sharding` splits: float32 [B, T, D].
 
-    The routing weights apply to what comes back, in float32. Raises UserError for a layout that this cannot follow.
+    Inside of one device the arrays are its parts, and there is no gradient. The routing weights apply to what comes
+    back, in float32. Raises UserError for a layout that this cannot follow.
     """
     check(sharding)
+    if sharding.inside:
+        return _forward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EDUF, down_EFD, picks_BTK)
     return _routed(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EDUF, down_EFD, picks_BTK)
 
 

@@ -27,10 +27,14 @@ _ACTIVE: contextvars.ContextVar[Sharding | None] = contextvars.ContextVar("shard
 
 @dataclass(frozen=True)
 class Sharding:
-    """A mesh and the rules by which arrays lie on it."""
+    """A mesh and the rules by which arrays lie on it.
+
+    inside: the program in force is already one device's (the body of a `shard_map` over all axes): arrays are its parts.
+    """
 
     mesh: Mesh
     layout: config.Layout
+    inside: bool = False
 
     @property
     def platform(self) -> str:
@@ -143,9 +147,9 @@ def active() -> Sharding | None:
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
-    """The activation `x`, split as the rules in force say; without rules `x` itself."""
+    """The activation `x`, split as the rules in force say; without rules, or inside of one device, `x` itself."""
     sharding = _ACTIVE.get()
-    if sharding is None:
+    if sharding is None or sharding.inside:
         return x
     return jax.lax.with_sharding_constraint(x, sharding.named(sharding.activation(letters)))
 

@@ -18,10 +18,11 @@ from v4jax.cache.spec import Layout
 from v4jax.config import MESH_AXES, Config, Mesh
 from v4jax.core.check import UserError
 from v4jax.models.flops import count_parameters, parameter_table
+from v4jax.models.layout import stacks
 from v4jax.parallel.mesh import sizes
 from v4jax.parallel.rules import Sharding, check_layout
 from v4jax.tools.topology import GIB, Topology, listed
-from v4jax.train.optim import MATRICES
+from v4jax.train.optim import MATRICES, NEWTON_SCHULZ_STEPS
 
 _RUNTIME = 2 * GIB  # of host memory a chip, for programs and transfer buffers: an allowance, not a measurement
 MODES = ("train", "prefill", "decode")
@@ -137,25 +138,30 @@ def estimate(config: Config, topology: Topology, mesh: Mesh, work: Work) -> Esti
     return Estimate(parts, host, flops, device_flops, traffic, collectives, seconds, mfu)
 
 
+# Counted in the programs that tests/golden/compiled.json records: float32 copies of the rows that travel, alive at once
+# in the backward pass for each layer that is computed anew; copies of the logits; and of the vocabulary's two matrices.
+_ROWS, _LOGITS, _VOCABULARY = 7.5, 2, 5
+
+
 def _train(config: Config, topology: Topology, sharding: Sharding, work: Work):
-    """Training: state as it lies; kept streams of every layer (with remat) and the largest layer's inside; logits."""
+    """Training: state as it lies; kept streams (with remat between units of layers), the inside of a unit; logits."""
     m, parts = config.model, state_bytes(config, sharding)
     tokens = work.tokens / _parts(sharding, work)
     width = jnp.dtype(m.dtype).itemsize
     D, F, K = m.hidden_size, m.moe.inner, m.moe.active
     tensor = sharding.size(sharding.axes("weights", "expert_mlp"))
     streams = tokens * m.mhc.streams * D * width
-    # Inside of one layer: float32 streams of two hyper-connections, queries and outputs of all heads with a float32
-    # copy, rows that travel (in, out and their gradients), gate, up and product of each.
-    inside = 4 * streams * 4 / width + tokens * m.heads * m.head_dim / tensor * (2 * width + 8)
-    inside += 1.5 * tokens * K * (4 * D * width + 3 * F / tensor * 4)
-    kept = streams if config.train.remat else inside
+    inside = _ROWS * 1.5 * tokens * K * D * 4
+    runs = stacks(m, config.train.scan)
+    units, longest = sum(run.repeats for run in runs), max(len(run.kinds) for run in runs)
+    kept = units * streams + longest * inside if config.train.remat else m.layers * inside
     vocabulary = sharding.size(sharding.axes("weights", "vocab"))
-    logits = 3 * tokens * m.vocab_size / vocabulary * 4
-    # Experts of a layer with their hidden size gathered, forward and as gradients.
+    logits = _LOGITS * tokens * m.vocab_size / vocabulary * 4
+    # Experts of a layer with their hidden size gathered, forward and as gradients; embedding and head likewise.
     expert_parts = sharding.size(sharding.axes("weights", "expert")) * tensor
     layer = 3 * D * F * m.moe.experts / expert_parts * width
-    parts |= {"activations": m.layers * kept + inside + logits, "gathered": 2 * layer}
+    whole = _VOCABULARY * D * m.vocab_size / vocabulary * 4
+    parts |= {"activations": kept + logits, "gathered": 2 * layer + whole}
     passes = 3 if config.train.remat else 2
     traffic = {
         "weights": passes * m.layers * layer, "optimizer": 2 * (parts["weights"] + parts["optimizer"]),
@@ -170,29 +176,49 @@ def _train(config: Config, topology: Topology, sharding: Sharding, work: Work):
     collectives = {
         "all-gather": passes * (m.layers * layer * away(split) + dense / tensor * away(dense_split)),
         "reduce-scatter": m.layers * layer * away(split) + dense / tensor * away(dense_split),
-        "all-reduce": 2 * (m.layers * layer / split) * away(replicas),
+        "all-reduce": 2 * (m.layers * layer / split) * away(replicas) + 2 * _newton_schulz_bytes(config, sharding),
         "all-to-all": m.layers * tokens * K * D * width * away(travel) * (2 * passes),
     }
     host = topology.chip.host * _RUNTIME
     return parts, traffic, collectives, host
 
 
+def _newton_schulz_bytes(config: Config, sharding: Sharding) -> float:
+    """Bytes that Muon's steps sum over devices: X X^T in float32, of every matrix that is split, at every step."""
+    letters, shapes = parameter_shapes(config.model)
+    total = 0
+    for name, where in sharding.parameters(letters, shapes).items():
+        if letters[name] not in MATRICES:
+            continue
+        own = where.shard_shape(shapes[name])
+        stacked = len(own) - len(letters[name])
+        sides = [[stacked + letters[name].index(letter) for letter in side] for side in MATRICES[letters[name]]]
+        fan = [math.prod(shapes[name][axis] for axis in side) for side in sides]
+        if any(own[axis] < shapes[name][axis] for side in sides for axis in side):
+            matrices = math.prod(own) / math.prod(own[axis] for side in sides for axis in side)
+            total += matrices * min(fan) ** 2 * 4
+    return total * NEWTON_SCHULZ_STEPS
+
+
 def _serve(config: Config, topology: Topology, sharding: Sharding, work: Work):
-    """Serving: bfloat16 weights, the cache of all rows in `cache.layout`, one chunk's activations."""
-    m, width, layout = config.model, 2, Layout(config.model, config.cache.layout, config.cache.block)
+    """Serving: weights in the model's dtype, the cache of all rows in `cache.layout`, one chunk's activations."""
+    m, layout = config.model, Layout(config.model, config.cache.layout, config.cache.block)
+    width = jnp.dtype(m.dtype).itemsize
     letters, shapes = parameter_shapes(m)
     where = sharding.parameters(letters, shapes)
     weights = sum(width * math.prod(where[name].shard_shape(shape)) for name, shape in shapes.items())
-    kv = work.rows * (work.context * layout.token_bytes + layout.record_bytes()) / topology.devices
-    step = work.rows if work.mode == "decode" else work.rows * min(work.context, config.serve.prefill_chunk)
-    tokens = max(1.0, step / topology.devices)
+    # A device has a page and a record to spare, and pages are whole.
+    rows, pages = work.rows / topology.devices, -(-work.context // layout.block)
+    kv = (1 + rows * pages) * layout.page_bytes + (1 + rows) * layout.record_bytes()
+    # Decoding reads a token of every row at once, a prefill the rows of a device one by one, and each chunk by chunk.
+    chunk = min(work.context, config.serve.prefill_chunk)
+    tokens, steps = (max(1.0, rows), 1) if work.mode == "decode" else (chunk, rows * -(-work.context // chunk))
     activations = tokens * (4 * 4 * m.mhc.streams * m.hidden_size + 12 * m.heads * m.head_dim + 4 * m.vocab_size)
     parts = {"weights": weights, "kv": kv, "activations": activations}
-    steps = 1 if work.mode == "decode" else -(-work.context // config.serve.prefill_chunk)
     experts = count_parameters(m).by_group["routed experts"] * width / topology.devices
-    met = 1 - (1 - m.moe.active / m.moe.experts) ** step  # of the experts, by a step's tokens, picked evenly
+    # Of the experts, by a step's tokens, picked evenly.
+    met = 1 - (1 - m.moe.active / m.moe.experts) ** (tokens * topology.devices)
     read = weights - experts * (1 - met)
-    rows = work.rows / topology.devices
     entry, key, each = layout.entry_bytes, layout.key_bytes if "csa" in m.schedule else 0, 0.0
     for kind in m.schedule:
         if kind == "csa":
@@ -200,7 +226,7 @@ def _serve(config: Config, topology: Topology, sharding: Sharding, work: Work):
         elif kind == "hca":
             each += work.context / m.hca_ratio * entry
         each += m.window * m.head_dim * width
-    traffic = {"weights": steps * read, "kv": rows * each * (1 if work.mode == "decode" else steps / 2),
+    traffic = {"weights": steps * read, "kv": rows * each if work.mode == "decode" else steps * each / 2,
                "activations": 2 * steps * activations}  # fmt: skip
     travel, tensor = (sharding.size(sharding.axes("weights", name)) for name in ("expert", "expert_mlp"))
     sent = steps * m.layers * tokens * m.hidden_size

@@ -1,9 +1,16 @@
 """Chips and how many of them make a topology: the numbers a plan divides by.
 
-Sources: the vendors' data sheets, as remembered: no number was held against a sheet yet. For TPUs the network is one
-direction of all links of a chip together: links (4 in a plane, 6 in a cube) times bytes a second of a link one way
-(4.5e10 on v5e, 9e10 on v5p and v6e, 1e11 on tpu7x). For GPUs it is one direction of NVLink inside a host of 8, and
-beyond it of a 400 Gbit/s card a GPU.
+Sources, read in November 2026. TPUs: the "System architecture" tables of the Cloud TPU documentation (pages v5e, v6e,
+v5p and tpu7x of docs.cloud.google.com/tpu/docs): peak bf16, HBM capacity and bandwidth, ICI and data-centre network a
+chip, RAM of a 4-chip VM. GPUs: NVIDIA's data sheets of H100 SXM, H200 SXM and DGX B200 (dense rates, half of those with
+sparsity; of DGX B200 an eighth of 1,440 GB and 64 TB/s; its bfloat16 rate is that of HGX B200).
+
+The network of a TPU is one direction of all links of a chip together, half of the sheet's bidirectional figure (links
+are 4 in a plane, 6 in a cube); on the machines a link reaches about nine tenths of it. For GPUs it is one direction of
+NVLink inside a host of 8, and beyond it of a 400 Gbit/s card a GPU.
+
+Memory is what a program may fill. For TPUs libtpu 0.0.42 says so when one asks for more ("exceeds available HBM"); the
+sheets give 16, 32, 95 and 192 GiB. Of GPUs it is the sheet's figure, in 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +21,7 @@ from dataclasses import dataclass
 
 from v4jax.core.check import UserError
 
-GIB = 2**30
+GB, GIB = 10**9, 2**30
 
 
 @dataclass(frozen=True)
@@ -41,13 +48,13 @@ _PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
 _GPUS = ("1", "2", "4", "8", "16", "32", "64", "128", "256", "512", "1024", "2048", "4096")
 _LIST = [
-    Chip("v5e", 197e12, 16 * GIB, 8.1e11, 4 * 4.5e10, 6.25e9, 1, 4, 188 * GIB, _PLANE),
-    Chip("v6e", 918e12, 32 * GIB, 1.64e12, 4 * 9e10, 1.25e10, 1, 4, 720 * GIB, _PLANE),
-    Chip("v5p", 459e12, 95 * GIB, 2.765e12, 6 * 9e10, 6.25e9, 1, 4, 448 * GIB, _CUBE),
-    Chip("tpu7x", 2307e12, 192 * GIB, 7.38e12, 6 * 1e11, 1.25e10, 2, 4, 944 * GIB, _CUBE),
-    Chip("h100", 989e12, 80 * 10**9, 3.35e12, 4.5e11, 5e10, 1, 8, 2048 * GIB, _GPUS),
-    Chip("h200", 989e12, 141 * 10**9, 4.8e12, 4.5e11, 5e10, 1, 8, 2048 * GIB, _GPUS),
-    Chip("b200", 2250e12, 180 * 10**9, 7.7e12, 9e11, 5e10, 1, 8, 2048 * GIB, _GPUS),
+    Chip("v5e", 197e12, int(15.75 * GIB), 8.19e11, 2e11, 3.125e9, 1, 4, 192 * GB, _PLANE),
+    Chip("v6e", 918e12, int(31.25 * GIB), 1.638e12, 4e11, 1.25e10, 1, 4, 720 * GB, _PLANE),
+    Chip("v5p", 459e12, int(95.74 * GIB), 2.765e12, 6e11, 6.25e9, 1, 4, 448 * GB, _CUBE),
+    Chip("tpu7x", 2307e12, int(189.5 * GIB), 7.38e12, 6e11, 1.25e10, 2, 4, 960 * GB, _CUBE),
+    Chip("h100", 989.4e12, 80 * GB, 3.35e12, 4.5e11, 5e10, 1, 8, 2048 * GB, _GPUS),
+    Chip("h200", 989.4e12, 141 * GB, 4.8e12, 4.5e11, 5e10, 1, 8, 2048 * GB, _GPUS),
+    Chip("b200", 2250e12, 180 * GB, 8e12, 9e11, 5e10, 1, 8, 2048 * GB, _GPUS),
 ]
 CHIPS = {chip.name: chip for chip in _LIST}
 TPUS = ("v5e", "v6e", "v5p", "tpu7x")

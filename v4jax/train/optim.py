@@ -19,6 +19,7 @@ MATRICES = {
     "EDUF": ("D", "F"), "EFD": ("F", "D"), "DUF": ("D", "F"), "FD": ("F", "D"), "DO": ("D", "O"),
 }  # fmt: skip
 _NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
+NEWTON_SCHULZ_STEPS = len(_NEWTON_SCHULZ)
 _UPDATE_RMS = 0.18
 
 
