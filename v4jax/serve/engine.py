@@ -9,6 +9,7 @@ change.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import secrets
 from collections import deque
 from collections.abc import Hashable
@@ -23,10 +24,14 @@ from v4jax import config
 from v4jax.cache import prefix
 from v4jax.cache.blocks import Blocks
 from v4jax.cache.entries import new_pool
+from v4jax.cache.far import new_far
 from v4jax.cache.spec import Layout
 from v4jax.core.check import UserError
 from v4jax.models.transformer import Transformer
-from v4jax.nn.kept import new_kept
+from v4jax.nn.csa import picks
+from v4jax.nn.hot import counted
+from v4jax.nn.kept import Kept, new_kept
+from v4jax.nn.memory import in_host
 from v4jax.serve import parking, programs
 from v4jax.serve.programs import Heads, Live
 from v4jax.serve.sampling import Sampled, SamplingParams, batch_options
@@ -35,6 +40,7 @@ from v4jax.serve.sequence import Plan, Sequence, State
 
 _ENDED = (State.FINISHED, State.CANCELLED, State.FAILED)
 _LEAST_CHUNK = 16  # tokens
+_log = logging.getLogger(__name__)
 
 _NOT_FINITE = Sampled(np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))  # what a chunk that is not draws
 
@@ -70,7 +76,7 @@ class Engine:
         # A flat list of arrays, because JAX walks lists natively and nnx's trees in Python, every step.
         self._weights, tree = jax.tree.flatten(variables)
         self._structure = programs.structure(graphdef, tree)
-        self.layout = Layout(self.model, cache.layout, cache.block)
+        self.layout = Layout(self.model, cache.layout, cache.block, cache.hot)
         block, slots, k = self.layout.block, limits.max_batch, limits.speculative_tokens
         self._table_width = -(-(limits.max_seq_len + k) // block)
         kept = range(slots + 1, slots + 1 + (cache.records if cache.prefix else 0))
@@ -83,6 +89,11 @@ class Engine:
         self._sizes = [longest] if limits.batch_invariant else chunk_sizes(longest)
         self._seed = self._digest(variables) if cache.prefix else None
         self._live = self._allocate(model, pages, 1 + slots + len(kept), self.scheduler.slack + k)
+        if cache.hot:
+            _log.info(
+                "cache: CSA entries of %s tokens in host memory (%s bytes), %s of a layer on the device",
+                *(f"{n:,}" for n in ((pages - 1) * block, pages * self.layout.host_page_bytes, cache.hot)),
+            )
         self._heads = Heads(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
         self._tables = np.full((slots + 1, self._table_width), -1, np.int32)
         self._device_tables = jax.device_put(self._tables.copy())
@@ -98,21 +109,28 @@ class Engine:
         k, block = self.limits.speculative_tokens, self.layout.block
         if not cache.device:
             return 1 + (-(-cache.tokens // block) or self.limits.max_batch * self._table_width)
-        fixed = records * self.layout.record_bytes(3 * k, mtp=k > 0)
+        fixed = records * self.layout.record_bytes(3 * k, mtp=k > 0) + self.layout.hot_bytes
         least = fixed + 2 * self.layout.page_bytes
         if cache.device < least:
             raise UserError(
-                f"a cache of {cache.device:,} bytes on the device is too small: {records} records and one block of "
-                f"{block} tokens take {least:,}; give it more, or lower max_batch or the cache's records"
+                f"a cache of {cache.device:,} bytes on the device is too small: {records} records, one block of "
+                f"{block} tokens and the hot entries take {least:,}; give it more, or lower max_batch, the cache's records or hot"
             )
         return self.layout.pages_for(cache.device - fixed)
 
     def _allocate(self, model: Transformer, pages: int, records: int, slack: int) -> Live:
         dtype = jnp.dtype(self.model.dtype)
 
-        def one(kind: str):
-            pool = lambda part: new_pool(self.model, part, pages, self.layout.entries(kind), self.layout.name)
-            return new_kept(self.model, kind, records, pool, dtype, slack)
+        def one(kind: str) -> Kept:
+            far = self.layout.hot and kind == "csa"
+            size = (pages, self.layout.entries(kind), self.layout.name) if kind != "swa" else ()
+            pool = lambda part: None if far and part == "main" else new_pool(self.model, part, *size)
+            kept = new_kept(self.model, kind, records, pool, dtype, slack)
+            if not far:
+                return kept
+            [device] = kept.ring_ZSH.devices()
+            main, hot = new_far(self.model, *size, self.layout.hot, device)
+            return dataclasses.replace(kept, main=main, hot=hot)
 
         layers = [[one(kind) for kind, _ in run.kinds] for run in model.runs]
         return Live(layers, one("swa") if self.limits.speculative_tokens else None)
@@ -295,10 +313,24 @@ class Engine:
             self._live = programs.wipe(self._live, *jax.device_put((np.int32(slot), pages)))
 
     def stats(self) -> dict[str, float]:
-        """Counts of sequences, pages and prefix hits, and of the tiers; `kv_bytes`: of all arrays of the cache."""
-        held = sum(a.nbytes for a in jax.tree.leaves(self._live))
+        """Counts of sequences, pages and prefix hits, and of the tiers; `kv_bytes`: of all arrays of the cache on the
+        device, `kv_host_bytes`: of those that live in host memory."""
+        held = {False: 0, True: 0}
+        for array in jax.tree.leaves(self._live):
+            held[in_host(array)] += array.nbytes
         below = {} if self.parking is None else self.parking.stats()
-        return self.scheduler.stats() | {"kv_bytes": held} | below
+        return self.scheduler.stats() | {"kv_bytes": held[False], "kv_host_bytes": held[True]} | self._hot() | below
+
+    def _hot(self) -> dict[str, float]:
+        """Picks of decode steps, over the layers with entries in host memory: found on the device, and fetched."""
+        if not self.layout.hot:
+            return {}
+        kept = [one for one in jax.tree.leaves(self._live, is_leaf=lambda a: isinstance(a, Kept)) if one.hot]
+        hits, misses = sum(counted(count) for count in jax.device_get([one.hot.count_5 for one in kept]))
+        return {
+            "hot_hits": hits, "hot_misses": misses, "hot_hit_rate": hits / max(hits + misses, 1),
+            "hot_fetched_bytes": misses * kept[0].main.row_bytes,
+        }  # fmt: skip
 
 
 def chunk_sizes(longest: int) -> list[int]:
@@ -326,3 +358,27 @@ def check_limits(model: config.Model, limits: config.Serve, cache: config.Cache)
     if limits.speculative_tokens and limits.batch_invariant:
         raise UserError("batch_invariant and speculative_tokens exclude each other: drafts change the shapes computed")
     parking.check(cache)
+    _check_hot(model, limits, cache)
+
+
+def _check_hot(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
+    """Raise UserError if entries cannot live in host memory, or if that would be of no use."""
+    if cache.hot < 0:
+        raise UserError(f"cache hot must be at least 0 entries, got {cache.hot}")
+    if not cache.hot:
+        return
+    if "csa" not in model.schedule:
+        raise UserError("cache hot is for the picked entries of csa layers, and this model has none: set it to 0")
+    rows, queries, k = 1 if limits.batch_invariant else limits.max_batch, 1 + limits.speculative_tokens, model.indexer.topk
+    if cache.hot < rows * queries * k:
+        raise UserError(
+            f"cache hot of {cache.hot} entries is less than a step may pick: {rows} sequences x {queries} tokens x topk "
+            f"{k}; give at least {rows * queries * k}, or lower max_batch"
+        )
+    layout = Layout(model, cache.layout, cache.block)
+    blocks = -(-(limits.max_seq_len + limits.speculative_tokens) // layout.block)
+    if not picks(blocks * layout.entries("csa"), k, queries):
+        raise UserError(
+            f"cache hot is of no use with max_seq_len {limits.max_seq_len}, where each step reads all entries of a row: "
+            "set it to 0"
+        )
