@@ -77,11 +77,14 @@ class Hot:
         at_R = jnp.where(wanted_R, get(carry[1], page_R, slot_R), 0)
         return Hot(*carry[:4], _counted(self.count_5, wanted_R.sum() - fetched, fetched)), at_R.reshape(shape)
 
-    def without(self, page: jax.Array, slot: jax.Array) -> Hot:
-        """Without copies of these entries, int32 of any shape; those out of range are passed over."""
+    def found(self, page: jax.Array, slot: jax.Array) -> jax.Array:
+        """The rows that hold these entries, int32 of any shape; 0 for what is not here, or out of range."""
         pages, slots = self.at_ZP.shape
         real = (page >= 0) & (page < pages) & (slot < slots)
-        row = jnp.where(real, get(self.at_ZP, page, slot), 0)
+        return jnp.where(real, get(self.at_ZP, page, slot), 0)
+
+    def without(self, page: jax.Array, slot: jax.Array, row: jax.Array) -> Hot:
+        """Without copies of these entries, which `found` found in these rows."""
         return Hot(
             self.rows, put(self.at_ZP, 0, page, slot), put(self.entry_S, _NONE, row), put(self.used_S, 0, row),
             self.count_5,
@@ -89,7 +92,8 @@ class Hot:
 
     def without_pages(self, page_A: jax.Array) -> Hot:
         """Without copies of the entries of these pages; numbers out of range are passed over."""
-        return self.without(page_A[:, None], jnp.arange(self.at_ZP.shape[1], dtype=jnp.int32)[None])
+        entries = page_A[:, None], jnp.arange(self.at_ZP.shape[1], dtype=jnp.int32)[None]
+        return self.without(*entries, self.found(*entries))
 
 
 def new_hot(rows, pages: int, slots: int) -> Hot:

@@ -178,13 +178,15 @@ class Kept:
         table_BA, (pages, slots, _) = chunk.where.table_BA, self.main.shape
         number = jnp.minimum(windows.index_BC // slots, table_BA.shape[1] - 1)
         page_BC = jnp.where(windows.complete_BC, jnp.take_along_axis(table_BA, number, axis=1), pages)
+        slot_BC = windows.index_BC % slots
+        old_BC = self.hot and self.hot.found(page_BC, slot_BC)
 
         def write(pools):
-            (main, index, hot), slot_BC = pools, windows.index_BC % slots
+            main, index, hot = pools
             return (
                 main.write(page_BC, slot_BC, kv_BCH),
                 index and index.write(page_BC, slot_BC, index_BCL),
-                hot and hot.without(page_BC, slot_BC),
+                hot and hot.without(page_BC, slot_BC, old_BC),
             )
 
         main, index, hot = _in_place(write, (self.main, self.index, self.hot), windows.complete_BC.any())
