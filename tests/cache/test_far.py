@@ -72,7 +72,8 @@ class Copies:
 
     def _change(self, kept, page, slot, rows):
         found = kept.hot.found(page, slot)
-        return dataclasses.replace(kept, main=kept.main.write(page, slot, rows), hot=kept.hot.without(page, slot, found))
+        hot = kept.hot.without(page, slot, found)
+        return dataclasses.replace(kept, main=kept.main.write(page, slot, rows), hot=hot)
 
     def step(self, picks, wanted):
         ptr = self.kept.main.words.unsafe_buffer_pointer()

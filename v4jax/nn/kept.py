@@ -64,12 +64,33 @@ class Plain(Pool):
 
 
 @pytree
+class New:
+    """Entries on their way to host memory: rows of a pool [B, C, ...], at page_BC and slot_BC in it (out of range: not
+    complete), and index_BC in their row. They are written there when the layer is done, since XLA:TPU would bring all of
+    an array to the device that is written by the host and then read again by the same program."""
+
+    rows: Pool
+    page_BC: jax.Array
+    slot_BC: jax.Array
+    index_BC: jax.Array
+
+    def at(self, index: jax.Array, pages: int) -> tuple[jax.Array, jax.Array]:
+        """(whether entries index [B, ...] are among these, their numbers here)."""
+        wide = lambda a: a.reshape(-1, *[1] * (index.ndim - 1))
+        number = index - wide(self.index_BC[:, 0])
+        inside, number = (number >= 0) & (number < self.page_BC.shape[1]), jnp.clip(number, 0, self.page_BC.shape[1] - 1)
+        return inside & (self.page_BC[wide(jnp.arange(index.shape[0])), number] < pages), number
+
+
+@pytree
 class Paged:
-    """A `View` of the pages that a table names; hot: copies through which a decode step reads picked rows."""
+    """A `View` of the pages that a table names. hot: copies through which a decode step reads picked rows; new: entries
+    that are not in those pages yet."""
 
     main: Pool
     index: Pool | None
     hot: Hot | None
+    new: New | None
     table_BA: jax.Array
     dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
     segments_BC: None = None
@@ -88,9 +109,10 @@ class Paged:
         slot_BTK = jnp.maximum(pick_BTK, 0)
         if self.hot is None or pick_BTK.shape[1] > FEW:
             return self._take(self.main, slot_BTK), self
-        hot, row_BTK = self.hot.holding(self.main, *self._spot(self.main, slot_BTK), pick_BTK >= 0)
+        wanted_BTK = (pick_BTK >= 0) & ~self.new.at(slot_BTK, self.main.shape[0])[0]
+        hot, row_BTK = self.hot.holding(self.main, *self._spot(self.main, slot_BTK), wanted_BTK)
         rows = hot.rows.take(jnp.zeros_like(row_BTK), row_BTK, self.dtype)
-        return rows, dataclasses.replace(self, hot=hot)
+        return self._with_new(rows, slot_BTK), dataclasses.replace(self, hot=hot)
 
     def take_keys(self, pick_BTK):
         return self._take(self.index, jnp.maximum(pick_BTK, 0))
@@ -103,10 +125,23 @@ class Paged:
             return self._take(pool, slot)
         numbers = jnp.minimum(first // slots + jnp.arange(count // slots), pages - 1)
         rows = pool.pages(self.table_BA[:, numbers], self.dtype)
-        return rows.reshape(rows.shape[0], count, rows.shape[-1])
+        rows = rows.reshape(rows.shape[0], count, rows.shape[-1])
+        if pool is not self.main:
+            return rows
+        return self._with_new(rows, jnp.broadcast_to(first + jnp.arange(count), rows.shape[:2]))
 
     def _take(self, pool: Pool, slot: jax.Array) -> jax.Array:
-        return pool.take(*self._spot(pool, slot), self.dtype)
+        rows = pool.take(*self._spot(pool, slot), self.dtype)
+        return self._with_new(rows, slot) if pool is self.main else rows
+
+    def _with_new(self, rows: jax.Array, index: jax.Array) -> jax.Array:
+        """Rows [B, ..., H] of entries index [B, ...], with the new ones among them."""
+        if self.new is None:
+            return rows
+        inside, number = self.new.at(index, self.main.shape[0])
+        row = jnp.arange(index.shape[0]).reshape(-1, *[1] * (index.ndim - 1))
+        new = jax.tree.map(lambda a: a[row, number], self.new.rows).decoded(self.dtype)
+        return jnp.where(inside[..., None], new, rows)
 
     def _spot(self, pool: Pool, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Page, and slot in it, of entries counted in their row."""
@@ -120,7 +155,8 @@ class Kept:
 
     ring_ZSH: for each record the last `window` rows (and a few more, so that speculation can go back), token t in slot
     t mod size. tails: per compressor the projected rows of the last one (HCA) or two (CSA) windows, and a few more,
-    float32 [records, size, W], token t in slot t mod size. main, index: pools of entries and indexer keys. hot: where `main` lies in host memory, copies of it.
+    float32 [records, size, W], token t in slot t mod size. main, index: pools of entries and indexer keys. hot: where `main` lies in host memory, copies of it;
+    new: what is to be written there, None between calls.
     """
 
     ring_ZSH: jax.Array
@@ -128,6 +164,7 @@ class Kept:
     main: Pool | None
     index: Pool | None
     hot: Hot | None = None
+    new: New | None = None
 
     def window(self, kv_BTH: jax.Array, chunk: Chunk, size: int) -> tuple[Rows, Kept]:
         """The ring with the call's tokens in it, if it has room beside `size`; else its last rows, then the call's."""
@@ -179,26 +216,31 @@ class Kept:
         number = jnp.minimum(windows.index_BC // slots, table_BA.shape[1] - 1)
         page_BC = jnp.where(windows.complete_BC, jnp.take_along_axis(table_BA, number, axis=1), pages)
         slot_BC = windows.index_BC % slots
-        old_BC = self.hot and self.hot.found(page_BC, slot_BC)
+        if self.hot is None:
 
-        def write(pools):
-            main, index, hot = pools
-            return (
-                main.write(page_BC, slot_BC, kv_BCH),
-                index and index.write(page_BC, slot_BC, index_BCL),
-                hot and hot.without(page_BC, slot_BC, old_BC),
-            )
+            def write(pools):
+                main, index = pools
+                return main.write(page_BC, slot_BC, kv_BCH), index and index.write(page_BC, slot_BC, index_BCL)
 
-        main, index, hot = _in_place(write, (self.main, self.index, self.hot), windows.complete_BC.any())
-        return dataclasses.replace(self, main=main, index=index, hot=hot)
+            main, index = _in_place(write, (self.main, self.index), windows.complete_BC.any())
+            return dataclasses.replace(self, main=main, index=index)
+        old_BC = self.hot.found(page_BC, slot_BC)
+
+        def forget(pools):
+            index, hot = pools
+            return index.write(page_BC, slot_BC, index_BCL), hot.without(page_BC, slot_BC, old_BC)
+
+        index, hot = _in_place(forget, (self.index, self.hot), windows.complete_BC.any())
+        new = New(self.main.encoded(kv_BCH), page_BC, slot_BC, windows.index_BC)
+        return dataclasses.replace(self, index=index, hot=hot, new=new)
 
     def view(self, chunk: Chunk, dtype: jnp.dtype, times: int = 1) -> Paged | None:
         """The pages of the rows, every row `times` times, read as `dtype`."""
         if self.main is None:
             return None
         table_BA = chunk.where.table_BA
-        table_BA = jnp.repeat(table_BA, times, axis=0) if times > 1 else table_BA
-        return Paged(self.main, self.index, self.hot, table_BA, dtype)
+        rows = jax.tree.map(lambda a: jnp.repeat(a, times, axis=0) if times > 1 else a, (self.new, table_BA))
+        return Paged(self.main, self.index, self.hot, *rows, dtype)
 
     def after(self, view: Paged | None) -> Kept:
         """With the copies that reading made."""
@@ -218,9 +260,15 @@ class Kept:
         """Without copies of these pages, to be called when they were written to."""
         return self if self.hot is None else dataclasses.replace(self, hot=self.hot.without_pages(page_A))
 
-    def settled(self) -> Kept:
-        """What outlives the call: everything."""
-        return self
+    def settled(self, done: jax.Array) -> Kept:
+        """What outlives the call: everything, and what is new where it belongs."""
+        if self.new is None:
+            return self
+        # Written when all has been read, or the compiler would keep a copy of what is read.
+        new, _ = jax.lax.optimization_barrier((self.new, done))
+        write = lambda main: jax.tree.map(lambda a, rows: put(a, rows, new.page_BC, new.slot_BC), main, new.rows)
+        main = _in_place(write, self.main, (new.page_BC < self.main.shape[0]).any())
+        return dataclasses.replace(self, main=main, new=None)
 
 
 def new_kept(

@@ -130,7 +130,7 @@ class Past(Protocol):
     window: rows [B, S] that include the last `size` tokens before the call and the call's own. windows: those of
     compressor `name` that may end inside the call. extend: add what was pooled from them. view: to read the entries,
     every batch row `times` times, in `dtype`; None if the layer has none. after: the past once such a view, of the rows
-    as they are, was read. settled: what outlives the call.
+    as they are, was read. settled: what outlives the call, once the layer's output `done` is there.
     """
 
     def window(self, kv_BTH: jax.Array, chunk: Chunk, size: int) -> tuple[Rows, Past]: ...
@@ -142,7 +142,7 @@ class Past(Protocol):
     ) -> Past: ...
     def view(self, chunk: Chunk, dtype: jnp.dtype, times: int = 1) -> View | None: ...
     def after(self, view: View | None) -> Past: ...
-    def settled(self) -> Past: ...
+    def settled(self, done: jax.Array) -> Past: ...
 
 
 @pytree
@@ -218,7 +218,7 @@ class Fresh:
         """Reading changes nothing."""
         return self
 
-    def settled(self) -> Fresh:
+    def settled(self, done: jax.Array) -> Fresh:
         """What outlives the call: nothing."""
         return Fresh()
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from v4jax import config
 from v4jax.cache import prefix
@@ -94,7 +95,8 @@ class Engine:
                 "cache: CSA entries of %s tokens in host memory (%s bytes), %s of a layer on the device",
                 *(f"{n:,}" for n in ((pages - 1) * block, pages * self.layout.host_page_bytes, cache.hot)),
             )
-        self._heads = Heads(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
+        heads = Heads(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
+        self._live, self._heads = self._committed((self._live, heads))
         self._tables = np.full((slots + 1, self._table_width), -1, np.int32)
         self._device_tables = jax.device_put(self._tables.copy())
         self._sampling: dict[Hashable, SamplingParams] = {}
@@ -119,21 +121,18 @@ class Engine:
         return self.layout.pages_for(cache.device - fixed)
 
     def _allocate(self, model: Transformer, pages: int, records: int, slack: int) -> Live:
-        dtype = jnp.dtype(self.model.dtype)
-
-        def one(kind: str) -> Kept:
-            far = self.layout.hot and kind == "csa"
-            size = (pages, self.layout.entries(kind), self.layout.name) if kind != "swa" else ()
-            pool = lambda part: None if far and part == "main" else new_pool(self.model, part, *size)
-            kept = new_kept(self.model, kind, records, pool, dtype, slack)
-            if not far:
-                return kept
-            [device] = kept.ring_ZSH.devices()
-            main, hot = new_far(self.model, *size, self.layout.hot, device)
-            return dataclasses.replace(kept, main=main, hot=hot)
-
+        one = lambda kind: new_layer(self.layout, kind, pages, records, slack)
         layers = [[one(kind) for kind, _ in run.kinds] for run in model.runs]
         return Live(layers, one("swa") if self.limits.speculative_tokens else None)
+
+    def _committed(self, tree):
+        """Bound to the device whose host memory holds entries, as what programs return will be: else each program would
+        be compiled again for its own results."""
+        if not self.layout.hot:
+            return tree
+        [device] = jax.tree.leaves(self._live)[0].devices()
+        here = SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
+        return jax.tree.map(lambda a: a if in_host(a) else jax.device_put(a, here), tree)
 
     def _digest(self, variables) -> bytes:
         """Seed of the names of blocks: all that their contents depend on besides the tokens."""
@@ -326,11 +325,24 @@ class Engine:
         if not self.layout.hot:
             return {}
         kept = [one for one in jax.tree.leaves(self._live, is_leaf=lambda a: isinstance(a, Kept)) if one.hot]
-        hits, misses = sum(counted(count) for count in jax.device_get([one.hot.count_5 for one in kept]))
+        hits, misses = sum(counted(n) for n in jax.device_get([one.hot.count_5 for one in kept])).tolist()
         return {
             "hot_hits": hits, "hot_misses": misses, "hot_hit_rate": hits / max(hits + misses, 1),
             "hot_fetched_bytes": misses * kept[0].main.row_bytes,
         }  # fmt: skip
+
+
+def new_layer(layout: Layout, kind: str, pages: int, records: int, slack: int = 0) -> Kept:
+    """Empty state of one layer of this kind. Raises UserError as `new_far` does."""
+    model, far = layout.model, layout.hot and kind == "csa"
+    size = (pages, layout.entries(kind), layout.name) if kind != "swa" else ()
+    pool = lambda part: None if far and part == "main" else new_pool(model, part, *size)
+    kept = new_kept(model, kind, records, pool, jnp.dtype(model.dtype), slack)
+    if not far:
+        return kept
+    [device] = kept.ring_ZSH.devices()
+    main, hot = new_far(model, *size, layout.hot, device)
+    return dataclasses.replace(kept, main=main, hot=hot)
 
 
 def chunk_sizes(longest: int) -> list[int]:
