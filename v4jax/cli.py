@@ -55,7 +55,7 @@ def _generate(values: flags.FlagValues, _: None) -> None:
     from v4jax.serve import LLM, SamplingParams
 
     sampling = SamplingParams(**given(values, "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop"))
-    with LLM(values.checkpoint, **given(values, "dtype", "max_seq_len"), **_cache(values)) as llm:
+    with LLM(values.checkpoint, **given(values, "dtype", "max_seq_len", "precision"), **_cache(values)) as llm:
         if llm.tiers:
             print(f"cache: {llm.tiers}", file=sys.stderr)
         _write_streams(llm.stream(prompts, sampling), prompts)
@@ -146,6 +146,8 @@ COMMANDS = {
             Flag("stop", "end at this string; may be repeated", flags.DEFINE_multi_string, ()),
             *_KV_FLAGS,
             _DTYPE,
+            Flag("precision", "of the large matrices: model (as they are) or fp8", flags.DEFINE_enum,
+                 options={"enum_values": ["model", "fp8"]}),
         ),
     ),
     "convert": Command(

@@ -161,6 +161,7 @@ class Serve:
     prefill_chunk: int = 512  # most tokens of a prompt that are read between two decode steps
     speculative_tokens: int = 0  # drafted by the MTP layer and verified in each step
     batch_invariant: bool = False  # a request's tokens do not depend on what else runs, on chunks or on prefix hits
+    precision: str = "model"  # of the large matrices: as they are, or fp8 (see models/quantised.py)
 
 
 @dataclass(frozen=True)

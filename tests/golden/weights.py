@@ -76,19 +76,14 @@ def build(model: Model, flat: dict[str, np.ndarray], scan: bool = False) -> Tran
     return nnx.merge(graphdef, from_flat(jax.tree.map(jnp.asarray, flat), abstract, shell.runs))
 
 
-def quick_jit(function):
-    """`jax.jit` that spends half the usual time compiling: in these tests compilation is nearly all there is."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@quick_jit
+@jax.jit
 def full(net: Transformer, tokens_BT):
     """The whole row at once: logits, streams after the last layer, losses and loads."""
     x_BTXD, _, aux = net.hidden(fresh_chunk(tokens_BT), net.fresh())
     return net.logits(x_BTXD), x_BTXD, aux
 
 
-@quick_jit
+@jax.jit
 def step(net: Transformer, tokens_BT, start_B, count_B, state):
     """The next tokens of every row: logits, streams after the last layer, state."""
     x_BTXD, state, _ = net.hidden(next_chunk(tokens_BT, start_B, count_B), state)

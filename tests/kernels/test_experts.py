@@ -47,8 +47,7 @@ def _case(B, E, K, F, D, spread, seed):
     return normal(B, D), picks.astype(np.int32), normal(B, K) ** 2, normal(E, D, 2, F) / 2, normal(E, F, D) / 2
 
 
-# Half the compile time; compilation is nearly all there is in these tests.
-@functools.partial(jax.jit, static_argnames="impl", compiler_options={"xla_backend_optimization_level": 0})
+@functools.partial(jax.jit, static_argnames="impl")
 def _value_and_gradients(x, picks, weights, gate_up, down, probe, impl):
     f = lambda *args: experts(args[0], picks, *args[1:], limit=LIMIT, impl=impl).astype(jnp.float32)
     out, pull = jax.vjp(f, x, weights, gate_up, down)

@@ -1,7 +1,5 @@
 """Sinkhorn projection: golden values, the loop reference, double stochasticity and gradients."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +8,7 @@ import pytest
 from v4jax.kernels.sinkhorn import sinkhorn
 from v4jax.kernels.sinkhorn.ref import sinkhorn as reference
 
-# Half the compile time, which is nearly all there is here.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-run = _jit(sinkhorn, static_argnames=("iters", "eps"))
+run = jax.jit(sinkhorn, static_argnames=("iters", "eps"))
 LOGITS = (3 * np.sin(0.37 * np.arange(16))).reshape(4, 4)
 GOLDEN = [
     [0.0277660, 0.1284505, 0.3527344, 0.4910481],
@@ -47,7 +43,7 @@ def test_rows_come_first_and_columns_last():
     assert np.abs(got.sum(1) - 1).max() > 1e-3
 
 
-@_jit
+@jax.jit
 def _both(logits):
     out, pull = jax.vjp(lambda x: sinkhorn(x, iters=20, eps=1e-6), logits)
     return out, pull(out)[0]
@@ -73,7 +69,7 @@ def test_gradient_is_that_of_finite_differences(iters, eps):
         step[place] = 1e-5
         want[place] = (value(logits + step) - value(logits - step)) / 2e-5
     f = lambda x: jnp.sum(weight * sinkhorn(x[..., None], iters=iters, eps=eps)[..., 0])
-    np.testing.assert_allclose(_jit(jax.grad(f))(logits.astype(np.float32)), want, atol=2e-5)
+    np.testing.assert_allclose(jax.jit(jax.grad(f))(logits.astype(np.float32)), want, atol=2e-5)
 
 
 def test_the_program_does_not_grow_with_the_iterations():

@@ -1,5 +1,6 @@
 """The forward against the specification in numpy float64, token by token."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -39,7 +40,7 @@ def test_mtp_is_the_specification():
     model = weights.config(schedule=("swa",), mtp_layers=1)
     flat, ids = weights.random_flat(model, 2), weights.tokens(model, (2, 31))
 
-    @weights.quick_jit
+    @jax.jit
     def run(net, ids):
         chunk = fresh_chunk(ids[:, :-1])
         x = net.hidden(chunk, net.fresh())[0]

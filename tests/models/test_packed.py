@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,7 +15,7 @@ LENGTHS = (21, 16, 3, 7)  # across windows of every kind, exactly one window, be
 ROW = 96
 
 
-@weights.quick_jit
+@jax.jit
 def run(net, ids, positions, segments):
     chunk = fresh_chunk(ids, positions, segments)
     x, _, aux = net.hidden(chunk, net.fresh())

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -122,7 +123,7 @@ def test_mtp_keeps_its_own_past():
     model = weights.config(schedule=("csa",), mtp_layers=1)
     net, ids = weights.build(model, weights.random_flat(model, 4)), weights.tokens(model, (2, 34))
 
-    @weights.quick_jit
+    @jax.jit
     def run(net, ids, start_B, state, past):
         chunk = next_chunk(ids[:, :-1], start_B)
         x, state, _ = net.hidden(chunk, state)

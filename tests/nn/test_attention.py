@@ -19,7 +19,7 @@ def attend(attn, x):
     return y, loss
 
 
-run = weights.quick_jit(attend)
+run = jax.jit(attend)
 
 
 def _layer(kind, model=MODEL):
@@ -59,7 +59,7 @@ def test_block_gradients_equal_those_of_one_block():
     attn, _ = _layer("csa")
     x = _rows(MODEL.window)
     longer = np.concatenate([x, _rows(13, seed=5)], 1)
-    gradient = weights.quick_jit(jax.grad(lambda x: jnp.sum(jnp.square(attend(attn, x)[0][:, : MODEL.window]))))
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(attend(attn, x)[0][:, : MODEL.window]))))
     one, several = gradient(x), gradient(longer)
     np.testing.assert_allclose(several[:, : MODEL.window], one, rtol=0, atol=1e-5 * np.abs(one).max())
     assert not several[:, MODEL.window :].any()
@@ -83,7 +83,7 @@ def test_large_logits_and_sinks_stay_finite():
     x = _rows(29)
     attn.q_norm.scale = nnx.Param(1e4 * attn.q_norm.scale[...])
     attn.kv_norm.scale = nnx.Param(1e3 * attn.kv_norm.scale[...])
-    value, gradient = weights.quick_jit(jax.value_and_grad(lambda x: sum(jnp.sum(a) for a in attend(attn, x))))(x)
+    value, gradient = jax.jit(jax.value_and_grad(lambda x: sum(jnp.sum(a) for a in attend(attn, x))))(x)
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
@@ -93,7 +93,7 @@ def test_a_query_that_sees_nothing_gets_zeros():
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     nothing = Rows(normal(1, 6, MODEL.head_dim), jnp.full((1, 6), -(2**30)))
     chunk = fresh_chunk(jnp.zeros((1, 3), jnp.int32))
-    attend = weights.quick_jit(lambda q: attn._attend(q, (), nothing, chunk, Fresh()))
+    attend = jax.jit(lambda q: attn._attend(q, (), nothing, chunk, Fresh()))
     out, _ = attend(normal(1, 3, MODEL.heads, MODEL.head_dim))
     np.testing.assert_array_equal(out, 0)
 

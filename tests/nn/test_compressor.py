@@ -1,5 +1,6 @@
 """Compressor: pooling per channel, overlap, missing first half, position of an entry, against loops in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def _compressor(kind, size, **changes):
     return model, module, w
 
 
-@weights.quick_jit
+@jax.jit
 def _run(module, x):
     return module(x, fresh_chunk(jnp.zeros(x.shape[:2], jnp.int32)), Fresh(), "main")[:2]
 

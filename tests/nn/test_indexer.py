@@ -79,7 +79,7 @@ def test_an_attention_layer_sees_an_entry_from_its_last_token_on(kind, ratio):
     """With a raw window of one token, the first token of a window can only arrive through the entry."""
     model = weights.config(schedule=(kind,), window=1, hca_ratio=8)
     attn = weights.build(model, weights.random_flat(model, 0)).stacks[0][0].attn
-    run = weights.quick_jit(lambda attn, x: attn(x, fresh_chunk(jnp.zeros(x.shape[:2], jnp.int32)), Fresh())[0])
+    run = jax.jit(lambda attn, x: attn(x, fresh_chunk(jnp.zeros(x.shape[:2], jnp.int32)), Fresh())[0])
     x = np.random.RandomState(1).standard_normal((1, 3 * ratio, model.hidden_size)).astype(np.float32)
     other = x.copy()
     other[:, ratio] += 1  # the first token of window 1
@@ -102,7 +102,7 @@ def test_loss_is_the_divergence_from_the_attention_mass():
             want[b, t] = sum(p * np.log(p / q) for p, q in zip(target, own, strict=True) if p > 0)
     arguments = [jnp.asarray(a, jnp.float32) for a in (hidden, mass)]
 
-    @weights.quick_jit
+    @jax.jit
     def both(scores, mass):
         out, pull = jax.vjp(lambda s, m: index_loss(s, jnp.asarray(mask), m), scores, mass)
         return out, *pull(jnp.ones_like(out))
@@ -123,7 +123,7 @@ def test_the_indexer_alone_learns_from_its_loss_and_from_nothing_else():
     graphdef, params, fixed = nnx.split(net, nnx.Param, ...)
     ids = weights.tokens(model, (1, 24))
 
-    @weights.quick_jit
+    @jax.jit
     def gradients(params):
         def losses(params):
             net = nnx.merge(graphdef, params, fixed)

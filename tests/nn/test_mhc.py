@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from v4jax.nn.mhc import HeadMix, HyperConnection, read_streams, write_streams
 MODEL = weights.config(hidden_size=16)
 
 
-call = weights.quick_jit(lambda module, x: module(x))
+call = jax.jit(lambda module, x: module(x))
 
 
 def _load(module, w):

@@ -16,7 +16,7 @@ X = np.random.RandomState(0).standard_normal((2, 5, 16)).astype(np.float32)
 TOKENS = weights.tokens(MODEL, (2, 5))
 
 
-call = weights.quick_jit(lambda router, x, tokens: router(x, tokens))
+call = jax.jit(lambda router, x, tokens: router(x, tokens))
 
 
 def _router(hashed=False, bias=None):
@@ -57,7 +57,7 @@ def test_hash_layers_choose_by_token_and_weigh_by_score():
     np.testing.assert_array_equal(picks, np.asarray(router.table[...])[TOKENS])
     chosen = np.take_along_axis(_scores(router), np.asarray(picks), -1)
     np.testing.assert_allclose(w, 2.5 * chosen / chosen.sum(-1, keepdims=True), rtol=1e-5)
-    gradient = weights.quick_jit(jax.grad(lambda x: router(x, TOKENS)[1][..., 0].sum()))(X)
+    gradient = jax.jit(jax.grad(lambda x: router(x, TOKENS)[1][..., 0].sum()))(X)
     assert np.abs(gradient).max() > 1e-3
 
 
@@ -79,7 +79,7 @@ def test_far_out_logits_give_finite_weights_and_gradients():
     router.weight = nnx.Param(jnp.asarray(np.where(np.arange(8) < 5, -200.0, 200.0) * np.ones((16, 1)), jnp.float32))
     x = jnp.ones((1, 2, 16))
 
-    @weights.quick_jit
+    @jax.jit
     def both(x):
         out, pull = jax.vjp(lambda x: router(x, TOKENS[:1, :2])[1:], x)
         return *out, pull(out)[0]
@@ -115,7 +115,7 @@ def test_balance_loss_is_the_formula():
     want, want_load = by_hand(scores)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     np.testing.assert_array_equal(load, want_load)
-    gradient = np.asarray(weights.quick_jit(jax.grad(lambda s: loss(s)[0]))(scores.astype(np.float32)))
+    gradient = np.asarray(jax.jit(jax.grad(lambda s: loss(s)[0]))(scores.astype(np.float32)))
     step = np.zeros_like(scores)
     step[0, 2, 5] = 1e-5
     slope = (by_hand(scores + step)[0] - by_hand(scores - step)[0]) / 2e-5

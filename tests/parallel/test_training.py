@@ -16,9 +16,6 @@ from v4jax.config import Mesh
 from v4jax.train.state import Trainer
 
 STEPS = 10
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # half the time to compile
-
-
 FULL = "pod, rows split"  # this mesh trains all layer kinds, the others one CSA layer: compiling is all their time
 
 
@@ -67,7 +64,7 @@ def run(trainer: Trainer, state=None):
     rows = batches(trainer.config)
     start = jax.device_get(trainer.init() if state is None else state)
     state = jax.device_put(start, trainer.state_sharding)
-    step = trainer.step.lower(state, trainer.place(rows[0])).compile(QUICK)
+    step = trainer.step.lower(state, trainer.place(rows[0])).compile()
     first, metrics = None, []
     for batch in rows:
         state, values = step(state, trainer.place(batch))

@@ -5,18 +5,9 @@ import pytest
 
 from tests.serve import small
 from v4jax.data.tokenizer import Tokenizer
-from v4jax.serve import programs
 from v4jax.serve.engine import Engine
 
 ROOM = 64  # tokens of the reference's one shape; later tokens do not reach earlier logits
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, program in small.QUICK.items():
-            patch.setattr(programs, name, program)
-        yield
 
 
 @pytest.fixture(scope="session")

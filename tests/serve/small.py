@@ -13,7 +13,6 @@ from flax import nnx
 from v4jax import config
 from v4jax.cache.blocks import Blocks
 from v4jax.models.transformer import Transformer
-from v4jax.serve import programs
 from v4jax.serve.sampling import SamplingParams
 from v4jax.serve.scheduler import Scheduler
 
@@ -26,20 +25,6 @@ MODEL = config.Model(
 LIMITS = config.Serve(max_batch=4, max_seq_len=576, prefill_chunk=64)
 BLOCK = 256
 STEPS = 3000  # more than any run here takes
-
-
-def _quick(name, **options):
-    function = getattr(programs, name).__wrapped__
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
-
-
-# Compilation is nearly all that the tests here take, and half of it will do.
-QUICK = {
-    "prefill": _quick("prefill", static_argnums=0, donate_argnums=2),
-    "decode": _quick("decode", static_argnums=(0, 5), donate_argnums=2),
-    "draw": _quick("draw", static_argnums=(4, 5), donate_argnums=1),
-    "draft": _quick("draft", static_argnums=0, donate_argnums=(2, 3)),
-}
 
 
 def draw_model(seed: int) -> Transformer:

@@ -16,7 +16,7 @@ from v4jax.core.check import UserError
 from v4jax.models.transformer import Transformer
 from v4jax.nn.kept import Kept
 from v4jax.serve import programs
-from v4jax.serve.engine import Engine
+from v4jax.serve.engine import Engine, chunk_sizes
 from v4jax.serve.sampling import Sampled, SamplingParams
 
 RNG = np.random.default_rng(0)
@@ -89,7 +89,8 @@ def test_nothing_is_compiled_again_for_the_same_buckets(model, engine):
     """Other prompts, lengths, values of the same options, prefix hits, preemption; and another engine."""
     compiled = {name: value for name, value in vars(programs).items() if hasattr(value, "_cache_size")}
     assert {"prefill", "decode", "draw", "logits", "copy", "draft"} <= set(compiled)
-    for prompts in ([*PROMPTS, LONG[:300]], PROMPTS[:1], PROMPTS[:2]):
+    every_size = [RNG.integers(3, MODEL.vocab_size, size).tolist() for size in chunk_sizes(LIMITS.prefill_chunk)]
+    for prompts in ([*PROMPTS, LONG[:300]], PROMPTS[:1], PROMPTS[:2], every_size):
         tokens_of(engine, prompts, GREEDY)
     before = {name: program._cache_size() for name, program in compiled.items()}
     longer = SamplingParams(temperature=0.0, max_tokens=30, top_k=3)

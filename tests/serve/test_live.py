@@ -1,4 +1,7 @@
-"""Sequences whose entries live in host memory decode to the bit as if all of them were on the device."""
+"""Sequences whose entries live in host memory decode to the bit as if all of them were on the device.
+
+The programs' fusions are those that users have, for bits depend on them.
+"""
 
 import dataclasses
 
@@ -6,17 +9,30 @@ import jax
 import pytest
 
 from tests.golden import weights
-from tests.serve.companies import BASES, SAMPLED
+from tests.serve.companies import BASES, SAMPLED, crowded
 from tests.serve.small import LIMITS, MODEL, Request, drive, new_books
 from tests.serve.tiered import one_by_one, small_books, tiered
 from v4jax import config
 from v4jax.core.check import UserError
 from v4jax.nn.memory import in_host
+from v4jax.serve import programs
 from v4jax.serve.engine import Engine, check_limits
 
 LEAST = LIMITS.max_batch * MODEL.indexer.topk  # what a step may pick: nearly all of it changes all the time
 BITS = dataclasses.replace(SAMPLED, logprobs=4)
 ONE = dataclasses.replace(MODEL, schedule=("csa",), mtp_layers=0, moe=dataclasses.replace(MODEL.moe, hash_layers=0))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fused():
+    options = {"xla_cpu_use_fusion_emitters": True}
+    static = {"prefill": (0, 2), "decode": ((0, 5), 2)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, (numbers, donated) in static.items():
+            function = getattr(programs, name).__wrapped__
+            program = jax.jit(function, static_argnums=numbers, donate_argnums=donated, compiler_options=options)
+            patch.setattr(programs, name, program)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +52,15 @@ def far(layer):
 
 
 def test_every_bit_is_that_of_the_engine_with_all_on_the_device(near, far):
-    asked = [Request(BASES[0][:505], BITS), Request(BASES[1][:250], BITS, join=3)]
     before, answers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(far._live)}, []
     for engine in (near, far):
-        new_books(engine, pages=3, chunk=16)  # rows of different lengths, one of which must make room
-        answers.append(drive(engine, asked) + drive(engine, asked[:1]))  # the second time from a prefix
-        assert engine.stats()["preemptions"] > 0 and engine.stats()["hits"] > 0
+        new_books(engine, pages=2, chunk=16)
+        answers.append(drive(engine, crowded(3, sampling=BITS)))  # rows of different lengths, one must make room
+        assert engine.stats()["preemptions"] > 0
+        new_books(engine, pages=3, chunk=16)
+        for _ in range(2):  # the second time from a prefix, in pages that held something else before
+            answers[-1] += drive(engine, [Request(BASES[0][:400], BITS)])
+        assert engine.stats()["hits"] > 0
     assert answers[0] == answers[1]
     leaves, stats = jax.tree.leaves(far._live), far.stats()
     here = [leaf for leaf in leaves if not in_host(leaf)]
@@ -60,7 +79,7 @@ def test_blocks_that_return_from_lower_tiers_are_not_taken_for_what_lay_there_be
     chats = [Request(base[:length], BITS) for length in (300, 270) for base in BASES] * 2
     small_books(near, chunk=16)
     expected = one_by_one(near, chats)
-    with tiered(layer, host=1 << 20, layout="fp8_fp4", hot=LEAST, chunk=16) as engine:
+    with tiered(layer, host=1 << 30, layout="fp8_fp4", hot=LEAST, chunk=16) as engine:
         assert one_by_one(engine, chats) == expected
         assert engine.stats()["restored_blocks"] > 0
 

@@ -41,18 +41,6 @@ PROMPTS = np.random.default_rng(9).integers(3, MODEL.vocab_size, (4, 2 * BLOCK +
 CHATS = [Request(prompt, SAMPLING) for prompt in PROMPTS]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_copies(quick):
-    """As `quick`, for the programs that copy."""
-    with pytest.MonkeyPatch.context() as patch:
-        options = {"xla_backend_optimization_level": 0}
-        for name, donated in (("take", ()), ("give", 0)):
-            function = getattr(parking, name).__wrapped__
-            program = jax.jit(function, static_argnums=(1, 2), donate_argnums=donated, compiler_options=options)
-            patch.setattr(parking, name, program)
-        yield
-
-
 @pytest.fixture(scope="module")
 def solo(plain):
     return Solo(plain)

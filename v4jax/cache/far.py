@@ -19,7 +19,7 @@ from v4jax.cache.entries import zeros
 from v4jax.core.check import UserError
 from v4jax.nn.hot import Hot, new_hot
 from v4jax.nn.kept import Pool
-from v4jax.nn.memory import HOST, get, on_host
+from v4jax.nn.memory import get, on_host
 from v4jax.nn.state import pytree
 
 _WORD = 4

@@ -23,8 +23,10 @@ from v4jax.checkpoint.tensors import LazyTensors
 from v4jax.config import Config, Model
 from v4jax.core import dtypes
 from v4jax.core.check import UserError
+from v4jax.core.qtensor import QTensor
 from v4jax.models import hf_config
 from v4jax.models.layout import Stack
+from v4jax.models.quantised import quantise_weight
 from v4jax.models.transformer import Transformer
 
 # (letters of the axes, such as "EDUF", shape) -> where an array goes. The axis of stacked layers is called "*".
@@ -32,21 +34,27 @@ Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
 def load(
-    path: str | os.PathLike, dtype: str | None = None, scan: bool = False, placement: Placement | None = None
+    path: str | os.PathLike,
+    dtype: str | None = None,
+    scan: bool = False,
+    placement: Placement | None = None,
+    precision: str = "model",
 ) -> Transformer:
     """The model of a Hugging Face directory, a v4jax directory, or a run's workdir (its newest checkpoint).
 
     dtype: "float32" or "bfloat16" for the matrices and the activations; None keeps the stored types. scan: hold
     repeated layers stacked (see models/layout.py). placement: the sharding of each array; of sharded ones only the
-    local shards are read. Arrays are read one after another, so the host holds one of them beside the model. Raises
-    UserError.
+    local shards are read. precision: "fp8" quantises each large matrix as it comes (models/quantised.py), for
+    inference; such a model cannot be saved. Arrays are read one after another, so the host holds one of them beside
+    the model. Raises UserError.
     """
     config, tensors = open_checkpoint(path, dtype)
     graphdef, state, runs = _structure(config.model, scan)
     filled = {}
     for place, variable, names, stacked in _arrays(state, runs):
         letters = "*" * stacked + variable.letters
-        filled[place] = variable.replace(_device_array(tensors, names, stacked, letters, placement))
+        array = _device_array(tensors, names, stacked, letters, placement)
+        filled[place] = variable.replace(quantise_weight(names[0], letters, array) if precision == "fp8" else array)
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
@@ -114,6 +122,8 @@ class ModelTensors(LazyTensors):
         super().__init__(mapping.tensors(model.config))
         self._arrays = {}
         for _, variable, names, stacked in _arrays(nnx.state(model), model.runs):
+            if isinstance(variable[...], QTensor):
+                raise UserError("a model with precision fp8 cannot be saved; load it again without, and save that")
             for repeat, name in enumerate(names):
                 self._arrays[name] = variable[...], repeat if stacked else None
 

@@ -6,6 +6,8 @@ the scales: e8m0 bytes, byte b stands for 2^(b - 127). The formats round exactly
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +53,7 @@ def dequantise(
     The group size follows from the shapes. impl: "cast" converts by the compiler's own types, "bits" by integer
     operations, which XLA:CPU does up to five times faster; None takes "bits" on CPU and "cast" elsewhere.
     """
-    bits = (impl or ("bits" if jax.default_backend() == "cpu" else "cast")) == "bits"
+    bits = (impl or _impl()) == "bits"
     if format == "fp8":
         x = _e4m3_by_bits(values) if bits else jax.lax.bitcast_convert_type(values, jnp.float8_e4m3fn)
     else:
@@ -60,6 +62,56 @@ def dequantise(
     x = x * jax.lax.bitcast_convert_type(scales, jnp.float8_e8m0fnu).astype(jnp.float32)[..., None]
     x = _narrow(x) if bits and dtype == jnp.bfloat16 else x.astype(dtype)
     return x.reshape(*scales.shape[:-1], -1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """A weight in e4m3: `values`, uint8 of the weight's shape, and `scales`, uint8 e8m0, one a block of the shape
+    that the two shapes imply. It stands where an array stood, as far as products and picking an expert need."""
+
+    values: jax.Array
+    scales: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def __getitem__(self, index) -> QTensor:
+        """Along leading axes that no block spans, such as experts."""
+        return self if index is Ellipsis else QTensor(self.values[index], self.scales[index])
+
+    def astype(self, dtype) -> jax.Array:
+        """The numbers, exact in float32 and bfloat16."""
+        bits = _impl() == "bits"
+        x = _e4m3_by_bits(self.values) if bits else jax.lax.bitcast_convert_type(self.values, jnp.float8_e4m3fn)
+        pairs = zip(self.scales.shape, self.shape, strict=True)
+        split = [part for blocks, size in pairs for part in (blocks, size // blocks)]
+        scales = jax.lax.bitcast_convert_type(self.scales, jnp.float8_e8m0fnu).astype(jnp.float32)
+        x = x.astype(jnp.float32).reshape(split) * jnp.expand_dims(scales, range(1, 2 * scales.ndim, 2))
+        x = x.reshape(self.shape)
+        return _narrow(x) if bits and dtype == jnp.bfloat16 else x.astype(dtype)
+
+
+def quantise_blocks(x: jax.Array, axes: tuple[int, int], most: int = 128) -> QTensor:
+    """A weight in e4m3 with a power-of-two scale a block of at most `most` x `most` along two axes (spec 8.1).
+
+    Numbers that such a block held once come back unchanged. Raises nothing: sizes are cut into equal groups.
+    """
+    blocked = {axis % x.ndim for axis in axes}
+    sizes = [group_size(n, most) if axis in blocked else 1 for axis, n in enumerate(x.shape)]
+    split = [part for n, size in zip(x.shape, sizes, strict=True) for part in (n // size, size)]
+    inner = tuple(range(1, 2 * x.ndim, 2))
+    x_split = x.astype(jnp.float32).reshape(split)
+    highest, floor = _RANGE["fp8"]
+    scales = _scale_bytes(jnp.maximum(jnp.abs(x_split).max(inner, keepdims=True), floor), highest)
+    inverse = jax.lax.bitcast_convert_type((254 - scales.astype(jnp.int32)) << 23, jnp.float32)
+    values = jnp.clip(x_split * inverse, -highest, highest).astype(jnp.float8_e4m3fn).reshape(x.shape)
+    return QTensor(jax.lax.bitcast_convert_type(values, jnp.uint8), scales.reshape(split[::2]))
+
+
+def _impl() -> str:
+    return "bits" if jax.default_backend() == "cpu" else "cast"
 
 
 def _scale_bytes(amax: jax.Array, most: float) -> jax.Array:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -66,8 +67,8 @@ class Plain(Pool):
 @pytree
 class New:
     """Entries on their way to host memory: rows of a pool [B, C, ...], at page_BC and slot_BC in it (out of range: not
-    complete), and index_BC in their row. They are written there when the layer is done, since XLA:TPU would bring all of
-    an array to the device that is written by the host and then read again by the same program."""
+    complete), and index_BC in their row. They are written there when the layer is done, since XLA:TPU would bring all
+    of an array to the device that is written by the host and then read by the same program."""
 
     rows: Pool
     page_BC: jax.Array
@@ -77,8 +78,8 @@ class New:
     def at(self, index: jax.Array, pages: int) -> tuple[jax.Array, jax.Array]:
         """(whether entries index [B, ...] are among these, their numbers here)."""
         wide = lambda a: a.reshape(-1, *[1] * (index.ndim - 1))
-        number = index - wide(self.index_BC[:, 0])
-        inside, number = (number >= 0) & (number < self.page_BC.shape[1]), jnp.clip(number, 0, self.page_BC.shape[1] - 1)
+        number, count = index - wide(self.index_BC[:, 0]), self.page_BC.shape[1]
+        inside, number = (number >= 0) & (number < count), jnp.clip(number, 0, count - 1)
         return inside & (self.page_BC[wide(jnp.arange(index.shape[0])), number] < pages), number
 
 
@@ -155,8 +156,8 @@ class Kept:
 
     ring_ZSH: for each record the last `window` rows (and a few more, so that speculation can go back), token t in slot
     t mod size. tails: per compressor the projected rows of the last one (HCA) or two (CSA) windows, and a few more,
-    float32 [records, size, W], token t in slot t mod size. main, index: pools of entries and indexer keys. hot: where `main` lies in host memory, copies of it;
-    new: what is to be written there, None between calls.
+    float32 [records, size, W], token t in slot t mod size. main, index: pools of entries and indexer keys. hot: where
+    `main` lies in host memory, copies of it; new: what is to be written there, None between calls.
     """
 
     ring_ZSH: jax.Array
@@ -225,13 +226,16 @@ class Kept:
             main, index = _in_place(write, (self.main, self.index), windows.complete_BC.any())
             return dataclasses.replace(self, main=main, index=index)
         old_BC = self.hot.found(page_BC, slot_BC)
+        rows = jax.eval_shape(self.main.encoded, kv_BCH)
+        rows = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), rows)
 
-        def forget(pools):
-            index, hot = pools
-            return index.write(page_BC, slot_BC, index_BCL), hot.without(page_BC, slot_BC, old_BC)
+        def forget(pools):  # encoded here as there, for the same bits: what is fused with what decides them
+            index, hot, _ = pools
+            index, hot = index.write(page_BC, slot_BC, index_BCL), hot.without(page_BC, slot_BC, old_BC)
+            return index, hot, self.main.encoded(kv_BCH)
 
-        index, hot = _in_place(forget, (self.index, self.hot), windows.complete_BC.any())
-        new = New(self.main.encoded(kv_BCH), page_BC, slot_BC, windows.index_BC)
+        index, hot, rows = _in_place(forget, (self.index, self.hot, rows), windows.complete_BC.any())
+        new = New(rows, page_BC, slot_BC, windows.index_BC)
         return dataclasses.replace(self, index=index, hot=hot, new=new)
 
     def view(self, chunk: Chunk, dtype: jnp.dtype, times: int = 1) -> Paged | None:
@@ -265,7 +269,7 @@ class Kept:
         if self.new is None:
             return self
         # Written when all has been read, or the compiler would keep a copy of what is read.
-        new, _ = jax.lax.optimization_barrier((self.new, done))
+        new, _ = jax.lax.optimization_barrier((self.new, done[(0,) * done.ndim]))
         write = lambda main: jax.tree.map(lambda a, rows: put(a, rows, new.page_BC, new.slot_BC), main, new.rows)
         main = _in_place(write, self.main, (new.page_BC < self.main.shape[0]).any())
         return dataclasses.replace(self, main=main, new=None)

@@ -20,5 +20,5 @@ def constant(letters: str, value: jax.Array) -> nnx.Param:
 
 
 def project(spec: str, x: jax.Array, w: nnx.Param, dtype: jnp.dtype) -> jax.Array:
-    """`einsum(spec, x, w)` computed and returned in `dtype`; letters follow the alphabet."""
+    """`einsum(spec, x, w)` computed and returned in `dtype`; letters follow the alphabet. w may hold a QTensor."""
     return jnp.einsum(spec, x.astype(dtype), w[...].astype(dtype))

@@ -19,21 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
 
 from v4jax import config
 from v4jax.cache import prefix
 from v4jax.cache.blocks import Blocks
-from v4jax.cache.entries import new_pool
-from v4jax.cache.far import new_far
 from v4jax.cache.spec import Layout
 from v4jax.core.check import UserError
+from v4jax.models.quantised import quantise
 from v4jax.models.transformer import Transformer
-from v4jax.nn.csa import picks
-from v4jax.nn.hot import counted
-from v4jax.nn.kept import Kept, new_kept
-from v4jax.nn.memory import in_host
-from v4jax.serve import parking, programs
+from v4jax.serve import live, parking, programs
 from v4jax.serve.programs import Heads, Live
 from v4jax.serve.sampling import Sampled, SamplingParams, batch_options
 from v4jax.serve.scheduler import Scheduler
@@ -41,6 +35,7 @@ from v4jax.serve.sequence import Plan, Sequence, State
 
 _ENDED = (State.FINISHED, State.CANCELLED, State.FAILED)
 _LEAST_CHUNK = 16  # tokens
+_PRECISIONS = ("model", "fp8")
 _log = logging.getLogger(__name__)
 
 _NOT_FINITE = Sampled(np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))  # what a chunk that is not draws
@@ -73,6 +68,8 @@ class Engine:
         check_limits(self.model, limits, cache)
         if any(run.repeats > 1 for run in model.runs):
             raise UserError("the engine cannot run layers that are held stacked; load the model with scan=False")
+        if limits.precision == "fp8":
+            model = quantise(model)
         graphdef, variables = nnx.split(model)
         # A flat list of arrays, because JAX walks lists natively and nnx's trees in Python, every step.
         self._weights, tree = jax.tree.flatten(variables)
@@ -96,7 +93,8 @@ class Engine:
                 *(f"{n:,}" for n in ((pages - 1) * block, pages * self.layout.host_page_bytes, cache.hot)),
             )
         heads = Heads(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
-        self._live, self._heads = self._committed((self._live, heads))
+        state = (self._live, heads)
+        self._live, self._heads = live.committed(state) if cache.hot else state
         self._tables = np.full((slots + 1, self._table_width), -1, np.int32)
         self._device_tables = jax.device_put(self._tables.copy())
         self._sampling: dict[Hashable, SamplingParams] = {}
@@ -116,23 +114,14 @@ class Engine:
         if cache.device < least:
             raise UserError(
                 f"a cache of {cache.device:,} bytes on the device is too small: {records} records, one block of "
-                f"{block} tokens and the hot entries take {least:,}; give it more, or lower max_batch, the cache's records or hot"
+                f"{block} tokens and the hot entries take {least:,}; give it more, or lower max_batch, records or hot"
             )
         return self.layout.pages_for(cache.device - fixed)
 
     def _allocate(self, model: Transformer, pages: int, records: int, slack: int) -> Live:
-        one = lambda kind: new_layer(self.layout, kind, pages, records, slack)
+        one = lambda kind: live.new_layer(self.layout, kind, pages, records, slack)
         layers = [[one(kind) for kind, _ in run.kinds] for run in model.runs]
         return Live(layers, one("swa") if self.limits.speculative_tokens else None)
-
-    def _committed(self, tree):
-        """Bound to the device whose host memory holds entries, as what programs return will be: else each program would
-        be compiled again for its own results."""
-        if not self.layout.hot:
-            return tree
-        [device] = jax.tree.leaves(self._live)[0].devices()
-        here = SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
-        return jax.tree.map(lambda a: a if in_host(a) else jax.device_put(a, here), tree)
 
     def _digest(self, variables) -> bytes:
         """Seed of the names of blocks: all that their contents depend on besides the tokens."""
@@ -312,37 +301,9 @@ class Engine:
             self._live = programs.wipe(self._live, *jax.device_put((np.int32(slot), pages)))
 
     def stats(self) -> dict[str, float]:
-        """Counts of sequences, pages and prefix hits, and of the tiers; `kv_bytes`: of all arrays of the cache on the
-        device, `kv_host_bytes`: of those that live in host memory."""
-        held = {False: 0, True: 0}
-        for array in jax.tree.leaves(self._live):
-            held[in_host(array)] += array.nbytes
+        """Counts of sequences, pages and prefix hits, of the cache's bytes (`live.stats`), and of the tiers."""
         below = {} if self.parking is None else self.parking.stats()
-        return self.scheduler.stats() | {"kv_bytes": held[False], "kv_host_bytes": held[True]} | self._hot() | below
-
-    def _hot(self) -> dict[str, float]:
-        """Picks of decode steps, over the layers with entries in host memory: found on the device, and fetched."""
-        if not self.layout.hot:
-            return {}
-        kept = [one for one in jax.tree.leaves(self._live, is_leaf=lambda a: isinstance(a, Kept)) if one.hot]
-        hits, misses = sum(counted(n) for n in jax.device_get([one.hot.count_5 for one in kept])).tolist()
-        return {
-            "hot_hits": hits, "hot_misses": misses, "hot_hit_rate": hits / max(hits + misses, 1),
-            "hot_fetched_bytes": misses * kept[0].main.row_bytes,
-        }  # fmt: skip
-
-
-def new_layer(layout: Layout, kind: str, pages: int, records: int, slack: int = 0) -> Kept:
-    """Empty state of one layer of this kind. Raises UserError as `new_far` does."""
-    model, far = layout.model, layout.hot and kind == "csa"
-    size = (pages, layout.entries(kind), layout.name) if kind != "swa" else ()
-    pool = lambda part: None if far and part == "main" else new_pool(model, part, *size)
-    kept = new_kept(model, kind, records, pool, jnp.dtype(model.dtype), slack)
-    if not far:
-        return kept
-    [device] = kept.ring_ZSH.devices()
-    main, hot = new_far(model, *size, layout.hot, device)
-    return dataclasses.replace(kept, main=main, hot=hot)
+        return self.scheduler.stats() | live.stats(self._live) | below
 
 
 def chunk_sizes(longest: int) -> list[int]:
@@ -363,6 +324,8 @@ def check_limits(model: config.Model, limits: config.Serve, cache: config.Cache)
             raise UserError(f"{name} must be at least 1, got {getattr(limits, name)}")
     if limits.max_seq_len > model.max_positions:
         raise UserError(f"max_seq_len {limits.max_seq_len} exceeds the {model.max_positions} positions of the model")
+    if limits.precision not in _PRECISIONS:
+        raise UserError(f"unknown precision {limits.precision!r}; one of {', '.join(_PRECISIONS)}")
     if limits.speculative_tokens < 0 or cache.tokens < 0 or cache.records < 0 or cache.record_every < 0:
         raise UserError("speculative_tokens, cache tokens, records and record_every must be at least 0")
     if limits.speculative_tokens and not model.mtp_layers:
@@ -370,27 +333,4 @@ def check_limits(model: config.Model, limits: config.Serve, cache: config.Cache)
     if limits.speculative_tokens and limits.batch_invariant:
         raise UserError("batch_invariant and speculative_tokens exclude each other: drafts change the shapes computed")
     parking.check(cache)
-    _check_hot(model, limits, cache)
-
-
-def _check_hot(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
-    """Raise UserError if entries cannot live in host memory, or if that would be of no use."""
-    if cache.hot < 0:
-        raise UserError(f"cache hot must be at least 0 entries, got {cache.hot}")
-    if not cache.hot:
-        return
-    if "csa" not in model.schedule:
-        raise UserError("cache hot is for the picked entries of csa layers, and this model has none: set it to 0")
-    rows, queries, k = 1 if limits.batch_invariant else limits.max_batch, 1 + limits.speculative_tokens, model.indexer.topk
-    if cache.hot < rows * queries * k:
-        raise UserError(
-            f"cache hot of {cache.hot} entries is less than a step may pick: {rows} sequences x {queries} tokens x topk "
-            f"{k}; give at least {rows * queries * k}, or lower max_batch"
-        )
-    layout = Layout(model, cache.layout, cache.block)
-    blocks = -(-(limits.max_seq_len + limits.speculative_tokens) // layout.block)
-    if not picks(blocks * layout.entries("csa"), k, queries):
-        raise UserError(
-            f"cache hot is of no use with max_seq_len {limits.max_seq_len}, where each step reads all entries of a row: "
-            "set it to 0"
-        )
+    live.check(model, limits, cache)

@@ -47,8 +47,8 @@ class LLM:
     model: a directory (a run, an orbax checkpoint or Hugging Face weights) or a Transformer. tokenizer: a Tokenizer or
     its path; by default the directory's own; without one, prompts must be token ids. dtype: "float32" or "bfloat16",
     for a directory only. cache: a CacheConfig. Other options are fields of `config.Serve`: max_batch, max_seq_len
-    (prompt and new tokens), prefill_chunk, speculative_tokens, batch_invariant. What is not given comes from the
-    checkpoint's config. Raises UserError.
+    (prompt and new tokens), prefill_chunk, speculative_tokens, batch_invariant, precision ("fp8": the large matrices
+    in 8 bits). What is not given comes from the checkpoint's config. Raises UserError.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LLM:
         serve, cache = _limits(stored, limits), cache or stored.cache
         check_limits(stored.model, serve, cache)
         if not isinstance(model, Transformer):  # last: reading weights may take minutes
-            model = checkpoint.load(model, dtype=dtype)
+            model = checkpoint.load(model, dtype=dtype, precision=serve.precision)
         self.tokenizer, self.engine = tokenizer, Engine(model, serve, cache)
         self._ends = tokenizer or model.config  # who knows the ids of bos and eos
         self._count, self._running = itertools.count(), {}
@@ -109,9 +109,11 @@ class LLM:
     def stats(self) -> dict[str, float]:
         """What the engine counts: sequences waiting and running, pages and records, prefix hits, bytes of the cache.
 
-        With CSA entries in host memory (`cache.hot`) also hot_hits and hot_misses: picks of decode steps that were on the
-        device and that were fetched, over the layers; their share hot_hit_rate, and hot_fetched_bytes; kv_bytes is what
-        is on the device, kv_host_bytes the rest. With tiers on host and disk also, as host_* and disk_*: blocks, records and bytes there, hits and misses of
+        With CSA entries in host memory (`cache.hot`) also hot_hits and hot_misses: picks of decode steps that were on
+        the device and that were fetched, over the layers; their share hot_hit_rate, and hot_fetched_bytes. kv_bytes is
+        what is on the device, kv_host_bytes the rest.
+
+        With tiers on host and disk also, as host_* and disk_*: blocks, records and bytes there, hits and misses of
         both, bytes moved, evictions, corrupt records, errors, the state of the breaker; and what is queued between
         them.
         """

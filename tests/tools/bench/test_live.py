@@ -6,7 +6,6 @@ from tests.golden import weights
 from tests.serve import small
 from v4jax import config
 from v4jax.core.check import UserError
-from v4jax.serve import programs
 from v4jax.tools import bench
 from v4jax.tools.bench import live
 
@@ -17,7 +16,6 @@ CONFIG = config.Config(name="tiny", model=MODEL)
 
 
 def test_the_suite_measures_what_it_says(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(programs, "decode", small.QUICK["decode"])
     monkeypatch.setattr(live, "load", lambda name: CONFIG)
     monkeypatch.setattr(live, "LENGTHS", (2048, 4096))
     monkeypatch.setattr(live, "SLOTS", 16)

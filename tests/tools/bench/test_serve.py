@@ -3,14 +3,12 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from tests.golden import weights
 from v4jax.config import Cache, Config, Indexer, Moe, Serve
 from v4jax.core.check import UserError
-from v4jax.serve import programs
 from v4jax.tools import bench
 from v4jax.tools.bench import serve
 
@@ -24,15 +22,10 @@ SIZES = {"MANY": 6, "PROMPT": 10, "NEW": 6, "BURST": 24, "BURST_NEW": 6, "SHARED
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Compilation is nearly all there is: half of it will do, and weights are drawn by numpy."""
+    """Small sizes, and weights drawn by numpy: JAX would compile a program a shape to draw them."""
     for name, size in SIZES.items():
         monkeypatch.setattr(serve, name, size)
     monkeypatch.setattr(serve, "_random", lambda model: weights.build(model, weights.random_flat(model, 0)))
-    options = {"xla_backend_optimization_level": 0}
-    for name, static in (("decode", (0, 5)), ("prefill", 0)):
-        function = getattr(programs, name).__wrapped__
-        program = jax.jit(function, static_argnums=static, donate_argnums=2, compiler_options=options)
-        monkeypatch.setattr(programs, name, program)
 
 
 def test_one_many_and_a_burst(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import jax
 
+from v4jax.core.qtensor import QTensor
 from v4jax.kernels.experts import blocks, ragged, ref
 from v4jax.kernels.experts.activation import swiglu
 from v4jax.kernels.select import select
@@ -14,8 +15,8 @@ def experts(
     x_BD: jax.Array,
     picks_BK: jax.Array,
     weights_BK: jax.Array,
-    gate_up_EDUF: jax.Array,
-    down_EFD: jax.Array,
+    gate_up_EDUF: jax.Array | QTensor,
+    down_EFD: jax.Array | QTensor,
     *,
     limit: float,
     impl: str | None = None,
@@ -29,8 +30,11 @@ def experts(
       gate_up_EDUF: both first matrices, gate first.
       down_EFD: second matrix.
       limit: clamp of the SwiGLU.
-      impl: "ref", "blocks", "ragged", or None for the backend's best.
+      impl: "ref", "blocks", "ragged", or None for the backend's best; "blocks" where the weights are in 8 bits, because
+        it widens one expert at a time and never all of them.
     """
+    if impl is None and isinstance(gate_up_EDUF, QTensor):
+        impl = "blocks"
     return _IMPLEMENTATIONS[select(impl, _IMPLEMENTATIONS, _BEST, portable="ragged")](
         x_BD, picks_BK, weights_BK, gate_up_EDUF, down_EFD, limit=limit
     )

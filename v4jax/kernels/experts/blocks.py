@@ -27,9 +27,9 @@ def _single(x_1D, picks_1K, weights_1K, gate_up_EDUF, down_EFD, limit):
 
     def one(pick):
         expert, weight = pick
-        gate_up = _dot("RD,DG->RG", x_1D, gate_up_EDUF[expert].reshape(D, 2 * F))
+        gate_up = _dot("RD,DG->RG", x_1D, _matrix(gate_up_EDUF, expert, x_1D).reshape(D, 2 * F))
         h = (swiglu(gate_up.reshape(1, 2, F), limit) * weight).astype(x_1D.dtype)
-        return _dot("RF,FD->RD", h, down_EFD[expert])
+        return _dot("RF,FD->RD", h, _matrix(down_EFD, expert, x_1D))
 
     return jax.lax.map(one, (picks_1K[0], weights_1K[0])).sum(0)
 
@@ -68,8 +68,13 @@ def _slots(x_BD, weights_BK, plan):
     return x, w
 
 
+def _matrix(w_E, expert, like):
+    """One expert's matrix in the type of `like`."""
+    return w_E[expert].astype(like.dtype)
+
+
 def _dot(spec, a, b):
-    return jnp.einsum(spec, a, b.astype(a.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -86,9 +91,9 @@ def _forward(x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, limit):
         gate_up_all, y_all = carry
         rows = lambda a: jax.lax.dynamic_slice_in_dim(a, i * size, size)
         e = expert_of_block[i]
-        gate_up = _dot("RD,DG->RG", rows(x), gate_up_EDUF[e].reshape(D, 2 * F))
+        gate_up = _dot("RD,DG->RG", rows(x), _matrix(gate_up_EDUF, e, x).reshape(D, 2 * F))
         h = (swiglu(gate_up.reshape(size, 2, F), limit) * rows(w)[:, None]).astype(x.dtype)
-        y = _dot("RF,FD->RD", h, down_EFD[e])
+        y = _dot("RF,FD->RD", h, _matrix(down_EFD, e, x))
         put = lambda a, v: jax.lax.dynamic_update_slice_in_dim(a, v, i * size, axis=0)
         return put(gate_up_all, gate_up), put(y_all, y)
 
@@ -113,10 +118,10 @@ def _backward(limit, saved, dout_BD):
         rows = lambda a: jax.lax.dynamic_slice_in_dim(a, i * size, size)
         e = expert_of_block[i]
         h, pull = jax.vjp(lambda g: swiglu(g.reshape(size, 2, F), limit), rows(gate_up))
-        dh = _dot("RD,FD->RF", rows(dy), down_EFD[e])
+        dh = _dot("RD,FD->RF", rows(dy), _matrix(down_EFD, e, x))
         (dg,) = pull(dh * rows(w)[:, None])
         dg = dg.astype(x.dtype)
-        dx = _dot("RG,DG->RD", dg, gate_up_EDUF[e].reshape(D, 2 * F))
+        dx = _dot("RG,DG->RD", dg, _matrix(gate_up_EDUF, e, x).reshape(D, 2 * F))
         weighted = (h * rows(w)[:, None]).astype(x.dtype)
         dgate_up = dgate_up.at[e].add(_dot("RD,RG->DG", rows(x), dg))
         ddown = ddown.at[e].add(_dot("RF,RD->FD", weighted, rows(dy)))

@@ -23,6 +23,7 @@ from v4jax.cache.spec import Layout
 from v4jax.config import Config, Model
 from v4jax.core.check import UserError
 from v4jax.core.tables import print_table
+from v4jax.models.quantised import quantise
 from v4jax.models.transformer import Transformer
 from v4jax.nn.kept import Kept, Pool, new_kept
 from v4jax.serve import programs
@@ -34,11 +35,12 @@ ARMS = {
     "A0": ("dense", "bf16"), "A1": ("sparse", "bf16"), "A2": ("dense", "fp8"), "A3": ("sparse", "fp8"),
     "A3'": ("sparse", "fp8"),
 }  # fmt: skip
+WEIGHTS = {"A4": ("sparse", "fp8")}  # with serve.precision=fp8: A3 with weights in 8 bits too
 CONTEXTS = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
 STEPS = 16  # decode steps of a measurement, the last ones of the context
 _ARM, _CONTROL, _TOLERANCE = "A3", "A3'", 0.05
-_SPEEDUPS = (("A3", "A0"), ("A1", "A0"), ("A2", "A0"), ("A3", "A1"))
-_QUALITY = (("A3", "A1"), ("A2", "A0"))  # pairs that differ in the layout alone
+_SPEEDUPS = (("A3", "A0"), ("A1", "A0"), ("A2", "A0"), ("A3", "A1"), ("A4", "A3"))
+_QUALITY = (("A3", "A1"), ("A2", "A0"), ("A4", "A3"))  # pairs that differ in the layout, or the weights, alone
 _GROWTH_FROM = 4096
 _AT_ONCE = 64  # pages filled at once
 _RECORD = 1  # of the one row; record 0 is the engine's for rows of padding
@@ -53,7 +55,7 @@ def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS, plot: s
     model = dataclasses.replace(config.model, mtp_layers=0, kv_qdq=False)
     contexts = _checked(model, contexts)
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
-    arms = _arms(model, max(contexts))
+    arms = _arms(model, max(contexts), config.serve.precision)
     tokens = np.random.default_rng(0).integers(2, model.vocab_size, STEPS + 1)
     cells, quality = {}, {}
     for context in contexts:
@@ -139,16 +141,23 @@ def _random(model: Model) -> Transformer:
     return Transformer(model, nnx.Rngs(0))
 
 
-def _arms(model: Model, tokens: int) -> dict[str, _Arm]:
+def _arms(model: Model, tokens: int, precision: str) -> dict[str, _Arm]:
     everything = dataclasses.replace(model.indexer, topk=model.max_positions)
     kinds = {"sparse": model, "dense": dataclasses.replace(model, indexer=everything)}
-    weights = jax.tree.leaves(nnx.split(_random(model))[1])
+    transformer = _random(model)
+    weights = jax.tree.leaves(nnx.split(transformer)[1])
     structures = {}
     for kind, each in kinds.items():
         graphdef, variables = nnx.split(nnx.eval_shape(lambda each=each: Transformer(each, nnx.Rngs(0))))
         structures[kind] = programs.structure(graphdef, jax.tree.structure(variables))
     caches = {layout: _Cache(model, layout, tokens) for layout in dict.fromkeys(layout for _, layout in ARMS.values())}
-    return {name: _Arm(structures[kind], weights, caches[layout]) for name, (kind, layout) in ARMS.items()}
+    arms = {name: _Arm(structures[kind], weights, caches[layout]) for name, (kind, layout) in ARMS.items()}
+    if precision == "fp8":
+        graphdef, variables = nnx.split(quantise(transformer))
+        weights, tree = jax.tree.flatten(variables)
+        structure = programs.structure(graphdef, tree)
+        arms |= {name: _Arm(structure, weights, caches[layout]) for name, (_, layout) in WEIGHTS.items()}
+    return arms
 
 
 def _heads(token: int, position: int) -> Heads:
@@ -174,10 +183,11 @@ def fit(contexts: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
 
 def _quality(arms: dict[str, _Arm], heads: list[Heads]) -> dict[tuple[str, str], tuple[float, float]]:
     """Mean KL over the steps, in nats, from the second of each pair to the first, and the share of equal tokens."""
-    out, names = {}, dict.fromkeys(name for pair in _QUALITY for name in pair)
+    pairs = [pair for pair in _QUALITY if {*pair} <= {*arms}]
+    out, names = {}, dict.fromkeys(name for pair in pairs for name in pair)
     read = lambda name: [jax.nn.log_softmax(arms[name]._step(each)[0]) for each in heads]
     log_p = {name: np.concatenate(read(name)) for name in names}
-    for one, other in _QUALITY:
+    for one, other in pairs:
         kl = np.sum(np.exp(log_p[other]) * (log_p[other] - log_p[one]), axis=-1)
         out[one, other] = float(kl.mean()), float(np.mean(log_p[one].argmax(-1) == log_p[other].argmax(-1)))
     return out
@@ -190,28 +200,29 @@ def _report(
     middle = {cell: statistics.median(values) for cell, values in ms.items()}
     bounds = {cell: interval(values) for cell, values in ms.items()}
     at = {"config": name, "concurrency": 1}
-    records, rows = [], []
+    records, rows, arms = [], [], _measured(middle)
+    speedups, pairs = ([pair for pair in all if {*pair} <= {*arms}] for all in (_SPEEDUPS, _QUALITY))
     for context in contexts:
         row = [f"{context:,}"]
-        for arm, (_, layout) in ARMS.items():
+        for arm, (_, layout) in arms.items():
             low, high = bounds[context, arm]
             row.append(f"{middle[context, arm]:.2f} [{low:.2f}, {high:.2f}]")
             where = at | {"arm": arm, "context": context, "precision": layout, "low": low, "high": high, "load": load}
             records.append(record("decode", "decode_time", ms[context, arm], "ms", **where))
-        for fast, slow in _SPEEDUPS:
+        for fast, slow in speedups:
             ratios = _ratios(ms, context, fast, slow)
             (low, high), where = interval(ratios), at | {"arm": f"{fast}/{slow}", "context": context}
             row.append(f"{statistics.median(ratios):.2f}x")
             records.append(record("decode", "decode_speedup", ratios, "ratio", low=low, high=high, **where))
-        for one, other in _QUALITY:
+        for one, other in pairs:
             (kl, same), where = quality[context][one, other], at | {"arm": f"{one}/{other}", "context": context}
             row.append(f"{kl:.1e}, {same:.0%}")
             records.append(record("decode", "decode_kl", [kl], "nats", **where))
             records.append(record("decode", "decode_same_token", [same], "share", **where))
         rows.append(row)
     title = f"{name}: ms a decode step of one sequence [95% interval], ratios of speed, and what FP8 changes"
-    header = [f"KL, same token: {one} to {other}" for one, other in _QUALITY]
-    print_table(title, ["context", *ARMS, *map("/".join, _SPEEDUPS), *header], rows)
+    header = [f"KL, same token: {one} to {other}" for one, other in pairs]
+    print_table(title, ["context", *arms, *map("/".join, speedups), *header], rows)
     records += _trend(contexts, middle, at)
     print(f"dense: every compressed entry, sparse: the top {model.indexer.topk}; {model.dtype} products; "
           f"medians of {len(next(iter(ms.values())))} x {STEPS} steps, arms in turn; {os.cpu_count()} CPU threads, "
@@ -224,6 +235,11 @@ def _report(
     return records
 
 
+def _measured(middle) -> dict[str, tuple[str, str]]:
+    """The arms that `middle` (context, arm) has times of."""
+    return {name: kind for name, kind in (ARMS | WEIGHTS).items() if any(arm == name for _, arm in middle)}
+
+
 def _ratios(ms, context: int, fast: str, slow: str) -> list[float]:
     """Speed of arm `fast` by that of `slow`, round by round."""
     return [b / a for a, b in zip(ms[context, fast], ms[context, slow], strict=True)]
@@ -233,7 +249,7 @@ def _trend(contexts: list[int], middle, at) -> list[dict]:
     """How each arm's time grows."""
     rows, records, last = [], [], contexts[-1]
     first = _GROWTH_FROM if _GROWTH_FROM in contexts else contexts[0]
-    for arm, (kind, layout) in ARMS.items():
+    for arm, (kind, layout) in _measured(middle).items():
         where = at | {"arm": arm, "precision": layout}
         growth = middle[last, arm] / middle[first, arm]
         records.append(record("decode", "decode_growth", [growth], "ratio", context=last, base=first, **where))
@@ -267,14 +283,16 @@ def _plot(path: str, name: str, contexts: list[int], middle, bounds) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     colors, styles = {"dense": "tab:orange", "sparse": "tab:blue"}, {"bf16": "o--", "fp8": "s-"}
-    for arm, (kind, layout) in ARMS.items():
+    for arm, (kind, layout) in _measured(middle).items():
         if arm == _CONTROL:
             continue
         times = np.array([middle[context, arm] for context in contexts])
         ends = np.array([bounds[context, arm] for context in contexts]).T
         bars = np.abs(ends - times)
         label = f"{arm}: {kind}, {layout}"
-        axes.errorbar(contexts, times, yerr=bars, fmt=styles[layout], color=colors[kind], capsize=3, label=label)
+        color = "tab:green" if arm in WEIGHTS else colors[kind]
+        label += ", weights too" * (arm in WEIGHTS)
+        axes.errorbar(contexts, times, yerr=bars, fmt=styles[layout], color=color, capsize=3, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(contexts, [_short(context) for context in contexts])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 
 import numpy as np
 from flax import nnx
+from rich.console import Console
+from rich.progress import Progress
 
 from v4jax.config import Config, Model
 from v4jax.core.check import UserError
@@ -21,14 +25,15 @@ from v4jax.tools.bench.measure import alternate
 from v4jax.tools.bench.report import record
 
 CONTEXTS = (256, 1024, 4096, 16_384)
-DECODED = 33  # tokens after a prompt
+DECODED = 257  # the first token, whose time is the prompt's, and 256 after it
 
 
 def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS) -> list[dict]:
     """Seconds to the first token and milliseconds a token after it, one request at a time, by length of the prompt.
 
     The model has random weights, the cache is `config.cache` without prefixes, every prompt is new. Lengths are
-    measured in turn, `rounds` times. Raises UserError for lengths that cannot be measured.
+    measured in turn, `rounds` times; `peak_memory` is the process's, program and weights included. Raises UserError
+    for lengths that cannot be measured.
     """
     contexts = sorted(set(contexts))
     most = config.model.max_positions - DECODED
@@ -43,9 +48,9 @@ def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS) -> list
     def request(length: int):
         return lambda: _times(engine, rng.integers(2, model.vocab_size, length).tolist())
 
-    for length in contexts:  # the programs depend on the sizes of the chunks alone
-        chunk = serve.prefill_chunk
-        request(length if length <= chunk else chunk + length % chunk)()
+    chunk = serve.prefill_chunk
+    for length in contexts:  # programs depend on the sizes of the chunks alone: some whole ones, and what the end takes
+        request(min(length, 2 * chunk + length % chunk))()
     taken = alternate({length: request(length) for length in contexts}, rounds)
     return _report(config, taken)
 
@@ -58,9 +63,12 @@ def _times(engine: Engine, prompt: list[int]) -> tuple[float, float]:
     """Seconds to the first token, and a token after it."""
     start, stamps = time.perf_counter(), []
     engine.add("request", prompt, SamplingParams(max_tokens=DECODED, temperature=0.0))
-    while engine.busy:
-        drawn = engine.step()
-        stamps += [time.perf_counter()] * len(drawn)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        read = progress.add_task(f"{len(prompt):,} tokens", total=-(-len(prompt) // engine.limits.prefill_chunk))
+        while engine.busy:
+            drawn = engine.step()
+            stamps += [time.perf_counter()] * len(drawn)
+            progress.advance(read)
     return stamps[0] - start, (stamps[-1] - stamps[0]) / (len(stamps) - 1)
 
 
@@ -79,6 +87,9 @@ def _report(config: Config, taken: dict[int, list[tuple[float, float]]]) -> list
             record("generate", "decode_time", later, "ms", **where),
         ]
     what = f"{config.name}, {config.model.dtype}, cache layout {config.cache.layout}"
-    title = f"{what}: one request at a time, {os.cpu_count()} CPU threads"
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    records.append(record("generate", "peak_memory", [peak], "B", **at, context=max(taken)))
+    title = f"{what}: one request at a time, {os.cpu_count()} CPU threads, {peak / 2**30:.2f} GiB resident at most"
     print_table(title, ["prompt", "s to the first token", "prompt tokens/s", "ms a token after it"], rows)
     return records

@@ -28,7 +28,7 @@ from v4jax.nn.csa import picks
 from v4jax.nn.hot import counted
 from v4jax.nn.memory import in_host
 from v4jax.serve import LLM, SamplingParams, programs
-from v4jax.serve.engine import new_layer
+from v4jax.serve.live import new_layer
 from v4jax.serve.programs import Heads, Live
 from v4jax.tools.bench.decode import filled
 from v4jax.tools.bench.measure import alternate, timed
@@ -211,11 +211,11 @@ def _speed(config: Config, rounds: int, contexts: Sequence[int]) -> list[dict]:
             record("live", "same_bits", [float(same)], "share", **at),
             record("live", "hit_rate", [rate], "share", source="random", **at),
         ]
-    title = f"{config.name}: decoding {ROWS} sequences, {slots:,} copies a CSA layer, {_FORMAT}, {rounds} rounds in turn"
+    title = f"{config.name}: decoding {ROWS} sequences, {slots:,} copies a CSA layer, {_FORMAT}, {rounds} rounds"
     header = ["context", "tokens/s, all on the device", "live", "speed kept", "same bits", "found on the device"]
     print_table(title, header, rows)
-    print(f"Weights, entries and tokens are random numbers: picks jump about more than a trained model's. "
-          f"{os.cpu_count()} CPU threads; on a CPU host and device memory are the same, so a fetch is a copy.")  # fmt: skip
+    print("Weights, entries and tokens are random numbers: picks jump about more than a trained model's.\n"
+          f"{os.cpu_count()} CPU threads; on a CPU host and device memory are one, and a fetch is a copy.")  # fmt: skip
     return records
 
 
@@ -235,7 +235,7 @@ def hit_rates(checkpoint: str) -> dict[int, tuple[float, bool]]:
     a prompt and writes those.
     """
     model = store.load(checkpoint)
-    k, limits = model.config.indexer.topk, dataclasses.asdict(Serve(max_batch=1, max_seq_len=TEXT))
+    k, limits = model.config.indexer.topk, dataclasses.asdict(Serve(max_batch=1, max_seq_len=TEXT, prefill_chunk=256))
     sampling = SamplingParams(max_tokens=TEXT - 1, temperature=1.0, seed=0, ignore_eos=True)
     first = [model.config.bos_id]
     [text] = LLM(model, cache=Cache(), **limits).generate([first], sampling)

@@ -7,6 +7,7 @@ All arms share weights and requests. Their tokens are compared: times and hits m
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import statistics
 import tempfile
@@ -29,6 +30,7 @@ from v4jax.tools.bench.report import record
 CONTEXTS = (4096, 32_768)
 CONVERSATIONS, TURNS, SYSTEMS, BURST = 200, 3, 12, 8
 _ANSWER, _PLENTY = 16, 1 << 40
+_ANEW = "none: all read anew"
 _GREEDY = SamplingParams(max_tokens=_ANSWER, temperature=0.0)
 
 
@@ -61,10 +63,10 @@ def _restarts(config, model, serve, cache, rounds: int, contexts: Sequence[int])
     prompts = {length: rng.integers(2, model.config.vocab_size, length).tolist() for length in contexts}
     with tempfile.TemporaryDirectory(prefix="v4jax-tiers-") as directory:
         on_disk = dataclasses.replace(cache, prefix=True, disk=_PLENTY, directory=directory)
-        cold = Engine(model, serve, dataclasses.replace(cache, prefix=False))
+        cold, salts = Engine(model, serve, dataclasses.replace(cache, prefix=True)), map(str, itertools.count())
 
         def recompute(length: int) -> float:
-            return _first(cold, prompts[length], answers)
+            return _first(cold, prompts[length], answers, next(salts))  # what has another salt is not found
 
         def restart(length: int) -> float:
             engine = Engine(model, serve, on_disk)
@@ -97,10 +99,10 @@ def _restarts(config, model, serve, cache, rounds: int, contexts: Sequence[int])
     return records
 
 
-def _first(engine: Engine, prompt: list[int], answers: dict[int, list[list[int]]]) -> float:
+def _first(engine: Engine, prompt: list[int], answers: dict[int, list[list[int]]], salt: str = "") -> float:
     """Seconds to the first token; the answer joins those of its length."""
     start, seconds, tokens = time.perf_counter(), None, []
-    engine.add("request", prompt, _GREEDY)
+    engine.add("request", prompt, _GREEDY, salt)
     while engine.busy:
         for drawn in engine.step():
             seconds = seconds or time.perf_counter() - start
@@ -124,16 +126,17 @@ def _trace(config, model, serve, cache, conversations: int) -> list[dict]:
     tokens, rows, records = {}, [], []
     with tempfile.TemporaryDirectory(prefix="v4jax-tiers-") as directory:
         below = {
-            "no prefixes": {"prefix": False}, "device": {}, "device, host": {"host": host},
+            _ANEW: {}, "device": {}, "device, host": {"host": host},
             "device, host; asked for twice": {"host": host, "admission": "second"},
             "device, host, disk": {"host": host, "disk": _PLENTY, "directory": directory},
         }  # fmt: skip
         for name, options in below.items():
-            options = dataclasses.replace(cache, device=device, records=records_kept, **options)
+            options = dataclasses.replace(cache, prefix=True, device=device, records=records_kept, **options)
             engine = Engine(model, serve, options)
-            _play(engine, _turns(layout.block, 3, model.config.vocab_size, seed=1), {})  # compiles
+            anew = name == _ANEW
+            _play(engine, _turns(layout.block, 3, model.config.vocab_size, seed=1), {}, anew)  # compiles
             turns = _turns(layout.block, conversations, model.config.vocab_size, seed=0)
-            seconds, read, same = _play(engine, turns, tokens)
+            seconds, read, same = _play(engine, turns, tokens, anew)
             stats = engine.stats()
             engine.close()
             hits = {tier: stats.get(f"{tier}_block_hits", 0) for tier in ("host", "disk")}
@@ -191,18 +194,19 @@ def _turns(block: int, conversations: int, vocab: int, seed: int) -> Iterator[li
 
 
 def _play(
-    engine: Engine, bursts: Iterator[list[tuple[int, list[int]]]], expected: dict[int, dict]
+    engine: Engine, bursts: Iterator[list[tuple[int, list[int]]]], expected: dict[int, dict], salted: bool = False
 ) -> tuple[float, int, float]:
     """(seconds, tokens of all prompts and answers, answers equal to `expected`); a turn reads all before it.
 
-    Answers that nobody expected yet are entered, so that all arms go on with the same ones.
+    salted: no turn finds what another left. Answers that nobody expected yet are entered, so that all arms go on with
+    the same ones.
     """
     history, count, seconds, same = {}, 0, 0.0, []
     for number, burst in enumerate(bursts):
         start = time.perf_counter()
         for conversation, new in burst:
             history[conversation] = [*history.get(conversation, ()), *new]
-            engine.add(conversation, history[conversation], _GREEDY)
+            engine.add(conversation, history[conversation], _GREEDY, str((number, conversation)) if salted else "")
             count += len(history[conversation]) + _ANSWER
         answers = {conversation: [] for conversation, _ in burst}
         while engine.busy:

@@ -1,0 +1,43 @@
+"""Weights in 8 bits for inference: which matrices, and their blocks (spec 8.4, 9).
+
+The matrices that released checkpoints store in 8 or 4 bits become e4m3 with a power-of-two scale a block of 128 x 128;
+embedding, head, router, compressors, indexer weights, norms, mHC and sinks stay. Products are computed in the model's
+dtype, from numbers widened just before. Released weights lose nothing: FP8 blocks come back as they were stored, and
+MXFP4 experts fit as long as the group scales of a block lie within 2^14 of each other.
+"""
+
+import re
+
+import jax
+from flax import nnx
+
+from v4jax.core.qtensor import QTensor, quantise_blocks
+from v4jax.models.transformer import Transformer
+
+_NAMES = re.compile(
+    r"(\.attn\.(q_down|q_up|kv|o_down|o_up)|\.indexer\.q_up|\.(experts|shared)\.(gate_up|down)"
+    r"|\.(embed|hidden)_proj)$"
+)
+_STACKING = "*EG"  # letters of axes that stack matrices: repeated layers, experts, output groups
+
+_blocks = jax.jit(quantise_blocks, static_argnums=1)
+
+
+def quantise_weight(name: str, letters: str, array: jax.Array) -> jax.Array | QTensor:
+    """A QTensor of the array, blocks along its input axis and its last, if its name is among those quantised."""
+    if not _NAMES.search(name):
+        return array
+    return _blocks(array, (next(i for i, letter in enumerate(letters) if letter not in _STACKING), -1))
+
+
+def quantise(model: Transformer) -> Transformer:
+    """The model with those weights as QTensors; what is one already stays. The given model is left as it was."""
+    graphdef, state = nnx.split(model)
+    filled = {}
+    for place, variable in nnx.to_flat_state(state):
+        name, value = ".".join(map(str, place)), variable[...]
+        if not isinstance(value, QTensor):
+            stacked = "*" * (value.ndim - len(variable.letters))
+            variable = variable.replace(quantise_weight(name, stacked + variable.letters, value))
+        filled[place] = variable
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
