@@ -100,9 +100,11 @@ _CHECKPOINT = Flag("checkpoint", "directory of a run, an orbax checkpoint or Hug
 _NEEDED_CHECKPOINT = Flag(_CHECKPOINT.name, _CHECKPOINT.help, options={"required": True})
 _DTYPE = Flag("dtype", "bfloat16 or float32 (default: as stored)", flags.DEFINE_enum,
               options={"enum_values": ["bfloat16", "float32"]})  # fmt: skip
-_KV = {"kv_device": "device", "kv_host": "host", "kv_disk": "disk", "kv_dir": "directory"}
+_KV = {"kv_device": "device", "kv_hot": "hot", "kv_host": "host", "kv_disk": "disk", "kv_dir": "directory"}
 _KV_FLAGS = (
     Flag("kv_device", "accelerator memory for the KV cache, such as 2GiB", define_size),
+    Flag("kv_hot", "entries a CSA layer kept there, the rest live in host memory (0: all)", flags.DEFINE_integer,
+         options={"lower_bound": 0}),
     Flag("kv_host", "host memory for what leaves the device, such as 64GiB", define_size),
     Flag("kv_disk", "disk space for it in --kv_dir, such as 1TiB", define_size),
     Flag("kv_dir", "directory that keeps it over restarts; one engine at a time"),
@@ -184,10 +186,10 @@ COMMANDS = {
             Flag("suite", "what to measure", options={"required": True}),
             _CHECKPOINT,
             Flag("rounds", "repetitions of every measurement", flags.DEFINE_integer, options={"lower_bound": 1}),
-            Flag("contexts", "tokens of context, such as 1024,65536 (suites decode, generate, tiers)",
+            Flag("contexts", "tokens of context, such as 1024,65536 (suites decode, generate, live, tiers)",
                  flags.DEFINE_list),
             _JSON,
-            Flag("plot", "also draw the records to this PNG file (suite decode)"),
+            Flag("plot", "also draw the records to this PNG file (suites decode, live)"),
         ),
         has_config=True,
     ),

@@ -32,17 +32,19 @@ def tiered(
     pages=3,
     layout="model",
     admission="all",
+    hot=0,
+    **books,
 ):
     """An engine that is closed at the end. files: the file system of its disk tier."""
     with_disk = {"directory": str(directory), "disk": disk} if directory is not None else {}
-    cache = config.Cache(host=host, deadline=deadline, layout=layout, admission=admission, **with_disk)
+    cache = config.Cache(host=host, deadline=deadline, layout=layout, admission=admission, hot=hot, **with_disk)
     opened = parking.Disk
     parking.Disk = lambda *args, **kwargs: Disk(*args, files=files or FaultyFiles(), **kwargs)
     try:
         engine = Engine(model, limits, cache)
     finally:
         parking.Disk = opened
-    small_books(engine, pages)
+    small_books(engine, pages, **books)
     try:
         yield engine
     finally:

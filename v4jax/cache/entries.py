@@ -1,4 +1,4 @@
-"""Pools of one layer's main entries or indexer keys, in every layout (see `nn.state.Pool` for what a pool is).
+"""Pools of one layer's main entries or indexer keys, in every layout (see `nn.kept.Pool` for what a pool is).
 
 The planes of a pool are arrays [pages, entries of a page, ...] that lie apart, never interleaved in records: what a
 reader takes of a plane is contiguous. Those of 16 bits and less are unsigned integers, so that a write in place costs
@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from v4jax import config
 from v4jax.cache import spec
 from v4jax.core.qtensor import dequantise, quantise
-from v4jax.nn.kept import Plain, Pool, get, put
+from v4jax.nn.kept import Plain, Pool
 from v4jax.nn.state import pytree
 
 
 @pytree
-class Bfloat16:
-    """A `Pool` of bfloat16 numbers, held as their bits: uint16 [pages, slots, width]."""
+class Bfloat16(Pool):
+    """A pool of bfloat16 numbers, held as their bits: uint16 [pages, slots, width]."""
 
     bits: jax.Array
 
@@ -31,22 +31,16 @@ class Bfloat16:
         """Pages, rows of a page, numbers of a row."""
         return self.bits.shape
 
-    def write(self, page: jax.Array, slot: jax.Array, rows: jax.Array) -> Bfloat16:
-        """As `Plain.write`."""
-        return Bfloat16(put(self.bits, page, slot, jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)))
+    def encoded(self, rows: jax.Array) -> Bfloat16:
+        return Bfloat16(jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16))
 
-    def take(self, page: jax.Array, slot: jax.Array, compute: jnp.dtype) -> jax.Array:
-        """As `Plain.take`."""
-        return jax.lax.bitcast_convert_type(get(self.bits, page, slot), jnp.bfloat16).astype(compute)
-
-    def pages(self, page: jax.Array, compute: jnp.dtype) -> jax.Array:
-        """As `Plain.pages`."""
-        return jax.lax.bitcast_convert_type(get(self.bits, page), jnp.bfloat16).astype(compute)
+    def decoded(self, compute: jnp.dtype) -> jax.Array:
+        return jax.lax.bitcast_convert_type(self.bits, jnp.bfloat16).astype(compute)
 
 
 @pytree
-class Quantised:
-    """A `Pool` of rows in 8 or 4 bits: planes of values and of scales, and a pool of the rotary ends, if any.
+class Quantised(Pool):
+    """A pool of rows in 8 or 4 bits: planes of values and of scales, and a pool of the rotary ends, if any.
 
     Only rows that are asked for are dequantised.
     """
@@ -61,30 +55,21 @@ class Quantised:
         """Pages, rows of a page, numbers of a row."""
         return (*self.values.shape[:2], self.row.width)
 
-    def write(self, page: jax.Array, slot: jax.Array, rows: jax.Array) -> Quantised:
-        """As `Plain.write`; rows are rounded as spec 2.4 says."""
+    def encoded(self, rows: jax.Array) -> Quantised:
+        """Rows are rounded as spec 2.4 says."""
         split = self.row.width - self.row.rotary
         values, scales = quantise(rows[..., :split], self.row.format, self.row.group)
         spare = self.scales.shape[-1] - scales.shape[-1]
         scales = jnp.pad(scales, [(0, 0)] * (scales.ndim - 1) + [(0, spare)])
-        rotary = self.rotary and self.rotary.write(page, slot, rows[..., split:])
-        return Quantised(put(self.values, page, slot, values), put(self.scales, page, slot, scales), rotary, self.row)
+        return Quantised(values, scales, self.rotary and self.rotary.encoded(rows[..., split:]), self.row)
 
-    def take(self, page: jax.Array, slot: jax.Array, compute: jnp.dtype) -> jax.Array:
-        """As `Plain.take`; `compute` is float32 or bfloat16."""
-        rotary = self.rotary and self.rotary.take(page, slot, compute)
-        return self._floats(get(self.values, page, slot), get(self.scales, page, slot), rotary, compute)
-
-    def pages(self, page: jax.Array, compute: jnp.dtype) -> jax.Array:
-        """As `Plain.pages`; `compute` is float32 or bfloat16."""
-        rotary = self.rotary and self.rotary.pages(page, compute)
-        return self._floats(get(self.values, page), get(self.scales, page), rotary, compute)
-
-    def _floats(self, values: jax.Array, scales: jax.Array, rotary: jax.Array | None, compute: jnp.dtype) -> jax.Array:
+    def decoded(self, compute: jnp.dtype) -> jax.Array:
+        """`compute` is float32 or bfloat16."""
         groups = (self.row.width - self.row.rotary) // self.row.group
-        x = dequantise(values, scales[..., :groups], self.row.format, compute)
-        if rotary is None:
+        x = dequantise(self.values, self.scales[..., :groups], self.row.format, compute)
+        if self.rotary is None:
             return x
+        rotary = self.rotary.decoded(compute)
         # Joined piece by piece: along the last axis XLA:CPU would write the values twice.
         piece = math.gcd(x.shape[-1], self.row.rotary)
         both = [a.reshape(*a.shape[:-1], -1, piece) for a in (x, rotary)]
@@ -96,8 +81,12 @@ def new_pool(model: config.Model, kind: str, pages: int, entries_per_page: int, 
 
     layout: one of `spec.LAYOUTS`. Raises UserError as `spec.row` does.
     """
-    row = spec.row(model, kind, layout)
-    planes = {name: jnp.zeros((pages, entries_per_page, count), dtype) for name, (count, dtype) in row.planes.items()}
+    return zeros(spec.row(model, kind, layout), pages, entries_per_page)
+
+
+def zeros(row: spec.Row, pages: int, slots: int) -> Pool:
+    """Empty pool of such rows."""
+    planes = {name: jnp.zeros((pages, slots, count), dtype) for name, (count, dtype) in row.planes.items()}
     if row.group:
         return Quantised(planes["values"], planes["scales"], Bfloat16(planes["rotary"]) if row.rotary else None, row)
     return Bfloat16(planes["rows"]) if row.format == "bfloat16" else Plain(planes["rows"])

@@ -30,6 +30,7 @@ LAYOUTS = ("model", "bf16", "fp8", "fp8_fp4")
 _FORMATS = {"fp8": {"main": "fp8", "index": "fp8"}, "fp8_fp4": {"main": "fp8", "index": "fp4"}}
 _GROUP = {"main": qdq.ENTRY_GROUP, "index": qdq.KEY_GROUP}
 _WORD = 4  # bytes that a quantised row is padded to a multiple of
+_PLACE, _COUNTS = 4, 20  # bytes of the number of a row in `nn.hot.Hot`, and of its counters
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class Row:
     def nbytes(self) -> int:
         """Bytes of one row over its planes."""
         return sum(count * jnp.dtype(dtype).itemsize for count, dtype in self.planes.values())
+
+    @property
+    def words(self) -> int:
+        """Words of a row in host memory, where each plane is padded to whole ones (`cache.far`)."""
+        return sum(-(-count * jnp.dtype(dtype).itemsize // _WORD) for count, dtype in self.planes.values())
 
 
 def row(model: config.Model, kind: str, layout: str) -> Row:
@@ -105,7 +111,8 @@ def check_block(model: config.Model, block: int) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of a model's cache. name: one of LAYOUTS; block: tokens of a page, 0 for `block_tokens(model)`.
+    """Sizes of a model's cache. name: one of LAYOUTS; block: tokens of a page, 0 for `block_tokens(model)`; hot: rows
+    that the device keeps of a CSA layer's main entries, which then lie in host memory, 0 if they lie on the device.
 
     Raises UserError for an unknown name, shapes that the layout cannot hold, or a block that a ratio does not divide.
     """
@@ -113,6 +120,7 @@ class Layout:
     model: config.Model
     name: str = "model"
     block: int = 0
+    hot: int = 0
 
     def __post_init__(self):
         block = check_block(self.model, self.block) if self.block else block_tokens(self.model)
@@ -136,9 +144,22 @@ class Layout:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page over all layers."""
-        size = {"csa": lambda: self.entry_bytes + self.key_bytes, "hca": lambda: self.entry_bytes}
+        """Bytes on the device of one page over all layers."""
+        main = lambda: _PLACE if self.hot else self.entry_bytes
+        size = {"csa": lambda: main() + self.key_bytes, "hca": lambda: self.entry_bytes}
         return sum(self.entries(kind) * size[kind]() for kind in _compressed(self.model))
+
+    @property
+    def host_page_bytes(self) -> int:
+        """Bytes in host memory of one page over all layers: 0 where all of it lies on the device."""
+        layers = self.model.schedule.count("csa") if self.hot else 0
+        return layers and layers * self.entries("csa") * _WORD * row(self.model, "main", self.name).words
+
+    @property
+    def hot_bytes(self) -> int:
+        """Bytes on the device of what is kept there of entries in host memory, beside the pages, over all layers."""
+        layers = self.model.schedule.count("csa") if self.hot else 0
+        return layers and layers * ((1 + self.hot) * (self.entry_bytes + 2 * _PLACE) + _COUNTS)
 
     @property
     def token_bytes(self) -> float:

@@ -140,7 +140,7 @@ def _pattern(x_BTXD, blocks, pasts, chunk):
     for block, past in zip(blocks, pasts, strict=True):
         x_BTXD, past, out = block(x_BTXD, chunk, past)
         x_BTXD = constrain(x_BTXD, "BTXD")
-        new.append(past.settled())
+        new.append(past.settled(x_BTXD))
         aux.append(out)
     return x_BTXD, (new, aux)
 

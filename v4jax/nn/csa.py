@@ -37,24 +37,30 @@ class CSAttention(HCAttention):
     def queries(self, x_BTD: jax.Array, low_BTQ: jax.Array, cos_sin) -> tuple[jax.Array, ...]:
         return self.indexer.queries(jax.lax.stop_gradient(x_BTD), jax.lax.stop_gradient(low_BTQ), cos_sin)
 
-    def remote(self, q_BTNH: jax.Array, extra, order_BT, segments_BT, view: View) -> tuple[Part, Scored | None]:
+    def remote(self, q_BTNH: jax.Array, extra, order_BT, segments_BT, view: View) -> tuple[Part, Scored | None, View]:
         q_BTJL, w_BTJ = extra
         readable = self.readable(order_BT, segments_BT, view)
         k = min(self.model.indexer.topk, view.size)
         if view.size == k > self.piece:  # a dense model, for comparison: nothing is left to choose
             return super().remote(q_BTNH, extra, order_BT, segments_BT, view)
-        if view.size <= k or (view.size <= _DENSE_ENTRIES_PER_PICK * k and order_BT.shape[1] > 1):
+        if not picks(view.size, k, order_BT.shape[1]):
             mask_BTC = readable(0, view.size)
             scores_BTC = score(q_BTJL, w_BTJ, view.keys(0, view.size))
             if view.size > k:
                 mask_BTC &= _chosen(jnp.where(mask_BTC, scores_BTC, -jnp.inf), k)
             part, p_BTNC = attend(q_BTNH, view.rows(0, view.size), mask_BTC)
-            return part, Scored(scores_BTC, mask_BTC, p_BTNC)
+            return part, Scored(scores_BTC, mask_BTC, p_BTNC), view
         picks_BTK = search(q_BTJL, w_BTJ, view, readable, self.limit(order_BT), k)
-        mask_BTK, slot_BTK = picks_BTK >= 0, jnp.maximum(picks_BTK, 0)
-        part, p_BTNK = attend(q_BTNH, view.take_rows(slot_BTK), mask_BTK)
+        mask_BTK = picks_BTK >= 0
+        rows_BTKH, after = view.take_rows(picks_BTK)
+        part, p_BTNK = attend(q_BTNH, rows_BTKH, mask_BTK)
         # Scored anew, for the loss alone: its gradient then needs the picked keys, not the scores of all.
-        return part, Scored(score_each(q_BTJL, w_BTJ, view.take_keys(slot_BTK)), mask_BTK, p_BTNK)
+        return part, Scored(score_each(q_BTJL, w_BTJ, view.take_keys(picks_BTK)), mask_BTK, p_BTNK), after
+
+
+def picks(entries: int, k: int, queries: int) -> bool:
+    """Whether so many queries of a row read k picked entries each: else all, through a mask."""
+    return entries > k and (entries > _DENSE_ENTRIES_PER_PICK * k or queries == 1)
 
 
 def _chosen(scores_BTC: jax.Array, k: int) -> jax.Array:

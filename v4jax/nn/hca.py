@@ -34,14 +34,14 @@ class HCAttention(WindowAttention):
         kv_BCH, windows, past = self.compressor(x_BTD, chunk, past, "main")
         return qdq.entries(kv_BCH, self.model.rope_dim) if self.model.kv_qdq else kv_BCH, windows, past
 
-    def remote(self, q_BTNH: jax.Array, extra, order_BT, segments_BT, view: View) -> tuple[Part, None]:
+    def remote(self, q_BTNH: jax.Array, extra, order_BT, segments_BT, view: View) -> tuple[Part, None, View]:
         readable = self.readable(order_BT, segments_BT, view)
         if view.size <= _WHOLE:
-            return attend(q_BTNH, view.rows(0, view.size), readable(0, view.size))[0], None
+            return attend(q_BTNH, view.rows(0, view.size), readable(0, view.size))[0], None, view
         size = self.piece if order_BT.shape[1] > FEW else _FEW_PIECE
         read = lambda i: attend(q_BTNH, view.rows(i * size, size), readable(i * size, size))[0]
         last = -(-self.limit(order_BT) // size)
-        return jax.lax.fori_loop(1, last, lambda i, part: part.joined(read(i)), read(0)), None
+        return jax.lax.fori_loop(1, last, lambda i, part: part.joined(read(i)), read(0)), None, view
 
     def readable(self, order_BT: jax.Array, segments_BT: jax.Array | None, view: View):
         """(first, count) to bool [B, T, count]: entries that are complete for a query and of its own document."""

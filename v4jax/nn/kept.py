@@ -7,28 +7,48 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from v4jax import config
+from v4jax.nn.hot import Hot
+from v4jax.nn.memory import get, put
 from v4jax.nn.state import NEVER, Chunk, Rows, Windows, empty_window, pytree
+from v4jax.nn.window import FEW
 
 
-class Pool(Protocol):
-    """Numbered pages of rows, in some format; rows are written and read by page and slot in it (see `Plain`)."""
+class Pool:
+    """Numbered pages of rows, in some format: arrays [pages, slots, ...], read and written by page and slot in it.
+
+    A format says how rows are stored. encoded: those rows [..., width] as a pool of arrays [..., n]; decoded: the rows
+    of such a pool, in dtype `compute`. shape: pages, rows of a page, numbers of a row.
+    """
 
     shape: tuple[int, int, int]
 
-    def write(self, page: jax.Array, slot: jax.Array, rows: jax.Array) -> Pool: ...
-    def take(self, page: jax.Array, slot: jax.Array, compute: jnp.dtype) -> jax.Array: ...
-    def pages(self, page: jax.Array, compute: jnp.dtype) -> jax.Array: ...
+    def encoded(self, rows: jax.Array) -> Pool:
+        raise NotImplementedError
+
+    def decoded(self, compute: jnp.dtype) -> jax.Array:
+        raise NotImplementedError
+
+    def write(self, page: jax.Array, slot: jax.Array, rows: jax.Array) -> Pool:
+        """The pool with `rows` [..., width] at int32 page [...] and slot [...]; those out of range are dropped."""
+        return jax.tree.map(lambda a, new: put(a, new, page, slot), self, self.encoded(rows))
+
+    def take(self, page: jax.Array, slot: jax.Array, compute: jnp.dtype) -> jax.Array:
+        """Rows [..., width] in dtype `compute` at page [...] and slot [...], which lie in range (else: some row)."""
+        return jax.tree.map(lambda a: get(a, page, slot), self).decoded(compute)
+
+    def pages(self, page: jax.Array, compute: jnp.dtype) -> jax.Array:
+        """All rows of these pages: [..., slots, width], under the rules of `take`."""
+        return jax.tree.map(lambda a: get(a, page), self).decoded(compute)
 
 
 @pytree
-class Plain:
-    """A `Pool` of floats: array [pages, slots, width]."""
+class Plain(Pool):
+    """A pool of floats: array [pages, slots, width]."""
 
     array: jax.Array
 
@@ -37,25 +57,41 @@ class Plain:
         """Pages, rows of a page, numbers of a row."""
         return self.array.shape
 
-    def write(self, page: jax.Array, slot: jax.Array, rows: jax.Array) -> Plain:
-        """The pool with `rows` [..., width] at int32 page [...] and slot [...]; those out of range are dropped."""
-        return Plain(put(self.array, page, slot, rows))
+    def encoded(self, rows: jax.Array) -> Plain:
+        return Plain(rows.astype(self.array.dtype))
 
-    def take(self, page: jax.Array, slot: jax.Array, compute: jnp.dtype) -> jax.Array:
-        """Rows [..., width] in dtype `compute` at page [...] and slot [...], which lie in range (else: some row)."""
-        return get(self.array, page, slot).astype(compute)
+    def decoded(self, compute: jnp.dtype) -> jax.Array:
+        return self.array.astype(compute)
 
-    def pages(self, page: jax.Array, compute: jnp.dtype) -> jax.Array:
-        """All rows of these pages: [..., slots, width], under the rules of `take`."""
-        return get(self.array, page).astype(compute)
+
+@pytree
+class New:
+    """Entries on their way to host memory: rows of a pool [B, C, ...], at page_BC and slot_BC in it (out of range: not
+    complete), and index_BC in their row. They are written there when the layer is done, since XLA:TPU would bring all
+    of an array to the device that is written by the host and then read by the same program."""
+
+    rows: Pool
+    page_BC: jax.Array
+    slot_BC: jax.Array
+    index_BC: jax.Array
+
+    def at(self, index: jax.Array, pages: int) -> tuple[jax.Array, jax.Array]:
+        """(whether entries index [B, ...] are among these, their numbers here)."""
+        wide = lambda a: a.reshape(-1, *[1] * (index.ndim - 1))
+        number, count = index - wide(self.index_BC[:, 0]), self.page_BC.shape[1]
+        inside, number = (number >= 0) & (number < count), jnp.clip(number, 0, count - 1)
+        return inside & (self.page_BC[wide(jnp.arange(index.shape[0])), number] < pages), number
 
 
 @pytree
 class Paged:
-    """A `View` of the pages that a table names."""
+    """A `View` of the pages that a table names. hot: copies through which a decode step reads picked rows; new: entries
+    that are not in those pages yet."""
 
     main: Pool
     index: Pool | None
+    hot: Hot | None
+    new: New | None
     table_BA: jax.Array
     dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
     segments_BC: None = None
@@ -70,11 +106,17 @@ class Paged:
     def keys(self, first, count):
         return self._run(self.index, first, count)
 
-    def take_rows(self, slot_BTK):
-        return self._take(self.main, slot_BTK)
+    def take_rows(self, pick_BTK):
+        slot_BTK = jnp.maximum(pick_BTK, 0)
+        if self.hot is None or pick_BTK.shape[1] > FEW:
+            return self._take(self.main, slot_BTK), self
+        wanted_BTK = (pick_BTK >= 0) & ~self.new.at(slot_BTK, self.main.shape[0])[0]
+        hot, row_BTK = self.hot.holding(self.main, *self._spot(self.main, slot_BTK), wanted_BTK)
+        rows = hot.rows.take(jnp.zeros_like(row_BTK), row_BTK, self.dtype)
+        return self._with_new(rows, slot_BTK), dataclasses.replace(self, hot=hot)
 
-    def take_keys(self, slot_BTK):
-        return self._take(self.index, slot_BTK)
+    def take_keys(self, pick_BTK):
+        return self._take(self.index, jnp.maximum(pick_BTK, 0))
 
     def _run(self, pool: Pool, first: jax.Array, count: int) -> jax.Array:
         """Whole pages where a run is made of them, rows one by one where it is not."""
@@ -84,12 +126,28 @@ class Paged:
             return self._take(pool, slot)
         numbers = jnp.minimum(first // slots + jnp.arange(count // slots), pages - 1)
         rows = pool.pages(self.table_BA[:, numbers], self.dtype)
-        return rows.reshape(rows.shape[0], count, rows.shape[-1])
+        rows = rows.reshape(rows.shape[0], count, rows.shape[-1])
+        if pool is not self.main:
+            return rows
+        return self._with_new(rows, jnp.broadcast_to(first + jnp.arange(count), rows.shape[:2]))
 
     def _take(self, pool: Pool, slot: jax.Array) -> jax.Array:
+        rows = pool.take(*self._spot(pool, slot), self.dtype)
+        return self._with_new(rows, slot) if pool is self.main else rows
+
+    def _with_new(self, rows: jax.Array, index: jax.Array) -> jax.Array:
+        """Rows [B, ..., H] of entries index [B, ...], with the new ones among them."""
+        if self.new is None:
+            return rows
+        inside, number = self.new.at(index, self.main.shape[0])
+        row = jnp.arange(index.shape[0]).reshape(-1, *[1] * (index.ndim - 1))
+        new = jax.tree.map(lambda a: a[row, number], self.new.rows).decoded(self.dtype)
+        return jnp.where(inside[..., None], new, rows)
+
+    def _spot(self, pool: Pool, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Page, and slot in it, of entries counted in their row."""
         slots, row = pool.shape[1], jnp.arange(slot.shape[0]).reshape(-1, *[1] * (slot.ndim - 1))
-        page = self.table_BA[row, jnp.minimum(slot // slots, self.table_BA.shape[1] - 1)]
-        return pool.take(page, slot % slots, self.dtype)
+        return self.table_BA[row, jnp.minimum(slot // slots, self.table_BA.shape[1] - 1)], slot % slots
 
 
 @pytree
@@ -98,13 +156,16 @@ class Kept:
 
     ring_ZSH: for each record the last `window` rows (and a few more, so that speculation can go back), token t in slot
     t mod size. tails: per compressor the projected rows of the last one (HCA) or two (CSA) windows, and a few more,
-    float32 [records, size, W], token t in slot t mod size. main, index: pools of entries and indexer keys.
+    float32 [records, size, W], token t in slot t mod size. main, index: pools of entries and indexer keys. hot: where
+    `main` lies in host memory, copies of it; new: what is to be written there, None between calls.
     """
 
     ring_ZSH: jax.Array
     tails: dict[str, jax.Array]
     main: Pool | None
     index: Pool | None
+    hot: Hot | None = None
+    new: New | None = None
 
     def window(self, kv_BTH: jax.Array, chunk: Chunk, size: int) -> tuple[Rows, Kept]:
         """The ring with the call's tokens in it, if it has room beside `size`; else its last rows, then the call's."""
@@ -155,34 +216,63 @@ class Kept:
         table_BA, (pages, slots, _) = chunk.where.table_BA, self.main.shape
         number = jnp.minimum(windows.index_BC // slots, table_BA.shape[1] - 1)
         page_BC = jnp.where(windows.complete_BC, jnp.take_along_axis(table_BA, number, axis=1), pages)
+        slot_BC = windows.index_BC % slots
+        if self.hot is None:
 
-        def write(pools):
-            main, index = pools
-            slot_BC = windows.index_BC % slots
-            return main.write(page_BC, slot_BC, kv_BCH), index and index.write(page_BC, slot_BC, index_BCL)
+            def write(pools):
+                main, index = pools
+                return main.write(page_BC, slot_BC, kv_BCH), index and index.write(page_BC, slot_BC, index_BCL)
 
-        main, index = _in_place(write, (self.main, self.index), windows.complete_BC.any())
-        return dataclasses.replace(self, main=main, index=index)
+            main, index = _in_place(write, (self.main, self.index), windows.complete_BC.any())
+            return dataclasses.replace(self, main=main, index=index)
+        old_BC = self.hot.found(page_BC, slot_BC)
+        rows = jax.eval_shape(self.main.encoded, kv_BCH)
+        rows = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), rows)
+
+        def forget(pools):  # encoded here as there, for the same bits: what is fused with what decides them
+            index, hot, _ = pools
+            index, hot = index.write(page_BC, slot_BC, index_BCL), hot.without(page_BC, slot_BC, old_BC)
+            return index, hot, self.main.encoded(kv_BCH)
+
+        index, hot, rows = _in_place(forget, (self.index, self.hot, rows), windows.complete_BC.any())
+        new = New(rows, page_BC, slot_BC, windows.index_BC)
+        return dataclasses.replace(self, index=index, hot=hot, new=new)
 
     def view(self, chunk: Chunk, dtype: jnp.dtype, times: int = 1) -> Paged | None:
         """The pages of the rows, every row `times` times, read as `dtype`."""
         if self.main is None:
             return None
         table_BA = chunk.where.table_BA
-        return Paged(self.main, self.index, jnp.repeat(table_BA, times, axis=0) if times > 1 else table_BA, dtype)
+        rows = jax.tree.map(lambda a: jnp.repeat(a, times, axis=0) if times > 1 else a, (self.new, table_BA))
+        return Paged(self.main, self.index, self.hot, *rows, dtype)
+
+    def after(self, view: Paged | None) -> Kept:
+        """With the copies that reading made."""
+        return self if self.hot is None else dataclasses.replace(self, hot=view.hot)
 
     def records(self, change: Callable[[jax.Array], jax.Array]) -> Kept:
         """With `change` applied to every array of records."""
         tails = {name: change(tail) for name, tail in self.tails.items()}
         return dataclasses.replace(self, ring_ZSH=change(self.ring_ZSH), tails=tails)
 
-    def pools(self, change: Callable[[jax.Array], jax.Array]) -> Kept:
-        """With `change` applied to every array [pages, ...] of the pools."""
-        return dataclasses.replace(self, main=jax.tree.map(change, self.main), index=jax.tree.map(change, self.index))
+    def wiped(self, page_A: jax.Array) -> Kept:
+        """With zeros in these pages, int32; those out of range are passed over."""
+        zeros = lambda pool: jax.tree.map(lambda a: put(a, 0, page_A), pool)
+        return dataclasses.replace(self, main=zeros(self.main), index=zeros(self.index)).recopied(page_A)
 
-    def settled(self) -> Kept:
-        """What outlives the call: everything."""
-        return self
+    def recopied(self, page_A: jax.Array) -> Kept:
+        """Without copies of these pages, to be called when they were written to."""
+        return self if self.hot is None else dataclasses.replace(self, hot=self.hot.without_pages(page_A))
+
+    def settled(self, done: jax.Array) -> Kept:
+        """What outlives the call: everything, and what is new where it belongs."""
+        if self.new is None:
+            return self
+        # Written when all has been read, or the compiler would keep a copy of what is read.
+        new, _ = jax.lax.optimization_barrier((self.new, done[(0,) * done.ndim]))
+        write = lambda main: jax.tree.map(lambda a, rows: put(a, rows, new.page_BC, new.slot_BC), main, new.rows)
+        main = _in_place(write, self.main, (new.page_BC < self.main.shape[0]).any())
+        return dataclasses.replace(self, main=main, new=None)
 
 
 def new_kept(
@@ -205,19 +295,6 @@ def new_kept(
         if kind == "csa":
             index, tails["index"] = pool("index"), tail(model.indexer.head_dim)
     return Kept(jnp.zeros((records, model.window + slack, model.head_dim), dtype), tails, main, index)
-
-
-# Negative numbers are out of range like those past the end, not counted from it.
-
-
-def put(array: jax.Array, page: jax.Array, slot: jax.Array, new: jax.Array) -> jax.Array:
-    """array [pages, slots, ...] with `new` at page and slot; those out of range are dropped."""
-    return array.at[page, slot].set(new.astype(array.dtype), mode="drop", wrap_negative_indices=False)
-
-
-def get(array: jax.Array, *index: jax.Array) -> jax.Array:
-    """array[index]; numbers out of range give some row."""
-    return array.at[index].get(mode="clip", wrap_negative_indices=False)
 
 
 def _in_place(write, arrays, needed: jax.Array):

@@ -111,7 +111,8 @@ class View(Protocol):
 
     size: entries there is room for. `rows` and `keys` give main entries [B, count, H] and indexer keys [B, count, L]
     from index `first` on (any int32; what lies beyond the room is some row); `take_rows` and `take_keys` those at
-    slot_BTK int32: [B, T, K, ...]. segments_BC: their documents, where packed.
+    pick_BTK int32, [B, T, K, ...], some finite row where that is negative; `take_rows` with the view after it, for a
+    past may keep what it fetched. segments_BC: their documents, where packed.
     """
 
     size: int
@@ -119,8 +120,8 @@ class View(Protocol):
 
     def rows(self, first: jax.Array, count: int) -> jax.Array: ...
     def keys(self, first: jax.Array, count: int) -> jax.Array: ...
-    def take_rows(self, slot_BTK: jax.Array) -> jax.Array: ...
-    def take_keys(self, slot_BTK: jax.Array) -> jax.Array: ...
+    def take_rows(self, pick_BTK: jax.Array) -> tuple[jax.Array, View]: ...
+    def take_keys(self, pick_BTK: jax.Array) -> jax.Array: ...
 
 
 class Past(Protocol):
@@ -128,7 +129,8 @@ class Past(Protocol):
 
     window: rows [B, S] that include the last `size` tokens before the call and the call's own. windows: those of
     compressor `name` that may end inside the call. extend: add what was pooled from them. view: to read the entries,
-    every batch row `times` times, in `dtype`; None if the layer has none. settled: what outlives the call.
+    every batch row `times` times, in `dtype`; None if the layer has none. after: the past once such a view, of the rows
+    as they are, was read. settled: what outlives the call, once the layer's output `done` is there.
     """
 
     def window(self, kv_BTH: jax.Array, chunk: Chunk, size: int) -> tuple[Rows, Past]: ...
@@ -139,7 +141,8 @@ class Past(Protocol):
         self, kv_BCH: jax.Array, index_BCL: jax.Array | None, windows: Windows, chunk: Chunk, ratio: int
     ) -> Past: ...
     def view(self, chunk: Chunk, dtype: jnp.dtype, times: int = 1) -> View | None: ...
-    def settled(self) -> Past: ...
+    def after(self, view: View | None) -> Past: ...
+    def settled(self, done: jax.Array) -> Past: ...
 
 
 @pytree
@@ -160,11 +163,11 @@ class Entries:
     def keys(self, first, count):
         return _run(self.index_BCL, first, count)
 
-    def take_rows(self, slot_BTK):
-        return _picked(self.kv_BCH, slot_BTK)
+    def take_rows(self, pick_BTK):
+        return _picked(self.kv_BCH, pick_BTK), self
 
-    def take_keys(self, slot_BTK):
-        return _picked(self.index_BCL, slot_BTK)
+    def take_keys(self, pick_BTK):
+        return _picked(self.index_BCL, pick_BTK)
 
 
 @pytree
@@ -211,7 +214,11 @@ class Fresh:
         """The call's entries, every row `times` times."""
         return jax.tree.map(lambda a: jnp.repeat(a, times, axis=0) if times > 1 else a, self.entries)
 
-    def settled(self) -> Fresh:
+    def after(self, view: Entries | None) -> Fresh:
+        """Reading changes nothing."""
+        return self
+
+    def settled(self, done: jax.Array) -> Fresh:
         """What outlives the call: nothing."""
         return Fresh()
 
@@ -222,9 +229,9 @@ def _run(rows_BCH: jax.Array, first: jax.Array | int, count: int) -> jax.Array:
     return rows_BCH if count == size else rows_BCH[:, jnp.minimum(first + jnp.arange(count), size - 1)]
 
 
-def _picked(rows_BCH: jax.Array, slot_BTK: jax.Array) -> jax.Array:
-    """Rows of each batch row's own array: [B, T, K, H]."""
-    return rows_BCH[jnp.arange(slot_BTK.shape[0])[:, None, None], slot_BTK]
+def _picked(rows_BCH: jax.Array, pick_BTK: jax.Array) -> jax.Array:
+    """Rows of each batch row's own array: [B, T, K, H]; the first one for negative numbers."""
+    return rows_BCH[jnp.arange(pick_BTK.shape[0])[:, None, None], jnp.maximum(pick_BTK, 0)]
 
 
 def empty_window(rows_BCPW: jax.Array) -> jax.Array:

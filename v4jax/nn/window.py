@@ -57,7 +57,7 @@ class WindowAttention(nnx.Module):
         rows, past = past.window(kv_BTH, chunk, m.window)
         past = self.compress(x_BTD, chunk, past)
         extra = self.queries(x_BTD, low_BTQ, cos_sin_heads)
-        o_BTNH, loss_BT = self._attend(q_BTNH, extra, rows, chunk, past)
+        o_BTNH, loss_BT, past = self._attend(q_BTNH, extra, rows, chunk, past)
         o_BTNH = rotate(o_BTNH, cos_sin_heads, inverse=True)
         o_BTGI = o_BTNH.reshape(B, T, m.o_groups, -1)
         z_BTGR = project("BTGI,GIR->BTGR", o_BTGI, self.o_down, self.dtype)
@@ -71,17 +71,19 @@ class WindowAttention(nnx.Module):
         """Further arrays [B, T, ...] that `remote` needs of its queries: none in a window layer."""
         return ()
 
-    def remote(self, q_BTNH: jax.Array, extra, order_BT, segments_BT, view: View) -> tuple[Part, Scored | None]:
-        """Attention of a block of queries over the compressed entries of `view`, and how the indexer chose them."""
+    def remote(self, q_BTNH: jax.Array, extra, order_BT, segments_BT, view: View) -> tuple[Part, Scored | None, View]:
+        """Attention of a block of queries over the compressed entries of `view`, how the indexer chose them, and the
+        view after that."""
         raise NotImplementedError("a window layer keeps no entries")
 
-    def _attend(self, q_BTNH, extra, rows: Rows, chunk: Chunk, past: Past) -> tuple[jax.Array, jax.Array]:
+    def _attend(self, q_BTNH, extra, rows: Rows, chunk: Chunk, past: Past) -> tuple[jax.Array, jax.Array, Past]:
         """Attention in blocks of queries: memory grows with the block times the row, never with its square."""
         window, T = self.model.window, q_BTNH.shape[1]
         size = window * max(1, _BLOCK // window)  # a block reads its own rows and the `window` before them
         queries = (q_BTNH, chunk.order_BT, chunk.segments_BT, *extra)
         if T <= size:
-            return self._attend_block(queries, rows, past.view(chunk, self.dtype))
+            o, loss, view = self._attend_block(queries, rows, past.view(chunk, self.dtype))
+            return o, loss, past.after(view)
         B, blocks, pad = q_BTNH.shape[0], -(-T // size), -T % size
         blocked = lambda a: a.reshape(B, blocks, size, *a.shape[2:])
         split = lambda a: blocked(jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)))
@@ -93,16 +95,18 @@ class WindowAttention(nnx.Module):
         arguments = (jax.tree.map(split, queries), jax.tree.map(overlapping, rows.padded(pad)))
         if blocks <= _AT_ONCE:  # blocks as rows of the batch: every product reads the arrays as they lie
             merged = jax.tree.map(lambda a: a.reshape(B * blocks, *a.shape[2:]), arguments)
-            o, loss = self._attend_block(*merged, past.view(chunk, self.dtype, times=blocks))
+            o, loss, _ = self._attend_block(*merged, past.view(chunk, self.dtype, times=blocks))
         else:
             view = past.view(chunk, self.dtype)
-            walk = jax.checkpoint(lambda block: self._attend_block(*block, view))
+            walk = jax.checkpoint(lambda block: self._attend_block(*block, view)[:2])
             out = jax.lax.map(walk, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), arguments))
             o, loss = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B * blocks, *a.shape[2:]), out)
         join = lambda a: a.reshape(B, blocks * size, *a.shape[2:])[:, :T]
-        return join(o), join(loss)
+        return join(o), join(loss), past
 
-    def _attend_block(self, queries, rows: Rows, view: View | None) -> tuple[jax.Array, jax.Array]:
+    def _attend_block(
+        self, queries, rows: Rows, view: View | None
+    ) -> tuple[jax.Array, jax.Array, View | None]:
         """One softmax over the window's rows, the compressed entries and the sink (steps 9 to 11)."""
         q_BTNH, order_BT, segments_BT, *extra = queries
         ago_BTS = order_BT[:, :, None] - rows.order_BS[:, None, :]
@@ -111,7 +115,7 @@ class WindowAttention(nnx.Module):
             seen_BTS &= segments_BT[:, :, None] == rows.segments_BS[:, None, :]
         part, scored = attend(q_BTNH, rows.kv_BSH, seen_BTS)[0], None
         if view is not None and view.size:  # a fresh call may be shorter than one compression window
-            far, scored = self.remote(q_BTNH, extra, order_BT, segments_BT, view)
+            far, scored, view = self.remote(q_BTNH, extra, order_BT, segments_BT, view)
             part = part.joined(far)
         sink_N1 = self.sink[...].astype(jnp.float32)[:, None]
         peak = jnp.maximum(part.peak_BTN1, jax.lax.stop_gradient(sink_N1))
@@ -121,7 +125,7 @@ class WindowAttention(nnx.Module):
         if scored is not None:
             mass_BTC = jnp.sum(scored.p_BTNC * (jnp.exp(far.peak_BTN1 - peak) / total), axis=2)
             loss_BT = index_loss(scored.scores_BTC, scored.mask_BTC, mass_BTC)
-        return (part.o_BTNH * (shrink / total)).astype(self.dtype), loss_BT
+        return (part.o_BTNH * (shrink / total)).astype(self.dtype), loss_BT, view
 
 
 @pytree

@@ -9,6 +9,7 @@ change.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import secrets
 from collections import deque
 from collections.abc import Hashable
@@ -22,13 +23,11 @@ from flax import nnx
 from v4jax import config
 from v4jax.cache import prefix
 from v4jax.cache.blocks import Blocks
-from v4jax.cache.entries import new_pool
 from v4jax.cache.spec import Layout
 from v4jax.core.check import UserError
 from v4jax.models.quantised import quantise
 from v4jax.models.transformer import Transformer
-from v4jax.nn.kept import new_kept
-from v4jax.serve import parking, programs
+from v4jax.serve import live, parking, programs
 from v4jax.serve.programs import Heads, Live
 from v4jax.serve.sampling import Sampled, SamplingParams, batch_options
 from v4jax.serve.scheduler import Scheduler
@@ -37,6 +36,7 @@ from v4jax.serve.sequence import Plan, Sequence, State
 _ENDED = (State.FINISHED, State.CANCELLED, State.FAILED)
 _LEAST_CHUNK = 16  # tokens
 _PRECISIONS = ("model", "fp8")
+_log = logging.getLogger(__name__)
 
 _NOT_FINITE = Sampled(np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))  # what a chunk that is not draws
 
@@ -74,7 +74,7 @@ class Engine:
         # A flat list of arrays, because JAX walks lists natively and nnx's trees in Python, every step.
         self._weights, tree = jax.tree.flatten(variables)
         self._structure = programs.structure(graphdef, tree)
-        self.layout = Layout(self.model, cache.layout, cache.block)
+        self.layout = Layout(self.model, cache.layout, cache.block, cache.hot)
         block, slots, k = self.layout.block, limits.max_batch, limits.speculative_tokens
         self._table_width = -(-(limits.max_seq_len + k) // block)
         kept = range(slots + 1, slots + 1 + (cache.records if cache.prefix else 0))
@@ -87,7 +87,14 @@ class Engine:
         self._sizes = [longest] if limits.batch_invariant else chunk_sizes(longest)
         self._seed = self._digest(variables) if cache.prefix else None
         self._live = self._allocate(model, pages, 1 + slots + len(kept), self.scheduler.slack + k)
-        self._heads = Heads(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
+        if cache.hot:
+            _log.info(
+                "cache: CSA entries of %s tokens in host memory (%s bytes), %s of a layer on the device",
+                *(f"{n:,}" for n in ((pages - 1) * block, pages * self.layout.host_page_bytes, cache.hot)),
+            )
+        heads = Heads(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
+        state = (self._live, heads)
+        self._live, self._heads = live.committed(state) if cache.hot else state
         self._tables = np.full((slots + 1, self._table_width), -1, np.int32)
         self._device_tables = jax.device_put(self._tables.copy())
         self._sampling: dict[Hashable, SamplingParams] = {}
@@ -102,22 +109,17 @@ class Engine:
         k, block = self.limits.speculative_tokens, self.layout.block
         if not cache.device:
             return 1 + (-(-cache.tokens // block) or self.limits.max_batch * self._table_width)
-        fixed = records * self.layout.record_bytes(3 * k, mtp=k > 0)
+        fixed = records * self.layout.record_bytes(3 * k, mtp=k > 0) + self.layout.hot_bytes
         least = fixed + 2 * self.layout.page_bytes
         if cache.device < least:
             raise UserError(
-                f"a cache of {cache.device:,} bytes on the device is too small: {records} records and one block of "
-                f"{block} tokens take {least:,}; give it more, or lower max_batch or the cache's records"
+                f"a cache of {cache.device:,} bytes on the device is too small: {records} records, one block of "
+                f"{block} tokens and the hot entries take {least:,}; give it more, or lower max_batch, records or hot"
             )
         return self.layout.pages_for(cache.device - fixed)
 
     def _allocate(self, model: Transformer, pages: int, records: int, slack: int) -> Live:
-        dtype = jnp.dtype(self.model.dtype)
-
-        def one(kind: str):
-            pool = lambda part: new_pool(self.model, part, pages, self.layout.entries(kind), self.layout.name)
-            return new_kept(self.model, kind, records, pool, dtype, slack)
-
+        one = lambda kind: live.new_layer(self.layout, kind, pages, records, slack)
         layers = [[one(kind) for kind, _ in run.kinds] for run in model.runs]
         return Live(layers, one("swa") if self.limits.speculative_tokens else None)
 
@@ -299,10 +301,9 @@ class Engine:
             self._live = programs.wipe(self._live, *jax.device_put((np.int32(slot), pages)))
 
     def stats(self) -> dict[str, float]:
-        """Counts of sequences, pages and prefix hits, and of the tiers; `kv_bytes`: of all arrays of the cache."""
-        held = sum(a.nbytes for a in jax.tree.leaves(self._live))
+        """Counts of sequences, pages and prefix hits, of the cache's bytes (`live.stats`), and of the tiers."""
         below = {} if self.parking is None else self.parking.stats()
-        return self.scheduler.stats() | {"kv_bytes": held} | below
+        return self.scheduler.stats() | live.stats(self._live) | below
 
 
 def chunk_sizes(longest: int) -> list[int]:
@@ -332,3 +333,4 @@ def check_limits(model: config.Model, limits: config.Serve, cache: config.Cache)
     if limits.speculative_tokens and limits.batch_invariant:
         raise UserError("batch_invariant and speculative_tokens exclude each other: drafts change the shapes computed")
     parking.check(cache)
+    live.check(model, limits, cache)

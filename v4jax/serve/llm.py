@@ -109,6 +109,10 @@ class LLM:
     def stats(self) -> dict[str, float]:
         """What the engine counts: sequences waiting and running, pages and records, prefix hits, bytes of the cache.
 
+        With CSA entries in host memory (`cache.hot`) also hot_hits and hot_misses: picks of decode steps that were on
+        the device and that were fetched, over the layers; their share hot_hit_rate, and hot_fetched_bytes. kv_bytes is
+        what is on the device, kv_host_bytes the rest.
+
         With tiers on host and disk also, as host_* and disk_*: blocks, records and bytes there, hits and misses of
         both, bytes moved, evictions, corrupt records, errors, the state of the breaker; and what is queued between
         them.

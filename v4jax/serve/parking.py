@@ -34,13 +34,14 @@ from v4jax.cache.spec import Layout
 from v4jax.cache.tiers import Host, Item
 from v4jax.cache.transfer import Fetch, Transfer
 from v4jax.core.check import UserError
+from v4jax.nn.kept import Kept
+from v4jax.nn.memory import get, put
 from v4jax.serve.programs import Live
 from v4jax.serve.scheduler import Scheduler
 from v4jax.serve.sequence import Sequence, State
 
 _BATCH = 8  # blocks or records copied by one call, if more than one
 _REMEMBERED = 1 << 20  # names of blocks
-_POOLS = ("main", "index")
 _log = logging.getLogger(__name__)
 
 
@@ -288,10 +289,10 @@ class Parking:
 
 
 def _kinds(live: Live) -> tuple[str, ...]:
-    """Of every leaf: "block" if its rows are pages, "record" if they are records."""
-    parts = lambda path: {getattr(key, "name", None) for key in path}
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(live)]
-    return tuple("record" if parts(path).isdisjoint(_POOLS) else "block" for path in paths)
+    """Of every leaf: "block" if its rows are pages, "record" if they are records, "hot" if it belongs to copies."""
+    kinds = {"main": "block", "index": "block", "hot": "hot"}
+    kind = lambda path: next((kinds[name] for key in path if (name := getattr(key, "name", None)) in kinds), "record")
+    return tuple(kind(path) for path, _ in jax.tree_util.tree_leaves_with_path(live))
 
 
 def form(live: Live, kind: str) -> Form:
@@ -305,7 +306,7 @@ def form(live: Live, kind: str) -> Form:
 def take(live: Live, kinds: tuple[str, ...], kind: str, number_N: jax.Array) -> list[jax.Array]:
     """The bytes of so many blocks or records, each an array uint8 [bytes], so that one copy moves it."""
     count = number_N.shape[0]
-    rows = [leaf[number_N] for leaf, its in zip(jax.tree.leaves(live), kinds, strict=True) if its == kind]
+    rows = [get(leaf, number_N) for leaf, its in zip(jax.tree.leaves(live), kinds, strict=True) if its == kind]
     data = jnp.concatenate([jax.lax.bitcast_convert_type(row, jnp.uint8).reshape(count, -1) for row in rows], axis=1)
     return [data[i] for i in range(count)]
 
@@ -321,9 +322,12 @@ def give(live: Live, kinds: tuple[str, ...], kind: str, number_N: jax.Array, pay
             end = start + math.prod(leaf.shape[1:]) * width
             rows = data[:, start:end].reshape(*shape, width) if width > 1 else data[:, start:end].reshape(shape)
             new = jax.lax.bitcast_convert_type(rows, leaf.dtype)
-            leaves[i] = leaf.at[number_N].set(new, mode="drop", wrap_negative_indices=False)
+            leaves[i] = put(leaf, new, number_N)
             start = end
-    return jax.tree.unflatten(tree, leaves)
+    live = jax.tree.unflatten(tree, leaves)
+    if kind == "record":
+        return live
+    return jax.tree.map(lambda kept: kept.recopied(number_N), live, is_leaf=lambda a: isinstance(a, Kept))
 
 
 def _place(pinned: SingleDeviceSharding | None, payload: np.ndarray) -> np.ndarray | jax.Array:

@@ -172,7 +172,6 @@ def wipe(live: Live, record: jax.Array, page_A: jax.Array) -> Live:
     """Zeros in a record and in pages (int32, -1 for none): masks hide what is stale, but 0 * NaN is NaN."""
 
     def one(kept: Kept) -> Kept:
-        kept = kept.records(lambda a: a.at[record].set(0))
-        return kept.pools(lambda a: a.at[page_A].set(0, mode="drop", wrap_negative_indices=False))
+        return kept.records(lambda a: a.at[record].set(0)).wiped(page_A)
 
     return jax.tree.map(one, live, is_leaf=lambda a: isinstance(a, Kept))

@@ -9,8 +9,8 @@ from v4jax.config import Config, load
 from v4jax.core.check import UserError
 from v4jax.core.tables import write_json
 
-SUITES = ("decode", "generate", "kv", "peer", "serve", "tiers", "train")
-_WITH_CONTEXTS, _WITH_PLOT = ("decode", "generate", "tiers"), ("decode",)
+SUITES = ("decode", "generate", "kv", "live", "peer", "serve", "tiers", "train")
+_WITH_CONTEXTS, _WITH_PLOT, _WITH_CHECKPOINT = ("decode", "generate", "live", "tiers"), ("decode", "live"), ("live",)
 
 
 def run(
@@ -29,7 +29,7 @@ def run(
     """
     if suite not in SUITES:
         raise UserError(f"unknown suite {suite!r}; one of {', '.join(SUITES)}")
-    if checkpoint:
+    if checkpoint and suite not in _WITH_CHECKPOINT:
         raise UserError(f"suite {suite!r} makes its own weights: drop --checkpoint")
     if plot and suite not in _WITH_PLOT:
         raise UserError(f"suite {suite!r} draws no plot: drop --plot")
@@ -38,7 +38,7 @@ def run(
     for path in filter(None, (json, plot)):
         if not pathlib.Path(path).parent.is_dir():  # told now: some suites run for an hour
             raise UserError(f"there is no directory for {path}; create it first")
-    from v4jax.tools.bench import decode, generate, kv, peer, serve, tiers, train
+    from v4jax.tools.bench import decode, generate, kv, live, peer, serve, tiers, train
 
     config = config or load("small")
     lengths = {"contexts": _lengths(contexts)} if contexts else {}
@@ -46,6 +46,7 @@ def run(
         "decode": lambda: decode.run(config, rounds, plot=plot, **lengths),
         "generate": lambda: generate.run(config, rounds, **lengths),
         "kv": lambda: kv.run(config),
+        "live": lambda: live.run(config, rounds, checkpoint=checkpoint, plot=plot, **lengths),
         "peer": lambda: peer.run(config, rounds),
         "serve": lambda: serve.run(config, rounds),
         "tiers": lambda: tiers.run(config, rounds, **lengths),

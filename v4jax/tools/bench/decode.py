@@ -90,14 +90,14 @@ class _Cache:
         blocks = -(-tokens // sizes.block)
         pool = lambda kind: lambda part: new_pool(model, part, blocks + 1, sizes.entries(kind), layout)
         kept = lambda kind: new_kept(model, kind, _RECORD + 1, pool(kind), jnp.dtype(model.dtype))
-        layers = [_filled(kept(kind), np.random.default_rng(i)) for i, kind in enumerate(model.schedule)]
+        layers = [filled(kept(kind), np.random.default_rng(i)) for i, kind in enumerate(model.schedule)]
         self.live = Live([[layer] for layer in layers], None)
         table_ZA = np.full((_RECORD + 1, blocks), -1, np.int32)
         table_ZA[_RECORD] = 1 + np.arange(blocks)  # in order, as the engine gives them to a lone sequence
         self.rows = jax.device_put((np.array([_RECORD], np.int32), table_ZA))
 
 
-def _filled(kept: Kept, rng: np.random.Generator) -> Kept:
+def filled(kept: Kept, rng: np.random.Generator) -> Kept:
     """Every row of unit variance, as entries are after their norm; the same numbers in every layout."""
 
     def fill(pool: Pool | None) -> Pool | None:

@@ -1,0 +1,115 @@
+"""Sequences whose entries live in host memory decode to the bit as if all of them were on the device.
+
+The programs' fusions are those that users have, for bits depend on them.
+"""
+
+import dataclasses
+
+import jax
+import pytest
+
+from tests.golden import weights
+from tests.serve.companies import BASES, SAMPLED, crowded
+from tests.serve.small import LIMITS, MODEL, Request, drive, new_books
+from tests.serve.tiered import one_by_one, small_books, tiered
+from v4jax import config
+from v4jax.core.check import UserError
+from v4jax.nn.memory import in_host
+from v4jax.serve import programs
+from v4jax.serve.engine import Engine, check_limits
+
+LEAST = LIMITS.max_batch * MODEL.indexer.topk  # what a step may pick: nearly all of it changes all the time
+BITS = dataclasses.replace(SAMPLED, logprobs=4)
+ONE = dataclasses.replace(MODEL, schedule=("csa",), mtp_layers=0, moe=dataclasses.replace(MODEL.moe, hash_layers=0))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fused():
+    options = {"xla_cpu_use_fusion_emitters": True}
+    static = {"prefill": (0, 2), "decode": ((0, 5), 2)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, (numbers, donated) in static.items():
+            function = getattr(programs, name).__wrapped__
+            program = jax.jit(function, static_argnums=numbers, donate_argnums=donated, compiler_options=options)
+            patch.setattr(programs, name, program)
+        yield
+
+
+@pytest.fixture(scope="module")
+def layer():
+    """A model of one layer, whose programs compile in a third of the time."""
+    return weights.build(ONE, weights.random_flat(ONE, 0))
+
+
+@pytest.fixture(scope="module")
+def near(layer):
+    return Engine(layer, LIMITS, config.Cache(layout="fp8_fp4"))
+
+
+@pytest.fixture(scope="module")
+def far(layer):
+    return Engine(layer, LIMITS, config.Cache(layout="fp8_fp4", hot=LEAST))
+
+
+def test_every_bit_is_that_of_the_engine_with_all_on_the_device(near, far):
+    before, answers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(far._live)}, []
+    for engine in (near, far):
+        new_books(engine, pages=2, chunk=16)
+        answers.append(drive(engine, crowded(3, sampling=BITS)))  # rows of different lengths, one must make room
+        assert engine.stats()["preemptions"] > 0
+        new_books(engine, pages=3, chunk=16)
+        for _ in range(2):  # the second time from a prefix, in pages that held something else before
+            answers[-1] += drive(engine, [Request(BASES[0][:400], BITS)])
+        assert engine.stats()["hits"] > 0
+    assert answers[0] == answers[1]
+    leaves, stats = jax.tree.leaves(far._live), far.stats()
+    here = [leaf for leaf in leaves if not in_host(leaf)]
+    assert {leaf.sharding.memory_kind for leaf in here} == {"device"}
+    assert stats["kv_bytes"] == sum(leaf.nbytes for leaf in here)
+    [words] = [leaf for leaf in leaves if in_host(leaf)]
+    assert words.sharding.memory_kind == "pinned_host" and stats["kv_host_bytes"] == words.nbytes
+    assert {leaf.unsafe_buffer_pointer() for leaf in leaves if leaf.nbytes > 4096} <= before  # updated in place
+    hits, misses = stats["hot_hits"], stats["hot_misses"]
+    assert hits > 0 and stats["hot_hit_rate"] == hits / (hits + misses)
+    assert stats["hot_fetched_bytes"] == misses * 4 * words.shape[-1] > 0
+    assert near.stats()["kv_host_bytes"] == 0 and "hot_hits" not in near.stats()
+
+
+def test_blocks_that_return_from_lower_tiers_are_not_taken_for_what_lay_there_before(layer, near):
+    chats = [Request(base[:length], BITS) for length in (300, 270) for base in BASES] * 2
+    small_books(near, chunk=16)
+    expected = one_by_one(near, chats)
+    with tiered(layer, host=1 << 30, layout="fp8_fp4", hot=LEAST, chunk=16) as engine:
+        assert one_by_one(engine, chats) == expected
+        assert engine.stats()["restored_blocks"] > 0
+
+
+@pytest.mark.parametrize("options, limits, complaint", [
+    (dict(hot=-1), {}, "at least 0 entries, got -1"),
+    (dict(hot=LEAST - 1), {}, "4 sequences x 1 tokens x topk 4; give at least 16, or lower max_batch"),
+    (dict(hot=LEAST), dict(max_batch=5), "5 sequences x 1 tokens x topk 4; give at least 20"),
+    (dict(hot=3), dict(batch_invariant=True), "1 sequences x 1 tokens x topk 4; give at least 4"),
+    (dict(hot=LEAST, block=16), dict(max_seq_len=16), "of no use with max_seq_len 16"),
+    (dict(hot=LEAST, device=1000), {}, "one block of 256 tokens and the hot entries take"),
+])  # fmt: skip
+def test_copies_that_cannot_be_are_one_line(layer, options, limits, complaint):
+    with pytest.raises(UserError, match=complaint) as error:
+        Engine(layer, dataclasses.replace(LIMITS, **limits), config.Cache(**options))
+    assert "\n" not in str(error.value)
+
+
+def test_the_devices_budget_counts_what_is_on_the_device(layer, caplog):
+    for device in (151_040, 1_000_000):
+        with caplog.at_level("INFO"):
+            engine = Engine(layer, LIMITS, config.Cache(device=device, hot=LEAST))
+        stats = engine.stats()
+        pages = stats["pages_free"] + 1
+        assert device - engine.layout.page_bytes < stats["kv_bytes"] <= device
+        assert stats["kv_host_bytes"] == pages * engine.layout.host_page_bytes
+        assert f"entries of {256 * (pages - 1):,} tokens in host memory" in caplog.records[-1].message
+
+
+def test_models_without_picks_have_none_to_copy():
+    bare = dataclasses.replace(MODEL, schedule=("swa", "hca"))
+    with pytest.raises(UserError, match="this model has none: set it to 0"):
+        check_limits(bare, LIMITS, config.Cache(hot=LEAST))

@@ -1,0 +1,105 @@
+"""Pools in host memory, whose rows the device fetches one by one.
+
+A row is one run of 32-bit words, all its planes side by side: one piece to fetch, of the only width that XLA:TPU reads
+and writes in host memory in place (see `nn.memory`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from v4jax import config
+from v4jax.cache import spec
+from v4jax.cache.entries import zeros
+from v4jax.core.check import UserError
+from v4jax.nn.hot import Hot, new_hot
+from v4jax.nn.kept import Pool
+from v4jax.nn.memory import get, on_host
+from v4jax.nn.state import pytree
+
+_WORD = 4
+
+
+@pytree
+class Far(Pool):
+    """A pool of any rows, as words: uint32 [pages, slots, words], in host memory."""
+
+    words: jax.Array
+    row: spec.Row = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Pages, rows of a page, numbers of a row."""
+        return (*self.words.shape[:2], self.row.width)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in host memory."""
+        return self.words.shape[-1] * _WORD
+
+    def encoded(self, rows: jax.Array) -> Far:
+        planes = jax.tree.leaves(zeros(self.row, 0, 0).encoded(rows))
+        return Far(jnp.concatenate([_to_words(plane) for plane in planes], axis=-1), self.row)
+
+    def decoded(self, compute: jnp.dtype) -> jax.Array:
+        return self._unpacked().decoded(compute)
+
+    def fetch(self, page: jax.Array, slot: jax.Array) -> Pool:
+        """The stored bits of rows at page and slot, on the device: a pool of arrays [..., n]."""
+        return Far(get(self.words, page, slot), self.row)._unpacked()
+
+    def _unpacked(self) -> Pool:
+        leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: zeros(self.row, 0, 0)))
+        planes, first = [], 0
+        for leaf in leaves:
+            end = first + -(-leaf.shape[-1] * leaf.dtype.itemsize // _WORD)
+            planes.append(_from_words(self.words[..., first:end], leaf.shape[-1], leaf.dtype))
+            first = end
+        return jax.tree.unflatten(tree, planes)
+
+
+def new_far(
+    model: config.Model, pages: int, slots: int, layout: str, copies: int, device: jax.Device
+) -> tuple[Far, Hot]:
+    """Empty pool of one layer's main entries in the host memory of `device`, and room for `copies` of them on it.
+
+    Raises UserError as `spec.row` does, and where there is no such memory or not enough of it.
+    """
+    row = spec.row(model, "main", layout)
+    shape = (pages, slots, row.words)
+    if "pinned_host" not in {memory.kind for memory in device.addressable_memories()}:
+        raise UserError(f"{device.platform} devices here have no pinned_host memory to keep entries in: set hot to 0")
+    try:
+        words = jax.block_until_ready(_zeros(shape, SingleDeviceSharding(device, memory_kind="pinned_host")))
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        raise UserError(
+            f"the host has no {4 * pages * slots * row.words:,} bytes of pinned memory for the entries of a layer; "
+            "lower the cache's device or tokens"
+        ) from error
+    return Far(words, row), new_hot(zeros(row, 1, 1 + copies), pages, slots)
+
+
+def _zeros(shape: tuple[int, ...], where: SingleDeviceSharding) -> jax.Array:
+    """Made by the host: the device may not have room for it."""
+    make = functools.partial(jax.lax.full, shape, 0, jnp.uint32)
+    return jax.jit(lambda: on_host(make)(), out_shardings=where)()
+
+
+def _to_words(plane: jax.Array) -> jax.Array:
+    """Arrays [..., n] of 1, 2 or 4 bytes a number as uint32 [..., words], the last one padded."""
+    each = _WORD // plane.dtype.itemsize
+    if each > 1:
+        plane = jnp.pad(plane, [(0, 0)] * (plane.ndim - 1) + [(0, -plane.shape[-1] % each)])
+        plane = plane.reshape(*plane.shape[:-1], -1, each)
+    return jax.lax.bitcast_convert_type(plane, jnp.uint32)
+
+
+def _from_words(words: jax.Array, count: int, dtype: jnp.dtype) -> jax.Array:
+    """The first `count` numbers of what `_to_words` made of an array."""
+    plane = jax.lax.bitcast_convert_type(words, dtype)
+    return plane.reshape(*words.shape[:-1], -1)[..., :count]

@@ -1,0 +1,81 @@
+"""The cache of an engine: all of it on the device, or the CSA layers' entries in host memory (`cache.hot`)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from v4jax import config
+from v4jax.cache.entries import new_pool
+from v4jax.cache.far import new_far
+from v4jax.cache.spec import Layout
+from v4jax.core.check import UserError
+from v4jax.nn.csa import picks
+from v4jax.nn.hot import counted
+from v4jax.nn.kept import Kept, new_kept
+from v4jax.nn.memory import in_host
+
+
+def new_layer(layout: Layout, kind: str, pages: int, records: int, slack: int = 0) -> Kept:
+    """Empty state of one layer of this kind. Raises UserError as `new_far` does."""
+    model, far = layout.model, layout.hot and kind == "csa"
+    size = (pages, layout.entries(kind), layout.name) if kind != "swa" else ()
+    pool = lambda part: None if far and part == "main" else new_pool(model, part, *size)
+    kept = new_kept(model, kind, records, pool, jnp.dtype(model.dtype), slack)
+    if not far:
+        return kept
+    [device] = kept.ring_ZSH.devices()
+    main, hot = new_far(model, *size, layout.hot, device)
+    return dataclasses.replace(kept, main=main, hot=hot)
+
+
+def committed(tree):
+    """Arrays bound to the device they are on, as what programs return is once entries in its host memory are among
+    their arguments: else each program would be compiled again for its own results."""
+    [device] = jax.tree.leaves(tree)[0].devices()
+    here = SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
+    return jax.tree.map(lambda a: a if in_host(a) else jax.device_put(a, here), tree)
+
+
+def stats(live) -> dict[str, float]:
+    """`kv_bytes`: of all arrays on the device; `kv_host_bytes`: of those in host memory. If there are such, of the
+    picks of decode steps, over the layers: how many were found on the device and were fetched, and bytes fetched."""
+    held = {False: 0, True: 0}
+    for array in jax.tree.leaves(live):
+        held[in_host(array)] += array.nbytes
+    kept = [one for one in jax.tree.leaves(live, is_leaf=lambda a: isinstance(a, Kept)) if one.hot is not None]
+    counts = {"kv_bytes": held[False], "kv_host_bytes": held[True]}
+    if not kept:
+        return counts
+    hits, misses = sum(counted(n) for n in jax.device_get([one.hot.count_5 for one in kept])).tolist()
+    return counts | {
+        "hot_hits": hits, "hot_misses": misses, "hot_hit_rate": hits / max(hits + misses, 1),
+        "hot_fetched_bytes": misses * kept[0].main.row_bytes,
+    }  # fmt: skip
+
+
+def check(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
+    """Raise UserError if entries cannot live in host memory, or if that would be of no use."""
+    if cache.hot < 0:
+        raise UserError(f"cache hot must be at least 0 entries, got {cache.hot}")
+    if not cache.hot:
+        return
+    if "csa" not in model.schedule:
+        raise UserError("cache hot is for the picked entries of csa layers, and this model has none: set it to 0")
+    rows = 1 if limits.batch_invariant else limits.max_batch
+    queries, k = 1 + limits.speculative_tokens, model.indexer.topk
+    if cache.hot < rows * queries * k:
+        raise UserError(
+            f"cache hot of {cache.hot} entries is less than a step may pick: {rows} sequences x {queries} tokens x "
+            f"topk {k}; give at least {rows * queries * k}, or lower max_batch"
+        )
+    layout = Layout(model, cache.layout, cache.block)
+    blocks = -(-(limits.max_seq_len + limits.speculative_tokens) // layout.block)
+    if not picks(blocks * layout.entries("csa"), k, queries):
+        raise UserError(
+            f"cache hot is of no use with max_seq_len {limits.max_seq_len}, where each step reads all entries of a "
+            "row: set it to 0"
+        )
