@@ -33,6 +33,8 @@ _GAUGES = {
     "hit_rate": "blocks of prompts found on the device, of all asked for",
     "hit_ceiling": "blocks of prompts asked for before, of all asked for: no cache finds more",
     "kv_bytes": "all device arrays of the cache",
+    "kv_host_bytes": "arrays of the cache that live in host memory",
+    "hot_hit_rate": "picks of decode steps that were found on the device, of all of entries in host memory",
     "queue_idle": "idle blocks that wait to be copied down",
     "queue_saves": "copies on their way down",
     "queue_writes": "items that wait to be written to disk",
