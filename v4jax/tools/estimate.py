@@ -140,7 +140,7 @@ def estimate(config: Config, topology: Topology, mesh: Mesh, work: Work) -> Esti
 
 # Counted in the programs that tests/golden/compiled.json records: float32 copies of the rows that travel, alive at once
 # in the backward pass for each layer that is computed anew; copies of the logits; and of the vocabulary's two matrices.
-_ROWS, _LOGITS, _VOCABULARY = 7.5, 2, 5
+_ROWS, _LOGITS, _VOCABULARY = 6.5, 2, 2
 
 
 def _train(config: Config, topology: Topology, sharding: Sharding, work: Work):
@@ -172,12 +172,13 @@ def _train(config: Config, topology: Topology, sharding: Sharding, work: Work):
     dense = (count_parameters(m).total - count_parameters(m).by_group["routed experts"]) * width
     dense_split = sharding.size(sharding.axes("weights", "embed"))
     away = lambda n: (n - 1) / n
+    journeys = 2 * passes + 1  # there and back at each pass, and there once more: the backward pass computes rows anew
     replicas = _parts(sharding, work) // (travel * split)
     collectives = {
         "all-gather": passes * (m.layers * layer * away(split) + dense / tensor * away(dense_split)),
         "reduce-scatter": m.layers * layer * away(split) + dense / tensor * away(dense_split),
         "all-reduce": 2 * (m.layers * layer / split) * away(replicas) + 2 * _newton_schulz_bytes(config, sharding),
-        "all-to-all": m.layers * tokens * K * D * width * away(travel) * (2 * passes),
+        "all-to-all": m.layers * tokens * K * D * width * away(travel) * journeys,
     }
     host = topology.chip.host * _RUNTIME
     return parts, traffic, collectives, host

@@ -18,8 +18,9 @@ MARGIN = 0.10  # by which the closed form's bytes of a device may miss the compi
 UNKNOWN = (
     "It can't know: how evenly tokens spread over experts (even is assumed), how far collectives hide behind products "
     "(the bound takes the longest of compute, memory and network, as if all overlapped), host input, stragglers and "
-    "restarts. The closed form's activations are a sum of the largest arrays, not a schedule: on the programs that were "
-    f"compiled, bytes of a device were within {MARGIN:.0%}, collectives within a factor of 2."
+    "restarts. The closed form's activations are a sum of the largest arrays, not a schedule: on the flagships' steps "
+    f"that were compiled, bytes of a device were within {MARGIN:.0%} and collectives within a factor of 2; of small "
+    "models tiles and programs take more."
 )
 
 

@@ -2,12 +2,13 @@
 
 Sources, read in November 2026. TPUs: the "System architecture" tables of the Cloud TPU documentation (pages v5e, v6e,
 v5p and tpu7x of docs.cloud.google.com/tpu/docs): peak bf16, HBM capacity and bandwidth, ICI and data-centre network a
-chip, RAM of a 4-chip VM. GPUs: NVIDIA's data sheets of H100 SXM, H200 SXM and DGX B200 (dense rates, half of those with
-sparsity; of DGX B200 an eighth of 1,440 GB and 64 TB/s; its bfloat16 rate is that of HGX B200).
+chip, RAM of a 4-chip VM. GPUs: NVIDIA's figures of H100 SXM, H200 SXM and DGX B200, from others who quote them (the
+systems of the MLPerf inference results, glennklockwood.com/garden/processors): dense rates, half of the sparse ones; of
+DGX B200 an eighth of 1,440 GB and 64 TB/s, at the bfloat16 rate of HGX B200.
 
 The network of a TPU is one direction of all links of a chip together, half of the sheet's bidirectional figure (links
-are 4 in a plane, 6 in a cube); on the machines a link reaches about nine tenths of it. For GPUs it is one direction of
-NVLink inside a host of 8, and beyond it of a 400 Gbit/s card a GPU.
+are 4 in a plane, 6 in a cube). For GPUs it is one direction of NVLink inside a host of 8, and beyond it of a 400 Gbit/s
+card a GPU.
 
 Memory is what a program may fill. For TPUs libtpu 0.0.42 says so when one asks for more ("exceeds available HBM"); the
 sheets give 16, 32, 95 and 192 GiB. Of GPUs it is the sheet's figure, in 10^9 bytes.
