@@ -269,7 +269,7 @@ class Kept:
         if self.new is None:
             return self
         # Written when all has been read, or the compiler would keep a copy of what is read.
-        new, _ = jax.lax.optimization_barrier((self.new, done[(0,) * done.ndim]))
+        new, *_ = jax.lax.optimization_barrier((self.new, self.hot.entry_S, done[(0,) * done.ndim]))
         write = lambda main: jax.tree.map(lambda a, rows: put(a, rows, new.page_BC, new.slot_BC), main, new.rows)
         main = _in_place(write, self.main, (new.page_BC < self.main.shape[0]).any())
         return dataclasses.replace(self, main=main, new=None)
