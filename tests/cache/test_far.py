@@ -65,9 +65,7 @@ class Copies:
         hot, row = kept.hot.holding(kept.main, page, slot, wanted)
         copied = jax.tree.map(lambda a: a[0, row], hot.rows)
         zeros = jax.tree.map(jnp.zeros_like, copied)
-        right = jax.tree.map(
-            lambda far, no: jnp.where(wanted[..., None], far, no), kept.main.fetch(page, slot), zeros
-        )
+        right = jax.tree.map(lambda far, no: jnp.where(wanted[..., None], far, no), kept.main.fetch(page, slot), zeros)
         return dataclasses.replace(kept, hot=hot), copied, right
 
     def _change(self, kept, page, slot, rows):

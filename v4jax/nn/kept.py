@@ -268,10 +268,12 @@ class Kept:
         """What outlives the call: everything, and what is new where it belongs."""
         if self.new is None:
             return self
-        # Written when all has been read, or the compiler would keep a copy of what is read.
-        new, _ = jax.lax.optimization_barrier((self.new, done[(0,) * done.ndim]))
-        write = lambda main: jax.tree.map(lambda a, rows: put(a, rows, new.page_BC, new.slot_BC), main, new.rows)
-        main = _in_place(write, self.main, (new.page_BC < self.main.shape[0]).any())
+        # Written when all has been read, or the compilers would keep a copy of what is read: XLA:TPU heeds the barrier,
+        # XLA:CPU a number that comes out of the fetches, though it is always the same.
+        new, *_ = jax.lax.optimization_barrier((self.new, self.hot.entry_S, done[(0,) * done.ndim]))
+        page_BC = jnp.where(self.hot.entry_S[0] < 0, new.page_BC, self.main.shape[0])
+        write = lambda main: jax.tree.map(lambda a, rows: put(a, rows, page_BC, new.slot_BC), main, new.rows)
+        main = _in_place(write, self.main, (page_BC < self.main.shape[0]).any())
         return dataclasses.replace(self, main=main, new=None)
 
 

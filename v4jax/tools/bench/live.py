@@ -155,9 +155,7 @@ class _Arm:
     rows: tuple[jax.Array, jax.Array]
 
     def step(self, heads: Heads) -> jax.Array:
-        self.live, _, logits_BTV = programs.decode(
-            self.structure, self.weights, self.live, heads, self.rows, False
-        )
+        self.live, _, logits_BTV = programs.decode(self.structure, self.weights, self.live, heads, self.rows, False)
         return logits_BTV
 
     def seconds(self, heads: list[Heads]) -> float:
