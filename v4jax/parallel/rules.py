@@ -29,7 +29,7 @@ _ACTIVE: contextvars.ContextVar[Sharding | None] = contextvars.ContextVar("shard
 class Sharding:
     """A mesh and the rules by which arrays lie on it.
 
-    inside: the program in force is already one device's (the body of a `shard_map` over all axes): arrays are its parts.
+    inside: the program in force is already one device's (the body of a `shard_map` over all axes), arrays its parts.
     """
 
     mesh: Mesh
