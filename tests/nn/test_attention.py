@@ -94,7 +94,7 @@ def test_a_query_that_sees_nothing_gets_zeros():
     nothing = Rows(normal(1, 6, MODEL.head_dim), jnp.full((1, 6), -(2**30)))
     chunk = fresh_chunk(jnp.zeros((1, 3), jnp.int32))
     attend = jax.jit(lambda q: attn._attend(q, (), nothing, chunk, Fresh()))
-    out, _ = attend(normal(1, 3, MODEL.heads, MODEL.head_dim))
+    out, *_ = attend(normal(1, 3, MODEL.heads, MODEL.head_dim))
     np.testing.assert_array_equal(out, 0)
 
 
