@@ -29,5 +29,5 @@ def test_an_unknown_name_is_one_clear_line():
 
 def test_experts_of_an_unmeasured_backend_are_the_ragged_ones(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "METAL")
-    monkeypatch.setattr(api, "_IMPLEMENTATIONS", {"ref": None, "blocks": None, "ragged": lambda *_, limit: limit})
+    monkeypatch.setattr(api, "_IMPLEMENTATIONS", {"ref": None, "blocks": None, "ragged": lambda *_, limit, fp8: limit})
     assert api.experts(*[None] * 5, limit=10.0) == 10.0

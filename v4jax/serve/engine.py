@@ -112,9 +112,11 @@ class Engine:
         fixed = records * self.layout.record_bytes(3 * k, mtp=k > 0) + self.layout.hot_bytes
         least = fixed + 2 * self.layout.page_bytes
         if cache.device < least:
+            parts = f"{records} records and one block of {block} tokens"
+            parts, lower = (f"{parts} and the hot entries", "records or hot") if cache.hot else (parts, "records")
             raise UserError(
-                f"a cache of {cache.device:,} bytes on the device is too small: {records} records, one block of "
-                f"{block} tokens and the hot entries take {least:,}; give it more, or lower max_batch, records or hot"
+                f"a cache of {cache.device:,} bytes on the device is too small: {parts} take {least:,}; give it "
+                f"more, or lower max_batch or the cache's {lower}"
             )
         return self.layout.pages_for(cache.device - fixed)
 
