@@ -10,7 +10,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.compute_on import compute_on2
+
+try:  # its name before jax 0.12, where `compute_on` was something else
+    from jax.experimental.compute_on import compute_on2 as compute_on
+except ImportError:
+    from jax.experimental.compute_on import compute_on
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
@@ -50,7 +54,7 @@ def in_host(array: jax.Array) -> bool:
 
 def on_host(function):
     """`function` of arrays in host memory, computed by the host, its results left there."""
-    return compute_on2(function, compute_type="device_host", out_memory_spaces=HOST)
+    return compute_on(function, compute_type="device_host", out_memory_spaces=HOST)
 
 
 def _joined(index: tuple[jax.Array, ...]) -> jax.Array:
