@@ -1,19 +1,16 @@
 """Eight fake CPU devices, a quick compiler and one cache of programs for the whole run, before anything imports jax."""
 
 import atexit
-import importlib.metadata
 import os
 import shutil
 import sys
 import tempfile
 
+from tests.compiler import QUICK
+
 assert "jax" not in sys.modules, "jax was imported before the tests chose its devices"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling is most of the time of nearly every test: LLVM's passes, and XLA's newer way to emit fusions, which takes
-# four times as long as the one before. Users have both; so do test_invariance.py, the benches and the quickstart.
-_FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # an unknown flag would end every test
-    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+_FLAGS = ["--xla_force_host_platform_device_count=8", *QUICK]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 
 # Workers of pytest-xdist and programs that tests start inherit the cache, so each program is compiled once a run.

@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import pytest
 
+from tests.compiler import FUSED
 from tests.golden import weights
 from tests.serve.companies import BASES, SAMPLED, crowded
 from tests.serve.small import LIMITS, MODEL, Request, drive, new_books
@@ -25,12 +26,11 @@ ONE = dataclasses.replace(MODEL, schedule=("csa",), mtp_layers=0, moe=dataclasse
 
 @pytest.fixture(autouse=True, scope="module")
 def fused():
-    options = {"xla_cpu_use_fusion_emitters": True}
     static = {"prefill": (0, 2), "decode": ((0, 5), 2)}
     with pytest.MonkeyPatch.context() as patch:
         for name, (numbers, donated) in static.items():
             function = getattr(programs, name).__wrapped__
-            program = jax.jit(function, static_argnums=numbers, donate_argnums=donated, compiler_options=options)
+            program = jax.jit(function, static_argnums=numbers, donate_argnums=donated, compiler_options=FUSED)
             patch.setattr(programs, name, program)
         yield
 
