@@ -7,7 +7,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from tests.serve.small import new_books, tokens_of
 from tests.serve.tiered import tiered
-from v4jax.serve import Metrics, SamplingParams, metrics
+from v4jax.serve import SamplingParams, metrics
+from v4jax.serve.metrics import Metrics
 
 
 class Llm:

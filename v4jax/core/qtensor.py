@@ -31,18 +31,13 @@ def quantise(x: jax.Array, format: str, group: int) -> tuple[jax.Array, jax.Arra
     two with which the group's largest magnitude fits; rounding is to nearest, ties to the even code. A group with an
     infinity or a NaN gets the scale NaN. Raises UserError if n is no multiple of the group, or odd with "fp4".
     """
-    most, floor = _RANGE[format]
     width = x.shape[-1]
     if width % group or (format == "fp4" and width % 2):
         raise UserError(f"{width} numbers do not fall into {format} groups of {group}; take one that divides them")
     x = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, group)
-    amax = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), floor)
-    scales = _scale_bytes(amax, most)
-    # 2^-e, exact: e lies in -126..126, so the inverse is a normal float too.
-    inverse = jax.lax.bitcast_convert_type((254 - scales.astype(jnp.int32)) << 23, jnp.float32)
-    x = jnp.clip(x * inverse, -most, most).reshape(*x.shape[:-2], width)
-    values = jax.lax.bitcast_convert_type(x.astype(jnp.float8_e4m3fn), jnp.uint8) if format == "fp8" else _pack_e2m1(x)
-    return values, scales[..., 0]
+    x, scales = _scaled(x, (-1,), format)
+    x = x.reshape(*x.shape[:-2], width)
+    return _e4m3(x) if format == "fp8" else _pack_e2m1(x), scales[..., 0]
 
 
 def dequantise(
@@ -94,24 +89,30 @@ class QTensor:
 
 
 def quantise_blocks(x: jax.Array, axes: tuple[int, int], most: int = 128) -> QTensor:
-    """A weight in e4m3 with a power-of-two scale a block of at most `most` x `most` along two axes (spec 8.1).
-
-    Numbers that such a block held once come back unchanged. Raises nothing: sizes are cut into equal groups.
-    """
+    """A weight in e4m3 with a power-of-two scale a block of at most `most` x `most` along two axes (spec 8.4), the
+    fewest equal blocks that there are. Numbers that such a block held once come back unchanged."""
     blocked = {axis % x.ndim for axis in axes}
     sizes = [group_size(n, most) if axis in blocked else 1 for axis, n in enumerate(x.shape)]
     split = [part for n, size in zip(x.shape, sizes, strict=True) for part in (n // size, size)]
-    inner = tuple(range(1, 2 * x.ndim, 2))
-    x_split = x.astype(jnp.float32).reshape(split)
-    highest, floor = _RANGE["fp8"]
-    scales = _scale_bytes(jnp.maximum(jnp.abs(x_split).max(inner, keepdims=True), floor), highest)
-    inverse = jax.lax.bitcast_convert_type((254 - scales.astype(jnp.int32)) << 23, jnp.float32)
-    values = jnp.clip(x_split * inverse, -highest, highest).astype(jnp.float8_e4m3fn).reshape(x.shape)
-    return QTensor(jax.lax.bitcast_convert_type(values, jnp.uint8), scales.reshape(split[::2]))
+    y, scales = _scaled(x.astype(jnp.float32).reshape(split), tuple(range(1, 2 * x.ndim, 2)), "fp8")
+    return QTensor(_e4m3(y.reshape(x.shape)), scales.reshape(split[::2]))
 
 
 def _impl() -> str:
     return "bits" if jax.default_backend() == "cpu" else "cast"
+
+
+def _scaled(x: jax.Array, group: tuple[int, ...], format: str) -> tuple[jax.Array, jax.Array]:
+    """float32 x over its groups' scales, clipped to the format's range; the scale bytes, axes `group` of size 1."""
+    most, floor = _RANGE[format]
+    scales = _scale_bytes(jnp.maximum(jnp.abs(x).max(group, keepdims=True), floor), most)
+    # 2^-e, exact: e lies in -126..126, so the inverse is a normal float too.
+    inverse = jax.lax.bitcast_convert_type((254 - scales.astype(jnp.int32)) << 23, jnp.float32)
+    return jnp.clip(x * inverse, -most, most), scales
+
+
+def _e4m3(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x.astype(jnp.float8_e4m3fn), jnp.uint8)
 
 
 def _scale_bytes(amax: jax.Array, most: float) -> jax.Array:

@@ -2,7 +2,6 @@
 
 from v4jax.config import Cache as CacheConfig
 from v4jax.serve.llm import LLM, RequestOutput
-from v4jax.serve.metrics import Metrics
 from v4jax.serve.sampling import Logprob, SamplingParams
 
-__all__ = ["LLM", "CacheConfig", "Logprob", "Metrics", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CacheConfig", "Logprob", "RequestOutput", "SamplingParams"]

@@ -1,8 +1,9 @@
 """What an engine counts, for Prometheus.
 
+    import v4jax.serve.metrics
     from prometheus_client import REGISTRY, start_http_server
 
-    REGISTRY.register(v4jax.serve.Metrics(llm))
+    REGISTRY.register(v4jax.serve.metrics.Metrics(llm))
     start_http_server(9100)
 
 Names start with `v4jax_`; sizes are bytes, times seconds; what belongs to one tier has the label `tier`.
