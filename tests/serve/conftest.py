@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.serve import small
+from tests.serve import device, small
 from v4jax.data.tokenizer import Tokenizer
 from v4jax.serve.engine import Engine
 
@@ -36,3 +36,10 @@ def full_logits(model):
         return np.asarray(model(padded))[0, : len(ids)]
 
     return run
+
+
+@pytest.fixture
+def endless(monkeypatch):
+    """A model that never stops by itself."""
+    sample = device.sample
+    monkeypatch.setattr(device, "sample", lambda salt, tokens: 1 + sample(salt, tokens) % 4)

@@ -181,3 +181,8 @@ class World:
                 assert row.tokens == answer
             else:
                 assert row.state in (State.CANCELLED, State.FAILED) and row.tokens == answer[: len(row.tokens)]
+
+
+def decoded(plan):
+    """Requests that a plan decodes a token of."""
+    return [row.sequence.id for row in plan.decode]

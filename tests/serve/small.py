@@ -3,16 +3,19 @@
 All tests here share one shape of model, limits and cache, because compiling programs is what takes the time.
 """
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 from v4jax import config
 from v4jax.cache.blocks import Blocks
 from v4jax.models.transformer import Transformer
+from v4jax.serve import programs
 from v4jax.serve.sampling import SamplingParams
 from v4jax.serve.scheduler import Scheduler
 
@@ -25,6 +28,18 @@ MODEL = config.Model(
 LIMITS = config.Serve(max_batch=4, max_seq_len=576, prefill_chunk=64)
 BLOCK = 256
 STEPS = 3000  # more than any run here takes
+
+
+@contextlib.contextmanager
+def compiled(options):
+    """The engine's programs under other compiler options than the tests' (tests/compiler.py)."""
+    static = {"prefill": (0, 2), "decode": ((0, 5), 2), "draw": ((4, 5), 1)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, (numbers, donated) in static.items():
+            function = getattr(programs, name).__wrapped__
+            program = jax.jit(function, static_argnums=numbers, donate_argnums=donated, compiler_options=options)
+            patch.setattr(programs, name, program)
+        yield
 
 
 def draw_model(seed: int) -> Transformer:

@@ -5,26 +5,19 @@ The programs are compiled as users have them, for bits depend on that.
 
 import dataclasses
 
-import jax
 import pytest
 from hypothesis import given
 
 from tests.compiler import AS_USERS
 from tests.serve.companies import BASES, SAMPLED, Solo, books, check, companies, crowded, few, staying
-from tests.serve.small import LIMITS, Request, drive, new_books
-from v4jax.serve import programs
+from tests.serve.small import LIMITS, Request, compiled, drive, new_books
 from v4jax.serve.engine import Engine
 
 
 @pytest.fixture(scope="module")
 def as_users_have_them():
     """The tests' quick compiler (tests/conftest.py) set back to XLA's default."""
-    static = {"prefill": (0, 2), "decode": ((0, 5), 2), "draw": ((4, 5), 1)}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, (numbers, donated) in static.items():
-            function = getattr(programs, name).__wrapped__
-            program = jax.jit(function, static_argnums=numbers, donate_argnums=donated, compiler_options=AS_USERS)
-            patch.setattr(programs, name, program)
+    with compiled(AS_USERS):
         yield
 
 

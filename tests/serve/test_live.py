@@ -11,12 +11,11 @@ import pytest
 from tests.compiler import FUSED
 from tests.golden import weights
 from tests.serve.companies import BASES, SAMPLED, crowded
-from tests.serve.small import LIMITS, MODEL, Request, drive, new_books
+from tests.serve.small import LIMITS, MODEL, Request, compiled, drive, new_books
 from tests.serve.tiered import one_by_one, small_books, tiered
 from v4jax import config
 from v4jax.core.check import UserError
 from v4jax.nn.memory import in_host
-from v4jax.serve import programs
 from v4jax.serve.engine import Engine, check_limits
 
 LEAST = LIMITS.max_batch * MODEL.indexer.topk  # what a step may pick: nearly all of it changes all the time
@@ -26,12 +25,7 @@ ONE = dataclasses.replace(MODEL, schedule=("csa",), mtp_layers=0, moe=dataclasse
 
 @pytest.fixture(autouse=True, scope="module")
 def fused():
-    static = {"prefill": (0, 2), "decode": ((0, 5), 2)}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, (numbers, donated) in static.items():
-            function = getattr(programs, name).__wrapped__
-            program = jax.jit(function, static_argnums=numbers, donate_argnums=donated, compiler_options=FUSED)
-            patch.setattr(programs, name, program)
+    with compiled(FUSED):
         yield
 
 

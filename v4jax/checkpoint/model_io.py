@@ -26,7 +26,7 @@ from v4jax.core.check import UserError
 from v4jax.core.qtensor import QTensor
 from v4jax.models import hf_config
 from v4jax.models.layout import Stack
-from v4jax.models.quantised import quantise_weight
+from v4jax.models.quantised import check_precision, quantise_weight
 from v4jax.models.transformer import Transformer
 
 # (letters of the axes, such as "EDUF", shape) -> where an array goes. The axis of stacked layers is called "*".
@@ -48,13 +48,14 @@ def load(
     inference; such a model cannot be saved. Arrays are read one after another, so the host holds one of them beside
     the model. Raises UserError.
     """
+    check_precision(precision)
     config, tensors = open_checkpoint(path, dtype)
     graphdef, state, runs = _structure(config.model, scan)
     filled = {}
     for place, variable, names, stacked in _arrays(state, runs):
         letters = "*" * stacked + variable.letters
         array = _device_array(tensors, names, stacked, letters, placement)
-        filled[place] = variable.replace(quantise_weight(names[0], letters, array) if precision == "fp8" else array)
+        filled[place] = variable.replace(quantise_weight(letters, array) if precision == "fp8" else array)
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 

@@ -6,26 +6,30 @@ dtype, from numbers widened just before. Released weights lose nothing: FP8 bloc
 MXFP4 experts fit as long as the group scales of a block lie within 2^14 of each other.
 """
 
-import re
-
 import jax
 from flax import nnx
 
+from v4jax.core.check import UserError
 from v4jax.core.qtensor import QTensor, quantise_blocks
 from v4jax.models.transformer import Transformer
+from v4jax.nn.linear import FP8
 
-_NAMES = re.compile(
-    r"(\.attn\.(q_down|q_up|kv|o_down|o_up)|\.indexer\.q_up|\.(experts|shared)\.(gate_up|down)"
-    r"|\.(embed|hidden)_proj)$"
-)
+PRECISIONS = ("model", "fp8")
+_STORED = FP8 | {"GIR"}  # the first output matrix is stored in FP8 as well, if not multiplied in it
 _STACKING = "*EG"  # letters of axes that stack matrices: repeated layers, experts, output groups
 
 _blocks = jax.jit(quantise_blocks, static_argnums=1)
 
 
-def quantise_weight(name: str, letters: str, array: jax.Array) -> jax.Array | QTensor:
-    """A QTensor of the array, blocks along its input axis and its last, if its name is among those quantised."""
-    if not _NAMES.search(name):
+def check_precision(precision: str) -> None:
+    """Raise UserError for one that there is not."""
+    if precision not in PRECISIONS:
+        raise UserError(f"unknown precision {precision!r}; one of {', '.join(PRECISIONS)}")
+
+
+def quantise_weight(letters: str, array: jax.Array) -> jax.Array | QTensor:
+    """A QTensor of the array, blocks along its input axis and its last, if its axes are those of a matrix in FP8."""
+    if letters.lstrip("*") not in _STORED:
         return array
     return _blocks(array, (next(i for i, letter in enumerate(letters) if letter not in _STACKING), -1))
 
@@ -35,9 +39,9 @@ def quantise(model: Transformer) -> Transformer:
     graphdef, state = nnx.split(model)
     filled = {}
     for place, variable in nnx.to_flat_state(state):
-        name, value = ".".join(map(str, place)), variable[...]
+        value = variable[...]
         if not isinstance(value, QTensor):
             stacked = "*" * (value.ndim - len(variable.letters))
-            variable = variable.replace(quantise_weight(name, stacked + variable.letters, value))
+            variable = variable.replace(quantise_weight(stacked + variable.letters, value))
         filled[place] = variable
     return nnx.merge(graphdef, nnx.from_flat_state(filled))

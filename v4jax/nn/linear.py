@@ -9,7 +9,7 @@ from flax import nnx
 from v4jax.kernels import fp8
 
 # Letters of the matrices that are released in FP8 (spec 9.1) and multiplied in it (9.3: not the first output matrix).
-_FP8 = {"DQ", "QNH", "DH", "GRD", "QJL", "DUF", "FD", "DO", "EDUF", "EFD"}
+FP8 = {"DQ", "QNH", "DH", "GRD", "QJL", "DUF", "FD", "DO", "EDUF", "EFD"}
 
 
 class Fixed(nnx.Variable):
@@ -42,7 +42,7 @@ def low_precision(model: nnx.Module, matmul: str, expert_weights: str) -> None:
     for _, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.Param):
             letters = variable.get_metadata("letters")
-            if matmul == "fp8" and letters in _FP8:
+            if matmul == "fp8" and letters in FP8:
                 variable.set_metadata(fp8=True)
             if expert_weights == "mxfp4" and letters in ("EDUF", "EFD"):
                 variable.set_metadata(mxfp4=True)

@@ -25,7 +25,7 @@ from v4jax.cache import prefix
 from v4jax.cache.blocks import Blocks
 from v4jax.cache.spec import Layout
 from v4jax.core.check import UserError
-from v4jax.models.quantised import quantise
+from v4jax.models.quantised import check_precision, quantise
 from v4jax.models.transformer import Transformer
 from v4jax.serve import live, parking, programs
 from v4jax.serve.programs import Heads, Live
@@ -35,7 +35,6 @@ from v4jax.serve.sequence import Plan, Sequence, State
 
 _ENDED = (State.FINISHED, State.CANCELLED, State.FAILED)
 _LEAST_CHUNK = 16  # tokens
-_PRECISIONS = ("model", "fp8")
 _log = logging.getLogger(__name__)
 
 _NOT_FINITE = Sampled(np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))  # what a chunk that is not draws
@@ -326,8 +325,7 @@ def check_limits(model: config.Model, limits: config.Serve, cache: config.Cache)
             raise UserError(f"{name} must be at least 1, got {getattr(limits, name)}")
     if limits.max_seq_len > model.max_positions:
         raise UserError(f"max_seq_len {limits.max_seq_len} exceeds the {model.max_positions} positions of the model")
-    if limits.precision not in _PRECISIONS:
-        raise UserError(f"unknown precision {limits.precision!r}; one of {', '.join(_PRECISIONS)}")
+    check_precision(limits.precision)
     if limits.speculative_tokens < 0 or cache.tokens < 0 or cache.records < 0 or cache.record_every < 0:
         raise UserError("speculative_tokens, cache tokens, records and record_every must be at least 0")
     if limits.speculative_tokens and not model.mtp_layers:
