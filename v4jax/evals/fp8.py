@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4jax import checkpoint as store
-from v4jax.cache.entries import new_pool
 from v4jax.cache.spec import Layout, row
 from v4jax.core.check import UserError
 from v4jax.core.qtensor import dequantise, quantise
@@ -25,11 +24,11 @@ from v4jax.evals.bounds import read as read_bounds
 from v4jax.models.transformer import Transformer, fresh_chunk, next_chunk
 from v4jax.nn.csa import CSAttention
 from v4jax.nn.indexer import score, visible
-from v4jax.nn.kept import new_kept
 from v4jax.nn.linear import project
 from v4jax.nn.mhc import read_streams
 from v4jax.nn.rope import angles, frequencies
 from v4jax.nn.state import Fresh, Place
+from v4jax.serve.live import new_layer
 
 REFERENCE = "bf16"
 # name -> (unit, bound, whether it is an upper one)
@@ -96,12 +95,7 @@ def _logits(model: Transformer, tokens_RT: jax.Array, layout: str) -> jax.Array:
     """Of a whole window, its entries read back from a cache of this layout."""
     (R, T), shape = tokens_RT.shape, Layout(model.config, layout)
     pages = -(-T // shape.block)
-
-    def kept(kind):
-        pool = lambda part: new_pool(model.config, part, R * pages, shape.entries(kind), layout)
-        return new_kept(model.config, kind, R, pool, jnp.dtype(model.config.dtype))
-
-    state = [[kept(kind) for kind, _ in run.kinds] for run in model.runs]
+    state = [[new_layer(shape, kind, R * pages, R) for kind, _ in run.kinds] for run in model.runs]
     rows = jnp.arange(R, dtype=jnp.int32)
     place = Place(rows, rows[:, None] * pages + jnp.arange(pages, dtype=jnp.int32))
     x_BTXD, _, _ = model.hidden(next_chunk(tokens_RT, jnp.zeros(R, jnp.int32), None, place), state)

@@ -17,14 +17,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from v4jax.cache.entries import new_pool
 from v4jax.cache.spec import Layout
 from v4jax.config import Config, Mesh
 from v4jax.core.check import UserError
 from v4jax.models.transformer import Transformer
-from v4jax.nn.kept import new_kept
 from v4jax.parallel.rules import Sharding, make_sharding, use
 from v4jax.serve import programs
+from v4jax.serve.live import new_layer
 from v4jax.serve.programs import Heads, Live
 from v4jax.tools.estimate import Work
 
@@ -127,9 +126,6 @@ def _pages(config: Config, tokens: int) -> int:
 
 def _live(config: Config, rows: int, tokens: int) -> Live:
     """What the engine keeps for `rows` sequences, with a record and a page to spare (number 0), as zeros."""
-    layout, model = Layout(config.model, config.cache.layout, config.cache.block), config.model
-    pages = 1 + rows * _pages(config, tokens)
-    pool = lambda kind: lambda part: new_pool(model, part, pages, layout.entries(kind), layout.name)
-    one = lambda kind: new_kept(model, kind, 1 + rows, pool(kind), jnp.dtype(model.dtype))
-    return Live([[one(kind)] for kind in model.schedule], None)
+    layout, pages = Layout(config.model, config.cache.layout, config.cache.block), 1 + rows * _pages(config, tokens)
+    return Live([[new_layer(layout, kind, pages, 1 + rows)] for kind in config.model.schedule], None)
 

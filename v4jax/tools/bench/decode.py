@@ -14,19 +14,18 @@ import statistics
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from v4jax.cache.entries import new_pool
 from v4jax.cache.spec import Layout
 from v4jax.config import Config, Model
 from v4jax.core.check import UserError
 from v4jax.core.tables import print_table
 from v4jax.models.quantised import quantise
 from v4jax.models.transformer import Transformer
-from v4jax.nn.kept import Kept, Pool, new_kept
+from v4jax.nn.kept import Kept, Pool
 from v4jax.serve import programs
+from v4jax.serve.live import new_layer
 from v4jax.serve.programs import Heads, Live
 from v4jax.tools.bench.measure import alternate, timed
 from v4jax.tools.bench.report import record
@@ -88,9 +87,8 @@ class _Cache:
     def __init__(self, model: Model, layout: str, tokens: int):
         sizes = Layout(model, layout)
         blocks = -(-tokens // sizes.block)
-        pool = lambda kind: lambda part: new_pool(model, part, blocks + 1, sizes.entries(kind), layout)
-        kept = lambda kind: new_kept(model, kind, _RECORD + 1, pool(kind), jnp.dtype(model.dtype))
-        layers = [filled(kept(kind), np.random.default_rng(i)) for i, kind in enumerate(model.schedule)]
+        layers = [new_layer(sizes, kind, blocks + 1, _RECORD + 1) for kind in model.schedule]
+        layers = [filled(kept, np.random.default_rng(i)) for i, kept in enumerate(layers)]
         self.live = Live([[layer] for layer in layers], None)
         table_ZA = np.full((_RECORD + 1, blocks), -1, np.int32)
         table_ZA[_RECORD] = 1 + np.arange(blocks)  # in order, as the engine gives them to a lone sequence
