@@ -2,9 +2,9 @@
 
 import importlib.metadata
 
-# Compiling is most of the time of nearly every test: LLVM's passes, and XLA's newer way to emit fusions. A small prefill
-# took 12 s as users compile it, 5.7 s without the passes, and 2.0 s with the older fusions too (by hand, a shared core).
-# Later versions have the newer ones alone, and end at a flag they do not know.
+# Compiling is most of the time of nearly every test: LLVM's passes, and XLA's newer way to emit fusions. A small
+# prefill took 12 s as users compile it, 5.7 s without the passes, and 2.0 s with the older fusions too (by hand, on a
+# shared core). Later versions have the newer ones alone, and end at a flag they do not know.
 _HAS_BOTH = importlib.metadata.version("jaxlib").startswith("0.10.")
 QUICK = ["--xla_backend_optimization_level=0", *["--xla_cpu_use_fusion_emitters=false"] * _HAS_BOTH]
 FUSED = {"xla_cpu_use_fusion_emitters": True} if _HAS_BOTH else {}  # compiler options of jax.jit: fusions as users have

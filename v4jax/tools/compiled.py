@@ -1,8 +1,8 @@
 """The real program of a step, compiled ahead of time for TPUs with none present, and what the compiler says of it.
 
 Most of a compile is machine code for thousands of small kernels. It is done at the compiler's lowest effort for running
-time, which chooses buffers and collectives by the same passes: on the gradient of two layers of `tiny`, by hand, at half
-the time and with 0.84 times the temporaries.
+time, which chooses buffers and collectives by the same passes: on the gradient of two layers of `tiny`, by hand, at
+half the time and with 0.84 times the temporaries.
 """
 
 from __future__ import annotations
