@@ -23,7 +23,7 @@ quantise = jax.jit(qtensor.quantise, static_argnums=(1, 2))
 dequantise = jax.jit(qtensor.dequantise, static_argnames=("format", "impl"))
 write = jax.jit(lambda pool, page, slot, rows: pool.write(page, slot, rows), donate_argnums=0)
 read = jax.jit(lambda pool, page, slot, dtype=jnp.float32: pool.take(page, slot, dtype), static_argnums=3)
-read_pages = jax.jit(lambda pool, pages: pool.pages(pages, jnp.float32))
+read_pages = jax.jit(lambda pool, pages: pool.pages(pages).decoded(jnp.float32))
 CASES = [(kind, layout) for layout in LAYOUTS for kind in ("main", "index")]
 
 

@@ -37,7 +37,7 @@ def test_a_pool_in_host_memory_reads_as_one_on_the_device(layout):
     def run(pool):
         pool = pool.write(page, slot, rows)
         there = np.array([[2, 0], [1, 1]], np.int32)
-        return pool, pool.take(*EVERY, jnp.float32), pool.pages(there, jnp.float32)
+        return pool, pool.take(*EVERY, jnp.float32), pool.pages(there).decoded(jnp.float32)
 
     far, _ = new_far(SMALL, PAGES, SLOTS, layout, 4, DEVICE)
     there, *read = run(far)

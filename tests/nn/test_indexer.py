@@ -33,7 +33,8 @@ def _search(scores_C, k, piece):
     index = lambda first, count: first + jnp.arange(count)
     readable = lambda *piece: ((index(*piece) < 9) & (scores_C > -jnp.inf)[jnp.minimum(index(*piece), 8)])[None, None]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(indexer, "_PIECE", piece)
+        patch.setattr(indexer, "_FEW_PIECE", piece)
+        patch.setattr(indexer, "_FEW_NUMBERS", 0)
         return search(jnp.eye(2)[None, None], jnp.array([[[1.0, -1.0]]]), view, readable, jnp.int32(9), k)[0, 0]
 
 

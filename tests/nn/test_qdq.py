@@ -9,7 +9,8 @@ import pytest
 
 from tests.golden import weights
 from v4jax import config
-from v4jax.nn import qdq
+from v4jax.core import qtensor
+from v4jax.nn import indexer, qdq
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
 
@@ -46,23 +47,37 @@ def test_gradients_pass_straight_through(function):
     np.testing.assert_allclose(gradient, back, rtol=1e-5, atol=1e-5)
 
 
-def test_a_cache_in_these_formats_gives_the_same_logprobs():
-    """Rounded twice is rounded once: every bit survives the FP8 and FP4 cache, and not that of a plain model.
-
-    The prompt is one chunk: an engine then compiles one program to read it and one to go on.
-    """
+def logprobs(model, layout):
+    """Of an answer to one prompt, read as one chunk: the engine then compiles two programs."""
     prompt = np.random.RandomState(0).randint(3, 64, 80).tolist()
-    sampling = SamplingParams(temperature=0.0, max_tokens=12, logprobs=1, ignore_eos=True)
+    net = weights.build(model, weights.random_flat(model, 3))
+    engine = Engine(net, config.Serve(1, 256, 80), config.Cache(layout=layout, prefix=False))
+    engine.add(0, prompt, SamplingParams(temperature=0.0, max_tokens=12, logprobs=1, ignore_eos=True))
+    drawn = []
+    while engine.busy:
+        drawn += [d.sampled.logprob_B[d.row, 0] for d in engine.step()]
+    return drawn
 
-    def logprobs(model, layout):
-        net = weights.build(model, weights.random_flat(model, 3))
-        engine = Engine(net, config.Serve(1, 256, 80), config.Cache(layout=layout, prefix=False))
-        engine.add(0, prompt, sampling)
-        drawn = []
-        while engine.busy:
-            drawn += [d.sampled.logprob_B[d.row, 0] for d in engine.step()]
-        return drawn
 
+def test_a_cache_in_these_formats_gives_the_same_logprobs():
+    """Rounded twice is rounded once: every bit survives the FP8 and FP4 cache, and not that of a plain model."""
     assert logprobs(MODEL, "fp8_fp4") == logprobs(MODEL, "model")
     plain = dataclasses.replace(MODEL, kv_qdq=False)
     assert logprobs(plain, "fp8_fp4") != logprobs(plain, "model")
+
+
+def test_keys_can_be_multiplied_as_they_are_stored(monkeypatch):
+    """The products of backends that take e4m3: such a model's queries lose nothing in them."""
+    calls, plain = [], logprobs(MODEL, "fp8")
+
+    def scaled_dot(x, rows):
+        calls.append(rows.values.dtype)
+        return qtensor.scaled_dot(x, rows)
+
+    monkeypatch.setattr(indexer, "_CODED", ("cpu",))
+    monkeypatch.setattr(indexer, "scaled_dot", scaled_dot)
+    np.testing.assert_allclose(logprobs(MODEL, "fp8"), plain, atol=1e-5)
+    assert set(calls) == {np.dtype(np.uint8)}
+    calls.clear()
+    logprobs(dataclasses.replace(MODEL, kv_qdq=False), "fp8")
+    assert not calls  # its queries would be rounded

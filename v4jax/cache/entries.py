@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from v4jax import config
 from v4jax.cache import spec
-from v4jax.core.qtensor import dequantise, quantise
+from v4jax.core.qtensor import QTensor, dequantise, quantise
 from v4jax.nn.kept import Plain, Pool
 from v4jax.nn.state import pytree
 
@@ -55,6 +55,10 @@ class Quantised(Pool):
         """Pages, rows of a page, numbers of a row."""
         return (*self.values.shape[:2], self.row.width)
 
+    @property
+    def _groups(self) -> int:
+        return (self.row.width - self.row.rotary) // self.row.group
+
     def encoded(self, rows: jax.Array) -> Quantised:
         """Rows are rounded as spec 2.4 says."""
         split = self.row.width - self.row.rotary
@@ -63,10 +67,13 @@ class Quantised(Pool):
         scales = jnp.pad(scales, [(0, 0)] * (scales.ndim - 1) + [(0, spare)])
         return Quantised(values, scales, self.rotary and self.rotary.encoded(rows[..., split:]), self.row)
 
+    def coded(self) -> QTensor | None:
+        whole = self.row.format == "fp8" and self.rotary is None
+        return QTensor(self.values, self.scales[..., : self._groups]) if whole else None
+
     def decoded(self, compute: jnp.dtype) -> jax.Array:
         """`compute` is float32 or bfloat16."""
-        groups = (self.row.width - self.row.rotary) // self.row.group
-        x = dequantise(self.values, self.scales[..., :groups], self.row.format, compute)
+        x = dequantise(self.values, self.scales[..., : self._groups], self.row.format, compute)
         if self.rotary is None:
             return x
         rotary = self.rotary.decoded(compute)

@@ -88,6 +88,21 @@ class QTensor:
         return _narrow(x) if bits and dtype == jnp.bfloat16 else x.astype(dtype)
 
 
+def scaled_dot(x_BRL: jax.Array, rows_BCL: QTensor) -> jax.Array:
+    """x times rows as they are stored, with a scale a group of the last axis: float32 [B, R, C].
+
+    x is rounded to e4m3 in such groups, which changes nothing in what FP8 or FP4 held. Chips with block-scaled products
+    (Blackwell, groups of 32) take the codes as they lie; elsewhere XLA widens them itself.
+    """
+    x_BRL = QTensor(*quantise(x_BRL, "fp8", rows_BCL.shape[-1] // rows_BCL.scales.shape[-1]))
+    values = lambda a: jax.lax.bitcast_convert_type(a.values, jnp.float8_e4m3fn)
+    scales = lambda a: jax.lax.bitcast_convert_type(a.scales, jnp.float8_e8m0fnu)
+    return jax.lax.scaled_dot(
+        values(x_BRL), values(rows_BCL), lhs_scale=scales(x_BRL), rhs_scale=scales(rows_BCL),
+        dimension_numbers=(((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+
 def quantise_blocks(x: jax.Array, axes: tuple[int, int], most: int = 128) -> QTensor:
     """A weight in e4m3 with a power-of-two scale a block of at most `most` x `most` along two axes (spec 8.4), the
     fewest equal blocks that there are. Numbers that such a block held once come back unchanged."""

@@ -50,7 +50,7 @@ class CSAttention(HCAttention):
                 mask_BTC &= _chosen(jnp.where(mask_BTC, scores_BTC, -jnp.inf), k)
             part, p_BTNC = attend(q_BTNH, view.rows(0, view.size), mask_BTC)
             return part, Scored(scores_BTC, mask_BTC, p_BTNC), view
-        picks_BTK = search(q_BTJL, w_BTJ, view, readable, self.limit(order_BT), k)
+        picks_BTK = search(q_BTJL, w_BTJ, view, readable, self.limit(order_BT), k, self.indexer.coded)
         mask_BTK = picks_BTK >= 0
         rows_BTKH, after = view.take_rows(picks_BTK)
         part, p_BTNK = attend(q_BTNH, rows_BTKH, mask_BTK)

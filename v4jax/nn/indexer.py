@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
+from v4jax.core.qtensor import QTensor, scaled_dot
 from v4jax.nn import qdq
 from v4jax.nn.compressor import Compressor
 from v4jax.nn.linear import project, weight
@@ -13,8 +14,10 @@ from v4jax.nn.state import View
 from v4jax.nn.window import FEW
 
 _PIECE = 1024  # entries that are scored at once
+_FEW_PIECE = 256  # at least, in a decode step
 _FEW_NUMBERS = 2**17  # numbers in the keys of a small piece of a decode step; a big one has `_BIG` times as many
 _BIG = 4
+_CODED = ("gpu",)  # backends that are given keys in e4m3 as they lie, where they lie so; others get them widened
 _TILE = 64  # queries that XLA:CPU scores at once: with a piece of keys their scores still fit its caches
 
 
@@ -24,6 +27,8 @@ class Indexer(nnx.Module):
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         heads, dim = model.indexer.heads, model.indexer.head_dim
         self.rounded, self.dtype, self.scale = model.kv_qdq, jnp.dtype(model.dtype), dim**-0.5 * heads**-0.5
+        # Only queries that FP4 holds lose nothing in a product with keys in e4m3.
+        self.coded = model.kv_qdq and jax.default_backend() in _CODED
         self.q_up = weight(rngs, "QJL", (model.q_rank, heads, dim), model.init_std)
         self.weight = weight(rngs, "DJ", (model.hidden_size, heads), model.init_std)
         self.compressor = Compressor(model, "csa", "L", dim, rngs)
@@ -37,13 +42,17 @@ class Indexer(nnx.Module):
         return q, w
 
 
-def score(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BCL: jax.Array) -> jax.Array:
+def score(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BCL: jax.Array | QTensor) -> jax.Array:
     """I[t, c] = sum_j w[t, j] relu(q[t, j] . k[c]): float32 [B, T, C].
 
     Entries are the minor axis throughout, and the sum over heads is a product: as a reduction over a middle axis
     XLA:CPU took 17 times as long, half of a prefill.
     """
-    dots_BTJC = jnp.einsum("BTJL,BCL->BTJC", q_BTJL, keys_BCL, preferred_element_type=jnp.float32)
+    if isinstance(keys_BCL, QTensor):
+        B, T, J, L = q_BTJL.shape
+        dots_BTJC = scaled_dot(q_BTJL.reshape(B, T * J, L), keys_BCL).reshape(B, T, J, -1)
+    else:
+        dots_BTJC = jnp.einsum("BTJL,BCL->BTJC", q_BTJL, keys_BCL, preferred_element_type=jnp.float32)
     return jnp.einsum("BTJC,BTJ->BTC", jax.nn.relu(dots_BTJC), w_BTJ)
 
 
@@ -53,7 +62,9 @@ def score_each(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BTKL: jax.Array) -> jax
     return jnp.einsum("BTJK,BTJ->BTK", jax.nn.relu(dots_BTJK), w_BTJ)
 
 
-def search(q_BTJL: jax.Array, w_BTJ: jax.Array, view: View, readable, limit: jax.Array, k: int) -> jax.Array:
+def search(
+    q_BTJL: jax.Array, w_BTJ: jax.Array, view: View, readable, limit: jax.Array, k: int, coded: bool = False
+) -> jax.Array:
     """Indices of the k entries of `view` that score highest, int32 [B, T, k], -1 where fewer are visible.
 
     Ties go to the lowest index: relu makes exact zeros common, so the order has to be a rule (spec 11.4). Entries are
@@ -61,18 +72,20 @@ def search(q_BTJL: jax.Array, w_BTJ: jax.Array, view: View, readable, limit: jax
     which keeps the rule. No gradient.
 
     readable(first, count) gives the mask of a piece, bool [B, T, count]; entries from `limit` (int32) on are visible to
-    nobody and are not looked at.
+    nobody and are not looked at. coded: see `View.keys`.
     """
     B, T, _, L = q_BTJL.shape
     q_BTJL, w_BTJ = jax.lax.stop_gradient((q_BTJL, w_BTJ))
     few = T <= FEW
-    piece = min(max(_PIECE, _FEW_NUMBERS // L) if few else _PIECE, view.size)
+    piece = min(max(_FEW_PIECE, _FEW_NUMBERS // (B * L)) if few else _PIECE, view.size)
     big = _BIG * piece if few and _BIG * piece <= view.size else piece
 
     def look(first, count, best):
         values_BTK, picks_BTK = best
-        keys_BCL = jax.lax.stop_gradient(view.keys(first, count))
-        if few:
+        keys_BCL = jax.lax.stop_gradient(view.keys(first, count, coded))
+        if isinstance(keys_BCL, QTensor):
+            scores = score(q_BTJL, w_BTJ, keys_BCL)
+        elif few:
             scores = _score_few(q_BTJL, w_BTJ, keys_BCL)
         else:
             scores = jax.lax.platform_dependent(q_BTJL, w_BTJ, keys_BCL, cpu=_score_tiled, default=score)

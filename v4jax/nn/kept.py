@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from v4jax import config
+from v4jax.core.qtensor import QTensor
 from v4jax.nn.hot import Hot
 from v4jax.nn.memory import get, put
 from v4jax.nn.state import NEVER, Chunk, Rows, Windows, empty_window, pytree
@@ -33,6 +34,10 @@ class Pool:
     def decoded(self, compute: jnp.dtype) -> jax.Array:
         raise NotImplementedError
 
+    def coded(self) -> QTensor | None:
+        """The rows as they are, of a format that stores them in e4m3."""
+        return None
+
     def write(self, page: jax.Array, slot: jax.Array, rows: jax.Array) -> Pool:
         """The pool with `rows` [..., width] at int32 page [...] and slot [...]; those out of range are dropped."""
         return jax.tree.map(lambda a, new: put(a, new, page, slot), self, self.encoded(rows))
@@ -41,9 +46,9 @@ class Pool:
         """Rows [..., width] in dtype `compute` at page [...] and slot [...], which lie in range (else: some row)."""
         return jax.tree.map(lambda a: get(a, page, slot), self).decoded(compute)
 
-    def pages(self, page: jax.Array, compute: jnp.dtype) -> jax.Array:
-        """All rows of these pages: [..., slots, width], under the rules of `take`."""
-        return jax.tree.map(lambda a: get(a, page), self).decoded(compute)
+    def pages(self, page: jax.Array) -> Pool:
+        """All rows of these pages, as a pool of arrays [..., slots, n]."""
+        return jax.tree.map(lambda a: get(a, page), self)
 
 
 @pytree
@@ -103,8 +108,8 @@ class Paged:
     def rows(self, first, count):
         return self._run(self.main, first, count)
 
-    def keys(self, first, count):
-        return self._run(self.index, first, count)
+    def keys(self, first, count, coded=False):
+        return self._run(self.index, first, count, coded)
 
     def take_rows(self, pick_BTK):
         slot_BTK = jnp.maximum(pick_BTK, 0)
@@ -118,15 +123,16 @@ class Paged:
     def take_keys(self, pick_BTK):
         return self._take(self.index, jnp.maximum(pick_BTK, 0))
 
-    def _run(self, pool: Pool, first: jax.Array, count: int) -> jax.Array:
+    def _run(self, pool: Pool, first: jax.Array, count: int, coded: bool = False) -> jax.Array | QTensor:
         """Whole pages where a run is made of them, rows one by one where it is not."""
         slots, pages = pool.shape[1], self.table_BA.shape[1]
         if count % slots:
             slot = jnp.broadcast_to(first + jnp.arange(count), (self.table_BA.shape[0], count))
             return self._take(pool, slot)
         numbers = jnp.minimum(first // slots + jnp.arange(count // slots), pages - 1)
-        rows = pool.pages(self.table_BA[:, numbers], self.dtype)
-        rows = rows.reshape(rows.shape[0], count, rows.shape[-1])
+        pages = pool.pages(self.table_BA[:, numbers])
+        rows = (coded and pages.coded()) or pages.decoded(self.dtype)
+        rows = jax.tree.map(lambda a: a.reshape(a.shape[0], count, a.shape[-1]), rows)
         if pool is not self.main:
             return rows
         return self._with_new(rows, jnp.broadcast_to(first + jnp.arange(count), rows.shape[:2]))

@@ -22,6 +22,8 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from v4jax.core.qtensor import QTensor
+
 NEVER = -(2**30)  # order of a row that holds nothing: before every window
 
 
@@ -112,14 +114,15 @@ class View(Protocol):
     size: entries there is room for. `rows` and `keys` give main entries [B, count, H] and indexer keys [B, count, L]
     from index `first` on (any int32; what lies beyond the room is some row); `take_rows` and `take_keys` those at
     pick_BTK int32, [B, T, K, ...], some finite row where that is negative; `take_rows` with the view after it, for a
-    past may keep what it fetched. segments_BC: their documents, where packed.
+    past may keep what it fetched. With `coded`, keys that are stored in e4m3 come as they are. segments_BC: their
+    documents, where packed.
     """
 
     size: int
     segments_BC: jax.Array | None
 
     def rows(self, first: jax.Array, count: int) -> jax.Array: ...
-    def keys(self, first: jax.Array, count: int) -> jax.Array: ...
+    def keys(self, first: jax.Array, count: int, coded: bool = False) -> jax.Array | QTensor: ...
     def take_rows(self, pick_BTK: jax.Array) -> tuple[jax.Array, View]: ...
     def take_keys(self, pick_BTK: jax.Array) -> jax.Array: ...
 
@@ -160,7 +163,7 @@ class Entries:
     def rows(self, first, count):
         return _run(self.kv_BCH, first, count)
 
-    def keys(self, first, count):
+    def keys(self, first, count, coded=False):
         return _run(self.index_BCL, first, count)
 
     def take_rows(self, pick_BTK):
