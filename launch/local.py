@@ -59,9 +59,12 @@ def wait(children: list[subprocess.Popen]) -> int:
     """Exit code of the first process that fails, 0 if none does; the others follow within GRACE seconds."""
     first, deadline = 0, None
     while any(child.poll() is None for child in children):
-        failed = [child.returncode for child in children if child.returncode]
+        failed = [(index, child.returncode) for index, child in enumerate(children) if child.returncode]
         if failed and deadline is None:
-            first, deadline = failed[0], time.monotonic() + GRACE
+            index, first = failed[0]
+            deadline = time.monotonic() + GRACE
+            how = f"exit code {first}" if first > 0 else f"signal {-first}"
+            print(f"process {index} ended with {how}; the others have {GRACE:.0f} s to notice", flush=True)
         if deadline is not None and time.monotonic() > deadline:
             for child in children:
                 child.kill()

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -74,7 +75,9 @@ def test_a_killed_run_of_two_processes_goes_on_as_four_on_another_mesh(text, who
     killed = time.monotonic()
     output = process.communicate(timeout=300)[0]
     assert process.returncode not in (0, None) and time.monotonic() - killed < NOTICED
-    assert "v4jax: another process of this run" in output, output
+    assert "process 1 ended with signal 9" in output, output
+    # A collective that breaks, or, where none does in half a minute, JAX's heartbeats.
+    assert re.search("v4jax: another process of this run|JAX distributed service .* another task died", output), output
     assert not (workdir / "summary.json").exists()
     finished(launch(4, 2, command(text, workdir, "--config.mesh.layout=fsdp")))
     np.testing.assert_allclose(losses(workdir), whole, rtol=2e-5)
