@@ -124,8 +124,8 @@ class _Arm:
     cache: _Cache
 
     def seconds(self, heads: list[Heads]) -> float:
-        """Seconds of a step: the median of all but the first, which fetches what the arm before threw out of the caches.
-        Each is waited for, as an engine waits for its token, and a disturbance of the machine meets few of them."""
+        """Seconds of a step, the median of all but the first: that one fetches what the arm before threw out of the
+        caches. Each is waited for, as an engine waits for its token, and a disturbance of the machine meets few."""
         first, *others = heads
         jax.block_until_ready(self._step(first))
         return statistics.median(timed(lambda each=each: self._step(each)) for each in others)
