@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from v4jax.cache.manifest import KINDS, Key
@@ -34,6 +34,7 @@ class Shelf:
         self._hanging: Counter[bytes] = Counter()  # by name of a block: the entries that need it
         self._leaves: list[tuple[int, Key]] = []  # heap; stale unless the entry is a leaf and was not used since
         self._clock = 0
+        self.watch: Callable[[Key], None] | None = None  # told of every key that leaves
 
     def __contains__(self, key: Key) -> bool:
         return key in self.entries
@@ -72,6 +73,8 @@ class Shelf:
             del self._hanging[needed]
             for block in self._blocks.get(needed, ()):
                 self._offer(block)
+        if self.watch is not None:
+            self.watch(key)
         return entry
 
     def touch(self, keys: Iterable[Key]) -> None:

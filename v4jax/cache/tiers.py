@@ -50,6 +50,8 @@ class Tier(Protocol):
     def put(self, item: Item) -> tuple[bool, list[Item]]: ...
     def touch(self, keys: Iterable[Key]) -> None: ...
     def discard(self, key: Key) -> None: ...
+    def watch(self, left: Callable[[Key], None]) -> list[Key]: ...
+    def form(self, key: Key) -> Form | None: ...
     def stats(self) -> dict[str, float]: ...
     def close(self) -> None: ...
 
@@ -132,6 +134,18 @@ class Host:
         with self._lock:
             if self._shelf.remove(key) is not None:
                 del self._items[key]
+
+    def watch(self, left: Callable[[Key], None]) -> list[Key]:
+        """What is here now; `left` is told of every key that leaves from now on, by whichever thread takes it out."""
+        with self._lock:
+            self._shelf.watch = left
+            return list(self._items)
+
+    def form(self, key: Key) -> Form | None:
+        """The form of an item; None if it is not here."""
+        with self._lock:
+            item = self._items.get(key)
+        return item and item.form
 
     def stats(self) -> dict[str, float]:
         """Counts since the start, and what is here now."""
