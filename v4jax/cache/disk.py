@@ -68,8 +68,8 @@ class Files:
 class Disk:
     """Items in the files of a directory, which is made if need be.
 
-    deadline: seconds that a read may take without counting against the disk; who waits gives up by then and calls
-    `late`. Raises UserError if the directory cannot be used, or is in use.
+    policy: what goes first (`policy.POLICIES`). deadline: seconds that a read may take without counting against the
+    disk; who waits gives up by then and calls `late`. Raises UserError if the directory cannot be used, or is in use.
     """
 
     def __init__(
@@ -77,13 +77,14 @@ class Disk:
         directory: str | os.PathLike,
         budget: int,
         *,
+        policy: str = "lru",
         deadline: float = 0.5,
         files: Files | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.directory, self.deadline = pathlib.Path(directory), deadline
         self._files, self._clock = files or Files(), clock
-        self._shelf, self._reserved = Shelf(budget), 0
+        self._shelf, self._reserved = Shelf(budget, policy), 0
         self._lock = threading.Lock()
         self._reads, self._writes = Breaker(clock), Breaker(clock, limit=1)
         self._count = Counter(

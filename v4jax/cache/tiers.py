@@ -82,10 +82,10 @@ class Breaker:
 
 
 class Host:
-    """Items in the memory of this process."""
+    """Items in the memory of this process. policy: what goes first (`policy.POLICIES`)."""
 
-    def __init__(self, budget: int):
-        self._shelf, self._items = Shelf(budget), {}
+    def __init__(self, budget: int, policy: str = "lru"):
+        self._shelf, self._items = Shelf(budget, policy), {}
         self._lock = threading.Lock()
         self._count = Counter(evictions=0, refused=0, corrupt=0, bytes_in=0, bytes_out=0)
 
