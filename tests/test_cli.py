@@ -123,9 +123,9 @@ def test_generate_keeps_several_prompts_apart(calls, capsys, tmp_path):
 
 
 def test_generate_gives_the_cache_the_room_that_was_typed(calls, capsys):
-    argv = ["--kv_device=1.5GiB", "--kv_host=512 MB", "--kv_disk=1TiB", "--kv_dir=kv"]
+    argv = ["--kv_device=1.5GiB", "--kv_host=512 MB", "--kv_disk=1TiB", "--kv_dir=kv", "--kv_policy=lru"]
     assert cli.main(["generate", "--checkpoint=DIR", "--prompt=a", *argv]) == 0
-    cache = Cache(layout="fp8", device=3 << 29, host=512_000_000, disk=1 << 40, directory="kv")
+    cache = Cache(layout="fp8", device=3 << 29, host=512_000_000, disk=1 << 40, directory="kv", policy="lru")
     assert calls[0] == ("LLM", ("DIR",), {"cache": cache})
     assert capsys.readouterr().err == "cache: much\n"
 

@@ -100,7 +100,8 @@ _CHECKPOINT = Flag("checkpoint", "directory of a run, an orbax checkpoint or Hug
 _NEEDED_CHECKPOINT = Flag(_CHECKPOINT.name, _CHECKPOINT.help, options={"required": True})
 _DTYPE = Flag("dtype", "bfloat16 or float32 (default: as stored)", flags.DEFINE_enum,
               options={"enum_values": ["bfloat16", "float32"]})  # fmt: skip
-_KV = {"kv_device": "device", "kv_hot": "hot", "kv_host": "host", "kv_disk": "disk", "kv_dir": "directory"}
+_KV = {"kv_device": "device", "kv_hot": "hot", "kv_host": "host", "kv_disk": "disk", "kv_dir": "directory",
+       "kv_policy": "policy"}  # fmt: skip
 _KV_FLAGS = (
     Flag("kv_device", "accelerator memory for the KV cache, such as 2GiB", define_size),
     Flag("kv_hot", "entries a CSA layer kept there, the rest live in host memory (0: all)", flags.DEFINE_integer,
@@ -108,6 +109,8 @@ _KV_FLAGS = (
     Flag("kv_host", "host memory for what leaves the device, such as 64GiB", define_size),
     Flag("kv_disk", "disk space for it in --kv_dir, such as 1TiB", define_size),
     Flag("kv_dir", "directory that keeps it over restarts; one engine at a time"),
+    Flag("kv_policy", "what goes first from a full host or disk: s3fifo (default) or lru", flags.DEFINE_enum,
+         options={"enum_values": ["lru", "s3fifo"]}),
 )
 _JSON = Flag("json", "also write the records to this file")
 

@@ -189,6 +189,7 @@ class Cache:
     host: int = 0  # bytes of host memory for what leaves the device; 0: none
     disk: int = 0  # bytes of files in `directory` for it; 0: none
     directory: str = ""
+    policy: str = "s3fifo"  # what goes first from a full host or disk: s3fifo, lru (see cache/policy.py)
     admission: str = "all"  # what moves to host and disk: all, or second: what more than one request asked for
     deadline: float = 0.5  # seconds without progress after which a request no longer waits for host and disk
 

@@ -78,6 +78,31 @@ def test_blocks_that_return_from_lower_tiers_are_not_taken_for_what_lay_there_be
         assert engine.stats()["restored_blocks"] > 0
 
 
+@pytest.mark.parametrize("options, hot", [(dict(speculative_tokens=2), 2 * 3), (dict(batch_invariant=True), 1)])
+def test_drafts_and_invariance_keep_every_bit(options, hot):
+    """With as few copies as there can be: so many queries of topk picks."""
+    drafting = dataclasses.replace(ONE, mtp_layers=1)
+    model = weights.build(drafting, weights.random_flat(drafting, 0))
+    limits = dataclasses.replace(LIMITS, max_batch=2, prefill_chunk=16, **options)
+    near, far = (Engine(model, limits, config.Cache(layout="fp8_fp4", hot=n)) for n in (0, hot * ONE.indexer.topk))
+    answers = []
+    for engine in (near, far):
+        new_books(engine, pages=2)
+        answers.append(drive(engine, crowded(3, sampling=BITS)))
+        assert engine.stats()["preemptions"] > 0
+        new_books(engine, pages=3)
+        for sampling in (BITS, dataclasses.replace(BITS, temperature=0.0)):
+            answers[-1] += drive(engine, [Request(BASES[0][:400], sampling)])
+        assert engine.stats()["hits"] > 0
+    assert answers[0] == answers[1] and far.stats()["hot_hits"] > 0
+    chats = [Request(base[:513], BITS) for base in BASES] * 2
+    small_books(near)
+    expected = one_by_one(near, chats)
+    with tiered(model, host=1 << 30, layout="fp8_fp4", hot=hot * ONE.indexer.topk, limits=limits) as engine:
+        assert one_by_one(engine, chats) == expected
+        assert engine.stats()["restored_blocks"] > 0
+
+
 @pytest.mark.parametrize("options, limits, complaint", [
     (dict(hot=-1), {}, "at least 0 entries, got -1"),
     (dict(hot=LEAST - 1), {}, "4 sequences x 1 tokens x topk 4; give at least 16, or lower max_batch"),

@@ -26,6 +26,7 @@ from v4jax.cache.tiers import Breaker, Item
 from v4jax.core.check import UserError
 
 _UNIT = 4096  # bytes in which a file takes space
+_MOST_HEADER = 1 << 20  # bytes; the table of a model of a hundred layers takes a tenth
 _PARTIAL, _LOCK = ".partial", "lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -67,8 +68,8 @@ class Files:
 class Disk:
     """Items in the files of a directory, which is made if need be.
 
-    deadline: seconds that a read may take without counting against the disk; who waits gives up by then and calls
-    `late`. Raises UserError if the directory cannot be used, or is in use.
+    policy: what goes first (`policy.POLICIES`). deadline: seconds that a read may take without counting against the
+    disk; who waits gives up by then and calls `late`. Raises UserError if the directory cannot be used, or is in use.
     """
 
     def __init__(
@@ -76,13 +77,14 @@ class Disk:
         directory: str | os.PathLike,
         budget: int,
         *,
+        policy: str = "lru",
         deadline: float = 0.5,
         files: Files | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.directory, self.deadline = pathlib.Path(directory), deadline
         self._files, self._clock = files or Files(), clock
-        self._shelf, self._reserved = Shelf(budget), 0
+        self._shelf, self._reserved = Shelf(budget, policy), 0
         self._lock = threading.Lock()
         self._reads, self._writes = Breaker(clock), Breaker(clock, limit=1)
         self._count = Counter(
@@ -197,6 +199,18 @@ class Disk:
         if entry is not None:
             self._remove(self._path(key, entry.parent))
 
+    def watch(self, left: Callable[[Key], None]) -> list[Key]:
+        """What is here now; `left` is told of every key that leaves from now on, by whichever thread takes it out."""
+        with self._lock:
+            self._shelf.watch = left
+            return list(self._shelf.entries)
+
+    def form(self, key: Key) -> Form | None:
+        """The form of an item, from its file; None if it is not here or cannot be read."""
+        with self._lock:
+            entry = self._shelf.entries.get(key)
+        return entry and _form(self._files, self._path(key, entry.parent), key)
+
     def stats(self) -> dict[str, float]:
         """Counts since the start, and what is here now; breaker_open: reads are not tried; paused: writes are not."""
         with self._lock:
@@ -265,6 +279,40 @@ class Disk:
     def _remove(self, path: str) -> None:
         with contextlib.suppress(OSError):  # gone already, or the next process that owns the directory finds it again
             self._files.remove(path)
+
+
+class Elsewhere:
+    """What lay in another owner's directory when this was made, to be read alone: what is gone since is a miss."""
+
+    def __init__(self, directory: str | os.PathLike, *, files: Files | None = None):
+        self._directory, self._files, self._parents = pathlib.Path(directory), files or Files(), {}
+        with contextlib.suppress(OSError), os.scandir(directory) as entries:
+            self._parents = dict(filter(None, (manifest.parse_file(entry.name) for entry in entries)))
+
+    def keys(self) -> list[Key]:
+        """What is here."""
+        return list(self._parents)
+
+    def form(self, key: Key) -> Form | None:
+        """As that of a disk."""
+        return _form(self._files, str(self._directory / key.file(self._parents[key])), key)
+
+    def get(self, form: Form, name: bytes) -> Item | None:
+        """The item, every byte verified; None if it cannot be had."""
+        parent = self._parents[form.key(name)]
+        try:
+            data = self._files.read(str(self._directory / form.key(name).file(parent)), form.file_bytes + 1)
+            return Item(form, name, parent, *manifest.open_payload(data, form, name, parent))
+        except (OSError, Corrupt):
+            return None
+
+
+def _form(files: Files, path: str, key: Key) -> Form | None:
+    try:
+        form = manifest.open_form(files.read(path, _MOST_HEADER))
+    except (OSError, Corrupt):
+        return None
+    return form if form.digest == key.form else None
 
 
 def _reserve(descriptor: int, size: int) -> None:

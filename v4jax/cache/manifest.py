@@ -5,8 +5,9 @@ each), length of the payload and its xxh3-64 (8 each), xxh3-64 of all that and t
 padded with spaces so that the payload begins at a multiple of 64; then the payload. Nothing else is in the file.
 
 A *name* says what the contents are (`prefix.chain`: weights, config, precision, tokens, tenant), a *form* how they are
-laid out (the group table: every array with dtype and logical shape, whatever the mesh). Both are the key. What has
-another key is another thing, so a change of either is a miss and never a collision.
+laid out (the group table: every array with dtype and logical shape, whatever the mesh; where a process of several
+stores its part, also which part of each). Both are the key. What has another key is another thing, so a change of
+either is a miss and never a collision.
 """
 
 from __future__ import annotations
@@ -58,18 +59,36 @@ def parse_file(file: str) -> tuple[Key, bytes] | None:
     return Key(match[4], name, form), parent
 
 
+Box = tuple[tuple[int, int], ...]  # start and end of a part of an array, axis by axis
+
+
 @dataclass(frozen=True)
 class Form:
-    """What a payload is made of: (name, dtype, shape) of every array, in the order in which their bytes follow."""
+    """What a payload is made of: (name, dtype, shape) of every array, in the order in which their bytes follow.
+
+    boxes: the part of each that is there, where not all is; then an array may come several times (`cache.parts`).
+    """
 
     kind: str
     table: tuple[tuple[str, str, tuple[int, ...]], ...]
+    boxes: tuple[Box, ...] = ()
+
+    @property
+    def whole(self) -> Form:
+        """The form of all of these arrays."""
+        return Form(self.kind, tuple(dict.fromkeys(self.table))) if self.boxes else self
+
+    @cached_property
+    def pieces(self) -> tuple[tuple[str, np.dtype, Box], ...]:
+        """(name, dtype, box) of everything that is there, in the order of the bytes."""
+        boxes = self.boxes or [tuple((0, size) for size in shape) for _, _, shape in self.table]
+        return tuple((name, np.dtype(dtype), box) for (name, dtype, _), box in zip(self.table, boxes, strict=True))
 
     @cached_property
     def packed(self) -> bytes:
         """The group table of the header."""
-        text = json.dumps([[name, dtype, list(shape)] for name, dtype, shape in self.table], separators=(",", ":"))
-        data = text.encode()
+        rows = [[*row, *box] for row, *box in zip(self.table, *[self.boxes] * bool(self.boxes), strict=True)]
+        data = json.dumps(rows, separators=(",", ":")).encode()
         return data + b" " * (-(_HEADER.size + _SUM.size + len(data)) % _ALIGN)
 
     @cached_property
@@ -80,7 +99,7 @@ class Form:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of the payload."""
-        return sum(math.prod(shape) * np.dtype(dtype).itemsize for _, dtype, shape in self.table)
+        return sum(math.prod(end - start for start, end in box) * dtype.itemsize for _, dtype, box in self.pieces)
 
     @property
     def file_bytes(self) -> int:
@@ -102,6 +121,27 @@ def header(form: Form, name: bytes, parent: bytes, payload_sum: int) -> bytes:
     fields = (_MAGIC, VERSION, KINDS.index(form.kind), len(form.packed), name, parent, form.digest)
     start = _HEADER.pack(*fields, form.nbytes, payload_sum)
     return start + _SUM.pack(checksum(start + form.packed)) + form.packed
+
+
+def open_form(data: np.ndarray) -> Form:
+    """The form of a file that begins with these bytes (uint8 [bytes]), of any length. Raises Corrupt."""
+    first = _HEADER.size + _SUM.size
+    if data.size < first:
+        raise Corrupt(f"{data.size} bytes are no header")
+    magic, version, kind, length, _, _, digest, *_ = _HEADER.unpack(data[: _HEADER.size])
+    if (magic, version) != (_MAGIC, VERSION) or kind >= len(KINDS):
+        raise Corrupt("no record of this format and version")
+    try:
+        rows = json.loads(data[first : first + length].tobytes())
+        table = tuple((name, dtype, tuple(shape)) for name, dtype, shape, *_ in rows)
+        boxes = tuple(tuple((start, end) for start, end in box) for *_, box in rows) if len(rows[0]) > 3 else ()
+        form = Form(KINDS[kind], table, boxes)
+        right = form.digest == digest
+    except (ValueError, TypeError, IndexError) as error:
+        raise Corrupt("the group table cannot be read") from error
+    if not right:
+        raise Corrupt("the group table is not that of its digest")
+    return form
 
 
 def open_payload(data: np.ndarray, form: Form, name: bytes, parent: bytes) -> tuple[np.ndarray, int]:

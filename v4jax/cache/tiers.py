@@ -50,6 +50,8 @@ class Tier(Protocol):
     def put(self, item: Item) -> tuple[bool, list[Item]]: ...
     def touch(self, keys: Iterable[Key]) -> None: ...
     def discard(self, key: Key) -> None: ...
+    def watch(self, left: Callable[[Key], None]) -> list[Key]: ...
+    def form(self, key: Key) -> Form | None: ...
     def stats(self) -> dict[str, float]: ...
     def close(self) -> None: ...
 
@@ -80,10 +82,10 @@ class Breaker:
 
 
 class Host:
-    """Items in the memory of this process."""
+    """Items in the memory of this process. policy: what goes first (`policy.POLICIES`)."""
 
-    def __init__(self, budget: int):
-        self._shelf, self._items = Shelf(budget), {}
+    def __init__(self, budget: int, policy: str = "lru"):
+        self._shelf, self._items = Shelf(budget, policy), {}
         self._lock = threading.Lock()
         self._count = Counter(evictions=0, refused=0, corrupt=0, bytes_in=0, bytes_out=0)
 
@@ -132,6 +134,18 @@ class Host:
         with self._lock:
             if self._shelf.remove(key) is not None:
                 del self._items[key]
+
+    def watch(self, left: Callable[[Key], None]) -> list[Key]:
+        """What is here now; `left` is told of every key that leaves from now on, by whichever thread takes it out."""
+        with self._lock:
+            self._shelf.watch = left
+            return list(self._items)
+
+    def form(self, key: Key) -> Form | None:
+        """The form of an item; None if it is not here."""
+        with self._lock:
+            item = self._items.get(key)
+        return item and item.form
 
     def stats(self) -> dict[str, float]:
         """Counts since the start, and what is here now."""

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from v4jax.core.check import UserError
@@ -255,3 +256,15 @@ def barrier(name: str) -> None:
     """Wait until every process is here; alone, nothing."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def gather(data: bytes) -> list[bytes]:
+    """What every process gives, by process. All call it at the same point; alone, it is what was given."""
+    if jax.process_count() == 1:
+        return [data]
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    if not sizes.any():
+        return [b""] * len(sizes)
+    room = 1 << int(sizes.max() - 1).bit_length()  # so that there are few programs
+    rows = multihost_utils.process_allgather(np.frombuffer(data.ljust(room, b"\0"), np.uint8))
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]

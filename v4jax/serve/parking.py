@@ -30,6 +30,7 @@ from v4jax import config
 from v4jax.cache.blocks import Blocks
 from v4jax.cache.disk import Disk, space
 from v4jax.cache.manifest import Form
+from v4jax.cache.policy import POLICIES
 from v4jax.cache.spec import Layout
 from v4jax.cache.tiers import Host, Item
 from v4jax.cache.transfer import Fetch, Transfer
@@ -73,8 +74,8 @@ def build(live: Live, cache: config.Cache, layout: Layout) -> Parking | None:
         return None
     if not layout.page_bytes:
         raise UserError("a model of window layers alone keeps no blocks for a cache on host or disk: drop those tiers")
-    host = Host(cache.host) if cache.host else None
-    disk = Disk(cache.directory, cache.disk, deadline=cache.deadline) if cache.disk else None
+    host = Host(cache.host, cache.policy) if cache.host else None
+    disk = Disk(cache.directory, cache.disk, policy=cache.policy, deadline=cache.deadline) if cache.disk else None
     parking = Parking(live, host, disk, cache.deadline, layout.block, second=cache.admission == "second")
     _log.info("cache: %s", parking.summary)
     return parking
@@ -86,6 +87,8 @@ def check(cache: config.Cache) -> None:
         raise UserError("cache device, host and disk must be at least 0 bytes, and the deadline more than 0 seconds")
     if cache.admission not in ("all", "second"):
         raise UserError(f"unknown cache admission {cache.admission!r}; one of all, second")
+    if cache.policy not in POLICIES:
+        raise UserError(f"unknown cache policy {cache.policy!r}; one of {', '.join(POLICIES)}")
     if bool(cache.disk) != bool(cache.directory):
         raise UserError("a cache on disk needs both its size and its directory (--kv_disk=64GiB --kv_dir=DIR)")
     if (cache.host or cache.disk) and not cache.prefix:

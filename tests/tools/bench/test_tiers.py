@@ -23,7 +23,7 @@ def test_the_suite_measures_what_it_says(monkeypatch, tmp_path, capsys):
     value = {(record["metric"], record.get("arm")): record["value"] for record in records}
     assert value["restart_same_tokens", None] == 1 and value["first_token", "restart"] > 0
     arms = [arm for metric, arm in value if metric == "trace_hit_rate"]
-    assert len(arms) == 5 and all(value["trace_same_tokens", arm] == 1 for arm in arms)
+    assert len(arms) == 6 and all(value["trace_same_tokens", arm] == 1 for arm in arms)
     assert value["trace_hit_rate", tiers._ANEW] == 0
     assert 0 < value["trace_hit_rate", "device"] <= value["trace_hit_rate", "device, host, disk"]
     assert {value["trace_device_bytes", arm] for arm in arms[1:]} == {value["trace_device_bytes", "device"]}

@@ -9,7 +9,7 @@ from v4jax.config import Config, load
 from v4jax.core.check import UserError
 from v4jax.core.tables import write_json
 
-SUITES = ("decode", "generate", "kv", "live", "peer", "serve", "tiers", "train")
+SUITES = ("decode", "generate", "kv", "live", "peer", "policy", "serve", "tiers", "train")
 _WITH_CONTEXTS, _WITH_PLOT, _WITH_CHECKPOINT = ("decode", "generate", "live", "tiers"), ("decode", "live"), ("live",)
 
 
@@ -38,7 +38,7 @@ def run(
     for path in filter(None, (json, plot)):
         if not pathlib.Path(path).parent.is_dir():  # told now: some suites run for an hour
             raise UserError(f"there is no directory for {path}; create it first")
-    from v4jax.tools.bench import decode, generate, kv, live, peer, serve, tiers, train
+    from v4jax.tools.bench import decode, generate, kv, live, peer, policy, serve, tiers, train
 
     config = config or load("small")
     lengths = {"contexts": _lengths(contexts)} if contexts else {}
@@ -48,6 +48,7 @@ def run(
         "kv": lambda: kv.run(config),
         "live": lambda: live.run(config, rounds, checkpoint=checkpoint, plot=plot, **lengths),
         "peer": lambda: peer.run(config, rounds),
+        "policy": lambda: policy.run(config),
         "serve": lambda: serve.run(config, rounds),
         "tiers": lambda: tiers.run(config, rounds, **lengths),
         "train": lambda: train.run(config, rounds),

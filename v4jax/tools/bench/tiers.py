@@ -29,9 +29,9 @@ from v4jax.tools.bench.report import record
 
 CONTEXTS = (4096, 32_768)
 CONVERSATIONS, TURNS, SYSTEMS, BURST = 200, 3, 12, 8
-_ANSWER, _PLENTY = 16, 1 << 40
+ANSWER, _PLENTY = 16, 1 << 40
 _ANEW = "none: all read anew"
-_GREEDY = SamplingParams(max_tokens=_ANSWER, temperature=0.0)
+_GREEDY = SamplingParams(max_tokens=ANSWER, temperature=0.0)
 
 
 def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS) -> list[dict]:
@@ -41,7 +41,7 @@ def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS) -> list
     """
     contexts = sorted(set(contexts))
     model = dataclasses.replace(config.model, mtp_layers=0)
-    most = model.max_positions - _ANSWER
+    most = model.max_positions - ANSWER
     if not contexts or not 0 < contexts[0] <= contexts[-1] <= most:
         raise UserError(f"suite 'tiers' needs contexts from 1 to {most} tokens; give them as --contexts=4096,32768")
     transformer, cache = _random(model), dataclasses.replace(config.cache, deadline=10.0)
@@ -58,7 +58,7 @@ def _random(model: Model) -> Transformer:
 
 
 def _restarts(config, model, serve, cache, rounds: int, contexts: Sequence[int]) -> list[dict]:
-    serve = dataclasses.replace(serve, max_batch=1, max_seq_len=contexts[-1] + _ANSWER)
+    serve = dataclasses.replace(serve, max_batch=1, max_seq_len=contexts[-1] + ANSWER)
     rng, answers = np.random.default_rng(0), {length: [] for length in contexts}
     prompts = {length: rng.integers(2, model.config.vocab_size, length).tolist() for length in contexts}
     with tempfile.TemporaryDirectory(prefix="v4jax-tiers-") as directory:
@@ -127,6 +127,7 @@ def _trace(config, model, serve, cache, conversations: int) -> list[dict]:
     with tempfile.TemporaryDirectory(prefix="v4jax-tiers-") as directory:
         below = {
             _ANEW: {}, "device": {}, "device, host": {"host": host},
+            "device, host; lru": {"host": host, "policy": "lru"},
             "device, host; asked for twice": {"host": host, "admission": "second"},
             "device, host, disk": {"host": host, "disk": _PLENTY, "directory": directory},
         }  # fmt: skip
@@ -134,9 +135,9 @@ def _trace(config, model, serve, cache, conversations: int) -> list[dict]:
             options = dataclasses.replace(cache, prefix=True, device=device, records=records_kept, **options)
             engine = Engine(model, serve, options)
             anew = name == _ANEW
-            _play(engine, _turns(layout.block, 3, model.config.vocab_size, seed=1), {}, anew)  # compiles
-            turns = _turns(layout.block, conversations, model.config.vocab_size, seed=0)
-            seconds, read, same = _play(engine, turns, tokens, anew)
+            _play(engine, turns(layout.block, 3, model.config.vocab_size, seed=1), {}, anew)  # compiles
+            bursts = turns(layout.block, conversations, model.config.vocab_size, seed=0)
+            seconds, read, same = _play(engine, bursts, tokens, anew)
             stats = engine.stats()
             engine.close()
             hits = {tier: stats.get(f"{tier}_block_hits", 0) for tier in ("host", "disk")}
@@ -175,7 +176,7 @@ def _resumable(stats: dict[str, float]) -> float:
     return max(stats["records_kept"], stats.get("host_records", 0), stats.get("disk_records", 0))
 
 
-def _turns(block: int, conversations: int, vocab: int, seed: int) -> Iterator[list[tuple[int, list[int]]]]:
+def turns(block: int, conversations: int, vocab: int, seed: int) -> Iterator[list[tuple[int, list[int]]]]:
     """Bursts of (conversation, new tokens of its user); the first of a conversation holds its shared beginning."""
     rng = np.random.default_rng(seed)
     systems = [rng.integers(2, vocab, block * int(rng.integers(1, 4))).tolist() for _ in range(SYSTEMS)]
@@ -207,7 +208,7 @@ def _play(
         for conversation, new in burst:
             history[conversation] = [*history.get(conversation, ()), *new]
             engine.add(conversation, history[conversation], _GREEDY, str((number, conversation)) if salted else "")
-            count += len(history[conversation]) + _ANSWER
+            count += len(history[conversation]) + ANSWER
         answers = {conversation: [] for conversation, _ in burst}
         while engine.busy:
             for drawn in engine.step():
