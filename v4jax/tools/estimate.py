@@ -203,14 +203,14 @@ def _newton_schulz_bytes(config: Config, sharding: Sharding) -> float:
 
 def _serve(config: Config, topology: Topology, sharding: Sharding, work: Work):
     """Serving: weights in the model's dtype, the cache of all rows in `cache.layout`, one chunk's activations."""
-    m, layout = config.model, Layout(config.model, config.cache.layout, config.cache.block)
+    m, layout = config.model, Layout(config.model, config.cache.layout, config.cache.block, config.cache.hot)
     width = jnp.dtype(m.dtype).itemsize
     letters, shapes = parameter_shapes(m)
     where = sharding.parameters(letters, shapes)
     weights = sum(width * math.prod(where[name].shard_shape(shape)) for name, shape in shapes.items())
     # A device has a page and a record to spare, and pages are whole.
     rows, pages = work.rows / topology.devices, -(-work.context // layout.block)
-    kv = (1 + rows * pages) * layout.page_bytes + (1 + rows) * layout.record_bytes()
+    kv = (1 + rows * pages) * layout.page_bytes + (1 + rows) * layout.record_bytes() + layout.hot_bytes
     # Decoding reads a token of every row at once, a prefill the rows of a device one by one, and each chunk by chunk.
     chunk = min(work.context, config.serve.prefill_chunk)
     tokens, steps = (max(1.0, rows), 1) if work.mode == "decode" else (chunk, rows * -(-work.context // chunk))
@@ -235,7 +235,8 @@ def _serve(config: Config, topology: Topology, sharding: Sharding, work: Work):
         "all-to-all": sent * m.moe.active * width * 2 * (travel - 1) / travel,
         "all-reduce": sent * 4 * 2 * 2 * (tensor - 1) / tensor,
     }
-    return parts, traffic, collectives, topology.chip.host * _RUNTIME
+    host = topology.chip.host * (_RUNTIME + topology.chip.devices * (1 + rows * pages) * layout.host_page_bytes)
+    return parts, traffic, collectives, host
 
 
 def _parts(sharding: Sharding, work: Work) -> int:
