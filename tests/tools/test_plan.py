@@ -45,7 +45,8 @@ def test_bytes_of_the_state_are_those_of_the_real_one():
     import jax
 
     optimizer = sum(map(size, jax.tree.leaves(state.opt), jax.tree.leaves(where.opt)))
-    got = state_bytes(tiny, trainer.sharding)
+    got, host = state_bytes(tiny, trainer.sharding)
+    assert host == 0
     assert got["weights"] == weights and got["gradients"] == weights
     assert optimizer - 64 < got["optimizer"] <= optimizer  # which also counts steps
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import multiprocessing
 import pathlib
 import re
+import resource
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from v4jax.core.check import UserError
 
 _HOST, _DEVICE = "5", "0"  # colours of memory spaces: pinned host memory, and what the device has most of
 _FILES = ("-buffer-assignment.txt", ".txt")  # after "after_optimizations": where everything lies, and the program
-_SETTLED = 3.0  # seconds without a byte more, after which a file is taken to be whole
+_SETTLED = 6  # looks, half a second apart, that find not a byte more: then a file is taken to be whole
 
 
 @dataclass(frozen=True)
@@ -54,34 +54,37 @@ def read(directory: str) -> Buffers:
 
 
 def placed(compile: Callable, *arguments) -> tuple[Buffers, float]:
-    """Run `compile(directory, *arguments)` in a fresh process until the buffers are placed; them, and the seconds.
+    """Run `compile(directory, *arguments)` in a fresh process until the buffers are placed; them, and its CPU seconds.
 
     `compile` is a function of a module, its arguments can be pickled, and it has the compiler write to `directory`.
-    A UserError that it raises is raised here.
+    A UserError that it raises before is raised here.
     """
-    context, begun = multiprocessing.get_context("spawn"), time.monotonic()
+    context, begun = multiprocessing.get_context("spawn"), _children_seconds()
     with tempfile.TemporaryDirectory(prefix="v4jax-plan-") as directory:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_run, args=(sender, compile, directory, *arguments))
         process.start()
-        sizes, since = None, time.monotonic()
+        sizes, looks = None, 0
         try:
             while process.is_alive():
                 process.join(0.5)
                 files = _written(directory)
                 now = files and [file.stat().st_size for file in files]
-                if now != sizes or now is None:
-                    sizes, since = now, time.monotonic()
-                elif time.monotonic() - since > _SETTLED and files[1].read_text().endswith("}\n\n"):
+                sizes, looks = now, looks + 1 if now is not None and now == sizes else 0
+                if looks >= _SETTLED and files[1].read_text().endswith("}\n\n"):
                     break
         finally:
             process.kill()
             process.join()
-        if receiver.poll():
-            raise UserError(receiver.recv())
-        if _written(directory) is None:
-            raise UserError(f"the compile ended with status {process.exitcode} before it had placed its buffers")
-        return read(directory), time.monotonic() - begun
+        if _written(directory) is None:  # else they were placed, if perhaps in more memory than there is
+            early = f"the compile ended with status {process.exitcode} before it had placed its buffers"
+            raise UserError(receiver.recv() if receiver.poll() else early)
+        return read(directory), _children_seconds() - begun
+
+
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _run(sender, compile: Callable, directory: str, *arguments) -> None:

@@ -25,7 +25,6 @@ from v4jax.tools.estimate import Work
 from v4jax.tools.topology import Topology, size
 
 EFFORT = {"exec_time_optimization_effort": -1.0}
-_ANY_HBM = 2**20  # MiB: more than any step asks for
 _WIDTH = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
           "f32": 4, "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
 _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -34,8 +33,8 @@ _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-al
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """Of one device: bytes by part on it and in host memory, the largest array among the temporaries (bytes, type),
-    and bytes of collectives by kind (loop bodies times their trips, where the compiler knows them). seconds: to lower
-    and compile, until `stage`. cost: operations and bytes touched (loop bodies counted once, as XLA reports them), of a
+    and bytes of collectives by kind (loop bodies times their trips, where the compiler knows them). seconds: of CPUs,
+    to lower and compile until `stage`. cost: operations and bytes touched (loop bodies counted once, as XLA reports them), of a
     whole program alone."""
 
     device_bytes: dict[str, int]
@@ -71,7 +70,7 @@ def compile_step(
     """Compile the step of `work.mode` on `mesh`, for devices `on` (default: the topology's), with compiler `options`.
 
     stage "program": to its end; "buffers": in another process and for the topology's devices, until the buffers are
-    placed. Then a step that no device has room for is not refused: its bytes say so. Raises UserError if the compiler
+    placed. There a step that no device has room for is not refused: its bytes say so. Raises UserError if the compiler
     finds no room for a whole program, and as `tools.steps` does.
     """
     if stage == "buffers":
@@ -80,7 +79,7 @@ def compile_step(
             found.device_bytes, found.host_bytes, found.largest, topology.device_memory, collective_bytes(found.text),
             seconds, stage,
         )  # fmt: skip
-    begun = time.monotonic()
+    begun = time.process_time()
     lowered = _lower(config, topology, mesh, work, on)
     with tempfile.TemporaryDirectory(prefix="v4jax-plan-") as directory:
         program = _compile(lowered, topology, options | {"xla_dump_to": directory})
@@ -97,7 +96,7 @@ def compile_step(
     }  # fmt: skip
     return Compiled(
         parts, host, found.largest, topology.device_memory, collective_bytes(program.as_text()),
-        time.monotonic() - begun, stage, (cost.get("flops", 0.0), cost.get("bytes accessed", 0.0)),
+        time.process_time() - begun, stage, (cost.get("flops", 0.0), cost.get("bytes accessed", 0.0)),
     )  # fmt: skip
 
 
@@ -117,9 +116,8 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology, options: dict) -> 
 
 
 def _write(directory: str, config: Config, topology: Topology, mesh: Mesh, work: Work) -> None:
-    """Have the compiler write what it makes of a step, without asking how much memory there is."""
-    options = EFFORT | {"xla_dump_to": directory, "xla_tpu_max_hbm_size_mib": _ANY_HBM}
-    _compile(_lower(config, topology, mesh, work), topology, options)
+    """Have the compiler write what it makes of a step."""
+    _compile(_lower(config, topology, mesh, work), topology, EFFORT | {"xla_dump_to": directory})
 
 
 def records(result: Compiled, at: dict) -> list[dict]:
@@ -160,7 +158,7 @@ def show(results: dict[str, Compiled], topology: Topology) -> None:
     most = lambda result: f"{size(result.largest[0])} {result.largest[1].split('{')[0]}"
     rows.append(["of the device's memory", *map(share, results.values())])
     rows.append(["largest temporary", *map(most, results.values())])
-    title = f"{done} for {topology.name} in {took}, at the lowest effort for running time"
+    title = f"{done} for {topology.name} in {took} of a core, at the lowest effort for running time"
     print_table(title, ["of a device", *results], rows)
     kinds = dict.fromkeys(kind for result in results.values() for kind in result.collectives)
     rows = [[kind, *(size(r.collectives.get(kind, 0)) for r in results.values())] for kind in kinds]
