@@ -34,8 +34,8 @@ _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-al
 class Compiled:
     """Of one device: bytes by part on it and in host memory, the largest array among the temporaries (bytes, type),
     and bytes of collectives by kind (loop bodies times their trips, where the compiler knows them). seconds: of CPUs,
-    to lower and compile until `stage`. cost: operations and bytes touched (loop bodies counted once, as XLA reports them), of a
-    whole program alone."""
+    to lower and compile until `stage`. cost: operations and bytes touched (loop bodies counted once, as XLA reports
+    them), of a whole program alone."""
 
     device_bytes: dict[str, int]
     host_bytes: dict[str, int]
