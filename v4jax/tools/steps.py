@@ -77,15 +77,17 @@ def serve(config: Config, mesh: Mesh, work: Work, devices: Sequence[jax.Device])
         for leaf, spec in zip(leaves, specs, strict=True)
     ]
     split = PartitionSpec(everywhere)
-    here, there = (sharding.named(split).with_memory_kind(kind) for kind in ("device", "pinned_host"))
+    here = sharding.named(split)
     whole = lambda shape, dtype, where=here: jax.ShapeDtypeStruct(
         (sharding.mesh.size * shape[0], *shape[1:]), dtype, sharding=where
     )
-    place = lambda where: lambda tree: jax.tree.map(lambda a: whole(a.shape, a.dtype, where), tree)
-    state = jax.eval_shape(lambda: _live(config, rows, work.context))
-    state = jax.tree.map(
-        lambda part: place(there if isinstance(part, Far) else here)(part), state, is_leaf=lambda a: isinstance(a, Far)
-    )
+    is_far = lambda part: isinstance(part, Far)
+
+    def place(part):
+        where = here.with_memory_kind("pinned_host") if is_far(part) else here
+        return jax.tree.map(lambda a: whole(a.shape, a.dtype, where), part)
+
+    state = jax.tree.map(place, jax.eval_shape(lambda: _live(config, rows, work.context)), is_leaf=is_far)
     ints = lambda *shape: whole(shape, jnp.int32)
     table = ints(1 + rows, _pages(config, work.context))
     decode = work.mode == "decode"
