@@ -100,6 +100,29 @@ def test_decoding_keeps_and_reads_a_cache():
     assert values(short, "device_bytes", part="weights") == values(long, "device_bytes", part="weights")
 
 
+def test_what_training_offloads_and_rounds_is_planned_for():
+    flagship, work = config_lib.load("v4_1t"), Work("train", 4096, 1024)
+
+    def found(place, **train):
+        one = dataclasses.replace(flagship, train=dataclasses.replace(flagship.train, **train))
+        return estimate(one, parse(place), default_mesh(one, parse(place), work), work)
+
+    plain = found("v5p:8x8x8")
+    moments = plain.device_bytes["optimizer"]
+    moved = found("v5p:8x8x8", offload=("optimizer",))
+    assert moved.device_bytes["optimizer"] < moments and moved.traffic == plain.traffic
+    assert moved.host_bytes - plain.host_bytes == 4 * moments  # of a host's four chips
+    streams = found("v5p:8x8x8", offload=("streams",))
+    away = plain.device_bytes["activations"] - streams.device_bytes["activations"]
+    assert 0 < away < (streams.host_bytes - plain.host_bytes) / 4 < 1.2 * away
+    rounded = found("v5p:8x8x8", expert_weights="mxfp4")
+    assert rounded.device_bytes["gathered"] > plain.device_bytes["gathered"] and rounded.seconds == plain.seconds
+    # Attention, the shared experts and nothing else of the products is in FP8, and on GPUs alone.
+    assert found("v5p:8x8x8", matmul="fp8").seconds == plain.seconds
+    bf16, fp8 = (found("h100:512", matmul=how).seconds["compute"] for how in ("plain", "fp8"))
+    assert 0.5 * bf16 < fp8 < bf16
+
+
 def recorded() -> dict[tuple, list[dict]]:
     """What the compiler said of the flagships' steps, by config, topology, mode, context, rows and `cache.hot`.
 

@@ -180,13 +180,15 @@ def _train(config: Config, topology: Topology, sharding: Sharding, work: Work):
     expert_parts = sharding.size(sharding.axes("weights", "expert")) * tensor
     layer = 3 * D * F * m.moe.experts / expert_parts * width
     whole = _VOCABULARY * D * m.vocab_size / vocabulary * 4
-    parts |= {"activations": kept + logits, "gathered": 2 * layer + whole}
+    split = sharding.size(sharding.axes("weights", "expert_embed"))
+    plain = config.train.matmul == config.train.expert_weights == "plain"
+    rounded = 0 if plain else layer / width * 4 / split  # a layer's own part of the experts once more, in float32
+    parts |= {"activations": kept + logits, "gathered": 2 * layer + whole + rounded}
     passes = 3 if config.train.remat else 2
     traffic = {
         "weights": passes * m.layers * layer, "optimizer": 2 * (parts["weights"] + moments),
         "gradients": 2 * parts["gradients"], "activations": passes * m.layers * (inside + streams) + 2 * logits,
     }  # fmt: skip
-    split = sharding.size(sharding.axes("weights", "expert_embed"))
     travel = sharding.size(sharding.axes("weights", "expert"))
     dense = (count_parameters(m).total - count_parameters(m).by_group["routed experts"]) * width
     dense_split = sharding.size(sharding.axes("weights", "embed"))

@@ -51,6 +51,9 @@ def run(
               "precision": config.model.dtype}  # fmt: skip
         if mode != "train":
             at |= {"cache": config.cache.layout, "hot": config.cache.hot}
+        else:
+            how = config.train
+            at |= {"matmul": how.matmul, "expert_weights": how.expert_weights, "offload": ",".join(how.offload)}
         least = smallest(config, place, work, RESERVE)
         least = least[0].name if least else "none"
         records += _records(config, place, found, least, at)
