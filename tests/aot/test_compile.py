@@ -64,7 +64,7 @@ def test_decoding_with_entries_in_host_memory_copies_no_pool():
     near, far = pools.values()
     pool = far.host_bytes["arguments"]
     assert near.host_bytes["arguments"] == 0 < pool
-    assert far.host_bytes["temporaries"] < pool / 4 and far.largest[0] < pool / 4
+    assert far.host_bytes["temporaries"] < pool / 4
     assert far.device_bytes["arguments"] < near.device_bytes["arguments"]
 
 
