@@ -80,7 +80,10 @@ def _convert(values: flags.FlagValues, _: None) -> None:
 def _plan(values: flags.FlagValues, config: config_lib.Config) -> None:
     from v4jax.tools import plan
 
-    plan.run(config, values.topology, **given(values, "mode", "context", "concurrency", "analytic", "json"))
+    if given(values, "kv_hot"):
+        config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, hot=values.kv_hot))
+    options = ("mode", "context", "concurrency", "analytic", "stage", "json")
+    plan.run(config, values.topology, **given(values, *options))
 
 
 def _bench(values: flags.FlagValues, config: config_lib.Config | None) -> None:
@@ -102,10 +105,11 @@ _DTYPE = Flag("dtype", "bfloat16 or float32 (default: as stored)", flags.DEFINE_
               options={"enum_values": ["bfloat16", "float32"]})  # fmt: skip
 _KV = {"kv_device": "device", "kv_hot": "hot", "kv_host": "host", "kv_disk": "disk", "kv_dir": "directory",
        "kv_policy": "policy"}  # fmt: skip
+_KV_HOT = Flag("kv_hot", "entries a CSA layer kept on the device, the rest live in host memory (0: all)",
+               flags.DEFINE_integer, options={"lower_bound": 0})  # fmt: skip
 _KV_FLAGS = (
     Flag("kv_device", "accelerator memory for the KV cache, such as 2GiB", define_size),
-    Flag("kv_hot", "entries a CSA layer kept there, the rest live in host memory (0: all)", flags.DEFINE_integer,
-         options={"lower_bound": 0}),
+    _KV_HOT,
     Flag("kv_host", "host memory for what leaves the device, such as 64GiB", define_size),
     Flag("kv_disk", "disk space for it in --kv_dir, such as 1TiB", define_size),
     Flag("kv_dir", "directory that keeps it over restarts; one engine at a time"),
@@ -178,6 +182,9 @@ COMMANDS = {
                  options={"lower_bound": 1}),
             Flag("analytic", "the closed form alone, in a second; else TPU programs are compiled", flags.DEFINE_bool,
                  False),
+            Flag("stage", "how far: program, or buffers: until all bytes are placed, without machine code (default: "
+                 "program)", flags.DEFINE_enum, "program", options={"enum_values": ["program", "buffers"]}),
+            _KV_HOT,
             _JSON,
         ),
         has_config=True, default_config="tiny",

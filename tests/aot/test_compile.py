@@ -16,6 +16,9 @@ from v4jax.tools.estimate import Work, default_mesh, estimate
 from v4jax.tools.topology import parse
 
 PLACE = parse("v5e:2x2")
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu (extra tpu)"
+)
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -46,7 +49,26 @@ def test_a_step_compiles_for_four_devices_and_the_closed_form_agrees(kind, mesh,
     check(one_layer(kind), mesh, work, "all-gather", 0.15, on=jax.devices()[:4], options=QUICK)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu (extra tpu)")
+@needs_libtpu
+def test_decoding_with_entries_in_host_memory_copies_no_pool():
+    """On the device the picked entries alone, in host memory the pool once, updated in place."""
+    config, work = one_layer("csa"), Work("decode", 8192, 4)
+    topk = config.model.indexer.topk
+    pools = {}
+    for hot in (0, 4 * topk):
+        one = dataclasses.replace(config, cache=dataclasses.replace(config.cache, hot=hot, layout="fp8"))
+        mesh = default_mesh(one, PLACE, work)
+        pools[hot] = compiled.compile_step(one, PLACE, mesh, work, "buffers")
+        closed = estimate(one, PLACE, mesh, work)
+        assert pools[hot].host_bytes["arguments"] >= (closed.host_bytes - 4 * 2 * 2**30) / 4
+    near, far = pools.values()
+    pool = far.host_bytes["arguments"]
+    assert near.host_bytes["arguments"] == 0 < pool
+    assert far.host_bytes["temporaries"] < pool / 4
+    assert far.device_bytes["arguments"] < near.device_bytes["arguments"]
+
+
+@needs_libtpu
 @pytest.mark.parametrize("work", [Work("train", 64, 8), Work("decode", 512, 8), Work("prefill", 512, 4)])
 def test_a_step_compiles_for_four_tpus_and_the_closed_form_agrees(work):
     check(one_layer("csa"), None, work, "ragged-all-to-all", 0.6)

@@ -1,6 +1,7 @@
 """Entries in host memory: read as those on the device are, and copied to it by least recent use."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from tests.golden import weights
 from v4jax.cache.entries import new_pool
-from v4jax.cache.far import new_far
+from v4jax.cache.far import new_far, pinned
 from v4jax.cache.spec import LAYOUTS, row
 from v4jax.core.check import UserError
 from v4jax.nn import hot as hot_lib
@@ -20,6 +21,7 @@ from v4jax.nn.memory import in_host
 PAGES, SLOTS = 3, 8
 SMALL = dataclasses.replace(weights.config(), head_dim=40)  # 32 numbers and 8 rotary ones
 DEVICE = jax.devices()[0]
+WORDS = functools.partial(pinned, DEVICE)
 EVERY = tuple(np.meshgrid(np.arange(PAGES, dtype=np.int32), np.arange(SLOTS, dtype=np.int32), indexing="ij"))
 
 
@@ -39,7 +41,7 @@ def test_a_pool_in_host_memory_reads_as_one_on_the_device(layout):
         there = np.array([[2, 0], [1, 1]], np.int32)
         return pool, pool.take(*EVERY, jnp.float32), pool.pages(there).decoded(jnp.float32)
 
-    far, _ = new_far(SMALL, PAGES, SLOTS, layout, 4, DEVICE)
+    far, _ = new_far(SMALL, PAGES, SLOTS, layout, 4, WORDS)
     there, *read = run(far)
     here, *want = run(new_pool(SMALL, "main", PAGES, SLOTS, layout))
     assert [a.sharding.memory_kind for a in (far.words, there.words, *read)] == 2 * ["pinned_host"] + 2 * ["device"]
@@ -54,7 +56,7 @@ class Copies:
     """A far pool of numbered rows and its copies, beside plain books of what was asked for when."""
 
     def __init__(self, copies):
-        far, hot = new_far(SMALL, PAGES, SLOTS, "fp8", copies, DEVICE)
+        far, hot = new_far(SMALL, PAGES, SLOTS, "fp8", copies, WORDS)
         self.kept = Kept(jnp.zeros((1, 1, 1)), {}, far, None, hot)
         self.clock, self.held, self.asked, self.fetched = 0, {}, 0, 0  # held: entry to the step that last asked for it
         self.ask = jax.jit(self._ask, donate_argnums=0)
@@ -136,9 +138,9 @@ def test_without_pinned_memory_it_is_one_line():
             return []
 
     with pytest.raises(UserError, match="abacus devices here have no pinned_host memory"):
-        new_far(SMALL, PAGES, SLOTS, "model", 4, Bare())
+        pinned(Bare(), (PAGES, SLOTS, 9))
 
 
 def test_too_little_host_memory_is_one_line():
     with pytest.raises(UserError, match="lower the cache's device or tokens"):
-        new_far(SMALL, 2**40, 8000, "model", 4, DEVICE)
+        pinned(DEVICE, (2**40, 8000, 9))

@@ -17,7 +17,7 @@ def test_shapes_of_the_tiny_model(tiny):
     assert shapes["layers.1.attn.compressor.ape"] == (4, 64) and shapes["layers.2.attn.compressor.ape"] == (16, 32)
     assert shapes["layers.1.attn.indexer.q_up"] == (24, 16, 16)
     assert shapes["layers.0.ffn.router.table"] == (128, 2) and "layers.0.ffn.router.bias" not in shapes
-    assert shapes["layers.1.ffn.experts.gate_up"] == (8, 64, 2, 32)
+    assert shapes["layers.1.ffn.experts.gate_up"] == (8, 2, 64, 32)
     assert shapes["mtp.0.block.ffn.router.bias"] == (8,) and "mtp.0.block.attn.compressor.kv" not in shapes
     assert "layers.0.attn.compressor.kv" not in shapes and "layers.2.attn.indexer.q_up" not in shapes
 
@@ -37,11 +37,11 @@ def test_every_spelling_is_exactly_invertible(tiny):
 
 def test_layout_of_the_pieces(tiny):
     tensors = mapping.tensors(tiny)
-    flat = np.arange(math.prod((8, 64, 2, 32)), dtype=np.int32).reshape(8, 64, 2, 32)
+    flat = np.arange(math.prod((8, 2, 64, 32)), dtype=np.int32).reshape(8, 2, 64, 32)
     pieces = {piece.name: piece.to_hf(flat) for piece in tensors["layers.3.ffn.experts.gate_up"].pieces()}
     assert len(pieces) == 16
-    assert np.array_equal(pieces["layers.3.ffn.experts.5.w1.weight"], flat[5, :, 0].T)
-    assert np.array_equal(pieces["layers.3.ffn.experts.5.w3.weight"], flat[5, :, 1].T)
+    assert np.array_equal(pieces["layers.3.ffn.experts.5.w1.weight"], flat[5, 0].T)
+    assert np.array_equal(pieces["layers.3.ffn.experts.5.w3.weight"], flat[5, 1].T)
     q_up = np.arange(24 * 4 * 32, dtype=np.int32).reshape(24, 4, 32)
     (piece,) = tensors["layers.0.attn.q_up"].pieces()
     assert piece.name == "layers.0.attn.wq_b.weight"

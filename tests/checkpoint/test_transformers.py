@@ -105,7 +105,7 @@ _MODULES = {
     "ffn.router.weight": _t("mlp.gate.weight"),
     "ffn.router.bias": _plain("mlp.gate.e_score_correction_bias"),
     "ffn.router.table": lambda get: get("mlp.gate.tid2eid").astype(np.int32),
-    "ffn.experts.gate_up": lambda get: np.stack(np.split(get("mlp.experts.gate_up_proj").swapaxes(1, 2), 2, axis=2), 2),
+    "ffn.experts.gate_up": lambda get: np.stack(np.split(get("mlp.experts.gate_up_proj"), 2, axis=1), 1).swapaxes(2, 3),
     "ffn.experts.down": lambda get: get("mlp.experts.down_proj").swapaxes(1, 2),
     "ffn.shared.gate_up": lambda get: np.stack(
         [get("mlp.shared_experts.gate_proj.weight").T, get("mlp.shared_experts.up_proj.weight").T], 1),

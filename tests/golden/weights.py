@@ -17,7 +17,7 @@ from v4jax.models.transformer import Transformer, fresh_chunk, next_chunk
 
 # Axis of the inputs in the flat layout [in..., out...], where it is not the first one.
 _FAN_IN = {
-    "embed.table": (1,), "fn": (1, 2), "o_down": (1,), "o_up": (0, 1), "experts.gate_up": (1,), "experts.down": (1,),
+    "embed.table": (1,), "fn": (1, 2), "o_down": (1,), "o_up": (0, 1), "experts.gate_up": (2,), "experts.down": (1,),
 }  # fmt: skip
 
 

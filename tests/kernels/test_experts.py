@@ -31,7 +31,7 @@ def test_reference_is_a_loop_over_tokens_and_picks():
     want = np.zeros((5, 6))
     for b in range(5):
         for e, w in zip(picks[b], weights[b], strict=True):
-            want[b] += w * np.asarray(swiglu(np.einsum("d,duf->uf", x[b], gate_up[e]), LIMIT)) @ down[e]
+            want[b] += w * np.asarray(swiglu(np.einsum("d,udf->uf", x[b], gate_up[e]), LIMIT)) @ down[e]
     np.testing.assert_allclose(experts(x, picks, weights, gate_up, down, limit=LIMIT, impl="ref"), want, atol=1e-5)
 
 
@@ -44,7 +44,7 @@ def _case(B, E, K, F, D, spread, seed):
     else:
         picks = np.stack([rng.permutation(E)[:K] for _ in range(B)])
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    return normal(B, D), picks.astype(np.int32), normal(B, K) ** 2, normal(E, D, 2, F) / 2, normal(E, F, D) / 2
+    return normal(B, D), picks.astype(np.int32), normal(B, K) ** 2, normal(E, 2, D, F) / 2, normal(E, F, D) / 2
 
 
 @functools.partial(jax.jit, static_argnames="impl")

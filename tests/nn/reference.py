@@ -115,7 +115,7 @@ def moe(model: Model, w, x, ids):
         weights = m.route_scale * s[picks] / s[picks].sum()
         y = swiglu(*np.einsum("d,duf->uf", row, w["shared.gate_up"]), m.swiglu_limit) @ w["shared.down"]
         for e, weight in zip(picks, weights, strict=True):
-            h = swiglu(*np.einsum("d,duf->uf", row, w["experts.gate_up"][e]), m.swiglu_limit)
+            h = swiglu(*np.einsum("d,udf->uf", row, w["experts.gate_up"][e]), m.swiglu_limit)
             y = y + weight * h @ w["experts.down"][e]
         out.append(y)
     return np.array(out)

@@ -25,8 +25,8 @@ def arguments(uneven: bool):
     logits = jax.random.normal(keys[0], (B, T, E)) - (4.0 * jnp.arange(E) if uneven else 0.0)
     draw = lambda key, *shape: jax.random.normal(key, shape)
     picks = jax.lax.top_k(logits, K)[1]
-    return (draw(keys[1], B, T, D), jax.nn.softmax(draw(keys[2], B, T, K)), draw(keys[3], E, D, 2, F) * 0.3,
-            draw(keys[4], E, F, D) * 0.3, picks)  # fmt: skip
+    gate_up = draw(keys[3], E, D, 2, F).swapaxes(1, 2) * 0.3
+    return draw(keys[1], B, T, D), jax.nn.softmax(draw(keys[2], B, T, K)), gate_up, draw(keys[4], E, F, D) * 0.3, picks
 
 
 @functools.cache

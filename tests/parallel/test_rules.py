@@ -52,7 +52,7 @@ def test_a_mesh_fills_up_and_says_what_does_not_fit():
 
 def test_specs_of_weights_and_activations():
     sharding = make_sharding(Mesh("pod", expert=2, tensor=2))
-    assert sharding.weight("EDUF") == P("expert", "fsdp", None, "tensor")
+    assert sharding.weight("EUDF") == P("expert", None, "fsdp", "tensor")
     assert sharding.weight("DQ") == P(("fsdp", "expert"), None)
     assert sharding.weight("QNH") == P("fsdp", "tensor", "expert")
     assert sharding.weight("D") == P()

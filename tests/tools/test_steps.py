@@ -27,8 +27,12 @@ def tiny():
     return dataclasses.replace(config, model=model)
 
 
-def test_rows_decode_as_on_one_device(tiny):
-    step = steps.serve(tiny, Mesh("serve"), Work("decode", 256, DEVICES * ROWS), jax.devices()[:DEVICES])
+@pytest.mark.parametrize("copies", [0, 2])
+def test_rows_decode_as_on_one_device(tiny, copies):
+    """copies: with the entries in host memory, and room for so many times what a step picks; or all on the device."""
+    hot = dataclasses.replace(tiny.cache, hot=copies * ROWS * tiny.model.indexer.topk)
+    work = Mesh("serve"), Work("decode", 256, DEVICES * ROWS), jax.devices()[:DEVICES]
+    step = steps.serve(dataclasses.replace(tiny, cache=hot), *work)
     graphdef, variables = nnx.split(nnx.eval_shape(lambda: Transformer(tiny.model, nnx.Rngs(0))))
     weights, live, heads, (_, table) = step.arguments
     zeros = lambda tree: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
@@ -42,8 +46,9 @@ def test_rows_decode_as_on_one_device(tiny):
     copy = lambda tree: jax.tree.map(jnp.array, tree)
     put = lambda tree, abstract: jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), copy(tree), abstract)
     structure, kept = programs.structure(graphdef, jax.tree.structure(variables)), zeros(live)
+    alone = zeros(steps.serve(tiny, *work).arguments[1])
     part = lambda tree, i: jax.tree.map(lambda a: jnp.array(np.split(np.asarray(a), DEVICES)[i]), tree)
-    own = [part(kept, i) for i in range(DEVICES)]
+    own = [part(alone, i) for i in range(DEVICES)]
     kept, abstract = put(kept, live), step.arguments
     for position in range(5):  # a window of the compressor ends among them
         heads = heads._replace(position_Z=np.full_like(token, position), token_Z=(token * (position + 1)) % 2048)
@@ -52,10 +57,11 @@ def test_rows_decode_as_on_one_device(tiny):
         )
         expected = []
         for i in range(DEVICES):
-            own[i], _, alone = programs.decode(structure, weights, own[i], part(heads, i), part(rows, i), False)
-            expected.append(alone)
+            own[i], _, one = programs.decode(structure, weights, own[i], part(heads, i), part(rows, i), False)
+            expected.append(one)
         np.testing.assert_allclose(logits, np.concatenate(expected), atol=1e-5)
     assert np.ptp(logits) > 0.01
+    assert bool(copies) == any(leaf.sharding.memory_kind == "pinned_host" for leaf in jax.tree.leaves(kept))
 
 
 @pytest.mark.parametrize("mesh, rows, says", [

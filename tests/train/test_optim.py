@@ -37,7 +37,7 @@ def test_muon_orthogonalises_whole_matrices(letters, shape):
 
 
 @pytest.mark.parametrize(
-    "letters, shape", [("EDUF", (3, 16, 2, 8)), ("EFD", (3, 8, 16)), ("GIR", (2, 16, 8)), ("DUF", (16, 2, 8))]
+    "letters, shape", [("EUDF", (3, 2, 16, 8)), ("EFD", (3, 8, 16)), ("GIR", (2, 16, 8)), ("DUF", (16, 2, 8))]
 )
 def test_each_expert_half_and_group_is_a_matrix_of_its_own(letters, shape):
     update = first_update(letters, shape)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -64,24 +66,27 @@ class Far(Pool):
 
 
 def new_far(
-    model: config.Model, pages: int, slots: int, layout: str, copies: int, device: jax.Device
+    model: config.Model, pages: int, slots: int, layout: str, copies: int, words: Callable[[tuple[int, ...]], jax.Array]
 ) -> tuple[Far, Hot]:
-    """Empty pool of one layer's main entries in the host memory of `device`, and room for `copies` of them on it.
+    """Empty pool of one layer's main entries, and room on the device for `copies` of them.
 
-    Raises UserError as `spec.row` does, and where there is no such memory or not enough of it.
+    words: makes uint32 zeros of a shape in host memory, such as those of `pinned`. Raises UserError as `spec.row` does.
     """
     row = spec.row(model, "main", layout)
-    shape = (pages, slots, row.words)
+    return Far(words((pages, slots, row.words)), row), new_hot(zeros(row, 1, 1 + copies), pages, slots)
+
+
+def pinned(device: jax.Device, shape: tuple[int, ...]) -> jax.Array:
+    """uint32 zeros in the host memory of a device. Raises UserError where there is none, or not enough of it."""
     if "pinned_host" not in {memory.kind for memory in device.addressable_memories()}:
         raise UserError(f"{device.platform} devices here have no pinned_host memory to keep entries in: set hot to 0")
     try:
-        words = jax.block_until_ready(_zeros(shape, SingleDeviceSharding(device, memory_kind="pinned_host")))
+        return jax.block_until_ready(_zeros(shape, SingleDeviceSharding(device, memory_kind="pinned_host")))
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         raise UserError(
-            f"the host has no {4 * pages * slots * row.words:,} bytes of pinned memory for the entries of a layer; "
+            f"the host has no {_WORD * math.prod(shape):,} bytes of pinned memory for the entries of a layer; "
             "lower the cache's device or tokens"
         ) from error
-    return Far(words, row), new_hot(zeros(row, 1, 1 + copies), pages, slots)
 
 
 def _zeros(shape: tuple[int, ...], where: SingleDeviceSharding) -> jax.Array:

@@ -102,7 +102,7 @@ _BLOCK = (
          _same("mlp.gate.e_score_correction_bias", axes="E"), role="f32", layers="bias"),
     Rule("ffn.router.table", "VK", "ffn.gate.tid2eid", "V K", _same("mlp.gate.tid2eid", axes="V K"),
          role="index", layers="hash"),
-    Rule("ffn.experts.gate_up", "EDUF", "ffn.experts.{E}.w{U:1,3}.weight", "F D",
+    Rule("ffn.experts.gate_up", "EUDF", "ffn.experts.{E}.w{U:1,3}.weight", "F D",
          (("mlp.experts.gate_up_proj", "E UF D"),)),
     Rule("ffn.experts.down", "EFD", "ffn.experts.{E}.w2.weight", "D F", (("mlp.experts.down_proj", "E D F"),)),
     Rule("ffn.shared.gate_up", "DUF", "ffn.shared_experts.w{U:1,3}.weight", "F D",

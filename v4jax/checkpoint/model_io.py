@@ -29,7 +29,7 @@ from v4jax.models.layout import Stack
 from v4jax.models.quantised import check_precision, quantise_weight
 from v4jax.models.transformer import Transformer
 
-# (letters of the axes, such as "EDUF", shape) -> where an array goes. The axis of stacked layers is called "*".
+# (letters of the axes, such as "EUDF", shape) -> where an array goes. The axis of stacked layers is called "*".
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 

@@ -39,12 +39,11 @@ from v4jax.parallel.distributed import barrier, is_lead
 STEPS_NAME = "checkpoints"
 WEIGHTS = "model"
 _EXTRAS = "extras"
-_INPUT_AXIS = {"gate_up": -3, "down": -2}  # of an expert's matrices
 _COMPLETE = "_CHECKPOINT_METADATA"  # orbax's file of a step; it names the time of the commit once there was one
 _TEMPORARY = ".orbax-checkpoint-tmp"  # ends the name of a step that is being written
 _LAST_WRITES = 6  # twentieths of a second in which what a failed save still writes is removed
 _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
-_mxfp4 = jax.jit(qdq.mxfp4, static_argnums=1)
+_mxfp4 = jax.jit(qdq.mxfp4)
 
 
 # --- training runs -----------------------------------------------------------------------------------------------
@@ -244,9 +243,8 @@ class OrbaxTensors(LazyTensors):
 
     def read(self, name: str, leading: int | slice = slice(None)) -> np.ndarray:
         array = _read(self._directory, self._stores[name][leading])
-        *_, group, matrix = name.split(".")
-        if self._mxfp4 and group == "experts":
-            array = np.asarray(_mxfp4(array, _INPUT_AXIS[matrix]))
+        if self._mxfp4 and ".experts." in name:
+            array = np.asarray(_mxfp4(array))
         return array.astype(self.dtype(name), copy=False)
 
 

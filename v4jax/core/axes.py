@@ -42,7 +42,7 @@ LOGICAL = {
 # The same letter means another logical axis where a layout has to be free to split it otherwise: inside the routed
 # experts, both ends of what makes queries, and the scores of a router.
 SPECIAL = {
-    "EDUF": {"D": "expert_embed", "F": "expert_mlp"}, "EFD": {"D": "expert_embed", "F": "expert_mlp"},
+    "EUDF": {"D": "expert_embed", "F": "expert_mlp"}, "EFD": {"D": "expert_embed", "F": "expert_mlp"},
     "QNH": {"Q": "q_rank_in", "H": "head_dim_out"}, "QJL": {"Q": "q_rank_in", "L": "index_dim_out"},
     "DE": {"E": "expert_score"},
 }  # fmt: skip

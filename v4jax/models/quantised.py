@@ -16,7 +16,7 @@ from v4jax.nn.linear import FP8
 
 PRECISIONS = ("model", "fp8")
 _STORED = FP8 | {"GIR"}  # the first output matrix is stored in FP8 as well, if not multiplied in it
-_STACKING = "*EG"  # letters of axes that stack matrices: repeated layers, experts, output groups
+_STACKING = "*EUG"  # letters of axes that stack matrices: repeated layers, experts, gate and up, output groups
 
 _blocks = jax.jit(quantise_blocks, static_argnums=1)
 

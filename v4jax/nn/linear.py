@@ -9,7 +9,7 @@ from flax import nnx
 from v4jax.kernels import fp8
 
 # Letters of the matrices that are released in FP8 (spec 9.1) and multiplied in it (9.3: not the first output matrix).
-FP8 = {"DQ", "QNH", "DH", "GRD", "QJL", "DUF", "FD", "DO", "EDUF", "EFD"}
+FP8 = {"DQ", "QNH", "DH", "GRD", "QJL", "DUF", "FD", "DO", "EUDF", "EFD"}
 
 
 class Fixed(nnx.Variable):
@@ -44,7 +44,7 @@ def low_precision(model: nnx.Module, matmul: str, expert_weights: str) -> None:
             letters = variable.get_metadata("letters")
             if matmul == "fp8" and letters in FP8:
                 variable.set_metadata(fp8=True)
-            if expert_weights == "mxfp4" and letters in ("EDUF", "EFD"):
+            if expert_weights == "mxfp4" and letters in ("EUDF", "EFD"):
                 variable.set_metadata(mxfp4=True)
 
 

@@ -16,22 +16,29 @@ from v4jax.parallel.rules import active
 
 
 class Expert(nnx.Module):
-    """Weights of E expert networks (`letters` "EDUF"), or of a single one without the E axis."""
+    """Weights of E expert networks, or of a single one.
+
+    Routed experts keep gate and up as matrices apart, "EUDF": lying next to each other in a row, "EDUF", a TPU would
+    have to copy them all for each product. A single one keeps them as "DUF", for one product of both.
+    """
 
     def __init__(self, model: config.Model, inner: int, count: int | None, rngs: nnx.Rngs):
-        lead, e = ((), "") if count is None else ((count,), "E")
-        self.gate_up = weight(rngs, e + "DUF", (*lead, model.hidden_size, 2, inner), model.init_std)
-        self.down = weight(rngs, e + "FD", (*lead, inner, model.hidden_size), model.init_std)
+        D, std = model.hidden_size, model.init_std
+        if count is None:
+            self.gate_up, self.down = weight(rngs, "DUF", (D, 2, inner), std), weight(rngs, "FD", (inner, D), std)
+        else:
+            self.gate_up = weight(rngs, "EUDF", (count, 2, D, inner), std)
+            self.down = weight(rngs, "EFD", (count, inner, D), std)
 
     def matrices(self) -> tuple[jax.Array, jax.Array]:
-        """gate_up_EDUF and down_EFD as the routed experts use them: rounded where training says so."""
-        gate_up_EDUF, down_EFD = self.gate_up[...], self.down[...]
+        """gate_up_EUDF and down_EFD as the routed experts use them: rounded where training says so."""
+        both = self.gate_up[...], self.down[...]
         if in_mxfp4(self.gate_up):
-            gate_up_EDUF, down_EFD = qdq.mxfp4(gate_up_EDUF, 1), qdq.mxfp4(down_EFD, 1)
+            both = map(qdq.mxfp4, both)
         if in_fp8(self.gate_up):  # which holds what FP4 can, if scales within a block differ by up to 2^14 (spec 8.4)
-            gate_up_EDUF = jax.vmap(fp8.weights)(gate_up_EDUF)
-            down_EFD = jax.vmap(fp8.weights)(down_EFD[:, :, None])[:, :, 0]
-        return gate_up_EDUF, down_EFD
+            one = lambda w_DF: fp8.weights(w_DF[:, None])[:, 0]
+            both = (jax.vmap(one)(w.reshape(-1, *w.shape[-2:])).reshape(w.shape) for w in both)
+        return tuple(both)
 
 
 class Moe(nnx.Module):

@@ -29,15 +29,15 @@ def keys(x: jax.Array) -> jax.Array:
     return _rounded(turned.astype(x.dtype), "fp4", group_size(x.shape[-1], KEY_GROUP))
 
 
-def mxfp4(w: jax.Array, axis: int) -> jax.Array:
-    """An expert's matrix as FP4 holds it: e2m1 in groups of 32 along the input axis, with e8m0 scales (spec 8.4).
+def mxfp4(w: jax.Array) -> jax.Array:
+    """Matrices [..., in, out] as FP4 holds them: e2m1 in groups of 32 along the input, with e8m0 scales (spec 8.4).
 
     Returned in its own type; numbers that FP4 can hold come out as they are. Gradients pass straight through.
     """
-    turned = jnp.swapaxes(jax.lax.stop_gradient(w), axis, -1)
+    turned = jax.lax.stop_gradient(w).mT
     rounded = dequantise(*quantise(turned, "fp4", KEY_GROUP), "fp4", jnp.float32)
     # The difference is zero and only carries the gradient: w + (rounded - w) could round once more.
-    return jnp.swapaxes(rounded, axis, -1).astype(w.dtype) + (w - jax.lax.stop_gradient(w))
+    return rounded.mT.astype(w.dtype) + (w - jax.lax.stop_gradient(w))
 
 
 def _rounded(x: jax.Array, format: str, group: int) -> jax.Array:

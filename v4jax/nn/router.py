@@ -6,6 +6,7 @@ from flax import nnx
 
 from v4jax import config
 from v4jax.nn.linear import Fixed, weight
+from v4jax.parallel.tokens import alone
 
 
 class Router(nnx.Module):
@@ -31,7 +32,9 @@ class Router(nnx.Module):
         if self.hashed:
             picks_BTK = self.table[...][tokens_BT]
         else:
-            picks_BTK = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE + self.bias[...]), self.active)[1]
+            # Said to be each token's own: XLA:CPU would gather the scores of all rows on every device.
+            choose = lambda scores_BTE: jax.lax.top_k(scores_BTE, self.active)[1]
+            picks_BTK = alone(choose, jax.lax.stop_gradient(scores_BTE + self.bias[...]))
         chosen_BTK = jnp.take_along_axis(scores_BTE, picks_BTK, axis=-1)
         weights_BTK = self.scale * chosen_BTK / (chosen_BTK.sum(-1, keepdims=True) + 1e-20)
         return picks_BTK, weights_BTK, scores_BTE

@@ -29,7 +29,7 @@ def spread_experts(
     x_BTD: jax.Array,
     picks_BTK: jax.Array,
     weights_BTK: jax.Array,
-    gate_up_EDUF: jax.Array,
+    gate_up_EUDF: jax.Array,
     down_EFD: jax.Array,
     limit: float,
     fp8: bool = False,
@@ -41,8 +41,8 @@ def spread_experts(
     """
     check(sharding)
     if sharding.inside:
-        return _forward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EDUF, down_EFD, picks_BTK)
-    return _routed(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EDUF, down_EFD, picks_BTK)
+        return _forward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EUDF, down_EFD, picks_BTK)
+    return _routed(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EUDF, down_EFD, picks_BTK)
 
 
 def check(sharding: Sharding) -> None:
@@ -60,13 +60,13 @@ def _token_axes(sharding: Sharding) -> tuple[str, ...]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _routed(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EDUF, down_EFD, picks_BTK):
-    rows, matrices = sharding.activation("BTD"), (sharding.weight("EDUF"), sharding.weight("EFD"))
+def _routed(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EUDF, down_EFD, picks_BTK):
+    rows, matrices = sharding.activation("BTD"), (sharding.weight("EUDF"), sharding.weight("EFD"))
     forward = functools.partial(_forward, sharding, limit, fp8)
     mapped = jax.shard_map(
         forward, mesh=sharding.mesh, in_specs=(rows, rows, *matrices, rows), out_specs=rows, check_vma=False
     )
-    return mapped(x_BTD, weights_BTK, gate_up_EDUF, down_EFD, picks_BTK)
+    return mapped(x_BTD, weights_BTK, gate_up_EUDF, down_EFD, picks_BTK)
 
 
 def _save(sharding, limit, fp8, *arguments):
@@ -74,7 +74,7 @@ def _save(sharding, limit, fp8, *arguments):
 
 
 def _gradients(sharding, limit, fp8, arguments, dy_BTD):
-    rows, matrices = sharding.activation("BTD"), (sharding.weight("EDUF"), sharding.weight("EFD"))
+    rows, matrices = sharding.activation("BTD"), (sharding.weight("EUDF"), sharding.weight("EFD"))
     backward = functools.partial(_backward, sharding, limit, fp8)
     mapped = jax.shard_map(
         backward, mesh=sharding.mesh, in_specs=(rows, rows, *matrices, rows, rows),
@@ -86,28 +86,28 @@ def _gradients(sharding, limit, fp8, arguments, dy_BTD):
 _routed.defvjp(_save, _gradients)
 
 
-def _forward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EDUF, down_EFD, picks_BTK):
+def _forward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EUDF, down_EFD, picks_BTK):
     """The shard_map body: one device's tokens, its part of the matrices."""
-    rounds, one = _rounds(sharding, _products(sharding, limit, fp8), picks_BTK, gate_up_EDUF.shape[0])
-    arguments = (_flat(x_BTD), _flat(weights_BTK), *_gathered(sharding, x_BTD.dtype, gate_up_EDUF, down_EFD))
+    rounds, one = _rounds(sharding, _products(sharding, limit, fp8), picks_BTK, gate_up_EUDF.shape[0])
+    arguments = (_flat(x_BTD), _flat(weights_BTK), *_gathered(sharding, x_BTD.dtype, gate_up_EUDF, down_EFD))
     first = one(jnp.int32(0), *arguments)  # outside of the loop, so that it can overlap with what is independent
     y_BD = jax.lax.fori_loop(1, rounds, lambda turn, y: y + one(turn, *arguments), first)
     return jax.lax.psum(y_BD, _width_axes(sharding)).reshape(x_BTD.shape)
 
 
-def _backward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EDUF, down_EFD, picks_BTK, dy_BTD):
+def _backward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EUDF, down_EFD, picks_BTK, dy_BTD):
     """Each round once more, with its gradients; those of a matrix are summed over the devices that used it."""
-    rounds, one = _rounds(sharding, _products(sharding, limit, fp8), picks_BTK, gate_up_EDUF.shape[0])
-    arguments = (_flat(x_BTD), _flat(weights_BTK), *_gathered(sharding, x_BTD.dtype, gate_up_EDUF, down_EFD))
+    rounds, one = _rounds(sharding, _products(sharding, limit, fp8), picks_BTK, gate_up_EUDF.shape[0])
+    arguments = (_flat(x_BTD), _flat(weights_BTK), *_gathered(sharding, x_BTD.dtype, gate_up_EUDF, down_EFD))
     pull = lambda turn: jax.vjp(functools.partial(one, turn), *arguments)[1](_flat(dy_BTD))
     add = lambda turn, sums: jax.tree.map(jnp.add, sums, pull(turn))
     dx, dweights, dgate_up, ddown = jax.lax.fori_loop(1, rounds, add, pull(jnp.int32(0)))
     width = _width_axes(sharding)
-    dgate_up, ddown = _scattered(sharding, dgate_up, 1), _scattered(sharding, ddown, 2)
+    dgate_up, ddown = _scattered(sharding, dgate_up, 2), _scattered(sharding, ddown, 2)
     return (
         jax.lax.psum(dx, width).reshape(x_BTD.shape).astype(x_BTD.dtype),
         jax.lax.psum(dweights, width).reshape(weights_BTK.shape),
-        dgate_up.astype(gate_up_EDUF.dtype), ddown.astype(down_EFD.dtype),
+        dgate_up.astype(gate_up_EUDF.dtype), ddown.astype(down_EFD.dtype),
     )  # fmt: skip
 
 
@@ -138,13 +138,13 @@ def _rounds(sharding, products, picks_BTK, experts_here):
     # Arrivals lie by source, each source's by expert: the expert of a slot follows from the counts alone.
     ends_PE = jnp.cumsum(jax.lax.dynamic_slice_in_dim(counts_PE, travel.me * experts_here, experts_here, 1).reshape(-1))
 
-    def one(turn, x_BD, weights_BK, gate_up_EDUF, down_EFD):
+    def one(turn, x_BD, weights_BK, gate_up_EUDF, down_EFD):
         arrival = travel.arrivals(turn)
         expert = jnp.searchsorted(ends_PE, arrival, side="right") % experts_here
         full = arrival < travel.arriving
         pick = jnp.where(full, expert, experts_here).astype(jnp.int32)  # beyond the last expert: computed by none
         here = travel.go(x_BD[order_R // K], turn)
-        done = products(here, pick[:, None], full[:, None].astype(jnp.float32), gate_up_EDUF, down_EFD)
+        done = products(here, pick[:, None], full[:, None].astype(jnp.float32), gate_up_EUDF, down_EFD)
         done = jnp.where(full[:, None], done, 0).astype(x_BD.dtype)
         y_RD = travel.back(done, turn, home_R)[place_R]
         return jnp.einsum("BKD,BK->BD", y_RD.reshape(B, K, -1).astype(jnp.float32), weights_BK)
@@ -160,12 +160,12 @@ def _width_axes(sharding) -> tuple[str, ...]:
     return sharding.axes("weights", "expert_mlp")
 
 
-def _gathered(sharding, dtype, gate_up_EDUF, down_EFD):
+def _gathered(sharding, dtype, gate_up_EUDF, down_EFD):
     """This device's experts with their whole hidden size, in the compute dtype."""
     axes = sharding.axes("weights", "expert_embed")
     gather = lambda a, axis: jax.lax.all_gather(a, axes, axis=axis, tiled=True) if axes else a
     whole = lambda a, axis: gather(a.astype(dtype), axis)
-    return whole(gate_up_EDUF, 1), whole(down_EFD, 2)
+    return whole(gate_up_EUDF, 2), whole(down_EFD, 2)
 
 
 def _scattered(sharding, gradient, axis):

@@ -16,6 +16,7 @@ quantise are in `cache/`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.core.qtensor import QTensor
+from v4jax.parallel.tokens import parts
 
 NEVER = -(2**30)  # order of a row that holds nothing: before every window
 
@@ -194,23 +196,24 @@ class Fresh:
         B, T, W = rows_BTW.shape
         count = T // ratio
         now = rows_BTW[:, : count * ratio].reshape(B, count, ratio, W)
-        first = slice(0, count * ratio, ratio)
+        first = lambda a_BT: a_BT[:, : count * ratio].reshape(B, count, ratio)[:, :, 0]
         before = None
         if overlap:
-            before = jnp.concatenate([empty_window(now[:, :1]), now[:, :-1]], axis=1)[:, :count]
+            before = _previous(now, empty_window)
             if chunk.segments_BT is not None:
-                segment_BC = chunk.segments_BT[:, first]
-                starts = segment_BC != jnp.pad(segment_BC, ((0, 0), (1, 0)))[:, :-1]
+                segment_BC = first(chunk.segments_BT)
+                starts = segment_BC != _previous(segment_BC, jnp.zeros_like)
                 before = jnp.where(starts[..., None, None], empty_window(before), before)
         index = jnp.broadcast_to(jnp.arange(count), (B, count))
-        return Windows(now, before, index, chunk.positions_BT[:, first], jnp.ones_like(index, bool)), self
+        return Windows(now, before, index, first(chunk.positions_BT), jnp.ones_like(index, bool)), self
 
     def extend(
         self, kv_BCH: jax.Array, index_BCL: jax.Array | None, windows: Windows, chunk: Chunk, ratio: int
     ) -> Fresh:
         """Keep the call's entries for the call itself."""
-        count = kv_BCH.shape[1]
-        segments = None if chunk.segments_BT is None else chunk.segments_BT[:, : count * ratio : ratio]
+        (B, count), segments = kv_BCH.shape[:2], chunk.segments_BT
+        if segments is not None:
+            segments = segments[:, : count * ratio].reshape(B, count, ratio)[:, :, 0]
         return Fresh(Entries(kv_BCH, index_BCL, segments))
 
     def view(self, chunk: Chunk, dtype: jnp.dtype, times: int = 1) -> Entries | None:
@@ -224,6 +227,14 @@ class Fresh:
     def settled(self, done: jax.Array) -> Fresh:
         """What outlives the call: nothing."""
         return Fresh()
+
+
+def _previous(a_BC: jax.Array, empty: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Of each entry the one before it, and `empty` of an entry for the first."""
+    shifted = lambda a, before: jnp.concatenate([before, a[:, :-1]], axis=1)
+    if (split := parts()) is None:
+        return shifted(a_BC, empty(a_BC[:, :1]))
+    return split.run(lambda a: shifted(a, split.before(a, 1, empty(a[:, :1]))), a_BC)
 
 
 def _run(rows_BCH: jax.Array, first: jax.Array | int, count: int) -> jax.Array:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,8 @@ from v4jax.nn import qdq
 from v4jax.nn.linear import constant, project, weight
 from v4jax.nn.norm import RMSNorm, rms
 from v4jax.nn.rope import angles, frequencies, rotate
-from v4jax.nn.state import Chunk, Past, Rows, View, pytree
+from v4jax.nn.state import NEVER, Chunk, Entries, Fresh, Past, Rows, View, pytree
+from v4jax.parallel.tokens import Parts, parts
 
 _BLOCK = 128  # queries of a block, rounded down to whole windows
 _FLOOR = -1e30  # peak of a query that sees nothing: finite, so that its sums are 0 and not NaN
@@ -57,7 +59,11 @@ class WindowAttention(nnx.Module):
         rows, past = past.window(kv_BTH, chunk, m.window)
         past = self.compress(x_BTD, chunk, past)
         extra = self.queries(x_BTD, low_BTQ, cos_sin_heads)
-        o_BTNH, loss_BT, past = self._attend(q_BTNH, extra, rows, chunk, past)
+        if (split := parts()) is None:
+            o_BTNH, loss_BT, past = self._attend(q_BTNH, extra, rows, chunk, past)
+        else:
+            own = Rows(kv_BTH, chunk.order_BT, chunk.segments_BT)
+            o_BTNH, loss_BT = self._attend_parts(split, q_BTNH, extra, own, past.view(chunk, self.dtype))
         o_BTNH = rotate(o_BTNH, cos_sin_heads, inverse=True)
         o_BTGI = o_BTNH.reshape(B, T, m.o_groups, -1)
         z_BTGR = project("BTGI,GIR->BTGR", o_BTGI, self.o_down, self.dtype)
@@ -103,6 +109,23 @@ class WindowAttention(nnx.Module):
             o, loss = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B * blocks, *a.shape[2:]), out)
         join = lambda a: a.reshape(B, blocks * size, *a.shape[2:])[:, :T]
         return join(o), join(loss), past
+
+    def _attend_parts(self, split: Parts, q_BTNH, extra, rows: Rows, entries: Entries | None):
+        """As `_attend`, with the tokens of a row on several devices: a part needs the `window` rows of the part before
+        it, and the entries of all."""
+        m = self.model
+        split.check(q_BTNH.shape[1], m.alignment, m.window)
+
+        def one(queries, rows: Rows, entries):
+            (q_BTNH, *extra), B = queries, queries[0].shape[0]
+            empty = jax.tree.map(jnp.zeros_like, jax.tree.map(lambda a: a[:, : m.window], rows))
+            empty = dataclasses.replace(empty, order_BS=jnp.full((B, m.window), NEVER, jnp.int32))
+            join = lambda *both: jnp.concatenate(both, axis=1)
+            near = jax.tree.map(join, split.before(rows, m.window, empty), rows)
+            chunk = Chunk(rows.order_BS, rows.order_BS, rows.order_BS, rows.segments_BS)
+            return self._attend(q_BTNH, tuple(extra), near, chunk, Fresh(split.whole(entries)))[:2]
+
+        return split.run(one, (q_BTNH, *extra), rows, entries)
 
     def _attend_block(
         self, queries, rows: Rows, view: View | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 from v4jax import config
 from v4jax.cache.entries import new_pool
-from v4jax.cache.far import new_far
+from v4jax.cache.far import new_far, pinned
 from v4jax.cache.spec import Layout
 from v4jax.core.check import UserError
 from v4jax.nn.csa import picks
@@ -19,16 +20,19 @@ from v4jax.nn.kept import Kept, new_kept
 from v4jax.nn.memory import in_host
 
 
-def new_layer(layout: Layout, kind: str, pages: int, records: int, slack: int = 0) -> Kept:
-    """Empty state of one layer of this kind. Raises UserError as `new_far` does."""
+def new_layer(layout: Layout, kind: str, pages: int, records: int, slack: int = 0, words=None) -> Kept:
+    """Empty state of one layer of this kind. words: as in `new_far`; None: pinned memory beside the device that the
+    rest is on. Raises UserError as these do."""
     model, far = layout.model, layout.hot and kind == "csa"
     size = (pages, layout.entries(kind), layout.name) if kind != "swa" else ()
     pool = lambda part: None if far and part == "main" else new_pool(model, part, *size)
     kept = new_kept(model, kind, records, pool, jnp.dtype(model.dtype), slack)
     if not far:
         return kept
-    [device] = kept.ring_ZSH.devices()
-    main, hot = new_far(model, *size, layout.hot, device)
+    if words is None:
+        [device] = kept.ring_ZSH.devices()
+        words = functools.partial(pinned, device)
+    main, hot = new_far(model, *size, layout.hot, words)
     return dataclasses.replace(kept, main=main, hot=hot)
 
 

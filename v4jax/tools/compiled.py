@@ -2,7 +2,7 @@
 
 Most of a compile is machine code for thousands of small kernels. It is done at the compiler's lowest effort for running
 time, which chooses buffers and collectives by the same passes: on the gradient of two layers of `tiny`, by hand, at
-half the time and with 0.84 times the temporaries.
+half the time and with 0.84 times the temporaries. Or it is left out (`stage="buffers"`, see `tools.buffers`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import tempfile
 import time
 from collections.abc import Sequence
 
@@ -19,7 +20,7 @@ import numpy as np
 from v4jax.config import Config, Mesh
 from v4jax.core.check import UserError
 from v4jax.core.tables import print_table
-from v4jax.tools import steps
+from v4jax.tools import buffers, steps
 from v4jax.tools.estimate import Work
 from v4jax.tools.topology import Topology, size
 
@@ -31,15 +32,19 @@ _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-al
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Of one device: bytes by part, operations and bytes touched (loop bodies counted once, as XLA reports them), and
-    bytes of collectives by kind (loop bodies times their trips, where the compiler knows them). seconds: to compile."""
+    """Of one device: bytes by part on it and in host memory, the largest array among the temporaries (bytes, type),
+    and bytes of collectives by kind (loop bodies times their trips, where the compiler knows them). seconds: of CPUs,
+    to lower and compile until `stage`. cost: operations and bytes touched (loop bodies counted once, as XLA reports
+    them), of a whole program alone."""
 
     device_bytes: dict[str, int]
+    host_bytes: dict[str, int]
+    largest: tuple[int, str]
     limit: int
-    flops: float
-    traffic: float
     collectives: dict[str, float]
     seconds: float
+    stage: str
+    cost: tuple[float, float] | None = None
 
 
 def devices(topology: Topology) -> list[jax.Device]:
@@ -59,65 +64,108 @@ def devices(topology: Topology) -> list[jax.Device]:
 
 
 def compile_step(
-    config: Config,
-    topology: Topology,
-    mesh: Mesh,
-    work: Work,
-    on: Sequence[jax.Device] | None = None,
-    options: dict = EFFORT,
-) -> Compiled:
+    config: Config, topology: Topology, mesh: Mesh, work: Work, stage: str = "program",
+    on: Sequence[jax.Device] | None = None, options: dict = EFFORT,
+) -> Compiled:  # fmt: skip
     """Compile the step of `work.mode` on `mesh`, for devices `on` (default: the topology's), with compiler `options`.
 
-    Raises UserError if the compiler finds no room for it, and as `tools.steps` does.
+    stage "program": to its end; "buffers": in another process and for the topology's devices, until the buffers are
+    placed. There a step that no device has room for is not refused: its bytes say so. Raises UserError if the compiler
+    finds no room for a whole program, and as `tools.steps` does.
     """
-    build = steps.train if work.mode == "train" else steps.serve
-    lowered = build(config, mesh, work, devices(topology) if on is None else on).lower()
-    begun = time.monotonic()
-    try:
-        program = lowered.compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError as error:
-        text = " ".join(str(error).split())
-        if "RESOURCE_EXHAUSTED" not in text:
-            raise
-        raise UserError(f"the compiler finds no room on {topology.name}: {text[:240]}; take a larger one") from error
+    if stage == "buffers":
+        found, seconds = buffers.placed(_write, config, topology, mesh, work)
+        return Compiled(
+            found.device_bytes, found.host_bytes, found.largest, topology.device_memory, collective_bytes(found.text),
+            seconds, stage,
+        )  # fmt: skip
+    begun = time.process_time()
+    lowered = _lower(config, topology, mesh, work, on)
+    with tempfile.TemporaryDirectory(prefix="v4jax-plan-") as directory:
+        program = _compile(lowered, topology, options | {"xla_dump_to": directory})
+        found = buffers.read(directory)
     memory, cost = program.memory_analysis(), program.cost_analysis()
     parts = {
         "arguments": memory.argument_size_in_bytes, "results": memory.output_size_in_bytes,
         "donated": -memory.alias_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
         "program": memory.generated_code_size_in_bytes,
     }  # fmt: skip
-    return Compiled(parts, topology.device_memory, cost.get("flops", 0.0), cost.get("bytes accessed", 0.0),
-                    collective_bytes(program.as_text()), time.monotonic() - begun)  # fmt: skip
+    host = {
+        "arguments": memory.host_argument_size_in_bytes, "results": memory.host_output_size_in_bytes,
+        "donated": -memory.host_alias_size_in_bytes, "temporaries": memory.host_temp_size_in_bytes,
+    }  # fmt: skip
+    return Compiled(
+        parts, host, found.largest, topology.device_memory, collective_bytes(program.as_text()),
+        time.process_time() - begun, stage, (cost.get("flops", 0.0), cost.get("bytes accessed", 0.0)),
+    )  # fmt: skip
+
+
+def _lower(config, topology, mesh, work, on=None) -> jax.stages.Lowered:
+    build = steps.train if work.mode == "train" else steps.serve
+    return build(config, mesh, work, devices(topology) if on is None else on).lower()
+
+
+def _compile(lowered: jax.stages.Lowered, topology: Topology, options: dict) -> jax.stages.Compiled:
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        text = " ".join(str(error).split())
+        if "RESOURCE_EXHAUSTED" not in text:
+            raise
+        raise UserError(f"the compiler finds no room on {topology.name}: {text[:240]}; take a larger one") from error
+
+
+def _write(directory: str, config: Config, topology: Topology, mesh: Mesh, work: Work) -> None:
+    """Have the compiler write what it makes of a step."""
+    _compile(_lower(config, topology, mesh, work), topology, EFFORT | {"xla_dump_to": directory})
 
 
 def records(result: Compiled, at: dict) -> list[dict]:
     """Flat records, beside those of the closed form."""
+
     def record(metric, value, unit, **more):
-        return {"suite": "plan", "metric": metric, "value": value, "unit": unit} | at | more
+        return {"suite": "plan", "metric": metric, "value": value, "unit": unit} | at | {"stage": result.stage} | more
 
     total = sum(result.device_bytes.values())
+    flops, traffic = result.cost or (None, None)
+    rough = {"part": "one device, loop bodies once"}
     return [
         record("device_bytes", total, "B", part="total"),
         *(record("device_bytes", value, "B", part=part) for part, value in result.device_bytes.items()),
         record("device_bytes_limit", result.limit, "B"),
-        record("flops_per_step", result.flops, "1", part="one device, loop bodies once"),
-        record("bytes_per_step", result.traffic, "B", part="one device, loop bodies once"),
+        *(record("host_bytes", value, "B", part=part) for part, value in result.host_bytes.items()),
+        record("largest_temporary", result.largest[0], "B", part=result.largest[1]),
+        *([record("flops_per_step", flops, "1", **rough), record("bytes_per_step", traffic, "B", **rough)]
+          if result.cost else []),
         *(record("collective_bytes", value, "B", part=part) for part, value in result.collectives.items()),
         record("fits", int(total <= result.limit), "1"),
         record("compile_seconds", result.seconds, "s"),
-    ]
+    ]  # fmt: skip
 
 
-def show(result: Compiled, topology: Topology) -> None:
-    """The compiler's numbers as a table."""
-    total = sum(result.device_bytes.values())
-    rows = [[part, size(value), f"{value / result.limit:.1%}"] for part, value in
-            (*result.device_bytes.items(), ("total", total))]  # fmt: skip
-    title = f"compiled for {topology.name} in {result.seconds:.0f} s, at the lowest effort for running time"
-    print_table(title, ["bytes of a device", "compiler", "of memory"], rows)
-    rows = [[kind, size(value)] for kind, value in result.collectives.items()]
-    print_table("collectives of a device and step", ["kind", "bytes of results"], rows)
-    print(f"compiled: {'fits' if total <= result.limit else 'does not fit'}")
+def show(results: dict[str, Compiled], topology: Topology) -> None:
+    """The compiler's numbers as a table, a column for each of the programs compared."""
+    one = next(iter(results.values()))
+    done = {"program": "compiled", "buffers": "compiled until its buffers were placed"}[one.stage]
+    took = ", ".join(f"{result.seconds:.0f} s" for result in results.values())
+    rows = []
+    for where in ("device_bytes", "host_bytes"):
+        parts = [getattr(result, where) for result in results.values()]
+        name = where.removesuffix("_bytes")
+        rows += [[f"{name}: {part}", *(size(each[part]) for each in parts)] for part in parts[0]]
+        rows.append([f"{name}: total", *(size(sum(each.values())) for each in parts)])
+    share = lambda result: f"{sum(result.device_bytes.values()) / result.limit:.1%}"
+    most = lambda result: f"{size(result.largest[0])} {result.largest[1].split('{')[0]}"
+    rows.append(["of the device's memory", *map(share, results.values())])
+    rows.append(["largest temporary", *map(most, results.values())])
+    title = f"{done} for {topology.name} in {took} of a core, at the lowest effort for running time"
+    print_table(title, ["of a device", *results], rows)
+    kinds = dict.fromkeys(kind for result in results.values() for kind in result.collectives)
+    rows = [[kind, *(size(r.collectives.get(kind, 0)) for r in results.values())] for kind in kinds]
+    print_table("collectives of a device and step, bytes of results", ["kind", *results], rows)
+    for name, result in results.items():
+        verdict = "fits" if sum(result.device_bytes.values()) <= result.limit else "does not fit"
+        print(f"compiled, {name}: {verdict}")
 
 
 def collective_bytes(text: str) -> dict[str, float]:

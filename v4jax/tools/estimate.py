@@ -19,6 +19,7 @@ from v4jax.config import MESH_AXES, Config, Mesh
 from v4jax.core.check import UserError
 from v4jax.models.flops import count_parameters, parameter_table
 from v4jax.models.layout import stacks
+from v4jax.nn.linear import FP8
 from v4jax.parallel.mesh import sizes
 from v4jax.parallel.rules import Sharding, check_layout
 from v4jax.tools.topology import GIB, Topology, listed
@@ -86,15 +87,18 @@ def parameter_shapes(model: configs.Model) -> tuple[dict[str, str], dict[str, tu
     return {name: letters for name, (letters, _, _) in rows.items()}, {name: row[1] for name, row in rows.items()}
 
 
-def state_bytes(config: Config, sharding: Sharding) -> dict[str, float]:
-    """Bytes of one device, exact: weights, gradients and optimizer state in float32, as rules and shapes split them."""
+def state_bytes(config: Config, sharding: Sharding) -> tuple[dict[str, float], float]:
+    """Bytes of one device, exact: weights, gradients and optimizer state in float32, as rules and shapes split them;
+    and of its share of host memory, where `train.offload` puts the optimizer (what comes back is then an estimate)."""
     letters, shapes = parameter_shapes(config.model)
-    weights = optimizer = 0
-    for name, where in sharding.parameters(letters, shapes).items():
-        numbers = math.prod(where.shard_shape(shapes[name]))
-        weights += 4 * numbers
-        optimizer += 4 * numbers * (1 if letters[name] in MATRICES else 2)  # Muon keeps one moment, AdamW two
-    return {"weights": weights, "gradients": weights, "optimizer": optimizer}
+    where = sharding.parameters(letters, shapes)
+    numbers = {name: math.prod(where[name].shard_shape(shape)) for name, shape in shapes.items()}
+    # Muon keeps one moment, AdamW two.
+    moments = {name: 4 * count * (1 if letters[name] in MATRICES else 2) for name, count in numbers.items()}
+    weights, optimizer, host = 4 * sum(numbers.values()), sum(moments.values()), 0
+    if "optimizer" in config.train.offload:  # on the device while it is used: one parameter's, as it was and will be
+        optimizer, host = 2 * max(moments.values()), optimizer
+    return {"weights": weights, "gradients": weights, "optimizer": optimizer}, host
 
 
 def attention_flops(model: configs.Model, context: float) -> float:
@@ -128,14 +132,26 @@ def estimate(config: Config, topology: Topology, mesh: Mesh, work: Work) -> Esti
     again = 1 if work.mode == "train" and config.train.remat else 0
     flops = times * once * work.tokens
     device_flops = (times + again) * once * work.tokens / topology.devices
+    share8 = _narrow_flops(config) / once if work.mode == "train" else 0.0
+    slow = (1 - share8) / topology.chip.flops + share8 / (topology.chip.flops8 or topology.chip.flops)
     seconds = {
-        "compute": device_flops / (topology.chip.flops / topology.chip.devices),
+        "compute": device_flops * slow * topology.chip.devices,
         "memory": sum(traffic.values()) / (topology.chip.bandwidth / topology.chip.devices),
         "network": sum(collectives.values()) / (topology.network / topology.chip.devices),
     }
     bound = max(seconds.values())
     mfu = flops / (bound * topology.chips * topology.chip.flops)
     return Estimate(parts, host, flops, device_flops, traffic, collectives, seconds, mfu)
+
+
+def _narrow_flops(config: Config) -> float:
+    """Of a token's forward pass, the operations whose operands are in FP8: dense products (routed experts round what
+    they multiply, and multiply it as it was)."""
+    if config.train.matmul != "fp8":
+        return 0.0
+    rows = parameter_table(config.model).items()
+    dense = FP8 - {"EUDF", "EFD"}
+    return 2 * sum(math.prod(shape) for path, (letters, shape, _) in rows if letters in dense and path[0] != "mtp")
 
 
 # Counted in the programs that tests/golden/compiled.json records: float32 copies of the rows that travel, alive at once
@@ -145,7 +161,8 @@ _ROWS, _LOGITS, _VOCABULARY = 6.5, 2, 2
 
 def _train(config: Config, topology: Topology, sharding: Sharding, work: Work):
     """Training: state as it lies; kept streams (with remat between units of layers), the inside of a unit; logits."""
-    m, parts = config.model, state_bytes(config, sharding)
+    m, (parts, host) = config.model, state_bytes(config, sharding)
+    moments = host or parts["optimizer"]
     tokens = work.tokens / _parts(sharding, work)
     width = jnp.dtype(m.dtype).itemsize
     D, F, K = m.hidden_size, m.moe.inner, m.moe.active
@@ -155,19 +172,23 @@ def _train(config: Config, topology: Topology, sharding: Sharding, work: Work):
     runs = stacks(m, config.train.scan)
     units, longest = sum(run.repeats for run in runs), max(len(run.kinds) for run in runs)
     kept = units * streams + longest * inside if config.train.remat else m.layers * inside
+    if "streams" in config.train.offload:  # on the device: those that come and those that are used
+        kept, host = kept - max(units - 2, 0) * streams, host + units * streams
     vocabulary = sharding.size(sharding.axes("weights", "vocab"))
     logits = _LOGITS * tokens * m.vocab_size / vocabulary * 4
     # Experts of a layer with their hidden size gathered, forward and as gradients; embedding and head likewise.
     expert_parts = sharding.size(sharding.axes("weights", "expert")) * tensor
     layer = 3 * D * F * m.moe.experts / expert_parts * width
     whole = _VOCABULARY * D * m.vocab_size / vocabulary * 4
-    parts |= {"activations": kept + logits, "gathered": 2 * layer + whole}
+    split = sharding.size(sharding.axes("weights", "expert_embed"))
+    plain = config.train.matmul == config.train.expert_weights == "plain"
+    rounded = 0 if plain else layer / width * 4 / split  # a layer's own part of the experts once more, in float32
+    parts |= {"activations": kept + logits, "gathered": 2 * layer + whole + rounded}
     passes = 3 if config.train.remat else 2
     traffic = {
-        "weights": passes * m.layers * layer, "optimizer": 2 * (parts["weights"] + parts["optimizer"]),
+        "weights": passes * m.layers * layer, "optimizer": 2 * (parts["weights"] + moments),
         "gradients": 2 * parts["gradients"], "activations": passes * m.layers * (inside + streams) + 2 * logits,
     }  # fmt: skip
-    split = sharding.size(sharding.axes("weights", "expert_embed"))
     travel = sharding.size(sharding.axes("weights", "expert"))
     dense = (count_parameters(m).total - count_parameters(m).by_group["routed experts"]) * width
     dense_split = sharding.size(sharding.axes("weights", "embed"))
@@ -180,8 +201,7 @@ def _train(config: Config, topology: Topology, sharding: Sharding, work: Work):
         "all-reduce": 2 * (m.layers * layer / split) * away(replicas) + 2 * _newton_schulz_bytes(config, sharding),
         "all-to-all": m.layers * tokens * K * D * width * away(travel) * journeys,
     }
-    host = topology.chip.host * _RUNTIME
-    return parts, traffic, collectives, host
+    return parts, traffic, collectives, topology.chip.host * (_RUNTIME + topology.chip.devices * host)
 
 
 def _newton_schulz_bytes(config: Config, sharding: Sharding) -> float:
@@ -203,14 +223,14 @@ def _newton_schulz_bytes(config: Config, sharding: Sharding) -> float:
 
 def _serve(config: Config, topology: Topology, sharding: Sharding, work: Work):
     """Serving: weights in the model's dtype, the cache of all rows in `cache.layout`, one chunk's activations."""
-    m, layout = config.model, Layout(config.model, config.cache.layout, config.cache.block)
+    m, layout = config.model, Layout(config.model, config.cache.layout, config.cache.block, config.cache.hot)
     width = jnp.dtype(m.dtype).itemsize
     letters, shapes = parameter_shapes(m)
     where = sharding.parameters(letters, shapes)
     weights = sum(width * math.prod(where[name].shard_shape(shape)) for name, shape in shapes.items())
     # A device has a page and a record to spare, and pages are whole.
     rows, pages = work.rows / topology.devices, -(-work.context // layout.block)
-    kv = (1 + rows * pages) * layout.page_bytes + (1 + rows) * layout.record_bytes()
+    kv = (1 + rows * pages) * layout.page_bytes + (1 + rows) * layout.record_bytes() + layout.hot_bytes
     # Decoding reads a token of every row at once, a prefill the rows of a device one by one, and each chunk by chunk.
     chunk = min(work.context, config.serve.prefill_chunk)
     tokens, steps = (max(1.0, rows), 1) if work.mode == "decode" else (chunk, rows * -(-work.context // chunk))
@@ -235,7 +255,8 @@ def _serve(config: Config, topology: Topology, sharding: Sharding, work: Work):
         "all-to-all": sent * m.moe.active * width * 2 * (travel - 1) / travel,
         "all-reduce": sent * 4 * 2 * 2 * (tensor - 1) / tensor,
     }
-    return parts, traffic, collectives, topology.chip.host * _RUNTIME
+    host = topology.chip.host * (_RUNTIME + topology.chip.devices * (1 + rows * pages) * layout.host_page_bytes)
+    return parts, traffic, collectives, host
 
 
 def _parts(sharding: Sharding, work: Work) -> int:

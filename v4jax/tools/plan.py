@@ -6,6 +6,8 @@ compiled for the topology, with no accelerator present, and the compiler's own n
 
 from __future__ import annotations
 
+import dataclasses
+
 from v4jax.config import MESH_AXES, Config, Mesh
 from v4jax.core.check import UserError
 from v4jax.core.tables import print_table, write_json
@@ -26,13 +28,15 @@ UNKNOWN = (
 
 def run(
     config: Config, topology: str, mode: str = "train", context: int | None = None, concurrency: int | None = None,
-    analytic: bool = False, json: str | None = None,
+    analytic: bool = False, stage: str = "program", json: str | None = None,
 ) -> list[dict]:  # fmt: skip
     """Print the plan and return its records.
 
     topology: as `tools.topology.parse` reads it, or several with commas between, to compare in closed form. context:
     tokens of a row (default: data.seq_len in training, else serve.max_seq_len). concurrency: rows (default:
-    train.batch_size or serve.max_batch). analytic: the closed form alone. Raises UserError for what cannot be planned.
+    train.batch_size or serve.max_batch). analytic: the closed form alone. stage: how far TPU programs are compiled,
+    "program" or "buffers" (`tools.compiled`). Serving with `cache.hot` is compiled without it too, to compare.
+    Raises UserError for what cannot be planned.
     """
     places = [parse(name) for name in topology.split(",")]
     if len(places) > 1 and not analytic:
@@ -45,6 +49,11 @@ def run(
         found = estimate(config, place, mesh, work)
         at = {"config": config.name, "topology": place.name, "mode": mode, "context": tokens, "concurrency": rows,
               "precision": config.model.dtype}  # fmt: skip
+        if mode != "train":
+            at |= {"cache": config.cache.layout, "hot": config.cache.hot}
+        else:
+            how = config.train
+            at |= {"matmul": how.matmul, "expert_weights": how.expert_weights, "offload": ",".join(how.offload)}
         least = smallest(config, place, work, RESERVE)
         least = least[0].name if least else "none"
         records += _records(config, place, found, least, at)
@@ -56,15 +65,26 @@ def run(
     if not analytic and place.chip.name in TPUS:
         from v4jax.tools import compiled
 
-        result = compiled.compile_step(config, place, mesh, work)
-        records += compiled.records(result, at | {"source": "compiled"})
-        compiled.show(result, place)
+        results = {}
+        for name, one in _arms(config, work).items():
+            results[name] = compiled.compile_step(one, place, mesh, work, stage)
+            hot = {} if mode == "train" else {"hot": one.cache.hot}
+            records += compiled.records(results[name], at | hot | {"source": "compiled"})
+        compiled.show(results, place)
     elif not analytic:
         print(f"programs for {place.chip.name} are not compiled ahead of time: the numbers are the closed form's")
     print(UNKNOWN)
     if json:
         write_json(json, records)
     return records
+
+
+def _arms(config: Config, work: Work) -> dict[str, Config]:
+    """What is compiled, by the name of its column: with the live tier (`cache.hot`), the same without it as well."""
+    if work.mode == "train" or not config.cache.hot:
+        return {"compiler": config}
+    near = dataclasses.replace(config, cache=dataclasses.replace(config.cache, hot=0))
+    return {"all on the device": near, f"live, {config.cache.hot:,} copies": config}
 
 
 def number(value: float) -> str:
@@ -148,4 +168,3 @@ def _print(config: Config, topology: Topology, mesh, work: Work, found: Estimate
     )
     verdict = "fits" if fits(total, topology) else "does not fit"
     print(f"{verdict}; smallest listed {topology.chip.name} that does: {least}")
-

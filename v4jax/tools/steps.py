@@ -8,6 +8,7 @@ The engine itself is on one device yet, so what is lowered here is the step of a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,13 +18,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from v4jax.cache.far import Far
 from v4jax.cache.spec import Layout
 from v4jax.config import Config, Mesh
 from v4jax.core.check import UserError
 from v4jax.models.transformer import Transformer
 from v4jax.parallel.rules import Sharding, make_sharding, use
-from v4jax.serve import programs
-from v4jax.serve.live import new_layer
+from v4jax.serve import live, programs
 from v4jax.serve.programs import Heads, Live
 from v4jax.tools.estimate import Work
 
@@ -62,6 +63,8 @@ def serve(config: Config, mesh: Mesh, work: Work, devices: Sequence[jax.Device])
     """
     sharding = make_sharding(mesh, devices)
     rows = _rows_of_a_device(sharding, work)
+    limits = dataclasses.replace(config.serve, max_batch=rows, max_seq_len=work.context, speculative_tokens=0)
+    live.check(config.model, limits, config.cache)
     everywhere = sharding.axes("activations", "batch")
     graphdef, variables = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
     leaves, _ = jax.tree.flatten(variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
@@ -74,10 +77,17 @@ def serve(config: Config, mesh: Mesh, work: Work, devices: Sequence[jax.Device])
         for leaf, spec in zip(leaves, specs, strict=True)
     ]
     split = PartitionSpec(everywhere)
-    whole = lambda shape, dtype: jax.ShapeDtypeStruct(
-        (sharding.mesh.size * shape[0], *shape[1:]), dtype, sharding=sharding.named(split)
+    here = sharding.named(split)
+    whole = lambda shape, dtype, where=here: jax.ShapeDtypeStruct(
+        (sharding.mesh.size * shape[0], *shape[1:]), dtype, sharding=where
     )
-    state = jax.tree.map(lambda a: whole(a.shape, a.dtype), jax.eval_shape(lambda: _live(config, rows, work.context)))
+    is_far = lambda part: isinstance(part, Far)
+
+    def place(part):
+        where = here.with_memory_kind("pinned_host") if is_far(part) else here
+        return jax.tree.map(lambda a: whole(a.shape, a.dtype, where), part)
+
+    state = jax.tree.map(place, jax.eval_shape(lambda: _live(config, rows, work.context)), is_leaf=is_far)
     ints = lambda *shape: whole(shape, jnp.int32)
     table = ints(1 + rows, _pages(config, work.context))
     decode = work.mode == "decode"
@@ -87,21 +97,24 @@ def serve(config: Config, mesh: Mesh, work: Work, devices: Sequence[jax.Device])
         chunk = min(work.context, config.serve.prefill_chunk)
         inputs = (ints(1, chunk + 1), (ints(1), ints(1), ints(1)), table)
 
-    def one(weights, live, *inputs):
+    def one(weights, state, *inputs):
         with use(dataclasses.replace(sharding, inside=True)):
             if decode:
-                return programs.decode(structure, weights, live, *inputs, False)
+                return programs.decode(structure, weights, state, *inputs, False)
             tokens_1T, scalars, table_ZA = inputs
-            live, x_11XD, finite = programs.prefill(
-                structure, weights, live, tokens_1T[0], *(a[0] for a in scalars), table_ZA
+            state, x_11XD, finite = programs.prefill(
+                structure, weights, state, tokens_1T[0], *(a[0] for a in scalars), table_ZA
             )
-            return live, x_11XD, finite[None]
+            return state, x_11XD, finite[None]
 
     mapped = jax.shard_map(
         one, mesh=sharding.mesh, in_specs=(specs, *[split] * (1 + len(inputs))), out_specs=split, check_vma=False
     )
-    # The engine holds weights that a program does not use, such as those of the MTP layer, all the same.
-    return Step(jax.jit(mapped, donate_argnums=1, keep_unused=True), (weights, state, *inputs))
+    # The state's places are told, or what is in host memory would be written to a copy. The engine holds weights that a
+    # program does not use, such as those of the MTP layer, all the same.
+    results = jax.tree.map(lambda a: a.sharding, state), here, here
+    jitted = jax.jit(mapped, donate_argnums=1, keep_unused=True, out_shardings=results)
+    return Step(jitted, (weights, state, *inputs))
 
 
 def _rows_of_a_device(sharding: Sharding, work: Work) -> int:
@@ -126,6 +139,7 @@ def _pages(config: Config, tokens: int) -> int:
 
 def _live(config: Config, rows: int, tokens: int) -> Live:
     """What the engine keeps for `rows` sequences, with a record and a page to spare (number 0), as zeros."""
-    layout, pages = Layout(config.model, config.cache.layout, config.cache.block), 1 + rows * _pages(config, tokens)
-    return Live([[new_layer(layout, kind, pages, 1 + rows)] for kind in config.model.schedule], None)
-
+    cache, pages = config.cache, 1 + rows * _pages(config, tokens)
+    layout = Layout(config.model, cache.layout, cache.block, cache.hot)
+    words = functools.partial(jnp.zeros, dtype=jnp.uint32)
+    return Live([[live.new_layer(layout, kind, pages, 1 + rows, words=words)] for kind in config.model.schedule], None)

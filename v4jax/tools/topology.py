@@ -27,7 +27,9 @@ GB, GIB = 10**9, 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip. flops: dense bfloat16 a second; memory, bandwidth, network, slow_network in bytes (a second).
+    """One chip. flops: dense bfloat16 a second; flops8: dense FP8, where our programs use it (`kernels/fp8`: on GPUs;
+    tpu7x has it too, but there the numbers are multiplied as float32); memory, bandwidth, network, slow_network in
+    bytes (a second).
 
     devices: JAX devices of a chip, which share all of it. host: chips of a host with host_bytes of memory. sizes:
     listed topologies, smallest first; None: any number of hosts of a GPU cluster.
@@ -43,6 +45,7 @@ class Chip:
     host: int
     host_bytes: int
     sizes: tuple[str, ...] | None
+    flops8: float | None = None
 
 
 _PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -53,9 +56,9 @@ _LIST = [
     Chip("v6e", 918e12, int(31.25 * GIB), 1.638e12, 4e11, 1.25e10, 1, 4, 720 * GB, _PLANE),
     Chip("v5p", 459e12, int(95.74 * GIB), 2.765e12, 6e11, 6.25e9, 1, 4, 448 * GB, _CUBE),
     Chip("tpu7x", 2307e12, int(189.5 * GIB), 7.38e12, 6e11, 1.25e10, 2, 4, 960 * GB, _CUBE),
-    Chip("h100", 989.4e12, 80 * GB, 3.35e12, 4.5e11, 5e10, 1, 8, 2048 * GB, _GPUS),
-    Chip("h200", 989.4e12, 141 * GB, 4.8e12, 4.5e11, 5e10, 1, 8, 2048 * GB, _GPUS),
-    Chip("b200", 2250e12, 180 * GB, 8e12, 9e11, 5e10, 1, 8, 2048 * GB, _GPUS),
+    Chip("h100", 989.4e12, 80 * GB, 3.35e12, 4.5e11, 5e10, 1, 8, 2048 * GB, _GPUS, 1979e12),
+    Chip("h200", 989.4e12, 141 * GB, 4.8e12, 4.5e11, 5e10, 1, 8, 2048 * GB, _GPUS, 1979e12),
+    Chip("b200", 2250e12, 180 * GB, 8e12, 9e11, 5e10, 1, 8, 2048 * GB, _GPUS, 4500e12),
 ]
 CHIPS = {chip.name: chip for chip in _LIST}
 TPUS = ("v5e", "v6e", "v5p", "tpu7x")

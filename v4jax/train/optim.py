@@ -16,7 +16,7 @@ from v4jax import config
 MATRICES = {
     "DQ": ("D", "Q"), "QNH": ("Q", "NH"), "DH": ("D", "H"), "GIR": ("I", "R"), "GRD": ("GR", "D"), "DW": ("D", "W"),
     "QJL": ("Q", "JL"), "DJ": ("D", "J"), "MXD": ("DX", "M"), "YXD": ("DX", "Y"), "DE": ("D", "E"),
-    "EDUF": ("D", "F"), "EFD": ("F", "D"), "DUF": ("D", "F"), "FD": ("F", "D"), "DO": ("D", "O"),
+    "EUDF": ("D", "F"), "EFD": ("F", "D"), "DUF": ("D", "F"), "FD": ("F", "D"), "DO": ("D", "O"),
 }  # fmt: skip
 _NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
 NEWTON_SCHULZ_STEPS = len(_NEWTON_SCHULZ)

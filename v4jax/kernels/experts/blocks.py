@@ -15,21 +15,20 @@ from v4jax.kernels.fp8 import gradient_rows, with_rows
 from v4jax.kernels.fp8.rounding import rows as tiled
 
 
-def experts(x_BD, picks_BK, weights_BK, gate_up_EDUF, down_EFD, *, limit, fp8=False):
+def experts(x_BD, picks_BK, weights_BK, gate_up_EUDF, down_EFD, *, limit, fp8=False):
     """See `api.experts`; float32 accumulation, float32 result [B, D]."""
     if x_BD.shape[0] == 1:
-        return _single(x_BD, picks_BK, weights_BK, gate_up_EDUF, down_EFD, limit, fp8)
-    plan = _plan(picks_BK, gate_up_EDUF.shape[0])
-    return _experts(x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, limit, fp8)
+        return _single(x_BD, picks_BK, weights_BK, gate_up_EUDF, down_EFD, limit, fp8)
+    plan = _plan(picks_BK, gate_up_EUDF.shape[0])
+    return _experts(x_BD, weights_BK, gate_up_EUDF, down_EFD, plan, limit, fp8)
 
 
-def _single(x_1D, picks_1K, weights_1K, gate_up_EDUF, down_EFD, limit, fp8):
+def _single(x_1D, picks_1K, weights_1K, gate_up_EUDF, down_EFD, limit, fp8):
     """One token: its experts in turn, without the sorting of rows, which would take a quarter of the time."""
-    D, F = x_1D.shape[1], down_EFD.shape[1]
 
     def one(pick):
         expert, weight = pick
-        gate_up = _dot("RD,DG->RG", x_1D, _matrix(gate_up_EDUF, expert, x_1D).reshape(D, 2 * F)).reshape(1, 2, F)
+        gate_up = _both(gate_up_EUDF, expert, x_1D)
         h = swiglu(gradient_rows(gate_up) if fp8 else gate_up, limit) * weight
         h = (with_rows(h) if fp8 else h).astype(x_1D.dtype)
         return _dot("RF,FD->RD", h, _matrix(down_EFD, expert, x_1D))
@@ -76,9 +75,14 @@ def _narrow(a, fp8):
     return tiled(a) if fp8 else a
 
 
-def _matrix(w_E, expert, like):
-    """One expert's matrix in the type of `like`."""
-    return w_E[expert].astype(like.dtype)
+def _matrix(w_E, place, like):
+    """One expert's matrix in the type of `like`; place: the expert, of gate and up also which."""
+    return w_E[place].astype(like.dtype)
+
+
+def _both(w_EUDF, expert, x_RD):
+    """Both first products of one expert: float32 [R, 2, F]."""
+    return jnp.stack([_dot("RD,DF->RF", x_RD, _matrix(w_EUDF, (expert, u), x_RD)) for u in range(2)], 1)
 
 
 def _dot(spec, a, b):
@@ -86,11 +90,11 @@ def _dot(spec, a, b):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _experts(x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, limit, fp8):
-    return _forward(x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, limit, fp8)[0]
+def _experts(x_BD, weights_BK, gate_up_EUDF, down_EFD, plan, limit, fp8):
+    return _forward(x_BD, weights_BK, gate_up_EUDF, down_EFD, plan, limit, fp8)[0]
 
 
-def _forward(x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, limit, fp8):
+def _forward(x_BD, weights_BK, gate_up_EUDF, down_EFD, plan, limit, fp8):
     expert_of_block, in_use, row_of_slot, slot_of_row = plan
     D, F, size = x_BD.shape[1], down_EFD.shape[1], row_of_slot.size // expert_of_block.size
     x, w = _slots(x_BD, weights_BK, plan)
@@ -99,21 +103,21 @@ def _forward(x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, limit, fp8):
         gate_up_all, y_all = carry
         rows = lambda a: jax.lax.dynamic_slice_in_dim(a, i * size, size)
         e = expert_of_block[i]
-        gate_up = _dot("RD,DG->RG", rows(x), _matrix(gate_up_EDUF, e, x).reshape(D, 2 * F))
-        h = _narrow(swiglu(gate_up.reshape(size, 2, F), limit) * rows(w)[:, None], fp8).astype(x.dtype)
+        gate_up = _both(gate_up_EUDF, e, rows(x))
+        h = _narrow(swiglu(gate_up, limit) * rows(w)[:, None], fp8).astype(x.dtype)
         y = _dot("RF,FD->RD", h, _matrix(down_EFD, e, x))
         put = lambda a, v: jax.lax.dynamic_update_slice_in_dim(a, v, i * size, axis=0)
         return put(gate_up_all, gate_up), put(y_all, y)
 
-    empty = lambda width: jnp.zeros((row_of_slot.size, width), jnp.float32)
-    gate_up, y = jax.lax.fori_loop(0, in_use, block, (empty(2 * F), empty(D)))
+    empty = lambda *width: jnp.zeros((row_of_slot.size, *width), jnp.float32)
+    gate_up, y = jax.lax.fori_loop(0, in_use, block, (empty(2, F), empty(D)))
     out = y[slot_of_row].reshape(*weights_BK.shape, D).sum(1)
-    return out, (x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, gate_up)
+    return out, (x_BD, weights_BK, gate_up_EUDF, down_EFD, plan, gate_up)
 
 
 def _backward(limit, fp8, saved, dout_BD):
     """Products transposed, block by block; a block's expert repeats in runs, so its gradient is added in place."""
-    x_BD, weights_BK, gate_up_EDUF, down_EFD, plan, gate_up = saved
+    x_BD, weights_BK, gate_up_EUDF, down_EFD, plan, gate_up = saved
     expert_of_block, in_use, row_of_slot, slot_of_row = plan
     D, F, size = x_BD.shape[1], down_EFD.shape[1], row_of_slot.size // expert_of_block.size
     x, w = _slots(x_BD, weights_BK, plan)
@@ -125,27 +129,28 @@ def _backward(limit, fp8, saved, dout_BD):
         dx_all, dw_all, dgate_up, ddown = carry
         rows = lambda a: jax.lax.dynamic_slice_in_dim(a, i * size, size)
         e = expert_of_block[i]
-        h, pull = jax.vjp(lambda g: swiglu(g, limit), rows(gate_up).reshape(size, 2, F))
+        h, pull = jax.vjp(lambda g: swiglu(g, limit), rows(gate_up))
         dh = _dot("RD,FD->RF", rows(dy), _matrix(down_EFD, e, x))
         (dg,) = pull(dh * rows(w)[:, None])
-        dg = _narrow(dg, fp8).reshape(size, 2 * F).astype(x.dtype)
-        dx = _dot("RG,DG->RD", dg, _matrix(gate_up_EDUF, e, x).reshape(D, 2 * F))
+        dg = _narrow(dg, fp8).astype(x.dtype)
+        dx = sum(_dot("RF,DF->RD", dg[:, u], _matrix(gate_up_EUDF, (e, u), x)) for u in range(2))
         weighted = _narrow(h * rows(w)[:, None], fp8).astype(x.dtype)
-        dgate_up = dgate_up.at[e].add(_dot("RD,RG->DG", rows(x), dg))
+        for u in range(2):
+            dgate_up = dgate_up.at[e, u].add(_dot("RD,RF->DF", rows(x), dg[:, u]))
         ddown = ddown.at[e].add(_dot("RF,RD->FD", weighted, rows(dy)))
         put = lambda a, v: jax.lax.dynamic_update_slice_in_dim(a, v, i * size, axis=0)
         return put(dx_all, dx), put(dw_all, jnp.sum(h * dh, -1)), dgate_up, ddown
 
-    E, slots = gate_up_EDUF.shape[0], row_of_slot.size
+    E, slots = gate_up_EUDF.shape[0], row_of_slot.size
     zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
     dx, dw, dgate_up, ddown = jax.lax.fori_loop(
-        0, in_use, block, (zeros(slots, D), zeros(slots), zeros(E, D, 2 * F), zeros(E, F, D))
+        0, in_use, block, (zeros(slots, D), zeros(slots), zeros(E, 2, D, F), zeros(E, F, D))
     )
     dx_BD = dx[slot_of_row].reshape(*weights_BK.shape, D).sum(1)
     dweights_BK = dw[slot_of_row].reshape(weights_BK.shape)
     return (
         dx_BD.astype(x_BD.dtype), dweights_BK.astype(weights_BK.dtype),
-        dgate_up.reshape(gate_up_EDUF.shape).astype(gate_up_EDUF.dtype), ddown.astype(down_EFD.dtype), None,
+        dgate_up.astype(gate_up_EUDF.dtype), ddown.astype(down_EFD.dtype), None,
     )  # fmt: skip
 
 

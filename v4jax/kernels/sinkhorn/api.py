@@ -13,7 +13,9 @@ def sinkhorn(logits: jax.Array, *, iters: int, eps: float) -> jax.Array:
     XLA:CPU. (A gradient by hand, reading the history of the factors, was no faster than the derived one.)
     """
     n = logits.shape[0]
-    b_XYN = (jax.nn.softmax(logits.astype(jnp.float32), axis=1) + eps).reshape(n, n, -1)
+    b_XYN = jax.nn.softmax(logits.astype(jnp.float32), axis=1) + eps
+    if 1 in logits.shape[2:]:  # else each axis of tokens stays: devices may split both, and a merged one neither
+        b_XYN = b_XYN.reshape(n, n, -1)
 
     def row_and_column(factors, _):
         row_XN, column_YN = factors

@@ -1,0 +1,63 @@
+"""What devices send each other where the tokens of a row are split: boundary rows and entries, never whole rows."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from tests.parallel.test_training import small
+from v4jax.config import Mesh
+from v4jax.core.check import UserError
+from v4jax.tools.compiled import collective_bytes
+from v4jax.train.state import Trainer
+
+TOKENS, PARTS = 256, 8
+
+
+def config(*kinds: str, tokens: int = TOKENS):
+    """Layers whose weights are whole on every device, so that nothing but tokens' numbers moves."""
+    found = small(Mesh("pod", context=PARTS))
+    model = dataclasses.replace(found.model, schedule=kinds)
+    return dataclasses.replace(found, model=model, data=dataclasses.replace(found.data, seq_len=tokens))
+
+
+def compiled(found, gradients: bool) -> dict[str, float]:
+    """Bytes of collectives of the loss, or of its gradients, of one device."""
+    trainer = Trainer(found)
+    row = jax.ShapeDtypeStruct((found.train.batch_size, found.data.seq_len), np.int32, sharding=trainer.batch_sharding)
+    batch = dict.fromkeys(("tokens_BT", "targets_BT", "targets2_BT", "segments_BT", "positions_BT"), row)
+    loss = lambda params, state, batch: trainer.model_loss(params, state.fixed, batch)[0]
+    function = jax.grad(loss) if gradients else loss
+    of = lambda state, batch: function(state.params, state, batch)
+    run = trainer._jit(of, (trainer.state_sharding, trainer.batch_sharding), None)
+    return collective_bytes(run.lower(trainer.abstract(), batch).compile().as_text())
+
+
+def test_parts_exchange_boundary_rows_and_gather_compressed_entries():
+    found = config("csa", "hca")
+    m, B = found.model, found.train.batch_size
+    sent = compiled(found, gradients=False)
+    window = 4 * B * m.window * (2 * m.head_dim + 2)  # rows of both layers, and of each its place and its document
+    before = 4 * B * m.csa_ratio * 4 * (m.head_dim + m.indexer.head_dim)  # values and gates of both halves
+    assert sent["collective-permute"] == window + before + 4 * B  # and of the window before its document
+    entries = 4 * B * TOKENS * ((m.head_dim + m.indexer.head_dim + 1) / m.csa_ratio + (m.head_dim + 1) / m.hca_ratio)
+    assert sent["all-gather"] == entries
+    assert sum(sent.values()) - sent["collective-permute"] - sent["all-gather"] < 4 * B * m.moe.experts * 16  # of sums
+
+
+def test_gradients_go_the_same_ways_back():
+    """And those of weights, each on every device for its own tokens, are summed."""
+    found = config("csa")
+    m, B = found.model, found.train.batch_size
+    weights = 4 * sum(leaf.size for leaf in jax.tree.leaves(Trainer(found).abstract().params))
+    forward, sent = compiled(found, gradients=False), compiled(found, gradients=True)
+    assert sent["collective-permute"] <= 2 * forward["collective-permute"]
+    assert sent["all-gather"] <= 2 * forward["all-gather"]
+    whole = 4 * B * TOKENS * m.hidden_size
+    assert sum(sent.values()) - sent["collective-permute"] - sent["all-gather"] - weights < whole / 4
+
+
+def test_parts_too_short_for_a_window_are_one_line():
+    with pytest.raises(UserError, match="rows of 32 tokens do not fall into 8 parts: each must be a multiple of 8"):
+        compiled(config("csa", "hca", tokens=32), gradients=False)

@@ -1,0 +1,50 @@
+"""Muon on matrices that a layout splits gives the update of whole ones."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from tests.parallel.meshes import MESHES
+from v4jax.config import Train
+from v4jax.parallel.rules import make_sharding
+from v4jax.train.optim import make_optimizer
+
+# Every way in which axes of matrices are split or joined, one of them stacked over layers, and one for AdamW.
+LETTERS = {"gate_up": "EUDF", "down": "EFD", "q_up": "QNH", "q_down": "DQ", "o_up": "GRD", "o_down": "GIR",
+           "mix": "MXD", "shared": "DUF", "embed": "VD"}  # fmt: skip
+SIZES = {"E": 8, "U": 2, "D": 16, "F": 24, "Q": 8, "N": 4, "H": 8, "G": 4, "R": 8, "I": 16, "M": 24, "X": 2, "V": 32}
+SHAPES = {name: (3,) * (name == "down") + tuple(SIZES[letter] for letter in axes) for name, axes in LETTERS.items()}
+OPTIMIZER = make_optimizer(Train(steps=10, warmup=1, lr=1.0, adam_lr=1.0), LETTERS)
+
+
+def draw(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
+
+
+def updates(place):
+    """Of two steps, so that momentum counts."""
+    params, out = place(draw(0)), []
+    state = jax.jit(OPTIMIZER.init)(params)
+    step = jax.jit(OPTIMIZER.update)
+    for seed in (1, 2):
+        update, state = step(place(draw(seed)), state, params)
+        out.append(update)
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return jax.device_get(updates(lambda arrays: arrays))
+
+
+@pytest.mark.parametrize("name", ["fsdp", "expert", "pod, slices"])
+def test_split_matrices_get_the_update_of_whole_ones(name, alone):
+    where = make_sharding(MESHES[name]).parameters(LETTERS, SHAPES)
+    assert {parameter for parameter, sharding in where.items() if sharding.is_fully_replicated} <= {"mix"}
+    got = updates(lambda arrays: jax.device_put(arrays, where))
+    for one, other in zip(got, alone, strict=True):
+        for parameter, want in other.items():
+            assert isinstance(one[parameter].sharding, NamedSharding)
+            np.testing.assert_allclose(one[parameter], want, atol=1e-5 * np.abs(want).max(), err_msg=parameter)
