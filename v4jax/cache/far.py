@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -71,23 +72,26 @@ def new_far(
     Raises UserError as `spec.row` does, and where there is no such memory or not enough of it.
     """
     row = spec.row(model, "main", layout)
-    shape = (pages, slots, row.words)
-    if "pinned_host" not in {memory.kind for memory in device.addressable_memories()}:
-        raise UserError(f"{device.platform} devices here have no pinned_host memory to keep entries in: set hot to 0")
-    try:
-        words = jax.block_until_ready(_zeros(shape, SingleDeviceSharding(device, memory_kind="pinned_host")))
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        raise UserError(
-            f"the host has no {4 * pages * slots * row.words:,} bytes of pinned memory for the entries of a layer; "
-            "lower the cache's device or tokens"
-        ) from error
+    words = far_zeros((pages, slots, row.words), jnp.uint32, device)
     return Far(words, row), new_hot(zeros(row, 1, 1 + copies), pages, slots)
 
 
-def _zeros(shape: tuple[int, ...], where: SingleDeviceSharding) -> jax.Array:
-    """Made by the host: the device may not have room for it."""
-    make = functools.partial(jax.lax.full, shape, 0, jnp.uint32)
-    return jax.jit(lambda: on_host(make)(), out_shardings=where)()
+def far_zeros(shape: tuple[int, ...], dtype: jnp.dtype, device: jax.Device) -> jax.Array:
+    """In the host memory of `device`, made by the host: the device may not have room for it. dtype: of 4 bytes.
+
+    Raises UserError where there is no such memory or not enough of it.
+    """
+    if "pinned_host" not in {memory.kind for memory in device.addressable_memories()}:
+        raise UserError(f"{device.platform} devices here have no pinned_host memory to keep entries in: set hot to 0")
+    make = functools.partial(jax.lax.full, shape, 0, dtype)
+    where = SingleDeviceSharding(device, memory_kind="pinned_host")
+    try:
+        return jax.block_until_ready(jax.jit(lambda: on_host(make)(), out_shardings=where)())
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        raise UserError(
+            f"the host has no {_WORD * math.prod(shape):,} bytes of pinned memory for a layer's share of the cache; "
+            "lower the cache's device or tokens"
+        ) from error
 
 
 def _to_words(plane: jax.Array) -> jax.Array:

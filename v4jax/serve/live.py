@@ -1,4 +1,5 @@
-"""The cache of an engine: all of it on the device, or the CSA layers' entries in host memory (`cache.hot`)."""
+"""The cache of an engine: all of it on the device, or two parts in host memory (`cache.hot`): the CSA layers' entries,
+of which steps read a few, and the tails of the HCA layers, which a step adds one row to and seldom reads."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 from v4jax import config
 from v4jax.cache.entries import new_pool
-from v4jax.cache.far import new_far
+from v4jax.cache.far import far_zeros, new_far
 from v4jax.cache.spec import Layout
 from v4jax.core.check import UserError
 from v4jax.nn.csa import picks
@@ -25,9 +26,12 @@ def new_layer(layout: Layout, kind: str, pages: int, records: int, slack: int = 
     size = (pages, layout.entries(kind), layout.name) if kind != "swa" else ()
     pool = lambda part: None if far and part == "main" else new_pool(model, part, *size)
     kept = new_kept(model, kind, records, pool, jnp.dtype(model.dtype), slack)
+    [device] = kept.ring_ZSH.devices()
+    if layout.hot and kind == "hca":
+        tail_ZSW = far_zeros(kept.tails["main"].shape, kept.tails["main"].dtype, device)
+        return dataclasses.replace(kept, tails={"main": tail_ZSW})
     if not far:
         return kept
-    [device] = kept.ring_ZSH.devices()
     main, hot = new_far(model, *size, layout.hot, device)
     return dataclasses.replace(kept, main=main, hot=hot)
 
