@@ -185,7 +185,7 @@ class Cache:
     records: int = 16  # checkpoint records kept for that, one at each prompt's and output's last block boundary
     record_every: int = 0  # and one every so many blocks of a prompt
     device: int = 0  # bytes of accelerator memory for all of that; 0: as `tokens` says
-    hot: int = 0  # entries a CSA layer that stay there, the ones picked last, all being in host memory; 0: all stay
+    hot: int = 0  # entries a CSA layer that stay there, the ones picked last; all are in host memory, HCA tails too
     host: int = 0  # bytes of host memory for what leaves the device; 0: none
     disk: int = 0  # bytes of files in `directory` for it; 0: none
     directory: str = ""

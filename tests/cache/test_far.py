@@ -138,9 +138,9 @@ def test_without_pinned_memory_it_is_one_line():
             return []
 
     with pytest.raises(UserError, match="abacus devices here have no pinned_host memory"):
-        pinned(Bare(), (PAGES, SLOTS, 9))
+        pinned(Bare(), (PAGES, SLOTS, 9), jnp.uint32)
 
 
 def test_too_little_host_memory_is_one_line():
     with pytest.raises(UserError, match="lower the cache's device or tokens"):
-        pinned(DEVICE, (2**40, 8000, 9))
+        pinned(DEVICE, (2**40, 8000, 9), jnp.uint32)

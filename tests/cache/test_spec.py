@@ -56,6 +56,7 @@ def test_records_by_hand():
     csa, index, hca = 8 * 4 * 16 * 4, 8 * 4 * 16 * 4, 16 * 2 * 16 * 4
     assert {Layout(SMALL, name).record_bytes() for name in LAYOUTS} == {3 * ring + csa + index + hca}
     assert Layout(FLASH).record_bytes() == 43 * 131_072 + 21 * 81_920 + 20 * 524_288  # spec 2.11
+    assert Layout(FLASH, hot=1024).record_bytes() == 43 * 131_072 + 21 * 81_920  # HCA tails are in host memory
     rows = 3 * 16 * 4 + 2 * 4 * 16 * 4 + 2 * 16 * 4  # one more in every ring and every tail
     assert Layout(SMALL).record_bytes(slack=3) == Layout(SMALL).record_bytes() + 3 * rows
 

@@ -14,13 +14,16 @@ from tests.serve.companies import BASES, SAMPLED, crowded
 from tests.serve.small import LIMITS, MODEL, Request, compiled, drive, new_books
 from tests.serve.tiered import one_by_one, small_books, tiered
 from v4jax import config
+from v4jax.cache.spec import Layout
 from v4jax.core.check import UserError
 from v4jax.nn.memory import in_host
 from v4jax.serve.engine import Engine, check_limits
 
 LEAST = LIMITS.max_batch * MODEL.indexer.topk  # what a step may pick: nearly all of it changes all the time
 BITS = dataclasses.replace(SAMPLED, logprobs=4)
-ONE = dataclasses.replace(MODEL, schedule=("csa",), mtp_layers=0, moe=dataclasses.replace(MODEL.moe, hash_layers=0))
+TWO = dataclasses.replace(
+    MODEL, schedule=("csa", "hca"), mtp_layers=0, moe=dataclasses.replace(MODEL.moe, hash_layers=0)
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,19 +33,19 @@ def fused():
 
 
 @pytest.fixture(scope="module")
-def layer():
-    """A model of one layer, whose programs compile in a third of the time."""
-    return weights.build(ONE, weights.random_flat(ONE, 0))
+def layers():
+    """A model of the two layers that have something in host memory."""
+    return weights.build(TWO, weights.random_flat(TWO, 0))
 
 
 @pytest.fixture(scope="module")
-def near(layer):
-    return Engine(layer, LIMITS, config.Cache(layout="fp8_fp4"))
+def near(layers):
+    return Engine(layers, LIMITS, config.Cache(layout="fp8_fp4"))
 
 
 @pytest.fixture(scope="module")
-def far(layer):
-    return Engine(layer, LIMITS, config.Cache(layout="fp8_fp4", hot=LEAST))
+def far(layers):
+    return Engine(layers, LIMITS, config.Cache(layout="fp8_fp4", hot=LEAST))
 
 
 def test_every_bit_is_that_of_the_engine_with_all_on_the_device(near, far):
@@ -60,8 +63,9 @@ def test_every_bit_is_that_of_the_engine_with_all_on_the_device(near, far):
     here = [leaf for leaf in leaves if not in_host(leaf)]
     assert {leaf.sharding.memory_kind for leaf in here} == {"device"}
     assert stats["kv_bytes"] == sum(leaf.nbytes for leaf in here)
-    [words] = [leaf for leaf in leaves if in_host(leaf)]
-    assert words.sharding.memory_kind == "pinned_host" and stats["kv_host_bytes"] == words.nbytes
+    words, tail = there = [leaf for leaf in leaves if in_host(leaf)]
+    assert {leaf.sharding.memory_kind for leaf in there} == {"pinned_host"} and tail.dtype == "float32"
+    assert stats["kv_host_bytes"] == words.nbytes + tail.nbytes
     assert {leaf.unsafe_buffer_pointer() for leaf in leaves if leaf.nbytes > 4096} <= before  # updated in place
     hits, misses = stats["hot_hits"], stats["hot_misses"]
     assert hits > 0 and stats["hot_hit_rate"] == hits / (hits + misses)
@@ -69,38 +73,32 @@ def test_every_bit_is_that_of_the_engine_with_all_on_the_device(near, far):
     assert near.stats()["kv_host_bytes"] == 0 and "hot_hits" not in near.stats()
 
 
-def test_blocks_that_return_from_lower_tiers_are_not_taken_for_what_lay_there_before(layer, near):
+def test_blocks_that_return_from_lower_tiers_are_not_taken_for_what_lay_there_before(layers, near):
     chats = [Request(base[:513], BITS) for base in BASES] * 2  # of three pages each
     small_books(near, chunk=16)
     expected = one_by_one(near, chats)
-    with tiered(layer, host=1 << 30, layout="fp8_fp4", hot=LEAST, chunk=16) as engine:
+    with tiered(layers, host=1 << 30, layout="fp8_fp4", hot=LEAST, chunk=16) as engine:
         assert one_by_one(engine, chats) == expected
         assert engine.stats()["restored_blocks"] > 0
 
 
-@pytest.mark.parametrize("options, hot", [(dict(speculative_tokens=2), 2 * 3), (dict(batch_invariant=True), 1)])
-def test_drafts_and_invariance_keep_every_bit(options, hot):
-    """With as few copies as there can be: so many queries of topk picks."""
-    drafting = dataclasses.replace(ONE, mtp_layers=1)
+@pytest.mark.parametrize("options, queries", [
+    (dict(speculative_tokens=2, max_batch=1), 3), (dict(batch_invariant=True, max_batch=2), 1),
+])  # fmt: skip
+def test_drafts_and_invariance_keep_every_bit(options, queries):
+    """With as few copies as there can be: topk for each query of a step."""
+    drafting = dataclasses.replace(TWO, mtp_layers=1)
     model = weights.build(drafting, weights.random_flat(drafting, 0))
-    limits = dataclasses.replace(LIMITS, max_batch=2, prefill_chunk=16, **options)
-    near, far = (Engine(model, limits, config.Cache(layout="fp8_fp4", hot=n)) for n in (0, hot * ONE.indexer.topk))
-    answers = []
-    for engine in (near, far):
+    limits, answers = dataclasses.replace(LIMITS, prefill_chunk=16, **options), []
+    for hot in (0, queries * TWO.indexer.topk):
+        engine = Engine(model, limits, config.Cache(layout="fp8_fp4", hot=hot))
         new_books(engine, pages=2)
-        answers.append(drive(engine, crowded(3, sampling=BITS)))
-        assert engine.stats()["preemptions"] > 0
+        answers.append(drive(engine, crowded(3, sampling=BITS)))  # in turn, or one must make room for the other
         new_books(engine, pages=3)
-        for sampling in (BITS, dataclasses.replace(BITS, temperature=0.0)):
-            answers[-1] += drive(engine, [Request(BASES[0][:400], sampling)])
+        for _ in range(2):
+            answers[-1] += drive(engine, [Request(BASES[0][:400], dataclasses.replace(BITS, temperature=0.0))])
         assert engine.stats()["hits"] > 0
-    assert answers[0] == answers[1] and far.stats()["hot_hits"] > 0
-    chats = [Request(base[:513], BITS) for base in BASES] * 2
-    small_books(near)
-    expected = one_by_one(near, chats)
-    with tiered(model, host=1 << 30, layout="fp8_fp4", hot=hot * ONE.indexer.topk, limits=limits) as engine:
-        assert one_by_one(engine, chats) == expected
-        assert engine.stats()["restored_blocks"] > 0
+    assert answers[0] == answers[1] and engine.stats()["hot_hits"] > 0
 
 
 @pytest.mark.parametrize("options, limits, complaint", [
@@ -111,20 +109,23 @@ def test_drafts_and_invariance_keep_every_bit(options, hot):
     (dict(hot=LEAST, block=16), dict(max_seq_len=16), "of no use with max_seq_len 16"),
     (dict(hot=LEAST, device=1000), {}, "one block of 256 tokens and the hot entries take"),
 ])  # fmt: skip
-def test_copies_that_cannot_be_are_one_line(layer, options, limits, complaint):
+def test_copies_that_cannot_be_are_one_line(layers, options, limits, complaint):
     with pytest.raises(UserError, match=complaint) as error:
-        Engine(layer, dataclasses.replace(LIMITS, **limits), config.Cache(**options))
+        Engine(layers, dataclasses.replace(LIMITS, **limits), config.Cache(**options))
     assert "\n" not in str(error.value)
 
 
-def test_the_devices_budget_counts_what_is_on_the_device(layer, caplog):
-    for device in (151_040, 1_000_000):
+def test_the_devices_budget_counts_what_is_on_the_device(layers, caplog):
+    layout = Layout(TWO, hot=LEAST)
+    records = 1 + LIMITS.max_batch + config.Cache().records
+    for device in (records * layout.record_bytes() + layout.hot_bytes + 2 * layout.page_bytes, 1_000_000):
         with caplog.at_level("INFO"):
-            engine = Engine(layer, LIMITS, config.Cache(device=device, hot=LEAST))
+            engine = Engine(layers, LIMITS, config.Cache(device=device, hot=LEAST))
         stats = engine.stats()
         pages = stats["pages_free"] + 1
         assert device - engine.layout.page_bytes < stats["kv_bytes"] <= device
-        assert stats["kv_host_bytes"] == pages * engine.layout.host_page_bytes
+        tail = engine._live.layers[-1][-1].tails["main"]
+        assert stats["kv_host_bytes"] == pages * engine.layout.host_page_bytes + tail.nbytes
         assert f"entries of {256 * (pages - 1):,} tokens in host memory" in caplog.records[-1].message
 
 

@@ -66,33 +66,33 @@ class Far(Pool):
 
 
 def new_far(
-    model: config.Model, pages: int, slots: int, layout: str, copies: int, words: Callable[[tuple[int, ...]], jax.Array]
+    model: config.Model, pages: int, slots: int, layout: str, copies: int, host: Callable[..., jax.Array]
 ) -> tuple[Far, Hot]:
     """Empty pool of one layer's main entries, and room on the device for `copies` of them.
 
-    words: makes uint32 zeros of a shape in host memory, such as those of `pinned`. Raises UserError as `spec.row` does.
+    host: makes zeros of a shape and dtype in host memory, such as those of `pinned`. Raises UserError as `spec.row`.
     """
     row = spec.row(model, "main", layout)
-    return Far(words((pages, slots, row.words)), row), new_hot(zeros(row, 1, 1 + copies), pages, slots)
+    words = host((pages, slots, row.words), jnp.uint32)
+    return Far(words, row), new_hot(zeros(row, 1, 1 + copies), pages, slots)
 
 
-def pinned(device: jax.Device, shape: tuple[int, ...]) -> jax.Array:
-    """uint32 zeros in the host memory of a device. Raises UserError where there is none, or not enough of it."""
+def pinned(device: jax.Device, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Zeros in the host memory of a device, made by the host: the device may not have room for them. dtype: of 4 bytes.
+
+    Raises UserError where there is no such memory or not enough of it.
+    """
     if "pinned_host" not in {memory.kind for memory in device.addressable_memories()}:
         raise UserError(f"{device.platform} devices here have no pinned_host memory to keep entries in: set hot to 0")
+    make = functools.partial(jax.lax.full, shape, 0, dtype)
+    where = SingleDeviceSharding(device, memory_kind="pinned_host")
     try:
-        return jax.block_until_ready(_zeros(shape, SingleDeviceSharding(device, memory_kind="pinned_host")))
+        return jax.block_until_ready(jax.jit(lambda: on_host(make)(), out_shardings=where)())
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         raise UserError(
-            f"the host has no {_WORD * math.prod(shape):,} bytes of pinned memory for the entries of a layer; "
+            f"the host has no {_WORD * math.prod(shape):,} bytes of pinned memory for a layer's share of the cache; "
             "lower the cache's device or tokens"
         ) from error
-
-
-def _zeros(shape: tuple[int, ...], where: SingleDeviceSharding) -> jax.Array:
-    """Made by the host: the device may not have room for it."""
-    make = functools.partial(jax.lax.full, shape, 0, jnp.uint32)
-    return jax.jit(lambda: on_host(make)(), out_shardings=where)()
 
 
 def _to_words(plane: jax.Array) -> jax.Array:

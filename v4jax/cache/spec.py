@@ -112,7 +112,8 @@ def check_block(model: config.Model, block: int) -> int:
 @dataclass(frozen=True)
 class Layout:
     """Sizes of a model's cache. name: one of LAYOUTS; block: tokens of a page, 0 for `block_tokens(model)`; hot: rows
-    that the device keeps of a CSA layer's main entries, which then lie in host memory, 0 if they lie on the device.
+    that the device keeps of a CSA layer's main entries, which then lie in host memory as the tails of HCA layers do, 0
+    if all of it lies on the device.
 
     Raises UserError for an unknown name, shapes that the layout cannot hold, or a block that a ratio does not divide.
     """
@@ -167,12 +168,14 @@ class Layout:
         return self.page_bytes / self.block
 
     def record_bytes(self, slack: int = 0, mtp: bool = False) -> int:
-        """Bytes of one record over the layers, by the shapes of `nn.kept.new_kept`; mtp: with the MTP layer's."""
+        """Bytes on the device of one record over the layers, by the shapes of `nn.kept.new_kept`; mtp: with the MTP
+        layer's. The tails of HCA layers are not there where CSA entries are not."""
         dtype = jnp.dtype(self.model.dtype)
 
         def kept(kind: str) -> int:
             past = jax.eval_shape(lambda: new_kept(self.model, kind, 1, lambda part: None, dtype, slack))
-            return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(past))
+            here = past.ring_ZSH if self.hot and kind == "hca" else past
+            return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(here))
 
         kinds = [*self.model.schedule, *(["swa"] if mtp else [])]
         sizes = {kind: kept(kind) for kind in set(kinds)}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from v4jax import config
 from v4jax.core.qtensor import QTensor
 from v4jax.nn.hot import Hot
-from v4jax.nn.memory import get, put
+from v4jax.nn.memory import get, in_host, put
 from v4jax.nn.state import NEVER, Chunk, Rows, Windows, empty_window, pytree
 from v4jax.nn.window import FEW
 
@@ -86,6 +86,17 @@ class New:
         number, count = index - wide(self.index_BC[:, 0]), self.page_BC.shape[1]
         inside, number = (number >= 0) & (number < count), jnp.clip(number, 0, count - 1)
         return inside & (self.page_BC[wide(jnp.arange(index.shape[0])), number] < pages), number
+
+
+@pytree
+class Late:
+    """Rows [B, N, W] on their way to a tail in host memory: to slots slot_BN of record_BN (out of range: nowhere). They
+    are written there when `New` is, and for the same reason. read: true, and comes out of what was read of the tail."""
+
+    rows_BNW: jax.Array
+    record_BN: jax.Array
+    slot_BN: jax.Array
+    read: jax.Array
 
 
 @pytree
@@ -163,7 +174,8 @@ class Kept:
     ring_ZSH: for each record the last `window` rows (and a few more, so that speculation can go back), token t in slot
     t mod size. tails: per compressor the projected rows of the last one (HCA) or two (CSA) windows, and a few more,
     float32 [records, size, W], token t in slot t mod size. main, index: pools of entries and indexer keys. hot: where
-    `main` lies in host memory, copies of it; new: what is to be written there, None between calls.
+    `main` lies in host memory, copies of it; new: what is to be written there, late: to a tail "main" in host memory,
+    both None between calls.
     """
 
     ring_ZSH: jax.Array
@@ -172,6 +184,7 @@ class Kept:
     index: Pool | None
     hot: Hot | None = None
     new: New | None = None
+    late: Late | None = None
 
     def window(self, kv_BTH: jax.Array, chunk: Chunk, size: int) -> tuple[Rows, Kept]:
         """The ring with the call's tokens in it, if it has room beside `size`; else its last rows, then the call's."""
@@ -186,7 +199,7 @@ class Kept:
             past = jnp.take_along_axis(ring_BSH, (past_order % slots)[..., None], axis=1)
             order = jnp.concatenate([jnp.where(past_order >= 0, past_order, NEVER), chunk.order_BT], axis=1)
             rows = Rows(jnp.concatenate([past, kv_BTH.astype(past.dtype)], axis=1), order)
-            ring_ZSH = _write_many(self.ring_ZSH, ring_BSH, kv_BTH, chunk)
+            ring_ZSH = self.ring_ZSH.at[record_B].set(_ring_after(ring_BSH, kv_BTH, chunk))
         return rows, dataclasses.replace(self, ring_ZSH=ring_ZSH)
 
     def windows(self, name: str, rows_BTW: jax.Array, chunk: Chunk, ratio: int, overlap: bool) -> tuple[Windows, Kept]:
@@ -196,23 +209,29 @@ class Kept:
         count = (ratio - 1 + T) // ratio
         first_B = chunk.start_B // ratio
         order = ((first_B - back) * ratio)[:, None] + jnp.arange((count + back) * ratio)
-        if T <= slots - (1 + back) * ratio + 1:
+        entry, real_B = first_B[:, None] + jnp.arange(count), T if chunk.count_B is None else chunk.count_B
+        complete = (entry + 1) * ratio <= (chunk.start_B + real_B)[:, None]
+        few, late = T <= slots - (1 + back) * ratio + 1, self.late
+        if in_host(tail_ZSW):
+            tail_BSW, late = _read_far(tail_ZSW, rows_BTW, chunk, complete.any() if few else None)
+        elif few:
             tail_ZSW = _write_few(tail_ZSW, rows_BTW, chunk)
-            both, source = tail_ZSW[record_B], order % slots
+            tail_BSW = tail_ZSW[record_B]
         else:
             tail_BSW = tail_ZSW[record_B]
-            tail_ZSW = _write_many(tail_ZSW, tail_BSW, rows_BTW, chunk)
+            tail_ZSW = tail_ZSW.at[record_B].set(_ring_after(tail_BSW, rows_BTW, chunk))
+        if few:
+            both, source = tail_BSW, order % slots
+        else:
             both = jnp.concatenate([tail_BSW, rows_BTW.astype(tail_BSW.dtype)], axis=1)
             old = order < chunk.start_B[:, None]
             source = jnp.where(old, order % slots, jnp.minimum(order - chunk.start_B[:, None], T - 1) + slots)
         rows = jnp.take_along_axis(both, source[..., None], axis=1)
         rows = rows.reshape(rows.shape[0], count + back, ratio, -1)
-        now, before, entry = rows[:, back:], None, first_B[:, None] + jnp.arange(count)
+        now, before = rows[:, back:], None
         if overlap:
             before = jnp.where((entry == 0)[..., None, None], empty_window(rows[:, :count]), rows[:, :count])
-        real_B = T if chunk.count_B is None else chunk.count_B
-        complete = (entry + 1) * ratio <= (chunk.start_B + real_B)[:, None]
-        state = dataclasses.replace(self, tails=self.tails | {name: tail_ZSW})
+        state = dataclasses.replace(self, tails=self.tails | {name: tail_ZSW}, late=late)
         return Windows(now, before, entry, entry * ratio, complete), state
 
     def extend(
@@ -272,15 +291,24 @@ class Kept:
 
     def settled(self, done: jax.Array) -> Kept:
         """What outlives the call: everything, and what is new where it belongs."""
-        if self.new is None:
-            return self
         # Written when all has been read, or the compilers would keep a copy of what is read: XLA:TPU heeds the barrier,
-        # XLA:CPU a number that comes out of the fetches, though it is always the same.
-        new, *_ = jax.lax.optimization_barrier((self.new, self.hot.entry_S, done[(0,) * done.ndim]))
-        page_BC = jnp.where(self.hot.entry_S[0] < 0, new.page_BC, self.main.shape[0])
-        write = lambda main: jax.tree.map(lambda a, rows: put(a, rows, page_BC, new.slot_BC), main, new.rows)
-        main = _in_place(write, self.main, (page_BC < self.main.shape[0]).any())
-        return dataclasses.replace(self, main=main, new=None)
+        # both a number that comes out of what was fetched and says where to write, though it is always the same.
+        first = done[(0,) * done.ndim]
+        kept = self
+        if self.new is not None:
+            new, *_ = jax.lax.optimization_barrier((self.new, self.hot.entry_S, first))
+            page_BC = jnp.where(self.hot.entry_S[0] < 0, new.page_BC, self.main.shape[0])
+            write = lambda main: jax.tree.map(lambda a, rows: put(a, rows, page_BC, new.slot_BC), main, new.rows)
+            main = _in_place(write, self.main, (page_BC < self.main.shape[0]).any())
+            kept = dataclasses.replace(kept, main=main, new=None)
+        if self.late is not None:
+            late, _ = jax.lax.optimization_barrier((self.late, first))
+            tail_ZSW = self.tails["main"]
+            slot_BN = jnp.where(self.late.read, late.slot_BN, tail_ZSW.shape[1])
+            write = lambda tail_ZSW: put(tail_ZSW, late.rows_BNW, late.record_BN, slot_BN)
+            tail_ZSW = _in_place(write, tail_ZSW, (slot_BN < tail_ZSW.shape[1]).any())
+            kept = dataclasses.replace(kept, tails=self.tails | {"main": tail_ZSW}, late=None)
+        return kept
 
 
 def new_kept(
@@ -315,23 +343,51 @@ def _in_place(write, arrays, needed: jax.Array):
     return jax.lax.platform_dependent(arrays, cpu=loop, default=write)
 
 
+def _slots(chunk: Chunk, slots: int) -> jax.Array:
+    """Where the call's rows belong in a ring, int32 [B, T]: order mod slots, or `slots` for padding."""
+    real_BT = chunk.order_BT >= 0
+    if chunk.count_B is not None:
+        real_BT &= chunk.order_BT < (chunk.start_B + chunk.count_B)[:, None]
+    return jnp.where(real_BT, chunk.order_BT % slots, slots)
+
+
 def _write_few(rings_ZSH: jax.Array, rows_BTH: jax.Array, chunk: Chunk) -> jax.Array:
     """Rings with the call's real rows, fewer than a ring has slots, at slot (order mod slots) of their records."""
-    slots, record_B, order_BT = rings_ZSH.shape[1], chunk.where.record_B, chunk.order_BT
-    real_BT = order_BT >= 0
-    if chunk.count_B is not None:
-        real_BT &= order_BT < (chunk.start_B + chunk.count_B)[:, None]
-    slot_BT = jnp.where(real_BT, order_BT % slots, slots)
-    write = lambda rings: rings.at[record_B[:, None], slot_BT].set(rows_BTH.astype(rings.dtype), mode="drop")
-    return _in_place(write, rings_ZSH, real_BT.any())
+    slot_BT, record_B1 = _slots(chunk, rings_ZSH.shape[1]), chunk.where.record_B[:, None]
+    write = lambda rings: rings.at[record_B1, slot_BT].set(rows_BTH.astype(rings.dtype), mode="drop")
+    return _in_place(write, rings_ZSH, (slot_BT < rings_ZSH.shape[1]).any())
 
 
-def _write_many(rings_ZSH: jax.Array, ring_BSH: jax.Array, rows_BTH: jax.Array, chunk: Chunk) -> jax.Array:
-    """Rings with the last of the call's real rows; ring_BSH holds the rings of the batch's rows as they were."""
+def _ring_after(ring_BSH: jax.Array, rows_BTH: jax.Array, chunk: Chunk) -> jax.Array:
+    """The rings of the batch's rows, which were ring_BSH, with the last of the call's real rows."""
     slots, T = ring_BSH.shape[1], rows_BTH.shape[1]
     real_B = jnp.full(ring_BSH.shape[0], T) if chunk.count_B is None else chunk.count_B
     last_B = chunk.start_B + real_B - 1
     order = last_B[:, None] - (last_B[:, None] - jnp.arange(slots)) % slots  # the newest token of each slot
     source = order - chunk.start_B[:, None]
     new = jnp.take_along_axis(rows_BTH.astype(ring_BSH.dtype), jnp.clip(source, 0, T - 1)[..., None], axis=1)
-    return rings_ZSH.at[chunk.where.record_B].set(jnp.where((source >= 0)[..., None], new, ring_BSH))
+    return jnp.where((source >= 0)[..., None], new, ring_BSH)
+
+
+def _read_far(
+    tail_ZSW: jax.Array, rows_BTW: jax.Array, chunk: Chunk, wanted: jax.Array | None
+) -> tuple[jax.Array, Late]:
+    """Tails of the batch's rows, out of host memory: [B, slots, W], and what is to be written there.
+
+    wanted: of a few rows, whether any window will be read, else nothing is fetched; the tails are then with these rows
+    in them. None: of many rows, and the tails as they were.
+    """
+    (_, slots, _), record_B = tail_ZSW.shape, chunk.where.record_B
+    if wanted is None:
+        tail_BSW = get(tail_ZSW, record_B)
+        new = _ring_after(tail_BSW, rows_BTW, chunk)
+        slot_BN = jnp.broadcast_to(jnp.arange(slots), new.shape[:2])
+    else:
+        tail_BSW = jnp.zeros((record_B.shape[0], *tail_ZSW.shape[1:]), tail_ZSW.dtype)
+        fetch = lambda _, tail_BSW: get(tail_ZSW, record_B)
+        tail_BSW = jax.lax.fori_loop(0, wanted.astype(jnp.int32), fetch, tail_BSW)
+        new, slot_BN = rows_BTW.astype(tail_ZSW.dtype), _slots(chunk, slots)
+    first = jax.lax.bitcast_convert_type(tail_BSW[0, 0, 0], jnp.uint32)
+    if wanted is not None:
+        tail_BSW = tail_BSW.at[jnp.arange(record_B.shape[0])[:, None], slot_BN].set(new, mode="drop")
+    return tail_BSW, Late(new, jnp.broadcast_to(record_B[:, None], slot_BN.shape), slot_BN, (first | 1) > 0)

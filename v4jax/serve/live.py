@@ -1,4 +1,5 @@
-"""The cache of an engine: all of it on the device, or the CSA layers' entries in host memory (`cache.hot`)."""
+"""The cache of an engine: all of it on the device, or two parts in host memory (`cache.hot`): the CSA layers' entries,
+of which steps read a few, and the tails of the HCA layers, which a step adds one row to and seldom reads."""
 
 from __future__ import annotations
 
@@ -19,21 +20,25 @@ from v4jax.nn.hot import counted
 from v4jax.nn.kept import Kept, new_kept
 from v4jax.nn.memory import in_host
 
+FAR = {"csa": "main", "hca": "tails"}  # part of a layer's state that lies in host memory, where `hot` says so
 
-def new_layer(layout: Layout, kind: str, pages: int, records: int, slack: int = 0, words=None) -> Kept:
-    """Empty state of one layer of this kind. words: as in `new_far`; None: pinned memory beside the device that the
+
+def new_layer(layout: Layout, kind: str, pages: int, records: int, slack: int = 0, host=None) -> Kept:
+    """Empty state of one layer of this kind. host: as in `new_far`; None: pinned memory beside the device that the
     rest is on. Raises UserError as these do."""
-    model, far = layout.model, layout.hot and kind == "csa"
+    model, far = layout.model, FAR.get(kind) if layout.hot else None
     size = (pages, layout.entries(kind), layout.name) if kind != "swa" else ()
-    pool = lambda part: None if far and part == "main" else new_pool(model, part, *size)
+    pool = lambda part: None if part == far else new_pool(model, part, *size)
     kept = new_kept(model, kind, records, pool, jnp.dtype(model.dtype), slack)
-    if not far:
-        return kept
-    if words is None:
+    if far and host is None:
         [device] = kept.ring_ZSH.devices()
-        words = functools.partial(pinned, device)
-    main, hot = new_far(model, *size, layout.hot, words)
-    return dataclasses.replace(kept, main=main, hot=hot)
+        host = functools.partial(pinned, device)
+    if far == "main":
+        main, hot = new_far(model, *size, layout.hot, host)
+        return dataclasses.replace(kept, main=main, hot=hot)
+    if far == "tails":
+        return dataclasses.replace(kept, tails={name: host(a.shape, a.dtype) for name, a in kept.tails.items()})
+    return kept
 
 
 def committed(tree):

@@ -17,6 +17,7 @@ from flax import nnx
 
 from v4jax.models.transformer import State, Transformer, next_chunk
 from v4jax.nn.kept import Kept
+from v4jax.nn.memory import get, put
 from v4jax.nn.state import Place
 from v4jax.serve.sampling import Options, Plan, sample
 
@@ -161,8 +162,7 @@ def copy(live: Live, source: jax.Array, target: jax.Array) -> Live:
     """Record `source` to record `target`, int32 scalars."""
 
     def one(kept: Kept) -> Kept:
-        move = lambda a: a.at[target].set(a[source])
-        return kept.records(move)
+        return kept.records(lambda a: put(a, get(a, source), target))
 
     return jax.tree.map(one, live, is_leaf=lambda a: isinstance(a, Kept))
 
@@ -172,6 +172,6 @@ def wipe(live: Live, record: jax.Array, page_A: jax.Array) -> Live:
     """Zeros in a record and in pages (int32, -1 for none): masks hide what is stale, but 0 * NaN is NaN."""
 
     def one(kept: Kept) -> Kept:
-        return kept.records(lambda a: a.at[record].set(0)).wiped(page_A)
+        return kept.records(lambda a: put(a, 0, record)).wiped(page_A)
 
     return jax.tree.map(one, live, is_leaf=lambda a: isinstance(a, Kept))

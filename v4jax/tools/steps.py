@@ -8,7 +8,6 @@ The engine itself is on one device yet, so what is lowered here is the step of a
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,11 +17,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from v4jax.cache.far import Far
 from v4jax.cache.spec import Layout
 from v4jax.config import Config, Mesh
 from v4jax.core.check import UserError
 from v4jax.models.transformer import Transformer
+from v4jax.nn.kept import Kept
 from v4jax.parallel.rules import Sharding, make_sharding, use
 from v4jax.serve import live, programs
 from v4jax.serve.programs import Heads, Live
@@ -81,13 +80,16 @@ def serve(config: Config, mesh: Mesh, work: Work, devices: Sequence[jax.Device])
     whole = lambda shape, dtype, where=here: jax.ShapeDtypeStruct(
         (sharding.mesh.size * shape[0], *shape[1:]), dtype, sharding=where
     )
-    is_far = lambda part: isinstance(part, Far)
 
-    def place(part):
-        where = here.with_memory_kind("pinned_host") if is_far(part) else here
-        return jax.tree.map(lambda a: whole(a.shape, a.dtype, where), part)
+    def placed(kind, kept):
+        at = lambda where: jax.tree.map(lambda a: whole(a.shape, a.dtype, where), kept)
+        if not config.cache.hot or kind not in live.FAR:
+            return at(here)
+        part = live.FAR[kind]
+        return dataclasses.replace(at(here), **{part: getattr(at(here.with_memory_kind("pinned_host")), part)})
 
-    state = jax.tree.map(place, jax.eval_shape(lambda: _live(config, rows, work.context)), is_leaf=is_far)
+    layers = jax.eval_shape(lambda: _layers(config, rows, work.context))
+    state = Live([[placed(*each)] for each in zip(config.model.schedule, layers, strict=True)], None)
     ints = lambda *shape: whole(shape, jnp.int32)
     table = ints(1 + rows, _pages(config, work.context))
     decode = work.mode == "decode"
@@ -137,9 +139,8 @@ def _pages(config: Config, tokens: int) -> int:
     return -(-tokens // Layout(config.model, config.cache.layout, config.cache.block).block)
 
 
-def _live(config: Config, rows: int, tokens: int) -> Live:
-    """What the engine keeps for `rows` sequences, with a record and a page to spare (number 0), as zeros."""
+def _layers(config: Config, rows: int, tokens: int) -> list[Kept]:
+    """What the engine's layers keep for `rows` sequences, with a record and a page to spare (number 0), as zeros."""
     cache, pages = config.cache, 1 + rows * _pages(config, tokens)
     layout = Layout(config.model, cache.layout, cache.block, cache.hot)
-    words = functools.partial(jnp.zeros, dtype=jnp.uint32)
-    return Live([[live.new_layer(layout, kind, pages, 1 + rows, words=words)] for kind in config.model.schedule], None)
+    return [live.new_layer(layout, kind, pages, 1 + rows, host=jnp.zeros) for kind in config.model.schedule]

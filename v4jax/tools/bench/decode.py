@@ -24,6 +24,7 @@ from v4jax.core.tables import print_table
 from v4jax.models.quantised import quantise
 from v4jax.models.transformer import Transformer
 from v4jax.nn.kept import Kept, Pool
+from v4jax.nn.memory import in_host
 from v4jax.serve import programs
 from v4jax.serve.live import new_layer
 from v4jax.serve.programs import Heads, Live
@@ -106,7 +107,8 @@ def filled(kept: Kept, rng: np.random.Generator) -> Kept:
             pool = _write(pool, page, np.arange(slots, dtype=np.int32)[None], rows)
         return pool
 
-    kept = kept.records(lambda a: jax.device_put(rng.standard_normal(a.shape, np.float32).astype(a.dtype)))
+    where = lambda a: a.sharding if in_host(a) else None
+    kept = kept.records(lambda a: jax.device_put(rng.standard_normal(a.shape, np.float32).astype(a.dtype), where(a)))
     return dataclasses.replace(kept, main=fill(kept.main), index=fill(kept.index))
 
 

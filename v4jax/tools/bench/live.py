@@ -108,9 +108,10 @@ def _bytes(layout: Layout, context: int) -> Bytes:
     entries = host = 0
     for kind in layout.model.schedule:
         kept = new_layer(layout, kind, blocks + 1, 2)  # page 0 and record 0 belong to nobody
-        for leaf in jax.tree.leaves((kept.main, kept.index, kept.hot)):
-            host, entries = (host + leaf.nbytes, entries) if in_host(leaf) else (host, entries + leaf.nbytes)
-        device += sum(leaf.nbytes for leaf in jax.tree.leaves((kept.ring_ZSH, kept.tails)))
+        here = lambda part: sum(leaf.nbytes for leaf in jax.tree.leaves(part) if not in_host(leaf))
+        host += sum(leaf.nbytes for leaf in jax.tree.leaves(kept) if in_host(leaf))
+        entries += here((kept.main, kept.index, kept.hot))
+        device += here((kept.ring_ZSH, kept.tails))
     return Bytes(device + entries, entries, host)
 
 
