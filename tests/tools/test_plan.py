@@ -145,8 +145,10 @@ def test_the_closed_form_is_near_the_compiler(key):
     found = estimate(config, place, default_mesh(config, place, work), work)
     [total] = values(records, "device_bytes", part="total")
     closed = sum(found.device_bytes.values())
-    assert closed == pytest.approx(total, rel=plan.MARGIN)
-    assert total <= place.device_memory or not plan.fits(closed, place)
+    if total <= place.device_memory:
+        assert closed == pytest.approx(total, rel=plan.MARGIN)
+    else:  # where there is no room the compiler computes things twice to save some, and both say that it will not do
+        assert not plan.fits(closed, place)
     if hot:  # the host's rows lie in whole tiles there, which the closed form does not know
         [held] = values(records, "host_bytes", part="arguments")
         entries = found.host_bytes / place.chip.host - 2 * 2**30
@@ -160,10 +162,11 @@ def test_the_closed_form_is_near_the_compiler(key):
     room = math.ceil(1.5 * rows / 8) * 8  # of a round; what comes back has no more rows than were sent
     arriving = sent["ragged-all-to-all"] * 2 * rows / (room + rows)
     assert arriving == pytest.approx(found.collectives["all-to-all"], rel=0.25)
-    if mode == "train":  # summed and then split, or split while summed: the compiler chooses; results, not both ways
-        sums = found.collectives["reduce-scatter"] + found.collectives["all-reduce"] / 2
-        assert 0.5 < sums / (sent["all-reduce"] + sent["reduce-scatter"]) < 2
-        assert 0.5 < found.collectives["all-gather"] / sent["all-gather"] < 2
+    if mode == "train":  # results, not both ways. The compiler chooses whether it splits while it sums, and, in Muon's
+        # steps, whether it sums products of parts or gathers the matrices.
+        moved = found.collectives["reduce-scatter"] + found.collectives["all-reduce"] / 2
+        moved += found.collectives["all-gather"]
+        assert 0.5 < moved / sum(sent.get(kind, 0) for kind in ("all-reduce", "reduce-scatter", "all-gather")) < 2
 
 
 def test_work_of_attention():

@@ -21,8 +21,8 @@ UNKNOWN = (
     "It can't know: how evenly tokens spread over experts (even is assumed), how far collectives hide behind products "
     "(the bound takes the longest of compute, memory and network, as if all overlapped), host input, stragglers and "
     "restarts. The closed form's activations are a sum of the largest arrays, not a schedule: on the flagships' steps "
-    f"that were compiled, bytes of a device were within {MARGIN:.0%} and collectives within a factor of 2; of small "
-    "models tiles and programs take more."
+    f"that were compiled and fit, bytes of a device were within {MARGIN:.0%} and collectives in all within a factor of "
+    "2; of small models tiles and programs take more. The way to host memory is not timed."
 )
 
 
