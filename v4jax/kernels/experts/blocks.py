@@ -39,7 +39,7 @@ def _single(x_1D, picks_1K, weights_1K, gate_up_EUDF, down_EFD, limit, fp8):
 
 
 def block_rows(rows: int, experts: int) -> int:
-    """Rows of a block: a power of two near the mean load, at most `_LARGEST`, so padding stays a fraction of the work."""
+    """Rows of a block: a power of two near the mean load, `_LARGEST` at most: padding stays a fraction of the work."""
     mean = max(1, rows // experts)
     return min(_LARGEST, 1 << (mean - 1).bit_length())
 
@@ -88,7 +88,7 @@ def _both(w_EUDF, expert, x_RD):
 
 
 def _side_by_side(w_EUDF, like):
-    """[E, D, 2 F]: one product for both halves, which is faster than two. The copy is worth it where blocks are large."""
+    """[E, D, 2 F]: one product for both halves is faster than two, and worth the copy where blocks are large."""
     E, U, D, F = w_EUDF.shape
     return w_EUDF.astype(like.dtype).swapaxes(1, 2).reshape(E, D, U * F)
 
