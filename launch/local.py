@@ -57,11 +57,13 @@ def start(args: argparse.Namespace, port: int, index: int) -> subprocess.Popen:
 
 def wait(children: list[subprocess.Popen]) -> int:
     """Exit code of the first process that fails, 0 if none does; the others follow within GRACE seconds."""
-    first, deadline = 0, None
-    while any(child.poll() is None for child in children):
-        failed = [(index, child.returncode) for index, child in enumerate(children) if child.returncode]
+    first, deadline, running = 0, None, True
+    while running:
+        codes = [child.poll() for child in children]
+        running = None in codes
+        failed = sorted((code, index) for index, code in enumerate(codes) if code)  # what a signal ended comes first
         if failed and deadline is None:
-            index, first = failed[0]
+            first, index = failed[0]
             deadline = time.monotonic() + GRACE
             how = f"exit code {first}" if first > 0 else f"signal {-first}"
             print(f"process {index} ended with {how}; the others have {GRACE:.0f} s to notice", flush=True)
@@ -69,8 +71,7 @@ def wait(children: list[subprocess.Popen]) -> int:
             for child in children:
                 child.kill()
         time.sleep(0.05)
-    code = first or next((child.returncode for child in children if child.returncode), 0)
-    return code if code >= 0 else 128 - code
+    return first if first >= 0 else 128 - first
 
 
 def copy(index: int, child: subprocess.Popen) -> None:
