@@ -382,10 +382,8 @@ def _validate_model(m: Model) -> None:
     _require(not m.engram_layers, f"model.engram_layers is {m.engram_layers}; this version has no Engram, leave it ()")
     if m.kv_qdq:
         L = m.indexer.head_dim
-        _require(
-            m.head_dim > m.rope_dim and L & (L - 1) == 0,
-            f"model.kv_qdq needs head_dim above rope_dim, and indexer.head_dim {L} to be a power of two",
-        )
+        _require(m.head_dim > m.rope_dim and L & (L - 1) == 0, "model.kv_qdq needs head_dim above rope_dim, and "
+                 f"indexer.head_dim {L} to be a power of two")  # fmt: skip
 
 
 def _validate_mesh(mesh: Mesh) -> None:

@@ -37,14 +37,14 @@ def run(config: Config) -> list[dict]:
     each = (sizes["block"] * blocks + sizes["record"] * 2 * CONVERSATIONS) // 20  # a twentieth of all that there is
     device = max(blocks // 16, 8 * BURST + 2) * sizes["block"] + CONVERSATIONS // 8 * sizes["record"]
     rows, records = [], []
+    best = [sum(rate.values()) for rate in _rates(layout, sizes, (_PLENTY, 0, 0), *ARMS["lru"])]
     for host, disk in [(1, 0), (2, 0), (4, 0), (8, 0), (2, 4), (4, 8)]:
         budgets = (device, host * each, disk * each)
-        ceiling = _rates(layout, sizes, (_PLENTY, 0, 0), *ARMS["lru"])
-        plain = _rates(layout, sizes, budgets, *ARMS["lru"])
-        for name, arm in ARMS.items():
-            rates = _rates(layout, sizes, budgets, *arm)
-            total, best = [sum(rate.values()) for rate in rates], [sum(rate.values()) for rate in ceiling]
-            more = [a - sum(b.values()) for a, b in zip(total, plain, strict=True)]
+        found = {name: _rates(layout, sizes, budgets, *arm) for name, arm in ARMS.items()}
+        totals = {name: [sum(rate.values()) for rate in rates] for name, rates in found.items()}
+        for name, rates in found.items():
+            total = totals[name]
+            more = [a - b for a, b in zip(total, totals["lru"], strict=True)]
             mean = {tier: statistics.mean(rate[tier] for rate in rates) for tier in _TIERS}
             rows.append([
                 f"{host / 20:.0%}", f"{disk / 20:.0%}" if disk else "none", name,
@@ -58,16 +58,8 @@ def run(config: Config) -> list[dict]:
                         record("policy", "hit_ceiling", best, "ratio", **at),
                         record("policy", "hit_rate_beyond_lru", more, "ratio", **at)]  # fmt: skip
     title = f"{config.name}: {CONVERSATIONS} conversations, {SEEDS} seeds; host and disk as shares of all that is kept"
-    header = [
-        "host",
-        "disk",
-        "policy",
-        *(f"of {tier}" for tier in _TIERS),
-        "hits",
-        "ceiling",
-        "beyond lru",
-        "seeds won",
-    ]
+    tiers = [f"of {tier}" for tier in _TIERS]
+    header = ["host", "disk", "policy", *tiers, "hits", "ceiling", "beyond lru", "seeds won"]
     print_table(title, header, rows)
     return records
 
