@@ -113,8 +113,7 @@ _KV_FLAGS = (
     Flag("kv_host", "host memory for what leaves the device, such as 64GiB", define_size),
     Flag("kv_disk", "disk space for it in --kv_dir, such as 1TiB", define_size),
     Flag("kv_dir", "directory that keeps it over restarts; one engine at a time"),
-    Flag("kv_policy", "what goes first from a full host or disk: s3fifo (default) or lru", flags.DEFINE_enum,
-         options={"enum_values": ["lru", "s3fifo"]}),
+    Flag("kv_policy", "what goes first from a full host or disk: s3fifo (default) or lru"),
 )
 _JSON = Flag("json", "also write the records to this file")
 
@@ -199,7 +198,7 @@ COMMANDS = {
             Flag("contexts", "tokens of context, such as 1024,65536 (suites decode, generate, live, tiers)",
                  flags.DEFINE_list),
             _JSON,
-            Flag("plot", "also draw the records to this PNG file (suites decode, live)"),
+            Flag("plot", "also draw the records to this PNG file (suites decode, live, tiers)"),
         ),
         has_config=True,
     ),

@@ -11,7 +11,7 @@ from v4jax.cache.disk import Disk
 def main(directory):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "none", directory], check=True)
     now = [0.0]
-    disk = Disk(os.path.join(directory, "cache"), 1 << 20, clock=lambda: now[0])
+    disk = Disk(os.path.join(directory, "cache"), 1 << 20, "lru", clock=lambda: now[0])
     first = items(chain("first", 6), 6)
     assert all(disk.put(one)[0] for one in first)
     with open(os.path.join(directory, "others"), "wb", buffering=0) as others:

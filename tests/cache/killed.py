@@ -21,7 +21,7 @@ BUDGET = 20 * LARGE.nbytes
 
 def write(directory, prepared, ready):
     """Write the items again and again until killed."""
-    disk = Disk(directory, BUDGET)
+    disk = Disk(directory, BUDGET, "lru")
     os.write(ready, b"x")
     while True:
         for one in prepared:
@@ -47,7 +47,7 @@ def main(directory, rounds, seed):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         partial += any(path.suffix == ".partial" for path in pathlib.Path(directory).iterdir())
-        disk = Disk(directory, BUDGET)
+        disk = Disk(directory, BUDGET, "lru")
         disk.check()
         for key in list(disk._shelf.entries):
             one = disk.get(LARGE, key.name)

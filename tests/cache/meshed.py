@@ -38,7 +38,7 @@ class Member:
                                          lambda index, shape=shape: np.zeros((3, *shape), np.uint8)[index])
             for name, _, shape in form.table
         ]  # fmt: skip
-        self.disk = Disk(directory / str(number), PLENTY)
+        self.disk = Disk(directory / str(number), PLENTY, "lru")
         self.shared = Sharded(
             [self.disk], {form: part_of(form, pages(form)) for form in SPECS}, jax.process_index(),
             jax.process_count(), distributed.gather, [Elsewhere(directory / str(i)) for i in others if i != number],

@@ -30,7 +30,7 @@ class Clock:
 
 @pytest.fixture
 def disk(tmp_path):
-    disk = Disk(tmp_path / "kv", PLENTY)
+    disk = Disk(tmp_path / "kv", PLENTY, "lru")
     yield disk
     disk.check()
     disk.close()
@@ -38,7 +38,7 @@ def disk(tmp_path):
 
 def reopened(disk, budget=PLENTY):
     disk.close()
-    return Disk(disk.directory, budget)
+    return Disk(disk.directory, budget, "lru")
 
 
 def files(disk):
@@ -83,7 +83,7 @@ def test_what_is_not_there_is_a_miss(disk):
 
 
 def test_the_budget_holds_and_chains_go_from_their_end(tmp_path):
-    disk, names = Disk(tmp_path, 10 * 4096), chain("a", 6)
+    disk, names = Disk(tmp_path, 10 * 4096, "lru"), chain("a", 6)
     for one in items(names, 6):
         disk.put(one)
     for other in range(5):
@@ -100,13 +100,13 @@ def test_the_budget_holds_and_chains_go_from_their_end(tmp_path):
 
 
 def test_what_is_larger_than_the_budget_is_refused(tmp_path):
-    disk = Disk(tmp_path, 4095)
+    disk = Disk(tmp_path, 4095, "lru")
     assert disk.put(item(BLOCK, chain("a", 1)[0])) == (False, []) and disk.stats()["refused"] == 1
     disk.check()
 
 
 def test_the_next_process_knows_what_was_used_last(tmp_path):
-    disk = Disk(tmp_path, PLENTY)
+    disk = Disk(tmp_path, PLENTY, "lru")
     old, used, new = (items(chain(seed, 1))[0] for seed in ("old", "used", "new"))
     for age, one in enumerate((used, old, new)):
         disk.put(one)
@@ -119,7 +119,7 @@ def test_the_next_process_knows_what_was_used_last(tmp_path):
 
 
 def test_files_of_other_models_count_and_go_when_they_are_old(tmp_path):
-    disk = Disk(tmp_path, 3 * 4096)
+    disk = Disk(tmp_path, 3 * 4096, "lru")
     others = items(chain("a", 3))
     for one in others:
         disk.put(one)
@@ -136,7 +136,7 @@ def test_files_of_other_models_count_and_go_when_they_are_old(tmp_path):
 
 def test_a_full_disk_costs_the_oldest_once(tmp_path):
     files, clock = FaultyFiles(room=4 * BLOCK.file_bytes + 1), Clock()
-    disk = Disk(tmp_path, PLENTY, files=files, clock=clock)
+    disk = Disk(tmp_path, PLENTY, "lru", files=files, clock=clock)
     stored = [item(BLOCK, name) for name in chain("a", 7)]
     assert all(disk.put(one)[0] for one in stored)
     stats = disk.stats()
@@ -147,7 +147,7 @@ def test_a_full_disk_costs_the_oldest_once(tmp_path):
 
 def test_writing_pauses_while_a_disk_stays_full_and_reading_goes_on(tmp_path):
     files, clock = FaultyFiles(), Clock()
-    disk = Disk(tmp_path, PLENTY, files=files, clock=clock)
+    disk = Disk(tmp_path, PLENTY, "lru", files=files, clock=clock)
     [kept, *rest] = [item(BLOCK, name) for name in chain("a", 20)]
     assert disk.put(kept)[0] and disk.put(rest[0])[0]
     tries = []
@@ -184,7 +184,7 @@ def test_a_real_file_system_that_is_full(tmp_path):
 
 def test_what_cannot_be_read_is_forgotten_and_three_failures_open_the_breaker(tmp_path):
     files, clock = FaultyFiles(), Clock()
-    disk = Disk(tmp_path, PLENTY, files=files, clock=clock)
+    disk = Disk(tmp_path, PLENTY, "lru", files=files, clock=clock)
     stored = [item(BLOCK, name) for name in chain("a", 9)]
     for one in stored:
         disk.put(one)
@@ -281,7 +281,7 @@ def test_a_partial_file_is_swept(disk):
 OWN = """
 import sys, time
 from v4jax.cache.disk import Disk
-disk = Disk(sys.argv[1], 1 << 20)
+disk = Disk(sys.argv[1], 1 << 20, "lru")
 print("mine", flush=True)
 time.sleep(60)
 """
@@ -294,12 +294,12 @@ def test_a_second_owner_is_refused_until_the_first_is_gone_however_it_went(tmp_p
     try:
         assert child.stdout.readline() == "mine\n"
         with pytest.raises(UserError, match="in use by another engine; end that one or give each a directory"):
-            Disk(tmp_path, PLENTY)
+            Disk(tmp_path, PLENTY, "lru")
         child.send_signal(signal.SIGKILL)
         child.wait()
-        disk = Disk(tmp_path, PLENTY)
+        disk = Disk(tmp_path, PLENTY, "lru")
         with pytest.raises(UserError, match="in use"):  # in one process, too
-            Disk(tmp_path, PLENTY)
+            Disk(tmp_path, PLENTY, "lru")
         disk.close()
     finally:
         child.kill()
@@ -310,4 +310,4 @@ def test_a_second_owner_is_refused_until_the_first_is_gone_however_it_went(tmp_p
 def test_a_directory_that_cannot_be_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot keep the cache in .*file.*name another"):
-        Disk(tmp_path / "file" / "kv", PLENTY)
+        Disk(tmp_path / "file" / "kv", PLENTY, "lru")

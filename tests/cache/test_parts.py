@@ -62,7 +62,7 @@ def test_halves_of_one_cut_give_those_of_another(whole):
 
 
 def test_a_file_tells_its_form(tmp_path):
-    disk, forms = Disk(tmp_path, 1 << 30), [BLOCK, half(BLOCK, 1), half(RECORD, 0, axis=0)]
+    disk, forms = Disk(tmp_path, 1 << 30, "lru"), [BLOCK, half(BLOCK, 1), half(RECORD, 0, axis=0)]
     for form in forms:
         one = item(form, name("a"))
         disk.put(one)

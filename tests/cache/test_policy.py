@@ -121,7 +121,7 @@ def test_a_request_is_one_use_and_the_memory_of_what_went_is_bounded():
 @pytest.mark.parametrize("policy", POLICIES)
 def test_tiers_go_by_their_policy(tmp_path, policy):
     names, host = chain("a", 3), Host(4 * BLOCK.nbytes, policy)
-    disk = Disk(tmp_path, 4 * 4096, policy=policy)
+    disk = Disk(tmp_path, 4 * 4096, policy)
     for tier in (host, disk):
         for one in items(names):
             tier.put(one)

@@ -76,11 +76,11 @@ class Group:
 
 
 def hosts(budget=PLENTY):
-    return [(Host(budget),), (Host(budget),)]
+    return [(Host(budget, "lru"),), (Host(budget, "lru"),)]
 
 
 def disks(path, *numbers, files=None):
-    return [(Disk(path / str(i), PLENTY, files=files),) for i in numbers]
+    return [(Disk(path / str(i), PLENTY, "lru", files=files),) for i in numbers]
 
 
 # --- what counts ------------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def test_what_is_being_read_is_not_dropped():
 
 
 def test_what_one_cannot_store_the_others_let_go(tmp_path):
-    tiers = [(Host(PLENTY),), (Disk(tmp_path, PLENTY, files=FaultyFiles(failing("write"))),)]
+    tiers = [(Host(PLENTY, "lru"),), (Disk(tmp_path, PLENTY, "lru", files=FaultyFiles(failing("write"))),)]
     group, one = Group(tiers), name("a")
     group.put(one)
     group.sync(), group.sync()
@@ -144,7 +144,7 @@ def test_what_one_cannot_store_the_others_let_go(tmp_path):
 
 
 def test_a_disk_below_the_host_keeps_a_block_that_leaves_the_host(tmp_path):
-    tiers = [(Host(2 * BLOCK.nbytes // 2), disk) for [disk] in disks(tmp_path, 0, 1)]
+    tiers = [(Host(2 * BLOCK.nbytes // 2, "lru"), disk) for [disk] in disks(tmp_path, 0, 1)]
     group, names = Group(tiers), chain("a", 6)
     for one in names:
         group.put(one)
@@ -157,7 +157,7 @@ def test_a_disk_below_the_host_keeps_a_block_that_leaves_the_host(tmp_path):
 def test_whatever_is_lost_all_agree_and_no_byte_is_wrong(seed):
     """Tiers of a few blocks, and random losses, refusals and damage on either side."""
     rng, names = random.Random(seed), chain(seed, 8)
-    group = Group([(Host(5 * BLOCK.nbytes // 2),), (Host(4 * BLOCK.nbytes // 2 + RECORD.nbytes // 2),)])
+    group = Group([(Host(5 * BLOCK.nbytes // 2, "lru"),), (Host(4 * BLOCK.nbytes // 2 + RECORD.nbytes // 2, "lru"),)])
     hits = 0
     for _ in range(300):
         one, form = rng.choice(names), rng.choice([BLOCK, BLOCK, RECORD])

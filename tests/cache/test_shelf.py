@@ -25,7 +25,7 @@ def emptied(shelf):
 
 
 def test_a_chain_goes_from_its_end():
-    shelf, names = Shelf(100), chain("a", 4)
+    shelf, names = Shelf(100, "lru"), chain("a", 4)
     put(shelf, names, 2, 4)
     shelf.touch([BLOCK.key(name) for name in names] + [RECORD.key(names[3]), RECORD.key(names[1])])
     order = emptied(shelf)
@@ -36,7 +36,7 @@ def test_a_chain_goes_from_its_end():
 
 
 def test_the_least_recently_used_chain_goes_first():
-    shelf, old, new = Shelf(100), chain("old", 3), chain("new", 3)
+    shelf, old, new = Shelf(100, "lru"), chain("old", 3), chain("new", 3)
     put(shelf, new)
     put(shelf, old)
     shelf.touch([BLOCK.key(name) for name in new])
@@ -44,7 +44,7 @@ def test_the_least_recently_used_chain_goes_first():
 
 
 def test_a_shared_beginning_goes_after_both_ends():
-    shelf, trunk = Shelf(100), chain("trunk", 2)
+    shelf, trunk = Shelf(100, "lru"), chain("trunk", 2)
     put(shelf, trunk)
     ends = chain("left", 1) + chain("right", 1)
     for end in ends:
@@ -53,7 +53,7 @@ def test_a_shared_beginning_goes_after_both_ends():
 
 
 def test_children_whose_parent_is_gone_go_like_others():
-    shelf, names = Shelf(100), chain("a", 3)
+    shelf, names = Shelf(100, "lru"), chain("a", 3)
     put(shelf, names)
     shelf.remove(BLOCK.key(names[1]))
     shelf.check()
@@ -61,7 +61,7 @@ def test_children_whose_parent_is_gone_go_like_others():
 
 
 def test_a_ring_of_forged_names_can_be_emptied():
-    shelf, (one, two) = Shelf(100), chain("ring", 2)
+    shelf, (one, two) = Shelf(100, "lru"), chain("ring", 2)
     shelf.add(BLOCK.key(one), two, 1)
     shelf.add(BLOCK.key(two), one, 1)
     shelf.add(BLOCK.key(ROOT), ROOT, 1)
@@ -69,7 +69,7 @@ def test_a_ring_of_forged_names_can_be_emptied():
 
 
 def test_the_budget_holds():
-    shelf, names = Shelf(10), chain("a", 3)
+    shelf, names = Shelf(10, "lru"), chain("a", 3)
     put(shelf, names[:2], size=4)
     assert not shelf.fits(3) and shelf.fits(2)
     with pytest.raises(ValueError, match="do not fit"):
@@ -82,7 +82,7 @@ def test_the_budget_holds():
 @pytest.mark.parametrize("seed", range(5))
 def test_random_use_keeps_the_books_and_the_order(seed):
     """Against a plain model: of all leaves, the one whose last use is the oldest."""
-    rng, shelf, parent, used, clock = random.Random(seed), Shelf(40), {}, {}, 0
+    rng, shelf, parent, used, clock = random.Random(seed), Shelf(40, "lru"), {}, {}, 0
     names = chain(seed, 60)
     for _ in range(1500):
         clock += 1

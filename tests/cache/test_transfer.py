@@ -22,7 +22,10 @@ def make(tmp_path):
     made = []
 
     def make(host=PLENTY, disk=PLENTY, files=None, deadline=LONG, **options):
-        tiers = Host(host) if host else None, Disk(tmp_path, disk, files=files, deadline=deadline) if disk else None
+        tiers = (
+            Host(host, "lru") if host else None,
+            Disk(tmp_path, disk, "lru", files=files, deadline=deadline) if disk else None,
+        )
         made.append(Transfer(BLOCK, RECORD, *tiers, deadline=deadline, **options))
         return made[-1]
 
@@ -310,7 +313,7 @@ def test_closing_leaves_no_thread_and_no_owner(make, tmp_path):
             break
         time.sleep(0.01)
     assert threading.active_count() <= before
-    disk = Disk(tmp_path, PLENTY)
+    disk = Disk(tmp_path, PLENTY, "lru")
     assert disk.stats()["blocks"] == 3
     disk.close()
 

@@ -38,7 +38,7 @@ def test_optimizer_and_streams_in_host_memory_give_the_same_losses_bit_for_bit(t
     assert losses == wanted
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(plain))
     # Streams: the forward scan sends each layer's to the host, the backward scan fetches it.
-    assert text.count('annotate_device_placement') >= 2 and '"pinned_host"' in text
+    assert text.count("annotate_device_placement") >= 2 and '"pinned_host"' in text
     kinds = lambda tree: {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree) if leaf.ndim}
     default = jax.devices()[0].default_memory().kind
     assert kinds(state.opt) == {"pinned_host"} and kinds(state.params) == {default} != {"pinned_host"}

@@ -25,7 +25,7 @@ class Entry:
 class Shelf:
     """Books alone, no bytes. The owner holds a lock around every call. policy: one of `policy.POLICIES`."""
 
-    def __init__(self, budget: int, policy: str = "lru"):
+    def __init__(self, budget: int, policy: str):
         self.budget, self.used = budget, 0
         self.entries: dict[Key, Entry] = {}
         self.count = dict.fromkeys(KINDS, 0)

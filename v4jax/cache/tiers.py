@@ -84,8 +84,9 @@ class Breaker:
 class Host:
     """Items in the memory of this process. policy: what goes first (`policy.POLICIES`)."""
 
-    def __init__(self, budget: int, policy: str = "lru"):
-        self._shelf, self._items = Shelf(budget, policy), {}
+    def __init__(self, budget: int, policy: str):
+        self._limits = budget, policy
+        self._shelf, self._items = Shelf(*self._limits), {}
         self._lock = threading.Lock()
         self._count = Counter(evictions=0, refused=0, corrupt=0, bytes_in=0, bytes_out=0)
 
@@ -163,4 +164,4 @@ class Host:
     def close(self) -> None:
         """Let everything go."""
         with self._lock:
-            self._shelf, self._items = Shelf(self._shelf.budget), {}
+            self._shelf, self._items = Shelf(*self._limits), {}

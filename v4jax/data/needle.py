@@ -123,9 +123,7 @@ class NeedleRows:
         asked = np.resize(rng.permutation(needles), self.questions)
         tail = np.concatenate([hay.questions(self.alphabet.ask), hay.answers()], axis=1)[asked]
         tokens = np.concatenate([hay.tokens_T, tail.reshape(-1)])
-        is_answer = np.concatenate(
-            [np.zeros(self.hay, bool), np.resize(np.arange(tail.shape[1]) >= _TOLD, tail.size)]
-        )
+        is_answer = np.concatenate([np.zeros(self.hay, bool), np.resize(np.arange(tail.shape[1]) >= _TOLD, tail.size)])
         positions = np.arange(self.seq_len)
         at = self.align * int(rng.integers(self.seq_len // self.align))
         positions[at:] += _log_uniform(rng, 1, self.jump + 1) - 1

@@ -127,9 +127,7 @@ class WindowAttention(nnx.Module):
 
         return split.run(one, (q_BTNH, *extra), rows, entries)
 
-    def _attend_block(
-        self, queries, rows: Rows, view: View | None
-    ) -> tuple[jax.Array, jax.Array, View | None]:
+    def _attend_block(self, queries, rows: Rows, view: View | None) -> tuple[jax.Array, jax.Array, View | None]:
         """One softmax over the window's rows, the compressed entries and the sink (steps 9 to 11)."""
         q_BTNH, order_BT, segments_BT, *extra = queries
         ago_BTS = order_BT[:, :, None] - rows.order_BS[:, None, :]

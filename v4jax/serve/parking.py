@@ -75,7 +75,7 @@ def build(live: Live, cache: config.Cache, layout: Layout) -> Parking | None:
     if not layout.page_bytes:
         raise UserError("a model of window layers alone keeps no blocks for a cache on host or disk: drop those tiers")
     host = Host(cache.host, cache.policy) if cache.host else None
-    disk = Disk(cache.directory, cache.disk, policy=cache.policy, deadline=cache.deadline) if cache.disk else None
+    disk = Disk(cache.directory, cache.disk, cache.policy, deadline=cache.deadline) if cache.disk else None
     parking = Parking(live, host, disk, cache.deadline, layout.block, second=cache.admission == "second")
     _log.info("cache: %s", parking.summary)
     return parking

@@ -11,7 +11,7 @@ from v4jax import cli
 from v4jax.config import Cache, Config, Indexer, Moe, Serve
 from v4jax.core.check import UserError
 from v4jax.tools import bench
-from v4jax.tools.bench import decode, generate
+from v4jax.tools.bench import decode, generate, report
 
 MODEL = weights.config(
     schedule=("csa",), indexer=Indexer(heads=16, head_dim=16, topk=20),
@@ -153,4 +153,4 @@ def test_contexts_come_from_the_command_line(capsys):
 
 
 def test_contexts_on_the_axis_are_short():
-    assert [decode._short(context) for context in (20, 1024, 4096, 1_048_576)] == ["20", "1k", "4k", "1M"]
+    assert [report.short(context) for context in (20, 1024, 4096, 1_048_576)] == ["20", "1k", "4k", "1M"]

@@ -4,7 +4,7 @@ from tests.golden import weights
 from v4jax import config
 from v4jax.core.check import UserError
 from v4jax.tools import bench
-from v4jax.tools.bench import tiers
+from v4jax.tools.bench import live, tiers
 
 MODEL = weights.config(
     schedule=("csa",), indexer=config.Indexer(heads=16, head_dim=16, topk=20),
@@ -19,7 +19,13 @@ def test_the_suite_measures_what_it_says(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tiers, "BURST", 1)  # fewer programs
     monkeypatch.setattr(tiers, "SYSTEMS", 1)
     monkeypatch.setattr(tiers, "CONVERSATIONS", 3)
-    records = bench.run("tiers", config=CONFIG, rounds=1, contexts=["300"], json=str(tmp_path / "records.json"))
+    monkeypatch.setattr(tiers, "load", lambda name: CONFIG)
+    monkeypatch.setattr(live, "LENGTHS", (2048,))
+    monkeypatch.setattr(live, "SLOTS", 20)
+    plot = tmp_path / "plot.png"
+    records = bench.run(
+        "tiers", config=CONFIG, rounds=1, contexts=["300"], json=str(tmp_path / "records.json"), plot=str(plot)
+    )
     value = {(record["metric"], record.get("arm")): record["value"] for record in records}
     assert value["restart_same_tokens", None] == 1 and value["first_token", "restart"] > 0
     arms = [arm for metric, arm in value if metric == "trace_hit_rate"]
@@ -27,6 +33,9 @@ def test_the_suite_measures_what_it_says(monkeypatch, tmp_path, capsys):
     assert value["trace_hit_rate", tiers._ANEW] == 0
     assert 0 < value["trace_hit_rate", "device"] <= value["trace_hit_rate", "device, host, disk"]
     assert {value["trace_device_bytes", arm] for arm in arms[1:]} == {value["trace_device_bytes", "device"]}
+    assert 0 < value["device_bytes_live", None] < value["device_bytes_plain", None]
+    assert 0 < value["trace_resumable_per_device_gb", "device"] < value["trace_resumable_per_device_gb", arms[-1]]
+    assert plot.read_bytes().startswith(b"\x89PNG")
     assert "a prompt after a restart" in capsys.readouterr().out
 
 

@@ -10,7 +10,8 @@ from v4jax.core.check import UserError
 from v4jax.core.tables import write_json
 
 SUITES = ("decode", "generate", "kv", "live", "peer", "policy", "serve", "tiers", "train")
-_WITH_CONTEXTS, _WITH_PLOT, _WITH_CHECKPOINT = ("decode", "generate", "live", "tiers"), ("decode", "live"), ("live",)
+_WITH_CONTEXTS, _WITH_PLOT = ("decode", "generate", "live", "tiers"), ("decode", "live", "tiers")
+_WITH_CHECKPOINT = ("live",)
 
 
 def run(
@@ -50,7 +51,7 @@ def run(
         "peer": lambda: peer.run(config, rounds),
         "policy": lambda: policy.run(config),
         "serve": lambda: serve.run(config, rounds),
-        "tiers": lambda: tiers.run(config, rounds, **lengths),
+        "tiers": lambda: tiers.run(config, rounds, plot=plot, **lengths),
         "train": lambda: train.run(config, rounds),
     }
     records = suites[suite]()

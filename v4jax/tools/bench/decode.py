@@ -29,7 +29,7 @@ from v4jax.serve import programs
 from v4jax.serve.live import new_layer
 from v4jax.serve.programs import Heads, Live
 from v4jax.tools.bench.measure import alternate, timed
-from v4jax.tools.bench.report import record
+from v4jax.tools.bench.report import record, short, write
 
 ARMS = {
     "A0": ("dense", "bf16"), "A1": ("sparse", "bf16"), "A2": ("dense", "fp8"), "A3": ("sparse", "fp8"),
@@ -296,18 +296,8 @@ def _plot(path: str, name: str, contexts: list[int], middle, bounds) -> None:
         axes.errorbar(contexts, times, yerr=bars, fmt=styles[layout], color=color, capsize=3, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(contexts, [_short(context) for context in contexts])
+    axes.set_xticks(contexts, [short(context) for context in contexts])
     axes.set(xlabel="context (tokens)", ylabel="ms a token", title=f"Decode step of one sequence, {name}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    partial = f"{path}.partial"
-    figure.savefig(partial, dpi=120, format="png")
-    os.replace(partial, path)
-
-
-def _short(tokens: int) -> str:
-    """1048576 as 1M, 4096 as 4k."""
-    for letter, size in (("M", 2**20), ("k", 2**10)):
-        if tokens % size == 0:
-            return f"{tokens // size}{letter}"
-    return str(tokens)
+    write(figure, path)

@@ -32,7 +32,7 @@ from v4jax.serve.live import new_layer
 from v4jax.serve.programs import Heads, Live
 from v4jax.tools.bench.decode import filled
 from v4jax.tools.bench.measure import alternate, timed
-from v4jax.tools.bench.report import record
+from v4jax.tools.bench.report import record, short, write
 
 PUBLISHED, LENGTHS, SLOTS = "v4_flash", (16_384, 131_072, 1_048_576), 1024
 TARGETS = {16_384: 0.55, 131_072: 0.75, 1_048_576: 0.78}  # of device bytes that must go
@@ -58,7 +58,7 @@ def run(
             raise UserError("suite 'live' is about csa layers, and this model has none; choose another")
     contexts = _checked(config.model, contexts)
     sizes = memory(load(PUBLISHED).model)
-    records = _show_memory(sizes) + _speed(config, rounds, contexts)
+    records = show_memory(sizes) + _speed(config, rounds, contexts)
     hits = hit_rates(checkpoint) if checkpoint else {}
     records += _show_hits(store.load_config(checkpoint).name, trained, hits) if hits else []
     if plot:
@@ -115,7 +115,8 @@ def _bytes(layout: Layout, context: int) -> Bytes:
     return Bytes(device + entries, entries, host)
 
 
-def _show_memory(sizes: dict[tuple[int, str], Bytes]) -> list[dict]:
+def show_memory(sizes: dict[tuple[int, str], Bytes]) -> list[dict]:
+    """Print what `memory` found, and its records."""
     rows, records = [], []
     mib = lambda size: f"{size / 2**20:,.1f}"
     for context in dict.fromkeys(context for context, _ in sizes):
@@ -266,20 +267,23 @@ def _plot(path: str, sizes: dict[tuple[int, str], Bytes], hits: dict[int, tuple[
 
     figure = Figure(figsize=(10 if hits else 6, 4.5), layout="constrained")
     axes = figure.subplots(1, 2 if hits else 1, squeeze=False)[0]
-    contexts = list(dict.fromkeys(context for context, _ in sizes))
-    for i, (arm, color) in enumerate({"bf16": "tab:gray", _FORMAT: "tab:orange", "live": "tab:blue"}.items()):
-        bars = [sizes[context, arm].device / 2**20 for context in contexts]
-        axes[0].bar(np.arange(len(contexts)) + 0.27 * (i - 1), bars, 0.25, color=color, label=arm)
-    axes[0].set_yscale("log")
-    axes[0].set_xticks(range(len(contexts)), [f"{context // 1024}k" for context in contexts])
-    axes[0].set(xlabel="context (tokens)", ylabel="MiB on the device", title=f"Cache of one sequence, {PUBLISHED}")
-    axes[0].legend()
+    draw_memory(axes[0], sizes)
     if hits:
         axes[1].plot(list(hits), [rate for rate, _ in hits.values()], "o-")
         axes[1].set_xscale("log", base=2)
         axes[1].set(xlabel="copies a layer", ylabel="picks found on the device", ylim=(0, 1), title="Trained model")
     for each in axes:
         each.grid(alpha=0.3, which="both")
-    partial = f"{path}.partial"
-    figure.savefig(partial, dpi=120, format="png")
-    os.replace(partial, path)
+    write(figure, path)
+
+
+def draw_memory(axes, sizes: dict[tuple[int, str], Bytes]) -> None:
+    """Bars of what `memory` found on a matplotlib Axes."""
+    contexts = list(dict.fromkeys(context for context, _ in sizes))
+    for i, (arm, color) in enumerate({"bf16": "tab:gray", _FORMAT: "tab:orange", "live": "tab:blue"}.items()):
+        bars = [sizes[context, arm].device / 2**20 for context in contexts]
+        axes.bar(np.arange(len(contexts)) + 0.27 * (i - 1), bars, 0.25, color=color, label=arm)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(contexts)), [short(context) for context in contexts])
+    axes.set(xlabel="context (tokens)", ylabel="MiB on the device", title=f"Cache of one sequence, {PUBLISHED}")
+    axes.legend()

@@ -1,7 +1,8 @@
-"""Records of measurements."""
+"""Records of measurements, and pictures of them."""
 
 from __future__ import annotations
 
+import os
 import statistics
 
 import jax
@@ -15,3 +16,18 @@ def record(suite: str, metric: str, values: list[float], unit: str, **coordinate
         "suite": suite, "metric": metric, "value": statistics.median(values), "unit": unit, **coordinates,
         "device": jax.devices()[0].device_kind, "rounds": len(values), "spread": spread(values),
     }  # fmt: skip
+
+
+def write(figure, path: str) -> None:
+    """Write a matplotlib Figure to a PNG file, whole or not at all."""
+    partial = f"{path}.partial"
+    figure.savefig(partial, dpi=120, format="png")
+    os.replace(partial, path)
+
+
+def short(tokens: int) -> str:
+    """1048576 as 1M, 4096 as 4k."""
+    for letter, size in (("M", 2**20), ("k", 2**10)):
+        if tokens % size == 0:
+            return f"{tokens // size}{letter}"
+    return str(tokens)

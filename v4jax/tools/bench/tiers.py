@@ -1,4 +1,5 @@
-"""What the tiers below the device are worth: a restart with a warm disk, and many conversations on little memory.
+"""What the tiers below the device are worth: device memory of one long sequence (suite 'live' says more about that), a
+restart with a warm disk, and many conversations on little memory.
 
 All arms share weights and requests. Their tokens are compared: times and hits may differ, answers should not (without
 `serve.batch_invariant`, other companies in a batch change the last bits, which random weights may make a token of).
@@ -18,14 +19,15 @@ import numpy as np
 from flax import nnx
 
 from v4jax.cache.spec import Layout
-from v4jax.config import Config, Model
+from v4jax.config import Config, Model, load
 from v4jax.core.check import UserError
 from v4jax.core.tables import print_table
 from v4jax.models.transformer import Transformer
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
+from v4jax.tools.bench import live
 from v4jax.tools.bench.measure import alternate
-from v4jax.tools.bench.report import record
+from v4jax.tools.bench.report import record, write
 
 CONTEXTS = (4096, 32_768)
 CONVERSATIONS, TURNS, SYSTEMS, BURST = 200, 3, 12, 8
@@ -34,8 +36,9 @@ _ANEW = "none: all read anew"
 _GREEDY = SamplingParams(max_tokens=ANSWER, temperature=0.0)
 
 
-def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS) -> list[dict]:
-    """Two tables: seconds to the first token after a restart, by prompt; the trace, by the tiers that there are.
+def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS, plot: str | None = None) -> list[dict]:
+    """Three tables: bytes of one sequence of the published model; seconds to the first token after a restart, by
+    prompt; the trace, by the tiers that there are. Draws a PNG `plot`.
 
     The model has random weights. Raises UserError for contexts that cannot be measured.
     """
@@ -46,8 +49,12 @@ def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS) -> list
         raise UserError(f"suite 'tiers' needs contexts from 1 to {most} tokens; give them as --contexts=4096,32768")
     transformer, cache = _random(model), dataclasses.replace(config.cache, deadline=10.0)
     serve = dataclasses.replace(config.serve, speculative_tokens=0)
-    records = _restarts(config, transformer, serve, cache, rounds, contexts)
-    return records + _trace(config, transformer, serve, cache, CONVERSATIONS)
+    sizes = live.memory(load(live.PUBLISHED).model)
+    records = live.show_memory(sizes) + _restarts(config, transformer, serve, cache, rounds, contexts)
+    records += _trace(config, transformer, serve, cache, CONVERSATIONS)
+    if plot:
+        _plot(plot, sizes, records)
+    return records
 
 
 def _random(model: Model) -> Transformer:
@@ -144,13 +151,14 @@ def _trace(config, model, serve, cache, conversations: int) -> list[dict]:
             rows.append([
                 name, f"{read / seconds:,.0f}", f"{seconds:.1f}", f"{stats['hit_rate']:.0%}",
                 f"{stats['hit_ceiling']:.0%}", f"{hits['host']:,.0f}", f"{hits['disk']:,.0f}",
-                f"{stats['kv_bytes'] / 2**20:,.0f}", f"{_resumable(stats):,.0f}", f"{same:.1%}",
+                f"{_resumable(stats):,.0f}", f"{_resumable(stats) / stats['kv_bytes'] * 1e9:,.0f}", f"{same:.1%}",
             ])  # fmt: skip
             at = {"config": config.name, "arm": name, "concurrency": BURST, "precision": cache.layout}
             for metric, value, unit in [
                 ("tokens_per_second", read / seconds, "1/s"), ("hit_rate", stats["hit_rate"], "ratio"),
                 ("hit_ceiling", stats["hit_ceiling"], "ratio"), ("same_tokens", same, "ratio"),
                 ("resumable", _resumable(stats), "1"), ("device_bytes", stats["kv_bytes"], "B"),
+                ("resumable_per_device_gb", _resumable(stats) / stats["kv_bytes"] * 1e9, "1"),
                 ("host_block_hits", hits["host"], "1"), ("disk_block_hits", hits["disk"], "1"),
             ]:  # fmt: skip
                 records.append(record("tiers", f"trace_{metric}", [value], unit, **at))
@@ -163,8 +171,8 @@ def _trace(config, model, serve, cache, conversations: int) -> list[dict]:
         "ceiling",
         "of host",
         "of disk",
-        "device MiB",
         "can go on",
+        "a device GB",
         "same tokens",
     ]
     print_table(f"{config.name}: {what}", header, rows)
@@ -219,3 +227,35 @@ def _play(
             same.append(answer == known[conversation])
             history[conversation] += known[conversation]
     return seconds, count, statistics.mean(same)
+
+
+# --- a picture -----------------------------------------------------------------------------------------------------
+
+
+def _plot(path: str, sizes: dict[tuple[int, str], live.Bytes], records: list[dict]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    memory, restart, trace = figure.subplots(1, 3)
+    live.draw_memory(memory, sizes)
+    found = lambda metric, arm: [r for r in records if r["metric"] == metric and r.get("arm") == arm]
+    for i, (arm, name) in enumerate({"recompute": "read anew", "restart": "from a warm disk"}.items()):
+        taken = found("first_token", arm)
+        bars = restart.bar(np.arange(len(taken)) + 0.4 * (i - 0.5), [r["value"] for r in taken], 0.38, label=name)
+        restart.bar_label(bars, fmt="%.2g")
+    restart.set_xticks(range(len(taken)), [f"{r['context']:,}" for r in taken])
+    restart.set_yscale("log")
+    restart.margins(y=0.15)
+    restart.set(xlabel="prompt (tokens)", ylabel="s to the first token", title="A prompt after a restart")
+    restart.legend()
+    speeds = [r for r in records if r["metric"] == "trace_tokens_per_second"]
+    bars = trace.barh([r["arm"] for r in speeds], [r["value"] for r in speeds])
+    rates = [found("trace_hit_rate", r["arm"])[0]["value"] for r in speeds]
+    trace.bar_label(bars, [f"{rate:.0%} found" for rate in rates], padding=3)
+    trace.invert_yaxis()
+    trace.margins(x=0.2)
+    ceiling = found("trace_hit_ceiling", speeds[-1]["arm"])[0]["value"]
+    trace.set(xlabel=f"tokens a second (at most {ceiling:.0%} can be found)", title="Many conversations")
+    for each in (memory, restart):
+        each.grid(alpha=0.3, which="both", axis="y")
+    write(figure, path)
