@@ -9,6 +9,7 @@ _HOMES = {
     "CacheConfig": "v4jax.serve",
     "Config": "v4jax.config",
     "LLM": "v4jax.serve",
+    "MeshConfig": "v4jax.serve",
     "SamplingParams": "v4jax.serve",
     "load": "v4jax.checkpoint",
     "save": "v4jax.checkpoint",

@@ -7,6 +7,7 @@ touched, so `main` can be called from Python.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import errno
 import os
@@ -52,13 +53,32 @@ def _generate(values: flags.FlagValues, _: None) -> None:
     prompts = [*values.prompt, *map(_read_prompt, values.prompt_file)]
     if not prompts:
         raise UserError('generate needs something to continue; add --prompt="..." or --prompt_file=FILE')
+    mesh = _mesh(values)
+    from v4jax.parallel import distributed
     from v4jax.serve import LLM, SamplingParams
 
     sampling = SamplingParams(**given(values, "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop"))
-    with LLM(values.checkpoint, **given(values, "dtype", "max_seq_len", "precision"), **_cache(values)) as llm:
+    options = given(values, "dtype", "max_seq_len", "max_batch", "precision") | _cache(values) | mesh
+    with distributed.peers(), LLM(values.checkpoint, **options) as llm:
         if llm.tiers:
             print(f"cache: {llm.tiers}", file=sys.stderr)
-        _write_streams(llm.stream(prompts, sampling), prompts)
+        pieces = llm.stream(prompts, sampling)
+        if distributed.is_lead():
+            _write_streams(pieces, prompts)
+        else:
+            collections.deque(pieces, maxlen=0)  # every process runs the same steps
+
+
+def _mesh(values: flags.FlagValues) -> dict[str, config_lib.Mesh]:
+    """The mesh that the flags ask for, as `mesh`, its processes joined; nothing if they ask for none."""
+    if not values.mesh:
+        if values.coordinator:
+            raise UserError("several processes generate on one mesh; add --mesh=serve, or drop --coordinator")
+        return {}
+    from v4jax.parallel import distributed
+
+    distributed.start(_place(values), values.join_timeout)
+    return {"mesh": config_lib.Mesh(values.mesh)}
 
 
 def _cache(values: flags.FlagValues) -> dict[str, config_lib.Cache]:
@@ -115,21 +135,20 @@ _KV_FLAGS = (
     Flag("kv_dir", "directory that keeps it over restarts; one engine at a time"),
     Flag("kv_policy", "what goes first from a full host or disk: s3fifo (default) or lru"),
 )
+_PROCESS_FLAGS = (
+    Flag("coordinator", "HOST:PORT of process 0, where no launcher tells it"),
+    Flag("num_processes", "processes of the run", flags.DEFINE_integer, options={"lower_bound": 1}),
+    Flag("process_id", "number of this process", flags.DEFINE_integer, options={"lower_bound": 0}),
+    Flag("local_devices", "GPUs of this process, such as 0,1 (default: all it sees)", flags.DEFINE_list),
+    Flag("join_timeout", "seconds to wait for all processes", flags.DEFINE_integer, 300, options={"lower_bound": 1}),
+)
 _JSON = Flag("json", "also write the records to this file")
 
 COMMANDS = {
     "train": Command(
         _train, "train a model, or resume a run that was stopped",
         "v4jax train --config=tiny --workdir=runs/tiny --config.train.steps=200",
-        (
-            Flag("workdir", "directory of the run (default: runs/<name of the config>)"),
-            Flag("coordinator", "HOST:PORT of process 0, where no launcher tells it"),
-            Flag("num_processes", "processes of the run", flags.DEFINE_integer, options={"lower_bound": 1}),
-            Flag("process_id", "number of this process", flags.DEFINE_integer, options={"lower_bound": 0}),
-            Flag("local_devices", "GPUs of this process, such as 0,1 (default: all it sees)", flags.DEFINE_list),
-            Flag("join_timeout", "seconds to wait for all processes", flags.DEFINE_integer, 300,
-                 options={"lower_bound": 1}),
-        ),
+        (Flag("workdir", "directory of the run (default: runs/<name of the config>)"), *_PROCESS_FLAGS),
         has_config=True, default_config="tiny",
     ),
     "generate": Command(
@@ -141,6 +160,7 @@ COMMANDS = {
             Flag("prompt_file", "UTF-8 file holding one prompt; may be repeated", flags.DEFINE_multi_string, ()),
             Flag("max_tokens", "most tokens to add", flags.DEFINE_integer, options={"lower_bound": 1}),
             Flag("max_seq_len", "most tokens, prompt included", flags.DEFINE_integer, options={"lower_bound": 1}),
+            Flag("max_batch", "requests at once, on each device", flags.DEFINE_integer, options={"lower_bound": 1}),
             Flag("temperature", "0 always takes the likeliest token", flags.DEFINE_float, options={"lower_bound": 0.0}),
             Flag("top_k", "sample among the k likeliest tokens (0: all)", flags.DEFINE_integer,
                  options={"lower_bound": 0}),
@@ -154,6 +174,8 @@ COMMANDS = {
             _DTYPE,
             Flag("precision", "of the large matrices: model (as they are) or fp8", flags.DEFINE_enum,
                  options={"enum_values": ["model", "fp8"]}),
+            Flag("mesh", "layout over all devices, experts split: serve (default: one device)"),
+            *_PROCESS_FLAGS,
         ),
     ),
     "convert": Command(

@@ -1,4 +1,5 @@
-"""Several processes on loopback train as one does; one that is killed ends the others, and the restart goes on."""
+"""Several processes on loopback train and generate as one does; one that is killed ends the others, and the restart
+goes on."""
 
 import os
 import pathlib
@@ -55,10 +56,10 @@ def losses(workdir: pathlib.Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def whole(text, tmp_path_factory):
-    """Losses of one process with eight devices."""
+    """The run of one process with eight devices."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     finished(launch(1, 8, command(text, workdir, "--config.mesh.layout=fsdp", "--config.mesh.data=2")))
-    return losses(workdir)
+    return workdir
 
 
 def test_a_killed_run_of_two_processes_goes_on_as_four_on_another_mesh(text, whole, tmp_path):
@@ -80,4 +81,15 @@ def test_a_killed_run_of_two_processes_goes_on_as_four_on_another_mesh(text, who
     assert re.search("v4jax: another process of this run|JAX distributed service .* another task died", output), output
     assert not (workdir / "summary.json").exists()
     finished(launch(4, 2, command(text, workdir, "--config.mesh.layout=fsdp")))
-    np.testing.assert_allclose(losses(workdir), whole, rtol=2e-5)
+    np.testing.assert_allclose(losses(workdir), losses(whole), rtol=2e-5)
+
+
+def test_two_processes_generate_on_one_mesh_what_one_device_does(whole):
+    """2 x 2 devices, a request for each; the first process alone speaks."""
+    prompts = [f"--prompt={' '.join(WORDS[i:])}" for i in range(4)]
+    said = []
+    for processes, devices, mesh in ((1, 1, []), (2, 2, ["--mesh=serve"])):
+        options = [*mesh, "--max_tokens=12", "--max_batch=1", "--max_seq_len=256", "--temperature=0"]
+        said.append(finished(launch(processes, devices, ["generate", f"--checkpoint={whole}", *prompts, *options])))
+    said = [[line for line in output.splitlines() if "[Gloo]" not in line] for output in said]  # which tells of its own
+    assert said[0] == said[1] and len(said[0]) >= 8

@@ -33,7 +33,7 @@ STEPS = 3000  # more than any run here takes
 @contextlib.contextmanager
 def compiled(options):
     """The engine's programs under other compiler options than the tests' (tests/compiler.py)."""
-    static = {"prefill": (0, 2), "decode": ((0, 5), 2), "draw": ((4, 5), 1)}
+    static = {"prefill": (0, 2), "decode": ((0, 5), 2), "draw": ((0, 5, 6), 2)}
     with pytest.MonkeyPatch.context() as patch:
         for name, (numbers, donated) in static.items():
             function = getattr(programs, name).__wrapped__
@@ -82,11 +82,11 @@ class Answer:
 def new_books(engine, pages=None, records=16, chunk=None, record_every=0):
     """Forget all that the engine has cached; its arrays keep what they hold, so whatever is read unwritten is wrong."""
     assert not engine.busy
-    old, slots = engine.scheduler, engine.limits.max_batch
+    old, slots = engine.schedulers[0], engine.limits.max_batch
     room = engine._live.layers[-1][-1].main.shape[0]
     assert pages is None or pages < room
     blocks = Blocks(pages + 1 if pages else room, range(slots + 1, slots + 1 + records))
-    engine.scheduler = Scheduler(
+    engine.schedulers[0] = Scheduler(
         blocks, slots, old.block, chunk or (old.block if old.replay else engine.limits.prefill_chunk),
         record_every=record_every,
         lookahead=old.lookahead, replay=old.replay,
@@ -124,11 +124,13 @@ def _take(answer, drawn, sampling):
 
 def check_settled(engine):
     """All books add up, and nobody holds anything."""
-    engine.scheduler.check()
     stats = engine.stats()
     assert stats["waiting"] == stats["running"] == stats["pages_in_use"] == 0 and not engine.busy
-    assert stats["pages_free"] + stats["pages_cached"] == engine.scheduler.blocks.capacity
-    assert not any(engine.scheduler.blocks._pins.values())
+    for scheduler in engine.schedulers:
+        scheduler.check()
+        one = scheduler.stats()
+        assert one["pages_free"] + one["pages_cached"] == scheduler.blocks.capacity
+        assert not any(scheduler.blocks._pins.values())
 
 
 def tokens_of(engine, prompts, sampling):

@@ -67,7 +67,7 @@ def test_the_device_is_one_step_ahead_and_no_more(engine, monkeypatch):
 
 def test_every_leaf_belongs_to_a_page_or_to_a_record(model):
     engine = Engine(model, dataclasses.replace(LIMITS, speculative_tokens=1))
-    pages = 1 + engine.scheduler.blocks.capacity
+    pages = 1 + engine.schedulers[0].blocks.capacity
     records = 1 + LIMITS.max_batch + 16
     assert pages != records
     by_axis = {"pages": 0, "records": 0}

@@ -53,8 +53,10 @@ def test_a_request_preempted_in_any_phase_of_compression_answers_as_alone(plain,
 def test_a_request_preempted_while_it_reads_its_prompt_answers_as_alone(plain, solo, chunk):
     new_books(plain, pages=2, chunk=chunk)
     asked, states = crowded(length=200), []
-    leave = plain.scheduler._leave
-    plain.scheduler._leave = lambda sequence, state: states.append((sequence.state, state)) or leave(sequence, state)
+    leave = plain.schedulers[0]._leave
+    plain.schedulers[0]._leave = lambda sequence, state: (
+        states.append((sequence.state, state)) or leave(sequence, state)
+    )
     answers = drive(plain, asked)
     assert states[0] == (State.PREFILL, State.PREEMPTED)
     check(asked, answers, solo)
@@ -77,7 +79,7 @@ def test_other_weights_find_nothing(plain, solo):
     expected = alone(asked[0])
     new_books(plain)
     check(asked, drive(plain, asked), solo)
-    other.scheduler = plain.scheduler  # the same books, as if they were one cache
+    other.schedulers[0] = plain.schedulers[0]  # the same books, as if they were one cache
     check(asked, drive(other, asked), alone)
     assert other.stats()["hits"] == 0 and expected != solo(asked[0])
 
@@ -99,7 +101,7 @@ class Drafted:
         def foretell(*args):
             mtp, heads = draft(*args)
             draft_ZK, position_Z = (np.array(a) for a in jax.device_get((heads.draft_ZK, heads.position_Z)))
-            for sequence in self.engine.scheduler.sequences.values():
+            for sequence in self.engine.schedulers[0].sequences.values():
                 next = int(position_Z[sequence.slot]) + 1
                 for k in range(draft_ZK.shape[1]):
                     truth = known[sequence.id][next + k : next + k + 1]

@@ -42,7 +42,7 @@ def change(engine, touch):
 def boundary(engine):
     """(names, pages, record) that the last whole block of the prompt stands on."""
     names = prefix.chain(prefix.seed(engine._seed, salt=""), PROMPT, BLOCK)
-    blocks = engine.scheduler.blocks
+    blocks = engine.schedulers[0].blocks
     return names, [blocks._page[name] for name in names], blocks._record[names[-1]]
 
 
@@ -63,7 +63,7 @@ def kept(plain, uninterrupted):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_leaf_belongs_to_a_page_or_to_a_record(model, layout):
     engine = Engine(model, dataclasses.replace(LIMITS, speculative_tokens=2), config.Cache(layout=layout))
-    pages = 1 + engine.scheduler.blocks.capacity
+    pages = 1 + engine.schedulers[0].blocks.capacity
     assert len({pages, RECORDS}) == 2  # so that the leading axis tells them apart
     named = leaves(engine)
     records = [*RINGS, *TAILS, ".mtp.ring_ZSH"]
@@ -88,7 +88,7 @@ def test_pages_and_a_record_are_all_it_takes(model, kept, uninterrupted):
     names, pages, record = boundary(kept)
     source, rng = leaves(kept), np.random.default_rng(0)
     engine = Engine(model, LIMITS)
-    blocks, seed = engine.scheduler.blocks, prefix.seed(engine._seed, salt="")
+    blocks, seed = engine.schedulers[0].blocks, prefix.seed(engine._seed, salt="")
     given = blocks.allocate(5)
     moved = [given[4], given[2]]
     blocks.publish(seed, names[0], moved[0])

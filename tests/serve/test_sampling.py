@@ -18,7 +18,7 @@ DRAWS = 4096
 def draws(logits, plan=None, **options):
     """DRAWS tokens of one row, at as many positions."""
     params = SamplingParams(seed=7, **options)
-    arrays, needed = batch_options([params] * DRAWS, DRAWS)
+    arrays, needed = batch_options([params] * DRAWS)
     return SAMPLE(jnp.tile(jnp.asarray(logits), (DRAWS, 1)), arrays, jnp.arange(DRAWS), plan or needed)
 
 
@@ -57,7 +57,7 @@ def test_ties_are_cut_at_the_lowest_id():
 
 def test_greedy_takes_the_likeliest_and_the_first_of_equals():
     for temperature in (0.0, 1e-30):
-        arrays, plan = batch_options([SamplingParams(temperature=temperature)] * 2, 4)
+        arrays, plan = batch_options([SamplingParams(temperature=temperature)] * 2)
         logits = np.stack([LOGITS, [0, 1, 1, 0, 0, 0, 0, 1], LOGITS, LOGITS]).astype(np.float32)
         assert not plan.draw
         assert np.asarray(SAMPLE(logits, arrays, jnp.zeros(4, jnp.int32), plan).token_B)[:2].tolist() == [3, 1]
@@ -84,7 +84,7 @@ def test_a_rows_token_depends_on_its_seed_and_position_alone():
 
 def _at(rows, positions):
     """The last arguments of SAMPLE."""
-    arrays, plan = batch_options(rows, len(rows))
+    arrays, plan = batch_options(rows)
     return arrays, jnp.asarray(positions, jnp.int32), plan
 
 

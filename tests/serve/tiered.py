@@ -16,7 +16,7 @@ def small_books(engine, pages=3, **books):
     """New books of a few pages, three of which hold any one request."""
     new_books(engine, pages=pages, **books)
     if engine.parking is not None:
-        engine.parking.attach(engine.scheduler)
+        engine.parking.attach(engine.schedulers[0])
 
 
 @contextlib.contextmanager

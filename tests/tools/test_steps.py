@@ -66,7 +66,7 @@ def test_rows_decode_as_on_one_device(tiny, copies):
 
 @pytest.mark.parametrize("mesh, rows, says", [
     (Mesh("serve"), 6, "6 rows cannot be split over 4"),
-    (Mesh("serve", tensor=2), 8, "over tensor"),
+    (Mesh("serve", tensor=2), 8, "else over tensor"),
     (Mesh("expert"), 8, "splits more"),
 ])  # fmt: skip
 def test_steps_that_cannot_be_are_one_line(tiny, mesh, rows, says):

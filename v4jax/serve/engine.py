@@ -4,6 +4,10 @@ Every `step` asks the scheduler for a plan (one chunk of one prompt, one token o
 to the device, and then takes the results of the plan before: while the host turns tokens into text, the device
 computes. Nothing but the drawn tokens crosses to the host; tables and options cross to the device only when they
 change.
+
+On a mesh every device has a scheduler, records and pages of its own, and one step runs the plans of all devices: as
+many rows and as long a chunk on each as on the one that has most. A request stays on the device that it was given to:
+where most of it is known, or least is to do.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Hashable
+from itertools import zip_longest
 from typing import NamedTuple
 
 import jax
@@ -27,17 +32,18 @@ from v4jax.cache.spec import Layout
 from v4jax.core.check import UserError
 from v4jax.models.quantised import check_precision, quantise
 from v4jax.models.transformer import Transformer
-from v4jax.serve import live, parking, programs
+from v4jax.serve import balance, live, parking, places, programs
 from v4jax.serve.programs import Heads, Live
 from v4jax.serve.sampling import Sampled, SamplingParams, batch_options
 from v4jax.serve.scheduler import Scheduler
-from v4jax.serve.sequence import Plan, Sequence, State
+from v4jax.serve.sequence import Plan, Prefill, Sequence, State
 
 _ENDED = (State.FINISHED, State.CANCELLED, State.FAILED)
 _LEAST_CHUNK = 16  # tokens
 _log = logging.getLogger(__name__)
 
 _NOT_FINITE = Sampled(np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))  # what a chunk that is not draws
+_NOBODY = SamplingParams(temperature=0.0, seed=0)
 
 
 class Drawn(NamedTuple):
@@ -50,58 +56,69 @@ class Drawn(NamedTuple):
 
 
 class _Flight(NamedTuple):
-    """A plan under way, its results still on the device: whether its prefill is finite, the token after a prompt's
-    last chunk, and the tokens of its decode rows."""
+    """A plan of each device under way, the results still on the devices: whether what was read is finite, the tokens
+    after prompts' last chunks, and the tokens of decode rows, `size` on each device."""
 
-    plan: Plan
+    plans: list[Plan | None]
+    size: int
     finite: jax.Array | None
     first: tuple[Sampled, jax.Array] | None
     rows: tuple[Sampled, jax.Array] | None
 
 
 class Engine:
-    """Runs requests through one model; its cache is allocated here and lives as long as the engine."""
+    """Runs requests through one model; its cache is allocated here and lives as long as the engine.
 
-    def __init__(self, model: Transformer, limits: config.Serve, cache: config.Cache | None = None):
+    limits and cache: of each device. on: the devices (`places.on`), None: the default one.
+    """
+
+    def __init__(
+        self, model: Transformer, limits: config.Serve, cache: config.Cache | None = None,
+        on: places.Places | None = None,
+    ):  # fmt: skip
         self.model, self.limits, cache = model.config, limits, cache or config.Cache()
+        self.places = on or places.on(None)
         check_limits(self.model, limits, cache)
+        places.check_engine(self.places, self.model, limits, cache)
         if any(run.repeats > 1 for run in model.runs):
             raise UserError("the engine cannot run layers that are held stacked; load the model with scan=False")
         if limits.precision == "fp8":
             model = quantise(model)
         graphdef, variables = nnx.split(model)
         # A flat list of arrays, because JAX walks lists natively and nnx's trees in Python, every step.
-        self._weights, tree = jax.tree.flatten(variables)
-        self._structure = programs.structure(graphdef, tree)
+        weights, tree = jax.tree.flatten(variables)
+        self._structure = programs.structure(graphdef, tree, self.places.sharding)
+        self._weights = self._structure.placed(weights)
         self.layout = Layout(self.model, cache.layout, cache.block, cache.hot)
         block, slots, k = self.layout.block, limits.max_batch, limits.speculative_tokens
         self._table_width = -(-(limits.max_seq_len + k) // block)
         kept = range(slots + 1, slots + 1 + (cache.records if cache.prefix else 0))
         pages = self._pages(cache, 1 + slots + len(kept))
-        self.scheduler = Scheduler(
-            Blocks(pages, kept), slots, block, block if limits.batch_invariant else limits.prefill_chunk,
-            record_every=cache.record_every, lookahead=k, replay=limits.batch_invariant,
-        )  # fmt: skip
-        longest = self.scheduler.chunk
+        longest = block if limits.batch_invariant else limits.prefill_chunk
+        self.schedulers = [
+            Scheduler(Blocks(pages, kept), slots, block, longest, record_every=cache.record_every, lookahead=k,
+                      replay=limits.batch_invariant) for _ in range(self.places.count)
+        ]  # fmt: skip
+        self._home: dict[Hashable, Scheduler] = {}
         self._sizes = [longest] if limits.batch_invariant else chunk_sizes(longest)
         self._seed = self._digest(variables) if cache.prefix else None
-        self._live = self._allocate(model, pages, 1 + slots + len(kept), self.scheduler.slack + k)
+        self._live = self._allocate(model, pages, 1 + slots + len(kept), self.schedulers[0].slack + k)
         if cache.hot:
             _log.info(
                 "cache: CSA entries of %s tokens in host memory (%s bytes), %s of a layer on the device",
                 *(f"{n:,}" for n in ((pages - 1) * block, pages * self.layout.host_page_bytes, cache.hot)),
             )
         heads = Heads(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
-        state = (self._live, heads)
+        state = (self._live, self.places.everywhere(heads))
         self._live, self._heads = live.committed(state) if cache.hot else state
-        self._tables = np.full((slots + 1, self._table_width), -1, np.int32)
-        self._device_tables = jax.device_put(self._tables.copy())
+        self._tables = np.full((self.places.count, slots + 1, self._table_width), -1, np.int32)
+        self._put_tables()
         self._sampling: dict[Hashable, SamplingParams] = {}
         self._batch, self._device_batch = (), None
         self._flight: deque[_Flight] = deque()
         self.parking = parking.build(self._live, cache, self.layout)
         if self.parking is not None:
-            self.parking.attach(self.scheduler)
+            self.parking.attach(self.schedulers[0])
 
     def _pages(self, cache: config.Cache, records: int) -> int:
         """Pages of every pool, page 0 among them."""
@@ -120,12 +137,14 @@ class Engine:
         return self.layout.pages_for(cache.device - fixed)
 
     def _allocate(self, model: Transformer, pages: int, records: int, slack: int) -> Live:
-        one = lambda kind: live.new_layer(self.layout, kind, pages, records, slack)
+        one = lambda kind: self.places.everywhere(live.new_layer(self.layout, kind, pages, records, slack))
         layers = [[one(kind) for kind, _ in run.kinds] for run in model.runs]
         return Live(layers, one("swa") if self.limits.speculative_tokens else None)
 
     def _digest(self, variables) -> bytes:
         """Seed of the names of blocks: all that their contents depend on besides the tokens."""
+        if self.places.sharding is not None:  # nothing outlives this engine, and no process has all of the weights
+            return prefix.seed(b"", self.model)
         leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
         # Where bits are promised, blocks from another run are of use only if the same programs computed them.
         bits = (jax.__version__, jax.default_backend()) if self.limits.batch_invariant else ()
@@ -146,28 +165,34 @@ class Engine:
                 f"{name} has {len(prompt)} tokens, which with max_tokens {sampling.max_tokens} exceeds max_seq_len"
                 f" {limit}; shorten one of them or raise max_seq_len (the model takes up to {self.model.max_positions})"
             )
-        self.scheduler.check_fits(len(prompt), sampling.max_tokens)
+        self.schedulers[0].check_fits(len(prompt), sampling.max_tokens)
 
     def add(self, id: Hashable, prompt: list[int], sampling: SamplingParams, salt: str = "") -> None:
         """Queue a request that `check` has passed. salt: it shares blocks only with requests of the same salt."""
         if sampling.seed is None:
             sampling = dataclasses.replace(sampling, seed=secrets.randbits(64))
         seed = self._seed and prefix.seed(self._seed, salt=salt)
-        self.scheduler.add(id, prompt, sampling.max_tokens, seed=seed)
+        home = self._home.get(id)
+        if home is None or id not in home.sequences:
+            home = balance.choose(self.schedulers, prompt, sampling.max_tokens, seed)
+        home.add(id, prompt, sampling.max_tokens, seed=seed)
+        self._home[id] = home
         self._sampling[id], self._batch = sampling, ()  # an id may come again with other options
 
     def finish(self, id: Hashable) -> None:
         """End a request whose text is complete."""
-        self.scheduler.finish(id)
+        if id in self._home:
+            self._home[id].finish(id)
 
     def cancel(self, id: Hashable) -> None:
         """Drop a request, at any moment; what it holds is freed."""
-        self.scheduler.cancel(id)
+        if id in self._home:
+            self._home[id].cancel(id)
 
     @property
     def busy(self) -> bool:
         """Whether any request waits or runs, or results are under way."""
-        return self.scheduler.busy
+        return any(scheduler.busy for scheduler in self.schedulers)
 
     # --- steps -----------------------------------------------------------------------------------------------------
 
@@ -176,11 +201,12 @@ class Engine:
 
         A request whose logits were not finite has ended, failed, when its tokens (whose `finite` says so) come.
         """
-        plan = self.scheduler.step()
-        self._park(waits=plan is None and not self._flight)
-        if plan is not None:
-            self._flight.append(self._send(plan))
-        drawn = self._take(self._flight.popleft()) if len(self._flight) > (plan is not None) else []
+        plans = [scheduler.step() for scheduler in self.schedulers]
+        any_plan = any(plan is not None for plan in plans)
+        self._park(waits=not any_plan and not self._flight)
+        if any_plan:
+            self._flight.append(self._send(plans))
+        drawn = self._take(self._flight.popleft()) if len(self._flight) > any_plan else []
         if not self.busy:
             self._park()
         return drawn
@@ -197,56 +223,76 @@ class Engine:
         """Move what is idle to the tiers below the device, in so many seconds at most, and leave them. For good."""
         if self.parking is not None:
             self.parking.close(self._live, seconds)
-            self.parking = self.scheduler.below = self.scheduler.blocks.watch = None
+            [scheduler] = self.schedulers
+            self.parking = scheduler.below = scheduler.blocks.watch = None
 
     @jax.transfer_guard("disallow")
-    def _send(self, plan: Plan) -> _Flight:
-        for source, target in plan.copies:
-            self._live = programs.copy(self._live, *jax.device_put((np.int32(source), np.int32(target))))
-        self._set_tables(plan.sequences)
-        finite, first = self._prefill(*plan.prefill) if plan.prefill else (None, None)
-        rows = self._decode([row.sequence for row in plan.decode]) if plan.decode else None
-        return _Flight(plan, finite, first, rows)
+    def _send(self, plans: list[Plan | None]) -> _Flight:
+        put, some = self.places.put, lambda name: [plan and getattr(plan, name) or () for plan in plans]
+        for pairs in zip_longest(*some("copies"), fillvalue=(0, 0)):
+            source_D, target_D = np.array(pairs, np.int32).T.copy()
+            self._live = programs.copy(self._structure, self._live, *put((source_D, target_D)))
+        self._set_tables(some("sequences"))
+        reads = [plan and plan.prefill for plan in plans]
+        finite, first = self._prefill(reads) if any(reads) else (None, None)
+        rows = [[row.sequence for row in decode] for decode in some("decode")]
+        size = min(1 << (max(map(len, rows)) - 1).bit_length(), self.limits.max_batch)
+        return _Flight(plans, size, finite, first, self._decode(rows, size) if any(rows) else None)
 
-    def _set_tables(self, sequences: list[Sequence]) -> None:
+    def _set_tables(self, sequences: list[list[Sequence]]) -> None:
         changed = False
-        for sequence in sequences:
-            row = self._table(sequence)
-            if not np.array_equal(row, self._tables[sequence.slot]):
-                self._tables[sequence.slot], changed = row, True
+        for device, here in enumerate(sequences):
+            for sequence in here:
+                row = self._table(sequence)
+                if not np.array_equal(row, self._tables[device, sequence.slot]):
+                    self._tables[device, sequence.slot], changed = row, True
         if changed:
-            self._device_tables = jax.device_put(self._tables.copy())
+            self._put_tables()
+
+    def _put_tables(self) -> None:
+        self._device_tables = self.places.put(self._tables.reshape(-1, self._table_width).copy())
 
     def _table(self, sequence: Sequence) -> np.ndarray:
         row = np.full(self._table_width, -1, np.int32)
         row[: len(sequence.pages)] = sequence.pages
         return row
 
-    def _prefill(self, sequence: Sequence, start: int, count: int, last: bool):
-        size = next(size for size in self._sizes if size >= count)
-        tokens = np.zeros(size + 1, np.int32)
-        known = sequence.tokens[start : start + count + 1]
-        tokens[: len(known)] = known
-        scalars = (np.int32(start), np.int32(count), np.int32(sequence.slot))
-        inputs = jax.device_put((tokens, *scalars))
-        self._live, x_11XD, finite = programs.prefill(
-            self._structure, self._weights, self._live, *inputs, self._device_tables
+    def _prefill(self, reads: list[Prefill | None]):
+        """Read a chunk on each device that has one to read; draw where it was a prompt's last."""
+        size = next(size for size in self._sizes if size >= max(read.count for read in reads if read))
+        tokens_DT = np.zeros((len(reads), size + 1), np.int32)
+        scalars_3D = np.zeros((3, len(reads)), np.int32)  # start, count, record
+        for device, read in enumerate(reads):
+            if read:
+                known = read.sequence.tokens[read.start : read.start + read.count + 1]
+                tokens_DT[device, : len(known)] = known
+                scalars_3D[:, device] = read.start, read.count, read.sequence.slot
+        self._live, x_D1XD, finite_D = programs.prefill(
+            self._structure, self._weights, self._live, *self.places.put((tokens_DT, *scalars_3D)), self._device_tables
         )
-        if not last:
-            return finite, None
-        place = jax.device_put((np.array([sequence.slot], np.int32), np.array([start + count], np.int32)))
-        options = batch_options([self._sampling[sequence.id]], 1)
-        logits_BTV = programs.logits(self._structure, self._weights, x_11XD)
-        return finite, self._draw(logits_BTV, place, options, x_11XD)
+        ended = [read if read and read.last else None for read in reads]
+        if not any(ended):
+            return finite_D, None
+        place = [(read.sequence.slot, read.start + read.count) if read else (0, 0) for read in ended]
+        record_D, position_D = np.array(place, np.int32).T.copy()
+        options = self._options([[read.sequence.id] if read else [] for read in ended], 1)
+        logits_DTV = programs.logits(self._structure, self._weights, x_D1XD)
+        return finite_D, self._draw(logits_DTV, self.places.put((record_D, position_D)), options, x_D1XD)
 
-    def _decode(self, sequences: list[Sequence]):
-        batch = tuple((sequence.slot, sequence.id) for sequence in sequences)
+    def _options(self, ids: list[list[Hashable]], size: int):
+        """Sampling options of `size` rows on each device."""
+        rows = [[self._sampling[id] for id in here] + [_NOBODY] * (size - len(here)) for here in ids]
+        options, plan = batch_options([row for here in rows for row in here])
+        return self.places.put(options), plan
+
+    def _decode(self, rows: list[list[Sequence]], size: int):
+        batch = tuple(tuple((sequence.slot, sequence.id) for sequence in here) for here in rows)
         if batch != self._batch:
-            size = min(1 << (len(batch) - 1).bit_length(), self.limits.max_batch)
-            record_B = np.zeros(size, np.int32)
-            record_B[: len(batch)] = [slot for slot, _ in batch]
-            options = batch_options([self._sampling[id] for _, id in batch], size)
-            self._batch, self._device_batch = batch, (jax.device_put(record_B), options)
+            record_DB = np.zeros((len(rows), size), np.int32)
+            for device, here in enumerate(batch):
+                record_DB[device, : len(here)] = [slot for slot, _ in here]
+            options = self._options([[id for _, id in here] for here in batch], size)
+            self._batch, self._device_batch = batch, (self.places.put(record_DB.reshape(-1)), options)
         record_B, options = self._device_batch
         rows = (record_B, self._device_tables)
         self._live, x_BTXD, logits_BTV = programs.decode(
@@ -256,7 +302,9 @@ class Engine:
 
     def _draw(self, logits_BTV, place, options, x_BTXD):
         """Tokens of the positions just read, and drafts of what follows them."""
-        self._heads, drawn = programs.draw(logits_BTV, self._heads, place, *options, self.limits.batch_invariant)
+        self._heads, drawn = programs.draw(
+            self._structure, logits_BTV, self._heads, place, *options, self.limits.batch_invariant
+        )
         if self._live.mtp is not None:
             sampled, count_B = drawn
             mtp, self._heads = programs.draft(
@@ -273,38 +321,47 @@ class Engine:
 
     @jax.transfer_guard("disallow")
     def _take(self, flight: _Flight) -> list[Drawn]:
-        plan, (finite, first, rows) = flight.plan, jax.device_get(flight[1:])
-        drawn, failed = [], []
-        if finite is not None and not finite:
-            failed.append(plan.prefill.sequence)
-            first = first or (_NOT_FINITE, None)
-        if first is not None:
-            drawn.append(Drawn(plan.prefill.sequence.id, first[0], 0, 1))
-        if rows is not None:
-            drawn += [Drawn(row.sequence.id, rows[0], i, int(rows[1][i])) for i, row in enumerate(plan.decode)]
-        alive = {id: s for id, s in self.scheduler.sequences.items() if s.state not in _ENDED}
+        results, drawn = self.places.get((flight.finite, flight.first, flight.rows)), []
+        for device, plan in enumerate(flight.plans):
+            if plan is not None:
+                drawn += self._take_plan(device, plan, flight.size, *results)
+        for id in [id for id, home in self._home.items() if id not in home.sequences]:
+            del self._home[id], self._sampling[id]
+        return drawn
+
+    def _take_plan(self, device: int, plan: Plan, size: int, finite, first, rows) -> list[Drawn]:
+        """The results of one device's plan, which are committed."""
+        scheduler, drawn, failed = self.schedulers[device], [], []
+        if read := plan.prefill:
+            failed += [] if finite[device] else [read.sequence]
+            if read.last or failed:
+                drawn.append(Drawn(read.sequence.id, *((first[0], device) if read.last else (_NOT_FINITE, 0)), 1))
+        for row, decode in enumerate(plan.decode, device * size):
+            drawn.append(Drawn(decode.sequence.id, rows[0], row, int(rows[1][row])))
+        alive = {id: s for id, s in scheduler.sequences.items() if s.state not in _ENDED}
         drawn = [d for d in drawn if d.id in alive]
         failed += [alive[d.id] for d in drawn if not d.sampled.finite_B[d.row, : d.count].all()]
         for sequence in failed:
-            self._fail(sequence)
+            self._fail(device, sequence)
         gained = {d.id: d.sampled.token_B[d.row, : d.count].tolist() for d in drawn}
         drawn = [d for d in drawn if not alive[d.id].repeats]
-        self.scheduler.commit(plan, gained)
-        for id in [id for id in self._sampling if id not in self.scheduler.sequences]:
-            del self._sampling[id]
+        scheduler.commit(plan, gained)
         return drawn
 
-    def _fail(self, sequence: Sequence) -> None:
+    def _fail(self, device: int, sequence: Sequence) -> None:
         """End a request whose logits are not finite; what it alone wrote is wiped before others may get it."""
-        slot, pages = sequence.slot, self._table(sequence)
-        pages[: sequence.found] = -1
-        if self.scheduler.fail(sequence.id):
-            self._live = programs.wipe(self._live, *jax.device_put((np.int32(slot), pages)))
+        record_D = np.zeros(self.places.count, np.int32)
+        pages_DA = np.full((self.places.count, self._table_width), -1, np.int32)
+        record_D[device], pages_DA[device] = sequence.slot, self._table(sequence)
+        pages_DA[device, : sequence.found] = -1
+        if self.schedulers[device].fail(sequence.id):
+            self._live = programs.wipe(self._structure, self._live, *self.places.put((record_D, pages_DA)))
 
     def stats(self) -> dict[str, float]:
-        """Counts of sequences, pages and prefix hits, of the cache's bytes (`live.stats`), and of the tiers."""
+        """Counts of sequences, pages and prefix hits, of the cache's bytes (`live.stats`), and of the tiers; of all
+        devices together."""
         below = {} if self.parking is None else self.parking.stats()
-        return self.scheduler.stats() | live.stats(self._live) | below
+        return balance.together(self.schedulers) | live.stats(self._live) | below
 
 
 def chunk_sizes(longest: int) -> list[int]:

@@ -17,6 +17,7 @@ from v4jax import checkpoint, config
 from v4jax.core.check import UserError
 from v4jax.data.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 from v4jax.models.transformer import Transformer
+from v4jax.serve import places
 from v4jax.serve.engine import Drawn, Engine, check_limits
 from v4jax.serve.sampling import Logprob, Sampled, SamplingParams
 
@@ -46,7 +47,9 @@ class LLM:
 
     model: a directory (a run, an orbax checkpoint or Hugging Face weights) or a Transformer. tokenizer: a Tokenizer or
     its path; by default the directory's own; without one, prompts must be token ids. dtype: "float32" or "bfloat16",
-    for a directory only. cache: a CacheConfig. Other options are fields of `config.Serve`: max_batch, max_seq_len
+    for a directory only. cache: a CacheConfig. mesh: a MeshConfig, such as MeshConfig("serve"): over all devices of all
+    processes, experts split and each device with a batch and a cache of its own, of the sizes given here; all processes
+    then make the same calls, and get the same. Other options are fields of `config.Serve`: max_batch, max_seq_len
     (prompt and new tokens), prefill_chunk, speculative_tokens, batch_invariant, precision ("fp8": the large matrices
     in 8 bits). What is not given comes from the checkpoint's config. Raises UserError.
     """
@@ -58,6 +61,7 @@ class LLM:
         tokenizer: Tokenizer | str | os.PathLike | None = None,
         dtype: str | None = None,
         cache: config.Cache | None = None,
+        mesh: config.Mesh | None = None,
         **limits,
     ):
         if isinstance(model, Transformer):
@@ -71,9 +75,11 @@ class LLM:
             tokenizer = Tokenizer(tokenizer)
         serve, cache = _limits(stored, limits), cache or stored.cache
         check_limits(stored.model, serve, cache)
+        on = places.on(mesh)
+        places.check_engine(on, stored.model, serve, cache)
         if not isinstance(model, Transformer):  # last: reading weights may take minutes
-            model = checkpoint.load(model, dtype=dtype, precision=serve.precision)
-        self.tokenizer, self.engine = tokenizer, Engine(model, serve, cache)
+            model = checkpoint.load(model, dtype=dtype, precision=serve.precision, placement=on.placement)
+        self.tokenizer, self.engine = tokenizer, Engine(model, serve, cache, on)
         self._ends = tokenizer or model.config  # who knows the ids of bos and eos
         self._count, self._running = itertools.count(), {}
 

@@ -4,21 +4,30 @@ Each takes the weights and the live state and gives the state back updated in pl
 and few: prompt chunks and batches are rounded up, contexts of any length share one program, because what reads the
 past walks its pages only as far as they are filled. Rows beyond the batch read and write record 0, which belongs to
 nobody, and no page.
+
+A program is written for one device. For a model on a mesh it runs on all devices at once, within `shard_map`: there
+the first axis of every array but the weights' holds the rows of all devices (`serve.places`), hence the arrays of one
+element, [1], where a device does one thing of a kind, such as reading one chunk. Tokens travel to the experts; nothing
+else does.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from v4jax.models.transformer import State, Transformer, next_chunk
 from v4jax.nn.kept import Kept
 from v4jax.nn.memory import get, put
 from v4jax.nn.state import Place
+from v4jax.parallel.rules import Sharding, use
+from v4jax.serve.places import rows as rows_of
 from v4jax.serve.sampling import Options, Plan, sample
 
 
@@ -39,37 +48,82 @@ class Heads(NamedTuple):
 
 
 class _Structure:
-    """A model without its arrays, compared by identity: hashing the graph itself would cost a step milliseconds."""
+    """A model without its arrays, and its mesh, if it is on one; compared by identity: hashing the graph itself would
+    cost a step milliseconds."""
 
-    def __init__(self, graphdef, tree):
-        self._graphdef, self._tree = graphdef, tree
+    def __init__(self, graphdef, tree, sharding: Sharding | None = None):
+        self._graphdef, self._tree, self.sharding = graphdef, tree, sharding
 
     def model(self, weights: list[jax.Array]) -> Transformer:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._tree, weights))
+
+    def placed(self, weights: list[jax.Array]) -> list[jax.Array]:
+        """The weights where they belong; those that are there already stay as they are."""
+        if self.sharding is None:
+            return weights
+        return [jax.device_put(a, self.sharding.named(spec)) for a, spec in zip(weights, self.specs(), strict=True)]
+
+    def specs(self) -> list[PartitionSpec]:
+        """How each of the weights is split over the mesh."""
+        variables = jax.tree.unflatten(self._tree, range(self._tree.num_leaves))
+        leaves = jax.tree.leaves(variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+        return [self.sharding.weight(leaf.letters) for leaf in leaves for _ in jax.tree.leaves(leaf)]
 
 
 structure = functools.lru_cache(maxsize=16)(_Structure)  # models of equal structure share their programs
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def prefill(structure, weights, live: Live, tokens_T: jax.Array, start, count, record, table_ZA):
-    """Read tokens_T[:count] (T + 1 of them, the last one only to be drafted from) at `start` of one row.
+def _program(weights: bool = True, donate: tuple[int, ...] = (), static: tuple[int, ...] = ()):
+    """Compiles a function of (structure, ...), on the structure's mesh if it has one. weights: they come next, as a
+    list. donate, static: by place among all arguments."""
 
-    The live state, the streams [1, 1, X, D] of the last token read, and whether they are finite: what is not spreads
-    to every later token through the window. All scalars int32.
+    def decorate(function):
+        @functools.wraps(function)
+        def run(structure, *args):
+            if structure.sharding is None:
+                return function(structure, *args)
+            return _on_mesh(functools.partial(function, structure), structure, args, weights, static)
+
+        return jax.jit(run, static_argnums=(0, *static), donate_argnums=donate)
+
+    return decorate
+
+
+def _on_mesh(function, structure: _Structure, args: tuple, weights: bool, static: tuple[int, ...]):
+    sharding, split = structure.sharding, rows_of(structure.sharding)
+    moving = [i for i in range(len(args)) if i + 1 not in static]
+    specs = [structure.specs() if weights and i == 0 else split for i in moving]
+
+    def one(*parts):
+        given = list(args)
+        for i, part in zip(moving, parts, strict=True):
+            given[i] = part
+        with use(dataclasses.replace(sharding, inside=True)):
+            return function(*given)
+
+    mapped = jax.shard_map(one, mesh=sharding.mesh, in_specs=tuple(specs), out_specs=split, check_vma=False)
+    return mapped(*(args[i] for i in moving))
+
+
+@_program(donate=(2,))
+def prefill(structure, weights, live: Live, tokens_1T: jax.Array, start_1, count_1, record_1, table_ZA):
+    """Read tokens_1T[0, :count] (T + 1 of them, the last one only to be drafted from) at `start` of one row.
+
+    The live state, the streams [1, 1, X, D] of the last token read, and whether they are finite, [1]: what is not
+    spreads to every later token through the window. start_1, count_1, record_1 int32 [1]; a count of 0 reads nothing,
+    for record 0.
     """
     model = structure.model(weights)
-    one = lambda a: a[None]
-    chunk = next_chunk(tokens_T[None, :-1], one(start), one(count), Place(one(record), one(table_ZA[record])))
+    chunk = next_chunk(tokens_1T[:, :-1], start_1, count_1, Place(record_1, table_ZA[record_1]))
     x_BTXD, layers, _ = model.hidden(chunk, live.layers)
     mtp = live.mtp
     if mtp is not None:
-        _, _, mtp = model.draft(x_BTXD, tokens_T[None, 1:], chunk, mtp)
-    x_11XD = jax.lax.dynamic_slice_in_dim(x_BTXD, count - 1, 1, axis=1)
-    return Live(layers, mtp), x_11XD, jnp.isfinite(x_11XD).all()
+        _, _, mtp = model.draft(x_BTXD, tokens_1T[:, 1:], chunk, mtp)
+    x_11XD = jax.lax.dynamic_slice_in_dim(x_BTXD, count_1[0] - 1, 1, axis=1)
+    return Live(layers, mtp), x_11XD, jnp.isfinite(x_11XD).all((1, 2, 3))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
+@_program(donate=(2,), static=(5,))
 def decode(structure, weights, live: Live, heads: Heads, rows, invariant: bool):
     """Read each row's newest token, and its drafts: the live state, the streams, float32 logits [B, T, V].
 
@@ -95,15 +149,15 @@ def _read(model: Transformer, layers: State, heads: Heads, record_B, table_ZA):
     return layers, x_BTXD, model.logits(x_BTXD)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@_program()
 def logits(structure, weights, x_BTXD: jax.Array) -> jax.Array:
     """Float32 logits [B, T, V]."""
     return structure.model(weights).logits(x_BTXD)
 
 
 # Apart from `decode`, so that a batch with other sampling options does not compile the model again.
-@functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=1)
-def draw(logits_BTV: jax.Array, heads: Heads, place, options: Options, plan: Plan, invariant: bool):
+@_program(weights=False, donate=(2,), static=(5, 6))
+def draw(structure, logits_BTV: jax.Array, heads: Heads, place, options: Options, plan: Plan, invariant: bool):
     """Draw a token for every position read, and move each row behind those that its drafts foretold.
 
     place: (record_B, position_B of the first token drawn or None: after each row's newest). Gives the heads, the
@@ -135,7 +189,7 @@ def draw(logits_BTV: jax.Array, heads: Heads, place, options: Options, plan: Pla
     return heads, (sampled, more_B + 1)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+@_program(donate=(2, 3))
 def draft(structure, weights, mtp: Kept, heads: Heads, x_BTXD, drawn, record_B):
     """Tokens that may follow each row's newest one, by the MTP layer: its state, and the heads with the drafts.
 
@@ -157,21 +211,21 @@ def draft(structure, weights, mtp: Kept, heads: Heads, x_BTXD, drawn, record_B):
     return mtp, heads._replace(draft_ZK=heads.draft_ZK.at[record_B].set(jnp.concatenate(drafts, axis=1)))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def copy(live: Live, source: jax.Array, target: jax.Array) -> Live:
-    """Record `source` to record `target`, int32 scalars."""
+@_program(weights=False, donate=(1,))
+def copy(structure, live: Live, source_1: jax.Array, target_1: jax.Array) -> Live:
+    """One record to another, int32 [1]."""
 
     def one(kept: Kept) -> Kept:
-        return kept.records(lambda a: put(a, get(a, source), target))
+        return kept.records(lambda a: put(a, get(a, source_1), target_1))
 
     return jax.tree.map(one, live, is_leaf=lambda a: isinstance(a, Kept))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def wipe(live: Live, record: jax.Array, page_A: jax.Array) -> Live:
+@_program(weights=False, donate=(1,))
+def wipe(structure, live: Live, record_1: jax.Array, page_1A: jax.Array) -> Live:
     """Zeros in a record and in pages (int32, -1 for none): masks hide what is stale, but 0 * NaN is NaN."""
 
     def one(kept: Kept) -> Kept:
-        return kept.records(lambda a: put(a, 0, record)).wiped(page_A)
+        return kept.records(lambda a: put(a, 0, record_1)).wiped(page_1A[0])
 
     return jax.tree.map(one, live, is_leaf=lambda a: isinstance(a, Kept))

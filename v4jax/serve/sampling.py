@@ -122,14 +122,13 @@ class Sampled:
     top_ids_BK: jax.Array | None = None
 
 
-def batch_options(rows: Sequence[SamplingParams], batch: int) -> tuple[Options, Plan]:
-    """Options of `batch` rows on the device, the last ones greedy dummies, and what they need computed."""
-    padded = [*rows, *[SamplingParams(temperature=0.0)] * (batch - len(rows))]
-    column = lambda name, dtype: np.array([getattr(row, name) for row in padded], dtype)
-    seeds = [secrets.randbits(64) if row.seed is None else int(row.seed) for row in padded]
+def batch_options(rows: Sequence[SamplingParams]) -> tuple[Options, Plan]:
+    """Options of rows, numpy arrays, and what they need computed."""
+    column = lambda name, dtype: np.array([getattr(row, name) for row in rows], dtype)
+    seeds = [secrets.randbits(64) if row.seed is None else int(row.seed) for row in rows]
     options = Options(
-        np.array([0 if row.greedy else row.temperature for row in padded], np.float32),
-        np.array([min(row.top_k, 2**31 - 1) for row in padded], np.int32),
+        np.array([0 if row.greedy else row.temperature for row in rows], np.float32),
+        np.array([min(row.top_k, 2**31 - 1) for row in rows], np.int32),
         column("top_p", np.float32),
         column("min_p", np.float32),
         np.array([divmod(seed, 2**32) for seed in seeds], np.uint32),
@@ -142,7 +141,7 @@ def batch_options(rows: Sequence[SamplingParams], batch: int) -> tuple[Options, 
         cut=any(row.top_k > 0 or row.top_p < 1 for row in draws),
         logprobs=1 << (most - 1).bit_length() if most else most,
     )
-    return jax.device_put(options), plan
+    return options, plan
 
 
 def sample(logits_BV: jax.Array, options: Options, position_B: jax.Array, plan: Plan) -> Sampled:

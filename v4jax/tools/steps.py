@@ -1,8 +1,7 @@
 """The programs of a plan, lowered for devices that need not exist: a training step, a decode step, a prefill chunk.
 
-Training is the trainer's own step. Serving is one `shard_map` over all devices: each holds the records and pages of its
-own rows and runs the engine's program (`serve.programs`) on them; tokens travel to the experts, and nothing else does.
-The engine itself is on one device yet, so what is lowered here is the step of a sharded engine, without its scheduler.
+Both are the programs that run: the trainer's step, and the engine's (`serve.programs`) on a mesh, where each device
+holds the records and pages of its own rows.
 """
 
 from __future__ import annotations
@@ -15,15 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from v4jax.cache.spec import Layout
 from v4jax.config import Config, Mesh
 from v4jax.core.check import UserError
 from v4jax.models.transformer import Transformer
 from v4jax.nn.kept import Kept
-from v4jax.parallel.rules import Sharding, make_sharding, use
-from v4jax.serve import live, programs
+from v4jax.parallel.rules import make_sharding
+from v4jax.serve import live, places, programs
 from v4jax.serve.programs import Heads, Live
 from v4jax.tools.estimate import Work
 
@@ -58,25 +56,25 @@ def serve(config: Config, mesh: Mesh, work: Work, devices: Sequence[jax.Device])
 
     Mode "decode": one token of each sequence. Mode "prefill": on each device a chunk of one of its sequences. Weights
     are in the model's dtype, the cache in `cache.layout` with a page and a record to spare, as the engine holds them.
-    Raises UserError for rows that do not divide, and for meshes that split more than experts and rows.
+    Raises UserError for rows that do not divide, and for meshes that no engine can be on (`serve.places`).
     """
     sharding = make_sharding(mesh, devices)
-    rows = _rows_of_a_device(sharding, work)
+    places.check(sharding)
+    if work.rows % sharding.mesh.size:
+        raise UserError(f"{work.rows} rows cannot be split over {sharding.mesh.size} devices; take a multiple")
+    rows = work.rows // sharding.mesh.size
     limits = dataclasses.replace(config.serve, max_batch=rows, max_seq_len=work.context, speculative_tokens=0)
     live.check(config.model, limits, config.cache)
-    everywhere = sharding.axes("activations", "batch")
     graphdef, variables = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
     leaves, _ = jax.tree.flatten(variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    structure = programs.structure(graphdef, jax.tree.structure(variables))
-    specs = [sharding.weight(leaf.letters) for leaf in leaves]
+    structure = programs.structure(graphdef, jax.tree.structure(variables), sharding)
     dtype = jnp.dtype(config.model.dtype)
     of = lambda leaf: _MATRICES.get(leaf.letters, dtype if len(leaf.letters) > 1 else jnp.float32)
     weights = [
         jax.ShapeDtypeStruct(leaf.get_value().shape, of(leaf), sharding=sharding.named(spec))
-        for leaf, spec in zip(leaves, specs, strict=True)
+        for leaf, spec in zip(leaves, structure.specs(), strict=True)
     ]
-    split = PartitionSpec(everywhere)
-    here = sharding.named(split)
+    here = sharding.named(places.rows(sharding))
     whole = lambda shape, dtype, where=here: jax.ShapeDtypeStruct(
         (sharding.mesh.size * shape[0], *shape[1:]), dtype, sharding=where
     )
@@ -99,40 +97,17 @@ def serve(config: Config, mesh: Mesh, work: Work, devices: Sequence[jax.Device])
         chunk = min(work.context, config.serve.prefill_chunk)
         inputs = (ints(1, chunk + 1), (ints(1), ints(1), ints(1)), table)
 
-    def one(weights, state, *inputs):
-        with use(dataclasses.replace(sharding, inside=True)):
-            if decode:
-                return programs.decode(structure, weights, state, *inputs, False)
-            tokens_1T, scalars, table_ZA = inputs
-            state, x_11XD, finite = programs.prefill(
-                structure, weights, state, tokens_1T[0], *(a[0] for a in scalars), table_ZA
-            )
-            return state, x_11XD, finite[None]
+    def run(weights, state, *inputs):
+        if decode:
+            return programs.decode(structure, weights, state, *inputs, False)
+        tokens_DT, scalars_3D, table_ZA = inputs
+        return programs.prefill(structure, weights, state, tokens_DT, *scalars_3D, table_ZA)
 
-    mapped = jax.shard_map(
-        one, mesh=sharding.mesh, in_specs=(specs, *[split] * (1 + len(inputs))), out_specs=split, check_vma=False
-    )
     # The state's places are told, or what is in host memory would be written to a copy. The engine holds weights that a
     # program does not use, such as those of the MTP layer, all the same.
     results = jax.tree.map(lambda a: a.sharding, state), here, here
-    jitted = jax.jit(mapped, donate_argnums=1, keep_unused=True, out_shardings=results)
+    jitted = jax.jit(run, donate_argnums=1, keep_unused=True, out_shardings=results)
     return Step(jitted, (weights, state, *inputs))
-
-
-def _rows_of_a_device(sharding: Sharding, work: Work) -> int:
-    layout, mesh = sharding.layout, sharding.mesh
-    everywhere = sharding.axes("activations", "batch")
-    if sharding.size(everywhere) != mesh.size:
-        over = ", ".join(axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in everywhere)
-        raise UserError(f"a {work.mode} step is compiled with rows over all devices, and layout {layout.name!r} splits "
-                        f"something else over {over}; leave those axes at 1, or add --analytic")  # fmt: skip
-    weights = {axis for name, _ in layout.weights if name != "expert" for axis in sharding.axes("weights", name)}
-    if weights:
-        raise UserError(f"a {work.mode} step is compiled with experts split and all other weights whole, and layout "
-                        f"{layout.name!r} splits more; take layout 'serve', or add --analytic")  # fmt: skip
-    if work.rows % mesh.size:
-        raise UserError(f"{work.rows} rows cannot be split over {mesh.size} devices; take a multiple, or --analytic")
-    return work.rows // mesh.size
 
 
 def _pages(config: Config, tokens: int) -> int:

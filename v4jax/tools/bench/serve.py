@@ -146,11 +146,11 @@ def _burst(engine: Engine, requests: list[_Request], at: dict) -> list[dict]:
     alone = [_serve(engine, [dataclasses.replace(each, salt=f"alone {i}")])[0] for i, each in enumerate(requests)]
     before = engine.stats()
     answers = _serve(engine, requests)
-    engine.scheduler.check()  # raises if any book is wrong
+    engine.schedulers[0].check()  # raises if any book is wrong
     stats = engine.stats()
     count = {name: int(stats[name] - before[name]) for name in ("preemptions", "hits", "evictions")}
     equal = sum(one.tokens == other.tokens for one, other in zip(answers, alone, strict=True))
-    leaked = engine.scheduler.blocks.capacity - int(stats["pages_free"] + stats["pages_cached"])
+    leaked = engine.schedulers[0].blocks.capacity - int(stats["pages_free"] + stats["pages_cached"])
     values = {
         "burst_equal_answers": (equal, "requests"),
         "burst_leaked_pages": (leaked, "pages"),

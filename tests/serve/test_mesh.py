@@ -1,0 +1,141 @@
+"""An engine on a mesh gives every request what it gets on one device."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.serve import small
+from tests.serve.small import Request, check_settled, drive, tokens_of
+from v4jax import config
+from v4jax.core.check import UserError
+from v4jax.serve import places
+from v4jax.serve.engine import Engine
+from v4jax.serve.sampling import SamplingParams
+
+DEVICES = 2
+LIMITS = dataclasses.replace(small.LIMITS, max_batch=2, prefill_chunk=16)  # few programs
+CACHE = config.Cache(tokens=768)
+RNG = np.random.default_rng(0)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+SAMPLED = SamplingParams(temperature=0.9, top_p=0.9, seed=3, max_tokens=12, logprobs=2)
+
+
+def on(layout="serve", count=DEVICES, **axes):
+    return places.on(config.Mesh(layout, **axes), jax.devices()[:count])
+
+
+@pytest.fixture(scope="module")
+def meshed(model):
+    return Engine(model, LIMITS, CACHE, on())
+
+
+def prompt(length):
+    return RNG.integers(3, 2048, length).tolist()
+
+
+def test_every_request_gets_what_it_gets_alone(meshed, plain):
+    asked = [
+        Request(prompt(n), sampling)
+        for n, sampling in [
+            (5, GREEDY),
+            (300, SAMPLED),
+            (70, GREEDY),
+            (15, SAMPLED),
+            (64, GREEDY),
+            (40, SAMPLED),
+            (1, GREEDY),
+        ]
+    ]
+    for late, request in enumerate(asked):
+        request.join = 2 * late
+    homes = []
+    place = lambda engine: [sum(map(bool, s.sequences)) for s in engine.schedulers]
+    step = meshed.step
+    meshed.step = lambda: homes.append(place(meshed)) or step()
+    answers = drive(meshed, asked)
+    del meshed.step
+    for request, answer in zip(asked, answers, strict=True):
+        [alone] = drive(plain, [dataclasses.replace(request, join=0)])
+        assert answer.tokens == alone.tokens
+        for (a, tops), (b, others) in zip(answer.logprobs, alone.logprobs, strict=True):
+            np.testing.assert_allclose([a, *tops], [b, *others], atol=1e-4)
+    assert any(all(counts) for counts in homes)  # both devices had something to do at once
+
+
+def test_what_a_device_knows_is_asked_of_that_device(meshed):
+    known = prompt(300)
+    others = [Request(prompt(200), GREEDY) for _ in range(3)]
+    first = drive(meshed, [Request(known, GREEDY), *others])[0]
+    before = meshed.stats()["hits"]
+    again, *_ = drive(meshed, [Request(known, GREEDY), Request(prompt(20), GREEDY)])
+    assert again == first and meshed.stats()["hits"] == before + 1
+
+
+def test_experts_are_split_and_the_cache_is_each_device_s_own(meshed):
+    split = {leaf.sharding.spec for leaf in meshed._weights if leaf.sharding.shard_shape(leaf.shape) != leaf.shape}
+    assert {(spec[0], len(spec)) for spec in split} == {("expert", 4), ("expert", 3)}  # EUDF and EFD
+    for leaf in jax.tree.leaves((meshed._live, meshed._heads, meshed._device_tables)):
+        assert not leaf.size or leaf.sharding.shard_shape(leaf.shape)[0] * DEVICES == leaf.shape[0]
+    one = Engine(meshed._structure.model(meshed._weights), LIMITS, CACHE, on())
+    assert all(a is b for a, b in zip(one._weights, meshed._weights, strict=True))  # no second copy
+    assert one.stats()["kv_bytes"] == meshed.stats()["kv_bytes"]
+
+
+def test_pages_run_out_and_requests_leave(model, plain):
+    """Each device has pages for one long request and a short one: the younger one is preempted."""
+    engine = Engine(model, LIMITS, CACHE, on())
+    asked = [Request(prompt(n), dataclasses.replace(GREEDY, max_tokens=40)) for n in (250, 255, 240, 252, 100, 250)]
+    asked[4].join, asked[4].leave = 3, 6
+    answers = drive(engine, asked)
+    assert engine.stats()["preemptions"]
+    for request, answer in list(zip(asked, answers, strict=True))[:4]:
+        assert answer.tokens == tokens_of(plain, [request.prompt], request.sampling)[0]
+
+
+def test_a_bad_request_ends_alone(model, meshed):
+    """Token 7 is not finite wherever it is read, its neighbour on the other device is."""
+    graphdef, variables = nnx.split(model)
+    leaves, tree = jax.tree.flatten(variables)
+    [embedding] = [i for i, leaf in enumerate(leaves) if leaf.shape == (2048, 32)][:1]
+    leaves[embedding] = leaves[embedding].at[7].set(np.nan)
+    broken = Engine(nnx.merge(graphdef, jax.tree.unflatten(tree, leaves)), LIMITS, CACHE, on())
+    asked = [[5, 7, 9], [11, 12, 13], [14] * 5]
+    ends, tokens = {}, {}
+    for id, ids in enumerate(asked):
+        broken.add(id, ids, GREEDY)
+    while broken.busy:
+        for drawn in broken.step():
+            ends[drawn.id] = drawn.sampled.finite_B[drawn.row, : drawn.count].all()
+            tokens.setdefault(drawn.id, []).extend(drawn.sampled.token_B[drawn.row, : drawn.count].tolist())
+    check_settled(broken)
+    assert ends == {0: False, 1: True, 2: True}
+    assert [tokens[1], tokens[2]] == tokens_of(meshed, asked[1:], GREEDY)
+
+
+def test_drafts_change_nothing(model, plain):
+    engine = Engine(model, dataclasses.replace(LIMITS, max_batch=1, speculative_tokens=2), on=on())
+    prompts = [prompt(n) for n in (9, 70, 20)]
+    assert tokens_of(engine, prompts, GREEDY) == tokens_of(plain, prompts, GREEDY)
+
+
+def test_weights_in_8_bits(model):
+    limits = dataclasses.replace(LIMITS, max_batch=1, precision="fp8")
+    prompts = [prompt(n) for n in (9, 20)]
+    one = tokens_of(Engine(model, limits), prompts, GREEDY)
+    assert tokens_of(Engine(model, limits, on=on()), prompts, GREEDY) == one
+
+
+@pytest.mark.parametrize("where, limits, cache, says", [
+    (dict(layout="serve", count=4, tensor=2), {}, {}, "else over tensor"),
+    (dict(layout="fsdp"), {}, {}, "take layout 'serve'"),
+    (dict(count=3), {}, {}, "4 experts cannot be split over 3 devices"),
+    ({}, {"batch_invariant": True}, {}, "batch_invariant needs an engine on one device"),
+    ({}, {}, {"host": 1 << 20}, "cache host needs an engine on one device"),
+    ({}, {}, {"hot": 64}, "cache hot needs an engine on one device"),
+])  # fmt: skip
+def test_what_cannot_be_is_one_line(model, where, limits, cache, says):
+    with pytest.raises(UserError, match=says):
+        Engine(model, dataclasses.replace(LIMITS, **limits), config.Cache(**cache), on=on(**where))

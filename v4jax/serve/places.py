@@ -1,0 +1,109 @@
+"""Where an engine's arrays lie: on one device, or on all devices of a mesh, each with records and pages of its own.
+
+On a mesh the first axis of every array but the weights' is the devices', in the mesh's order: the rows of the first
+device, then those of the second, and so on. Experts are split over the devices and tokens travel to them; the other
+weights are whole on each (`configs/mesh/serve.py`). Every process of a mesh keeps the books of all devices and is told
+all tokens, so all of them plan the same steps; each sends its own devices their part.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from v4jax import config
+from v4jax.checkpoint.model_io import Placement
+from v4jax.core.check import UserError
+from v4jax.parallel.rules import Sharding, make_sharding
+
+
+class Places:
+    """count: devices. sharding: the mesh and its rules, None for one device."""
+
+    def __init__(self, sharding: Sharding | None):
+        self.sharding, self.count = sharding, 1
+        if sharding is not None:
+            check(sharding)
+            self.count = sharding.mesh.size
+            self._rows = sharding.named(rows(sharding))
+            here = jax.process_index()
+            self._mine = [(i, one) for i, one in enumerate(sharding.mesh.devices.flat) if one.process_index == here]
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where weights go as they are read."""
+        if self.sharding is None:
+            return None
+        return lambda letters, _: self.sharding.named(self.sharding.weight(letters))
+
+    def put(self, tree):
+        """Arrays of the host (numpy), all devices' rows, to the devices."""
+        if self.sharding is None:
+            return jax.device_put(tree)
+        return jax.tree.map(lambda a: self._joined([np.split(a, self.count)[i] for i, _ in self._mine]), tree)
+
+    def everywhere(self, tree):
+        """Arrays of one device, the same for every device: all devices' rows."""
+        if self.sharding is None:
+            return tree
+        return jax.tree.map(lambda a: self._joined([a] * len(self._mine)), tree)
+
+    def _joined(self, parts: list) -> jax.Array:
+        """What each device of this process is to have, as its part of one array."""
+        parts = jax.device_put(parts, [device for _, device in self._mine])
+        shape = (self.count * parts[0].shape[0], *parts[0].shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, self._rows, parts)
+
+    def get(self, tree):
+        """Arrays of the devices to the host, all devices' rows, in every process."""
+        if self.sharding is not None and jax.process_count() > 1:
+            tree = _gathered(NamedSharding(self.sharding.mesh, PartitionSpec()))(tree)
+        return jax.device_get(tree)
+
+
+@functools.lru_cache(maxsize=4)
+def _gathered(whole: NamedSharding):
+    return jax.jit(lambda tree: tree, out_shardings=whole)
+
+
+def rows(sharding: Sharding) -> PartitionSpec:
+    """How the devices' rows are split."""
+    return PartitionSpec(sharding.axes("activations", "batch"))
+
+
+def on(mesh: config.Mesh | None, devices: Sequence[jax.Device] | None = None) -> Places:
+    """Over `devices` (default: all of all processes), or on one device if the mesh has no layout. Raises UserError."""
+    return Places(make_sharding(mesh, devices) if mesh else None)
+
+
+def check(sharding: Sharding) -> None:
+    """Raise UserError unless rows are split over all devices, and of the weights nothing but experts."""
+    layout, mesh = sharding.layout, sharding.mesh
+    everywhere = sharding.axes("activations", "batch")
+    if sharding.size(everywhere) != mesh.size:
+        over = ", ".join(axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in everywhere)
+        raise UserError(f"serving gives every device rows of its own, and layout {layout.name!r} splits something else "
+                        f"over {over}; leave those axes at 1")  # fmt: skip
+    if {axis for name, _ in layout.weights if name != "expert" for axis in sharding.axes("weights", name)}:
+        raise UserError(f"serving splits experts and keeps all other weights whole, and layout {layout.name!r} splits "
+                        "more; take layout 'serve'")  # fmt: skip
+
+
+def check_engine(on: Places, model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
+    """Raise UserError for experts that the devices do not divide, and for what an engine does on one device alone."""
+    if on.sharding is None:
+        return
+    over = on.sharding.size(on.sharding.axes("weights", "expert"))
+    if model.moe.experts % over:
+        raise UserError(f"{model.moe.experts} experts cannot be split over {over} devices; take a number that divides "
+                        "them, and let mesh.data take the rest")  # fmt: skip
+    for name, given in {
+        "batch_invariant": limits.batch_invariant, "cache hot": cache.hot, "cache host": cache.host,
+        "cache disk": cache.disk,
+    }.items():  # fmt: skip
+        if given:
+            raise UserError(f"{name} needs an engine on one device; leave it out, or the mesh")
