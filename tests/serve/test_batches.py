@@ -127,20 +127,20 @@ def test_padding_rows_stay_at_the_beginning(engine):
 def test_shapes_are_few(model, monkeypatch):
     chunks, batches = [], []
 
-    def prefill(structure, weights, live, tokens_T, start, count, record, tables):
-        chunks.append((len(tokens_T) - 1, int(start), int(count)))
-        return live, None, np.True_
+    def prefill(structure, weights, live, tokens_1T, start_1, count_1, record_1, tables):
+        chunks.append((tokens_1T.shape[1] - 1, int(start_1[0]), int(count_1[0])))
+        return live, None, np.array([True])
 
     def decode(structure, weights, live, heads, rows, invariant):
         batches.append(rows[0].tolist())
         return live, None, np.zeros((len(rows[0]), 1, 1))
 
-    def draw(logits_BTV, heads, *args):
+    def draw(structure, logits_BTV, heads, *args):
         B = len(logits_BTV)
         return heads, (Sampled(np.full((B, 1), 7), np.full((B, 1), True)), np.full(B, 1))
 
     monkeypatch.setattr(programs, "logits", lambda *args: np.zeros((1, 1, 1)))
-    monkeypatch.setattr(programs, "copy", lambda live, *args: live)
+    monkeypatch.setattr(programs, "copy", lambda structure, live, *args: live)
     for name, fake in [("prefill", prefill), ("decode", decode), ("draw", draw)]:
         monkeypatch.setattr(programs, name, fake)
     limited = Engine(model, config.Serve(max_batch=6, max_seq_len=400, prefill_chunk=100))

@@ -303,7 +303,9 @@ def test_a_directory_brings_its_tokenizer_and_limits(monkeypatch, model, tokeniz
     monkeypatch.setattr(checkpoint, "load_config", lambda path: stored)
     monkeypatch.setattr(llm_module, "load_tokenizer", lambda path, model: tokenizer)
     llm = LLM("DIR", dtype="bfloat16", max_batch=2)
-    assert read == [("DIR", {"dtype": "bfloat16", "precision": "model"})] and llm.tokenizer is tokenizer
+    assert (
+        read == [("DIR", {"dtype": "bfloat16", "precision": "model", "placement": None})] and llm.tokenizer is tokenizer
+    )
     assert llm.engine.limits == config.Serve(max_batch=2, max_seq_len=50, prefill_chunk=20)
 
     monkeypatch.setattr(llm_module, "load_tokenizer", lambda path, model: None)

@@ -115,17 +115,12 @@ def test_a_bad_request_ends_alone(model, meshed):
     assert [tokens[1], tokens[2]] == tokens_of(meshed, asked[1:], GREEDY)
 
 
-def test_drafts_change_nothing(model, plain):
-    engine = Engine(model, dataclasses.replace(LIMITS, max_batch=1, speculative_tokens=2), on=on())
-    prompts = [prompt(n) for n in (9, 70, 20)]
-    assert tokens_of(engine, prompts, GREEDY) == tokens_of(plain, prompts, GREEDY)
-
-
-def test_weights_in_8_bits(model):
+def test_drafts_and_weights_in_8_bits(model):
     limits = dataclasses.replace(LIMITS, max_batch=1, precision="fp8")
-    prompts = [prompt(n) for n in (9, 20)]
-    one = tokens_of(Engine(model, limits), prompts, GREEDY)
-    assert tokens_of(Engine(model, limits, on=on()), prompts, GREEDY) == one
+    prompts = [prompt(n) for n in (9, 70, 20)]
+    one = tokens_of(Engine(model, limits, CACHE), prompts, GREEDY)
+    drafting = dataclasses.replace(limits, speculative_tokens=2)
+    assert tokens_of(Engine(model, drafting, CACHE, on()), prompts, GREEDY) == one
 
 
 @pytest.mark.parametrize("where, limits, cache, says", [
