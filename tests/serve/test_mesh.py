@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from tests.serve import small
-from tests.serve.small import Request, check_settled, drive, tokens_of
+from tests.serve.small import BLOCK, Request, check_settled, drive, tokens_of
 from v4jax import config
 from v4jax.core.check import UserError
 from v4jax.serve import places
@@ -123,12 +123,39 @@ def test_drafts_and_weights_in_8_bits(model):
     assert tokens_of(Engine(model, drafting, CACHE, on()), prompts, GREEDY) == one
 
 
+def test_what_one_device_let_go_comes_back_on_any(meshed, model, plain, tmp_path):
+    """Two rounds of conversations that the devices cannot hold, one more after a restart on one device."""
+    prompts = [prompt(2 * BLOCK - 5) for _ in range(6)]
+    expected = [tokens_of(plain, [each], GREEDY)[0] for each in prompts]
+    below = {"disk": 1 << 30, "directory": str(tmp_path), "deadline": 60.0}
+    where = {"host": 1 << 30} | below
+    for places_of, cache, restored in ((on(), where, 0), (None, below, 1)):
+        engine = Engine(model, LIMITS, dataclasses.replace(CACHE, **cache), places_of)
+        for again in (0, 1):
+            first = [leaf.unsafe_buffer_pointer() for leaf in pools(engine)]
+            assert [tokens_of(engine, [each], GREEDY)[0] for each in prompts] == expected
+            assert [leaf.unsafe_buffer_pointer() for leaf in pools(engine)] == first  # in place
+            stats = engine.stats()
+            assert (stats["restored_blocks"] > 0) == bool(again or restored)
+        assert stats["transfer_dropped"] == stats["disk_corrupt"] == 0
+        if places_of:
+            assert all(bay.restored for bay in engine.parking.bays) and "each of 2 devices" in engine.parking.summary
+            assert tokens_of(engine, prompts, GREEDY) == expected  # all at once
+        engine.close(60.0)
+
+
+def pools(engine):
+    """Pages of each device."""
+    return [
+        shard.data for leaf in jax.tree.leaves(engine._live.layers[-1][-1].main) for shard in leaf.addressable_shards
+    ]
+
+
 @pytest.mark.parametrize("where, limits, cache, says", [
     (dict(layout="serve", count=4, tensor=2), {}, {}, "else over tensor"),
     (dict(layout="fsdp"), {}, {}, "take layout 'serve'"),
     (dict(count=3), {}, {}, "4 experts cannot be split over 3 devices"),
     ({}, {"batch_invariant": True}, {}, "batch_invariant needs an engine on one device"),
-    ({}, {}, {"host": 1 << 20}, "cache host needs an engine on one device"),
     ({}, {}, {"hot": 64}, "cache hot needs an engine on one device"),
 ])  # fmt: skip
 def test_what_cannot_be_is_one_line(model, where, limits, cache, says):

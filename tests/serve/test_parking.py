@@ -30,7 +30,7 @@ from v4jax.cache.faults import FaultyFiles, failing
 from v4jax.cache.spec import LAYOUTS
 from v4jax.core.check import UserError
 from v4jax.models.transformer import Transformer
-from v4jax.serve import parking
+from v4jax.serve import bay
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
 
@@ -151,7 +151,7 @@ def test_whatever_shapes_the_contents_is_in_the_key(model):
     def key(model, layout="model", block=0, **limits):
         cache = config.Cache(layout=layout, block=block, tokens=256)
         engine = Engine(model, dataclasses.replace(LIMITS, **limits), cache)
-        return engine._seed, parking.form(engine._live, "block").digest, parking.form(engine._live, "record").digest
+        return engine._seed, bay.form(engine._live, "block").digest, bay.form(engine._live, "record").digest
 
     def other(**changes):
         """The same weights under another config."""
@@ -264,7 +264,7 @@ def test_no_memory_for_copies_costs_time_only(model, alone, monkeypatch):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of pinned memory")
 
     with tiered(model, host=1 << 30) as engine:
-        monkeypatch.setattr(parking, "take", refuse)
+        monkeypatch.setattr(bay, "take", refuse)
         assert one_by_one(engine, CHATS) == alone
         stats = parked(engine)
         assert stats["transfer_dropped"] >= 3 * len(CHATS) and stats["transfer_saved"] == stats["host_blocks"] == 0
@@ -272,21 +272,21 @@ def test_no_memory_for_copies_costs_time_only(model, alone, monkeypatch):
 
 def test_without_pinned_memory_plain_memory_does(model, alone, stored):
     with tiered(model, stored, host=1 << 30) as engine:
-        engine.parking._pinned = None
+        engine.parking.bays[0]._pinned = None
         assert one_by_one(engine, CHATS) == one_by_one(engine, CHATS) == alone
 
 
 def test_pieces_evicted_between_fetch_and_admission_are_fetched_again(model, alone, stored):
     with tiered(model, stored) as engine:
         drive(engine, CHATS[:1])
-        bring_in = engine.parking._bring_in
+        bring_in = engine.parking.bays[0]._bring_in
 
         def once(job, seed):
-            engine.parking._bring_in = bring_in
+            engine.parking.bays[0]._bring_in = bring_in
             job.blocks.clear()
             return bring_in(job, seed)
 
-        engine.parking._bring_in = once
+        engine.parking.bays[0]._bring_in = once
         assert drive(engine, CHATS[1:2]) == alone[1:2]
         assert engine.stats()["restored_blocks"] == 4
 
@@ -336,7 +336,7 @@ def test_what_is_not_finite_is_not_stored(tmp_path):
 @pytest.mark.parametrize("layout", ["model", "fp8_fp4"])
 def test_copies_off_the_device_and_back_keep_every_bit_of_every_leaf(model, layout):
     engine = Engine(model, dataclasses.replace(LIMITS, speculative_tokens=1), config.Cache(layout=layout, tokens=2048))
-    rng, kinds = np.random.default_rng(0), parking._kinds(engine._live)
+    rng, kinds = np.random.default_rng(0), bay.kinds(engine._live)
 
     def rubbish(leaf):
         raw = rng.integers(0, 256, (*leaf.shape, leaf.dtype.itemsize), np.uint8)
@@ -347,11 +347,11 @@ def test_copies_off_the_device_and_back_keep_every_bit_of_every_leaf(model, layo
     source, before = bits(one), bits(two)
     for kind in ("block", "record"):
         numbers = np.array([3, 1, 4], np.int32)
-        payloads = parking.take(one, kinds, kind, numbers)
-        assert {payload.nbytes for payload in payloads} == {parking.form(one, kind).nbytes}
-        two = parking.give(two, kinds, kind, np.array([2, 5, 2**31 - 1], np.int32), payloads)
-    assert parking.form(one, "block").nbytes == engine.layout.page_bytes
-    assert parking.form(one, "record").nbytes == engine.layout.record_bytes(3, mtp=True)
+        payloads = bay.take(one, kinds, kind, numbers)
+        assert {payload.nbytes for payload in payloads} == {bay.form(one, kind).nbytes}
+        two = bay.give(two, kinds, kind, np.array([2, 5, 2**31 - 1], np.int32), payloads)
+    assert bay.form(one, "block").nbytes == engine.layout.page_bytes
+    assert bay.form(one, "record").nbytes == engine.layout.record_bytes(3, mtp=True)
     for have, had, other in zip(bits(two), before, source, strict=True):
         had[[2, 5]] = other[[3, 1]]
         assert np.array_equal(have, had)

@@ -16,7 +16,7 @@ def small_books(engine, pages=3, **books):
     """New books of a few pages, three of which hold any one request."""
     new_books(engine, pages=pages, **books)
     if engine.parking is not None:
-        engine.parking.attach(engine.schedulers[0])
+        engine.parking.attach(engine.schedulers)
 
 
 @contextlib.contextmanager
@@ -57,7 +57,7 @@ def parked(engine):
     assert engine.parking.flush(engine._live, LONG)
     for tier in engine.parking.transfer.tiers.values():
         tier.check()
-    assert not engine.parking._moves and not any(engine.parking._backlog.values())
+    assert not any(bay.moving for bay in engine.parking.bays)
     return engine.stats()
 
 

@@ -9,7 +9,8 @@ from v4jax.serve.scheduler import Scheduler
 
 
 def choose(schedulers: Sequence[Scheduler], prompt: Sequence[int], max_tokens: int, seed: bytes | None) -> Scheduler:
-    """The scheduler that has least to do, in tokens, until the request is done, the first of several.
+    """The scheduler that has least to do, in tokens, until the request is done; of several the one that was given
+    fewest requests.
 
     What it finds of the prompt need not be read. seed: of the names of the prompt's blocks, or None.
     """
@@ -18,12 +19,12 @@ def choose(schedulers: Sequence[Scheduler], prompt: Sequence[int], max_tokens: i
     block = schedulers[0].block
     names = [] if seed is None else prefix.chain(seed, prompt[:-1], block)
 
-    def tokens(scheduler: Scheduler) -> int:
+    def cost(scheduler: Scheduler) -> tuple[int, int]:
         found, _ = scheduler.blocks.match(names)
         before = sum(sequence.limit - sequence.position for sequence in scheduler.sequences.values())
-        return before + len(prompt) + max_tokens - found * block
+        return before + len(prompt) + max_tokens - found * block, scheduler.arrivals
 
-    return min(schedulers, key=tokens)
+    return min(schedulers, key=cost)
 
 
 def together(schedulers: Sequence[Scheduler]) -> dict[str, float]:

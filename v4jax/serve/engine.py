@@ -116,9 +116,9 @@ class Engine:
         self._sampling: dict[Hashable, SamplingParams] = {}
         self._batch, self._device_batch = (), None
         self._flight: deque[_Flight] = deque()
-        self.parking = parking.build(self._live, cache, self.layout)
+        self.parking = parking.build(self._live, self.places, cache, self.layout)
         if self.parking is not None:
-            self.parking.attach(self.schedulers[0])
+            self.parking.attach(self.schedulers)
 
     def _pages(self, cache: config.Cache, records: int) -> int:
         """Pages of every pool, page 0 among them."""
@@ -143,7 +143,7 @@ class Engine:
 
     def _digest(self, variables) -> bytes:
         """Seed of the names of blocks: all that their contents depend on besides the tokens."""
-        if self.places.sharding is not None:  # nothing outlives this engine, and no process has all of the weights
+        if jax.process_count() > 1:  # nothing outlives this engine, and no process has all of the weights
             return prefix.seed(b"", self.model)
         leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
         # Where bits are promised, blocks from another run are of use only if the same programs computed them.
@@ -223,8 +223,9 @@ class Engine:
         """Move what is idle to the tiers below the device, in so many seconds at most, and leave them. For good."""
         if self.parking is not None:
             self.parking.close(self._live, seconds)
-            [scheduler] = self.schedulers
-            self.parking = scheduler.below = scheduler.blocks.watch = None
+            self.parking = None
+            for scheduler in self.schedulers:
+                scheduler.below = scheduler.blocks.watch = None
 
     @jax.transfer_guard("disallow")
     def _send(self, plans: list[Plan | None]) -> _Flight:

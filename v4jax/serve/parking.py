@@ -1,73 +1,37 @@
-"""Between the engine and the tiers below the device: what is let go there moves down, what is asked for comes up.
+"""The tiers below the devices of an engine, which all of them share, and a `bay.Bay` for the books of each.
 
-Down: a block that is idle, and the record behind it, are copied to the tiers when there is room on the way, at the
-latest when they are evicted: their arrays are read before the next plan writes to them. Only what is idle moves: it was
-computed by a request that did not fail. Up: when a request waits, the pieces of its prefix that the device lacks are
-read and verified by other threads; when it can be admitted, they are put into the books and the arrays as if they had
-never left, and the scheduler finds them there. A request waits for that no longer than the deadline, and reads its
-prompt itself if it must.
+A block that one device computed is found by a request on any other. One process alone decides what is there and when it
+has come, so an engine over several processes has no tiers.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
-import math
 import time
 import weakref
-from collections import OrderedDict
-from collections.abc import Sequence as Names
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from v4jax import config
-from v4jax.cache.blocks import Blocks
 from v4jax.cache.disk import Disk, space
-from v4jax.cache.manifest import Form
 from v4jax.cache.policy import POLICIES
 from v4jax.cache.spec import Layout
-from v4jax.cache.tiers import Host, Item
-from v4jax.cache.transfer import Fetch, Transfer
+from v4jax.cache.tiers import Host
+from v4jax.cache.transfer import Transfer
 from v4jax.core.check import UserError
-from v4jax.nn.kept import Kept
-from v4jax.nn.memory import get, put
+from v4jax.serve.bay import Bay, form, kinds, pinned
+from v4jax.serve.places import Places
 from v4jax.serve.programs import Live
 from v4jax.serve.scheduler import Scheduler
-from v4jax.serve.sequence import Sequence, State
 
-_BATCH = 8  # blocks or records copied by one call, if more than one
-_REMEMBERED = 1 << 20  # names of blocks
 _log = logging.getLogger(__name__)
 
 
-class _Save(NamedTuple):
-    kind: str
-    parent: bytes
-    name: bytes
-    number: int
-
-
-class _Restore(NamedTuple):
-    kind: str
-    number: int
-    item: Item
-
-
-@dataclass
-class _Visit:
-    """What is done for one request that waits."""
-
-    job: Fetch
-    again: bool = False  # it is the second one, after pieces were evicted meanwhile
-
-
-def build(live: Live, cache: config.Cache, layout: Layout) -> Parking | None:
+def build(live: Live, places: Places, cache: config.Cache, layout: Layout) -> Parking | None:
     """The tiers that a config asks for, told of in the log; None if it asks for none. Raises UserError."""
     check(cache)
     if not (cache.host or cache.disk):
@@ -76,9 +40,76 @@ def build(live: Live, cache: config.Cache, layout: Layout) -> Parking | None:
         raise UserError("a model of window layers alone keeps no blocks for a cache on host or disk: drop those tiers")
     host = Host(cache.host, cache.policy) if cache.host else None
     disk = Disk(cache.directory, cache.disk, cache.policy, deadline=cache.deadline) if cache.disk else None
-    parking = Parking(live, host, disk, cache.deadline, layout.block, second=cache.admission == "second")
+    parking = Parking(live, places, host, disk, cache.deadline, layout.block, second=cache.admission == "second")
     _log.info("cache: %s", parking.summary)
     return parking
+
+
+class Parking:
+    """The tiers of one engine. `attach` joins them to its schedulers and books. tokens: of a block. second: only what a
+    second request asked for moves down. summary: what each tier holds, in tokens.
+    """
+
+    def __init__(
+        self, live: Live, places: Places, host: Host | None, disk: Disk | None, deadline: float, tokens: int,
+        *, second: bool = False,
+    ):  # fmt: skip
+        self._places, parts = places, places.split(live)
+        self.forms = {kind: form(parts[0], kind) for kind in ("block", "record")}
+        leaves = jax.tree.leaves(parts[0])
+        place = functools.partial(_place, pinned(*leaves[0].devices()))
+        self.transfer = Transfer(*self.forms.values(), host, disk, place=place, deadline=deadline)
+        weakref.finalize(self, self.transfer.close)  # an engine that nobody closed, or the end of the process
+        self.bays = [Bay(part, self.transfer, self.forms, second=second) for part in parts]
+        self.summary = self._describe(leaves[kinds(parts[0]).index("block")].shape[0] - 1, tokens)
+
+    def _describe(self, pages: int, tokens: int) -> str:
+        devices, block = len(self.bays), self.forms["block"]
+        parts = [f"{'device' if devices == 1 else f'each of {devices} devices'} {pages * tokens:,} tokens"]
+        for name, tier in self.transfer.tiers.items():
+            held, size = tier.stats(), space(block.file_bytes) if name == "disk" else block.nbytes
+            parts.append(f"{name} up to {held['budget'] // size * tokens:,} ({held['blocks'] * tokens:,} are there)")
+        return ", ".join(parts)
+
+    def attach(self, schedulers: Sequence[Scheduler]) -> None:
+        """Serve these schedulers, one of each device, and their books from now on."""
+        for bay, scheduler in zip(self.bays, schedulers, strict=True):
+            bay.attach(scheduler)
+
+    def carry_out(self, live: Live, idle: bool = True) -> Live:
+        """The live state after all that the books changed; to be called before the next plan is sent.
+
+        idle: nothing waits for the devices, so that any number of blocks may be copied that could also wait.
+        """
+        if not any(bay.moving for bay in self.bays):
+            return live
+        parts = self._places.split(live)  # they are donated, and so `live` with them
+        return self._places.joined([bay.carry_out(part, idle) for bay, part in zip(self.bays, parts, strict=True)])
+
+    def wait(self) -> None:
+        """Give the threads time if admission waits for them; to be called when there is nothing else to do."""
+        any(bay.wait() for bay in self.bays)
+
+    def flush(self, live: Live, seconds: float) -> bool:
+        """Move everything down that is idle, in so many seconds at most; whether that was enough."""
+        end = time.monotonic() + seconds
+        while any(bay.idle for bay in self.bays) and time.monotonic() < end:
+            for bay, part in zip(self.bays, self._places.split(live), strict=True):
+                bay.carry_out(part)
+            self.transfer.flush(end - time.monotonic())
+        return self.transfer.flush(max(end - time.monotonic(), 0))
+
+    def close(self, live: Live, seconds: float) -> None:
+        """`flush`, then leave the tiers."""
+        self.flush(live, seconds)
+        self.transfer.close(0.0)
+
+    def stats(self) -> dict[str, float]:
+        """What the tiers count, and blocks that came back from them."""
+        return self.transfer.stats() | {
+            "restored_blocks": sum(bay.restored for bay in self.bays),
+            "queue_idle": sum(bay.idle for bay in self.bays),
+        }
 
 
 def check(cache: config.Cache) -> None:
@@ -95,251 +126,9 @@ def check(cache: config.Cache) -> None:
         raise UserError("cache tiers on host and disk hold blocks that requests share: set prefix=True, or drop them")
 
 
-class Parking:
-    """The tiers of one engine. `attach` joins it to its scheduler and books, which call it then, as the engine does.
-
-    tokens: of a block. second: only what a second request asked for moves down. summary: what each tier holds, in
-    tokens.
-    """
-
-    def __init__(
-        self, live: Live, host: Host | None, disk: Disk | None, deadline: float, tokens: int, *, second: bool = False
-    ):
-        self._kinds = _kinds(live)
-        leaves = jax.tree.leaves(live)
-        [device] = leaves[0].devices()
-        self._device = SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
-        pinned = "pinned_host" in {memory.kind for memory in device.addressable_memories()}
-        self._pinned = SingleDeviceSharding(device, memory_kind="pinned_host") if pinned else None
-        self.forms = {kind: form(live, kind) for kind in ("block", "record")}
-        place = functools.partial(_place, self._pinned)
-        self.transfer = Transfer(*self.forms.values(), host, disk, place=place, deadline=deadline)
-        weakref.finalize(self, self.transfer.close)  # an engine that nobody closed, or the end of the process
-        self._moves: list[_Save | _Restore] = []  # in the order in which the books were changed
-        self._backlog: dict[str, dict[bytes, _Save]] = {"block": {}, "record": {}}
-        self._second, self._asked = second, OrderedDict()  # by name: whether more than one request asked for it
-        self._visits: dict[Sequence, _Visit | None] = {}
-        self._awaited: Fetch | None = None
-        self._blocks: Blocks | None = None
-        self._restored = 0
-        self.summary = self._describe(leaves[self._kinds.index("block")].shape[0] - 1, tokens)
-
-    def _describe(self, pages: int, tokens: int) -> str:
-        block, parts = self.forms["block"], [f"device {pages * tokens:,} tokens"]
-        for name, tier in self.transfer.tiers.items():
-            held, size = tier.stats(), space(block.file_bytes) if name == "disk" else block.nbytes
-            parts.append(f"{name} up to {held['budget'] // size * tokens:,} ({held['blocks'] * tokens:,} are there)")
-        return ", ".join(parts)
-
-    def attach(self, scheduler: Scheduler) -> None:
-        """Serve this scheduler and its books from now on."""
-        scheduler.below, scheduler.blocks.watch, self._blocks = self, self.parked, scheduler.blocks
-        self._moves, self._backlog, self._visits = [], {"block": {}, "record": {}}, {}
-
-    # --- called by the books ---------------------------------------------------------------------------------------
-
-    def parked(self, kind: str, parent: bytes, name: bytes, number: int, leaves: bool) -> None:
-        """A block became idle, or a record behind an idle block ready; leaves: it is evicted now."""
-        save = _Save(kind, parent, name, number)
-        if leaves:
-            self._backlog[kind].pop(name, None)
-            self._moves.append(save)
-        else:
-            self._backlog[kind][name] = save
-
-    # --- called by the scheduler -----------------------------------------------------------------------------------
-
-    def prepare(self, sequence: Sequence, names: Names[bytes]) -> None:
-        """A request waits that can begin with these blocks: begin to fetch what the device lacks of them."""
-        for other in [other for other in self._visits if other.state is not State.WAITING]:
-            if (visit := self._visits.pop(other)) is not None:
-                visit.job.cancelled = True
-        if sequence not in self._visits:
-            self._visits[sequence] = self._look(names)
-            for name in names if self._second else ():
-                self._asked[name] = name in self._asked
-                self._asked.move_to_end(name)
-            while len(self._asked) > _REMEMBERED:
-                self._asked.popitem(last=False)
-
-    def _look(self, names: Names[bytes], again: bool = False) -> _Visit | None:
-        found, _ = self._blocks.match(names)
-        if found == len(names):
-            return None
-        here = {kind: frozenset(n for n in names if self._blocks.number(kind, n)) for kind in ("block", "record")}
-        job = Fetch(tuple(names), here["block"], here["record"], found)
-        return _Visit(job, again) if self.transfer.fetch(job) else None
-
-    def awaits(self, sequence: Sequence, names: Names[bytes]) -> bool:
-        """Whether admission is to wait; if not, what was fetched can be found now, as far as there is room for it."""
-        visit, self._awaited = self._visits.get(sequence), None
-        if visit is None:
-            self._visits.pop(sequence, None)
-            return False
-        if not visit.job.done.is_set() and not self.transfer.late(visit.job):
-            self._awaited = visit.job
-            return True
-        if not self._bring_in(visit.job, sequence.seed) and not visit.again:
-            self._visits[sequence] = self._look(names, again=True)
-            return self.awaits(sequence, names)
-        del self._visits[sequence]
-        return False
-
-    def _bring_in(self, job: Fetch, seed: bytes) -> bool:
-        """Put what was fetched into the books, to be copied before the next plan; False if some of it is gone again."""
-        blocks, names = self._blocks, job.names[: job.boundary]
-        if not job.done.is_set() or not names:
-            return True
-        lacking = [name for name in names if not blocks.number("block", name)]
-        record_here = blocks.number("record", names[-1])
-        if not job.blocks.keys() >= set(lacking) or not (record_here or job.record):
-            return False
-        record = None if record_here else blocks.keep(names[-1])
-        if not record_here and record is None:
-            return True  # all records are in use: no reason to try again at once
-        held = blocks.acquire([name for name in names if name not in set(lacking)])
-        new = blocks.allocate(len(lacking))
-        if new is not None:
-            pages = {**dict(zip(lacking, new, strict=True))}
-            for parent, name in itertools.pairwise([seed, *names]):
-                if name in pages:
-                    blocks.publish(parent, name, pages[name])
-                    self._moves.append(_Restore("block", pages[name], job.blocks[name]))
-        if record is not None:
-            self._moves += [_Restore("record", record, job.record)] if new is not None else []
-            blocks.ready(names[-1], record, valid=new is not None)
-        blocks.release([blocks.number("block", name) for name in names] if new is not None else held)
-        self._restored += len(new or ())
-        return True
-
-    # --- called by the engine --------------------------------------------------------------------------------------
-
-    def carry_out(self, live: Live, idle: bool = True) -> Live:
-        """The live state after all that the books changed; to be called before the next plan is sent.
-
-        idle: nothing waits for the device, so that any number of blocks may be copied that could also wait.
-        """
-        moves, self._moves = self._moves, []
-        for (sort, kind), run in itertools.groupby(moves, lambda move: (type(move), move.kind)):
-            if sort is _Restore:
-                live = self._restore(live, kind, list(run))
-            else:
-                self._save(live, kind, list(run))
-        for kind, backlog in self._backlog.items():
-            room = self.transfer.room(self.forms[kind])
-            run = [backlog[name] for name in itertools.islice(backlog, room if idle else min(room, _BATCH))]
-            for save in run:
-                del backlog[save.name]
-            self._save(live, kind, [save for save in run if self._blocks.number(kind, save.name) == save.number])
-        return live
-
-    def _save(self, live: Live, kind: str, saves: list[_Save]) -> None:
-        form = self.forms[kind]
-        saves = [save for save in saves if self.transfer.wants(form.key(save.name))]
-        if self._second:
-            saves = [save for save in saves if self._asked.get(save.name)]
-        room = self.transfer.room(form)
-        self.transfer.dropped(len(saves[room:]))
-        for batch in _batches(saves[:room]):
-            numbers = np.zeros(_BATCH if len(batch) > 1 else 1, np.int32)
-            numbers[: len(batch)] = [save.number for save in batch]
-            try:
-                payloads = take(live, self._kinds, kind, jax.device_put(numbers))[: len(batch)]
-                payloads = jax.device_put(payloads, self._pinned) if self._pinned else payloads
-            except RuntimeError:  # no memory for a copy
-                self.transfer.dropped(len(batch))
-                continue
-            for save, payload in zip(batch, payloads, strict=True):
-                self.transfer.save(form, save.name, save.parent, payload)
-
-    def _restore(self, live: Live, kind: str, restores: list[_Restore]) -> Live:
-        for batch in _batches(restores):
-            size = _BATCH if len(batch) > 1 else 1
-            numbers = np.full(size, np.iinfo(np.int32).max, np.int32)  # what is padded goes nowhere
-            numbers[: len(batch)] = [restore.number for restore in batch]
-            payloads = jax.device_put([restore.item.payload for restore in batch], self._device)
-            payloads += payloads[-1:] * (size - len(batch))
-            live = give(live, self._kinds, kind, jax.device_put(numbers), payloads)
-        return live
-
-    def wait(self) -> None:
-        """Give the threads time if admission waits for them; to be called when there is nothing else to do."""
-        if self._awaited is not None:
-            self._awaited.done.wait(0.01)
-
-    def flush(self, live: Live, seconds: float) -> bool:
-        """Move everything down that is idle, in so many seconds at most; whether that was enough."""
-        end = time.monotonic() + seconds
-        while any(self._backlog.values()) and time.monotonic() < end:
-            self.carry_out(live)
-            self.transfer.flush(end - time.monotonic())
-        return self.transfer.flush(max(end - time.monotonic(), 0))
-
-    def close(self, live: Live, seconds: float) -> None:
-        """`flush`, then leave the tiers."""
-        self.flush(live, seconds)
-        self.transfer.close(0.0)
-
-    def stats(self) -> dict[str, float]:
-        """What the tiers count, and blocks that came back from them."""
-        return self.transfer.stats() | {
-            "restored_blocks": self._restored,
-            "queue_idle": sum(map(len, self._backlog.values())),
-        }
-
-
-# --- programs ----------------------------------------------------------------------------------------------------
-
-
-def _kinds(live: Live) -> tuple[str, ...]:
-    """Of every leaf: "block" if its rows are pages, "record" if they are records, "hot" if it belongs to copies."""
-    kinds = {"main": "block", "index": "block", "hot": "hot"}
-    kind = lambda path: next((kinds[name] for key in path if (name := getattr(key, "name", None)) in kinds), "record")
-    return tuple(kind(path) for path, _ in jax.tree_util.tree_leaves_with_path(live))
-
-
-def form(live: Live, kind: str) -> Form:
-    """What one block or record is made of: a row of every array that has such rows."""
-    leaves = zip(jax.tree_util.tree_leaves_with_path(live), _kinds(live), strict=True)
-    rows = [(jax.tree_util.keystr(path), leaf) for (path, leaf), its in leaves if its == kind]
-    return Form(kind, tuple((name, leaf.dtype.name, tuple(leaf.shape[1:])) for name, leaf in rows))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def take(live: Live, kinds: tuple[str, ...], kind: str, number_N: jax.Array) -> list[jax.Array]:
-    """The bytes of so many blocks or records, each an array uint8 [bytes], so that one copy moves it."""
-    count = number_N.shape[0]
-    rows = [get(leaf, number_N) for leaf, its in zip(jax.tree.leaves(live), kinds, strict=True) if its == kind]
-    data = jnp.concatenate([jax.lax.bitcast_convert_type(row, jnp.uint8).reshape(count, -1) for row in rows], axis=1)
-    return [data[i] for i in range(count)]
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2), donate_argnums=0)
-def give(live: Live, kinds: tuple[str, ...], kind: str, number_N: jax.Array, payloads: list[jax.Array]) -> Live:
-    """The live state with such bytes in the rows number_N; numbers out of range are dropped."""
-    leaves, tree = jax.tree.flatten(live)
-    data, start = jnp.stack(payloads), 0
-    for i, (leaf, its) in enumerate(zip(leaves, kinds, strict=True)):
-        if its == kind:
-            shape, width = (len(payloads), *leaf.shape[1:]), leaf.dtype.itemsize
-            end = start + math.prod(leaf.shape[1:]) * width
-            rows = data[:, start:end].reshape(*shape, width) if width > 1 else data[:, start:end].reshape(shape)
-            new = jax.lax.bitcast_convert_type(rows, leaf.dtype)
-            leaves[i] = put(leaf, new, number_N)
-            start = end
-    live = jax.tree.unflatten(tree, leaves)
-    if kind == "record":
-        return live
-    return jax.tree.map(lambda kept: kept.recopied(number_N), live, is_leaf=lambda a: isinstance(a, Kept))
-
-
-def _place(pinned: SingleDeviceSharding | None, payload: np.ndarray) -> np.ndarray | jax.Array:
+def _place(memory: SingleDeviceSharding | None, payload: np.ndarray) -> np.ndarray | jax.Array:
     """Bytes from a file, where the host tier keeps them."""
     try:
-        return payload if pinned is None else jax.device_put(payload, pinned)
+        return payload if memory is None else jax.device_put(payload, memory)
     except RuntimeError:  # no pinned memory is left
         return payload
-
-
-def _batches(things: list) -> list[list]:
-    return [things[i : i + _BATCH] for i in range(0, len(things), _BATCH)]

@@ -58,6 +58,21 @@ class Places:
         shape = (self.count * parts[0].shape[0], *parts[0].shape[1:])
         return jax.make_array_from_single_device_arrays(shape, self._rows, parts)
 
+    def split(self, tree) -> list:
+        """The same arrays as those of each device of this process, with no copy; to be `joined` again."""
+        if self.sharding is None:
+            return [tree]
+        leaves, structure = jax.tree.flatten(tree)
+        place = {device: i for i, (_, device) in enumerate(self._mine)}
+        shards = [sorted(leaf.addressable_shards, key=lambda shard: place[shard.device]) for leaf in leaves]
+        return [jax.tree.unflatten(structure, [each[i].data for each in shards]) for i in place.values()]
+
+    def joined(self, trees: list):
+        """What `split` took apart, the devices' trees perhaps changed."""
+        if self.sharding is None:
+            return trees[0]
+        return jax.tree.map(lambda *parts: self._joined(list(parts)), *trees)
+
     def get(self, tree):
         """Arrays of the devices to the host, all devices' rows, in every process."""
         if self.sharding is not None and jax.process_count() > 1:
@@ -101,9 +116,8 @@ def check_engine(on: Places, model: config.Model, limits: config.Serve, cache: c
     if model.moe.experts % over:
         raise UserError(f"{model.moe.experts} experts cannot be split over {over} devices; take a number that divides "
                         "them, and let mesh.data take the rest")  # fmt: skip
-    for name, given in {
-        "batch_invariant": limits.batch_invariant, "cache hot": cache.hot, "cache host": cache.host,
-        "cache disk": cache.disk,
-    }.items():  # fmt: skip
+    for name, given in {"batch_invariant": limits.batch_invariant, "cache hot": cache.hot}.items():
         if given:
             raise UserError(f"{name} needs an engine on one device; leave it out, or the mesh")
+    if jax.process_count() > 1 and (cache.host or cache.disk):
+        raise UserError("cache tiers on host and disk need an engine in one process; leave them out, or start one")

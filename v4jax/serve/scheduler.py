@@ -90,8 +90,9 @@ class Scheduler:
         self._leaving: list[Sequence] = []
         self._slots = list(range(slots, 0, -1))
         self._flight: deque[_Draft] = deque()
-        self._serial = self._committed = self._arrivals = self._preemptions = 0
-        self.below = None  # a `serve.parking.Parking`, if there are tiers below the device
+        self._serial = self._committed = self._preemptions = 0
+        self.arrivals = 0  # requests so far
+        self.below = None  # a `serve.bay.Bay`, if there are tiers below the device
 
     # --- what users of a request do --------------------------------------------------------------------------------
 
@@ -103,8 +104,8 @@ class Scheduler:
         if id in self.sequences or not prompt or max_tokens < 1:
             raise ValueError(f"request {id!r} is in use, has no prompt or is to add no tokens")
         self.check_fits(len(prompt), max_tokens)
-        self._arrivals += 1
-        sequence = Sequence(id, tuple(prompt), max_tokens, seed, self._arrivals, list(prompt))
+        self.arrivals += 1
+        sequence = Sequence(id, tuple(prompt), max_tokens, seed, self.arrivals, list(prompt))
         self.sequences[id] = sequence
         self._waiting.append(sequence)
         return sequence
