@@ -30,7 +30,7 @@ from v4jax.cache.faults import FaultyFiles, failing
 from v4jax.cache.spec import LAYOUTS
 from v4jax.core.check import UserError
 from v4jax.models.transformer import Transformer
-from v4jax.serve import bay
+from v4jax.serve import bay, programs
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
 
@@ -61,7 +61,9 @@ def test_what_was_evicted_comes_back(model, alone, tmp_path, tiers):
     room = {"host": {"host": 1 << 30}, "disk": {"directory": tmp_path}, "both": {"directory": tmp_path, "host": 40_000}}
     with tiered(model, **room[tiers]) as engine:
         assert one_by_one(engine, CHATS) == alone and engine.stats()["restored_blocks"] == 0
+        compiled = [program._cache_size() for program in (programs.prefill, programs.decode, programs.draw)]
         assert one_by_one(engine, CHATS) == alone
+        assert compiled == [program._cache_size() for program in (programs.prefill, programs.decode, programs.draw)]
         stats = parked(engine)
         assert stats["hits"] == stats["restored_blocks"] == 2 * len(CHATS)
         assert stats["transfer_saved"] == 3 * len(CHATS) and stats["transfer_dropped"] == 0

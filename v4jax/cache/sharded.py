@@ -12,7 +12,8 @@ Blocks are known by the form of the whole, which no mesh enters. At the start a 
 meshes left in its own tiers and in `others`, directories of other processes that it can read, and what it needs is cut
 from them. Where hosts see no disks but their own, another mesh finds what it has of its new part there.
 
-An engine on a mesh would make `part_of` its arrays once, and drive this by one `sync` a step, before its plan:
+An engine whose blocks are split over processes would make `part_of` its arrays once, and drive this by one `sync` a
+step, before its plan (`serve.places` splits requests instead, and keeps blocks whole):
 
     found = shared.sync()                            # of what was asked for before; None: a miss, on every process
     if form.key(name) in shared: shared.read(form, name)           # the scheduler, when a request waits

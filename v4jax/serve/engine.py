@@ -109,8 +109,7 @@ class Engine:
                 *(f"{n:,}" for n in ((pages - 1) * block, pages * self.layout.host_page_bytes, cache.hot)),
             )
         heads = Heads(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
-        state = (self._live, self.places.everywhere(heads))
-        self._live, self._heads = live.committed(state) if cache.hot else state
+        self._heads = self.places.everywhere(heads)
         self._tables = np.full((self.places.count, slots + 1, self._table_width), -1, np.int32)
         self._put_tables()
         self._sampling: dict[Hashable, SamplingParams] = {}

@@ -8,7 +8,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
 
 from v4jax import config
 from v4jax.cache.entries import new_pool
@@ -39,14 +38,6 @@ def new_layer(layout: Layout, kind: str, pages: int, records: int, slack: int = 
     if far == "tails":
         return dataclasses.replace(kept, tails={name: host(a.shape, a.dtype) for name, a in kept.tails.items()})
     return kept
-
-
-def committed(tree):
-    """Arrays bound to the device they are on, as what programs return is once entries in its host memory are among
-    their arguments: else each program would be compiled again for its own results."""
-    [device] = jax.tree.leaves(tree)[0].devices()
-    here = SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
-    return jax.tree.map(lambda a: a if in_host(a) else jax.device_put(a, here), tree)
 
 
 def stats(live) -> dict[str, float]:

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from v4jax import config
 from v4jax.checkpoint.model_io import Placement
 from v4jax.core.check import UserError
+from v4jax.nn.memory import in_host
 from v4jax.parallel.rules import Sharding, make_sharding
 
 
@@ -47,9 +48,13 @@ class Places:
         return jax.tree.map(lambda a: self._joined([np.split(a, self.count)[i] for i, _ in self._mine]), tree)
 
     def everywhere(self, tree):
-        """Arrays of one device, the same for every device: all devices' rows."""
+        """Arrays of one device, the same for every device: all devices' rows.
+
+        On one device they are bound to it, as what programs return is once such arrays, or those that come back from
+        host memory, are among their arguments: else each program would be compiled again for its own results.
+        """
         if self.sharding is None:
-            return tree
+            return jax.tree.map(_bound, tree)
         return jax.tree.map(lambda a: self._joined([a] * len(self._mine)), tree)
 
     def _joined(self, parts: list) -> jax.Array:
@@ -78,6 +83,13 @@ class Places:
         if self.sharding is not None and jax.process_count() > 1:
             tree = _gathered(NamedSharding(self.sharding.mesh, PartitionSpec()))(tree)
         return jax.device_get(tree)
+
+
+def _bound(array: jax.Array) -> jax.Array:
+    if in_host(array):
+        return array
+    [device] = array.devices()
+    return jax.device_put(array, SingleDeviceSharding(device, memory_kind=device.default_memory().kind))
 
 
 @functools.lru_cache(maxsize=4)
