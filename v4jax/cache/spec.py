@@ -168,18 +168,25 @@ class Layout:
         return self.page_bytes / self.block
 
     def record_bytes(self, slack: int = 0, mtp: bool = False) -> int:
-        """Bytes on the device of one record over the layers, by the shapes of `nn.kept.new_kept`; mtp: with the MTP
-        layer's. The tails of HCA layers are not there where CSA entries are not."""
-        dtype = jnp.dtype(self.model.dtype)
+        """Bytes on the device of one record over the layers; mtp: with the MTP layer's. The tails of HCA layers are not
+        there where CSA entries are not."""
 
         def kept(kind: str) -> int:
-            past = jax.eval_shape(lambda: new_kept(self.model, kind, 1, lambda part: None, dtype, slack))
-            here = past.ring_ZSH if self.hot and kind == "hca" else past
-            return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(here))
+            past = self._record(kind, slack)
+            return _bytes(past.ring_ZSH if self.hot and kind == "hca" else past)
 
         kinds = [*self.model.schedule, *(["swa"] if mtp else [])]
         sizes = {kind: kept(kind) for kind in set(kinds)}
         return sum(sizes[kind] for kind in kinds)
+
+    def host_record_bytes(self, slack: int = 0) -> int:
+        """Bytes in host memory of one record over the layers: 0 where all of it lies on the device."""
+        layers = self.model.schedule.count("hca") if self.hot else 0
+        return layers and layers * _bytes(self._record("hca", slack).tails)
+
+    def _record(self, kind: str, slack: int):
+        dtype = jnp.dtype(self.model.dtype)
+        return jax.eval_shape(lambda: new_kept(self.model, kind, 1, lambda part: None, dtype, slack))
 
     def pages_for(self, budget: int) -> int:
         """Pages that `budget` bytes hold, page 0 (which is never given out) among them.
@@ -194,6 +201,10 @@ class Layout:
                 f"{self.page_bytes:,} bytes in layout {self.name}; give at least {2 * self.page_bytes:,}"
             )
         return budget // self.page_bytes
+
+
+def _bytes(tree) -> int:
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 def _compressed(model: config.Model) -> list[str]:

@@ -106,7 +106,7 @@ class Engine:
         if cache.hot:
             _log.info(
                 "cache: CSA entries of %s tokens in host memory (%s bytes), %s of a layer on the device",
-                *(f"{n:,}" for n in ((pages - 1) * block, pages * self.layout.host_page_bytes, cache.hot)),
+                *(f"{n:,}" for n in ((pages - 1) * block, live.stats(self._live)["kv_host_bytes"], cache.hot)),
             )
         heads = Heads(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
         self._heads = self.places.everywhere(heads)

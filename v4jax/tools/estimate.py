@@ -255,7 +255,8 @@ def _serve(config: Config, topology: Topology, sharding: Sharding, work: Work):
         "all-to-all": sent * m.moe.active * width * 2 * (travel - 1) / travel,
         "all-reduce": sent * 4 * 2 * 2 * (tensor - 1) / tensor,
     }
-    host = topology.chip.host * (_RUNTIME + topology.chip.devices * (1 + rows * pages) * layout.host_page_bytes)
+    far = (1 + rows * pages) * layout.host_page_bytes + (1 + rows) * layout.host_record_bytes()
+    host = topology.chip.host * (_RUNTIME + topology.chip.devices * far)
     return parts, traffic, collectives, host
 
 
