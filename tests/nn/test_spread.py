@@ -69,6 +69,27 @@ def test_uneven_routing_takes_several_rounds():
     assert here.max() > 2 * spread._ROOM * picks.size / 4
 
 
+def test_tokens_of_nobody_stay():
+    """All rows but the first are padding, which would all want the same experts: one round, whatever padding holds."""
+    sharding = make_sharding(MESHES["expert"])
+    x, w, gate_up, down, picks = arguments(True)
+    real_B11 = (jnp.arange(B) == 0)[:, None, None]
+    picks, x = jnp.where(real_B11, arguments(False)[-1], E), jnp.where(real_B11, x, jnp.nan)
+    rows, matrices = sharding.activation("BTD"), (sharding.weight("EUDF"), sharding.weight("EFD"))
+
+    def one(x, w, gate_up, down, picks):
+        rounds, _ = spread._rounds(sharding, lambda *a: a[0], picks, gate_up.shape[0])
+        return spread._forward(sharding, 1.0, False, x, w, gate_up, down, picks), rounds
+
+    mapped = jax.shard_map(
+        one, mesh=sharding.mesh, in_specs=(rows, rows, *matrices, rows), out_specs=(rows, jax.P()), check_vma=False
+    )
+    y, rounds = jax.jit(mapped)(x, w, gate_up, down, picks)
+    alone = experts(x[0], picks[0], w[0], gate_up, down, limit=1.0, impl="ref")
+    np.testing.assert_allclose(y[0], alone, atol=2e-5)
+    assert rounds == 1
+
+
 @pytest.mark.parametrize("layout, says", [
     (Layout("mine", "data", weights=(("expert", ("tensor",)),), activations=(("batch", ("data",)),)),
      "'tensor' splits 'expert' and so must also split"),

@@ -47,6 +47,7 @@ class Moe(nnx.Module):
     def __init__(self, model: config.Model, hashed: bool, rngs: nnx.Rngs):
         moe = model.moe
         self.hashed, self.limit, self.dtype = hashed, moe.swiglu_limit, jnp.dtype(model.dtype)
+        self.count = moe.experts
         self.router = Router(model, hashed, rngs)
         self.experts = Expert(model, moe.inner, moe.experts, rngs)
         self.shared = Expert(model, moe.inner * moe.shared, None, rngs)
@@ -55,12 +56,17 @@ class Moe(nnx.Module):
         """y_BTD, the balance loss (float32 scalar) and the load of each expert, tokens [E]."""
         picks_BTK, weights_BTK, scores_BTE = self.router(x_BTD, chunk.tokens_BT)
         matrices, narrow = self.experts.matrices(), in_fp8(self.experts.gate_up)
+        taken_BTK, real_BT = picks_BTK, chunk.real_BT
+        if real_BT is not None:  # nobody reads what padding gives: no expert computes it, and it does not travel
+            taken_BTK = jnp.where(real_BT[..., None], picks_BTK, self.count)
         if (sharding := active()) is not None:
-            routed = spread_experts(sharding, x_BTD, picks_BTK, weights_BTK, *matrices, self.limit, narrow)
+            routed = spread_experts(sharding, x_BTD, taken_BTK, weights_BTK, *matrices, self.limit, narrow)
         else:
             flat = lambda a: a.reshape(-1, a.shape[-1])
-            routed = experts(flat(x_BTD), flat(picks_BTK), flat(weights_BTK), *matrices, limit=self.limit, fp8=narrow)
+            routed = experts(flat(x_BTD), flat(taken_BTK), flat(weights_BTK), *matrices, limit=self.limit, fp8=narrow)
             routed = routed.reshape(x_BTD.shape)
+        if real_BT is not None:
+            routed = jnp.where(real_BT[..., None], routed, 0)
         h = swiglu(project("BTD,DUF->BTUF", x_BTD, self.shared.gate_up, self.dtype), self.limit).astype(self.dtype)
         shared = project("BTF,FD->BTD", h, self.shared.down, self.dtype)
         y_BTD = (routed + shared.astype(jnp.float32)).astype(x_BTD.dtype)

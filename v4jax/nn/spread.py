@@ -36,8 +36,9 @@ def spread_experts(
 ) -> jax.Array:
     """As `kernels.experts.experts` on arrays that `sharding` splits: float32 [B, T, D].
 
-    Inside of one device the arrays are its parts, and there is no gradient. The routing weights apply to what comes
-    back, in float32. Raises UserError for a layout that this cannot follow.
+    Inside of one device the arrays are its parts, and there is no gradient. A pick that is no expert's number stands
+    for none, and what it gives is undefined. The routing weights apply to what comes back, in float32. Raises UserError
+    for a layout that this cannot follow.
     """
     check(sharding)
     if sharding.inside:
@@ -134,7 +135,7 @@ def _rounds(sharding, products, picks_BTK, experts_here):
     most = P * B * min(K, experts_here)
     room = min(most, -(-int(_ROOM * B * K) // 8) * 8)
     travel = Travel(axes, _RAGGED.get(sharding.platform, True), room, jax.lax.axis_index(axes), count_PP)
-    home_R = picks_R[order_R] // experts_here
+    home_R = jnp.minimum(picks_R[order_R] // experts_here, P - 1)  # picks of no expert come last, and stay
     # Arrivals lie by source, each source's by expert: the expert of a slot follows from the counts alone.
     ends_PE = jnp.cumsum(jax.lax.dynamic_slice_in_dim(counts_PE, travel.me * experts_here, experts_here, 1).reshape(-1))
 

@@ -72,6 +72,17 @@ class Chunk:
         return self.order_BT[:, 0]
 
     @property
+    def real_BT(self) -> jax.Array | None:
+        """Which tokens are real: not padding, and not of record 0, which belongs to nobody; None: all are."""
+        real_BT = None
+        if self.count_B is not None:
+            real_BT = jnp.arange(self.tokens_BT.shape[1]) < self.count_B[:, None]
+        if self.place is not None:
+            owned_B1 = (self.place.record_B > 0)[:, None]
+            real_BT = jnp.broadcast_to(owned_B1, self.tokens_BT.shape) if real_BT is None else real_BT & owned_B1
+        return real_BT
+
+    @property
     def where(self) -> Place:
         """`place`, or the one that None stands for."""
         row = jnp.arange(self.tokens_BT.shape[0], dtype=jnp.int32)
