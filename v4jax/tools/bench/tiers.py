@@ -253,7 +253,7 @@ def _plot(path: str, sizes: dict[tuple[int, str], live.Bytes], records: list[dic
     rates = [found("trace_hit_rate", r["arm"])[0]["value"] for r in speeds]
     trace.bar_label(bars, [f"{rate:.0%} found" for rate in rates], padding=3)
     trace.invert_yaxis()
-    trace.margins(x=0.2)
+    trace.set_xlim(0, 1.3 * max(r["value"] for r in speeds))  # room for the labels
     ceiling = found("trace_hit_ceiling", speeds[-1]["arm"])[0]["value"]
     trace.set(xlabel=f"tokens a second (at most {ceiling:.0%} can be found)", title="Many conversations")
     for each in (memory, restart):
