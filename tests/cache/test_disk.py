@@ -226,7 +226,7 @@ def test_a_flipped_bit_is_seen_wherever_it_is(disk):
     assert not files(again) and not again.stats()["breaker_open"]
     assert again.put(stored[0])[0] and is_right(again.get(stored[0].form, stored[0].name))
     again.close()
-    disk.__init__(disk.directory, PLENTY)
+    disk.__init__(disk.directory, PLENTY, "lru")
 
 
 @pytest.mark.parametrize("size", [0, 10, 120, BLOCK.file_bytes // 2, BLOCK.file_bytes - 1, BLOCK.file_bytes + 1, 9000])
@@ -240,7 +240,7 @@ def test_a_file_of_another_length_is_removed_and_those_before_it_stay(disk, size
     path.write_bytes((data + bytes(size))[:size])
     if restart:
         disk.close()
-        disk.__init__(disk.directory, PLENTY)
+        disk.__init__(disk.directory, PLENTY, "lru")
     got = [disk.get(one.form, one.name) for one in stored]
     assert got[2] is None and is_right(got[0]) and is_right(got[1])
     assert disk.stats()["corrupt"] == 1 and not path.exists()
@@ -274,7 +274,7 @@ def test_a_partial_file_is_swept(disk):
     [path] = files(disk)
     path.rename(f"{path}.partial")
     disk.close()
-    disk.__init__(disk.directory, PLENTY)
+    disk.__init__(disk.directory, PLENTY, "lru")
     assert disk.stats()["swept"] == 1 and not files(disk) and disk.get(one.form, one.name) is None
 
 

@@ -73,12 +73,12 @@ class Chunk:
 
     @property
     def real_BT(self) -> jax.Array | None:
-        """Which tokens are real: not padding, and not of record 0, which belongs to nobody; None: all are."""
+        """Which tokens are real: not padding, and of a row that has a page, or it is nobody's; None: all are."""
         real_BT = None
         if self.count_B is not None:
             real_BT = jnp.arange(self.tokens_BT.shape[1]) < self.count_B[:, None]
         if self.place is not None:
-            owned_B1 = (self.place.record_B > 0)[:, None]
+            owned_B1 = self.place.table_BA[:, :1] >= 0
             real_BT = jnp.broadcast_to(owned_B1, self.tokens_BT.shape) if real_BT is None else real_BT & owned_B1
         return real_BT
 

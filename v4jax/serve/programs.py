@@ -3,7 +3,7 @@
 Each takes the weights and the live state and gives the state back updated in place (it is donated). Shapes are static
 and few: prompt chunks and batches are rounded up, contexts of any length share one program, because what reads the
 past walks its pages only as far as they are filled. Rows beyond the batch read and write record 0, which belongs to
-nobody, and no page.
+nobody, and no page (which is how the model knows them: `Chunk.real_BT`).
 
 A program is written for one device. For a model on a mesh it runs on all devices at once, within `shard_map`: there
 the first axis of every array but the weights' holds the rows of all devices (`serve.places`), hence the arrays of one
@@ -197,7 +197,7 @@ def draft(structure, weights, mtp: Kept, heads: Heads, x_BTXD, drawn, record_B):
     token the layer goes on from its own streams, for which it was not trained.
     """
     model, (token_BT, count_B) = structure.model(weights), drawn
-    place = Place(record_B, record_B[:, None])
+    place = Place(record_B, jnp.where(record_B > 0, record_B, -1)[:, None])  # a window has no pages: these are not read
     start_B = heads.position_Z[record_B] - count_B
     chunk = next_chunk(token_BT, start_B, None, place)
     logits_BTV, x_BTXD, mtp = model.draft(x_BTXD, token_BT, chunk, mtp)
