@@ -166,7 +166,7 @@ def test_floor_checker_lets_good_imports_pass(tmp_path, path, source):
 
 def test_other_checkers_see_planted_breaches(tmp_path):
     (tmp_path / "long.py").write_text("x = 1\n" * (MAX_LINES + 1))
-    note = ["see /" + "ho" + "me/me/run", "see https://py" + "pi.org/simple", "fine: runs/tiny, a/work/b"]
+    note = ["see /" + "ho" + "me/me/run", "see https://py" + "pi.org/simple", "fine: runs/tiny, a/wo" + "rk/b"]
     (tmp_path / "note.md").write_text("\n".join(note))
     assert length_breaches(tmp_path, ["long.py", "note.md"]) == [f"long.py: {MAX_LINES + 1} lines"]
     assert [breach[:9] for breach in machine_breaches(tmp_path, ["long.py", "note.md"])] == ["note.md:1", "note.md:2"]

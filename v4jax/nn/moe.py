@@ -47,7 +47,6 @@ class Moe(nnx.Module):
     def __init__(self, model: config.Model, hashed: bool, rngs: nnx.Rngs):
         moe = model.moe
         self.hashed, self.limit, self.dtype = hashed, moe.swiglu_limit, jnp.dtype(model.dtype)
-        self.count = moe.experts
         self.router = Router(model, hashed, rngs)
         self.experts = Expert(model, moe.inner, moe.experts, rngs)
         self.shared = Expert(model, moe.inner * moe.shared, None, rngs)
@@ -58,7 +57,7 @@ class Moe(nnx.Module):
         matrices, narrow = self.experts.matrices(), in_fp8(self.experts.gate_up)
         taken_BTK, real_BT = picks_BTK, chunk.real_BT
         if real_BT is not None:  # nobody reads what padding gives: no expert computes it, and it does not travel
-            taken_BTK = jnp.where(real_BT[..., None], picks_BTK, self.count)
+            taken_BTK = jnp.where(real_BT[..., None], picks_BTK, scores_BTE.shape[-1])
         if (sharding := active()) is not None:
             routed = spread_experts(sharding, x_BTD, taken_BTK, weights_BTK, *matrices, self.limit, narrow)
         else:

@@ -47,7 +47,7 @@ _NOBODY = SamplingParams(temperature=0.0, seed=0)
 
 
 class Drawn(NamedTuple):
-    """New tokens of one request: the positions `first` to `first + count` of row `row` of `sampled` (numpy arrays)."""
+    """New tokens of one request: the first `count` positions of row `row` of `sampled` (numpy arrays)."""
 
     id: Hashable
     sampled: Sampled

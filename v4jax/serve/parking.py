@@ -88,7 +88,7 @@ class Parking:
 
     def wait(self) -> None:
         """Give the threads time if admission waits for them; to be called when there is nothing else to do."""
-        any(bay.wait() for bay in self.bays)
+        any(bay.wait() for bay in self.bays)  # for the first that awaits something: the others' work goes on meanwhile
 
     def flush(self, live: Live, seconds: float) -> bool:
         """Move everything down that is idle, in so many seconds at most; whether that was enough."""

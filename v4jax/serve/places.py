@@ -12,7 +12,6 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from v4jax import config
@@ -45,7 +44,8 @@ class Places:
         """Arrays of the host (numpy), all devices' rows, to the devices."""
         if self.sharding is None:
             return jax.device_put(tree)
-        return jax.tree.map(lambda a: self._joined([np.split(a, self.count)[i] for i, _ in self._mine]), tree)
+        part = lambda a, i: a[i * (len(a) // self.count) :][: len(a) // self.count]
+        return jax.tree.map(lambda a: self._array([part(a, i) for i, _ in self._mine]), tree)
 
     def everywhere(self, tree):
         """Arrays of one device, the same for every device: all devices' rows.
@@ -55,9 +55,9 @@ class Places:
         """
         if self.sharding is None:
             return jax.tree.map(_bound, tree)
-        return jax.tree.map(lambda a: self._joined([a] * len(self._mine)), tree)
+        return jax.tree.map(lambda a: self._array([a] * len(self._mine)), tree)
 
-    def _joined(self, parts: list) -> jax.Array:
+    def _array(self, parts: list) -> jax.Array:
         """What each device of this process is to have, as its part of one array."""
         parts = jax.device_put(parts, [device for _, device in self._mine])
         shape = (self.count * parts[0].shape[0], *parts[0].shape[1:])
@@ -76,7 +76,7 @@ class Places:
         """What `split` took apart, the devices' trees perhaps changed."""
         if self.sharding is None:
             return trees[0]
-        return jax.tree.map(lambda *parts: self._joined(list(parts)), *trees)
+        return jax.tree.map(lambda *parts: self._array(list(parts)), *trees)
 
     def get(self, tree):
         """Arrays of the devices to the host, all devices' rows, in every process."""

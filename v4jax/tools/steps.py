@@ -61,7 +61,9 @@ def serve(config: Config, mesh: Mesh, work: Work, devices: Sequence[jax.Device])
     sharding = make_sharding(mesh, devices)
     places.check(sharding)
     if work.rows % sharding.mesh.size:
-        raise UserError(f"{work.rows} rows cannot be split over {sharding.mesh.size} devices; take a multiple")
+        raise UserError(
+            f"{work.rows} rows cannot be split over {sharding.mesh.size} devices; take a multiple, or --analytic"
+        )
     rows = work.rows // sharding.mesh.size
     limits = dataclasses.replace(config.serve, max_batch=rows, max_seq_len=work.context, speculative_tokens=0)
     live.check(config.model, limits, config.cache)
