@@ -164,8 +164,9 @@ def test_a_disk_that_hangs_is_given_up_and_the_breaker_opens(make):
     for some in names:
         save(transfer, items(some, 2))
     files.fault = lambda operation, path: gate.wait(LONG) if operation == "read" else None
+    jobs = []
     for some in names[:3]:  # the third waits behind readers that hang
-        job = Fetch(tuple(some), frozenset(), frozenset(), 0)
+        jobs.append(job := Fetch(tuple(some), frozenset(), frozenset(), 0))
         assert transfer.fetch(job) and not transfer.late(job)
         while not transfer.late(job):
             time.sleep(0.01)
@@ -173,8 +174,12 @@ def test_a_disk_that_hangs_is_given_up_and_the_breaker_opens(make):
     assert fetched(transfer, names[3]) is None  # not even tried
     stats = transfer.stats()
     assert stats["disk_late"] == stats["transfer_late"] == 3 and stats["disk_breaker_open"]
+    written = []
+    transfer.disk.put = written.append
     gate.set()
+    assert all(job.done.wait(LONG) for job in jobs)
     settled(transfer)
+    assert not written  # what came up late is there already
 
 
 def test_what_is_on_the_host_does_not_wait_for_a_disk_that_hangs(make):

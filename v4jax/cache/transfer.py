@@ -122,15 +122,16 @@ class Transfer:
                 self._coming_bytes -= form.nbytes
                 self._settled.notify_all()
 
-    def _keep(self, item: Item) -> None:
-        """Put an item on the host, and what that pushes out, and the item itself, on disk."""
+    def _keep(self, item: Item, stored: bool = False) -> None:
+        """Put an item on the host, and what that pushes out on disk; the item itself too unless it came from there."""
         held, gone = self.host.put(item) if self.host is not None else (False, [])
         if self.disk is None:
             return
         with self._lock:
             for other in gone:
                 self._to_disk(other, loose=True)
-            self._to_disk(item, loose=not held)
+            if not stored:
+                self._to_disk(item, loose=not held)
 
     def _to_disk(self, item: Item, loose: bool) -> None:
         """Queue a write, under the lock. loose: nobody else holds the item, so that it counts against the room."""
@@ -254,7 +255,7 @@ class Transfer:
         for tier in self.tiers.values():
             if item is None and (item := tier.get(form, name)) is not None and tier is self.disk:
                 item = item._replace(payload=self._place(item.payload))
-                self._keep(item)
+                self._keep(item, stored=True)
         job.beat = time.monotonic()
         if item is None:
             job.bad.add(key)
