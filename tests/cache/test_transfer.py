@@ -159,7 +159,7 @@ def test_read_errors_cost_what_they_hit(make):
 
 def test_a_disk_that_hangs_is_given_up_and_the_breaker_opens(make):
     gate, files = threading.Event(), FaultyFiles()
-    transfer = make(host=0, files=files, deadline=0.05)
+    transfer = make(host=0, files=files, deadline=0.25)
     names = [chain(seed, 2) for seed in range(5)]
     for some in names:
         save(transfer, items(some, 2))
