@@ -7,7 +7,9 @@ terms named in the docstrings; `plan` says what they leave out.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from v4jax.core.check import UserError
 from v4jax.models.flops import count_parameters, parameter_table
 from v4jax.models.layout import stacks
 from v4jax.nn.linear import FP8
+from v4jax.parallel.matrices import replicas
 from v4jax.parallel.mesh import sizes
 from v4jax.parallel.rules import Sharding, check_layout
 from v4jax.tools.topology import GIB, Topology, listed
@@ -132,16 +135,17 @@ def estimate(config: Config, topology: Topology, mesh: Mesh, work: Work) -> Esti
     again = 1 if work.mode == "train" and config.train.remat else 0
     flops = times * once * work.tokens
     device_flops = (times + again) * once * work.tokens / topology.devices
+    optimizer = _muon(config, sharding)[1] if work.mode == "train" else 0.0
     share8 = _narrow_flops(config) / once if work.mode == "train" else 0.0
     slow = (1 - share8) / topology.chip.flops + share8 / (topology.chip.flops8 or topology.chip.flops)
     seconds = {
-        "compute": device_flops * slow * topology.chip.devices,
+        "compute": (device_flops * slow + optimizer / topology.chip.flops) * topology.chip.devices,
         "memory": sum(traffic.values()) / (topology.chip.bandwidth / topology.chip.devices),
         "network": sum(collectives.values()) / (topology.network / topology.chip.devices),
     }
     bound = max(seconds.values())
     mfu = flops / (bound * topology.chips * topology.chip.flops)
-    return Estimate(parts, host, flops, device_flops, traffic, collectives, seconds, mfu)
+    return Estimate(parts, host, flops, device_flops + optimizer, traffic, collectives, seconds, mfu)
 
 
 def _narrow_flops(config: Config) -> float:
@@ -198,27 +202,35 @@ def _train(config: Config, topology: Topology, sharding: Sharding, work: Work):
     collectives = {
         "all-gather": passes * (m.layers * layer * away(split) + dense / tensor * away(dense_split)),
         "reduce-scatter": m.layers * layer * away(split) + dense / tensor * away(dense_split),
-        "all-reduce": 2 * (m.layers * layer / split) * away(replicas) + 2 * _newton_schulz_bytes(config, sharding),
+        "all-reduce": 2 * (m.layers * layer / split) * away(replicas),
         "all-to-all": m.layers * tokens * K * D * width * away(travel) * journeys,
+        "matrices": _muon(config, sharding)[0],
     }
     return parts, traffic, collectives, topology.chip.host * (_RUNTIME + topology.chip.devices * host)
 
 
-def _newton_schulz_bytes(config: Config, sharding: Sharding) -> float:
-    """Bytes that Muon's steps sum over devices: X X^T in float32, of every matrix that is split, at every step."""
+def _muon(config: Config, sharding: Sharding) -> tuple[float, float]:
+    """What orthogonalising costs one device (`parallel/matrices.py`): bytes that it sends, in float32, so that parts of
+    a matrix come together on one device and lie as before, and replicas get each other's results; and operations."""
     letters, shapes = parameter_shapes(config.model)
-    total = 0
-    for name, where in sharding.parameters(letters, shapes).items():
-        if letters[name] not in MATRICES:
-            continue
-        own = where.shard_shape(shapes[name])
-        stacked = len(own) - len(letters[name])
-        sides = [[stacked + letters[name].index(letter) for letter in side] for side in MATRICES[letters[name]]]
-        fan = [math.prod(shapes[name][axis] for axis in side) for side in sides]
-        if any(own[axis] < shapes[name][axis] for side in sides for axis in side):
-            matrices = math.prod(own) / math.prod(own[axis] for side in sides for axis in side)
-            total += matrices * min(fan) ** 2 * 4
-    return total * NEWTON_SCHULZ_STEPS
+    where, alike = sharding.parameters(letters, shapes), defaultdict(list)
+    for name in letters:
+        if letters[name] in MATRICES:
+            alike[letters[name], shapes[name][-len(letters[name]) :]].append(name)
+    sent = operations = 0.0
+    for (axes, shape), names in alike.items():
+        sides = [[axes.index(letter) for letter in side] for side in MATRICES[axes]]
+        fans = sorted(math.prod(shape[axis] for axis in side) for side in sides)
+        own = sharding.named(sharding.weight(axes)).shard_shape(shape)
+        split = [shape[axis] // own[axis] for axis in itertools.chain(*sides)]
+        sharers, groups = math.prod(split), sharding.size(replicas(sharding, sharding.weight(axes)))
+        counts = [math.prod(where[name].shard_shape(shapes[name])) * sharers // math.prod(fans) for name in names]
+        turn = sharers * groups  # matrices of one round
+        few = sum(count for count in counts if count < turn)
+        rounds = -(-few // turn) + sum(-(-count // turn) for count in counts if count >= turn)
+        operations += rounds * NEWTON_SCHULZ_STEPS * (4 * fans[0] ** 2 * fans[1] + 2 * fans[0] ** 3)
+        sent += rounds * 4 * math.prod(fans) * (2 * sum((parts - 1) / parts for parts in split) + groups - 1)
+    return sent, operations
 
 
 def _serve(config: Config, topology: Topology, sharding: Sharding, work: Work):

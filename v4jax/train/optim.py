@@ -1,18 +1,22 @@
 """Optimizer: Muon for matrices, AdamW for the rest (spec 8.1), and the router-bias rule (spec 3.3)."""
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from v4jax import config
+from v4jax.parallel.matrices import on_whole
+from v4jax.parallel.rules import active
 
 # Logical matrices by the letters of a parameter: inputs, outputs. Letters that are neither (experts, gate or up,
-# output groups) count several matrices, each orthogonalised alone. Of two letters the one that layouts split comes
-# first. Parameters not listed go to AdamW: embedding and head by the report, norms, mHC bases and scales, and (unnamed
-# in it, the only sensible choice) sinks and ape.
+# output groups) count several matrices, each orthogonalised alone. Parameters not listed go to AdamW: embedding and
+# head by the report, norms, mHC bases and scales, and (unnamed in it, the only sensible choice) sinks and ape.
 MATRICES = {
     "DQ": ("D", "Q"), "QNH": ("Q", "NH"), "DH": ("D", "H"), "GIR": ("I", "R"), "GRD": ("GR", "D"), "DW": ("D", "W"),
     "QJL": ("Q", "JL"), "DJ": ("D", "J"), "MXD": ("DX", "M"), "YXD": ("DX", "Y"), "DE": ("D", "E"),
@@ -41,13 +45,16 @@ def make_optimizer(train: config.Train, letters: dict[str, str]) -> optax.Gradie
 
 def _muon(train: config.Train, letters: dict[str, str]) -> optax.GradientTransformation:
     """Nesterov momentum, orthogonalised by 8 + 2 Newton-Schulz steps, scaled to an RMS of 0.18, decayed."""
-    matrices = lambda function, tree: {
-        name: leaf if isinstance(leaf, optax.MaskedNode) else function(letters[name], leaf)
-        for name, leaf in tree.items()
-    }
 
     def orthogonal(updates, params=None):
-        return matrices(orthogonalise, updates)
+        alike = defaultdict(list)
+        for name, leaf in updates.items():
+            if not isinstance(leaf, optax.MaskedNode):
+                alike[letters[name], leaf.shape[-len(letters[name]) :]].append(name)
+        out = dict(updates)
+        for (axes, _), names in alike.items():
+            out.update(zip(names, orthogonalise(axes, [updates[name] for name in names]), strict=True))
+        return out
 
     return optax.chain(
         nesterov(train.momentum),
@@ -78,22 +85,32 @@ def nesterov(beta: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def orthogonalise(letters: str, leaf: jax.Array) -> jax.Array:
-    """Every matrix of a parameter made orthogonal by Newton-Schulz steps, then scaled to an RMS of 0.18.
+def orthogonalise(letters: str, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    """Every matrix of some parameters made orthogonal by Newton-Schulz steps, then scaled to an RMS of 0.18.
 
-    Axes that count matrices stay apart, and the axes of one side join with the split one first, so an array that is
-    split over devices is worked on where it lies. Stacked layers come one after another: the temporaries of one layer
-    are several times its size.
+    leaves: parameters of these letters, with a stack axis in front or without; their matrices are of one shape.
+    On a mesh the devices share them, each works on whole ones. Elsewhere stacked layers come one after another: the
+    temporaries of one layer are several times its size.
     """
-    if leaf.ndim > len(letters):
-        return jax.lax.map(lambda one: orthogonalise(letters, one), leaf)
-    inputs, outputs = ([letters.index(letter) for letter in side] for side in MATRICES[letters])
-    order = [axis for axis in range(leaf.ndim) if axis not in inputs + outputs] + inputs + outputs
-    batch = [leaf.shape[axis] for axis in order[: leaf.ndim - len(inputs + outputs)]]
-    fan_in, fan_out = (math.prod(leaf.shape[axis] for axis in side) for side in (inputs, outputs))
-    x = _newton_schulz(leaf.transpose(order).reshape(*batch, fan_in, fan_out))
-    x = x.reshape([leaf.shape[axis] for axis in order]).transpose([order.index(axis) for axis in range(leaf.ndim)])
-    return x * (_UPDATE_RMS * math.sqrt(max(fan_in, fan_out)))
+    sharding, sides = active(), "".join(MATRICES[letters])
+    counts = [letter for letter in letters if letter not in sides]
+    order = [letters.index(letter) for letter in (*counts, *sides)]
+    back = [order.index(axis) for axis in range(len(letters))]
+    size = dict(zip(letters, leaves[0].shape[-len(letters) :], strict=True))
+    fans = [math.prod(size[letter] for letter in side) for side in MATRICES[letters]]
+    turned = lambda x, order: x.transpose([*range(x.ndim - len(order)), *(x.ndim - len(order) + i for i in order)])
+
+    def function(x):
+        return _newton_schulz(x.reshape(*x.shape[: x.ndim - len(sides)], *fans)).reshape(x.shape)
+
+    leaves = [turned(leaf, order) for leaf in leaves]
+    if sharding is not None and sharding.mesh.size > 1:
+        spec = [sharding.weight(letters)[i] for i in order]
+        lies = [PartitionSpec(*(None,) * (leaf.ndim - len(spec)), *spec) for leaf in leaves]
+        leaves = on_whole(function, leaves, len(sides), sharding, lies)
+    else:
+        leaves = [jax.lax.map(function, leaf) if leaf.ndim > len(letters) else function(leaf) for leaf in leaves]
+    return [turned(leaf, back) * (_UPDATE_RMS * math.sqrt(max(fans))) for leaf in leaves]
 
 
 def _newton_schulz(x: jax.Array) -> jax.Array:

@@ -1,0 +1,77 @@
+"""Whole matrices of arrays that a mesh splits, each on one device: they travel there in parts, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from v4jax.parallel.rules import Sharding
+
+
+def on_whole(
+    function: Callable[[jax.Array], jax.Array],
+    arrays: Sequence[jax.Array],
+    axes: int,
+    sharding: Sharding,
+    specs: Sequence[PartitionSpec],
+) -> tuple[jax.Array, ...]:
+    """`function` of every matrix of every array, which keeps a matrix' shape.
+
+    arrays: the last `axes` axes make a matrix (two sides, of one axis or several), those before count matrices; all
+    matrices are of one shape and split alike. specs: how each array lies on the mesh, and its result will.
+
+    The k devices that share the parts of some matrices exchange them in rounds (all-to-all): each gets a matrix, works
+    on it and sends the parts back, so memory holds one matrix more than it held. Where r such groups hold the same
+    parts (`replicas`) each takes every r-th round and gives the results to the others. n matrices take n / (k r)
+    rounds, rounded up; arrays that have too few for one round share theirs.
+    """
+    whole, copies = (None,) * axes, replicas(sharding, specs[0])
+    split = [(axis, _names(at)) for axis, at in enumerate((*whole, *specs[0])[-axes:]) if at]
+    sharers, groups = math.prod(sharding.size(names) for _, names in split), sharding.size(copies)
+
+    def one(parts):
+        for axis, names in split:
+            parts = jax.lax.all_to_all(parts, names, split_axis=0, concat_axis=1 + axis, tiled=True)
+        parts = function(parts[0])[None]
+        for axis, names in reversed(split):
+            parts = jax.lax.all_to_all(parts, names, split_axis=1 + axis, concat_axis=0, tiled=True)
+        return parts
+
+    def rounds(x):
+        spare = -len(x) % (groups * sharers)
+        parts = jnp.pad(x, ((0, spare), *((0, 0),) * axes)) if spare else x
+        turns = parts.reshape(-1, groups, sharers, *x.shape[1:])
+        if groups == 1:
+            done = jax.lax.map(one, turns[:, 0])
+        else:
+            done = jax.lax.map(one, turns[:, jax.lax.axis_index(copies)])
+            done = jax.lax.all_gather(done, copies, axis=1)
+        return done.reshape(parts.shape)[: len(x)]
+
+    def local(*arrays):
+        flat = [x.reshape(-1, *x.shape[x.ndim - axes :]) for x in arrays]
+        few = [i for i, x in enumerate(flat) if len(x) < groups * sharers]
+        for group in [few] * bool(few) + [[i] for i in range(len(flat)) if i not in few]:
+            ends = np.cumsum([len(flat[i]) for i in group])
+            done = rounds(jnp.concatenate([flat[i] for i in group]))
+            for i, x in zip(group, jnp.split(done, ends[:-1]), strict=True):
+                flat[i] = x
+        return tuple(x.reshape(array.shape) for x, array in zip(flat, arrays, strict=True))
+
+    specs = tuple(specs)
+    return jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=specs, check_vma=False)(*arrays)
+
+
+def replicas(sharding: Sharding, spec: PartitionSpec) -> tuple[str, ...]:
+    """Mesh axes along which an array that lies so is the same everywhere, but for slices: their network is slow."""
+    used = {name for at in spec for name in _names(at)}
+    return tuple(axis for axis, size in sharding.mesh.shape.items() if size > 1 and axis not in used | {"slice"})
+
+
+def _names(at: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (at,) if isinstance(at, str) else at or ()
