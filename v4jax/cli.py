@@ -53,12 +53,11 @@ def _generate(values: flags.FlagValues, _: None) -> None:
     prompts = [*values.prompt, *map(_read_prompt, values.prompt_file)]
     if not prompts:
         raise UserError('generate needs something to continue; add --prompt="..." or --prompt_file=FILE')
-    mesh = _mesh(values)
     from v4jax.parallel import distributed
     from v4jax.serve import LLM, SamplingParams
 
     sampling = SamplingParams(**given(values, "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop"))
-    options = given(values, "dtype", "max_seq_len", "max_batch", "precision") | _cache(values) | mesh
+    options = given(values, "dtype", "max_seq_len", "max_batch", "precision") | _cache(values) | _mesh(values)
     with distributed.peers(), LLM(values.checkpoint, **options) as llm:
         if llm.tiers:
             print(f"cache: {llm.tiers}", file=sys.stderr)
