@@ -59,7 +59,7 @@ def _generate(values: flags.FlagValues, _: None) -> None:
     sampling = SamplingParams(**given(values, "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop"))
     options = given(values, "dtype", "max_seq_len", "max_batch", "precision") | _cache(values) | _mesh(values)
     with distributed.peers(), LLM(values.checkpoint, **options) as llm:
-        if llm.tiers:
+        if llm.tiers and distributed.is_lead():
             print(f"cache: {llm.tiers}", file=sys.stderr)
         pieces = llm.stream(prompts, sampling)
         if distributed.is_lead():

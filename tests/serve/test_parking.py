@@ -283,10 +283,10 @@ def test_pieces_evicted_between_fetch_and_admission_are_fetched_again(model, alo
         drive(engine, CHATS[:1])
         bring_in = engine.parking.bays[0]._bring_in
 
-        def once(job, seed):
+        def once(visit, seed):
             engine.parking.bays[0]._bring_in = bring_in
-            job.blocks.clear()
-            return bring_in(job, seed)
+            visit.job.blocks_here = frozenset(visit.job.names)  # as if they had been on the device when it began
+            return bring_in(visit, seed)
 
         engine.parking.bays[0]._bring_in = once
         assert drive(engine, CHATS[1:2]) == alone[1:2]

@@ -62,5 +62,12 @@ def digest(arrays: Mapping[str, np.ndarray]) -> bytes:
     return whole.digest()
 
 
+def row_digests(array: np.ndarray) -> np.ndarray:
+    """16 bytes over the contents of each row of an array: uint8 [rows, 16]; for `digest` where no one has all rows."""
+    rows = np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint8)
+    with ThreadPoolExecutor() as pool:
+        return np.array([list(name) for name in pool.map(_hash, rows)], np.uint8).reshape(len(array), SIZE)
+
+
 def _hash(data: np.ndarray) -> bytes:
     return hashlib.blake2b(data, digest_size=SIZE).digest()

@@ -179,6 +179,10 @@ class Transfer:
 
     # --- up --------------------------------------------------------------------------------------------------------
 
+    def found(self, names: Sequence[bytes]) -> int:
+        """Blocks, from the first of these on, behind which a request can begin by what is here, as far as is known."""
+        return self._goal(Fetch(names, frozenset(), frozenset(), 0))
+
     def fetch(self, job: Fetch) -> bool:
         """Begin to fetch, if the tiers have what it takes to start behind more blocks; counts as one use of those."""
         goal = self._goal(job)

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from v4jax.cache import prefix
 from v4jax.serve.scheduler import Scheduler
 
 
-def choose(schedulers: Sequence[Scheduler], prompt: Sequence[int], max_tokens: int, seed: bytes | None) -> Scheduler:
+def choose(
+    schedulers: Sequence[Scheduler],
+    prompt: Sequence[int],
+    max_tokens: int,
+    seed: bytes | None,
+    below: Callable[[Sequence[bytes]], Sequence[int]] | None = None,
+) -> Scheduler:
     """The scheduler that has least to do, in tokens, until the request is done; of several the one that was given
     fewest requests.
 
-    What it finds of the prompt need not be read. seed: of the names of the prompt's blocks, or None.
+    What it finds of the prompt, or tiers below it hold, need not be read. seed: of the names of the prompt's blocks, or
+    None. below: blocks that the tiers below each hold of those with such names.
     """
     if len(schedulers) == 1:
         return schedulers[0]
     block = schedulers[0].block
     names = [] if seed is None else prefix.chain(seed, prompt[:-1], block)
+    held = below(names) if below is not None and names else [0] * len(schedulers)
 
-    def cost(scheduler: Scheduler) -> tuple[int, int]:
-        found, _ = scheduler.blocks.match(names)
+    def cost(scheduler: Scheduler, held: int) -> tuple[int, int]:
+        found = max(scheduler.blocks.match(names)[0], held)
         before = sum(sequence.limit - sequence.position for sequence in scheduler.sequences.values())
         return before + len(prompt) + max_tokens - found * block, scheduler.arrivals
 
-    return min(schedulers, key=cost)
+    costs = [cost(scheduler, blocks) for scheduler, blocks in zip(schedulers, held, strict=True)]
+    return schedulers[costs.index(min(costs))]
 
 
 def together(schedulers: Sequence[Scheduler]) -> dict[str, float]:

@@ -6,6 +6,10 @@ computed by a request that did not fail. Up: when a request waits, the pieces of
 read and verified by other threads; when it can be admitted, they are put into the books and the arrays as if they had
 never left, and the scheduler finds them there. A request waits for that no longer than the deadline, and reads its
 prompt itself if it must.
+
+In a run of several processes each keeps the books of all devices, and has tiers for its own. What of a prompt came up,
+and whether a request still waits, the process of the request's device says, and all are told at the same step
+(`Parking.agree`), so that the books of all stay equal.
 """
 
 from __future__ import annotations
@@ -51,31 +55,39 @@ class _Restore(NamedTuple):
     item: Item
 
 
-@dataclass
-class _Visit:
-    """What is done for one request that waits."""
+@dataclass(eq=False)
+class Visit:
+    """What is done for one request that waits. fetching: by this process. boundary: blocks that it can begin behind,
+    once that is known."""
 
     job: Fetch
+    fetching: bool
     again: bool = False  # it is the second one, after pieces were evicted meanwhile
+    boundary: int | None = None
 
 
 class Bay:
     """One device of an engine. `attach` joins it to the device's scheduler and books, which call it then, as `Parking`
     does.
 
-    live: the device's state. forms: of a block and a record. second: only what a second request asked for moves down.
+    live: the device's state; None for a device of another process, whose books alone are kept here. forms: of a block
+    and a record. second: only what a second request asked for moves down. told: `Parking.agree` says what came up.
     """
 
-    def __init__(self, live: Live, transfer: Transfer, forms: Mapping[str, Form], *, second: bool = False):
-        self._kinds, self.transfer, self.forms = kinds(live), transfer, forms
-        [device] = jax.tree.leaves(live)[0].devices()
-        self._device = SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
-        self._pinned = pinned(device)
+    def __init__(
+        self, live: Live | None, transfer: Transfer, forms: Mapping[str, Form], *, second: bool = False,
+        told: bool = False,
+    ):  # fmt: skip
+        self.here, self.transfer, self.forms, self._told = live is not None, transfer, forms, told
+        if self.here:
+            [device] = jax.tree.leaves(live)[0].devices()
+            self._kinds, self._pinned = kinds(live), pinned(device)
+            self._device = SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
         self._moves: list[_Save | _Restore] = []  # in the order in which the books were changed
         self._backlog: dict[str, dict[bytes, _Save]] = {"block": {}, "record": {}}
         self._second, self._asked = second, OrderedDict()  # by name: whether more than one request asked for it
-        self._visits: dict[Sequence, _Visit | None] = {}
-        self._awaited: Fetch | None = None
+        self._visits: dict[Sequence, Visit | None] = {}
+        self._awaited: Visit | None = None
         self._blocks: Blocks | None = None
         self.restored = 0
 
@@ -88,6 +100,8 @@ class Bay:
 
     def parked(self, kind: str, parent: bytes, name: bytes, number: int, leaves: bool) -> None:
         """A block became idle, or a record behind an idle block ready; leaves: it is evicted now."""
+        if not self.here:
+            return
         save = _Save(kind, parent, name, number)
         if leaves:
             self._backlog[kind].pop(name, None)
@@ -110,13 +124,25 @@ class Bay:
             while len(self._asked) > _REMEMBERED:
                 self._asked.popitem(last=False)
 
-    def _look(self, names: Names[bytes], again: bool = False) -> _Visit | None:
+    def _look(self, names: Names[bytes], again: bool = False) -> Visit | None:
         found, _ = self._blocks.match(names)
         if found == len(names):
             return None
         here = {kind: frozenset(n for n in names if self._blocks.number(kind, n)) for kind in ("block", "record")}
         job = Fetch(tuple(names), here["block"], here["record"], found)
-        return _Visit(job, again) if self.transfer.fetch(job) else None
+        fetching = self.here and self.transfer.fetch(job)
+        return Visit(job, fetching, again) if fetching or self._told else None
+
+    @property
+    def unanswered(self) -> list[Visit]:
+        """Of the requests that wait, in the order in which all processes met them."""
+        return [visit for visit in self._visits.values() if visit is not None and visit.boundary is None]
+
+    def answer(self, visit: Visit) -> int | None:
+        """What `visit.boundary` is to be, by what was fetched here; None as long as that is not known."""
+        if visit.fetching and not visit.job.done.is_set():
+            return 0 if self.transfer.late(visit.job) else None
+        return visit.job.boundary
 
     def awaits(self, sequence: Sequence, names: Names[bytes]) -> bool:
         """Whether admission is to wait; if not, what was fetched can be found now, as far as there is room for it."""
@@ -124,23 +150,26 @@ class Bay:
         if visit is None:
             self._visits.pop(sequence, None)
             return False
-        if not visit.job.done.is_set() and not self.transfer.late(visit.job):
-            self._awaited = visit.job
+        if not self._told:
+            visit.boundary = self.answer(visit)
+        if visit.boundary is None:
+            self._awaited = visit
             return True
-        if not self._bring_in(visit.job, sequence.seed) and not visit.again:
+        if not self._bring_in(visit, sequence.seed) and not visit.again:
             self._visits[sequence] = self._look(names, again=True)
             return self.awaits(sequence, names)
         del self._visits[sequence]
         return False
 
-    def _bring_in(self, job: Fetch, seed: bytes) -> bool:
+    def _bring_in(self, visit: Visit, seed: bytes) -> bool:
         """Put what was fetched into the books, to be copied before the next plan; False if some of it is gone again."""
-        blocks, names = self._blocks, job.names[: job.boundary]
-        if not job.done.is_set() or not names:
+        blocks, job, names = self._blocks, visit.job, visit.job.names[: visit.boundary]
+        if not names:
             return True
         lacking = [name for name in names if not blocks.number("block", name)]
         record_here = blocks.number("record", names[-1])
-        if not job.blocks.keys() >= set(lacking) or not (record_here or job.record):
+        # What was on the device when the fetch began was not fetched.
+        if job.blocks_here & set(lacking) or (not record_here and names[-1] in job.records_here):
             return False
         record = None if record_here else blocks.keep(names[-1])
         if not record_here and record is None:
@@ -152,9 +181,10 @@ class Bay:
             for parent, name in itertools.pairwise([seed, *names]):
                 if name in pages:
                     blocks.publish(parent, name, pages[name])
-                    self._moves.append(_Restore("block", pages[name], job.blocks[name]))
+                    if self.here:
+                        self._moves.append(_Restore("block", pages[name], job.blocks[name]))
         if record is not None:
-            self._moves += [_Restore("record", record, job.record)] if new is not None else []
+            self._moves += [_Restore("record", record, job.record)] if self.here and new is not None else []
             blocks.ready(names[-1], record, valid=new is not None)
         blocks.release([blocks.number("block", name) for name in names] if new is not None else held)
         self.restored += len(new or ())
@@ -222,8 +252,8 @@ class Bay:
 
     def wait(self) -> bool:
         """Give the threads time if admission waits for them; whether it does."""
-        if self._awaited is not None:
-            self._awaited.done.wait(0.01)
+        if self._awaited is not None and self._awaited.fetching:
+            self._awaited.job.done.wait(0.01)
         return self._awaited is not None
 
 

@@ -32,7 +32,7 @@ from v4jax.cache.spec import Layout
 from v4jax.core.check import UserError
 from v4jax.models.quantised import check_precision, quantise
 from v4jax.models.transformer import Transformer
-from v4jax.serve import balance, live, parking, places, programs
+from v4jax.serve import balance, identity, live, parking, places, programs
 from v4jax.serve.programs import Heads, Live
 from v4jax.serve.sampling import Sampled, SamplingParams, batch_options
 from v4jax.serve.scheduler import Scheduler
@@ -142,12 +142,9 @@ class Engine:
 
     def _digest(self, variables) -> bytes:
         """Seed of the names of blocks: all that their contents depend on besides the tokens."""
-        if jax.process_count() > 1:  # nothing outlives this engine, and no process has all of the weights
-            return prefix.seed(b"", self.model)
-        leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
         # Where bits are promised, blocks from another run are of use only if the same programs computed them.
         bits = (jax.__version__, jax.default_backend()) if self.limits.batch_invariant else ()
-        return prefix.seed(prefix.digest(leaves), self.model, self.layout.name, self.layout.block, *bits)
+        return prefix.seed(identity.digest(variables), self.model, self.layout.name, self.layout.block, *bits)
 
     # --- requests --------------------------------------------------------------------------------------------------
 
@@ -173,7 +170,8 @@ class Engine:
         seed = self._seed and prefix.seed(self._seed, salt=salt)
         home = self._home.get(id)
         if home is None or id not in home.sequences:
-            home = balance.choose(self.schedulers, prompt, sampling.max_tokens, seed)
+            below = self.parking and self.parking.found
+            home = balance.choose(self.schedulers, prompt, sampling.max_tokens, seed, below)
         home.add(id, prompt, sampling.max_tokens, seed=seed)
         self._home[id] = home
         self._sampling[id], self._batch = sampling, ()  # an id may come again with other options
@@ -200,6 +198,8 @@ class Engine:
 
         A request whose logits were not finite has ended, failed, when its tokens (whose `finite` says so) come.
         """
+        if self.parking is not None:
+            self.parking.agree()
         plans = [scheduler.step() for scheduler in self.schedulers]
         any_plan = any(plan is not None for plan in plans)
         self._park(waits=not any_plan and not self._flight)

@@ -34,6 +34,13 @@ class Places:
             self._mine = [(i, one) for i, one in enumerate(sharding.mesh.devices.flat) if one.process_index == here]
 
     @property
+    def processes(self) -> list[int]:
+        """Index of every device's process, in the mesh's order."""
+        if self.sharding is None:
+            return [jax.process_index()]
+        return [device.process_index for device in self.sharding.mesh.devices.flat]
+
+    @property
     def placement(self) -> Placement | None:
         """Where weights go as they are read."""
         if self.sharding is None:
@@ -131,5 +138,3 @@ def check_engine(on: Places, model: config.Model, limits: config.Serve, cache: c
     for name, given in {"batch_invariant": limits.batch_invariant, "cache hot": cache.hot}.items():
         if given:
             raise UserError(f"{name} needs an engine on one device; leave it out, or the mesh")
-    if jax.process_count() > 1 and (cache.host or cache.disk):
-        raise UserError("cache tiers on host and disk need an engine in one process; leave them out, or start one")
