@@ -35,7 +35,10 @@ def check(config: config_lib.Config, mesh: Mesh | None, work: Work, travels: str
     held = sum(closed[part] for part in (("weights", "optimizer") if work.mode == "train" else ("weights", "kv")))
     assert result.device_bytes["arguments"] == pytest.approx(held, rel=near)
     changed = held if work.mode == "train" else closed["kv"]
-    assert -result.device_bytes["donated"] == pytest.approx(changed, rel=0.2 + near)  # what a step changes, in place
+    in_place, peak = result.memory
+    assert in_place == pytest.approx(changed, rel=0.2 + near)  # what a step changes
+    if "on" not in where:  # XLA:CPU leaves arguments out
+        assert 0.5 < peak / (result.device_bytes["arguments"] + result.device_bytes["temporaries"]) <= 1.01
     assert 0 < sum(result.device_bytes.values()) < result.limit == PLACE.device_memory
     assert result.collectives.get(travels, 0) > 0, result.collectives
     metrics = {record["metric"] for record in compiled.records(result, {"source": "compiled"})}

@@ -74,10 +74,12 @@ class Parking:
     def _describe(self, pages: int, tokens: int) -> str:
         devices, block = len(self.bays), self.forms["block"]
         parts = [f"{'device' if devices == 1 else f'each of {devices} devices'} {pages * tokens:,} tokens"]
-        parts += [f"of each of {len(set(self._processes))} processes:"] if self._told else []
+        of = f"of each of {len(set(self._processes))} processes: " if self._told else ""
         for name, tier in self.transfer.tiers.items():
             held, size = tier.stats(), space(block.file_bytes) if name == "disk" else block.nbytes
-            parts.append(f"{name} up to {held['budget'] // size * tokens:,} ({held['blocks'] * tokens:,} are there)")
+            room, there = held["budget"] // size * tokens, held["blocks"] * tokens
+            parts.append(f"{of}{name} up to {room:,} ({there:,} are there)")
+            of = ""
         return ", ".join(parts)
 
     def attach(self, schedulers: Sequence[Scheduler]) -> None:

@@ -43,7 +43,7 @@ def read(directory: str) -> Buffers:
     sums = {space: {"arguments": 0, "temporaries": 0} for space in (_DEVICE, _HOST)}
     largest, temporary = (0, ""), False
     for line in assignment.splitlines():
-        if match := re.match(r"allocation \d+: size (\d+),(?: color (\d+),)? ([\w-]+)", line):
+        if match := re.match(r"allocation \d+: size (\d+),(?: page \d+,)?(?: color (\d+),)? ([\w-]+)", line):
             space, kind = match[2] or _DEVICE, match[3]
             temporary = kind == "preallocated-temp" and space in sums
             if space in sums and kind != "thread-local":  # those stand for the inside of fused operations

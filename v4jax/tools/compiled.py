@@ -34,8 +34,9 @@ _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-al
 class Compiled:
     """Of one device: bytes by part on it and in host memory, the largest array among the temporaries (bytes, type),
     and bytes of collectives by kind (loop bodies times their trips, where the compiler knows them). seconds: of CPUs,
-    to lower and compile until `stage`. cost: operations and bytes touched (loop bodies counted once, as XLA reports
-    them), of a whole program alone."""
+    to lower and compile until `stage`. Of a whole program alone, as XLA reports them: cost, operations and bytes
+    touched (loop bodies counted once); memory, bytes of the arguments that are updated in place, and the most that is
+    in use at once."""
 
     device_bytes: dict[str, int]
     host_bytes: dict[str, int]
@@ -45,6 +46,7 @@ class Compiled:
     seconds: float
     stage: str
     cost: tuple[float, float] | None = None
+    memory: tuple[int, int] | None = None
 
 
 def devices(topology: Topology) -> list[jax.Device]:
@@ -85,18 +87,13 @@ def compile_step(
         program = _compile(lowered, topology, options | {"xla_dump_to": directory})
         found = buffers.read(directory)
     memory, cost = program.memory_analysis(), program.cost_analysis()
-    parts = {
-        "arguments": memory.argument_size_in_bytes, "results": memory.output_size_in_bytes,
-        "donated": -memory.alias_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
-        "program": memory.generated_code_size_in_bytes,
-    }  # fmt: skip
-    host = {
-        "arguments": memory.host_argument_size_in_bytes, "results": memory.host_output_size_in_bytes,
-        "donated": -memory.host_alias_size_in_bytes, "temporaries": memory.host_temp_size_in_bytes,
-    }  # fmt: skip
+    # Its temporaries are not taken: they may be a third more than what the compiler itself counts against the device's
+    # memory when it refuses a program, which is what the buffers take.
+    parts = found.device_bytes | {"program": memory.generated_code_size_in_bytes}
     return Compiled(
-        parts, host, found.largest, topology.device_memory, collective_bytes(program.as_text()),
+        parts, found.host_bytes, found.largest, topology.device_memory, collective_bytes(program.as_text()),
         time.process_time() - begun, stage, (cost.get("flops", 0.0), cost.get("bytes accessed", 0.0)),
+        (memory.alias_size_in_bytes, memory.peak_memory_in_bytes),
     )  # fmt: skip
 
 
