@@ -15,7 +15,8 @@ def digest(variables: nnx.State) -> bytes:
     whole, experts = {}, {}
     is_variable = lambda node: isinstance(node, nnx.Variable)
     for path, variable in jax.tree_util.tree_leaves_with_path(variables, is_leaf=is_variable):
-        split = len(variable.letters) > 1 and variable.letters[0] == "E"  # perhaps no process has all of them
+        letters = getattr(variable, "letters", "")  # a parameter that was replaced by hand may have none
+        split = len(letters) > 1 and letters[0] == "E"  # perhaps no process has all of them
         for inside, leaf in jax.tree_util.tree_leaves_with_path(variable):
             (experts if split else whole)[jax.tree_util.keystr(path + inside)] = leaf
     return prefix.digest(whole | _row_digests(experts))
