@@ -42,7 +42,7 @@ class Hanging(disk.Files):
 
 def main(model, directory, rounds):
     distributed.start(distributed.where(os.environ), 120)
-    cache = config.Cache(tokens=TOKENS, disk=1 << 30, directory=directory, deadline=1.0 if "h" in rounds else 60.0)
+    cache = config.Cache(tokens=TOKENS, disk=1 << 30, directory=directory, deadline=3.0 if "h" in rounds else 60.0)
     llm, said = LLM(model, mesh=config.Mesh("serve"), cache=cache, **LIMITS), []
     for kind in rounds:
         if kind == "h" and jax.process_index() == 1:
