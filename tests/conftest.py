@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 
-from tests.compiler import QUICK
+from tests.compiler import KEEPS, QUICK
 
 assert "jax" not in sys.modules, "jax was imported before the tests chose its devices"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -15,7 +15,7 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).s
 
 # Workers of pytest-xdist and programs that tests start inherit the cache, so each program is compiled once a run.
 # A fresh directory every time: a test that kills its child may leave a truncated entry behind.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+if KEEPS and "PYTEST_XDIST_WORKER" not in os.environ:
     _cache = tempfile.mkdtemp(prefix="v4jax-test-")
     atexit.register(shutil.rmtree, _cache, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
