@@ -55,8 +55,7 @@ def on_whole(
 
     def local(*arrays):
         flat = [x.reshape(-1, *x.shape[x.ndim - axes :]) for x in arrays]
-        few = [i for i, x in enumerate(flat) if len(x) < groups * sharers]
-        for group in [few] * bool(few) + [[i] for i in range(len(flat)) if i not in few]:
+        for group in sharing([len(x) for x in flat], groups * sharers):
             ends = np.cumsum([len(flat[i]) for i in group])
             done = rounds(jnp.concatenate([flat[i] for i in group]))
             for i, x in zip(group, jnp.split(done, ends[:-1]), strict=True):
@@ -65,6 +64,12 @@ def on_whole(
 
     specs = tuple(specs)
     return jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=specs, check_vma=False)(*arrays)
+
+
+def sharing(counts: Sequence[int], turn: int) -> list[list[int]]:
+    """Which arrays, by place, share rounds of `turn` matrices: those of too few for one; each other has its own."""
+    few = [i for i, count in enumerate(counts) if count < turn]
+    return [few] * bool(few) + [[i] for i, count in enumerate(counts) if count >= turn]
 
 
 def replicas(sharding: Sharding, spec: PartitionSpec) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from v4jax.core.check import UserError
 from v4jax.models.flops import count_parameters, parameter_table
 from v4jax.models.layout import stacks
 from v4jax.nn.linear import FP8
-from v4jax.parallel.matrices import replicas
+from v4jax.parallel.matrices import replicas, sharing
 from v4jax.parallel.mesh import sizes
 from v4jax.parallel.rules import Sharding, check_layout
 from v4jax.tools.topology import GIB, Topology, listed
@@ -226,8 +226,7 @@ def _muon(config: Config, sharding: Sharding) -> tuple[float, float]:
         sharers, groups = math.prod(split), sharding.size(replicas(sharding, sharding.weight(axes)))
         counts = [math.prod(where[name].shard_shape(shapes[name])) * sharers // math.prod(fans) for name in names]
         turn = sharers * groups  # matrices of one round
-        few = sum(count for count in counts if count < turn)
-        rounds = -(-few // turn) + sum(-(-count // turn) for count in counts if count >= turn)
+        rounds = sum(-(-sum(counts[i] for i in group) // turn) for group in sharing(counts, turn))
         operations += rounds * NEWTON_SCHULZ_STEPS * (4 * fans[0] ** 2 * fans[1] + 2 * fans[0] ** 3)
         sent += rounds * 4 * math.prod(fans) * (2 * sum((parts - 1) / parts for parts in split) + groups - 1)
     return sent, operations
