@@ -88,8 +88,8 @@ class Model:
     norm_eps: float = 1e-6
     mtp_layers: int = 1
     init_std: float = 0.02
-    bos_id: int = 0
-    eos_id: int = 1
+    bos_id: int | None = 0  # None: no token begins a text
+    eos_id: int | tuple[int, ...] | None = 1  # None: no token ends a text; a tuple: any of them does
     dtype: str = "bfloat16"  # of activations and matrix products; norms, router, mHC, softmax are float32
     kv_qdq: bool = False  # simulate FP8 entries and FP4 index keys (spec 2.4); transformers does not
     modalities: tuple[str, ...] = MODALITIES  # of one token stream; any other than text is refused in this version
@@ -98,6 +98,11 @@ class Model:
     indexer: Indexer = field(default_factory=Indexer)
     moe: Moe = field(default_factory=Moe)
     mhc: HyperConnection = field(default_factory=HyperConnection)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All ids that end a text."""
+        return () if self.eos_id is None else (self.eos_id,) if isinstance(self.eos_id, int) else tuple(self.eos_id)
 
     @property
     def layers(self) -> int:
@@ -374,6 +379,11 @@ def _validate_model(m: Model) -> None:
     )
     _require(1 <= m.moe.active <= m.moe.experts, f"model.moe.active {m.moe.active} must lie in 1..{m.moe.experts}")
     _require(0 <= m.moe.hash_layers <= m.layers, f"model.moe.hash_layers {m.moe.hash_layers} exceeds {m.layers} layers")
+    _require(m.bos_id is None or _is_id(m.bos_id), f"model.bos_id must be a token id or None, got {m.bos_id!r:.60}")
+    _require(
+        m.eos_id is None or _is_id(m.eos_id) or (isinstance(m.eos_id, tuple) and all(map(_is_id, m.eos_id))),
+        f"model.eos_id must be a token id, several or None, got {m.eos_id!r:.60}",
+    )
     _require(m.mtp_layers in (0, 1), f"model.mtp_layers must be 0 or 1, got {m.mtp_layers}")
     _require(m.dtype in ("bfloat16", "float32"), f"model.dtype must be bfloat16 or float32, got {m.dtype!r}")
     for kind in m.modalities:
@@ -392,6 +402,10 @@ def _validate_mesh(mesh: Mesh) -> None:
         _require(size >= 1, f"mesh.{axis} must be at least 1, got {size}")
         _require(size == 1 or mesh.layout, f"mesh.{axis} is {size}, but no layout says what to split; set mesh.layout "
                  f"to one of {', '.join(layout_names())}")  # fmt: skip
+
+
+def _is_id(value) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _require(ok: bool, message: str) -> None:

@@ -5,9 +5,10 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from v4jax.config import Model
 from v4jax.core.check import UserError
 from v4jax.data.corpus import load_corpus
-from v4jax.data.tokenizer import SPECIALS, Detokenizer, Tokenizer, token_bytes, write_atomic
+from v4jax.data.tokenizer import SPECIALS, Detokenizer, Tokenizer, load_tokenizer, token_bytes, write_atomic
 
 TOKENIZER = Tokenizer()
 TEXT = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("aT 's\n\t\x0b\x1c1.<é€😀\u0301½")))
@@ -65,6 +66,56 @@ def test_save_and_load(tmp_path):
     assert again.encode("Enter HAMLET") == TOKENIZER.encode("Enter HAMLET")
     assert (again.bos_id, again.eos_id, again.pad_id) == (0, 1, 2)
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+
+
+def test_a_document_begins_as_the_post_processor_says(tmp_path):
+    assert TOKENIZER.encode_document("To be") == [0, *TOKENIZER.encode("To be")]
+    assert TOKENIZER.encode_document("") == [0] and TOKENIZER.encode_document("", add_special_tokens=False) == []
+    spec = json.loads(TOKENIZER._json)
+    silent, byte_level = {"post_processor": None}, {"post_processor": spec["pre_tokenizer"]}
+    named = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    for change in (silent, byte_level):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec | change))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+        assert Tokenizer(tmp_path).encode_document("To be") == TOKENIZER.encode("To be")
+        Tokenizer(tmp_path, add_bos=True).save(tmp_path / "saved")
+        for again in (Tokenizer(tmp_path, add_bos=True), Tokenizer(tmp_path / "saved")):
+            assert again.encode_document("To be é") == TOKENIZER.encode_document("To be é")
+            assert again.encode("To be") == TOKENIZER.encode("To be")
+            assert again.encode_document("a<eos>") == [0, *again.encode("a<eos>")]
+    with pytest.raises(UserError, match="no token of the id 9999, which is to be its bos"):
+        Tokenizer(tmp_path, bos_id=9999, add_bos=True)
+
+
+def test_a_bos_that_the_post_processor_ignores_is_said(tmp_path, caplog):
+    spec = json.loads(TOKENIZER._json)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"post_processor": None}))
+    config = {"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer(tmp_path).encode_document("a") == TOKENIZER.encode("a")
+    [record] = caplog.records
+    assert "asks for bos before a text" in record.message and "\n" not in record.message
+
+
+def test_special_tokens_are_parsed_when_asked():
+    text = "a<eos>b<pad> <bos>"
+    assert TOKENIZER.special_tokens_in(text) == ["<bos>", "<eos>", "<pad>"] and not TOKENIZER.special_tokens_in("<b>")
+    parsed = TOKENIZER.encode_document(text, parse_special_tokens=True)
+    encode = TOKENIZER.encode
+    assert parsed == [0, *encode("a"), 1, *encode("b"), 2, *encode(" "), 0]
+    assert TOKENIZER.encode_document(text) == [0, *encode(text)]  # the other setting is not left behind
+
+
+def test_tokens_that_no_file_names_are_the_models(tmp_path):
+    _sentencepiece_like(tmp_path)
+    of = lambda **ids: load_tokenizer(tmp_path, Model(schedule=("swa",), **ids))
+    assert (of(bos_id=5, eos_id=(7, 8)).bos_id, of(bos_id=5, eos_id=(7, 8)).eos_id) == (5, 7)
+    assert (of(bos_id=None, eos_id=None).bos_id, of(bos_id=None, eos_id=None).eos_id) == (None, None)
+    of(bos_id=None, eos_id=None).save(tmp_path / "saved")
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "nowhere"}))
+    assert (of(bos_id=5, eos_id=7).bos_id, of(bos_id=5, eos_id=7).eos_id) == (0, 7)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    assert (of(bos_id=5, eos_id=7).bos_id, of(bos_id=5, eos_id=7).eos_id) == (0, 1)
 
 
 def test_write_atomic_keeps_the_old_file(tmp_path):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from v4jax import config
 from v4jax.config import HyperConnection, Indexer, Model, Moe, Rope
 from v4jax.core.check import UserError
 from v4jax.models import hf_config
@@ -147,7 +148,6 @@ def test_ratio_labels_and_rates():
 def test_small_variants():
     assert hf_config.from_hf(released(num_hidden_layers=2)).moe.hash_layers == 2
     assert hf_config.from_hf(released(rope_scaling=None)).rope == Rope()
-    assert hf_config.from_hf(released(eos_token_id=[9])).eos_id == 9
     assert hf_config.from_hf(released(torch_dtype="float16")).dtype == "float32"
     assert hf_config.from_hf(released(dtype="float32")).dtype == "float32"
     assert hf_config.from_hf(released(partial_rotary_factor=0.25)).rope_dim == 128
@@ -155,6 +155,28 @@ def test_small_variants():
 
 def _without(name):
     return {key: value for key, value in released().items() if key != name}
+
+
+@pytest.mark.parametrize("given, eos_id, eos_ids", [
+    (9, 9, (9,)), ([9], 9, (9,)), ([9, 2], (9, 2), (9, 2)), (None, None, ()), ([], None, ()), ("absent", 1, (1,)),
+], ids=str)  # fmt: skip
+def test_null_absent_and_lists_of_tokens_are_three_things(tmp_path, given, eos_id, eos_ids):
+    values = _without("eos_token_id") if given == "absent" else released(eos_token_id=given)
+    model = hf_config.from_hf(values)
+    assert (model.eos_id, model.eos_ids) == (eos_id, eos_ids)
+    assert hf_config.from_hf(json.loads(json.dumps(hf_config.to_hf(model)))) == model
+    assert config.from_dict(config.Model, json.loads(json.dumps(config.to_dict(model)))) == model
+    transformers = pytest.importorskip("transformers", minversion="5.23", reason="transformers is the oracle")
+    for written in (values, hf_config.to_hf(model)):
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        theirs = transformers.AutoConfig.from_pretrained(tmp_path).eos_token_id
+        assert tuple([theirs] if isinstance(theirs, int) else theirs or ()) == eos_ids
+
+
+def test_a_bos_that_is_null_is_none():
+    assert hf_config.from_hf(released(bos_token_id=None)).bos_id is None
+    assert hf_config.from_hf(_without("bos_token_id")).bos_id == 0
+    assert hf_config.to_hf(dataclasses.replace(FLASH, bos_id=None))["bos_token_id"] is None
 
 
 @pytest.mark.parametrize(
@@ -208,7 +230,12 @@ _NESTED = hf_config.to_hf(FLASH)["rope_parameters"]
         ({"hidden_size": "4096"}, "hidden_size is '4096', which is no positive integer"),
         ({"index_topk": 0}, "index_topk is 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
-        ({"eos_token_id": [1, 2]}, r"eos_token_id is \[1, 2\]; v4jax supports one token id"),
+        ({"eos_token_id": [1, -2]}, r"eos_token_id is \[1, -2\]; it must be a token id, a list of them or null"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; it must be a token id"),
+        ({"eos_token_id": [True]}, r"eos_token_id is True"),
+        ({"eos_token_id": {"a": 1}}, "eos_token_id is {'a': 1}"),
+        ({"bos_token_id": [0]}, r"bos_token_id is \[0\]; it must be a token id or null"),
+        ({"bos_token_id": 1.0}, "bos_token_id is 1.0; it must be"),
         ({"torch_dtype": "int8"}, "dtype is 'int8'"),
         ({"o_groups": 7}, "num_attention_heads 64 is not a multiple of o_groups 7"),
         ({"v4jax": {"kv_qdqq": True}}, "unknown field v4jax.kv_qdqq; known: dtype, kv_qdq, rope"),

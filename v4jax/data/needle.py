@@ -41,7 +41,7 @@ class Alphabet:
     def of(cls, model: config.Model) -> Alphabet:
         """Raises UserError for a vocabulary that is too small, or whose first ids are not bos and eos."""
         size = model.vocab_size
-        if size < _LEAST or sorted((model.bos_id, model.eos_id)) != [0, 1]:
+        if size < _LEAST or {model.bos_id, model.eos_id} != {0, 1}:
             raise UserError(
                 f"data.source={SOURCE} needs a model.vocab_size of at least {_LEAST}, got {size}, with 0 and 1 as "
                 f"bos_id and eos_id, got {model.bos_id} and {model.eos_id}"

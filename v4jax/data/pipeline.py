@@ -13,7 +13,7 @@ from v4jax.data.needle import SOURCE as NEEDLE
 from v4jax.data.needle import NeedleRows
 from v4jax.data.packing import PackedRows
 from v4jax.data.sources import load_documents
-from v4jax.data.tokenizer import Tokenizer, token_bytes
+from v4jax.data.tokenizer import CONFIG_NAME, Tokenizer, token_bytes
 
 _ENDLESS = 1 << 40  # rows of a synthetic source
 _HELDOUT_NEEDLES = 64
@@ -127,6 +127,10 @@ def _check(config: Config, tokenizer: Tokenizer) -> None:
     model = config.model
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size is {model.vocab_size}")
-    for name in ("bos_id", "eos_id"):
-        if getattr(tokenizer, name) != getattr(model, name):
-            raise UserError(f"model.{name} is {getattr(model, name)} but the tokenizer's is {getattr(tokenizer, name)}")
+    bos_ids = () if model.bos_id is None else (model.bos_id,)
+    for name, known in (("bos_id", bos_ids), ("eos_id", model.eos_ids)):
+        found = getattr(tokenizer, name)
+        if found is None:
+            raise UserError(f"the tokenizer has no {name}, which rows of documents need; name it in {CONFIG_NAME}")
+        if known and found not in known:
+            raise UserError(f"model.{name} is {getattr(model, name)} but the tokenizer's is {found}")

@@ -6,6 +6,7 @@ import codecs
 import functools
 import itertools
 import json
+import logging
 import os
 import pathlib
 import re
@@ -23,15 +24,27 @@ from v4jax.data.corpus import ASSETS
 GPT2_PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 GPT2_WORDS = re.compile(r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
 
+CONFIG_NAME = "tokenizer_config.json"
 SPECIALS = ("<bos>", "<eos>", "<pad>")  # ids 0, 1, 2 of the packaged tokenizer
+_log = logging.getLogger(__name__)
 
 
 class Tokenizer:
-    """Encodes plain text without special tokens; knows the ids of bos, eos and pad.
+    """Encodes text; knows the ids of bos, eos and pad.
 
-    `path` is "auto" (the packaged BPE), a tokenizer.json, or a directory holding one. Ids of bos, eos and pad come from
-    the arguments, else from tokenizer_config.json beside it; a missing pad is eos. Raises UserError if the file cannot
-    be read, or bos or eos is unknown.
+    Args:
+        path: "auto" (the packaged BPE), a tokenizer.json, or a directory holding one.
+        bos_id, eos_id, pad_id: ids that stand before those of the files beside it, which are tokenizer_config.json and
+            special_tokens_map.json. A missing pad is eos.
+        model: its bos_id and the first of its eos_ids stand for a token that no file names.
+        add_bos: put bos before every document, even where the files do not ask for it.
+
+    Attributes:
+        bos_id: None only if no file names one and that of `model` is None too.
+        eos_id: as bos_id.
+
+    Raises:
+        UserError: the file cannot be read, or nothing says which id bos or eos has.
     """
 
     def __init__(
@@ -41,6 +54,8 @@ class Tokenizer:
         bos_id: int | None = None,
         eos_id: int | None = None,
         pad_id: int | None = None,
+        model: config.Model | None = None,
+        add_bos: bool = False,
     ):
         path = ASSETS if os.fspath(path) == "auto" else pathlib.Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
@@ -61,11 +76,21 @@ class Tokenizer:
             and spec.get("normalizer") is None
             and all(token["special"] for token in spec.get("added_tokens", []))
         )
-        config_path = path.parent / "tokenizer_config.json"
-        config = _read_json(config_path) if config_path.is_file() else {}
-        self.bos_id = self._special("bos", bos_id, config)
-        self.eos_id = self._special("eos", eos_id, config)
-        self.pad_id = self._special("pad", pad_id, config, default=self.eos_id)
+        self._config = {}
+        for file in (path.parent / "special_tokens_map.json", path.parent / CONFIG_NAME):
+            self._config |= _read_json(file) if file.is_file() else {}
+        fallback = None if model is None else (model.bos_id, next(iter(model.eos_ids), None))
+        self.bos_id = self._special("bos", bos_id, fallback and fallback[:1])
+        self.eos_id = self._special("eos", eos_id, fallback and fallback[1:])
+        self.pad_id = self._special("pad", pad_id, (self.eos_id,))
+        adds = self._backend.encode("").ids
+        if add_bos and self.bos_id is not None and adds[:1] != [self.bos_id]:
+            self._put_bos_first()
+        elif self._config.get("add_bos_token") is True and not adds:
+            _log.warning(
+                "%s asks for bos before a text, but the post-processor of %s adds none; as in transformers 5 the latter "
+                "counts; pass bos_id= to LLM to have it there", CONFIG_NAME, path,
+            )  # fmt: skip
 
     @classmethod
     def from_dir(cls, directory: str | os.PathLike) -> Tokenizer:
@@ -73,14 +98,14 @@ class Tokenizer:
         return cls(pathlib.Path(directory) / "tokenizer.json")
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write tokenizer.json (unchanged) and tokenizer_config.json, the form Hugging Face reads too."""
+        """Write tokenizer.json and tokenizer_config.json; transformers then gives the ids of `encode_document`."""
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
-        config = {name: self._backend.id_to_token(i) for name, i in ids.items()}
+        config = {name: None if i is None else self._backend.id_to_token(i) for name, i in ids.items()}
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         write_atomic(directory / "tokenizer.json", self._json)
-        write_atomic(directory / "tokenizer_config.json", (json.dumps(config, indent=1) + "\n").encode())
+        write_atomic(directory / CONFIG_NAME, (json.dumps(config, indent=1) + "\n").encode())
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -88,8 +113,27 @@ class Tokenizer:
         return max(self._backend.get_vocab().values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, no special tokens."""
+        """Token ids of `text`; special tokens are neither added nor seen in it."""
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_document(
+        self, text: str, *, add_special_tokens: bool = True, parse_special_tokens: bool = False
+    ) -> list[int]:
+        """Token ids of the beginning of a document.
+
+        Args:
+            text: any text; "" gives the added tokens alone.
+            add_special_tokens: add what the post-processor of tokenizer.json says, such as bos before the text.
+            parse_special_tokens: read "<bos>" in the text as that token, as transformers does unless it is told
+                `split_special_tokens=True`; False: as the characters.
+        """
+        backend = self._parsing_backend if parse_special_tokens else self._backend
+        return backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def special_tokens_in(self, text: str) -> list[str]:
+        """The special tokens that `text` spells out."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special and token.content in text]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, in a third of the time or on all cores."""
@@ -137,28 +181,46 @@ class Tokenizer:
     def _encode_all(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _special(self, name: str, given: int | None, config: dict, default: int | None = None) -> int:
+    @functools.cached_property
+    def _parsing_backend(self) -> tokenizers.Tokenizer:
+        """The backend that sees special tokens in text; apart, because the setting is not one of a call."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
+
+    def _put_bos_first(self) -> None:
+        """Have the post-processor add bos, so that transformers adds it too."""
+        token = self._backend.id_to_token(self.bos_id)
+        if token is None:
+            raise UserError(f"the tokenizer has no token of the id {self.bos_id}, which is to be its bos")
+        spec = json.loads(self._backend.to_str())
+        first, before = _bos_template(token, self.bos_id), spec["post_processor"]
+        # The template comes last and stands for any other: only a processor that adds no tokens may stay before it.
+        keeps = before is not None and before["type"] == "ByteLevel"
+        spec["post_processor"] = {"type": "Sequence", "processors": [before, first]} if keeps else first
+        self._json = (json.dumps(spec, indent=2, ensure_ascii=False) + "\n").encode()
+        self._backend = tokenizers.Tokenizer.from_str(self._json.decode())
+        self._backend.encode_special_tokens = True
+
+    def _special(self, name: str, given: int | None, fallback: tuple[int | None] | None) -> int | None:
+        """The id given, that of the token that the files name, or the one in `fallback`, if there is one."""
         if given is not None:
             return given
-        token = config.get(f"{name}_token")
+        token = self._config.get(f"{name}_token")
         token = token["content"] if isinstance(token, dict) else token
-        found = self._backend.token_to_id(token) if token is not None else default
-        if found is None:
-            raise UserError(f"the tokenizer has no {name} token; name it in tokenizer_config.json or pass {name}_id=")
-        return found
+        found = None if token is None else self._backend.token_to_id(token)
+        if found is None and fallback is None:
+            raise UserError(f"the tokenizer has no {name} token; name it in {CONFIG_NAME} or pass {name}_id=")
+        return fallback[0] if found is None else found
 
 
 def load_tokenizer(directory: str | os.PathLike, model: config.Model) -> Tokenizer | None:
     """The tokenizer in a checkpoint directory; None if there is none, and then the model takes token ids only.
 
-    Where no tokenizer_config.json names them, bos and eos are the model's.
+    Where its files name no bos or eos, they are the model's.
     """
     path = pathlib.Path(directory)
-    if not (path / "tokenizer.json").is_file():
-        return None
-    if (path / "tokenizer_config.json").is_file():
-        return Tokenizer(path)
-    return Tokenizer(path, bos_id=model.bos_id, eos_id=model.eos_id)
+    return Tokenizer(path, model=model) if (path / "tokenizer.json").is_file() else None
 
 
 class Detokenizer:
@@ -218,6 +280,18 @@ def _read_json(path: pathlib.Path) -> dict:
         return json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def _bos_template(token: str, id: int) -> dict:
+    """The post-processor that puts bos before a text, and before each of a pair."""
+    bos = lambda segment: {"SpecialToken": {"id": token, "type_id": segment}}
+    text = lambda name, segment: {"Sequence": {"id": name, "type_id": segment}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [bos(0), text("A", 0)],
+        "pair": [bos(0), text("A", 0), bos(1), text("B", 1)],
+        "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]}},
+    }
 
 
 def _byte_level_alphabet() -> dict[str, int]:

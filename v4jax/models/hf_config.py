@@ -103,7 +103,7 @@ def from_hf(values: dict, source: str = "config.json") -> Model:
         mtp_layers=_mtp_layers(fields),
         init_std=fields.number("initializer_range", 0.02),
         bos_id=_token(fields, "bos_token_id", 0),
-        eos_id=_token(fields, "eos_token_id", 1),
+        eos_id=_tokens(fields, "eos_token_id", 1),
         dtype=_dtype(fields, own.get("dtype")),
         kv_qdq=own.get("kv_qdq", False) is True,
         rope=_rope(fields, fields.own("v4jax.rope", own.get("rope", {}), _YARN_FIELDS)),
@@ -178,7 +178,7 @@ def to_hf(model: Model, weights_dtype: str | None = None) -> dict:
         "rms_norm_eps": float(model.norm_eps),
         "initializer_range": float(model.init_std),
         "bos_token_id": model.bos_id,
-        "eos_token_id": model.eos_id,
+        "eos_token_id": list(model.eos_id) if isinstance(model.eos_id, tuple) else model.eos_id,
         **_FIXED,
         **({"v4jax": own} if own else {}),
     }
@@ -281,12 +281,29 @@ def _mtp_layers(fields: _Fields) -> int:
     return int(count)
 
 
-def _token(fields: _Fields, name: str, default: int) -> int:
-    value = fields.get(name, default)
-    value = value[0] if isinstance(value, list) and len(value) == 1 else value
-    if type(value) is not int or value < 0:
-        fields.fail(f"{name} is {value!r}; v4jax supports one token id")
+def _token(fields: _Fields, name: str, default: int) -> int | None:
+    """A token id; None if the field is null. A field that is absent has transformers' default."""
+    value = fields.values.get(name, default)
+    if value is not None and not _is_token(value):
+        fields.fail(f"{name} is {value!r:.60}; it must be a token id or null")
     return value
+
+
+def _tokens(fields: _Fields, name: str, default: int) -> int | tuple[int, ...] | None:
+    """`_token`, or several of them as a tuple; a list of one is that one, and an empty list is null."""
+    value = fields.values.get(name, default)
+    if isinstance(value, list) and len(value) != 1:
+        if not all(map(_is_token, value)):
+            fields.fail(f"{name} is {value!r:.60}; it must be a token id, a list of them or null")
+        return tuple(value) or None
+    value = value[0] if isinstance(value, list) else value
+    if value is not None and not _is_token(value):
+        fields.fail(f"{name} is {value!r:.60}; it must be a token id, a list of them or null")
+    return value
+
+
+def _is_token(value) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _dtype(fields: _Fields, own: str | None) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import numbers
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,8 @@ import numpy as np
 from v4jax.core.check import UserError
 
 _GREEDY_BELOW = 1e-5  # a temperature under this is 0, as in vLLM: dividing by it would overflow
+_MAX_TEMPERATURE = 100.0  # logits over more than this are all but equal: the value is a mistake
+_HUGE = float(np.finfo(np.float32).max)  # comparing with it refuses NaN, infinities and integers of any length
 _MAX_LOGPROBS = 20  # vLLM's default limit
 
 
@@ -25,9 +26,10 @@ _MAX_LOGPROBS = 20  # vLLM's default limit
 class SamplingParams:
     """Options of one request; names and meanings are vLLM's.
 
-    max_tokens: most tokens to add. temperature: 0 always takes the likeliest token. top_k: sample among the k likeliest
-    (0 or -1: all). top_p: among the fewest that hold this probability. min_p: drop tokens below this fraction of the
-    likeliest one's probability. seed: the same seed gives the same tokens, whatever else is in the batch (None: a new
+    max_tokens: most tokens to add. temperature: from 0 to 100; below 1e-5 the likeliest token is always taken. top_k:
+    sample among the k likeliest (0 or -1: all). top_p: among the fewest that hold this probability. min_p: drop tokens
+    below this fraction of the likeliest one's probability. The filters apply in the order min_p, top_k, top_p, each to
+    what the one before left, and the likeliest token always stays. seed: the same seed gives the same tokens, whatever else is in the batch (None: a new
     one every time). stop: strings that end the text and are cut from it. stop_token_ids: ids that end it, like the end
     of the document, which `ignore_eos` passes over. logprobs: report the chosen token's and the n likeliest tokens'
     log-probabilities (0: the chosen one's alone). Raises UserError for an unknown name or a value out of range.
@@ -54,18 +56,17 @@ class SamplingParams:
         return super().__new__(cls)
 
     def __post_init__(self):
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        self._tuple("stop", str, lambda text: text and _is_text(text), "strings that are not empty")
+        self._tuple("stop_token_ids", numbers.Integral, lambda i: _is_int(i) and i >= 0, "token ids")
         self._require("max_tokens", _is_int(self.max_tokens) and self.max_tokens >= 1, "an integer of at least 1")
-        self._require("temperature", _is_real(self.temperature) and self.temperature >= 0, "a number of at least 0")
+        self._require("temperature", _is_real(self.temperature) and 0 <= self.temperature <= _MAX_TEMPERATURE,
+                      f"a number from 0 to {_MAX_TEMPERATURE:g}")  # fmt: skip
         self._require("top_k", _is_int(self.top_k) and self.top_k >= -1, "an integer from 1, or 0 for all tokens")
         self._require("top_p", _is_real(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
         self._require("min_p", _is_real(self.min_p) and 0 <= self.min_p <= 1, "between 0 and 1")
         self._require("seed", self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**64),
                       "an integer from 0 to 2**64 - 1")  # fmt: skip
-        self._require("stop", all(isinstance(text, str) and text for text in stop), "strings that are not empty")
-        self._require("stop_token_ids", all(_is_int(i) and i >= 0 for i in self.stop_token_ids), "token ids")
+        self._require("ignore_eos", isinstance(self.ignore_eos, (bool, np.bool_)), "True or False")
         reported = 0 if self.logprobs is None else self.logprobs
         self._require("logprobs", _is_int(reported) and 0 <= reported <= _MAX_LOGPROBS,
                       f"an integer from 0 to {_MAX_LOGPROBS}")  # fmt: skip
@@ -75,9 +76,17 @@ class SamplingParams:
         """Nothing is drawn."""
         return self.temperature < _GREEDY_BELOW
 
+    def _tuple(self, name: str, single: type, good: Callable[[Any], object], meaning: str) -> None:
+        """Make a field that holds one value, several or None a tuple; raise UserError unless all are good."""
+        value = getattr(self, name)
+        several = (value,) if isinstance(value, single) else () if value is None else value
+        is_list = isinstance(several, (list, tuple, set, frozenset, range)) or getattr(several, "ndim", 0) == 1
+        self._require(name, is_list and all(map(good, several)), meaning)
+        object.__setattr__(self, name, tuple(several))
+
     def _require(self, name: str, ok: bool, meaning: str) -> None:
         if not ok:
-            raise UserError(f"{name} must be {meaning}, got {getattr(self, name)!r}")
+            raise UserError(f"{name} must be {meaning}, got {_shown(getattr(self, name))}")
 
 
 class Logprob(NamedTuple):
@@ -189,7 +198,8 @@ def _filtered(logits_BV: jax.Array, options: Options, cut: bool) -> jax.Array:
     before_BV = jnp.cumsum(p_BV, -1) - p_BV
     # The rounding of the sum must not drop tokens of a row that asks for all of them.
     in_p_BV = (before_BV < column(options.top_p_B)) | (column(options.top_p_B) >= 1)
-    keep_B1 = column((in_k_BV & in_p_BV).sum(-1))
+    # No filter drops the likeliest token: a top_p that float32 cannot tell from 0 would drop all.
+    keep_B1 = column(jnp.maximum((in_k_BV & in_p_BV).sum(-1), 1))
     last_B1 = jnp.take_along_axis(sorted_BV, keep_B1 - 1, -1)
     above_BV, equal_BV = x_BV > last_B1, x_BV == last_B1
     room_B1 = keep_B1 - above_BV.sum(-1, keepdims=True)
@@ -201,4 +211,17 @@ def _is_int(value) -> bool:
 
 
 def _is_real(value) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and -_HUGE < value < _HUGE
+
+
+def _shown(value) -> str:
+    """The beginning of what `repr` says."""
+    try:
+        return f"{value!r:.60}"
+    except ValueError:  # Python writes out no integer of more than 4,300 digits
+        return "an integer of thousands of digits"
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: no generated text holds a lone surrogate."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)

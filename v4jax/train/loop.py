@@ -48,7 +48,7 @@ def train(config: Config, workdir: str) -> dict[str, object]:
 class _Run:
     def __init__(self, config: Config, workdir: pathlib.Path):
         self.config, self.workdir = config, workdir
-        self.tokenizer = None if config.data.source == NEEDLE else Tokenizer(config.data.tokenizer)
+        self.tokenizer = None if config.data.source == NEEDLE else Tokenizer(config.data.tokenizer, add_bos=True)
         self.trainer = Trainer(config)
         part, parts = self.trainer.share
         mine = {"seed": config.train.seed, "process_index": part, "process_count": parts}

@@ -237,7 +237,7 @@ def hit_rates(checkpoint: str) -> dict[int, tuple[float, bool]]:
     model = store.load(checkpoint)
     k, limits = model.config.indexer.topk, dataclasses.asdict(Serve(max_batch=1, max_seq_len=TEXT, prefill_chunk=256))
     sampling = SamplingParams(max_tokens=TEXT - 1, temperature=1.0, seed=0, ignore_eos=True)
-    first = [model.config.bos_id]
+    first = [model.config.bos_id or 0]
     [text] = LLM(model, cache=Cache(), **limits).generate([first], sampling)
     prompt = [*first, *text.token_ids][: TEXT - ASKED]
     out, answers = {}, []

@@ -1,0 +1,54 @@
+"""generation_config.json of a checkpoint directory: the ids that end a text, and defaults of sampling."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pathlib
+from dataclasses import dataclass, field
+
+from v4jax.checkpoint.safetensors import read_json
+from v4jax.core.check import UserError
+
+GENERATION_NAME = "generation_config.json"
+# Field of the file -> field of SamplingParams: the fields that vLLM takes from it, as far as they exist here.
+_SAMPLING = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "max_new_tokens": "max_tokens",
+}
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """What generation_config.json says.
+
+    eos_ids: None if the file does not exist or has no `eos_token_id`; () if it is null. sampling: the options that it
+    sets, under the names of SamplingParams, unchecked.
+    """
+
+    eos_ids: tuple[int, ...] | None = None
+    sampling: dict[str, object] = field(default_factory=dict)
+
+
+def read_generation_config(path: str | os.PathLike) -> GenerationConfig:
+    """What the file in a checkpoint directory says; all defaults if there is none. Raises UserError if it is damaged."""
+    file = pathlib.Path(path) / GENERATION_NAME
+    if not file.is_file():
+        return GenerationConfig()
+    values = read_json(file)
+    if values.get("repetition_penalty") not in (None, 1):
+        _log.warning("%s asks for a repetition_penalty, which v4jax does not apply", file)
+    sampling = {ours: values[theirs] for theirs, ours in _SAMPLING.items() if values.get(theirs) is not None}
+    return GenerationConfig(_eos_ids(values, file) if "eos_token_id" in values else None, sampling)
+
+
+def _eos_ids(values: dict, file: pathlib.Path) -> tuple[int, ...]:
+    found = values["eos_token_id"]
+    ids = () if found is None else tuple(found) if isinstance(found, list) else (found,)
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise UserError(f"{file}: eos_token_id is {found!r:.60}; it must be a token id, a list of them or null")
+    return ids

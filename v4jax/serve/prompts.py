@@ -1,0 +1,81 @@
+"""The forms in which `LLM` takes prompts; they are those of vLLM."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from v4jax.core.check import UserError
+
+Prompt = str | Sequence[int] | Mapping[str, object]
+_FORMS = 'a prompt is a string, a list of token ids, {"prompt": "..."} or {"prompt_token_ids": [...]}'
+_KEYS = {"prompt", "prompt_token_ids"}
+
+
+class Parsed(NamedTuple):
+    """One prompt: its text, its token ids, or both; the ids are what runs where both are given."""
+
+    text: str | None
+    ids: list[int] | None
+
+
+def parse(prompts: Prompt | Iterable[Prompt]) -> list[Parsed]:
+    """One prompt in any form, or any number of prompts, as a list.
+
+    A flat list of integers is one prompt. Raises UserError, naming the prompt by its number, for any other form, and
+    for text that holds a lone surrogate.
+    """
+    if isinstance(prompts, (str, Mapping)) or (_is_ids(prompts) and len(prompts)):
+        return [_parse_one("prompt 0", prompts)]
+    if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Iterable) or _axes(prompts) == 0:
+        raise UserError(f"{prompts!r:.60} is no prompt; {_FORMS}, or a list of these")
+    return [_parse_one(f"prompt {i}", prompt) for i, prompt in enumerate(prompts)]
+
+
+def _parse_one(name: str, prompt: Prompt) -> Parsed:
+    if isinstance(prompt, str):
+        return Parsed(_text(name, prompt), None)
+    if isinstance(prompt, Mapping):
+        return _parse_mapping(name, prompt)
+    if not _is_ids(prompt):
+        raise UserError(f"{name} is {prompt!r:.60}; {_FORMS}")
+    return Parsed(None, [int(i) for i in prompt])
+
+
+def _parse_mapping(name: str, prompt: Mapping) -> Parsed:
+    for key in prompt:
+        if key not in _KEYS:
+            raise UserError(f"{name} has the key {key!r:.60}; {_FORMS}")
+    text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    if text is None and ids is None:
+        raise UserError(f"{name} is {prompt!r:.60}; {_FORMS}")
+    if text is not None and not isinstance(text, str):
+        raise UserError(f'{name} has {text!r:.60} under "prompt", which must be a string')
+    if ids is not None and not _is_ids(ids):
+        raise UserError(f'{name} has {ids!r:.60} under "prompt_token_ids", which must be a list of integers')
+    return Parsed(None if text is None else _text(name, text), None if ids is None else [int(i) for i in ids])
+
+
+def _text(name: str, text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which is half "
+            "a character or a byte that is not UTF-8; decode the text anew, or replace it"
+        ) from None
+    return text
+
+
+def _is_ids(value) -> bool:
+    """Whether this is a list of integers, or an array with one axis of them."""
+    if isinstance(value, (str, bytes, bytearray)) or not (isinstance(value, Sequence) or _axes(value) == 1):
+        return False
+    items = value if isinstance(value, Sequence) else value.tolist()
+    return all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in items)
+
+
+def _axes(value) -> int | None:
+    """Axes of an array of any library; None if this is no array."""
+    return len(value.shape) if hasattr(value, "shape") and hasattr(value, "tolist") else None
