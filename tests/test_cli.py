@@ -1,6 +1,7 @@
 """The command line: what reaches the commands, and that every mistake is one line and exit code 1."""
 
 import contextlib
+import io
 import pathlib
 import subprocess
 import sys
@@ -47,6 +48,7 @@ def calls(monkeypatch):
 
     class Engine(contextlib.nullcontext):
         tiers = "much"
+        default_sampling_params = {"temperature": 0.6, "top_k": 5}
 
         def __enter__(self):
             return self
@@ -66,7 +68,7 @@ def calls(monkeypatch):
     module("v4jax.train.loop", train=record("train"))
     module("v4jax.serve", LLM=Engine, SamplingParams=lambda **kwargs: kwargs)
     sys.modules["v4jax.checkpoint"].load_config = lambda directory: Config(cache=Cache(layout="fp8"))
-    module("v4jax.checkpoint.convert", convert=record("convert"))
+    module("v4jax.checkpoint.convert", convert=record("convert", "wrote B"))
     module("v4jax.tools.bench", run=record("bench"))
     module("v4jax.evals", run=record("eval"))
     return made
@@ -111,8 +113,28 @@ def test_generate_passes_only_what_was_typed_and_streams(calls, capsys):
     argv = ["--checkpoint=DIR", "--prompt=a, b", "--temperature=0", "--stop=x", "--stop=y", "--dtype=float32"]
     assert cli.main(["generate", *argv]) == 0
     assert calls == [("LLM", ("DIR",), {"dtype": "float32"}),
-                     ("stream", (["a, b"],), {"temperature": 0.0, "stop": ["x", "y"]})]  # fmt: skip
+                     ("stream", (["a, b"],), {"temperature": 0.0, "top_k": 5, "stop": ["x", "y"]})]  # fmt: skip
     assert capsys.readouterr().out == "one two\n"
+
+
+def test_generate_takes_what_begins_and_ends_a_text(calls):
+    argv = ["--prompt=a", "--bos_id=3", "--eos_id=1, 5", "--parse_special_tokens", "--stop_token_ids=7", "--ignore_eos"]
+    assert cli.main(["generate", "--checkpoint=DIR", *argv]) == 0
+    assert calls[0][2] == {"bos_id": 3, "eos_id": [1, 5], "parse_special_tokens": True}
+    assert calls[1][2] == {"temperature": 0.6, "top_k": 5, "stop_token_ids": [7], "ignore_eos": True}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_prompts_are_bytes_and_characters_that_cannot_be_shown_are_replaced(calls, monkeypatch, encoding):
+    """As a terminal of that encoding would, with the stand-ins that Python gives bytes that it cannot decode."""
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", shown)
+    typed = "né\u2192".encode().decode("ascii", "surrogateescape")
+    assert cli.main(["generate", "--checkpoint=DIR", f"--prompt={typed}", "--prompt=b"]) == 0
+    assert calls[1][1] == (["né\u2192", "b"],)
+    shown.flush()
+    assert shown.buffer.getvalue().decode(encoding).startswith("==> n??\n" if encoding == "ascii" else "==> né\u2192\n")
+    assert shown.errors == "strict"
 
 
 def test_generate_keeps_several_prompts_apart(calls, capsys, tmp_path):
@@ -130,12 +152,13 @@ def test_generate_gives_the_cache_the_room_that_was_typed(calls, capsys):
     assert capsys.readouterr().err == "cache: much\n"
 
 
-def test_convert_bench_eval_arguments(calls, config):
-    assert cli.main(["convert", "--source=A", "--target=B", "--format=orbax"]) == 0
+def test_convert_bench_eval_arguments(calls, config, capsys):
+    assert cli.main(["convert", "--source=A", "--target=B", "--format=orbax", "--overwrite"]) == 0
+    assert capsys.readouterr().out == "wrote B\nnext: v4jax generate --checkpoint=B --prompt=...\n"
     assert cli.main(["bench", "--suite=peer", "--rounds=3", "--json=x.json"]) == 0
     assert cli.main(["bench", "--suite=peer", f"--config={config}", "--config.train.steps=3"]) == 0
     assert cli.main(["eval", "--suite=perplexity", "--checkpoint=DIR"]) == 0
-    assert calls[0] == ("convert", ("A", "B"), {"format": "orbax"})
+    assert calls[0] == ("convert", ("A", "B"), {"format": "orbax", "overwrite": True, "progress": True})
     assert calls[1] == ("bench", ("peer",), {"config": None, "rounds": 3, "json": "x.json"})
     assert calls[2][2]["config"].train.steps == 3
     assert calls[3] == ("eval", ("perplexity", "DIR"), {})
@@ -158,6 +181,10 @@ def test_convert_bench_eval_arguments(calls, config):
     (["generate", "--checkpoint=x", "--max_tokens=1.5"], "--max_tokens=1.5 is not a positive integer"),
     (["generate", "--checkpoint=x", "--temperature=-1"], "--temperature=-1"),
     (["generate", "--checkpoint=x", "--top_p=2"], "--top_p=2"),
+    (["generate", "--checkpoint=x", "--prompt=a\udcff"], "--prompt is not UTF-8 (byte 1); convert it first"),
+    (["generate", "--checkpoint=x", "--prompt=a", "--stop=\udcff"], "--stop is not UTF-8 (byte 0)"),
+    (["generate", "--checkpoint=x", "--prompt=a", "--eos_id=</s>"], "--eos_id=</s> is no list of token ids such as 1,5"),
+    (["generate", "--checkpoint=x", "--prompt=a", "--stop_token_ids=-1"], "--stop_token_ids=-1 is no list of token ids"),
     (["generate", "--checkpoint=x", "--dtype=int8"], "bfloat16|float32"),
     (["generate", "--checkpoint=x", "--prompt_file=no/such"], "cannot read --prompt_file=no/such"),
     (["convert", "--source=x"], "convert needs --target"),

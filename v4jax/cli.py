@@ -8,12 +8,13 @@ touched, so `main` can be called from Python.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import errno
 import os
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from absl import flags
 
@@ -50,22 +51,34 @@ def _place(values: flags.FlagValues):
 
 
 def _generate(values: flags.FlagValues, _: None) -> None:
-    prompts = [*values.prompt, *map(_read_prompt, values.prompt_file)]
+    prompts = [*(_typed("prompt", text) for text in values.prompt), *map(_read_prompt, values.prompt_file)]
     if not prompts:
         raise UserError('generate needs something to continue; add --prompt="..." or --prompt_file=FILE')
+    typed = given(values, "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos")
+    typed |= {"stop": [_typed("stop", text) for text in values.stop]} if values.stop else {}
+    typed |= {name: _ids(values, name) for name in given(values, "stop_token_ids")}
+    options = given(values, "dtype", "max_seq_len", "max_batch", "precision", "bos_id", "parse_special_tokens")
+    options |= {name: _ids(values, name) for name in given(values, "eos_id")}
     from v4jax.parallel import distributed
     from v4jax.serve import LLM, SamplingParams
 
-    sampling = SamplingParams(**given(values, "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop"))
-    options = given(values, "dtype", "max_seq_len", "max_batch", "precision") | _cache(values) | _mesh(values)
+    SamplingParams(**typed)  # mistakes come before minutes of loading
+    options |= _cache(values) | _mesh(values)
     with distributed.peers(), LLM(values.checkpoint, **options) as llm:
         if llm.tiers and distributed.is_lead():
             print(f"cache: {llm.tiers}", file=sys.stderr)
-        pieces = llm.stream(prompts, sampling)
+        pieces = llm.stream(prompts, SamplingParams(**{**llm.default_sampling_params, **typed}))
         if distributed.is_lead():
             _write_streams(pieces, prompts)
         else:
             collections.deque(pieces, maxlen=0)  # every process runs the same steps
+
+
+def _ids(values: flags.FlagValues, name: str) -> list[int]:
+    """Token ids of a flag such as --eos_id=1,5."""
+    if not all(text.strip().isdecimal() for text in values[name].value):
+        raise UserError(f"--{name}={','.join(values[name].value):.60} is no list of token ids such as 1,5")
+    return [int(text) for text in values[name].value]
 
 
 def _mesh(values: flags.FlagValues) -> dict[str, config_lib.Mesh]:
@@ -93,7 +106,9 @@ def _cache(values: flags.FlagValues) -> dict[str, config_lib.Cache]:
 def _convert(values: flags.FlagValues, _: None) -> None:
     from v4jax.checkpoint import convert
 
-    convert.convert(values.source, values.target, **given(values, "format", "dtype"))
+    options = given(values, "format", "dtype", "overwrite")
+    print(convert.convert(values.source, values.target, **options, progress=True))
+    print(f"next: v4jax generate --checkpoint={values.target} --prompt=...")
 
 
 def _plan(values: flags.FlagValues, config: config_lib.Config) -> None:
@@ -169,6 +184,13 @@ COMMANDS = {
                  options={"lower_bound": 0.0, "upper_bound": 1.0}),
             Flag("seed", "the same seed gives the same text", flags.DEFINE_integer),
             Flag("stop", "end at this string; may be repeated", flags.DEFINE_multi_string, ()),
+            Flag("stop_token_ids", "end at these token ids, such as 5,7", flags.DEFINE_list),
+            Flag("ignore_eos", "go on behind the end of a document", flags.DEFINE_bool, False),
+            Flag("bos_id", "token id before each prompt (default: as the tokenizer says)", flags.DEFINE_integer,
+                 options={"lower_bound": 0}),
+            Flag("eos_id", "token ids that end a text, such as 1,5 (default: as the checkpoint's files say)",
+                 flags.DEFINE_list),
+            Flag("parse_special_tokens", "read <eos> in a prompt as that token, not as text", flags.DEFINE_bool, False),
             *_KV_FLAGS,
             _DTYPE,
             Flag("precision", "of the large matrices: model (as they are) or fp8", flags.DEFINE_enum,
@@ -186,6 +208,8 @@ COMMANDS = {
             Flag("format", "huggingface or orbax (default: the one that the source is not)", flags.DEFINE_enum,
                  options={"enum_values": ["huggingface", "orbax"]}),
             _DTYPE,
+            Flag("overwrite", "replace an earlier result in the target, and keep nothing of it", flags.DEFINE_bool,
+                 False),
         ),
     ),
     "plan": Command(
@@ -253,6 +277,16 @@ def _read_prompt(path: str) -> str:
         raise UserError(f"--prompt_file={path} is not UTF-8 (byte {error.start}); convert it first") from error
 
 
+def _typed(flag: str, text: str) -> str:
+    """The text of a flag, whatever locale the arguments were decoded by."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeEncodeError:  # not from the command line, where every byte has a stand-in
+        return text
+    except UnicodeDecodeError as error:
+        raise UserError(f"--{flag} is not UTF-8 (byte {error.start}); convert it first") from error
+
+
 def _write_streams(pieces: Iterable[tuple[int, str]], prompts: list[str]) -> None:
     """Print `(prompt index, text)` pieces: the first prompt live, the others whole, after it, each under its prompt."""
     rest = [""] * len(prompts)
@@ -307,7 +341,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
-        _dispatch([argument for argument in argv if argument != "--debug"])
+        with _replacing_stdout():
+            _dispatch([argument for argument in argv if argument != "--debug"])
     except UserError as error:
         if debug:
             raise
@@ -324,6 +359,21 @@ def main(argv: list[str] | None = None) -> int:
         print("\nv4jax: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _replacing_stdout() -> Iterator[None]:
+    """Inside, a character that the encoding of stdout lacks is printed as "?"; stderr writes it as an escape anyway."""
+    stdout = sys.stdout
+    errors = getattr(stdout, "errors", None)
+    if not hasattr(stdout, "reconfigure") or errors not in ("strict", "surrogateescape"):
+        yield
+        return
+    stdout.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        stdout.reconfigure(errors=errors)
 
 
 def _fail(message: str) -> int:

@@ -10,6 +10,7 @@ from flax import nnx
 import v4jax
 from tests.serve import small
 from v4jax import checkpoint, config
+from v4jax.checkpoint.generation_config import GenerationConfig
 from v4jax.core.check import UserError
 from v4jax.data.tokenizer import Detokenizer, Tokenizer
 from v4jax.serve import LLM, SamplingParams
@@ -95,7 +96,7 @@ def test_stop_strings_across_tokens(llm, outputs):
     for given in (stop, ["nowhere to be found", stop, text[middle - 2 : middle + 12]]):
         params = greedy(stop=given)
         [out] = llm.generate(PROMPTS[0], params)
-        assert (out.text, out.finish_reason) == (text[:cut], "stop")
+        assert (out.text, out.finish_reason, out.stop_reason) == (text[:cut], "stop", stop)
         assert out.token_ids == ids[: len(out.token_ids)] and len(out.token_ids) < 24
         assert stop in llm.tokenizer.decode(out.token_ids)
         assert stop not in llm.tokenizer.decode(out.token_ids[:-1])
@@ -113,12 +114,12 @@ def test_stop_tokens_and_the_end_of_the_document(model, llm, outputs, tokenizer)
     ids = outputs[0].token_ids
     at = next(i for i in range(4, 24) if ids[i] not in ids[:i])
     [out] = llm.generate(PROMPTS[0], greedy(stop_token_ids=[ids[at]]))
-    assert (out.finish_reason, out.token_ids) == ("stop", ids[: at + 1])
+    assert (out.finish_reason, out.stop_reason, out.token_ids) == ("stop", ids[at], ids[: at + 1])
     assert out.text == tokenizer.decode(ids[:at])  # the token that ends it is no text
     ending = Tokenizer(eos_id=ids[at])
     other = LLM(model, tokenizer=ending, **LIMITS)
     [out] = other.generate(PROMPTS[0], greedy(ignore_eos=False))
-    assert (out.finish_reason, out.token_ids) == ("stop", ids[: at + 1])
+    assert (out.finish_reason, out.stop_reason, out.token_ids) == ("stop", None, ids[: at + 1])
     [out] = other.generate(PROMPTS[0], greedy())
     assert out.token_ids == ids
 
@@ -246,10 +247,11 @@ def test_cuts_between_tokens_do_not_matter_to_stop_strings():
 
 
 @pytest.mark.parametrize("prompts, words", [
-    ([""], "prompt 0 is empty; a prompt needs at least one token"), (["a", []], "prompt 1 is empty"),
-    ([[5, 2048]], "prompt 0 has token id 2048"), ([[-1]], "prompt 0 has token id -1"), ([3], "neither a string nor"),
-    ([[1.5]], "neither a string nor"), ([b"a"], "neither a string nor"), ([["a"]], "neither a string nor"),
-    ([[5] * 553], "exceeds max_seq_len 576"), ("", "prompt 0 is empty"),
+    ([[]], "prompt 0 is empty; a prompt needs at least one token"), (["a", []], "prompt 1 is empty"),
+    ([[5, 2048]], "prompt 0 has token id 2048"), ([[-1]], "prompt 0 has token id -1"), ([-1], "prompt 0 has token id -1"),
+    ({"prompt_token_ids": []}, "prompt 0 is empty"), ({"prompt_token_ids": [2048]}, "prompt 0 has token id 2048"),
+    ([[5] * 553], "exceeds max_seq_len 576"), (["a", 3], "prompt 1 is 3; a prompt is a string, a list of token ids"),
+    ({"prompt": "a\ud800"}, "prompt 0 holds the lone surrogate U+D800 at character 1"), (5, "5 is no prompt"),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("method", ["generate", "stream"])
 def test_bad_prompts_are_one_line_before_anything_runs(llm, method, prompts, words):
@@ -261,6 +263,76 @@ def test_bad_prompts_are_one_line_before_anything_runs(llm, method, prompts, wor
 def test_params_must_be_one_or_one_each(llm):
     with pytest.raises(UserError, match="1 sampling_params for 2 prompts"):
         llm.generate(["a", "b"], [greedy()])
+    for wrong in ({"temperature": 0}, 5, [None], "greedy"):
+        with pytest.raises(UserError, match="must be one SamplingParams or a list of them"):
+            llm.generate("a", wrong)
+    with pytest.raises(UserError, match="prompt 0 has 2048 among its stop_token_ids; the model's ids are 0 to 2047"):
+        llm.generate("a", greedy(stop_token_ids=[3, 2048]))
+
+
+def test_every_form_of_a_prompt_gives_its_tokens(llm, outputs, tokenizer):
+    ids = outputs[0].prompt_token_ids
+    forms = [PROMPTS[0], {"prompt": PROMPTS[0]}, {"prompt_token_ids": ids}, {"prompt": "x", "prompt_token_ids": ids}]
+    outs = llm.generate([*forms, ids, tuple(ids), np.array(ids), jax.numpy.array(ids)], greedy())
+    outs += [out for form in [*forms, ids, np.array(ids)] for out in llm.generate(form, greedy())]
+    assert [out.token_ids for out in outs] == [outputs[0].token_ids] * 14
+    assert [out.prompt for out in outs[:5]] == [PROMPTS[0], PROMPTS[0], None, "x", None]
+    [empty] = llm.generate("", greedy())
+    assert empty.prompt_token_ids == [tokenizer.bos_id] and len(empty.token_ids) == 24
+
+
+def test_outputs_have_the_form_of_vllm(llm, outputs):
+    [out] = outputs[0].outputs
+    assert (out.index, out.text, out.token_ids) == (0, outputs[0].text, outputs[0].token_ids)
+    assert (out.logprobs, out.finish_reason, out.stop_reason) == (None, "length", None)
+    [out] = llm.generate(PROMPTS[0], greedy(logprobs=1))
+    assert out.outputs[0].logprobs is out.logprobs and len(out.logprobs) == 24
+
+
+def test_what_is_not_parsed_is_said_once(llm, tokenizer, caplog, model):
+    text = "one<eos>two<pad>"
+    for _ in range(2):
+        [out] = llm.generate(text, greedy(max_tokens=1))
+        assert out.prompt_token_ids == [tokenizer.bos_id, *tokenizer.encode(text)]
+    [record] = caplog.records
+    assert record.message == ("prompt 0 holds '<eos>', '<pad>', read as plain text; pass parse_special_tokens=True to "
+                              "LLM to have special tokens")  # fmt: skip
+    other = LLM(model, tokenizer=tokenizer, parse_special_tokens=True, **LIMITS)
+    [out] = other.generate(text, greedy(max_tokens=1))
+    assert out.prompt_token_ids == [0, *tokenizer.encode("one"), 1, *tokenizer.encode("two"), 2]
+    assert len(caplog.records) == 1
+
+
+def test_bos_and_eos_can_be_given(model, llm, outputs, tokenizer):
+    ids = outputs[0].token_ids
+    at = next(i for i in range(4, 24) if ids[i] not in ids[:i])
+    other = LLM(model, tokenizer=tokenizer, bos_id=0, eos_id=[ids[at], 9999], **LIMITS)
+    [out] = other.generate(PROMPTS[0], greedy(ignore_eos=False))
+    assert (out.prompt_token_ids, out.token_ids) == (outputs[0].prompt_token_ids, ids[: at + 1])
+    [out] = LLM(model, tokenizer=tokenizer, bos_id=7, **LIMITS).generate("a", greedy(max_tokens=1))
+    assert out.prompt_token_ids == [7, *tokenizer.encode("a")]
+    for options, words in [({"bos_id": 2048}, "bos_id is 2048"), ({"bos_id": "<s>"}, "bos_id is '<s>'"),
+                           ({"eos_id": "</s>"}, "eos_id must be"), ({"eos_id": [-1]}, "eos_id must be")]:  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            LLM(model, tokenizer=tokenizer, **options)
+
+
+def test_representations_are_short(model, llm):
+    assert repr(model).startswith("Transformer(") and "float32, 3 layers: 1 swa, 1 csa, 1 hca" in repr(model)
+    assert repr(llm) == f"LLM({model!r}, max_batch=4, max_seq_len=576)" and len(repr(llm)) < 200
+
+
+def test_drafts_proposed_and_accepted_are_counted(model, tokenizer, outputs, llm):
+    assert "spec_decode_num_drafts" not in llm.stats()
+    speculating = LLM(model, tokenizer=tokenizer, speculative_tokens=2, **LIMITS)
+    params = [greedy(max_tokens=24), greedy(max_tokens=1)]
+    outs = speculating.generate(PROMPTS[:2], params)
+    assert outs[0].token_ids == outputs[0].token_ids
+    stats = speculating.stats()
+    drafts, accepted = stats["spec_decode_num_drafts"], stats["spec_decode_num_accepted_tokens"]
+    assert stats["spec_decode_num_draft_tokens"] == 2 * drafts
+    assert drafts + accepted in range(23, 26)  # the first token is no draft's; the last step may accept beyond 24
+    assert 0 <= accepted <= 2 * drafts
 
 
 def test_token_ids_do_without_a_tokenizer(model, outputs):
@@ -302,6 +374,7 @@ def test_a_directory_brings_its_tokenizer_and_limits(monkeypatch, model, tokeniz
     monkeypatch.setattr(checkpoint, "load", lambda path, **asked: read.append((path, asked)) or model)
     monkeypatch.setattr(checkpoint, "load_config", lambda path: stored)
     monkeypatch.setattr(llm_module, "load_tokenizer", lambda path, model: tokenizer)
+    monkeypatch.setattr(llm_module, "read_generation_config", lambda path: GenerationConfig())
     llm = LLM("DIR", dtype="bfloat16", max_batch=2)
     assert (
         read == [("DIR", {"dtype": "bfloat16", "precision": "model", "placement": None})] and llm.tokenizer is tokenizer

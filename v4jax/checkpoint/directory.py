@@ -5,6 +5,7 @@ A v4jax directory, be it the workdir of a training run or an exported model:
     v4jax.json                                the whole Config, so that a model is rebuilt with no other file
     tokenizer.json, tokenizer_config.json     where text is asked for
     checkpoints/<step>/                       orbax: parameters, and of a run also what resuming needs
+    generation_config.json, README.md, ...    files of the Hugging Face directory that it was converted from
 
 A Hugging Face directory holds config.json, safetensors and a tokenizer under the same names.
 """
@@ -23,6 +24,7 @@ from v4jax.config import Config, Data, Model, Serve
 from v4jax.core.check import UserError
 
 CONFIG_NAME = "v4jax.json"
+STEPS_NAME = "checkpoints"
 FORMATS = ("huggingface", "orbax")
 _VERSION = 1
 
@@ -40,9 +42,12 @@ def format_of(path: str | os.PathLike) -> str:
     raise UserError(f"{path} is no checkpoint, for it holds neither {CONFIG_NAME} nor config.json; {known}")
 
 
-def config_text(config: Config) -> str:
-    """Content of v4jax.json."""
-    return json.dumps({"format": _VERSION, "config": config_lib.to_dict(config)}, indent=2) + "\n"
+def config_text(config: Config, fields: dict | None = None) -> str:
+    """Content of v4jax.json. fields: of a config.json, to be handed on (see companions.py)."""
+    values = {"format": _VERSION, "config": config_lib.to_dict(config)}
+    if fields is not None:
+        values["huggingface"] = fields
+    return json.dumps(values, indent=2) + "\n"
 
 
 def save_config(path: str | os.PathLike, config: Config, tokenizer=None) -> None:
@@ -75,6 +80,15 @@ def read_config(path: str | os.PathLike) -> Config:
         raise UserError(f"{file}: {error}; use the v4jax that wrote it") from error
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{file} holds no config ({error}); restore it from a copy") from error
+
+
+def read_fields(path: str | os.PathLike) -> dict | None:
+    """The fields of a config.json that v4jax.json hands on; None if the checkpoint never was a Hugging Face one."""
+    file = pathlib.Path(path) / CONFIG_NAME
+    fields = read_json(file).get("huggingface")
+    if fields is not None and not isinstance(fields, dict):
+        raise UserError(f"{file}: the field 'huggingface' is no object; restore the file from a copy")
+    return fields
 
 
 def config_of_model(model: Model, name: str) -> Config:

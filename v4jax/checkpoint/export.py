@@ -15,8 +15,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from v4jax.checkpoint.atomic import replace_directory, require_space, write_text
-from v4jax.checkpoint.directory import CONFIG_NAME, config_text
-from v4jax.checkpoint.orbax import STEPS_NAME, WEIGHTS, finished_steps, silence, steps_path, system_error
+from v4jax.checkpoint.companions import Companions
+from v4jax.checkpoint.directory import CONFIG_NAME, STEPS_NAME, config_text
+from v4jax.checkpoint.orbax import WEIGHTS, finished_steps, silence, steps_path, system_error
 from v4jax.checkpoint.tensors import described, memory_dtype, tokenizer_files
 from v4jax.config import Config
 from v4jax.core import dtypes
@@ -32,12 +33,15 @@ def write_orbax(
     flat: Mapping[str, np.ndarray],
     tokenizer_dir: str | os.PathLike | None = None,
     dtype=None,
+    companions: Companions | None = None,
+    replace_all: bool = False,
 ) -> None:
     """Write a v4jax directory with one step, number 0, of weights only; all of it or nothing.
 
     flat: arrays (numpy, jax or lazy) by flat name, exactly those of `config.model`; fetched one at a time. dtype: type
-    of the matrices, None keeps each one's own. tokenizer_dir: as in `write_hf`. Raises UserError for tensors that do
-    not fit, a full disk, a target that is something else or a training run; the target is then as it was.
+    of the matrices, None keeps each one's own. tokenizer_dir, companions, replace_all: as in `write_hf`. Raises
+    UserError for tensors that do not fit, a full disk, a target that is something else or a training run; the target is
+    then as it was.
     """
     wanted = None if dtype is None else dtypes.weight_dtype(dtype)
     pending = {}
@@ -46,18 +50,19 @@ def write_orbax(
         load = lambda name=name, stored=stored: np.ascontiguousarray(np.asarray(flat[name]).astype(stored, copy=False))
         pending[name] = _Pending(tensor.shape, stored, load)
     _refuse_run(path)
-    copies = tokenizer_files(tokenizer_dir)
-    with replace_directory(path, CONFIG_NAME, lambda name: name == STEPS_NAME) as directory:
+    copies, companions = tokenizer_files(tokenizer_dir), companions or Companions()
+    with replace_directory(path, CONFIG_NAME, lambda name: replace_all or name == STEPS_NAME) as directory:
         require_space(directory, sum(tensor.nbytes for tensor in pending.values()))
         for target, source in copies.items():
             shutil.copyfile(source, directory / target)
+        companions.copy_to(directory)
         try:
             _write_step(directory / STEPS_NAME, pending)
         except ValueError as error:
             if (cause := system_error(error)) is None:
                 raise
             raise cause from error
-        write_text(directory / CONFIG_NAME, config_text(config))
+        write_text(directory / CONFIG_NAME, config_text(config, companions.fields))
 
 
 def _write_step(path: pathlib.Path, pending: dict[str, _Pending]) -> None:

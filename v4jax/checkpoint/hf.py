@@ -19,6 +19,7 @@ import numpy as np
 
 from v4jax.checkpoint import mapping
 from v4jax.checkpoint.atomic import replace_directory, write_text
+from v4jax.checkpoint.companions import Companions
 from v4jax.checkpoint.safetensors import INDEX_NAME, Entry, SafetensorsDir, write_safetensors
 from v4jax.checkpoint.tensors import FLOAT32, LazyTensors, described, memory_dtype, report, tokenizer_files
 from v4jax.config import Model
@@ -105,13 +106,17 @@ def write_hf(
     tokenizer_dir: str | os.PathLike | None = None,
     dtype=None,
     max_shard_bytes: int = 5 * 10**9,
+    companions: Companions | None = None,
+    replace_all: bool = False,
 ) -> None:
     """Write a Hugging Face directory that transformers' from_pretrained loads; all of it or nothing.
 
     flat: arrays (numpy, jax or lazy) by flat name, exactly those of `model`; fetched one at a time, an expert stack
     being one. dtype: type of the matrices, None keeps each one's own. tokenizer_dir: directory whose tokenizer files
-    are copied along, or one tokenizer.json. Raises UserError for missing, unexpected or misshapen tensors, a full
-    disk, a target that is no model directory; then the previous content of `path` is still in place.
+    are copied along, or one tokenizer.json. companions: further files, and fields of config.json. replace_all: keep
+    nothing that the target holds; False: keep what is not written anew, such as a README. Raises UserError for missing,
+    unexpected or misshapen tensors, a full disk, a target that is no model directory; then the previous content of
+    `path` is still in place.
     """
     wanted = None if dtype is None else dtypes.weight_dtype(dtype)
     known = described(model, flat, path)
@@ -121,11 +126,13 @@ def write_hf(
         stored = _file_dtype(tensor, given, wanted)
         entries += [Entry(p.name, stored, p.shape, _loader(fetch, name, p, stored)) for p in tensor.pieces()]
     table_dtype = _file_dtype(*known["embed.table"], wanted)
-    config = hf_config.to_hf(model, table_dtype.name)
+    companions = companions or Companions()
+    config = hf_config.to_hf(model, table_dtype.name) | (companions.fields or {})
     copies = tokenizer_files(tokenizer_dir)
-    with replace_directory(path, "config.json", _is_weights) as directory:
+    with replace_directory(path, "config.json", lambda name: replace_all or _is_weights(name)) as directory:
         for target, source in copies.items():
             shutil.copyfile(source, directory / target)
+        companions.copy_to(directory)
         write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
         write_safetensors(directory, entries, max_shard_bytes)
 

@@ -101,20 +101,25 @@ def save(
     tokenizer: anything with `save(directory)`, or a directory or tokenizer.json to copy. config: kept in an orbax
     directory, with the model's own shape. Raises UserError for a full disk or a target that is something else.
     """
+    check_format(format)
     config = replace(config or directory.config_of_model(model.config, _name(path)), model=model.config)
     with _tokenizer_dir(tokenizer) as tokenizer_dir:
         write(path, format, config, ModelTensors(model), tokenizer_dir)
 
 
-def write(path, format: str, config: Config, tensors: Mapping, tokenizer_dir=None, dtype: str | None = None) -> None:
+def write(path, format: str, config: Config, tensors: Mapping, tokenizer_dir=None, **options) -> None:
     """Write tensors in either format; arguments as in `write_hf` and `write_orbax`."""
+    if format == "huggingface":
+        write_hf(path, config.model, tensors, tokenizer_dir, **options)
+    else:
+        write_orbax(path, config, tensors, tokenizer_dir, **options)
+
+
+def check_format(format: str) -> None:
+    """Raise UserError for an unknown format."""
     if format not in directory.FORMATS:
         near = difflib.get_close_matches(str(format), directory.FORMATS, n=1) or directory.FORMATS
-        raise UserError(f"no format {format!r}; choose {' or '.join(near)}")
-    if format == "huggingface":
-        write_hf(path, config.model, tensors, tokenizer_dir, dtype)
-    else:
-        write_orbax(path, config, tensors, tokenizer_dir, dtype)
+        raise UserError(f"no format {format!r:.60}; choose {' or '.join(near)}")
 
 
 class ModelTensors(LazyTensors):

@@ -53,6 +53,11 @@ _INDEXER_INTEGERS = {"index_n_heads": "heads", "index_head_dim": "head_dim", "in
 _MHC_INTEGERS = {"hc_mult": "streams", "hc_sinkhorn_iters": "sinkhorn_iters"}
 _YARN_FIELDS = ("yarn_original", "yarn_beta_fast", "yarn_beta_slow")
 _OWN_FIELDS = ("dtype", "kv_qdq", "rope")
+# Fields that `to_hf` says in other words, and how weights were stored before they were read.
+_REPLACED = {
+    "compress_rate_csa", "compress_rate_hca", "rope_scaling", "torch_dtype", "quantization_config", "expert_dtype",
+    "v4jax",
+}  # fmt: skip
 
 
 def read(path: str | os.PathLike) -> Model:
@@ -182,6 +187,12 @@ def to_hf(model: Model, weights_dtype: str | None = None) -> dict:
         **_FIXED,
         **({"v4jax": own} if own else {}),
     }
+
+
+def unknown_fields(values: dict) -> dict:
+    """The fields of a config.json that v4jax neither reads nor writes, for a conversion to hand on."""
+    written = to_hf(from_hf(values))
+    return {name: value for name, value in values.items() if name not in written and name not in _REPLACED}
 
 
 # --- parts -------------------------------------------------------------------------------------------------------

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from v4jax import config
+from v4jax.core.check import UserError
 from v4jax.models.layout import stacks
 from v4jax.nn.block import Block
 from v4jax.nn.embed import Embed, Head
@@ -50,8 +52,27 @@ class Transformer(nnx.Module):
         self.mtp = nnx.List([MTP(model, rngs) for _ in range(model.mtp_layers)])
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Full forward without cache: int32 [B, T] to float32 logits [B, T, V]."""
-        return _logits(self, jnp.asarray(tokens_BT, jnp.int32))
+        """Full forward without cache.
+
+        Args:
+            tokens_BT: token ids [B, T] of any integer dtype, an array or lists of one length.
+
+        Returns:
+            Float32 logits [B, T, V].
+
+        Raises:
+            UserError: the tokens are no integers, have other axes, or lie outside the vocabulary.
+        """
+        return _logits(self, jnp.asarray(_checked(tokens_BT, self.config.vocab_size), jnp.int32))
+
+    def __repr__(self) -> str:
+        model, kinds = self.config, {kind: self.config.schedule.count(kind) for kind in config.LAYER_KINDS}
+        count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self)))
+        layers = ", ".join(f"{number} {kind}" for kind, number in kinds.items() if number)
+        return (
+            f"Transformer({count:,} parameters, {model.dtype}, {model.layers} layers: {layers}, "
+            f"{model.mtp_layers} MTP, vocabulary {model.vocab_size:,})"
+        )
 
     def hidden(self, chunk: Chunk, state: State) -> tuple[jax.Array, State, dict[str, jax.Array]]:
         """Streams x_BTXD after the last layer, the state with this chunk in it, and losses and loads by layer.
@@ -120,6 +141,25 @@ def next_chunk(
     """The next tokens of rows that have seen `start_B`; of each row the first `count_B` are real (None: all)."""
     order_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
     return Chunk(tokens_BT, order_BT, order_BT, None, count_B, place)
+
+
+def _checked(tokens_BT, vocab_size: int) -> jax.Array | np.ndarray:
+    """The tokens as an array, if they are integers [B, T]; their values are checked where they are known."""
+    try:
+        array = tokens_BT if isinstance(tokens_BT, jax.Array) else np.asarray(tokens_BT)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError("the tokens are no array; give integers [B, T], rows of one length") from None
+    if array.dtype.kind not in "iu":
+        kind = {"U": "text", "O": "objects"}.get(array.dtype.kind, array.dtype)
+        raise UserError(f"the tokens are {kind}; give token ids, integers [B, T] (text is for LLM.generate)")
+    if array.ndim != 2 or 0 in array.shape:
+        raise UserError(f"the tokens have the shape {list(array.shape)}; give integers [B, T], for one row model([ids])")
+    if not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True):
+        values = np.asarray(jax.device_get(array))
+        if values.min() < 0 or values.max() >= vocab_size:
+            bad = values[(values < 0) | (values >= vocab_size)][0]
+            raise UserError(f"the tokens hold the id {bad}; the model's ids are 0 to {vocab_size - 1}")
+    return array
 
 
 @jax.jit

@@ -2,7 +2,8 @@
 
 from v4jax.config import Cache as CacheConfig
 from v4jax.config import Mesh as MeshConfig
-from v4jax.serve.llm import LLM, RequestOutput
+from v4jax.serve.llm import LLM
+from v4jax.serve.outputs import CompletionOutput, RequestOutput
 from v4jax.serve.sampling import Logprob, SamplingParams
 
-__all__ = ["LLM", "CacheConfig", "Logprob", "MeshConfig", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CacheConfig", "CompletionOutput", "Logprob", "MeshConfig", "RequestOutput", "SamplingParams"]

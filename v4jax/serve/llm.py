@@ -5,41 +5,26 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-import numbers
+import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import jax
-import numpy as np
 
 from v4jax import checkpoint, config
+from v4jax.checkpoint.generation_config import GENERATION_NAME, GenerationConfig, read_generation_config
 from v4jax.core.check import UserError
 from v4jax.data.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 from v4jax.models.transformer import Transformer
 from v4jax.serve import places
+from v4jax.serve import prompts as prompt_forms
+from v4jax.serve.ends import Ends, find_ends, warn_of_bos
 from v4jax.serve.engine import Drawn, Engine, check_limits
+from v4jax.serve.outputs import CompletionOutput, RequestOutput
+from v4jax.serve.prompts import Parsed, Prompt
 from v4jax.serve.sampling import Logprob, Sampled, SamplingParams
 
-Prompt = str | Sequence[int]
-
-
-@dataclass
-class RequestOutput:
-    """What one prompt became.
-
-    text: without the stop string, "" if there is no tokenizer. token_ids: with the token that ended it. logprobs: per
-    token {id: Logprob}, the chosen one first, or None if not asked for. finish_reason: "stop" (end of document, stop
-    string or stop token), "length" (max_tokens) or "error", which `error` then describes.
-    """
-
-    prompt: str | None
-    prompt_token_ids: list[int]
-    text: str
-    token_ids: list[int]
-    logprobs: list[dict[int, Logprob]] | None
-    finish_reason: str
-    error: str | None = None
+_log = logging.getLogger(__name__)
 
 
 class LLM:
@@ -52,6 +37,12 @@ class LLM:
     then make the same calls, and get the same. Other options are fields of `config.Serve`: max_batch, max_seq_len
     (prompt and new tokens), prefill_chunk, speculative_tokens, batch_invariant, precision ("fp8": the large matrices
     in 8 bits). What is not given comes from the checkpoint's config. Raises UserError.
+
+    What begins a text: what the post-processor of tokenizer.json adds, as in transformers; with bos_id that id alone.
+    What ends it: eos_id, an id or a list of ids, or by the rule of `ends.find_ends` the ids that the checkpoint names.
+    parse_special_tokens: read special tokens such as "<eos>" in prompts as those tokens; by default they are text, and
+    the first prompt that holds one is warned of. default_sampling_params: the options that generation_config.json sets,
+    which count where no SamplingParams are passed, as in vLLM.
     """
 
     def __init__(
@@ -62,17 +53,29 @@ class LLM:
         dtype: str | None = None,
         cache: config.Cache | None = None,
         mesh: config.Mesh | None = None,
+        bos_id: int | None = None,
+        eos_id: int | Sequence[int] | None = None,
+        parse_special_tokens: bool = False,
         **limits,
     ):
+        generation = GenerationConfig()
         if isinstance(model, Transformer):
             stored = config.Config(model=model.config)
             if dtype is not None:
                 raise UserError("dtype applies when a checkpoint is read; give a directory, or a model of that dtype")
         else:
-            stored = checkpoint.load_config(model)
+            stored, generation = checkpoint.load_config(model), read_generation_config(model)
             tokenizer = load_tokenizer(model, stored.model) if tokenizer is None else tokenizer
         if isinstance(tokenizer, (str, os.PathLike)):
-            tokenizer = Tokenizer(tokenizer)
+            tokenizer = Tokenizer(tokenizer, model=stored.model)
+        if bos_id is not None and (type(bos_id) is not int or not 0 <= bos_id < stored.model.vocab_size):
+            raise UserError(f"bos_id is {bos_id!r:.60}; the model's ids are 0 to {stored.model.vocab_size - 1}")
+        self.default_sampling_params = generation.sampling
+        self._check_defaults()
+        self._bos_id, self._parses, self._warned = bos_id, parse_special_tokens, False
+        self._ends = find_ends(stored.model, generation, tokenizer, eos_id)
+        if bos_id is None:
+            warn_of_bos(stored.model, tokenizer)
         serve, cache = _limits(stored, limits), cache or stored.cache
         check_limits(stored.model, serve, cache)
         on = places.on(mesh)
@@ -80,7 +83,7 @@ class LLM:
         if not isinstance(model, Transformer):  # last: reading weights may take minutes
             model = checkpoint.load(model, dtype=dtype, precision=serve.precision, placement=on.placement)
         self.tokenizer, self.engine = tokenizer, Engine(model, serve, cache, on)
-        self._ends = tokenizer or model.config  # who knows the ids of bos and eos
+        self._description = f"{model!r}, max_batch={serve.max_batch}, max_seq_len={serve.max_seq_len}"
         self._count, self._running = itertools.count(), {}
 
     def generate(
@@ -88,11 +91,19 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Continue every prompt, a string or a list of token ids, under one SamplingParams or one each.
+        """Continue every prompt under one SamplingParams or one each.
 
-        Strings are read as the beginning of a document: bos is put before them. Any number of prompts: they join and
-        leave the running batch as there is room. A request whose logits are not finite ends alone, with finish_reason
-        "error". Raises UserError, before anything runs, for a request that cannot be run.
+        Args:
+            prompts: a string, a list of token ids, {"prompt": "..."} or {"prompt_token_ids": [...]}, or a list of
+                these. Strings are read as the beginning of a document (see `LLM`). Any number of prompts: they join
+                and leave the running batch as there is room.
+            sampling_params: None stands for `get_default_sampling_params()`.
+
+        Returns:
+            One RequestOutput a prompt. A request whose logits are not finite ends alone, with finish_reason "error".
+
+        Raises:
+            UserError: a request cannot be run; nothing has run then.
         """
         rows = self._rows(prompts, sampling_params)
         for _ in self._run(rows):
@@ -112,8 +123,15 @@ class LLM:
         self._need_tokenizer("streaming text")
         return self._stream(self._rows(prompts, sampling_params))
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """SamplingParams of `default_sampling_params`, which generation_config.json sets."""
+        return SamplingParams(**self.default_sampling_params)
+
     def stats(self) -> dict[str, float]:
         """What the engine counts: sequences waiting and running, pages and records, prefix hits, bytes of the cache.
+
+        With speculative_tokens also spec_decode_num_drafts, the decode steps of requests, and
+        spec_decode_num_draft_tokens and spec_decode_num_accepted_tokens, the tokens proposed and accepted in them.
 
         With CSA entries in host memory (`cache.hot`) also hot_hits and hot_misses: picks of decode steps that were on
         the device and that were fetched, over the layers; their share hot_hit_rate, and hot_fetched_bytes. kv_bytes is
@@ -137,6 +155,9 @@ class LLM:
         after.
         """
         self.engine.close()
+
+    def __repr__(self) -> str:
+        return f"LLM({self._description})"
 
     def __enter__(self) -> LLM:
         return self
@@ -177,31 +198,53 @@ class LLM:
                 self.engine.step()
 
     def _rows(self, prompts, sampling_params) -> list[_Row]:
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
-        if len(sampling_params) != len(prompts):
-            raise UserError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; give one, or one each")
-        return [self._row(f"prompt {i}", *pair) for i, pair in enumerate(zip(prompts, sampling_params, strict=True))]
+        parsed = prompt_forms.parse(prompts)
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(parsed)
+        if not isinstance(sampling_params, Sequence) or not all(isinstance(p, SamplingParams) for p in sampling_params):
+            raise UserError(f"sampling_params must be one SamplingParams or a list of them, got {sampling_params!r:.60}")
+        if len(sampling_params) != len(parsed):
+            raise UserError(f"{len(sampling_params)} sampling_params for {len(parsed)} prompts; give one, or one each")
+        return [self._row(f"prompt {i}", *pair) for i, pair in enumerate(zip(parsed, sampling_params, strict=True))]
 
-    def _row(self, name: str, prompt: Prompt, sampling: SamplingParams) -> _Row:
+    def _row(self, name: str, prompt: Parsed, sampling: SamplingParams) -> _Row:
         if sampling.stop:
             self._need_tokenizer(f"{name} uses stop strings, which")
-        ids = self._ids(name, prompt)
+        ids, size = self._ids(name, prompt), self.engine.model.vocab_size
+        if bad := [i for i in sampling.stop_token_ids if i >= size]:
+            raise UserError(f"{name} has {bad[0]} among its stop_token_ids; the model's ids are 0 to {size - 1}")
+        if sampling.max_tokens == self.default_sampling_params.get("max_tokens"):  # an upper bound, not a wish
+            room = max(1, self.engine.limits.max_seq_len - len(ids))
+            sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
         self.engine.check(ids, sampling, name)
-        ends = {*sampling.stop_token_ids, *([] if sampling.ignore_eos else [self._ends.eos_id])}
-        text = prompt if isinstance(prompt, str) else None
-        return _Row(text, ids, sampling, frozenset(ends), Detokenizer(self.tokenizer) if self.tokenizer else None)
+        ends = Ends(frozenset(sampling.stop_token_ids), None)
+        if not sampling.ignore_eos:
+            ends = Ends(ends.ids | self._ends.ids, self._ends.eos_id)
+        return _Row(prompt.text, ids, sampling, ends, Detokenizer(self.tokenizer) if self.tokenizer else None)
 
-    def _ids(self, name: str, prompt: Prompt) -> list[int]:
+    def _ids(self, name: str, prompt: Parsed) -> list[int]:
         """Token ids of a prompt; [] for one that has none."""
-        if isinstance(prompt, str):
-            self._need_tokenizer(f"{name} is text, which")
-            return [self._ends.bos_id, *self.tokenizer.encode(prompt)] if prompt else []
-        is_list = isinstance(prompt, (Sequence, np.ndarray)) and not isinstance(prompt, bytes)
-        if not is_list or not all(isinstance(i, numbers.Integral) for i in prompt):
-            raise UserError(f"{name} is neither a string nor a list of token ids: {prompt!r:.60}")
-        return [int(i) for i in prompt]
+        if prompt.ids is not None:
+            return prompt.ids
+        self._need_tokenizer(f"{name} is text, which")
+        if not self._parses and not self._warned and (found := self.tokenizer.special_tokens_in(prompt.text)):
+            self._warned = True
+            _log.warning(
+                "%s holds %s, read as plain text; pass parse_special_tokens=True to LLM to have special tokens", name,
+                ", ".join(map(repr, found[:3])) + (", ..." if len(found) > 3 else ""),
+            )  # fmt: skip
+        ids = self.tokenizer.encode_document(
+            prompt.text, add_special_tokens=self._bos_id is None, parse_special_tokens=self._parses
+        )
+        return ids if self._bos_id is None else [self._bos_id, *ids]
+
+    def _check_defaults(self) -> None:
+        try:
+            self.get_default_sampling_params()
+        except UserError as error:
+            raise UserError(f"{GENERATION_NAME}: {error}; mend the file, or remove the field from it") from None
 
     def _need_tokenizer(self, what: str) -> None:
         if self.tokenizer is None:
@@ -209,14 +252,14 @@ class LLM:
 
 
 class _Row:
-    """One request while it is generated. `ends` are the token ids that end it."""
+    """One request while it is generated."""
 
     def __init__(
         self,
         prompt: str | None,
         prompt_ids: list[int],
         sampling: SamplingParams,
-        ends: frozenset[int],
+        ends: Ends,
         detokenizer: Detokenizer | None,
     ):
         self.prompt, self.prompt_ids, self.sampling = prompt, prompt_ids, sampling
@@ -225,6 +268,7 @@ class _Row:
         self.token_ids: list[int] = []
         self.logprobs: list[dict[int, Logprob]] = []
         self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
         self.error: str | None = None
 
     def take(self, drawn: Drawn) -> None:
@@ -240,9 +284,8 @@ class _Row:
 
     def output(self) -> RequestOutput:
         logprobs = None if self.sampling.logprobs is None else self.logprobs
-        return RequestOutput(
-            self.prompt, self.prompt_ids, self.text, self.token_ids, logprobs, self.finish_reason, self.error
-        )
+        completion = CompletionOutput(0, self.text, self.token_ids, logprobs, self.finish_reason, self.stop_reason)
+        return RequestOutput(self.prompt, self.prompt_ids, [completion], self.error)
 
     def _take(self, sampled: Sampled) -> None:
         if not sampled.finite_B:
@@ -255,7 +298,8 @@ class _Row:
         self.token_ids.append(token)
         if self.sampling.logprobs is not None:
             self.logprobs.append(_logprobs(sampled, self.sampling.logprobs))
-        if token in self.ends:
+        if token in self.ends.ids:
+            self.stop_reason = None if token == self.ends.eos_id else token
             return self._finish("stop")
         if self.detokenizer:
             self._show(self.detokenizer.push(token))
@@ -272,9 +316,12 @@ class _Row:
 
     def _show(self, text: str) -> None:
         """Add text; give out what no stop string can touch any more, and finish at the first stop string."""
-        shown, stopped, self.held = split_at_stop(self.held + text, self.sampling.stop)
+        text = self.held + text
+        shown, stopped, self.held = split_at_stop(text, self.sampling.stop)
         if stopped:
             self.finish_reason = "stop"
+            here = [stop for stop in self.sampling.stop if text.startswith(stop, len(shown))]
+            self.stop_reason = min(here, key=len)  # the one that is complete first
         self.text, self.new = self.text + shown, self.new + shown
 
 

@@ -91,6 +91,7 @@ class Scheduler:
         self._slots = list(range(slots, 0, -1))
         self._flight: deque[_Draft] = deque()
         self._serial = self._committed = self._preemptions = 0
+        self._drafts = self._accepted = 0  # decode steps of requests, and tokens drafted that they accepted
         self.arrivals = 0  # requests so far
         self.below = None  # a `serve.bay.Bay`, if there are tiers below the device
 
@@ -296,6 +297,7 @@ class Scheduler:
 
     def _gain(self, sequence: Sequence, plan: Plan, tokens: Tokens[int]) -> None:
         """Add what one plan brought, and publish the blocks that it filled."""
+        accepted = len(tokens) - 1  # by the model, whether or not max_tokens has room for them
         tokens = list(tokens)[: sequence.limit - len(sequence.tokens)]
         if plan.prefill is not None and plan.prefill.sequence is sequence:
             sequence.computed = plan.prefill.start + plan.prefill.count
@@ -305,6 +307,7 @@ class Scheduler:
         else:
             sequence.computed += len(tokens)
             sequence.ahead -= 1
+            self._drafts, self._accepted = self._drafts + 1, self._accepted + accepted
             least, most = 1, 1 + self.lookahead
         if not least <= len(tokens) <= most:
             raise ValueError(f"request {sequence.id!r} gained {len(tokens)} tokens, where {least} to {most} can be")
@@ -374,6 +377,12 @@ class Scheduler:
     def stats(self) -> dict[str, float]:
         """Sequences now, preemptions since the start, and what the blocks count."""
         counts = {"waiting": len(self._waiting), "running": len(self._active), "preemptions": self._preemptions}
+        if self.lookahead:
+            counts |= {
+                "spec_decode_num_drafts": self._drafts,
+                "spec_decode_num_draft_tokens": self._drafts * self.lookahead,
+                "spec_decode_num_accepted_tokens": self._accepted,
+            }
         return counts | self.blocks.stats()
 
     def check(self) -> None:
