@@ -1,9 +1,11 @@
 """Conversion in either direction, and what it refuses."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import resource
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -46,6 +48,115 @@ def test_types_are_converted(tmp_path, source, tiny, same_bits, format):
     assert tensors.dtype("norm.scale") == np.float32 and tensors.dtype("head.weight") == ml_dtypes.bfloat16
 
 
+COMPANIONS = {
+    "generation_config.json": '{"eos_token_id": [1, 5], "temperature": 0.6}', "chat_template.jinja": "{{ messages }}",
+    "modeling_custom.py": "x = 1", "LICENSE": "MIT", "README.md": "# hello", "encoding/encode.py": "y = 2",
+    "special_tokens_map.json": "{}",
+}  # fmt: skip
+FIELDS = {"auto_map": {"AutoModel": "modeling_custom.Model"}, "transformers_version": "5.0", "my_field": [1, None]}
+
+
+@pytest.fixture
+def released(source) -> pathlib.Path:
+    """The source with all that a release brings besides, and what is not handed on."""
+    for name, text in COMPANIONS.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(text)
+    config = json.loads((source / "config.json").read_text()) | FIELDS
+    config |= {"quantization_config": None, "torch_dtype": "bfloat16", "eos_token_id": [1, 7], "bos_token_id": None}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "pytorch_model.bin").write_text("weights")
+    (source / ".git").mkdir()
+    (source / ".git" / "HEAD").write_text("ref")
+    (source / ".gitattributes").write_text("*.bin lfs")
+    return source
+
+
+def files_of(directory: pathlib.Path) -> set[str]:
+    return {str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("through", [["orbax", "huggingface"], ["huggingface"], ["orbax", "orbax", "huggingface"]])
+def test_all_that_a_release_brings_survives(tmp_path, released, through):
+    at = released
+    for number, format in enumerate(through):
+        convert(at, tmp_path / str(number), format=format)
+        at = tmp_path / str(number)
+        for name, text in COMPANIONS.items():
+            assert (at / name).read_text() == text, name
+        assert load_config(at).model == load_config(released).model
+    weights = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert files_of(at) == {*COMPANIONS, *weights}
+    values = json.loads((at / "config.json").read_text())
+    assert {name: values[name] for name in FIELDS} == FIELDS
+    assert (values["eos_token_id"], values["bos_token_id"]) == ([1, 7], None)
+    assert not {"quantization_config", "torch_dtype", "rope_scaling"} & set(values)
+
+
+def test_links_are_followed_within_the_checkpoint_alone(tmp_path, released):
+    (tmp_path / "secret").write_text("mine")
+    (released / "leak.txt").symlink_to(tmp_path / "secret")
+    (released / "folder").symlink_to(tmp_path)
+    (released / "COPYING").symlink_to("LICENSE")
+    convert(released, tmp_path / "out")
+    assert {"COPYING"} == files_of(tmp_path / "out") & {"leak.txt", "COPYING"} and not (tmp_path / "out/folder").exists()
+    repository = tmp_path / "models--a--b"  # Hugging Face's cache: a snapshot is links into blobs
+    (repository / "snapshots").mkdir(parents=True)
+    shutil.move(released, repository / "blobs")
+    (repository / "snapshots" / "abc").mkdir()
+    for file in files_of(repository / "blobs"):
+        link = repository / "snapshots" / "abc" / file
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(repository / "blobs" / file)
+    convert(repository / "snapshots" / "abc", tmp_path / "cached")
+    assert set(COMPANIONS) <= files_of(tmp_path / "cached")
+
+
+def test_a_run_hands_on_its_tokenizer_alone(tmp_path, source):
+    convert(source, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "v4jax.json").read_text())
+    assert config.pop("huggingface") == {}
+    (tmp_path / "run" / "v4jax.json").write_text(json.dumps(config))  # as a training run writes it
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+    (tmp_path / "run" / "generation_config.json").write_text("{}")
+    convert(tmp_path / "run", tmp_path / "out")
+    assert files_of(tmp_path / "out") == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+                                          "tokenizer_config.json"}  # fmt: skip
+
+
+def test_nothing_is_overwritten_unasked(tmp_path, source):
+    convert(source, tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("precious")
+    before = files_of(tmp_path / "out")
+    with pytest.raises(UserError, match="out is not empty; choose another target, or pass --overwrite"):
+        convert(source, tmp_path / "out", dtype="float32")
+    assert files_of(tmp_path / "out") == before and load_config(tmp_path / "out").model.dtype == "bfloat16"
+    convert(source, tmp_path / "out", dtype="float32", overwrite=True)
+    assert load_config(tmp_path / "out").model.dtype == "float32"
+    assert not (tmp_path / "out" / "notes.txt").exists()  # nothing of the earlier model, such as its chat template, stays
+    (tmp_path / "empty").mkdir()
+    convert(source, tmp_path / "empty")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("precious")
+    for format in ("orbax", "huggingface"):
+        with pytest.raises(UserError, match="other exists and is no model directory"):
+            convert(source, tmp_path / "other", format=format, overwrite=True)
+
+
+def test_what_was_written_is_said(tmp_path, source, capsys, monkeypatch):
+    monkeypatch.setattr("v4jax.checkpoint.convert._REPORT_SECONDS", 0.0)
+    written = convert(source, tmp_path / "back", format="huggingface", progress=True)
+    size = sum(file.stat().st_size for file in (tmp_path / "back").iterdir())
+    assert written.files.keys() == set(os.listdir(tmp_path / "back")) and sum(written.files.values()) == size
+    assert str(written) == (f"wrote {tmp_path / 'back'} (huggingface, bfloat16, {size / 1e6:.1f} MB): config.json, "
+                            "model.safetensors, tokenizer.json, tokenizer_config.json")  # fmt: skip
+    lines = capsys.readouterr().err.splitlines()
+    done, total = lines[-1].removeprefix("converting: ").split(" of ")
+    assert len(lines) > 10 and done == total and total.endswith(" MB")
+    assert "checkpoints/" in str(convert(source, tmp_path / "orbax"))
+    assert capsys.readouterr().err == ""
+
+
 def test_what_is_refused(tmp_path, source):
     (tmp_path / "link").symlink_to(source)
     for target in (source, tmp_path / "link", source / ".." / "source"):
@@ -54,7 +165,7 @@ def test_what_is_refused(tmp_path, source):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("precious")
     for format in ("orbax", "huggingface"):
-        with pytest.raises(UserError, match="full exists and is no model directory"):
+        with pytest.raises(UserError, match="full is not empty; choose another target"):
             convert(source, tmp_path / "full", format=format)
     with pytest.raises(UserError, match="nowhere is missing"):
         convert(tmp_path / "nowhere", tmp_path / "new")

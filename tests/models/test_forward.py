@@ -3,10 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.golden import weights
 from tests.nn import reference
 from v4jax.config import HyperConnection, Indexer, Moe, Rope
+from v4jax.core.check import UserError
 from v4jax.models.transformer import fresh_chunk
 from v4jax.nn.state import Fresh
 
@@ -34,6 +36,44 @@ def test_forward_is_the_specification(name):
     np.testing.assert_allclose(logits, [w[0] for w in want], rtol=0, atol=2e-5 * spread)
     np.testing.assert_allclose(x, [w[2] for w in want], rtol=0, atol=2e-5 * np.std(x))
     np.testing.assert_allclose(aux["indexer"], np.mean([w[1] for w in want], axis=(0, 2)), rtol=2e-4, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def one_layer():
+    model = weights.config(schedule=("swa",), mtp_layers=1)
+    return weights.build(model, weights.random_flat(model, 0))
+
+
+@pytest.mark.parametrize("tokens, words", [
+    ([0, 5, 6], "the tokens have the shape [3]; give integers [B, T], for one row model([ids])"),
+    (5, "have the shape []"), ([[[1, 2]]], "have the shape [1, 1, 2]"), ([[]], "the tokens are float64; give token ids"),
+    (np.zeros((1, 0), int), "have the shape [1, 0]"), ("hello", "the tokens are text; give token ids, integers [B, T]"),
+    (["hello"], "the tokens are text"), ([[1.0, 2.0]], "the tokens are float64"), ([[True]], "the tokens are bool"),
+    ([[1, 2], [3]], "the tokens are no array; give integers [B, T], rows of one length"), (None, "the tokens are objects"),
+    ([[1, -1]], "the tokens hold the id -1; the model's ids are 0 to"), ([[10**6, 2]], "the tokens hold the id 1000000"),
+    ([[10**30]], "the tokens are objects"), (np.array([[2**32]]), "the tokens hold the id 4294967296"),
+    (jax.numpy.array([[1, -5]]), "the tokens hold the id -5"), (jax.numpy.array([1, 5]), "have the shape [2]"),
+    (jax.numpy.ones((1, 2)), "the tokens are float32"), (b"abc", "the tokens are |S3"), ({"a": 1}, "the tokens are objects"),
+], ids=lambda value: repr(value)[:30])  # fmt: skip
+def test_what_is_no_batch_of_tokens_is_one_line(one_layer, tokens, words):
+    with pytest.raises(UserError) as error:
+        one_layer(tokens)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_tokens_may_be_of_any_integer_type_and_traced(one_layer):
+    ids = [[3, 5, 2]]
+    want = np.asarray(one_layer(np.array(ids, np.int32)))
+    assert want.shape == (1, 3, one_layer.config.vocab_size) and want.dtype == np.float32
+    for tokens in (ids, np.array(ids, np.uint8), jax.numpy.array(ids)):
+        np.testing.assert_array_equal(one_layer(tokens), want)
+    np.testing.assert_allclose(jax.jit(lambda tokens: one_layer(tokens))(np.array(ids)), want, rtol=0, atol=1e-5)
+
+
+def test_a_representation_is_one_short_line(one_layer):
+    size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(one_layer)))
+    vocabulary = f"{one_layer.config.vocab_size:,}"
+    assert repr(one_layer) == f"Transformer({size:,} parameters, float32, 1 layers: 1 swa, 1 MTP, vocabulary {vocabulary})"
 
 
 def test_mtp_is_the_specification():

@@ -22,7 +22,8 @@ _WEIGHTS = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5", ".msgpack",
     ".onnx",
 )  # fmt: skip
-_WRITTEN_ANEW = ("config.json", directory.CONFIG_NAME, directory.STEPS_NAME)
+# "checkpoints" is STEPS_NAME of orbax.py, which imports jax; reading Hugging Face files does without.
+_WRITTEN_ANEW = ("config.json", directory.CONFIG_NAME, "checkpoints")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from v4jax.config import Config, Data, Model, Serve
 from v4jax.core.check import UserError
 
 CONFIG_NAME = "v4jax.json"
-STEPS_NAME = "checkpoints"
 FORMATS = ("huggingface", "orbax")
 _VERSION = 1
 

@@ -16,8 +16,8 @@ import orbax.checkpoint as ocp
 
 from v4jax.checkpoint.atomic import replace_directory, require_space, write_text
 from v4jax.checkpoint.companions import Companions
-from v4jax.checkpoint.directory import CONFIG_NAME, STEPS_NAME, config_text
-from v4jax.checkpoint.orbax import WEIGHTS, finished_steps, silence, steps_path, system_error
+from v4jax.checkpoint.directory import CONFIG_NAME, config_text
+from v4jax.checkpoint.orbax import STEPS_NAME, WEIGHTS, finished_steps, silence, steps_path, system_error
 from v4jax.checkpoint.tensors import described, memory_dtype, tokenizer_files
 from v4jax.config import Config
 from v4jax.core import dtypes

@@ -29,13 +29,14 @@ import tensorstore
 
 from v4jax.checkpoint import mapping
 from v4jax.checkpoint.atomic import require_space, write_error
-from v4jax.checkpoint.directory import CONFIG_NAME, STEPS_NAME, read_config, save_config
+from v4jax.checkpoint.directory import CONFIG_NAME, read_config, save_config
 from v4jax.checkpoint.tensors import LazyTensors, memory_dtype, report
 from v4jax.config import Config, Model
 from v4jax.core.check import UserError
 from v4jax.nn import qdq
 from v4jax.parallel.distributed import barrier, is_lead
 
+STEPS_NAME = "checkpoints"
 WEIGHTS = "model"
 _EXTRAS = "extras"
 _COMPLETE = "_CHECKPOINT_METADATA"  # orbax's file of a step; it names the time of the commit once there was one
