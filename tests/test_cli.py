@@ -138,7 +138,7 @@ def test_prompts_are_bytes_and_characters_that_cannot_be_shown_are_replaced(call
 
 
 def test_generate_keeps_several_prompts_apart(calls, capsys, tmp_path):
-    (tmp_path / "p.txt").write_text("b\nc\n")
+    (tmp_path / "p.txt").write_text("\ufeffb\nc\n", encoding="utf-8")  # the mark of editors that put one
     assert cli.main(["generate", "--checkpoint=DIR", "--prompt=a", f"--prompt_file={tmp_path / 'p.txt'}"]) == 0
     assert calls[1][1] == (["a", "b\nc"],)
     assert capsys.readouterr().out == "==> a\none two\n\n==> b\nc\npiece 1 end\n"
@@ -183,8 +183,10 @@ def test_convert_bench_eval_arguments(calls, config, capsys):
     (["generate", "--checkpoint=x", "--top_p=2"], "--top_p=2"),
     (["generate", "--checkpoint=x", "--prompt=a\udcff"], "--prompt is not UTF-8 (byte 1); convert it first"),
     (["generate", "--checkpoint=x", "--prompt=a", "--stop=\udcff"], "--stop is not UTF-8 (byte 0)"),
-    (["generate", "--checkpoint=x", "--prompt=a", "--eos_id=</s>"], "--eos_id=</s> is no list of token ids such as 1,5"),
-    (["generate", "--checkpoint=x", "--prompt=a", "--stop_token_ids=-1"], "--stop_token_ids=-1 is no list of token ids"),
+    (["generate", "--checkpoint=x", "--prompt=a", "--eos_id=</s>"],
+     "--eos_id=</s> is no list of token ids such as 1,5"),
+    (["generate", "--checkpoint=x", "--prompt=a", "--stop_token_ids=-1"],
+     "--stop_token_ids=-1 is no list of token ids"),
     (["generate", "--checkpoint=x", "--dtype=int8"], "bfloat16|float32"),
     (["generate", "--checkpoint=x", "--prompt_file=no/such"], "cannot read --prompt_file=no/such"),
     (["convert", "--source=x"], "convert needs --target"),

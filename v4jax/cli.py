@@ -270,7 +270,7 @@ COMMANDS = {
 def _read_prompt(path: str) -> str:
     """Text of a prompt file without its last line break."""
     try:
-        return pathlib.Path(path).read_text(encoding="utf-8").removesuffix("\n")
+        return pathlib.Path(path).read_text(encoding="utf-8-sig").removesuffix("\n")
     except OSError as error:
         raise UserError(f"cannot read --prompt_file={path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

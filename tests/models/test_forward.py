@@ -46,14 +46,18 @@ def one_layer():
 
 @pytest.mark.parametrize("tokens, words", [
     ([0, 5, 6], "the tokens have the shape [3]; give integers [B, T], for one row model([ids])"),
-    (5, "have the shape []"), ([[[1, 2]]], "have the shape [1, 1, 2]"), ([[]], "the tokens are float64; give token ids"),
+    (5, "have the shape []"), ([[[1, 2]]], "have the shape [1, 1, 2]"),
+    ([[]], "the tokens are float64; give token ids"),
     (np.zeros((1, 0), int), "have the shape [1, 0]"), ("hello", "the tokens are text; give token ids, integers [B, T]"),
     (["hello"], "the tokens are text"), ([[1.0, 2.0]], "the tokens are float64"), ([[True]], "the tokens are bool"),
-    ([[1, 2], [3]], "the tokens are no array; give integers [B, T], rows of one length"), (None, "the tokens are objects"),
-    ([[1, -1]], "the tokens hold the id -1; the model's ids are 0 to"), ([[10**6, 2]], "the tokens hold the id 1000000"),
+    ([[1, 2], [3]], "the tokens are no array; give integers [B, T], rows of one length"),
+    (None, "the tokens are objects"),
+    ([[1, -1]], "the tokens hold the id -1; the model's ids are 0 to"),
+    ([[10**6, 2]], "the tokens hold the id 1000000"),
     ([[10**30]], "the tokens are objects"), (np.array([[2**32]]), "the tokens hold the id 4294967296"),
     (jax.numpy.array([[1, -5]]), "the tokens hold the id -5"), (jax.numpy.array([1, 5]), "have the shape [2]"),
-    (jax.numpy.ones((1, 2)), "the tokens are float32"), (b"abc", "the tokens are |S3"), ({"a": 1}, "the tokens are objects"),
+    (jax.numpy.ones((1, 2)), "the tokens are float32"), (b"abc", "the tokens are |S3"),
+    ({"a": 1}, "the tokens are objects"),
 ], ids=lambda value: repr(value)[:30])  # fmt: skip
 def test_what_is_no_batch_of_tokens_is_one_line(one_layer, tokens, words):
     with pytest.raises(UserError) as error:
@@ -72,8 +76,8 @@ def test_tokens_may_be_of_any_integer_type_and_traced(one_layer):
 
 def test_a_representation_is_one_short_line(one_layer):
     size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(one_layer)))
-    vocabulary = f"{one_layer.config.vocab_size:,}"
-    assert repr(one_layer) == f"Transformer({size:,} parameters, float32, 1 layers: 1 swa, 1 MTP, vocabulary {vocabulary})"
+    rest = f"float32, 1 layers: 1 swa, 1 MTP, vocabulary {one_layer.config.vocab_size:,}"
+    assert repr(one_layer) == f"Transformer({size:,} parameters, {rest})"
 
 
 def test_mtp_is_the_specification():

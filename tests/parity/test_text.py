@@ -16,7 +16,9 @@ transformers = pytest.importorskip(
     "transformers", minversion="5.23", reason="transformers with deepseek_v4 is the oracle"
 )
 
-TEXTS = ["To be, or not to be", "", " leading space\n\ttabs", "\u00bfQu\u00e9? \U0001f600 \u4f60", "x" * 40, "a<eos>b<bos>"]
+TEXTS = [
+    "To be, or not to be", "", " leading space\n\ttabs", "\u00bfQu\u00e9? \U0001f600 \u4f60", "x" * 40, "a<eos>b<bos>",
+]  # fmt: skip
 LIMITS = {"max_batch": 4, "max_seq_len": 576, "prefill_chunk": 64}
 
 
@@ -39,10 +41,12 @@ def exported(run, tmp_path_factory):
 @pytest.fixture(scope="module")
 def theirs(exported):
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
-    net = transformers.AutoModelForCausalLM.from_pretrained(
-        exported, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    return tokenizer, net
+    return tokenizer, network(exported)
+
+
+def network(path):
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    return transformers.AutoModelForCausalLM.from_pretrained(path, **options).eval()
 
 
 def continued(net, tokenizer, text, count, **options):
@@ -85,8 +89,7 @@ def test_every_end_that_transformers_knows_ends_the_text(exported, theirs, tmp_p
         values = json.loads((path / file).read_text()) if (path / file).exists() else {}
         if file == "config.json" or eos is not None:
             (path / file).write_text(json.dumps(values | {"eos_token_id": eos}))
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-        _, expected = continued(loaded.eval(), tokenizer, TEXTS[0], 12)
+        _, expected = continued(network(path), tokenizer, TEXTS[0], 12)
         converted = tmp_path / f"{number}-orbax"
         convert(path, converted)
         for directory in (path, converted):

@@ -85,7 +85,8 @@ def test_sampling_options_take_our_names(tmp_path, caplog):
 @pytest.mark.parametrize("values, words", [
     ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; it must be a token id, a list of them or null"),
     ({"eos_token_id": [1, None]}, "eos_token_id is"), ({"eos_token_id": True}, "eos_token_id is True"),
-    ({"eos_token_id": -1}, "eos_token_id is -1"), ({"eos_token_id": {"a": 1}}, "eos_token_id is"), ("[]", "no JSON object"),
+    ({"eos_token_id": -1}, "eos_token_id is -1"), ({"eos_token_id": {"a": 1}}, "eos_token_id is"),
+    ("[]", "no JSON object"),
     ("{", "is not valid JSON"),
 ])  # fmt: skip
 def test_damaged_files_are_one_line(tmp_path, values, words):

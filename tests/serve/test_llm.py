@@ -248,7 +248,8 @@ def test_cuts_between_tokens_do_not_matter_to_stop_strings():
 
 @pytest.mark.parametrize("prompts, words", [
     ([[]], "prompt 0 is empty; a prompt needs at least one token"), (["a", []], "prompt 1 is empty"),
-    ([[5, 2048]], "prompt 0 has token id 2048"), ([[-1]], "prompt 0 has token id -1"), ([-1], "prompt 0 has token id -1"),
+    ([[5, 2048]], "prompt 0 has token id 2048"), ([[-1]], "prompt 0 has token id -1"),
+    ([-1], "prompt 0 has token id -1"),
     ({"prompt_token_ids": []}, "prompt 0 is empty"), ({"prompt_token_ids": [2048]}, "prompt 0 has token id 2048"),
     ([[5] * 553], "exceeds max_seq_len 576"), (["a", 3], "prompt 1 is 3; a prompt is a string, a list of token ids"),
     ({"prompt": "a\ud800"}, "prompt 0 holds the lone surrogate U+D800 at character 1"), (5, "5 is no prompt"),

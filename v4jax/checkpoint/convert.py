@@ -68,7 +68,7 @@ def convert(
         raise UserError(f"source and target are both {target}; choose another target")
     path = pathlib.Path(target)
     if not overwrite and path.is_dir() and any(path.iterdir()):
-        raise UserError(f"{target} is not empty; choose another target, or pass --overwrite to replace all that it holds")
+        raise UserError(f"{target} is not empty; choose another target, or pass --overwrite to replace all of it")
     config, tensors = open_checkpoint(source, dtype)
     with _Progress(tensors, show=progress) as counted:
         write(path, format, config, counted, companions=companions_of(source), replace_all=overwrite)

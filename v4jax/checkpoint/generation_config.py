@@ -35,7 +35,7 @@ class GenerationConfig:
 
 
 def read_generation_config(path: str | os.PathLike) -> GenerationConfig:
-    """What the file in a checkpoint directory says; all defaults if there is none. Raises UserError if it is damaged."""
+    """What the file in a checkpoint directory says; nothing if there is none. Raises UserError if it is damaged."""
     file = pathlib.Path(path) / GENERATION_NAME
     if not file.is_file():
         return GenerationConfig()

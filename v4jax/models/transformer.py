@@ -153,7 +153,8 @@ def _checked(tokens_BT, vocab_size: int) -> jax.Array | np.ndarray:
         kind = {"U": "text", "O": "objects"}.get(array.dtype.kind, array.dtype)
         raise UserError(f"the tokens are {kind}; give token ids, integers [B, T] (text is for LLM.generate)")
     if array.ndim != 2 or 0 in array.shape:
-        raise UserError(f"the tokens have the shape {list(array.shape)}; give integers [B, T], for one row model([ids])")
+        shape = list(array.shape)
+        raise UserError(f"the tokens have the shape {shape}; give integers [B, T], for one row model([ids])")
     if not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True):
         values = np.asarray(jax.device_get(array))
         if values.min() < 0 or values.max() >= vocab_size:

@@ -22,7 +22,7 @@ from v4jax.serve.ends import Ends, find_ends, warn_of_bos
 from v4jax.serve.engine import Drawn, Engine, check_limits
 from v4jax.serve.outputs import CompletionOutput, RequestOutput
 from v4jax.serve.prompts import Parsed, Prompt
-from v4jax.serve.sampling import Logprob, Sampled, SamplingParams
+from v4jax.serve.sampling import Logprob, Sampled, SamplingParams, is_int
 
 _log = logging.getLogger(__name__)
 
@@ -68,8 +68,9 @@ class LLM:
             tokenizer = load_tokenizer(model, stored.model) if tokenizer is None else tokenizer
         if isinstance(tokenizer, (str, os.PathLike)):
             tokenizer = Tokenizer(tokenizer, model=stored.model)
-        if bos_id is not None and (type(bos_id) is not int or not 0 <= bos_id < stored.model.vocab_size):
-            raise UserError(f"bos_id is {bos_id!r:.60}; the model's ids are 0 to {stored.model.vocab_size - 1}")
+        size = stored.model.vocab_size
+        if bos_id is not None and (not is_int(bos_id) or not 0 <= bos_id < size):
+            raise UserError(f"bos_id is {bos_id!r:.60}; the model's ids are 0 to {size - 1}")
         self.default_sampling_params = generation.sampling
         self._check_defaults()
         self._bos_id, self._parses, self._warned = bos_id, parse_special_tokens, False
@@ -204,7 +205,8 @@ class LLM:
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(parsed)
         if not isinstance(sampling_params, Sequence) or not all(isinstance(p, SamplingParams) for p in sampling_params):
-            raise UserError(f"sampling_params must be one SamplingParams or a list of them, got {sampling_params!r:.60}")
+            got = f"{sampling_params!r:.60}"
+            raise UserError(f"sampling_params must be one SamplingParams or a list of them, got {got}")
         if len(sampling_params) != len(parsed):
             raise UserError(f"{len(sampling_params)} sampling_params for {len(parsed)} prompts; give one, or one each")
         return [self._row(f"prompt {i}", *pair) for i, pair in enumerate(zip(parsed, sampling_params, strict=True))]

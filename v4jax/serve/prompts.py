@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from v4jax.core.check import UserError
+from v4jax.serve.sampling import is_int
 
 Prompt = str | Sequence[int] | Mapping[str, object]
 _FORMS = 'a prompt is a string, a list of token ids, {"prompt": "..."} or {"prompt_token_ids": [...]}'
@@ -73,7 +73,7 @@ def _is_ids(value) -> bool:
     if isinstance(value, (str, bytes, bytearray)) or not (isinstance(value, Sequence) or _axes(value) == 1):
         return False
     items = value if isinstance(value, Sequence) else value.tolist()
-    return all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in items)
+    return all(is_int(i) for i in items)
 
 
 def _axes(value) -> int | None:

@@ -29,10 +29,11 @@ class SamplingParams:
     max_tokens: most tokens to add. temperature: from 0 to 100; below 1e-5 the likeliest token is always taken. top_k:
     sample among the k likeliest (0 or -1: all). top_p: among the fewest that hold this probability. min_p: drop tokens
     below this fraction of the likeliest one's probability. The filters apply in the order min_p, top_k, top_p, each to
-    what the one before left, and the likeliest token always stays. seed: the same seed gives the same tokens, whatever else is in the batch (None: a new
-    one every time). stop: strings that end the text and are cut from it. stop_token_ids: ids that end it, like the end
-    of the document, which `ignore_eos` passes over. logprobs: report the chosen token's and the n likeliest tokens'
-    log-probabilities (0: the chosen one's alone). Raises UserError for an unknown name or a value out of range.
+    what the one before left, and the likeliest token always stays. seed: the same seed gives the same tokens, whatever
+    else is in the batch (None: a new one every time). stop: strings that end the text and are cut from it.
+    stop_token_ids: ids that end it, like the end of the document, which `ignore_eos` passes over. logprobs: report the
+    chosen token's and the n likeliest tokens' log-probabilities (0: the chosen one's alone). Raises UserError for an
+    unknown name or a value out of range.
     """
 
     max_tokens: int = 16
@@ -57,18 +58,18 @@ class SamplingParams:
 
     def __post_init__(self):
         self._tuple("stop", str, lambda text: text and _is_text(text), "strings that are not empty")
-        self._tuple("stop_token_ids", numbers.Integral, lambda i: _is_int(i) and i >= 0, "token ids")
-        self._require("max_tokens", _is_int(self.max_tokens) and self.max_tokens >= 1, "an integer of at least 1")
+        self._tuple("stop_token_ids", numbers.Integral, lambda i: is_int(i) and i >= 0, "token ids")
+        self._require("max_tokens", is_int(self.max_tokens) and self.max_tokens >= 1, "an integer of at least 1")
         self._require("temperature", _is_real(self.temperature) and 0 <= self.temperature <= _MAX_TEMPERATURE,
                       f"a number from 0 to {_MAX_TEMPERATURE:g}")  # fmt: skip
-        self._require("top_k", _is_int(self.top_k) and self.top_k >= -1, "an integer from 1, or 0 for all tokens")
+        self._require("top_k", is_int(self.top_k) and self.top_k >= -1, "an integer from 1, or 0 for all tokens")
         self._require("top_p", _is_real(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
         self._require("min_p", _is_real(self.min_p) and 0 <= self.min_p <= 1, "between 0 and 1")
-        self._require("seed", self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**64),
+        self._require("seed", self.seed is None or (is_int(self.seed) and 0 <= self.seed < 2**64),
                       "an integer from 0 to 2**64 - 1")  # fmt: skip
         self._require("ignore_eos", isinstance(self.ignore_eos, (bool, np.bool_)), "True or False")
         reported = 0 if self.logprobs is None else self.logprobs
-        self._require("logprobs", _is_int(reported) and 0 <= reported <= _MAX_LOGPROBS,
+        self._require("logprobs", is_int(reported) and 0 <= reported <= _MAX_LOGPROBS,
                       f"an integer from 0 to {_MAX_LOGPROBS}")  # fmt: skip
 
     @property
@@ -206,7 +207,8 @@ def _filtered(logits_BV: jax.Array, options: Options, cut: bool) -> jax.Array:
     return jnp.where(above_BV | (equal_BV & (jnp.cumsum(equal_BV, -1) <= room_B1)), x_BV, -jnp.inf)
 
 
-def _is_int(value) -> bool:
+def is_int(value) -> bool:
+    """Whether it is an integer of any library; True and False are none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
