@@ -93,6 +93,19 @@ def test_all_that_a_release_brings_survives(tmp_path, released, through):
     assert not {"quantization_config", "torch_dtype", "rope_scaling"} & set(values)
 
 
+def test_fields_handed_on_change_none_of_ours(tmp_path, released):
+    convert(released, tmp_path / "orbax")
+    file = tmp_path / "orbax" / "v4jax.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps(stored | {"huggingface": {"vocab_size": 5, "my_field": 7}}))
+    convert(tmp_path / "orbax", tmp_path / "back")
+    assert load_config(tmp_path / "back").model == load_config(released).model
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["my_field"] == 7
+    file.write_text(json.dumps(stored | {"huggingface": [1]}))
+    with pytest.raises(UserError, match="v4jax.json: the field 'huggingface' is no object"):
+        convert(tmp_path / "orbax", tmp_path / "more")
+
+
 def test_links_are_followed_within_the_checkpoint_alone(tmp_path, released):
     (tmp_path / "secret").write_text("mine")
     (released / "leak.txt").symlink_to(tmp_path / "secret")

@@ -127,7 +127,7 @@ def write_hf(
         entries += [Entry(p.name, stored, p.shape, _loader(fetch, name, p, stored)) for p in tensor.pieces()]
     table_dtype = _file_dtype(*known["embed.table"], wanted)
     companions = companions or Companions()
-    config = hf_config.to_hf(model, table_dtype.name) | (companions.fields or {})
+    config = (companions.fields or {}) | hf_config.to_hf(model, table_dtype.name)
     copies = tokenizer_files(tokenizer_dir)
     with replace_directory(path, "config.json", lambda name: replace_all or _is_weights(name)) as directory:
         for target, source in copies.items():
