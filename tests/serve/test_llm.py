@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from prometheus_client import CollectorRegistry
 
 import v4jax
 from tests.serve import small
@@ -16,6 +17,7 @@ from v4jax.data.tokenizer import Detokenizer, Tokenizer
 from v4jax.serve import LLM, SamplingParams
 from v4jax.serve import llm as llm_module
 from v4jax.serve.llm import split_at_stop
+from v4jax.serve.metrics import Metrics
 
 PROMPTS = ["To be, or not", [7, 300, 12], "¿Qué?", np.array([9])]
 LIMITS = {name: getattr(small.LIMITS, name) for name in ("max_batch", "max_seq_len", "prefill_chunk")}
@@ -334,6 +336,10 @@ def test_drafts_proposed_and_accepted_are_counted(model, tokenizer, outputs, llm
     assert stats["spec_decode_num_draft_tokens"] == 2 * drafts
     assert drafts + accepted in range(23, 26)  # the first token is no draft's; the last step may accept beyond 24
     assert 0 <= accepted <= 2 * drafts
+    registry = CollectorRegistry()
+    registry.register(Metrics(speculating))
+    for name, value in [("drafts", drafts), ("draft_tokens", 2 * drafts), ("accepted_tokens", accepted)]:
+        assert registry.get_sample_value(f"v4jax_spec_decode_num_{name}_total") == value
 
 
 def test_token_ids_do_without_a_tokenizer(model, outputs):
@@ -348,7 +354,8 @@ def test_token_ids_do_without_a_tokenizer(model, outputs):
 @pytest.mark.parametrize("options, words", [
     ({"dtype": "float32"}, "dtype applies"), ({"max_batch": 0}, "max_batch must be at least 1"),
     ({"prefill_chunk": 0}, "prefill_chunk must be"), ({"max_seq_len": 5000}, "exceeds the 4096 positions"),
-    ({"tokenizer": "no/such/file"}, "no tokenizer no/such/file"),
+    ({"tokenizer": "no/such/file"}, "no tokenizer no/such/file"), ({"tokenizer": 5}, "tokenizer is 5; give a v4jax"),
+    ({"cache": {"layout": "fp8"}}, "cache is .*; give a CacheConfig"), ({"mesh": "serve"}, "give a MeshConfig"),
     ({"speculative_token": 1}, "LLM has no option 'speculative_token'; did you mean 'speculative_tokens'"),
     ({"speculative_tokens": 1, "batch_invariant": True}, "exclude each other"),
     ({"cache": config.Cache(layout="fp16")}, "unknown cache layout 'fp16'"),
@@ -357,6 +364,12 @@ def test_token_ids_do_without_a_tokenizer(model, outputs):
 def test_bad_limits_are_one_line(model, options, words):
     with pytest.raises(UserError, match=words):
         LLM(model, **options)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, [1, 2], {"model": "DIR"}])
+def test_what_is_no_model_is_one_line(wrong):
+    with pytest.raises(UserError, match="model is .*; give a checkpoint's directory or a Transformer"):
+        LLM(wrong)
 
 
 def test_options_reach_the_engine(model):

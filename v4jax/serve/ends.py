@@ -10,7 +10,7 @@ from v4jax import config
 from v4jax.checkpoint.generation_config import GenerationConfig
 from v4jax.core.check import UserError
 from v4jax.data.tokenizer import Tokenizer
-from v4jax.serve.sampling import is_int
+from v4jax.serve.sampling import is_int, shown
 
 _log = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ def find_ends(
         named.append(f"the model's config {_list(model.eos_ids)}")
         named += [] if own is None else [f"the tokenizer {own}"]
         _log.warning(
-            "the files disagree on what ends a text: %s; %s does (the first of these that is there, and the "
-            "tokenizer's unless that one is null); pass eos_id= to LLM to choose", ", ".join(named), _list(ends.ids),
+            "the files disagree on what ends a text: %s; generation ends at %s (the first of these, and the tokenizer's "
+            "unless the first is null); pass eos_id= to LLM to choose", ", ".join(named), _list(ends.ids),
         )  # fmt: skip
     return ends
 
@@ -73,7 +73,7 @@ def _given(given: int | Iterable[int]) -> tuple[int, ...]:
     is_list = isinstance(given, (list, tuple, set, frozenset))
     ids = tuple(given) if is_list else (given,)
     if not all(is_int(i) and i >= 0 for i in ids):
-        raise UserError(f"eos_id must be a token id or a list of them, got {given!r:.60}")
+        raise UserError(f"eos_id must be a token id or a list of them, got {shown(given)}")
     return tuple(map(int, ids))
 
 

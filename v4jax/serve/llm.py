@@ -22,7 +22,7 @@ from v4jax.serve.ends import Ends, find_ends, warn_of_bos
 from v4jax.serve.engine import Drawn, Engine, check_limits
 from v4jax.serve.outputs import CompletionOutput, RequestOutput
 from v4jax.serve.prompts import Parsed, Prompt
-from v4jax.serve.sampling import Logprob, Sampled, SamplingParams, is_int
+from v4jax.serve.sampling import Logprob, Sampled, SamplingParams, is_int, shown
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class LLM:
         parse_special_tokens: bool = False,
         **limits,
     ):
+        _check_types(model, tokenizer, cache, mesh)
         generation = GenerationConfig()
         if isinstance(model, Transformer):
             stored = config.Config(model=model.config)
@@ -70,7 +71,7 @@ class LLM:
             tokenizer = Tokenizer(tokenizer, model=stored.model)
         size = stored.model.vocab_size
         if bos_id is not None and (not is_int(bos_id) or not 0 <= bos_id < size):
-            raise UserError(f"bos_id is {bos_id!r:.60}; the model's ids are 0 to {size - 1}")
+            raise UserError(f"bos_id is {shown(bos_id)}; the model's ids are 0 to {size - 1}")
         self.default_sampling_params = generation.sampling
         self._check_defaults()
         self._bos_id, self._parses, self._warned = bos_id, parse_special_tokens, False
@@ -205,7 +206,7 @@ class LLM:
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(parsed)
         if not isinstance(sampling_params, Sequence) or not all(isinstance(p, SamplingParams) for p in sampling_params):
-            got = f"{sampling_params!r:.60}"
+            got = shown(sampling_params)
             raise UserError(f"sampling_params must be one SamplingParams or a list of them, got {got}")
         if len(sampling_params) != len(parsed):
             raise UserError(f"{len(sampling_params)} sampling_params for {len(parsed)} prompts; give one, or one each")
@@ -348,6 +349,19 @@ def _logprobs(sampled: Sampled, count: int) -> dict[int, Logprob]:
     for rank, (i, logprob) in enumerate(zip(sampled.top_ids_BK[:count], sampled.top_BK[:count], strict=True), 1):
         found.setdefault(int(i), Logprob(float(logprob), rank))
     return found
+
+
+def _check_types(model, tokenizer, cache, mesh) -> None:
+    """Raise UserError for an argument of `LLM` that is something else."""
+    path = (str, os.PathLike)
+    for name, value, kinds, cure in [
+        ("model", model, (*path, Transformer), "a checkpoint's directory or a Transformer"),
+        ("tokenizer", tokenizer, (*path, Tokenizer, type(None)), "a v4jax Tokenizer or the path of a tokenizer.json"),
+        ("cache", cache, (config.Cache, type(None)), "a CacheConfig"),
+        ("mesh", mesh, (config.Mesh, type(None)), "a MeshConfig"),
+    ]:
+        if not isinstance(value, kinds):
+            raise UserError(f"{name} is {shown(value)}; give {cure}")
 
 
 def _limits(stored: config.Config, given: dict) -> config.Serve:

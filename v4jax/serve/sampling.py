@@ -57,7 +57,7 @@ class SamplingParams:
         return super().__new__(cls)
 
     def __post_init__(self):
-        self._tuple("stop", str, lambda text: text and _is_text(text), "strings that are not empty")
+        self._tuple("stop", str, _is_text, "strings that are not empty")
         self._tuple("stop_token_ids", numbers.Integral, lambda i: is_int(i) and i >= 0, "token ids")
         self._require("max_tokens", is_int(self.max_tokens) and self.max_tokens >= 1, "an integer of at least 1")
         self._require("temperature", _is_real(self.temperature) and 0 <= self.temperature <= _MAX_TEMPERATURE,
@@ -87,7 +87,7 @@ class SamplingParams:
 
     def _require(self, name: str, ok: bool, meaning: str) -> None:
         if not ok:
-            raise UserError(f"{name} must be {meaning}, got {_shown(getattr(self, name))}")
+            raise UserError(f"{name} must be {meaning}, got {shown(getattr(self, name))}")
 
 
 class Logprob(NamedTuple):
@@ -216,14 +216,14 @@ def _is_real(value) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and -_HUGE < value < _HUGE
 
 
-def _shown(value) -> str:
-    """The beginning of what `repr` says."""
+def shown(value) -> str:
+    """The beginning of what `repr` says, on one line."""
     try:
-        return f"{value!r:.60}"
+        return " ".join(f"{value!r:.60}".split())
     except ValueError:  # Python writes out no integer of more than 4,300 digits
         return "an integer of thousands of digits"
 
 
-def _is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8: no generated text holds a lone surrogate."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
+def _is_text(value) -> bool:
+    """Whether it is text that a model can write: not empty, and without lone surrogates, which have no UTF-8 form."""
+    return isinstance(value, str) and value != "" and not any("\ud800" <= c <= "\udfff" for c in value)
