@@ -54,8 +54,8 @@ def find_ends(
         named.append(f"the model's config {_list(model.eos_ids)}")
         named += [] if own is None else [f"the tokenizer {own}"]
         _log.warning(
-            "the files disagree on what ends a text: %s; generation ends at %s (the first of these, and the tokenizer's "
-            "unless the first is null); pass eos_id= to LLM to choose", ", ".join(named), _list(ends.ids),
+            "the files disagree on what ends a text: %s; generation ends at %s (the first of these, and the "
+            "tokenizer's unless the first is null); pass eos_id= to LLM to choose", ", ".join(named), _list(ends.ids),
         )  # fmt: skip
     return ends
 
