@@ -36,23 +36,27 @@ class Blocks:
         if pages < 2:
             raise ValueError(f"{pages} pages leave none to give out: page 0 is reserved")
         self.capacity = pages - 1
-        self._references = [0] * pages
-        self._free = list(range(pages - 1, 0, -1))
-        self._idle: OrderedDict[int, None] = OrderedDict()  # next to be evicted first
-        self._page: dict[bytes, int] = {}
-        self._name: dict[int, tuple[bytes, bytes]] = {}  # page: (parent, name), also of pages that are not findable
-        self._distrusted: set[int] = set()  # pages in use that must not become findable (again)
         self._records = tuple(records)
-        self._spare = list(reversed(self._records))
-        self._record: OrderedDict[bytes, int] = OrderedDict()  # next to be evicted first
-        self._pins: Counter[int] = Counter()
-        self._unready: set[bytes] = set()  # names of records that are still to be written
-        self._used: set[bytes] = set()  # names of records that somebody has resumed from
+        self.reset()
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._remember = remember
         self._count = Counter(queries=0, hits=0, repeated=0, evictions=0, record_evictions=0)
         # Told (kind, parent, name, number, whether it is evicted now) of idle blocks and of ready records behind them.
         self.watch: Callable[[str, bytes, bytes, int, bool], None] | None = None
+
+    def reset(self) -> None:
+        """Free every page and record and forget every name; counts, and what the hit-rate ceiling remembers, stay."""
+        self._references = [0] * (self.capacity + 1)
+        self._free = list(range(self.capacity, 0, -1))
+        self._idle: OrderedDict[int, None] = OrderedDict()  # next to be evicted first
+        self._page: dict[bytes, int] = {}
+        self._name: dict[int, tuple[bytes, bytes]] = {}  # page: (parent, name), also of pages that are not findable
+        self._distrusted: set[int] = set()  # pages in use that must not become findable (again)
+        self._spare = list(reversed(self._records))
+        self._record: OrderedDict[bytes, int] = OrderedDict()  # next to be evicted first
+        self._pins: Counter[int] = Counter()
+        self._unready: set[bytes] = set()  # names of records that are still to be written
+        self._used: set[bytes] = set()  # names of records that somebody has resumed from
 
     # --- finding ---------------------------------------------------------------------------------------------------
 

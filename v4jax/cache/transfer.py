@@ -70,9 +70,9 @@ class Transfer:
         self.deadline, self._room = deadline, max(room, 2 * max(block.nbytes, record.nbytes))
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
-        self._coming: set[Key] = set()  # on the way from the device
+        self._coming: dict[Key, int] = {}  # on the way from the device: bytes
         self._pending: dict[Key, tuple[Item, bool]] = {}  # to be written; whether nobody else holds the item
-        self._coming_bytes = self._loose_bytes = 0
+        self._loose_bytes = 0
         self._count = Counter(saved=0, dropped=0, fetches=0, late=0)
         self._looked = Counter()
         self._saves, self._writes, self._reads, self._quick = (queue.SimpleQueue() for _ in range(4))
@@ -95,15 +95,25 @@ class Transfer:
 
     def room(self, form: Form) -> int:
         """How many more of a form `save` may be given now."""
-        return max(self._room - self._coming_bytes, 0) // form.nbytes
+        with self._lock:
+            return max(self._room - sum(self._coming.values()), 0) // form.nbytes
 
     def save(self, form: Form, name: bytes, parent: bytes, payload: jax.Array | np.ndarray) -> None:
         """Send the bytes of a block or record down; they may still be on their way from the device."""
+        key = form.key(name)
+        try:
+            with self._lock:
+                self._count.update(saved=1)
+                self._coming[key] = form.nbytes
+            self._saves.put((form, name, parent, payload))
+        except BaseException:  # an interrupt, after which nobody might take it
+            self._arrived(key)
+            raise
+
+    def _arrived(self, key: Key) -> None:
         with self._lock:
-            self._count.update(saved=1)
-            self._coming.add(form.key(name))
-            self._coming_bytes += form.nbytes
-        self._saves.put((form, name, parent, payload))
+            self._coming.pop(key, None)
+            self._settled.notify_all()
 
     def dropped(self, count: int) -> None:
         """So many were not saved, for want of room or because the copy failed."""
@@ -117,10 +127,7 @@ class Transfer:
         except (RuntimeError, MemoryError):  # what JAX raises if the copy off the device failed
             self.dropped(1)
         finally:
-            with self._lock:
-                self._coming.discard(form.key(name))
-                self._coming_bytes -= form.nbytes
-                self._settled.notify_all()
+            self._arrived(form.key(name))
 
     def _keep(self, item: Item, stored: bool = False) -> None:
         """Put an item on the host, and what that pushes out on disk; the item itself too unless it came from there."""

@@ -92,9 +92,12 @@ class Bay:
         self.restored = 0
 
     def attach(self, scheduler: Scheduler) -> None:
-        """Serve this scheduler and its books from now on."""
+        """Serve this scheduler and its books from now on; what was to move for others is dropped."""
+        for visit in self._visits.values():
+            if visit is not None:
+                visit.job.cancelled = True
         scheduler.below, scheduler.blocks.watch, self._blocks = self, self.parked, scheduler.blocks
-        self._moves, self._backlog, self._visits = [], {"block": {}, "record": {}}, {}
+        self._moves, self._backlog, self._visits, self._awaited = [], {"block": {}, "record": {}}, {}, None
 
     # --- called by the books ---------------------------------------------------------------------------------------
 

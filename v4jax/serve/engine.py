@@ -8,11 +8,17 @@ change.
 On a mesh every device has a scheduler, records and pages of its own, and one step runs the plans of all devices: as
 many rows and as long a chunk on each as on the one that has most. A request stays on the device that it was given to:
 where most of it is known, or least is to do.
+
+**Errors.** An exception may leave a step anywhere: donated buffers are gone, the books are half changed. So every call
+that changes the engine marks it as broken and takes the mark back at its end, and every call first resets an engine
+that is marked: all requests are dropped, and the device's cache is allocated anew. The exception itself reaches the
+caller unchanged. Blocks in the tiers below the device stay: they carry names and checksums of their own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import secrets
 from collections import deque
@@ -66,10 +72,25 @@ class _Flight(NamedTuple):
     rows: tuple[Sampled, jax.Array] | None
 
 
+def _whole(method):
+    """A method of `Engine` that is done to its end; after an exception inside it the next call resets the engine."""
+
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        self._recover()
+        self.broken = True
+        result = method(self, *args, **kwargs)
+        self.broken = False
+        return result
+
+    return run
+
+
 class Engine:
     """Runs requests through one model; its cache is allocated here and lives as long as the engine.
 
-    limits and cache: of each device. on: the devices (`places.on`), None: the default one.
+    limits and cache: of each device. on: the devices (`places.on`), None: the default one. One thread at a time may
+    call it; `engine_loop.EngineLoop` serves many. broken: whether the next call resets it first.
     """
 
     def __init__(
@@ -93,28 +114,22 @@ class Engine:
         block, slots, k = self.layout.block, limits.max_batch, limits.speculative_tokens
         self._table_width = -(-(limits.max_seq_len + k) // block)
         kept = range(slots + 1, slots + 1 + (cache.records if cache.prefix else 0))
-        pages = self._pages(cache, 1 + slots + len(kept))
+        self._pages_records = pages, _ = self._pages(cache, 1 + slots + len(kept)), 1 + slots + len(kept)
         longest = block if limits.batch_invariant else limits.prefill_chunk
         self.schedulers = [
             Scheduler(Blocks(pages, kept), slots, block, longest, record_every=cache.record_every, lookahead=k,
                       replay=limits.batch_invariant) for _ in range(self.places.count)
         ]  # fmt: skip
-        self._home: dict[Hashable, Scheduler] = {}
         self._sizes = [longest] if limits.batch_invariant else chunk_sizes(longest)
         self._seed = self._digest(variables) if cache.prefix else None
-        self._live = self._allocate(model, pages, 1 + slots + len(kept), self.schedulers[0].slack + k)
+        self._kinds = [[kind for kind, _ in run.kinds] for run in model.runs]
+        self.parking, self.broken = None, False
+        self.reset()
         if cache.hot:
             _log.info(
                 "cache: CSA entries of %s tokens in host memory (%s bytes), %s of a layer on the device",
                 *(f"{n:,}" for n in ((pages - 1) * block, live.stats(self._live)["kv_host_bytes"], cache.hot)),
             )
-        heads = Heads(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
-        self._heads = self.places.everywhere(heads)
-        self._tables = np.full((self.places.count, slots + 1, self._table_width), -1, np.int32)
-        self._put_tables()
-        self._sampling: dict[Hashable, SamplingParams] = {}
-        self._batch, self._device_batch = (), None
-        self._flight: deque[_Flight] = deque()
         self.parking = parking.build(self._live, self.places, cache, self.layout)
         if self.parking is not None:
             self.parking.attach(self.schedulers)
@@ -135,10 +150,50 @@ class Engine:
             )
         return self.layout.pages_for(cache.device - fixed)
 
-    def _allocate(self, model: Transformer, pages: int, records: int, slack: int) -> Live:
-        one = lambda kind: self.places.everywhere(live.new_layer(self.layout, kind, pages, records, slack))
-        layers = [[one(kind) for kind, _ in run.kinds] for run in model.runs]
-        return Live(layers, one("swa") if self.limits.speculative_tokens else None)
+    def reset(self) -> None:
+        """Drop all requests and all that the device's cache holds; what the tiers below hold stays.
+
+        The arrays are allocated anew: a program that failed may have taken the old ones, or left NaN in them.
+        """
+        self.broken = True
+        self._forget()
+        self._live = self._heads = self._device_tables = None  # freed first: there may be no room for both
+        self._allocate()
+        self.broken = False
+
+    def _forget(self) -> None:
+        """`reset`, of the host's books."""
+        self._home: dict[Hashable, Scheduler] = {}
+        self._sampling: dict[Hashable, SamplingParams] = {}
+        self._batch, self._device_batch = (), None
+        self._flight: deque[_Flight] = deque()
+        for scheduler in self.schedulers:
+            scheduler.reset()
+        if self.parking is not None:
+            self.parking.attach(self.schedulers)
+
+    def _allocate(self) -> None:
+        slots, k, scheduler = self.limits.max_batch, self.limits.speculative_tokens, self.schedulers[0]
+        with jax.transfer_guard("allow"):
+            new = lambda kind: live.new_layer(self.layout, kind, *self._pages_records, scheduler.slack + k)
+            one = lambda kind: self.places.everywhere(new(kind))
+            self._live = Live([[one(kind) for kind in run] for run in self._kinds], one("swa") if k else None)
+            heads = Heads(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
+            self._heads = self.places.everywhere(heads)
+        self._tables = np.full((self.places.count, slots + 1, self._table_width), -1, np.int32)
+        self._put_tables()
+
+    def _recover(self) -> None:
+        """Reset an engine that an exception left half changed."""
+        if not self.broken:
+            return
+        if (processes := len(set(self.places.processes))) > 1:
+            raise UserError(
+                f"a step of this engine failed in one of its {processes} processes, which no longer agree; end all of "
+                "them and start again"
+            )
+        _log.warning("the engine is reset after an error in a step: its requests and the device's cache are dropped")
+        self.reset()
 
     def _digest(self, variables) -> bytes:
         """Seed of the names of blocks: all that their contents depend on besides the tokens."""
@@ -164,23 +219,33 @@ class Engine:
         self.schedulers[0].check_fits(len(prompt), sampling.max_tokens)
 
     def add(self, id: Hashable, prompt: list[int], sampling: SamplingParams, salt: str = "") -> None:
-        """Queue a request that `check` has passed. salt: it shares blocks only with requests of the same salt."""
+        """Queue a request that `check` has passed. salt: it shares blocks only with requests of the same salt.
+
+        Raises ValueError for an id that is in use.
+        """
+        self._recover()
+        if id in self._home and id in self._home[id].sequences:
+            raise ValueError(f"request {id!r} is in use")
+        self._add(id, prompt, sampling, salt)
+
+    @_whole
+    def _add(self, id: Hashable, prompt: list[int], sampling: SamplingParams, salt: str) -> None:
         if sampling.seed is None:
             sampling = dataclasses.replace(sampling, seed=secrets.randbits(64))
         seed = self._seed and prefix.seed(self._seed, salt=salt)
-        home = self._home.get(id)
-        if home is None or id not in home.sequences:
-            below = self.parking and self.parking.found
-            home = balance.choose(self.schedulers, prompt, sampling.max_tokens, seed, below)
+        below = self.parking and self.parking.found
+        home = balance.choose(self.schedulers, prompt, sampling.max_tokens, seed, below)
         home.add(id, prompt, sampling.max_tokens, seed=seed)
         self._home[id] = home
         self._sampling[id], self._batch = sampling, ()  # an id may come again with other options
 
+    @_whole
     def finish(self, id: Hashable) -> None:
         """End a request whose text is complete."""
         if id in self._home:
             self._home[id].finish(id)
 
+    @_whole
     def cancel(self, id: Hashable) -> None:
         """Drop a request, at any moment; what it holds is freed."""
         if id in self._home:
@@ -189,14 +254,21 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any request waits or runs, or results are under way."""
+        self._recover()
+        return self._has_work
+
+    @property
+    def _has_work(self) -> bool:
         return any(scheduler.busy for scheduler in self.schedulers)
 
     # --- steps -----------------------------------------------------------------------------------------------------
 
+    @_whole
     def step(self) -> list[Drawn]:
         """Send the next plan to the device, take the results of the one before: new tokens by request.
 
-        A request whose logits were not finite has ended, failed, when its tokens (whose `finite` says so) come.
+        A request whose logits were not finite has ended, failed, when its tokens (whose `finite` says so) come. An
+        exception ends all requests: nothing of them is left at the next call.
         """
         if self.parking is not None:
             self.parking.agree()
@@ -206,27 +278,27 @@ class Engine:
         if any_plan:
             self._flight.append(self._send(plans))
         drawn = self._take(self._flight.popleft()) if len(self._flight) > any_plan else []
-        if not self.busy:
+        if not self._has_work:
             self._park()
         return drawn
 
-    @jax.transfer_guard("disallow")
     def _park(self, waits: bool = False) -> None:
         """Move between the device and the tiers below what the scheduler's books have moved."""
         if self.parking is not None:
-            self._live = self.parking.carry_out(self._live, idle=not self.busy)
+            self._live = self.parking.carry_out(self._live, idle=not self._has_work)
             if waits:
                 self.parking.wait()
 
     def close(self, seconds: float = 10.0) -> None:
         """Move what is idle to the tiers below the device, in so many seconds at most, and leave them. For good."""
         if self.parking is not None:
+            if self.broken:
+                self._forget()
             self.parking.close(self._live, seconds)
             self.parking = None
             for scheduler in self.schedulers:
                 scheduler.below = scheduler.blocks.watch = None
 
-    @jax.transfer_guard("disallow")
     def _send(self, plans: list[Plan | None]) -> _Flight:
         put, some = self.places.put, lambda name: [plan and getattr(plan, name) or () for plan in plans]
         for pairs in zip_longest(*some("copies"), fillvalue=(0, 0)):
@@ -319,7 +391,6 @@ class Engine:
             self._live = self._live._replace(mtp=mtp)
         return drawn
 
-    @jax.transfer_guard("disallow")
     def _take(self, flight: _Flight) -> list[Drawn]:
         results, drawn = self.places.get((flight.finite, flight.first, flight.rows)), []
         for device, plan in enumerate(flight.plans):
@@ -360,6 +431,7 @@ class Engine:
     def stats(self) -> dict[str, float]:
         """Counts of sequences, pages and prefix hits, of the cache's bytes (`live.stats`), and of the tiers; of all
         devices together."""
+        self._recover()
         below = {} if self.parking is None else self.parking.stats()
         return balance.together(self.schedulers) | live.stats(self._live) | below
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -20,10 +19,12 @@ from v4jax.serve import places
 from v4jax.serve import prompts as prompt_forms
 from v4jax.serve.ends import Ends, find_ends, warn_of_bos
 from v4jax.serve.engine import Drawn, Engine, check_limits
+from v4jax.serve.engine_loop import EngineLoop
 from v4jax.serve.outputs import CompletionOutput, RequestOutput
 from v4jax.serve.prompts import Parsed, Prompt
 from v4jax.serve.sampling import Logprob, Sampled, SamplingParams, is_int, shown
 
+_LAST_SECONDS = 10.0  # for the tiers, after an interrupt
 _log = logging.getLogger(__name__)
 
 
@@ -43,6 +44,12 @@ class LLM:
     parse_special_tokens: read special tokens such as "<eos>" in prompts as those tokens; by default they are text, and
     the first prompt that holds one is warned of. default_sampling_params: the options that generation_config.json sets,
     which count where no SamplingParams are passed, as in vLLM.
+
+    Any number of threads may call it; their requests share the batch. A thread of the LLM computes, so settings of JAX
+    that hold for the caller's thread alone (its context managers) do not reach it: use `jax.config.update`. An
+    exception of a step reaches every caller whose requests were running; then the LLM can be used again, with an empty
+    cache on the device. An interrupt (Ctrl-C) ends the call that it strikes, no other. In a run of several processes
+    the caller's thread computes, one thread alone may call, and an exception is final.
     """
 
     def __init__(
@@ -86,7 +93,7 @@ class LLM:
             model = checkpoint.load(model, dtype=dtype, precision=serve.precision, placement=on.placement)
         self.tokenizer, self.engine = tokenizer, Engine(model, serve, cache, on)
         self._description = f"{model!r}, max_batch={serve.max_batch}, max_seq_len={serve.max_seq_len}"
-        self._count, self._running = itertools.count(), {}
+        self._loop = EngineLoop(self.engine)
 
     def generate(
         self,
@@ -108,7 +115,7 @@ class LLM:
             UserError: a request cannot be run; nothing has run then.
         """
         rows = self._rows(prompts, sampling_params)
-        for _ in self._run(rows):
+        for _ in self._loop.run(rows):
             pass
         return [row.output() for row in rows]
 
@@ -143,20 +150,21 @@ class LLM:
         both, bytes moved, evictions, corrupt records, errors, the state of the breaker; and what is queued between
         them.
         """
-        return self.engine.stats()
+        return self._loop.do(self.engine.stats)
 
     @property
     def tiers(self) -> str:
         """What device, host and disk hold of the KV cache, in tokens; "" if there is nothing below the device."""
-        return "" if self.engine.parking is None else self.engine.parking.summary
+        parking = self.engine.parking
+        return "" if parking is None else parking.summary
 
     def close(self) -> None:
         """Move what is worth keeping to the tiers below the device, if there are any, and leave their directory.
 
-        Without this it is done when the process ends, or a crash leaves the last few blocks unsaved. Nothing runs
-        after.
+        Without this it is done when the process ends, or a crash leaves the last few blocks unsaved. What runs in other
+        threads ends with a UserError, and so does every later request.
         """
-        self.engine.close()
+        self._loop.close()
 
     def __repr__(self) -> str:
         return f"LLM({self._description})"
@@ -164,40 +172,17 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if kind is None or issubclass(kind, Exception):
+            self.close()
+        else:  # an interrupt: nobody waits for a program that is being compiled
+            self._loop.close(_LAST_SECONDS if self.tiers else 0.0)
 
     def _stream(self, rows: list[_Row]) -> Iterator[tuple[int, str]]:
-        yield from self._run(rows)
+        yield from self._loop.run(rows, stream=True)
         for index, row in enumerate(rows):
             if row.error:
                 raise UserError(f"prompt {index} was stopped: {row.error}")
-
-    def _run(self, rows: list[_Row]) -> Iterator[tuple[int, str]]:
-        """Run the requests to their end and yield their text; other streams of this LLM may run between."""
-        mine = {next(self._count): row for row in rows}
-        try:
-            for id, row in mine.items():
-                self.engine.add(id, row.prompt_ids, row.sampling)
-                self._running[id] = row
-            while True:
-                done = all(row.finish_reason is not None for row in rows)
-                for index, row in enumerate(rows):
-                    if piece := row.shown():
-                        yield index, piece  # meanwhile the steps of another stream may bring more
-                if done:
-                    break
-                for drawn in self.engine.step():
-                    if (row := self._running.get(drawn.id)) is not None:
-                        row.take(drawn)
-                        if row.finish_reason is not None:
-                            self.engine.finish(drawn.id)
-        finally:
-            for id in mine:
-                self.engine.cancel(id)
-                self._running.pop(id, None)
-            while self.engine.busy and not self._running:  # what is under way still holds its pages
-                self.engine.step()
 
     def _rows(self, prompts, sampling_params) -> list[_Row]:
         parsed = prompt_forms.parse(prompts)

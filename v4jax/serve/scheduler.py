@@ -88,12 +88,19 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # by arrival, and all arrived after all active ones
         self._active: list[Sequence] = []  # by arrival
         self._leaving: list[Sequence] = []
-        self._slots = list(range(slots, 0, -1))
+        self._most_slots, self._slots = slots, list(range(slots, 0, -1))
         self._flight: deque[_Draft] = deque()
         self._serial = self._committed = self._preemptions = 0
         self._drafts = self._accepted = 0  # decode steps of requests, and tokens drafted that they accepted
         self.arrivals = 0  # requests so far
         self.below = None  # a `serve.bay.Bay`, if there are tiers below the device
+
+    def reset(self) -> None:
+        """Drop all requests and all that the blocks hold, whatever state an exception left them in; counts stay."""
+        self.blocks.reset()
+        self.sequences, self._waiting, self._active, self._leaving = {}, [], [], []
+        self._slots = list(range(self._most_slots, 0, -1))
+        self._flight, self._committed = deque(), self._serial
 
     # --- what users of a request do --------------------------------------------------------------------------------
 
