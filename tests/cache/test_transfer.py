@@ -55,7 +55,7 @@ def settled(transfer):
     for tier in transfer.tiers.values():
         tier.check()
     stats = transfer.stats()
-    assert stats["queue_saves"] == stats["queue_writes"] == transfer._coming_bytes == transfer._loose_bytes == 0
+    assert stats["queue_saves"] == stats["queue_writes"] == transfer._loose_bytes == 0 and not transfer._coming
     return stats
 
 
@@ -207,7 +207,7 @@ def test_queues_are_bounded_when_the_disk_is_slow(make):
             transfer.save(BLOCK, name, ROOT, payload(BLOCK, name))
         else:
             transfer.dropped(1)
-        most = max(most, transfer._coming_bytes, transfer._loose_bytes)
+        most = max(most, sum(transfer._coming.values()), transfer._loose_bytes)
     stats = settled(transfer)
     assert most <= 4 * RECORD.nbytes and stats["transfer_dropped"] > 0
     assert stats["disk_blocks"] + stats["transfer_dropped"] == 80
@@ -239,6 +239,39 @@ def test_a_copy_that_fails_is_dropped(make):
     save(transfer, items(names)[1:])
     stats = settled(transfer)
     assert stats["transfer_dropped"] == 1 and stats["host_blocks"] == 1
+
+
+@pytest.mark.parametrize("where", ["put", "get"])
+def test_transfer_threads_outlive_an_error_that_nobody_foresaw(make, monkeypatch, where, caplog):
+    transfer, names = make(host=0), chain("a", 2)
+    if where == "get":
+        save(transfer, items(names, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer.disk, where, lambda *_: 1 // 0)
+        if where == "put":
+            save(transfer, items(names, 2))
+        else:
+            for _ in range(4):  # more often than there are threads
+                assert not fetched(transfer, names).blocks
+    assert "leaves out" in caplog.text and "ZeroDivisionError" in caplog.text
+    save(transfer, items(names, 2))
+    assert len(fetched(transfer, names).blocks) == 2
+    settled(transfer)
+
+
+def test_transfer_an_interrupted_save_takes_no_room(make):
+    transfer, [name] = make(room=1), chain("a", 1)
+
+    class Interrupting:
+        put = staticmethod(lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    before, saves, transfer._saves = transfer.room(BLOCK), transfer._saves, Interrupting
+    with pytest.raises(KeyboardInterrupt):
+        save(transfer, items([name]))
+    transfer._saves = saves
+    assert transfer.room(BLOCK) == before
+    save(transfer, items([name]))
+    settled(transfer)
 
 
 @pytest.mark.parametrize("host, disk", [(1, 1), (BLOCK.nbytes, 4096), (2 * BLOCK.nbytes, 1)])

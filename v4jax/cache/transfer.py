@@ -8,6 +8,7 @@ done, and gives up when it has made no progress within the deadline.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -23,6 +24,7 @@ from v4jax.cache.manifest import Form, Key, checksum
 from v4jax.cache.tiers import Host, Item
 
 _READERS = 2
+_log = logging.getLogger(__name__)
 ROOM = 256 << 20
 
 
@@ -163,10 +165,12 @@ class Transfer:
         with self._lock:
             item, _ = self._pending.get(key, (None, False))
         if item is not None:  # not dropped meanwhile
-            self.disk.put(item)
-            with self._lock:
-                self._strike(key)
-                self._settled.notify_all()
+            try:
+                self.disk.put(item)
+            finally:
+                with self._lock:
+                    self._strike(key)
+                    self._settled.notify_all()
 
     def flush(self, seconds: float) -> bool:
         """Wait until nothing is on its way down, so long at most; whether that is so."""
@@ -301,5 +305,8 @@ class Transfer:
 
 def _serve(todo: queue.SimpleQueue, work: Callable[..., None]) -> None:
     while (arguments := todo.get()) is not None:
-        work(*arguments)
+        try:
+            work(*arguments)
+        except Exception:
+            _log.exception("the cache leaves out a block or record that could not be moved")
         del arguments  # it may hold a whole prefix

@@ -174,10 +174,11 @@ class EngineLoop:
         """One step, and what is to be done before and after it; whether there is more to do."""
         try:
             self._take_in()
-            if self._engine.busy:
+            busy = self._has_work()
+            if busy:
                 for drawn in self._engine.step():
                     self._take(drawn)
-            busy = self._engine.busy
+                busy = self._has_work()
         except BaseException as error:  # every kind, because callers wait for this thread
             ran = bool(self._running)
             self._fail(error)
@@ -190,6 +191,10 @@ class EngineLoop:
             self._tell()
         return busy or not self._inbox.empty() or not self._tasks.empty()
 
+    def _has_work(self) -> bool:
+        """Whether the engine has anything to do, which resets one that is broken, unless that is closed next."""
+        return not (self._shared.closing and self._engine.broken) and self._engine.busy
+
     def _take_in(self) -> None:
         """Add the requests of new calls, cancel those of calls that were left."""
         while not self._tasks.empty():  # first, so that they see cancelled what was left before they came
@@ -199,10 +204,12 @@ class EngineLoop:
             if (call := ref()) is None:
                 continue
             ids = self._running[ref] = {}
+            if self._shared.closing:
+                continue
             for index, request in enumerate(call.requests):
                 ids[id := next(self._ids)], self._call[id] = index, ref
                 self._engine.add(id, request.prompt_ids, request.sampling)
-            if not ids:
+            if not ids:  # no prompts
                 self._end(ref)
         closing = self._shared.closing
         for ref in [ref for ref in self._running if closing or (call := ref()) is None or call.left]:

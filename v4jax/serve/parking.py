@@ -44,7 +44,12 @@ def build(live: Live, places: Places, cache: config.Cache, layout: Layout) -> Pa
     own = str(jax.process_index()) if jax.process_count() > 1 else ""
     directory = pathlib.Path(cache.directory) / own
     disk = Disk(directory, cache.disk, cache.policy, deadline=cache.deadline) if cache.disk else None
-    parking = Parking(live, places, host, disk, cache.deadline, layout.block, second=cache.admission == "second")
+    try:
+        parking = Parking(live, places, host, disk, cache.deadline, layout.block, second=cache.admission == "second")
+    except BaseException:  # an interrupt: another engine of this process may want the directory
+        if disk is not None:
+            disk.close()
+        raise
     _log.info("cache: %s", parking.summary)
     return parking
 
