@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -18,12 +19,14 @@ def run() -> NoReturn:
         from v4jax.cli import main
 
         code = main()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is left is Python's own end, which would print a traceback
     except KeyboardInterrupt:  # while `cli` was imported, or a second one
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         print("\nv4jax: interrupted", file=sys.stderr)
         code = _INTERRUPTED
     if code == _INTERRUPTED and "v4jax.serve.engine_loop" in sys.modules:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # whoever read it is gone
+            sys.stdout.flush()
         os._exit(code)  # the engine's thread may compile for another minute, and an ordinary exit waits for it
     sys.exit(code)
 

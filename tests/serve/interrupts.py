@@ -1,11 +1,12 @@
 """Interrupts at random moments: `python -m tests.serve.interrupts --count=200`.
 
-Three ways, each with a host tier and so few pages that blocks move all the time:
+Four ways, the first three with a host tier and so few pages that blocks move all the time:
 
 * generate: a timer's signal handler raises in the main thread, which waits in `LLM.generate` or reads `LLM.stream`;
 * threads: the same, while three other threads generate and must notice nothing;
 * step: the main thread drives the engine itself, and KeyboardInterrupt strikes inside a step. Python delivers signals
-  where calls begin and end; a profile function raises at one of these points, drawn from all those of a run.
+  where calls begin and end; a profile function raises at one of these points, drawn from all those of a run;
+* command: SIGINT to `v4jax generate`, from its first import on, which must end with status 130 and one line.
 
 After each strike the same requests are run again, and must get their undisturbed answers; the books must be free of
 leaks, the host tier must be sound, and nothing may be on its way for ever.
@@ -17,13 +18,16 @@ import contextlib
 import os
 import pathlib
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 
 import jax
 import numpy as np
 
+import v4jax
 from tests.serve.small import LIMITS, MODEL, Request, check_settled, draw_model, drive
 from tests.serve.tiered import LONG, small_books, tiered
 from v4jax import config
@@ -156,6 +160,32 @@ def step(engine, count, seed=0):
     return tally
 
 
+def command(model, count, seed=0):
+    """Strike `count` processes of `v4jax generate` between their start and their end."""
+    rng, tally = np.random.default_rng(seed), collections.Counter()
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint = pathlib.Path(directory) / "model"
+        v4jax.save(model, checkpoint, tokenizer=Tokenizer())
+        code = "print(flush=True); from v4jax.__main__ import run; run()"
+        argv = [sys.executable, "-c", code, "generate", f"--checkpoint={checkpoint}", "--prompt=a", "--max_tokens=50",
+                "--max_seq_len=576", "--kv_disk=1GiB", f"--kv_dir={directory}/kv"]  # fmt: skip
+        seconds = None
+        for _ in range(1 + count):
+            with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+                process.stdout.readline()
+                start = time.perf_counter()
+                if seconds is not None:
+                    time.sleep(rng.uniform(0, seconds))
+                    process.send_signal(signal.SIGINT)
+                _, said = process.communicate(timeout=600)
+            seconds = seconds or time.perf_counter() - start
+            said = [line for line in said.splitlines() if line and not line.startswith("cache: ")]
+            ends = ((130, ["v4jax: interrupted"]), (-signal.SIGINT, []), (0, []))  # -SIGINT: at Python's own end
+            assert (process.returncode, said) in ends, (process.returncode, said)
+            tally[f"status {process.returncode}"] += 1
+    return tally
+
+
 def _profiled(run, at):
     """(points where a signal could strike in `run`, the exception that it ended with), raised at point number `at`."""
     points = 0
@@ -180,7 +210,7 @@ def _profiled(run, at):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=200, help="strikes of each way")
+    parser.add_argument("--count", type=int, default=200, help="strikes of each way, a quarter of them of processes")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     model = draw_model(0)
@@ -189,6 +219,7 @@ def main():
         print("threads:", dict(generate(llm, asked.count, asked.seed + 1, others=3)), flush=True)
     with tiered(model, host=1 << 24) as engine:
         print("step:", dict(step(engine, asked.count, asked.seed)), flush=True)
+    print("command:", dict(command(model, asked.count // 4, asked.seed)), flush=True)
     print("every answer was right, and nothing leaked")
 
 
