@@ -36,7 +36,8 @@ def tokens(outputs):
 def test_generate_from_many_threads_gives_the_answers_of_one(llm, monkeypatch):
     alone = [[tokens(llm.generate([prompt], GREEDY))[0] for prompt in prompts] for prompts in PROMPTS]
     rows, decode, start = [], Engine._decode, threading.Barrier(THREADS)
-    monkeypatch.setattr(Engine, "_decode", lambda self, rows_, size: rows.append(len(rows_[0])) or decode(self, rows_, size))
+    count = lambda self, batch, size: rows.append(len(batch[0])) or decode(self, batch, size)
+    monkeypatch.setattr(Engine, "_decode", count)
 
     def ask(prompts):
         start.wait(60)

@@ -1,7 +1,7 @@
 """One engine for callers on many threads: a thread of its own makes the steps while there is work.
 
-Callers hand their requests to the loop and wait for text, so a signal (Ctrl-C, SIGALRM), which Python raises in the main
-thread, ends the wait of one caller at once and never strikes inside a step. The requests of all callers share the
+Callers hand their requests to the loop and wait for text, so a signal (Ctrl-C, SIGALRM), which Python raises in the
+main thread, ends the wait of one caller at once and never strikes inside a step. The requests of all callers share the
 engine's batch. The thread starts with the first request and ends with the last one, so an `LLM` that nobody holds any
 more is freed, and a program ends without waiting for anything idle.
 
