@@ -46,7 +46,7 @@ def test_generate_from_many_threads_gives_the_answers_of_one(llm, monkeypatch):
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         for answers, want in zip(pool.map(ask, PROMPTS), alone, strict=True):
             assert answers == [want, want]
-    assert max(rows) == small.LIMITS.max_batch and sum(rows) / len(rows) > 0.8 * small.LIMITS.max_batch
+    assert max(rows) == small.LIMITS.max_batch and sum(rows) > 2 * len(rows)
     small.check_settled(llm.engine)
 
 

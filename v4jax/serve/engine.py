@@ -114,7 +114,8 @@ class Engine:
         block, slots, k = self.layout.block, limits.max_batch, limits.speculative_tokens
         self._table_width = -(-(limits.max_seq_len + k) // block)
         kept = range(slots + 1, slots + 1 + (cache.records if cache.prefix else 0))
-        self._pages_records = pages, _ = self._pages(cache, 1 + slots + len(kept)), 1 + slots + len(kept)
+        self._records = 1 + slots + len(kept)
+        self._most_pages = pages = self._pages(cache, self._records)
         longest = block if limits.batch_invariant else limits.prefill_chunk
         self.schedulers = [
             Scheduler(Blocks(pages, kept), slots, block, longest, record_every=cache.record_every, lookahead=k,
@@ -175,8 +176,8 @@ class Engine:
     def _allocate(self) -> None:
         slots, k, scheduler = self.limits.max_batch, self.limits.speculative_tokens, self.schedulers[0]
         with jax.transfer_guard("allow"):
-            new = lambda kind: live.new_layer(self.layout, kind, *self._pages_records, scheduler.slack + k)
-            one = lambda kind: self.places.everywhere(new(kind))
+            room = (self._most_pages, self._records, scheduler.slack + k)
+            one = lambda kind: self.places.everywhere(live.new_layer(self.layout, kind, *room))
             self._live = Live([[one(kind) for kind in run] for run in self._kinds], one("swa") if k else None)
             heads = Heads(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
             self._heads = self.places.everywhere(heads)

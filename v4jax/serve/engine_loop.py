@@ -137,7 +137,7 @@ class EngineLoop:
     def _next(self, events: queue.SimpleQueue, seconds: float | None = None) -> Any:
         """The next event for a caller, who waits for the loop's thread or is it. Raises queue.Empty after `seconds`."""
         if not self._inline:
-            if not self._driving.locked():
+            if events.empty() and not self._driving.locked():
                 threading.Thread(target=self._drive, name="v4jax-engine", daemon=True).start()
             return events.get(timeout=seconds)
         while events.empty():
