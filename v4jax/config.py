@@ -352,7 +352,7 @@ def validate(config: Config) -> Config:
         _require(value >= 0, f"{name} must not be negative, got {value}")
     _require(
         data.seq_len % config.model.alignment == 0,
-        f"data.seq_len {data.seq_len} must be a multiple of {config.model.alignment}, which all compression ratios divide",
+        f"data.seq_len {data.seq_len} must be a multiple of {config.model.alignment}, as all compression ratios divide it",
     )
     _require(
         serve.max_seq_len <= config.model.max_positions,

@@ -227,10 +227,16 @@ _NESTED = hf_config.to_hf(FLASH)["rope_parameters"]
             {"rope_scaling": released()["rope_scaling"] | {"original_max_position_embeddings": 0.5}},
             "original_max_position_embeddings is 0.5, which is no positive integer",
         ),
-        ({"rope_scaling": released()["rope_scaling"] | {"beta_fast": 1e308}}, r"beta_fast is 1e\+308; it must lie between 1e-6 and 1e12"),
+        (
+            {"rope_scaling": released()["rope_scaling"] | {"beta_fast": 1e308}},
+            r"beta_fast is 1e\+308; it must lie between 1e-6 and 1e12",
+        ),
         ({"compress_rope_theta": 1}, "rope_theta is 1.0; it must lie between 1 and 1e30"),
         (
-            {"rope_scaling": None, "rope_parameters": _NESTED | {"compress": _NESTED["compress"] | {"attention_factor": 2.0}}},
+            {
+                "rope_scaling": None,
+                "rope_parameters": _NESTED | {"compress": _NESTED["compress"] | {"attention_factor": 2.0}},
+            },
             "attention_factor",
         ),
         (

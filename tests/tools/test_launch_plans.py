@@ -30,7 +30,8 @@ def jobset(text: str) -> tuple[list[str], list[str]]:
         chip = re.fullmatch(r"tpu-(\w+)-slice", place["cloud.google.com/gke-tpu-accelerator"])[1]
         return container["args"], [f"{chip}:{place['cloud.google.com/gke-tpu-topology']}"]
     chip = re.match(r"nvidia-(\w+)-80gb", place["cloud.google.com/gke-accelerator"])[1]
-    return container["args"], [f"{chip}:{spec['parallelism'] * int(container['resources']['limits']['nvidia.com/gpu'])}"]
+    gpus = spec["parallelism"] * int(container["resources"]["limits"]["nvidia.com/gpu"])
+    return container["args"], [f"{chip}:{gpus}"]
 
 
 def sbatch(text: str) -> tuple[list[str], list[str]]:

@@ -39,7 +39,8 @@ def test_topologies_by_name():
     assert parse("v5p-512") == parse("v5p:4x8x8") and parse("v5p-512").chips == 256  # two TensorCores a chip
     assert parse("v5litepod-16") == parse("v5e:4x4") and parse("v6e-256") == parse("v6e:16x16")
     assert parse("tpu7x-128x2slices") == parse("tpu7x:4x4x4x2slices")
-    wrong = {"v9:2x2": "no topology", "v5p-500": "v5p-256, v5p-512, v5p-1024", "v5p:8x8": "a shape of v5p has 3 sizes", "h100:8x8": "1 sizes", "v5e:0x4": "up"}
+    wrong = {"v9:2x2": "no topology", "v5p-500": "v5p-256, v5p-512, v5p-1024",
+             "v5p:8x8": "a shape of v5p has 3 sizes", "h100:8x8": "1 sizes", "v5e:0x4": "up"}
     for text, says in wrong.items():
         with pytest.raises(UserError, match=says):
             parse(text)
@@ -130,7 +131,8 @@ def test_the_flagship_on_one_pod(capsys, tmp_path):
     assert bound == max(value for part in ("compute", "memory", "ICI", "DCN")
                         for value in values(records, "step_seconds_bound", part=part))  # fmt: skip
     assert 0 < values(records, "mfu_bound")[0] <= 1 and values(records, "device_bytes_limit") == [int(95.74 * 2**30)]
-    assert {"host_bytes", "fits", "collective_bytes", "smallest_topology", "link_bytes"} <= {r["metric"] for r in records}
+    metrics = {"host_bytes", "fits", "collective_bytes", "smallest_topology", "link_bytes"}
+    assert metrics <= {r["metric"] for r in records}
     out = capsys.readouterr().out
     assert "1,003.15B parameters, 32.06B active" in out and "It can't know" in out
 

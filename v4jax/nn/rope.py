@@ -15,8 +15,8 @@ def frequencies(rope: config.Rope, dim: int, compressed: bool) -> np.ndarray:
     """Angular frequency of each pair of rotary channels.
 
     The values are those of the released `precompute_freqs_cis` and of transformers, bit for bit at the published
-    shapes: each operation there rounds to float32, and 1e6 positions multiply a difference of one ulp to an angle of
-    0.06 rad. The power alone is computed in float64 and rounded once, since numpy's float32 power is off by an ulp.
+    shapes. Each operation there rounds to float32, and at position 1e6 a frequency that is off by one ulp turns by up
+    to 0.06 rad more. The power alone is computed in float64 and rounded once, since numpy's float32 power is off by an ulp.
 
     Args:
       rope: bases and YaRN fields.
@@ -47,9 +47,8 @@ def _correction_range(rope: config.Rope, dim: int) -> tuple[int, int]:
 
     The range is reversed, and the ramp with it, where beta_fast is below beta_slow: the reference does not refuse that.
     """
-    bound = lambda beta: (
-        dim * math.log(rope.yarn_original / (beta * 2 * math.pi)) / (2 * math.log(rope.compress_theta))
-    )
+    turns = lambda beta: rope.yarn_original / (beta * 2 * math.pi)
+    bound = lambda beta: dim * math.log(turns(beta)) / (2 * math.log(rope.compress_theta))
     low, high = math.floor(bound(rope.yarn_beta_fast)), math.ceil(bound(rope.yarn_beta_slow))
     return max(low, 0), min(high, dim - 1)
 

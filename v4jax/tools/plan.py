@@ -21,8 +21,8 @@ MARGIN = 0.10  # by which the closed form's bytes of a device may miss the compi
 UNKNOWN = (
     "It can't know: how evenly tokens spread over experts (even is assumed), how far collectives hide behind products "
     "(the bound takes the longest of compute, memory and either network, as if all overlapped), host input, stragglers "
-    "and restarts. The closed form's activations are a sum of the largest arrays, not a schedule: on the flagships' steps "
-    f"that were compiled and fit, bytes of a device were within {MARGIN:.0%} and collectives in all within a factor of "
+    "and restarts. The closed form's activations are a sum of the largest arrays, not a schedule: on the flagships' "
+    f"steps that were compiled and fit, bytes of a device were within {MARGIN:.0%} and collectives in all within a factor of "
     "2; of small models tiles and programs take more. The way to host memory is not timed."
 )
 
@@ -144,10 +144,10 @@ def _compare(config: Config, work: Work, plans: list[tuple[Topology, Mesh, Estim
     rows = []
     for place, mesh, found in plans:
         held, longest = sum(found.device_bytes.values()), max(found.seconds, key=found.seconds.get)
-        bound = found.seconds[longest]
+        bound, sending = found.seconds[longest], max(found.seconds[link] for link in found.links)
         rows.append([
             place.name, place.chips, _axes(mesh), size(held), "yes" if fits(held, place) else "no",
-            size(sum(found.collectives.values())), f"{max(found.seconds[link] for link in found.links):.4g} s", f"{bound:.4g} s", longest,
+            size(sum(found.collectives.values())), f"{sending:.4g} s", f"{bound:.4g} s", longest,
             f"{1e6 * place.chips * bound / work.tokens:,.2f}",
         ])  # fmt: skip
     print_table(
