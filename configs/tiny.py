@@ -20,6 +20,7 @@ def get_config(arg: str = "") -> Config:
         hca_ratio=16,
         max_positions=1_048_576,
         dtype="float32",
+        kv_qdq=True,  # a cache in FP8 then stores the numbers of training: costs nothing, `eval --suite=fp8` holds
         rope=Rope(yarn_factor=16.0, yarn_original=65_536),
         indexer=Indexer(heads=16, head_dim=32, topk=16),
         moe=Moe(experts=8, active=2, inner=96, hash_layers=1),

@@ -9,7 +9,7 @@ import zipfile
 import pytest
 
 from v4jax import config as config_lib
-from v4jax.config import Config, ConfigError, Model, from_dict, load, preset_names, to_dict, validate
+from v4jax.config import Config, ConfigError, Data, Model, from_dict, load, preset_names, to_dict, validate
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -64,7 +64,8 @@ def test_lists_become_tuples():
     ("model", {"schedule": ("swa", "mla")}, "'mla'; layers are one of swa, csa, hca"),
     ("model", {"rope_dim": 7}, "model.rope_dim 7 must be even"),
     ("model", {"o_groups": 5}, "model.o_groups 5"),
-    ("model", {"hca_ratio": 7}, "model.hca_ratio 7"),
+    ("model", {"csa_ratio": 1}, "model.csa_ratio must be at least 2, got 1"),
+    ("model", {"hca_ratio": 0}, "model.hca_ratio must be at least 1, got 0"),
     ("model", {"dtype": "float64"}, "'float64'"),
     ("model", {"mtp_layers": 2}, "model.mtp_layers"),
     ("model", {"modalities": ("text", "image")}, "model.modalities has 'image'; this version reads text only"),
@@ -80,6 +81,16 @@ def test_impossible_values_are_one_line(part, change, says):
     with pytest.raises(ConfigError) as caught:
         validate(broken)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_ratios_need_not_divide_each_other():
+    """A row of both kinds is cut where both ratios end; the ratio of a kind without layers has no effect."""
+    model = dataclasses.replace(load("tiny").model, csa_ratio=4, hca_ratio=6)
+    assert model.alignment == 12
+    only_hca = dataclasses.replace(model, schedule=("swa", "hca"), csa_ratio=1, hca_ratio=7)
+    assert only_hca.alignment == 7
+    for one in (model, only_hca):
+        validate(dataclasses.replace(load("tiny"), model=one, data=Data(seq_len=84)))
 
 
 def test_wheel_carries_presets_and_data(tmp_path):

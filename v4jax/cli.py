@@ -117,7 +117,10 @@ def _plan(values: flags.FlagValues, config: config_lib.Config) -> None:
     if given(values, "kv_hot"):
         config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, hot=values.kv_hot))
     options = ("mode", "context", "concurrency", "analytic", "stage", "json")
-    plan.run(config, values.topology, **given(values, *options))
+    records = plan.run(config, values.topology, **given(values, *options))
+    if not plan.fits_anywhere(records, config):
+        sys.stdout.flush()
+        raise SystemExit(plan.DOES_NOT_FIT)
 
 
 def _bench(values: flags.FlagValues, config: config_lib.Config | None) -> None:
@@ -216,7 +219,8 @@ COMMANDS = {
         _plan, "what a model needs on a topology, before a machine is rented",
         "v4jax plan --config=v4_1t --topology=v5p:8x8x8 --mode=train --analytic",
         (
-            Flag("topology", "chip and shape: v5p:8x8x8, v5e:16x16x4slices, h100:64; --analytic compares several",
+            Flag("topology", "chip and shape: v5p:8x8x8, v5e:16x16x4slices, h100:64, or a TPU's accelerator type: "
+                 "v5p-512; --analytic compares several",
                  options={"required": True}),
             Flag("mode", "train, prefill or decode (default: train)", flags.DEFINE_enum, "train",
                  options={"enum_values": ["train", "prefill", "decode"]}),
@@ -336,7 +340,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code; `argv` excludes the program's name.
 
     A UserError is one line on stderr and code 1 (`--debug` raises it instead); other exceptions are bugs and keep
-    their traceback. Ctrl-C gives 130, and a reader that closes the pipe 141, as a shell would report them.
+    their traceback. `plan` exits with 3 where the model does not fit. Ctrl-C gives 130, and a reader that closes the
+    pipe 141, as a shell would report them.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
@@ -347,6 +352,8 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         return _fail(str(error))
+    except SystemExit as stop:
+        return stop.code
     except BrokenPipeError:
         # Python flushes stdout once more at exit; give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import math
 import pathlib
 import typing
 from dataclasses import dataclass, field
@@ -116,7 +117,7 @@ class Model:
     @property
     def alignment(self) -> int:
         """Documents packed into one row start at multiples of this, so no entry pools two of them."""
-        return max([1, *(self.ratio(kind) for kind in self.schedule)])
+        return math.lcm(*(self.ratio(kind) for kind in set(self.schedule) - {"swa"}))
 
 
 @dataclass(frozen=True)
@@ -351,7 +352,7 @@ def validate(config: Config) -> Config:
         _require(value >= 0, f"{name} must not be negative, got {value}")
     _require(
         data.seq_len % config.model.alignment == 0,
-        f"data.seq_len {data.seq_len} must be a multiple of {config.model.alignment}, the largest compression ratio",
+        f"data.seq_len {data.seq_len} must be a multiple of {config.model.alignment}, as all compression ratios divide it",
     )
     _require(
         serve.max_seq_len <= config.model.max_positions,
@@ -373,10 +374,8 @@ def _validate_model(m: Model) -> None:
         m.rope_dim <= m.indexer.head_dim or "csa" not in m.schedule,
         f"model.indexer.head_dim {m.indexer.head_dim} is below model.rope_dim {m.rope_dim}",
     )
-    _require(
-        m.csa_ratio >= 2 and m.hca_ratio % m.csa_ratio == 0,
-        f"model.hca_ratio {m.hca_ratio} must be a multiple of model.csa_ratio {m.csa_ratio}",
-    )
+    _require(m.csa_ratio >= 2 or "csa" not in m.schedule, f"model.csa_ratio must be at least 2, got {m.csa_ratio}")
+    _require(m.hca_ratio >= 1 or "hca" not in m.schedule, f"model.hca_ratio must be at least 1, got {m.hca_ratio}")
     _require(1 <= m.moe.active <= m.moe.experts, f"model.moe.active {m.moe.active} must lie in 1..{m.moe.experts}")
     _require(0 <= m.moe.hash_layers <= m.layers, f"model.moe.hash_layers {m.moe.hash_layers} exceeds {m.layers} layers")
     _require(m.bos_id is None or _is_id(m.bos_id), f"model.bos_id must be a token id or None, got {m.bos_id!r:.60}")

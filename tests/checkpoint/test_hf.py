@@ -191,6 +191,43 @@ def test_released_quantised_checkpoint(saved, scale_name):
         assert np.array_equal(narrow[name].astype(np.float32), tensors[name])
 
 
+@pytest.mark.parametrize("name, place, value", [
+    ("layers.0.attn.wq_a.scale", (1, 2), 255), ("layers.2.ffn.experts.4.w2.scale", (3, 0), 255),
+    ("layers.0.attn.wq_a.weight", (5, 7), 0x7F), ("layers.0.attn.wq_a.weight", (0, 0), 0xFF),
+])  # fmt: skip
+def test_a_byte_that_stands_for_no_number_is_a_damaged_tensor(saved, name, place, value):
+    """Read as numbers, one E8M0 scale of 255 makes a block of weights and then all logits NaN."""
+    path, _, _ = saved
+    _rewrite(path, lambda t: (_quantise(t, "scale"), t[name].view(np.uint8).__setitem__(place, value)))
+    _edit_config(path, quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]}, expert_dtype="fp4")
+    tensors = hf.read_hf(path)[1]
+    with pytest.raises(UserError, match=rf"{name} is damaged, its element \[{place[0]}, {place[1]}\] is nan; copy"):
+        list(tensors.items())
+
+
+@pytest.mark.parametrize("dtype, value", [("bfloat16", np.nan), ("float32", np.inf), ("float16", -np.inf)])
+def test_infinities_and_nans_are_a_damaged_tensor(saved, dtype, value):
+    path, _, _ = saved
+
+    def change(tensors):
+        tensors["embed.weight"] = tensors["embed.weight"].astype(dtype)
+        tensors["embed.weight"][17, 3] = value
+
+    _rewrite(path, change)
+    with pytest.raises(UserError, match=r"model.safetensors: embed.weight is damaged, its element \[17, 3\] is"):
+        hf.read_hf(path)[1]["embed.table"]
+
+
+def test_drafts_after_the_first_are_not_read(saved, same_bits):
+    path, model, flat = saved
+    more = lambda t: t.update({n.replace("mtp.0.", "mtp.1."): a for n, a in list(t.items()) if n.startswith("mtp.0.")})
+    _rewrite(path, more)
+    _edit_config(path, num_nextn_predict_layers=2)
+    got, tensors = hf.read_hf(path)
+    assert got == model
+    same_bits(tensors, flat)
+
+
 def test_quantised_without_or_with_wrong_scale(saved):
     path, _, _ = saved
     name = "layers.0.attn.wq_a"

@@ -1,13 +1,17 @@
 """The quality of a cache in fewer bits: what is compared, and what happens past a bound."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.golden import weights
-from v4jax import evals
+from v4jax import config, evals
 from v4jax.core.check import UserError
 from v4jax.evals import fp8
+from v4jax.models.transformer import Transformer
 
 MODEL = weights.config(schedule=("csa", "hca"), indexer=weights.Indexer(heads=16, head_dim=32, topk=3))
 
@@ -33,6 +37,15 @@ def test_kl_and_recall(case):
     assert same.shape == (2, 40) and change.shape == (2, 39)
     choices = sum((t + 1) // MODEL.csa_ratio > 3 for t in range(40))
     assert picked.tolist() == [2 * 3 * choices] and 0.5 < kept[0] / picked[0] < 1
+
+
+@pytest.mark.parametrize("layout", ["fp8", "fp8_fp4"])
+def test_the_quickstarts_preset_loses_nothing_to_a_cache_in_fewer_bits(layout):
+    """It is trained as it is served: its forward rounds as these caches do, whatever its weights are."""
+    model = config.load("tiny").model
+    net = Transformer(dataclasses.replace(model, vocab_size=64), nnx.Rngs(0))
+    kl, same, _, kept, picked = (np.asarray(a) for a in fp8.compare(net, weights.tokens(net.config, (1, 96)), layout))
+    assert np.abs(kl).max() < 1e-6 and same.all() and kept.tolist() == picked.tolist() and picked[0] > 0
 
 
 def test_bounds_are_read_and_judged(monkeypatch, tmp_path):

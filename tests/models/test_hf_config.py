@@ -6,7 +6,7 @@ import json
 import pytest
 
 from v4jax import config
-from v4jax.config import HyperConnection, Indexer, Model, Moe, Rope
+from v4jax.config import Config, Data, HyperConnection, Indexer, Model, Moe, Rope, validate
 from v4jax.core.check import UserError
 from v4jax.models import hf_config
 
@@ -153,6 +153,23 @@ def test_small_variants():
     assert hf_config.from_hf(released(partial_rotary_factor=0.25)).rope_dim == 128
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"norm_topk_prob": False}, {"attention_bias": True}, {"num_key_value_heads": 8}, {"n_shared_experts": 2},
+     {"num_nextn_predict_layers": 3}, {"rope_scaling": released()["rope_scaling"] | {"truncate": False}}],
+    ids=lambda changes: next(iter(changes)),
+)  # fmt: skip
+def test_fields_that_transformers_does_not_read_have_no_effect(changes):
+    assert hf_config.from_hf(released(**changes)) == FLASH
+
+
+def test_the_rate_of_a_kind_without_layers_has_no_effect():
+    layers = {"compress_ratios": [128] * 43, "compress_rate_csa": 0, "compress_rate_hca": 7}
+    model = hf_config.from_hf(released(**layers))
+    assert model.hca_ratio == 7 and set(model.schedule) == {"hca"}
+    validate(Config(model=model, data=Data(seq_len=7)))
+
+
 def _without(name):
     return {key: value for key, value in released().items() if key != name}
 
@@ -199,19 +216,27 @@ _NESTED = hf_config.to_hf(FLASH)["rope_parameters"]
         ({"model_type": "deepseek_v3"}, "model_type is 'deepseek_v3'"),
         ({"model_type": None}, "model_type is None"),
         ({"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'; v4jax supports 'sqrtsoftplus' only"),
-        ({"norm_topk_prob": False}, "norm_topk_prob is False"),
-        ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"num_key_value_heads": 8}, "num_key_value_heads is 8"),
-        ({"n_shared_experts": 2}, "n_shared_experts is 2"),
         ({"rope_scaling": {"type": "llama3"}}, "rope type 'llama3' is not supported"),
         ({"rope_scaling": {"type": "yarn", "factor": 16}}, "yarn without original_max_position_embeddings"),
         ({"rope_scaling": released()["rope_scaling"] | {"attention_factor": 1.28}}, "attention_factor 1.0"),
-        ({"rope_scaling": released()["rope_scaling"] | {"truncate": False}}, "truncation"),
+        ({"rope_scaling": released()["rope_scaling"] | {"factor": 0}}, "factor is 0, which is no positive number"),
         (
-            {"rope_scaling": None, "rope_parameters": _NESTED | {"compress": {"rope_type": "yarn", "factor": 2.0}}},
+            {"rope_scaling": released()["rope_scaling"] | {"original_max_position_embeddings": 0.5}},
+            "original_max_position_embeddings is 0.5, which is no positive integer",
+        ),
+        (
+            {"rope_scaling": released()["rope_scaling"] | {"beta_fast": 1e308}},
+            r"beta_fast is 1e\+308; it must lie between 1e-6 and 1e12",
+        ),
+        ({"compress_rope_theta": 1}, "rope_theta is 1.0; it must lie between 1 and 1e30"),
+        (
+            {
+                "rope_scaling": None,
+                "rope_parameters": _NESTED | {"compress": _NESTED["compress"] | {"attention_factor": 2.0}},
+            },
             "attention_factor",
         ),
         (
@@ -226,7 +251,8 @@ _NESTED = hf_config.to_hf(FLASH)["rope_parameters"]
         ({"compress_ratios": [0] * 42}, "compress_ratios must list one value for each of the 43 layers"),
         ({"layer_types": ["full_attention"] * 43}, "layer_types has 'full_attention'"),
         ({"mlp_layer_types": ["moe", "hash_moe"] + ["moe"] * 41}, "hash_moe layers first, then moe"),
-        ({"num_nextn_predict_layers": 3}, "num_nextn_predict_layers is 3; v4jax supports 0 or 1"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1, which is no count"),
+        ({"compress_rate_hca": 0}, "the compression rate of heavily_compressed_attention is 0"),
         ({"hidden_size": "4096"}, "hidden_size is '4096', which is no positive integer"),
         ({"index_topk": 0}, "index_topk is 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),

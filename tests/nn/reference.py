@@ -18,14 +18,14 @@ def rms(x, eps):
 
 
 def frequencies(rope: Rope, dim: int, compressed: bool) -> np.ndarray:
-    """Section 2.3, pair by pair."""
+    """Section 2.3, pair by pair. A ramp may have no width, or run backwards, as in the release."""
     theta, result = (rope.compress_theta if compressed else rope.theta), []
     bend = lambda beta: dim * np.log(rope.yarn_original / (2 * np.pi * beta)) / (2 * np.log(theta))
     low, high = max(np.floor(bend(rope.yarn_beta_fast)), 0), min(np.ceil(bend(rope.yarn_beta_slow)), dim - 1)
     for j in range(dim // 2):
         f = theta ** (-2 * j / dim)
-        if compressed and rope.yarn_factor > 1:
-            ramp = min(max((j - low) / max(high - low, 1e-3), 0), 1)
+        if compressed:
+            ramp = min(max((j - low) / (high - low or 1e-3), 0), 1)
             f = f * (1 - ramp) + f / rope.yarn_factor * ramp
         result.append(f)
     return np.array(result)

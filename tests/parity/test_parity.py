@@ -28,7 +28,7 @@ CONFIGS = {
         moe=Moe(6, 2, 16, hash_layers=3, route_scale=2.5), indexer=Indexer(heads=32, head_dim=8, topk=2),
     ),
     "other ratios and thetas": weights.config(
-        schedule=("csa", "hca"), window=13, csa_ratio=4, hca_ratio=12, rope_dim=4,
+        schedule=("csa", "hca"), window=13, csa_ratio=4, hca_ratio=10, rope_dim=4,
         rope=Rope(theta=500.0, compress_theta=3000.0, yarn_factor=4.0, yarn_original=32),
     ),
     "two streams, wide experts": weights.config(

@@ -8,11 +8,20 @@ import pathlib
 import pytest
 
 from v4jax import config as config_lib
+from v4jax.cli import main
 from v4jax.config import Mesh
 from v4jax.core.check import UserError
 from v4jax.models.flops import count_parameters
 from v4jax.tools import compiled, plan
-from v4jax.tools.estimate import Work, attention_flops, default_mesh, estimate, state_bytes
+from v4jax.tools.estimate import (
+    Collectives,
+    Work,
+    abstract_sharding,
+    attention_flops,
+    default_mesh,
+    estimate,
+    state_bytes,
+)
 from v4jax.tools.topology import CHIPS, listed, parse
 from v4jax.train.state import Trainer
 
@@ -26,12 +35,68 @@ def test_topologies_by_name():
     assert (pod.chips, pod.devices, pod.device_memory) == (512, 512, int(95.74 * 2**30))
     assert parse("tpu7x:4x4x4").devices == 128 and parse("v5e:16x16x4slices").chips == 1024
     assert parse("v5e:16x16x4slices").name == "v5e:16x16x4slices" and parse("h100:64").chips == 64
-    wrong = {"v9:2x2": "no topology", "v5p:8x8": "a shape of v5p has 3 sizes", "h100:8x8": "1 sizes", "v5e:0x4": "up"}
+    assert parse("H100:8") == parse("h100:8") and parse("h100-8") == parse("h100:8")
+    assert parse("v5p-512") == parse("v5p:4x8x8") and parse("v5p-512").chips == 256  # two TensorCores a chip
+    assert parse("v5litepod-16") == parse("v5e:4x4") and parse("v6e-256") == parse("v6e:16x16")
+    assert parse("tpu7x-128x2slices") == parse("tpu7x:4x4x4x2slices")
+    wrong = {"v9:2x2": "no topology", "v5p-500": "v5p-256, v5p-512, v5p-1024",
+             "v5p:8x8": "a shape of v5p has 3 sizes", "h100:8x8": "1 sizes", "v5e:0x4": "up"}
     for text, says in wrong.items():
         with pytest.raises(UserError, match=says):
             parse(text)
     for chip in CHIPS.values():
         assert [t.chips for t in listed(chip)] == sorted(t.chips for t in listed(chip))
+
+
+def test_accelerators_of_several_makers_are_listed():
+    assert {"a100", "h100", "h200", "b200", "gb200", "mi300x"} <= set(CHIPS)
+    for chip in CHIPS.values():
+        assert chip.slow_network < chip.network < chip.bandwidth < chip.flops and chip.memory < chip.host_bytes
+
+
+@pytest.mark.parametrize("topology, expert, inside", [
+    ("h100:64", 8, 1), ("h100:64", 64, 7 / 63), ("h100:8", 8, 1), ("h100:16", 2, 1), ("gb200:128", 64, 1),
+    ("v5p:4x4x4", 64, 1),
+])  # fmt: skip
+def test_tokens_that_stay_in_a_host_do_not_load_its_network_cards(topology, expert, inside):
+    """Of what an all-to-all sends, the part that NVLink carries; of 64 experts, 7 of the other 63 are in the host."""
+    flash, work = config_lib.load("v4_flash"), Work("train", 4096, 128)
+    place = parse(topology)
+    found = estimate(flash, place, Mesh("pod", expert=expert), work)
+    fast, slow = (parts["all-to-all"] for parts in found.links.values())
+    assert fast / (fast + slow) == pytest.approx(inside)
+    assert list(found.seconds) == ["compute", "memory", *place.chip.links]
+    for link, speed in zip(place.chip.links, (place.chip.network, place.chip.slow_network), strict=True):
+        assert found.seconds[link] == pytest.approx(sum(found.links[link].values()) / speed)
+
+
+def test_a_gather_enters_a_host_once():
+    """64 GPUs gather 1 GB: 7/8 of it comes from other hosts, an eighth of that by each card, the rest by NVLink."""
+    sharding = abstract_sharding(Mesh("fsdp"), 64)
+    sent = Collectives(sharding, parse("h100:64"))
+    assert sent.group(("fsdp",)) == (8, 8)
+    sent.gather("all-gather", 1e9, ("fsdp",))
+    assert sent.links["NIC"]["all-gather"] == pytest.approx(1e9 * 7 / 8 / 8)
+    assert sum(link["all-gather"] for link in sent.links.values()) == pytest.approx(1e9 * 63 / 64)
+    slices = Collectives(abstract_sharding(Mesh("fsdp", slice=2), 32), parse("v5e:4x4x2slices"))
+    assert slices.group(("slice",)) == (1, 2) and slices.group(("fsdp",)) == (16, 1)
+
+
+def test_exit_status_says_whether_it_fits(capsys):
+    assert main(["plan", "--config=v4_flash", "--topology=H100:8", "--analytic"]) == 3
+    assert "does not fit" in capsys.readouterr().out
+    assert main(["plan", "--config=v4_flash", "--topology=v5p-512", "--analytic"]) == 0
+    assert main(["plan", "--config=v4_flash", "--topology=h100:8,h100:256", "--analytic"]) == 0  # one of them does
+    assert main(["plan", "--config=v4_flash", "--topology=h100:eight", "--analytic"]) == 1
+
+
+def test_a_program_that_the_compiler_refuses_does_not_fit(monkeypatch, capsys):
+    def refuse(*_):
+        raise compiled.NoRoom("the compiler finds no room on v5p:2x2x1: RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(compiled, "compile_step", refuse)
+    assert main(["plan", "--config=tiny", "--topology=v5p:2x2x1"]) == 3
+    assert "compiled, compiler: does not fit" in capsys.readouterr().out
 
 
 def test_bytes_of_the_state_are_those_of_the_real_one():
@@ -63,10 +128,11 @@ def test_the_flagship_on_one_pod(capsys, tmp_path):
     [flops] = values(records, "flops_per_step")
     assert flops > 6 * counts.active * 1024 * 4096
     [bound] = values(records, "step_seconds_bound", part="longest")
-    assert bound == max(value for part in ("compute", "memory", "network")
+    assert bound == max(value for part in ("compute", "memory", "ICI", "DCN")
                         for value in values(records, "step_seconds_bound", part=part))  # fmt: skip
     assert 0 < values(records, "mfu_bound")[0] <= 1 and values(records, "device_bytes_limit") == [int(95.74 * 2**30)]
-    assert {"host_bytes", "fits", "collective_bytes", "smallest_topology"} <= {r["metric"] for r in records}
+    metrics = {"host_bytes", "fits", "collective_bytes", "smallest_topology", "link_bytes"}
+    assert metrics <= {r["metric"] for r in records}
     out = capsys.readouterr().out
     assert "1,003.15B parameters, 32.06B active" in out and "It can't know" in out
 

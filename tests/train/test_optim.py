@@ -1,5 +1,7 @@
 """Muon and AdamW do what spec 8.1 says."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,48 @@ def test_muon_orthogonalises_whole_matrices(letters, shape):
     matrix = update.transpose(order).reshape(rows, -1) / (0.18 * np.sqrt(max(rows, update.size // rows)))
     values = np.linalg.svd(matrix, compute_uv=False)
     np.testing.assert_allclose(values, 1.0, atol=5e-3)  # 8 + 2 steps; five plain ones leave 0.68 .. 1.13
+
+
+def muon_by_the_rule(weight: np.ndarray, gradients: list[np.ndarray], train: Train) -> list[np.ndarray]:
+    """Spec 8.1 in float64, line by line: the matrix after each step."""
+    momentum, after = np.zeros_like(weight, np.float64), []
+    weight = weight.astype(np.float64)
+    for gradient in gradients:
+        momentum = train.momentum * momentum + gradient
+        x = train.momentum * momentum + gradient
+        x = x / np.linalg.norm(x)
+        for a, b, c in [(3.4445, -4.7750, 2.0315)] * 8 + [(2.0, -1.5, 0.5)] * 2:
+            square = x @ x.T
+            x = a * x + (b * square + c * square @ square) @ x
+        update = x * np.sqrt(max(x.shape)) * 0.18
+        weight = weight * (1 - train.lr * train.weight_decay) - train.lr * update
+        after.append(weight)
+    return after
+
+
+@pytest.mark.parametrize("letters, shape", [("DQ", (12, 20)), ("DE", (20, 12))])
+def test_muon_steps_equal_the_rule_in_float64(letters, shape):
+    """The first steps above all: with bias-corrected momentum they are off by up to 9 %, after 40 steps by 0.2 %."""
+    train = dataclasses.replace(TRAIN, lr=0.05, weight_decay=0.1)
+    optimizer, rng = make_optimizer(train, {"p": letters}), np.random.default_rng(0)
+    start, *gradients = rng.normal(size=(9, *shape)).astype(np.float32)
+    params, state = {"p": jnp.asarray(start)}, optimizer.init({"p": jnp.asarray(start)})
+    before = start
+    for gradient, want in zip(gradients, muon_by_the_rule(start, gradients, train), strict=True):
+        updates, state = jax.jit(optimizer.update)({"p": jnp.asarray(gradient)}, state, params)
+        params = optax.apply_updates(params, updates)
+        got = np.asarray(params["p"])
+        assert np.abs(got - want).max() < 1e-3 * np.abs(want - before).max()
+        before = want
+
+
+def test_muon_of_a_small_gradient_is_that_of_a_large_one():
+    """The rule divides by the norm whatever it is; a matrix without a gradient has no update."""
+    optimizer = make_optimizer(TRAIN, {"p": "DQ"})
+    params, gradient = {"p": jnp.zeros((16, 8))}, jax.random.normal(jax.random.key(0), (16, 8))
+    update = lambda g: optimizer.update({"p": g}, optimizer.init(params), params)[0]["p"]
+    np.testing.assert_allclose(update(1e-12 * gradient), update(gradient), atol=1e-4)
+    np.testing.assert_array_equal(update(jnp.zeros((16, 8))), 0)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +119,7 @@ def test_every_parameter_of_a_model_has_its_optimizer():
     trainer = Trainer(micro_config("unused"))
     state = jax.eval_shape(trainer.init)
     muon = {
-        name for name, leaf in state.opt[1].inner_states["muon"].inner_state[0].mu.items() if hasattr(leaf, "shape")
+        name for name, leaf in state.opt[1].inner_states["muon"].inner_state[0].trace.items() if hasattr(leaf, "shape")
     }
     vectors = {"scale", "base", "sink", "ape", "table"} | {"head.weight"}
     for name, leaf in state.params.items():

@@ -28,6 +28,14 @@ from v4jax.core.check import UserError
 from v4jax.models import hf_config
 
 _FLOATS = ("F32", "BF16", "F16", "F64")
+# Unsigned type of the same width, and the bits that are all set in infinities and NaNs and in nothing else.
+_SPECIAL = {
+    "F8_E8M0": (np.uint8, 0xFF),
+    "F8_E4M3": (np.uint8, 0x7F),
+    "BF16": (np.uint16, 0x7F80),
+    "F16": (np.uint16, 0x7C00),
+}
+_PIECE = 1 << 20  # elements that are looked at together: the comparison then stays in a core's cache
 _FP4_GROUP = 32  # input elements per scale of a packed expert (spec 9.1)
 
 
@@ -92,11 +100,15 @@ class HfTensors(LazyTensors):
         if tensor.role == "index":
             return _expert_ids(array, self._model.moe.experts, info)
         if info.code in _FLOATS:
+            _check_finite(array, piece.name, info)
             return array.astype(dtype, copy=False)
-        scale = self._store.read(_scale_name(self._store, piece.name)).astype(FLOAT32)
+        name = _scale_name(self._store, piece.name)
+        scale = self._store.read(name)
+        _check_finite(scale, name, self._store.info(name))
         if info.code == "F8_E4M3":
-            return dequantize_fp8(array, scale, self._block).astype(dtype)
-        return dequantize_fp4(array, scale).astype(dtype)
+            _check_finite(array, piece.name, info)
+            return dequantize_fp8(array, scale.astype(FLOAT32), self._block).astype(dtype)
+        return dequantize_fp4(array, scale.astype(FLOAT32)).astype(dtype)
 
 
 def write_hf(
@@ -196,6 +208,11 @@ def _is_draft(name: str) -> bool:
     return name.removeprefix("model.").startswith("mtp.")
 
 
+def _later_draft(name: str) -> bool:
+    """A tensor of a draft layer after the first, which is not read."""
+    return not name.removeprefix("model.").startswith("mtp.0.")
+
+
 def _match(store: SafetensorsDir, model: Model, tensors: dict, block: tuple[int, int]) -> dict[str, int]:
     """Which spelling each tensor uses; one UserError for everything missing, left over or misshapen."""
     spelling, used = {}, set()
@@ -220,7 +237,7 @@ def _match(store: SafetensorsDir, model: Model, tensors: dict, block: tuple[int,
     unexpected = [
         name for name in store.names()
         if name not in used and not mapping.IGNORED.fullmatch(name)
-        and (drafts or not _is_draft(name))
+        and not (_is_draft(name) and (not drafts or _later_draft(name)))
     ]  # fmt: skip
     report(
         f"{store.path} does not fit its config.json",
@@ -272,6 +289,28 @@ def _check_piece(store: SafetensorsDir, tensor: mapping.Tensor, piece: mapping.P
 
 def _shape_problem(found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
     return "" if found == wanted else f"has shape {list(found)} instead of {list(wanted)}"
+
+
+def _check_finite(array: np.ndarray, name: str, info) -> None:
+    """Raises UserError if a tensor holds an infinity or a NaN, such as the byte 255 of an E8M0 scale.
+
+    Bit patterns of the narrow types are compared in pieces: their own isfinite takes ten times as long.
+    """
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, _PIECE):
+        part = flat[start : start + _PIECE]
+        if info.code in _SPECIAL:
+            kind, mask = _SPECIAL[info.code]
+            exponents = part.view(kind) & kind(mask)
+            damaged = exponents.max() == mask
+        else:
+            damaged = not np.isfinite(part).all()
+        if damaged:
+            at = start + int(np.isfinite(part.astype(np.float64)).argmin())
+            raise UserError(
+                f"{info.file}: {name} is damaged, its element {[int(i) for i in np.unravel_index(at, array.shape)]} is "
+                f"{flat[at]!s}; copy or download the file again"
+            )
 
 
 def _expert_ids(table: np.ndarray, experts: int, info) -> np.ndarray:

@@ -25,14 +25,17 @@ _LAYER_TYPES = {
 _TYPE_OF_KIND = {kind: name for name, kind in _LAYER_TYPES.items()}
 # In the released spelling 4 and 128 are labels of the layer kind; the rates may be overridden beside them.
 _KIND_OF_RATIO = {0: "swa", 4: "csa", 128: "hca"}
-# Fields that change the mathematics and have one meaning here; absent ones have this value in transformers too.
+# Fields that change the mathematics in transformers and have one value here, which is its default too.
 _FIXED = {
     "scoring_func": "sqrtsoftplus",
-    "norm_topk_prob": True,
-    "attention_bias": False,
     "mlp_bias": False,
     "tie_word_embeddings": False,
     "hidden_act": "silu",
+}
+# Fields that transformers' model of this type does not read. They are written with the values of the release.
+_UNREAD = {
+    "norm_topk_prob": True,
+    "attention_bias": False,
     "num_key_value_heads": 1,
     "n_shared_experts": 1,
 }
@@ -96,7 +99,7 @@ def from_hf(values: dict, source: str = "config.json") -> Model:
             fields.fail(f"{name} is {values[name]!r}; v4jax supports {value!r} only")
     schedule = _schedule(fields)
     hash_layers = _hash_layers(fields, len(schedule))
-    csa_ratio, hca_ratio = _rates(fields)
+    csa_ratio, hca_ratio = _rates(fields, schedule)
     own = fields.own("v4jax", values.get("v4jax", {}), _OWN_FIELDS)
     model = Model(
         **{ours: fields.integer(theirs) for theirs, ours in _INTEGERS.items()},
@@ -185,6 +188,7 @@ def to_hf(model: Model, weights_dtype: str | None = None) -> dict:
         "bos_token_id": model.bos_id,
         "eos_token_id": list(model.eos_id) if isinstance(model.eos_id, tuple) else model.eos_id,
         **_FIXED,
+        **_UNREAD,
         **({"v4jax": own} if own else {}),
     }
 
@@ -271,7 +275,8 @@ def _hash_layers(fields: _Fields, layers: int) -> int:
     return count
 
 
-def _rates(fields: _Fields) -> tuple[int, int]:
+def _rates(fields: _Fields, schedule: tuple[str, ...]) -> tuple[int, int]:
+    """Compression rates of CSA and HCA layers; what is given for a kind without layers has no effect."""
     rates = fields.get("compress_rates", {})
     if not isinstance(rates, dict):
         fields.fail("compress_rates must be an object")
@@ -279,17 +284,19 @@ def _rates(fields: _Fields) -> tuple[int, int]:
     for kind, override, usual in (("csa", "compress_rate_csa", 4), ("hca", "compress_rate_hca", 128)):
         rate = fields.values.get(override)
         rate = rates.get(_TYPE_OF_KIND[kind], usual) if rate is None else rate
-        if type(rate) is not int or rate < 1:
+        valid = type(rate) is int and rate >= 1
+        if kind in schedule and not valid:
             fields.fail(f"the compression rate of {_TYPE_OF_KIND[kind]} is {rate!r}, which is no positive integer")
-        result.append(rate)
+        result.append(rate if valid else usual)
     return result[0], result[1]
 
 
 def _mtp_layers(fields: _Fields) -> int:
+    """0 or 1: drafts after the first are not read, as transformers reads none."""
     count = fields.get("num_nextn_predict_layers", 0)
-    if count not in (0, 1):
-        fields.fail(f"num_nextn_predict_layers is {count!r}; v4jax supports 0 or 1")
-    return int(count)
+    if type(count) is not int or count < 0:
+        fields.fail(f"num_nextn_predict_layers is {count!r}, which is no count")
+    return min(count, 1)
 
 
 def _token(fields: _Fields, name: str, default: int) -> int | None:
@@ -340,48 +347,78 @@ def _rotary_factor(model: Model) -> float:
 
 
 def _rope(fields: _Fields, own: dict) -> Rope:
+    """Bases and YaRN fields, with transformers' precedence between the flat and the nested spelling.
+
+    Raises UserError where transformers rotates otherwise than spec 2.3, or not at all.
+    """
     theta, compress_theta = fields.number("rope_theta", 10_000.0), fields.number("compress_rope_theta", 160_000.0)
     given = fields.values.get("rope_scaling") or fields.values.get("rope_parameters") or {}
     if not isinstance(given, dict):
         fields.fail(f"rope_parameters is {given!r}, which is no object")
     if isinstance(given.get("main"), dict) and isinstance(given.get("compress"), dict):
-        main, yarn = given["main"], given["compress"]
+        main, compress = given["main"], given["compress"]
+        compress_theta = fields.check_number("rope_theta", compress.get("rope_theta", theta))
         theta = fields.check_number("rope_theta", main.get("rope_theta", theta))
-        compress_theta = fields.check_number("rope_theta", yarn.get("rope_theta", compress_theta))
         if _rope_type(main) != "default":
             fields.fail(f"rope type of 'main' is {_rope_type(main)!r}; V4 scales compressed layers only")
-        for part in (main, yarn):
-            share = part.get("partial_rotary_factor")
-            if share is None:
-                continue
-            if int(fields.integer("head_dim") * fields.check_number("partial_rotary_factor", share)) != _rope_dim(
-                fields
-            ):
-                fields.fail("partial_rotary_factor differs inside rope_parameters; v4jax has one for all layers")
-        attention_factor = yarn.get("attention_factor")
+        _check_shares(fields, (main, compress))
     else:
-        yarn, attention_factor = given, given.get("attention_factor", 1.0)
-    if _rope_type(yarn) == "default":
-        return Rope(theta=theta, compress_theta=compress_theta, **own)
-    if _rope_type(yarn) != "yarn":
-        fields.fail(f"rope type {_rope_type(yarn)!r} is not supported; v4jax knows 'default' and 'yarn'")
-    if attention_factor != 1 or yarn.get("truncate") is False:
-        fields.fail(
-            "V4 uses YaRN with attention_factor 1.0 and truncation; set attention_factor to 1.0 if that is meant"
-        )
+        compress = {"attention_factor": 1.0} | given
+    for base in (theta, compress_theta):
+        if not 1 < base < 1e30:
+            fields.fail(f"rope_theta is {base!r}; it must lie between 1 and 1e30")
+    return Rope(theta=theta, compress_theta=compress_theta, **_yarn(fields, compress, own))
+
+
+def _check_shares(fields: _Fields, parts: tuple[dict, ...]) -> None:
+    """Whether `main` and `compress` rotate as many channels as the rest of the file says."""
+    for part in parts:
+        share = part.get("partial_rotary_factor", fields.values.get("partial_rotary_factor"))
+        if share is None:  # transformers would then rotate the whole head in `main` layers, and there alone
+            fields.fail("rope_parameters lack partial_rotary_factor; set it to qk_rope_head_dim / head_dim")
+        if int(fields.integer("head_dim") * fields.check_number("partial_rotary_factor", share)) != _rope_dim(fields):
+            fields.fail("partial_rotary_factor differs inside rope_parameters; v4jax has one for all layers")
+
+
+def _yarn(fields: _Fields, compress: dict, own: dict) -> dict:
+    """Fields of Rope beside the bases. `truncate` is not read: transformers looks for it where V4 has none."""
+    if _rope_type(compress) == "default":
+        return own
+    if _rope_type(compress) != "yarn":
+        fields.fail(f"rope type {_rope_type(compress)!r} is not supported; v4jax knows 'default' and 'yarn'")
     for name in ("factor", "original_max_position_embeddings"):
-        if yarn.get(name) is None:
+        if compress.get(name) is None:
             fields.fail(f"yarn without {name}; take the config.json that came with the weights")
-    return Rope(
-        theta=theta,
-        compress_theta=compress_theta,
-        yarn_factor=fields.check_number("factor", yarn["factor"]),
-        yarn_original=int(
-            fields.check_number("original_max_position_embeddings", yarn["original_max_position_embeddings"])
-        ),
-        yarn_beta_fast=fields.check_number("beta_fast", yarn.get("beta_fast") or 32),
-        yarn_beta_slow=fields.check_number("beta_slow", yarn.get("beta_slow") or 1),
-    )
+    factor = fields.check_number("factor", compress["factor"])
+    original = fields.check_number("original_max_position_embeddings", compress["original_max_position_embeddings"])
+    if not original.is_integer():
+        fields.fail(f"original_max_position_embeddings is {original!r}, which is no positive integer")
+    if _attention_factor(fields, compress, factor) != 1:
+        fields.fail("V4 uses YaRN with attention_factor 1.0; set attention_factor to 1.0 if that is meant")
+    beta_fast = fields.check_number("beta_fast", compress.get("beta_fast") or 32)
+    beta_slow = fields.check_number("beta_slow", compress.get("beta_slow") or 1)
+    values = {"factor": factor, "original_max_position_embeddings": original, "beta_fast": beta_fast,
+              "beta_slow": beta_slow}  # fmt: skip
+    for name, value in values.items():
+        if not 1e-6 < value < 1e12:  # else float32 frequencies, or the logarithms on the way to them, may overflow
+            fields.fail(f"{name} is {value!r}; it must lie between 1e-6 and 1e12")
+    return {
+        "yarn_factor": factor,
+        "yarn_original": int(original),
+        "yarn_beta_fast": beta_fast,
+        "yarn_beta_slow": beta_slow,
+    }
+
+
+def _attention_factor(fields: _Fields, yarn: dict, factor: float) -> float:
+    """What transformers multiplies cos and sin by: as given, else derived from `mscale` fields or the factor."""
+    if yarn.get("attention_factor") is not None:
+        return fields.check_number("attention_factor", yarn["attention_factor"])
+    scale = lambda share: 1.0 if factor <= 1 else 0.1 * share * math.log(factor) + 1
+    above, below = (yarn.get(name) or 0 for name in ("mscale", "mscale_all_dim"))
+    if not above or not below:
+        return scale(1)
+    return scale(fields.check_number("mscale", above)) / scale(fields.check_number("mscale_all_dim", below))
 
 
 def _rope_type(part: dict) -> str:

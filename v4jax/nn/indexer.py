@@ -67,7 +67,8 @@ def search(
 ) -> jax.Array:
     """Indices of the k entries of `view` that score highest, int32 [B, T, k], -1 where fewer are visible.
 
-    Ties go to the lowest index: relu makes exact zeros common, so the order has to be a rule (spec 11.4). Entries are
+    Ties go to the lowest index: relu makes exact zeros common, so the order has to be a rule (spec 11.4). transformers
+    has none, torch.topk promises no order: with few heads its picks, and then its logits, may differ. Entries are
     looked at in pieces, so the scores of a block of queries never exist whole; the best so far stand before a piece's,
     which keeps the rule. No gradient.
 

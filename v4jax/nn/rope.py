@@ -12,20 +12,45 @@ from v4jax import config
 
 @functools.cache
 def frequencies(rope: config.Rope, dim: int, compressed: bool) -> np.ndarray:
-    """Angular frequency of each of the dim / 2 pairs, float32 [dim / 2].
+    """Angular frequency of each pair of rotary channels.
 
-    Layers without compression: theta^(-2j/dim). Compressed layers: their own theta, and YaRN where its factor is
-    above 1, with no attention factor (spec 2.3, golden values in the tests).
+    The values are those of the released `precompute_freqs_cis` and of transformers, bit for bit at the published
+    shapes. Each operation there rounds to float32, and at position 1e6 a frequency that is off by one ulp turns by up
+    to 0.06 rad more. The power alone is computed in float64 and rounded once, since numpy's float32 power is off by an ulp.
+
+    Args:
+      rope: bases and YaRN fields.
+      dim: number of rotary channels, even.
+      compressed: True for CSA and HCA layers, which have their own base and YaRN without an attention factor; False
+        for layers without compression, which have neither.
+
+    Returns:
+      float32 [dim / 2], radians a position (spec 2.3, golden values in the tests).
     """
-    theta = rope.compress_theta if compressed else rope.theta
-    freq = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-    if compressed and rope.yarn_factor > 1:
-        turns_at = lambda beta: dim * math.log(rope.yarn_original / (2 * math.pi * beta)) / (2 * math.log(theta))
-        low = max(math.floor(turns_at(rope.yarn_beta_fast)), 0)
-        high = min(math.ceil(turns_at(rope.yarn_beta_slow)), dim - 1)
-        ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)
-        freq = freq * (1 - ramp) + freq / rope.yarn_factor * ramp
-    return freq.astype(np.float32)
+    theta = np.float32(rope.compress_theta if compressed else rope.theta)
+    exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    power = (np.float64(theta) ** exponent.astype(np.float64)).astype(np.float32)
+    freq = np.float32(1) / power
+    if not compressed or rope.yarn_factor == 1:
+        return freq
+    low, high = _correction_range(rope, dim)
+    if low == high:
+        high += 0.001  # as in the release: a ramp of width 0 would divide by 0
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
+    kept = np.float32(1) - ramp
+    interpolated = np.float32(1) / (np.float32(rope.yarn_factor) * power)
+    return interpolated * (np.float32(1) - kept) + freq * kept
+
+
+def _correction_range(rope: config.Rope, dim: int) -> tuple[int, int]:
+    """First and last pair of YaRN's ramp, clipped to the channels (spec 2.3).
+
+    The range is reversed, and the ramp with it, where beta_fast is below beta_slow: the reference does not refuse that.
+    """
+    turns = lambda beta: rope.yarn_original / (beta * 2 * math.pi)
+    bound = lambda beta: dim * math.log(turns(beta)) / (2 * math.log(rope.compress_theta))
+    low, high = math.floor(bound(rope.yarn_beta_fast)), math.ceil(bound(rope.yarn_beta_slow))
+    return max(low, 0), min(high, dim - 1)
 
 
 def angles(positions: jax.Array, freq: np.ndarray) -> tuple[jax.Array, jax.Array]:

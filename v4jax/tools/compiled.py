@@ -30,6 +30,10 @@ _WIDTH = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "s16": 2, "u16": 2, "bf16"
 _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 
+class NoRoom(UserError):
+    """A whole program that the compiler refuses for want of device memory."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """Of one device: bytes by part on it and in host memory, the largest array among the temporaries (bytes, type),
@@ -72,8 +76,8 @@ def compile_step(
     """Compile the step of `work.mode` on `mesh`, for devices `on` (default: the topology's), with compiler `options`.
 
     stage "program": to its end; "buffers": in another process and for the topology's devices, until the buffers are
-    placed. There a step that no device has room for is not refused: its bytes say so. Raises UserError if the compiler
-    finds no room for a whole program, and as `tools.steps` does.
+    placed. There a step that no device has room for is not refused: its bytes say so. Raises NoRoom if the compiler
+    finds no room for a whole program, and UserError as `tools.steps` does.
     """
     if stage == "buffers":
         found, seconds = buffers.placed(_write, config, topology, mesh, work)
@@ -109,7 +113,7 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology, options: dict) -> 
         text = " ".join(str(error).split())
         if "RESOURCE_EXHAUSTED" not in text:
             raise
-        raise UserError(f"the compiler finds no room on {topology.name}: {text[:240]}; take a larger one") from error
+        raise NoRoom(f"the compiler finds no room on {topology.name}: {text[:240]}; take a larger one") from error
 
 
 def _write(directory: str, config: Config, topology: Topology, mesh: Mesh, work: Work) -> None:

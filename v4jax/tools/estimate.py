@@ -10,10 +10,11 @@ import dataclasses
 import itertools
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from v4jax import config as configs
 from v4jax.cache.spec import Layout
@@ -48,16 +49,64 @@ class Work:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One plan. device_bytes, traffic and collectives are by part, of one device and one step."""
+    """One plan. device_bytes and traffic are by part, links by network and part, of one device and one step."""
 
     device_bytes: dict[str, float]
     host_bytes: float
     flops: float  # of all devices together, without recomputation
     device_flops: float  # of one device, with it
     traffic: dict[str, float]
-    collectives: dict[str, float]
-    seconds: dict[str, float]  # compute, memory, network: the step takes at least the longest
+    links: dict[str, dict[str, float]]  # bytes sent, by the network that carries them (`Chip.links`) and part
+    seconds: dict[str, float]  # compute, memory, and each of the networks: the step takes at least the longest
     mfu: float
+
+    @property
+    def collectives(self) -> dict[str, float]:
+        """Bytes sent by part, over both networks."""
+        fast, slow = self.links.values()
+        return {part: fast[part] + slow[part] for part in fast}
+
+
+class Collectives:
+    """Bytes that one device sends, by the network that carries them and by part.
+
+    The devices of a mesh are numbered axis by axis, and `domain` of them that follow each other share the fast network.
+    Of a group of devices along some axes, `inside` are in one domain, and the group has members in `domains`.
+    """
+
+    def __init__(self, sharding: Sharding, topology: Topology):
+        self.sharding, self.domain = sharding, topology.domain
+        self.links = {name: defaultdict(float) for name in topology.chip.links}
+
+    def group(self, axes: Sequence[str]) -> tuple[int, int]:
+        """(inside, domains) of the group along these axes."""
+        inside = stride = 1
+        for axis in reversed(MESH_AXES):
+            size = self.sharding.mesh.shape[axis]
+            if axis in axes:
+                inside *= math.gcd(size, max(1, self.domain // stride))
+            stride *= size
+        return inside, self.sharding.size(axes) // inside
+
+    def gather(self, part: str, size: float, axes: Sequence[str]) -> None:
+        """An all-gather of a result of `size` bytes, or the reduce-scatter that goes the other way.
+
+        A domain sends its share to each other domain once, spread over the network cards of its members, as NCCL's
+        rings do; the rest goes over the fast network.
+        """
+        inside, domains = self.group(axes)
+        slow = size * (1 - 1 / domains) / inside
+        self._add(part, size * (1 - 1 / (inside * domains)) - slow, slow)
+
+    def exchange(self, part: str, size: float, axes: Sequence[str]) -> None:
+        """An all-to-all of `size` bytes of a device, which go to all of the group alike."""
+        inside, domains = self.group(axes)
+        slow = size * (1 - 1 / domains)
+        self._add(part, size * (1 - 1 / (inside * domains)) - slow, slow)
+
+    def _add(self, part: str, fast: float, slow: float) -> None:
+        for link, sent in zip(self.links.values(), (fast, slow), strict=True):
+            link[part] += sent
 
 
 def default_mesh(config: Config, topology: Topology, work: Work) -> Mesh:
@@ -126,7 +175,8 @@ def estimate(config: Config, topology: Topology, mesh: Mesh, work: Work) -> Esti
         raise UserError(f"no mode {work.mode!r}; one of {', '.join(MODES)}")
     sharding = abstract_sharding(mesh, topology.devices)
     build = _train if work.mode == "train" else _serve
-    parts, traffic, collectives, host = build(config, topology, sharding, work)
+    sent = Collectives(sharding, topology)
+    parts, traffic, host = build(config, topology, sharding, work, sent)
     counts = count_parameters(config.model)
     mean = work.context if work.mode == "decode" else work.context / 2
     attention = attention_flops(config.model, mean)
@@ -135,17 +185,18 @@ def estimate(config: Config, topology: Topology, mesh: Mesh, work: Work) -> Esti
     again = 1 if work.mode == "train" and config.train.remat else 0
     flops = times * once * work.tokens
     device_flops = (times + again) * once * work.tokens / topology.devices
-    optimizer = _muon(config, sharding)[1] if work.mode == "train" else 0.0
+    optimizer = _muon(config, sharding, sent) if work.mode == "train" else 0.0
     share8 = _narrow_flops(config) / once if work.mode == "train" else 0.0
     slow = (1 - share8) / topology.chip.flops + share8 / (topology.chip.flops8 or topology.chip.flops)
     seconds = {
         "compute": (device_flops * slow + optimizer / topology.chip.flops) * topology.chip.devices,
         "memory": sum(traffic.values()) / (topology.chip.bandwidth / topology.chip.devices),
-        "network": sum(collectives.values()) / (topology.network / topology.chip.devices),
     }
+    for link, speed in zip(sent.links, (topology.chip.network, topology.chip.slow_network), strict=True):
+        seconds[link] = sum(sent.links[link].values()) / (speed / topology.chip.devices)
     bound = max(seconds.values())
     mfu = flops / (bound * topology.chips * topology.chip.flops)
-    return Estimate(parts, host, flops, device_flops + optimizer, traffic, collectives, seconds, mfu)
+    return Estimate(parts, host, flops, device_flops + optimizer, traffic, sent.links, seconds, mfu)
 
 
 def _narrow_flops(config: Config) -> float:
@@ -163,7 +214,7 @@ def _narrow_flops(config: Config) -> float:
 _ROWS, _LOGITS, _VOCABULARY = 4.5, 2, 2
 
 
-def _train(config: Config, topology: Topology, sharding: Sharding, work: Work):
+def _train(config: Config, topology: Topology, sharding: Sharding, work: Work, sent: Collectives):
     """Training: state as it lies; kept streams (with remat between units of layers), the inside of a unit; logits."""
     m, (parts, host) = config.model, state_bytes(config, sharding)
     moments = host or parts["optimizer"]
@@ -193,46 +244,53 @@ def _train(config: Config, topology: Topology, sharding: Sharding, work: Work):
         "weights": passes * m.layers * layer, "optimizer": 2 * (parts["weights"] + moments),
         "gradients": 2 * parts["gradients"], "activations": passes * m.layers * (inside + streams) + 2 * logits,
     }  # fmt: skip
-    travel = sharding.size(sharding.axes("weights", "expert"))
-    dense = (count_parameters(m).total - count_parameters(m).by_group["routed experts"]) * width
-    dense_split = sharding.size(sharding.axes("weights", "embed"))
-    away = lambda n: (n - 1) / n
+    travel, split_axes = sharding.axes("weights", "expert"), sharding.axes("weights", "expert_embed")
+    dense = (count_parameters(m).total - count_parameters(m).by_group["routed experts"]) * width / tensor
+    dense_axes = sharding.axes("weights", "embed")
     journeys = 2 * passes + 1  # there and back at each pass, and there once more: the backward pass computes rows anew
-    replicas = _parts(sharding, work) // (travel * split)
-    collectives = {
-        "all-gather": passes * (m.layers * layer * away(split) + dense / tensor * away(dense_split)),
-        "reduce-scatter": m.layers * layer * away(split) + dense / tensor * away(dense_split),
-        "all-reduce": 2 * (m.layers * layer / split) * away(replicas),
-        "all-to-all": m.layers * tokens * K * D * width * away(travel) * journeys,
-        "matrices": _muon(config, sharding)[0],
-    }
-    return parts, traffic, collectives, topology.chip.host * (_RUNTIME + topology.chip.devices * host)
+    replicas = [axis for axis in _token_axes(sharding) if axis not in (*travel, *split_axes)]
+    sent.gather("all-gather", passes * m.layers * layer, split_axes)
+    sent.gather("all-gather", passes * dense, dense_axes)
+    sent.gather("reduce-scatter", m.layers * layer, split_axes)
+    sent.gather("reduce-scatter", dense, dense_axes)
+    sent.gather("all-reduce", 2 * m.layers * layer / split, replicas)
+    sent.exchange("all-to-all", m.layers * tokens * K * D * width * journeys, travel)
+    return parts, traffic, topology.chip.host * (_RUNTIME + topology.chip.devices * host)
 
 
-def _muon(config: Config, sharding: Sharding) -> tuple[float, float]:
-    """What orthogonalising costs one device (`parallel/matrices.py`): bytes that it sends, in float32, so that parts of
-    a matrix come together on one device and lie as before, and replicas get each other's results; and operations."""
+def _muon(config: Config, sharding: Sharding, sent: Collectives) -> float:
+    """Operations of one device that orthogonalize matrices (`parallel/matrices.py`). `sent` gets the bytes, in float32,
+    by which parts of a matrix come together on one device and lie as before, and replicas get each other's results."""
     letters, shapes = parameter_shapes(config.model)
     where, alike = sharding.parameters(letters, shapes), defaultdict(list)
     for name in letters:
         if letters[name] in MATRICES:
             alike[letters[name], shapes[name][-len(letters[name]) :]].append(name)
-    sent = operations = 0.0
+    operations = 0.0
     for (axes, shape), names in alike.items():
         sides = [[axes.index(letter) for letter in side] for side in MATRICES[axes]]
         fans = sorted(math.prod(shape[axis] for axis in side) for side in sides)
-        own = sharding.named(sharding.weight(axes)).shard_shape(shape)
-        split = [shape[axis] // own[axis] for axis in itertools.chain(*sides)]
-        sharers, groups = math.prod(split), sharding.size(replicas(sharding, sharding.weight(axes)))
+        spec, copies = sharding.weight(axes), replicas(sharding, sharding.weight(axes))
+        split = [_names(spec, axis) for axis in itertools.chain(*sides)]
+        sharers, groups = math.prod(map(sharding.size, split)), sharding.size(copies)
         counts = [math.prod(where[name].shard_shape(shapes[name])) * sharers // math.prod(fans) for name in names]
         turn = sharers * groups  # matrices of one round
         rounds = sum(-(-sum(counts[i] for i in group) // turn) for group in sharing(counts, turn))
         operations += rounds * NEWTON_SCHULZ_STEPS * (4 * fans[0] ** 2 * fans[1] + 2 * fans[0] ** 3)
-        sent += rounds * 4 * math.prod(fans) * (2 * sum((parts - 1) / parts for parts in split) + groups - 1)
-    return sent, operations
+        size = rounds * 4 * math.prod(fans)
+        for along in split:
+            sent.exchange("matrices", 2 * size, along)
+        sent.gather("matrices", groups * size, copies)
+    return operations
 
 
-def _serve(config: Config, topology: Topology, sharding: Sharding, work: Work):
+def _names(spec: PartitionSpec, axis: int) -> tuple[str, ...]:
+    """Mesh axes that split one axis of an array."""
+    names = spec[axis] if axis < len(spec) else None
+    return (names,) if isinstance(names, str) else names or ()
+
+
+def _serve(config: Config, topology: Topology, sharding: Sharding, work: Work, sent: Collectives):
     """Serving: weights in the model's dtype, the cache of all rows in `cache.layout`, one chunk's activations."""
     m, layout = config.model, Layout(config.model, config.cache.layout, config.cache.block, config.cache.hot)
     width = jnp.dtype(m.dtype).itemsize
@@ -260,15 +318,12 @@ def _serve(config: Config, topology: Topology, sharding: Sharding, work: Work):
         each += m.window * m.head_dim * width
     traffic = {"weights": steps * read, "kv": rows * each if work.mode == "decode" else steps * each / 2,
                "activations": 2 * steps * activations}  # fmt: skip
-    travel, tensor = (sharding.size(sharding.axes("weights", name)) for name in ("expert", "expert_mlp"))
-    sent = steps * m.layers * tokens * m.hidden_size
-    collectives = {
-        "all-to-all": sent * m.moe.active * width * 2 * (travel - 1) / travel,
-        "all-reduce": sent * 4 * 2 * 2 * (tensor - 1) / tensor,
-    }
+    numbers = steps * m.layers * tokens * m.hidden_size
+    sent.exchange("all-to-all", numbers * m.moe.active * width * 2, sharding.axes("weights", "expert"))
+    sent.gather("all-reduce", numbers * 4 * 2 * 2, sharding.axes("weights", "expert_mlp"))
     far = (1 + rows * pages) * layout.host_page_bytes + (1 + rows) * layout.host_record_bytes()
     host = topology.chip.host * (_RUNTIME + topology.chip.devices * far)
-    return parts, traffic, collectives, host
+    return parts, traffic, host
 
 
 def _parts(sharding: Sharding, work: Work) -> int:
@@ -278,7 +333,12 @@ def _parts(sharding: Sharding, work: Work) -> int:
         number = sharding.size((axes,) if isinstance(axes, str) else axes)
         if size % number:
             raise UserError(f"{size} {name} cannot be split into the {number} parts of this mesh; choose another mesh")
-    return sharding.size(sharding.axes("activations", "batch") + sharding.axes("activations", "token"))
+    return sharding.size(_token_axes(sharding))
+
+
+def _token_axes(sharding: Sharding) -> tuple[str, ...]:
+    """Mesh axes that split the tokens of a step."""
+    return sharding.axes("activations", "batch") + sharding.axes("activations", "token")
 
 
 def smallest(config: Config, topology: Topology, work: Work, reserve: float) -> tuple[Topology, Estimate] | None:

@@ -15,13 +15,14 @@ from v4jax.models.flops import count_parameters
 from v4jax.tools.estimate import Estimate, Work, default_mesh, estimate, smallest
 from v4jax.tools.topology import TPUS, Topology, parse, size
 
+DOES_NOT_FIT = 3  # exit status of `v4jax plan` for a plan that fits no topology it was given
 RESERVE = 0.06  # of device memory, for programs, fragments and what the closed form misses: a plan must leave it free
 MARGIN = 0.10  # by which the closed form's bytes of a device may miss the compiler's; held by tests/tools/test_plan.py
 UNKNOWN = (
     "It can't know: how evenly tokens spread over experts (even is assumed), how far collectives hide behind products "
-    "(the bound takes the longest of compute, memory and network, as if all overlapped), host input, stragglers and "
-    "restarts. The closed form's activations are a sum of the largest arrays, not a schedule: on the flagships' steps "
-    f"that were compiled and fit, bytes of a device were within {MARGIN:.0%} and collectives in all within a factor of "
+    "(the bound takes the longest of compute, memory and either network, as if all overlapped), host input, stragglers "
+    "and restarts. The closed form's activations are a sum of the largest arrays, not a schedule: on the flagships' "
+    f"steps that were compiled and fit, bytes of a device were within {MARGIN:.0%} and collectives in all within a factor of "
     "2; of small models tiles and programs take more. The way to host memory is not timed."
 )
 
@@ -36,7 +37,8 @@ def run(
     tokens of a row (default: data.seq_len in training, else serve.max_seq_len). concurrency: rows (default:
     train.batch_size or serve.max_batch). analytic: the closed form alone. stage: how far TPU programs are compiled,
     "program" or "buffers" (`tools.compiled`). Serving with `cache.hot` is compiled without it too, to compare.
-    Raises UserError for what cannot be planned.
+    Raises UserError for what cannot be planned. A program that the compiler refuses for want of memory is a plan that
+    does not fit: it is told so, and has one record, `fits` of 0.
     """
     places = [parse(name) for name in topology.split(",")]
     if len(places) > 1 and not analytic:
@@ -67,10 +69,16 @@ def run(
 
         results = {}
         for name, one in _arms(config, work).items():
-            results[name] = compiled.compile_step(one, place, mesh, work, stage)
-            hot = {} if mode == "train" else {"hot": one.cache.hot}
-            records += compiled.records(results[name], at | hot | {"source": "compiled"})
-        compiled.show(results, place)
+            of_arm = at | ({} if mode == "train" else {"hot": one.cache.hot}) | {"source": "compiled"}
+            try:
+                results[name] = compiled.compile_step(one, place, mesh, work, stage)
+            except compiled.NoRoom as error:
+                print(f"compiled, {name}: does not fit; {error}")
+                records.append({"suite": "plan", "metric": "fits", "value": 0, "unit": "1", "stage": stage} | of_arm)
+                continue
+            records += compiled.records(results[name], of_arm)
+        if results:
+            compiled.show(results, place)
     elif not analytic:
         print(f"programs for {place.chip.name} are not compiled ahead of time: the numbers are the closed form's")
     print(UNKNOWN)
@@ -85,6 +93,13 @@ def _arms(config: Config, work: Work) -> dict[str, Config]:
         return {"compiler": config}
     near = dataclasses.replace(config, cache=dataclasses.replace(config.cache, hot=0))
     return {"all on the device": near, f"live, {config.cache.hot:,} copies": config}
+
+
+def fits_anywhere(records: list[dict], config: Config) -> bool:
+    """Whether the plan of `run` fits one of its topologies: as compiled, where it was, else in closed form."""
+    found = [r for r in records if r["metric"] == "fits"]
+    asked = [r for r in found if r["source"] == "compiled" and r.get("hot", config.cache.hot) == config.cache.hot]
+    return any(r["value"] for r in asked or found)
 
 
 def number(value: float) -> str:
@@ -114,6 +129,8 @@ def _records(config: Config, topology: Topology, found: Estimate, least: str, at
         record("flops_per_step", found.flops, "1"),
         *(record("bytes_per_step", value, "B", part=part) for part, value in found.traffic.items()),
         *(record("collective_bytes", value, "B", part=part) for part, value in found.collectives.items()),
+        *(record("link_bytes", value, "B", link=link, part=part)
+          for link, parts in found.links.items() for part, value in parts.items()),
         *(record("step_seconds_bound", value, "s", part=part) for part, value in found.seconds.items()),
         record("step_seconds_bound", max(found.seconds.values()), "s", part="longest"),
         record("mfu_bound", found.mfu, "1"),
@@ -127,10 +144,10 @@ def _compare(config: Config, work: Work, plans: list[tuple[Topology, Mesh, Estim
     rows = []
     for place, mesh, found in plans:
         held, longest = sum(found.device_bytes.values()), max(found.seconds, key=found.seconds.get)
-        bound = found.seconds[longest]
+        bound, sending = found.seconds[longest], max(found.seconds[link] for link in found.links)
         rows.append([
             place.name, place.chips, _axes(mesh), size(held), "yes" if fits(held, place) else "no",
-            size(sum(found.collectives.values())), f"{found.seconds['network']:.4g} s", f"{bound:.4g} s", longest,
+            size(sum(found.collectives.values())), f"{sending:.4g} s", f"{bound:.4g} s", longest,
             f"{1e6 * place.chips * bound / work.tokens:,.2f}",
         ])  # fmt: skip
     print_table(
@@ -156,14 +173,15 @@ def _print(config: Config, topology: Topology, mesh, work: Work, found: Estimate
         f"layout {mesh.layout or 'none'} ({_axes(mesh)})"
     )
     print_table(title, ["bytes of a device", "closed form", "of memory"], rows)
-    collectives = [[f"network: {part}", size(value)] for part, value in found.collectives.items() if value]
+    collectives = [[f"{link}: {part}", size(value)] for link, parts in found.links.items()
+                   for part, value in parts.items() if value]  # fmt: skip
     traffic = [[f"memory: {part}", size(value)] for part, value in found.traffic.items()]
     print_table("bytes of a device and step", ["", "closed form"], traffic + collectives)
     longest = max(found.seconds, key=found.seconds.get)
     bound = found.seconds[longest]
     print(
         f"{found.flops:.3g} operations a step; at least {bound:.4g} s, bound by {longest} "
-        f"({', '.join(f'{part} {value:.4g} s' for part, value in found.seconds.items())}): "
+        f"({', '.join(f'{part} {value:.4g} s' for part, value in found.seconds.items() if value)}): "
         f"{work.tokens / bound:,.0f} tokens/s, {found.mfu:.1%} MFU; host {size(found.host_bytes)} a host"
     )
     verdict = "fits" if fits(total, topology) else "does not fit"

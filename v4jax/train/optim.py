@@ -3,7 +3,6 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +43,11 @@ def make_optimizer(train: config.Train, letters: dict[str, str]) -> optax.Gradie
 
 
 def _muon(train: config.Train, letters: dict[str, str]) -> optax.GradientTransformation:
-    """Nesterov momentum, orthogonalised by 8 + 2 Newton-Schulz steps, scaled to an RMS of 0.18, decayed."""
+    """Muon by the rule of spec 8.1.
+
+    M = mu M + G and U = mu M + G, without bias correction; U is orthogonalized by 8 + 2 Newton-Schulz steps and scaled
+    to an RMS of 0.18; weight decay is decoupled.
+    """
 
     def orthogonal(updates, params=None):
         alike = defaultdict(list)
@@ -57,32 +60,11 @@ def _muon(train: config.Train, letters: dict[str, str]) -> optax.GradientTransfo
         return out
 
     return optax.chain(
-        nesterov(train.momentum),
+        optax.trace(train.momentum, nesterov=True),
         optax.stateless(orthogonal),
         optax.add_decayed_weights(train.weight_decay),
         optax.scale_by_learning_rate(schedule(train, train.lr)),
     )
-
-
-class Momentum(NamedTuple):
-    """State of `nesterov`: steps done and the running mean of the gradients."""
-
-    count: jax.Array
-    mu: optax.Updates
-
-
-def nesterov(beta: float) -> optax.GradientTransformation:
-    """Bias-corrected Nesterov momentum, as in optax.contrib.scale_by_muon."""
-
-    def init(params):
-        return Momentum(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params))
-
-    def update(updates, state, params=None):
-        mu, count = optax.tree.update_moment(updates, state.mu, beta, 1), state.count + 1
-        ahead, now = optax.tree.bias_correction(mu, beta, count + 1), optax.tree.bias_correction(updates, beta, count)
-        return jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, now), Momentum(count, mu)
-
-    return optax.GradientTransformation(init, update)
 
 
 def orthogonalise(letters: str, leaves: Sequence[jax.Array]) -> list[jax.Array]:
@@ -117,7 +99,8 @@ def _newton_schulz(x: jax.Array) -> jax.Array:
     """Singular values of [..., rows, columns] driven to 1 by X' = a X + (b A + c A A) X, A = X X^T (spec 8.1)."""
     if tall := x.shape[-2] > x.shape[-1]:  # the same result, by smaller products
         x = x.mT
-    x = x / (jnp.linalg.norm(x, ord="fro", axis=(-2, -1), keepdims=True) + 1e-8)
+    norm = jnp.linalg.norm(x, ord="fro", axis=(-2, -1), keepdims=True)
+    x = x / jnp.where(norm > 0, norm, 1)  # a matrix of zeros, such as of an expert without tokens, stays one
 
     def step(x, coefficients):
         a = x @ x.mT
