@@ -52,7 +52,10 @@ def start(args: argparse.Namespace, port: int, index: int) -> subprocess.Popen:
         "JAX_NUM_PROCESSES": str(args.processes), "JAX_PROCESS_ID": str(index),
     }  # fmt: skip
     command = [sys.executable, "-m", "v4jax", *args.command]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # In a session of their own, for a terminal's Ctrl-C would reach them twice: from the terminal and from here.
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def wait(children: list[subprocess.Popen]) -> int:

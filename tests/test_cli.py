@@ -13,6 +13,7 @@ import v4jax
 from v4jax import cli
 from v4jax.config import Cache, Config
 from v4jax.core.check import UserError
+from v4jax.train import stop_signals
 
 CONFIG = """
 from v4jax.config import Config, Model, Moe
@@ -66,6 +67,7 @@ def calls(monkeypatch):
     for package in ("train", "serve", "checkpoint", "tools", "evals"):
         module(f"v4jax.{package}")
     module("v4jax.train.loop", train=record("train"))
+    module("v4jax.train.stop_signals", StopSignals=stop_signals.StopSignals)
     module("v4jax.serve", LLM=Engine, SamplingParams=lambda **kwargs: kwargs)
     sys.modules["v4jax.checkpoint"].load_config = lambda directory: Config(cache=Cache(layout="fp8"))
     module("v4jax.checkpoint.convert", convert=record("convert", "wrote B"))
@@ -90,7 +92,7 @@ def test_train_gets_typed_overrides(calls, config):
     argv = ["train", f"--config={config}:night", "--workdir=runs/x", "--config.train.steps=7", "--config.train.lr", "1",
             "--config.model.kv_qdq=true", "--noconfig.model.kv_qdq", "--config.data.source=a, b.txt"]  # fmt: skip
     assert cli.main(argv) == 0
-    [(name, (got, workdir), _)] = calls
+    [(name, (got, workdir, _), _)] = calls
     assert (name, workdir, got.name) == ("train", "runs/x", "night")
     assert got.train.steps == 7 and type(got.train.steps) is int
     assert got.train.lr == 1.0 and type(got.train.lr) is float

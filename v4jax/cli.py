@@ -28,12 +28,15 @@ from v4jax.core.memory import keep_heap
 
 
 def _train(values: flags.FlagValues, config: config_lib.Config) -> None:
-    from v4jax.parallel import distributed
+    from v4jax.train.stop_signals import StopSignals
 
-    distributed.start(_place(values), values.join_timeout)
-    from v4jax.train import loop
+    with StopSignals(exits=True) as stop:  # before jax is imported, which takes seconds
+        from v4jax.parallel import distributed
 
-    loop.train(config, values.workdir or f"runs/{config.name}")
+        distributed.start(_place(values), values.join_timeout)
+        from v4jax.train import loop
+
+        loop.train(config, values.workdir or f"runs/{config.name}", stop)
 
 
 def _place(values: flags.FlagValues):

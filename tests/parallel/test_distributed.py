@@ -5,6 +5,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -94,6 +95,35 @@ def test_processes_meet_and_a_missing_one_is_named():
         assert "after 1 s process 1 of 3 had not come" in said and "--join_timeout" in said
     [said] = together([place(free_port(), 1)], 0.5)
     assert "process 1 of 3 (flags) did not reach process 0" in said and "\n" not in said
+
+
+def test_processes_that_were_started_differently_are_refused_at_once():
+    port = free_port()
+    counts = [Place("flags", f"127.0.0.1:{port}", count, index) for index, count in ((0, 3), (2, 4))]
+    begun = time.monotonic()
+    for said in together(counts, 60):
+        assert "process 2 was started as one of 4 processes, process 0 as one of 3" in said
+    port = free_port()
+    twice = [Place("flags", f"127.0.0.1:{port}", 3, index) for index in (0, 1, 1)]
+    for said in together(twice, 60):
+        assert "two processes were started as process 1 of 3" in said
+    assert time.monotonic() - begun < 50, "nobody waits for those that cannot come"
+
+
+def test_a_peer_that_was_restarted_while_the_others_gather_is_welcome():
+    port = free_port()
+    with ThreadPoolExecutor(3) as pool:
+        lead = pool.submit(meet, Place("flags", f"127.0.0.1:{port}", 3, 0), 20)
+        while True:
+            try:
+                first = socket.create_connection(("127.0.0.1", port), timeout=1)
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.02)
+        with first:
+            first.sendall(b"1 3\n")
+        peers = [pool.submit(meet, Place("flags", f"127.0.0.1:{port}", 3, index), 20) for index in (1, 2)]
+        assert [future.result() for future in (lead, *peers)] == [None] * 3
 
 
 def test_a_missing_peer_ends_the_command_with_one_line():

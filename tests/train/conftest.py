@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import optax
 import pytest
 
 from v4jax.config import Config, Data, Indexer, Model, Moe, Train
+from v4jax.train.state import Trainer
 
 WORDS = "the king and his fool went over the hill to see the storm come in from the sea".split()
 
@@ -34,6 +36,19 @@ def text_file(tmp_path):
 def config(text_file):
     """The micro model on that text."""
     return micro_config(str(text_file))
+
+
+def one_layer(config: Config) -> Config:
+    """`config` with one layer of one kind: for tests of the loop, which is the same for every model."""
+    model = dataclasses.replace(config.model, schedule=("swa",), mtp_layers=0)
+    return dataclasses.replace(config, model=model)
+
+
+class SgdTrainer(Trainer):
+    """A trainer with momentum alone: Muon takes long to compile."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, optax.sgd(0.1, momentum=0.9))
 
 
 def with_train(config: Config, **changes) -> Config:

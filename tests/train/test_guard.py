@@ -1,20 +1,16 @@
 """Loss spikes: what counts as one, and what a skipped or rolled-back run has left of it."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from tests.train.conftest import with_train
+from tests.train.conftest import SgdTrainer, one_layer, with_train
 from v4jax.config import Train, validate
 from v4jax.core.check import UserError
 from v4jax.train import loop
 from v4jax.train.guard import judge, new_guard
 from v4jax.train.metrics import read_metrics
-from v4jax.train.state import Trainer
 
 STEP = jax.jit(judge, static_argnums=3)
 
@@ -63,18 +59,16 @@ def test_falling_losses_and_slow_growth_are_no_spikes_and_factor_zero_takes_ever
 @pytest.fixture
 def small(config):
     """One layer, for what is compiled here is not what is tested."""
-    model = dataclasses.replace(config.model, schedule=("swa",), mtp_layers=0)
-    config = with_train(config, spike="skip", spike_factor=0.0, spike_patience=2, steps=7, log_every=1)
-    return dataclasses.replace(config, model=model)
+    return with_train(one_layer(config), spike="skip", spike_factor=0.0, spike_patience=2, steps=7, log_every=1)
 
 
-class Poisoned(Trainer):
+class Poisoned(SgdTrainer):
     """A trainer whose loss is infinite at the batches, counted from 1, whose numbers are in `bad`."""
 
     bad: tuple[int, ...] = ()
 
     def __init__(self, config):
-        super().__init__(config, optax.sgd(0.1, momentum=0.9))  # Muon takes long to compile
+        super().__init__(config)
         self.placed, model_loss = 0, self.model_loss
         self.model_loss = lambda params, fixed, batch: self._spoil(*model_loss(params, fixed, batch), batch)
 

@@ -14,11 +14,14 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train.conftest import with_train
+from tests.train.conftest import SgdTrainer, one_layer, with_train
+from v4jax.checkpoint.orbax import finished_steps
 from v4jax.core.check import UserError
 from v4jax.train import loop
 from v4jax.train.metrics import read_metrics
 from v4jax.train.state import Trainer
+from v4jax.train.stop_signals import StopSignals
+from v4jax.train.workdir_lock import LOCK_NAME
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -49,23 +52,48 @@ def test_a_run_learns_and_leaves_everything(config, tmp_path):
     assert len(heldout) == 2 and heldout[1] < heldout[0]
 
 
-def test_resume_repeats_the_losses_bit_for_bit(config, tmp_path):
-    loop.train(config, str(tmp_path / "whole"))
-    whole = losses(tmp_path / "whole")
-    stop = with_train(config, steps=6)
-    run = loop._Run(stop, tmp_path / "cut")
-    save = run.store.save
+@pytest.fixture
+def small(config, monkeypatch):
+    """One layer and a simple optimizer, so that little is compiled."""
+    monkeypatch.setattr(loop, "Trainer", SgdTrainer)
+    return one_layer(config)
 
-    def save_and_stop(step, tree, extras):
-        save(step, tree, extras)
-        run.stopping = True
 
-    run.store.save = save_and_stop
+def stopped(config, workdir, method: str, when) -> str:
+    """Train and ask to stop when the run calls `method` of its store or itself for the `when`-th time."""
+    stop = StopSignals()
+    run = loop._Run(config, pathlib.Path(workdir), stop)
+    owner = run.store if hasattr(run.store, method) else run
+    original, calls = getattr(owner, method), []
+
+    def asks(*args):
+        calls.append(args)
+        if len(calls) == when:
+            stop.asked = signal.SIGTERM  # as the handler does while a step may be saved
+        return original(*args)
+
+    setattr(owner, method, asks)
     with pytest.raises(SystemExit) as stopped:
         run.run()
-    assert stopped.value.code == 128 + signal.SIGTERM and max(losses(tmp_path / "cut")) == 3
-    loop.train(config, str(tmp_path / "cut"))
-    assert losses(tmp_path / "cut") == whole
+    assert stopped.value.code == 128 + signal.SIGTERM
+    return loop._where_it_stands(str(workdir))
+
+
+@pytest.mark.parametrize(
+    "method, when, step",
+    [("_report", 1, 2), ("_measure", 1, 4), ("save", 1, 4), ("_evaluate", 2, 6), ("wait", 3, 6)],
+    ids=["while metrics are fetched", "before an evaluation", "while saving", "in the last evaluation", "at the end"],
+)
+def test_a_stop_at_any_moment_is_saved_and_resumes_bit_for_bit(small, tmp_path, method, when, step):
+    small = with_train(small, steps=6, checkpoint_every=3, log_every=2, eval_every=4)
+    loop.train(small, str(tmp_path / "whole"))
+    said = stopped(small, tmp_path / "cut", method, when)
+    assert f"the checkpoint of step {step} is saved" in said
+    assert finished_steps(tmp_path / "cut")[-1] == step
+    loop.train(small, str(tmp_path / "cut"))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    values = lambda name: [r["heldout_loss"] for r in read_metrics(tmp_path / name / "metrics.jsonl") if "heldout_loss" in r]
+    assert values("cut") == values("whole")
 
 
 CHILD = textwrap.dedent("""
@@ -110,7 +138,7 @@ def test_sigkill_and_sigterm_lose_nothing_that_was_saved(config, tmp_path):
         process.send_signal(signum)
         output = process.communicate(timeout=120)[0]
         if signum == signal.SIGTERM:
-            assert process.returncode == 128 + signal.SIGTERM and "the checkpoint is saved" in output
+            assert process.returncode == 128 + signal.SIGTERM and "is saved in" in output
     process = child(config, tmp_path, workdir)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
@@ -135,10 +163,74 @@ def test_a_loss_that_is_no_number_ends_the_run_with_one_line(config, tmp_path):
         loop.train(with_train(config, adam_lr=1e30, lr=1e30, clip_norm=1e30, warmup=0, steps=4), str(tmp_path / "run"))
 
 
-def test_a_finished_run_stays_and_another_model_in_its_workdir_is_refused(config, tmp_path):
-    first = loop.train(config, str(tmp_path / "run"))
-    again = loop.train(config, str(tmp_path / "run"))  # a finished run only writes its summary anew
-    assert again | {"tokens_per_second": None} == first | {"tokens_per_second": None}
-    other = dataclasses.replace(config, model=dataclasses.replace(config.model, heads=4))
+def test_a_finished_run_stays_and_another_model_in_its_workdir_is_refused(small, tmp_path, capsys):
+    first = loop.train(small, str(tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert f"held-out loss  {first['heldout_loss']:.4f} nats a token" in said
+    assert f"v4jax generate --checkpoint={tmp_path / 'run'} --prompt=" in said and "loss.png" in said
+    contents = lambda: {
+        path.relative_to(tmp_path): path.read_bytes()
+        for path in sorted(tmp_path.rglob("*"))
+        if path.is_file() and path.name != LOCK_NAME
+    }
+    before = contents()
+    assert loop.train(small, str(tmp_path / "run")) == first and contents() == before
+    assert "the run is finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match="a checkpoint of step 6, and train.steps is 5"):
+        loop.train(with_train(small, steps=5), str(tmp_path / "run"))
+    other = dataclasses.replace(small, model=dataclasses.replace(small.model, heads=4))
     with pytest.raises(UserError, match="model.heads"):
         loop.train(other, str(tmp_path / "run"))
+    assert contents() == before
+
+
+def test_a_run_without_its_summary_makes_it_again_and_repeats_no_record(small, tmp_path):
+    first = loop.train(small, str(tmp_path / "run"))
+    records = read_metrics(tmp_path / "run/metrics.jsonl")
+    (tmp_path / "run/summary.json").write_text("{")
+    again = loop.train(small, str(tmp_path / "run"))
+    assert again | {"tokens_per_second": None} == first | {"tokens_per_second": None}
+    assert read_metrics(tmp_path / "run/metrics.jsonl") == records
+    (tmp_path / "run/summary.json").unlink()
+    (tmp_path / "run/metrics.jsonl").unlink()
+    assert loop.train(small, str(tmp_path / "run"))["heldout_loss"] == first["heldout_loss"]
+
+
+def test_a_finished_run_goes_on_to_more_steps(small, tmp_path, capsys):
+    loop.train(small, str(tmp_path / "run"))
+    longer = with_train(small, steps=8)
+    assert loop.train(longer, str(tmp_path / "run"))["steps"] == 8
+    assert "going on from step 6 of 8" in capsys.readouterr().err
+
+
+def test_a_second_trainer_in_a_workdir_is_refused_at_once(small, tmp_path):
+    workdir = tmp_path / "run"
+    process = child(with_train(small, steps=10**6), tmp_path, workdir)
+    try:
+        wait_for(lambda: (workdir / "metrics.jsonl").exists(), process)
+        before = sorted(workdir.iterdir())
+        with pytest.raises(UserError, match=f"in use by another trainer .process {process.pid} on .*another --workdir"):
+            loop.train(small, str(workdir))
+        assert sorted(workdir.iterdir()) == before and process.poll() is None
+    finally:
+        process.kill()  # which leaves the file, and no lock
+        process.communicate()
+    assert (workdir / LOCK_NAME).exists()
+    loop.train(small, str(workdir))
+
+
+def test_damaged_metrics_never_stop_a_resume(small, tmp_path, capsys):
+    whole = loop.train(with_train(small, steps=9), str(tmp_path / "whole"))
+    workdir = tmp_path / "cut"
+    stopped(with_train(small, steps=9), workdir, "save", 2)
+    path = workdir / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    damage = [b"garbage\n", b"\0" * 100 + b"\n", b'{"step": 1, "loss": "\xff"}\n', b"[1]\n", b"7\n", b"{}\n",
+              b'{"step": -1}\n', b'{"step": 1, "loss": NaN}\n', b'{"step": 1, "loss": null}\n',
+              b'{"step": 1, "loss": 1' + b"0" * 400 + b"}\n", b"[" * 10**5 + b"\n", b"\n"]  # fmt: skip
+    path.write_bytes(b"".join([*damage[:6], *lines[:3], *damage[6:], *lines[3:], b'{"step": 6, "lo']))
+    summary = loop.train(with_train(small, steps=9), str(workdir))
+    assert summary["heldout_loss"] == whole["heldout_loss"] and losses(workdir) == losses(tmp_path / "whole")
+    assert f"{len(damage) + 1} damaged lines are left out" in capsys.readouterr().err
+    for line in path.read_text(encoding="utf-8").splitlines():
+        assert isinstance(json.loads(line)["step"], int)

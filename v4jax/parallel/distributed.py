@@ -170,41 +170,80 @@ def start(place: Place | None, timeout: int) -> None:
 
 
 def meet(place: Place, timeout: float) -> None:
-    """Return when all processes have called this; UserError after `timeout` seconds, naming who is missing.
+    """Return when all processes have called this with the same number of processes.
 
     JAX's own client ends the process with a stack trace when a peer does not come, hence this meeting before it: the
-    others tell process 0 their number over a socket at the coordinator's address, and it tells them how it ended.
+    others tell process 0 their index and their count over a socket at the coordinator's address, and it tells them how
+    the meeting ended.
+
+    Raises UserError, in every process that came: after `timeout` seconds, naming who is missing; at once if two
+    processes were started with different counts or with the same index.
     """
     host, port = place.coordinator.rsplit(":", 1)
     end = time.monotonic() + timeout
     try:
-        missing = _gather(int(port), place.count, end) if place.index == 0 else _report(host, int(port), place, end)
+        answer = _gather(int(port), place, end) if place.index == 0 else _report(host, int(port), place, end)
     except OSError as error:
         raise UserError(
             f"process {place.index} of {place.count} ({place.launcher}) did not reach process 0 at {place.coordinator} "
             f"within {timeout:g} s ({error}); see that it runs and the address leads to it, or raise --join_timeout"
         ) from error
-    if missing:
+    if answer.startswith("missing "):
+        missing = answer.removeprefix("missing ")
         raise UserError(f"after {timeout:g} s process {missing} of {place.count} had not come to "
                         f"{place.coordinator}; see why it did not start, or raise --join_timeout")  # fmt: skip
+    if answer:
+        raise UserError(answer)
 
 
-def _gather(port: int, count: int, end: float) -> str:
-    """Process 0: wait for the others, tell them, and return the numbers of those that did not come."""
+def _gather(port: int, place: Place, end: float) -> str:
+    """Process 0: wait for the others and tell all of them the answer, which is returned.
+
+    It is "" if all have come, "missing 1, 2" if some have not, else what is wrong with those that came.
+    """
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     came: dict[int, socket.socket] = {}
+    peers, wrong = [], ""
     with socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6) as server:
-        while len(came) < count - 1 and (left := end - time.monotonic()) > 0:
+        while not wrong and len(came) < place.count - 1 and (left := end - time.monotonic()) > 0:
             server.settimeout(left)
-            with contextlib.suppress(TimeoutError, ValueError):  # what is no number is no process of ours
+            # A line that is not two numbers is no peer's.
+            with contextlib.suppress(TimeoutError, ConnectionError, ValueError):
                 peer = server.accept()[0]
                 peer.settimeout(5)
-                came[int(peer.makefile().readline())] = peer
-    missing = ", ".join(str(index) for index in range(1, count) if index not in came)
-    for peer in came.values():
-        with peer:
-            peer.sendall(f"{missing}\n".encode())
-    return missing
+                index, count = map(int, peer.makefile().readline().split())
+                peers.append(peer)
+                wrong = _wrong(place, index, count, came)
+                came[index] = peer
+    missing = ", ".join(str(index) for index in range(1, place.count) if index not in came)
+    answer = wrong or (f"missing {missing}" if missing else "")
+    for peer in peers:
+        with peer, contextlib.suppress(OSError):  # one that went away notices by itself
+            peer.sendall(f"{answer}\n".encode())
+    return answer
+
+
+def _wrong(place: Place, index: int, count: int, came: Mapping[int, socket.socket]) -> str:
+    """Why a peer that says it is process `index` of `count` cannot join process 0; "" if it can."""
+    if count != place.count:
+        return (f"process {index} was started as one of {count} processes, process 0 as one of {place.count}; "
+                "start all of them with the same number")  # fmt: skip
+    if not 0 < index < count or (index in came and not _is_closed(came[index])):
+        return f"two processes were started as process {index} of {count}; give each an index of its own"
+    return ""
+
+
+def _is_closed(peer: socket.socket) -> bool:
+    """Whether the other end is gone, as that of a process which was restarted while the others still gather."""
+    peer.setblocking(False)
+    try:
+        return peer.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        peer.settimeout(5)
 
 
 def _report(host: str, port: int, place: Place, end: float) -> str:
@@ -212,7 +251,7 @@ def _report(host: str, port: int, place: Place, end: float) -> str:
     while True:
         try:
             with socket.create_connection((host, port), timeout=max(0.1, end - time.monotonic())) as lead:
-                lead.sendall(f"{place.index}\n".encode())
+                lead.sendall(f"{place.index} {place.count}\n".encode())
                 lead.settimeout(max(0.1, end - time.monotonic()) + 5)
                 answer = lead.makefile().readline()
                 if not answer:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import pathlib
-import signal
 import sys
 import time
 from collections import Counter
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from v4jax import config as configs
-from v4jax.checkpoint.orbax import RunStore
+from v4jax.checkpoint.orbax import RunStore, finished_steps
 from v4jax.config import Config
 from v4jax.core.check import UserError
 from v4jax.data.baselines import baselines
@@ -23,57 +23,92 @@ from v4jax.data.needle import SOURCE as NEEDLE
 from v4jax.data.pipeline import make_dataset
 from v4jax.data.sources import load_documents
 from v4jax.data.tokenizer import Tokenizer
-from v4jax.parallel.distributed import barrier, is_lead, peers, stop_asked
+from v4jax.parallel.distributed import barrier, gather, is_lead, peers, stop_asked
 from v4jax.train.goodput import Goodput
 from v4jax.train.metrics import MetricsWriter, plot_loss, read_metrics
-from v4jax.train.progress import Progress
+from v4jax.train.progress import Progress, closing_lines, spinner
 from v4jax.train.state import Trainer, TrainState
+from v4jax.train.stop_signals import StopSignals
 from v4jax.train.watchdog import Watchdog
+from v4jax.train.workdir_lock import workdir_lock
 
 _ROLLBACKS = 3  # to one checkpoint, before the run gives up
 
 
-def train(config: Config, workdir: str) -> dict[str, object]:
+def train(config: Config, workdir: str, stop: StopSignals | None = None) -> dict[str, object]:
     """Train to `config.train.steps`, going on from the newest checkpoint in `workdir` if there is one.
 
     Leaves in `workdir`: v4jax.json and the tokenizer (so the directory is a checkpoint that `generate` takes),
     checkpoints/, metrics.jsonl, tensorboard/, loss.png and, last of all, summary.json, whose values are returned.
-    A resumed run repeats the losses of an uninterrupted one bit for bit. SIGTERM saves, then exits with 143; of several
-    processes it reaches all through any of them. With several, the first writes everything but the checkpoints.
+    A resumed run repeats the losses of an uninterrupted one bit for bit. A finished run is left as it is. With several
+    processes, the first writes everything but the checkpoints.
+
+    SIGTERM and Ctrl-C (SIGINT) save and end the run; of several processes they reach all through any of them. What is
+    printed then says which checkpoint there is.
+
+    Args:
+      config: The run. Its model and data must be those of the run that `workdir` holds already.
+      workdir: Directory of the run; one process (or one group of processes) at a time trains in it.
+      stop: The signals to obey, entered by the caller; None: this function enters its own.
+
+    Raises:
+      UserError: Whatever the user can cure: another run's workdir or one in use, data, mesh, disk, a diverged loss.
+      SystemExit: With code 143, after SIGTERM.
+      KeyboardInterrupt: After SIGINT.
     """
-    with peers():
-        return _Run(configs.validate(config), pathlib.Path(workdir)).run()
+    config = configs.validate(config)
+    with peers(), contextlib.nullcontext(stop) if stop else StopSignals() as stop:
+        stop.shared = jax.process_count() > 1
+        stop.check()
+        try:
+            with workdir_lock(workdir):
+                return _Run(config, pathlib.Path(workdir), stop).run()
+        except (KeyboardInterrupt, SystemExit):
+            if is_lead():
+                print(_where_it_stands(workdir), flush=True)
+            raise
+
+
+def _where_it_stands(workdir: str) -> str:
+    """What a run that was stopped can go on from, by what is on disk and nothing else."""
+    steps = finished_steps(workdir)
+    if not steps:
+        return "stopped before the first checkpoint; the same command starts from the beginning"
+    return f"stopped; the checkpoint of step {steps[-1]} is saved in {workdir}, the same command goes on from it"
 
 
 class _Run:
-    def __init__(self, config: Config, workdir: pathlib.Path):
-        self.config, self.workdir = config, workdir
-        self.tokenizer = None if config.data.source == NEEDLE else Tokenizer(config.data.tokenizer, add_bos=True)
-        self.trainer = Trainer(config)
-        part, parts = self.trainer.share
-        mine = {"seed": config.train.seed, "process_index": part, "process_count": parts}
-        self.data = make_dataset(config, self.tokenizer, "train", **mine)
-        self.heldout = make_dataset(config, self.tokenizer, "heldout", **mine)
+    def __init__(self, config: Config, workdir: pathlib.Path, stop: StopSignals):
+        self.config, self.workdir, self.stop = config, workdir, stop
+        self._check_steps()
+        with spinner(f"{config.name}: loading the data", is_lead()):
+            self.tokenizer = None if config.data.source == NEEDLE else Tokenizer(config.data.tokenizer, add_bos=True)
+            self.trainer = Trainer(config)
+            part, parts = self.trainer.share
+            mine = {"seed": config.train.seed, "process_index": part, "process_count": parts}
+            self.data = make_dataset(config, self.tokenizer, "train", **mine)
+            self.heldout = make_dataset(config, self.tokenizer, "heldout", **mine)
         self.store = RunStore(workdir, config, self.tokenizer, keep=config.train.keep_checkpoints)
-        self.began, self.stopping = time.time(), False
+        self.began = time.time()
         self.steps = 0  # done by this process, those that a rollback undid too
         self.measured: dict[int, float] = {}  # step -> held-out nats a token
         self.rollbacks: Counter[int] = Counter()  # step -> how often the run went back to it
         self.writer: MetricsWriter | None = None  # of the lead
         self.goodput = Goodput([])
 
-    def run(self) -> dict[str, object]:
-        if jax.process_count() > 1:  # JAX's own handler tells all processes, which then stop after the same step
-            return self._run()
-        previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
-        try:
-            return self._run()
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+    def _check_steps(self) -> None:
+        """Raise UserError for a run that would end before its newest checkpoint."""
+        steps, done = self.config.train.steps, max(finished_steps(self.workdir), default=0)
+        if done > steps:
+            raise UserError(f"{self.workdir} holds a checkpoint of step {done}, and train.steps is {steps}; "
+                            f"train to step {done} at least, or into another workdir")  # fmt: skip
 
-    def _run(self) -> dict[str, object]:
+    def run(self) -> dict[str, object]:
         with self.store:
+            if self.store.latest() == self.config.train.steps and (summary := self._finished()) is not None:
+                return summary
             state, iterator, done = self._start()
+            self.stop.check()
             if done < self.config.train.steps:
                 return self._steps(state, iterator, done)
             # Stopped between the last checkpoint and the summary: no step was timed in this process.
@@ -84,8 +119,10 @@ class _Run:
         """Fresh state, or the newest checkpoint's with the data where it was."""
         iterator, step = iter(self.data), self.store.latest()
         if step is None:
-            return self.trainer.init(), iterator, 0
-        state, extras = self._restore(step)
+            with spinner(f"{self.config.name}: initializing the parameters", is_lead()):
+                return self.trainer.init(), iterator, 0
+        with spinner(f"{self.workdir}: going on from step {step} of {self.config.train.steps}", is_lead()):
+            state, extras = self._restore(step)
         iterator.set_state(extras["data"])
         self.measured = {int(at): value for at, value in extras["heldout"].items()}
         return state, iterator, step
@@ -96,56 +133,97 @@ class _Run:
         if not self.store.holds(step, "guard"):
             del wanted["guard"]
         tree, extras = self.store.restore(step, wanted)
-        return self.trainer.from_tree(tree), extras
+        state = self.trainer.from_tree(tree)
+        if not jax.device_get(self.trainer.finite(state)):
+            raise UserError(f"the checkpoint of step {step} in {self.workdir} holds values that are not finite; remove "
+                            f"{self.workdir}/checkpoints/{step} to go on from the one before")  # fmt: skip
+        return state, extras
 
     def _steps(self, state: TrainState, iterator, step: int) -> dict[str, object]:
         """From step `step` to the last, then the summary."""
         t, tokens = self.config.train, self.config.train.batch_size * self.config.data.seq_len
         waiting: list[tuple[int, dict[str, jax.Array]]] = []
+        if is_lead():
+            (self.workdir / "summary.json").unlink(missing_ok=True)  # of fewer steps; its presence means a finished run
         self._open_records(step, {"started": self.began})
         progress = Progress(self.config.name, step, t.steps, tokens, is_lead())
         watchdog = Watchdog(t.hang_seconds, self.workdir / f"hang-{jax.process_index()}.txt", t.hang_exit)
+        stopping = False
         with progress, watchdog, jax.transfer_guard("disallow"):
+            if self._evaluation_due(step):  # the run was stopped before or during this evaluation
+                self._measure(state, step, progress)
             first = step + 1
             while step < t.steps:
                 step += 1
                 batch = self.trainer.place(next(iterator))
-                state, metrics = self.trainer.step(state, batch)
+                with progress.pause("compiling", line=True) if step == first else contextlib.nullcontext():
+                    state, metrics = self.trainer.step(state, batch)
                 watchdog.started(step, metrics["loss"])
-                if step == first:  # it has compiled
+                if step == first:
+                    self.stop.deferred = True  # from here on there is something to save
                     self.goodput.mark()
                 waiting.append((step, metrics))
                 self.steps += 1
-                self.stopping |= stop_asked(self.steps)
-                last = step == t.steps or self.stopping
-                checkpoint = last or step % t.checkpoint_every == 0
-                evaluate = step < t.steps and t.eval_every and step % t.eval_every == 0
-                if not (checkpoint or evaluate or step % t.log_every == 0):
+                stopping |= self._stop_asked() | stop_asked(self.steps)
+                due = step == t.steps or step % t.checkpoint_every == 0
+                evaluate = self._evaluation_due(step)
+                if not (stopping or due or evaluate or step % t.log_every == 0):
                     continue
                 spikes = self._report(waiting, progress)
                 waiting.clear()
+                stopping |= self._stop_asked()
                 with watchdog.paused():
-                    if spikes >= t.spike_patience and not self.stopping:
+                    if self._spiked(state, step, spikes, stopping or due or evaluate):
                         state = metrics = None  # there may be no room for two
                         state, step = self._roll_back(step)
-                        continue
-                    if evaluate:
-                        with progress.pause("evaluating"):
-                            self.measured[step] = self._evaluate(state)[0]
-                        self._write(step, {"heldout_loss": self.measured[step]})
-                    if checkpoint:
+                        continue  # to a run that stops, too: the step after is saved, with the data after the spike
+                    if evaluate and not stopping:
+                        self._measure(state, step, progress)
+                        stopping |= self._stop_asked()
+                    if due or stopping:
                         extras = {"data": iterator.get_state(), "heldout": self.measured}
                         self.store.save(step, self.trainer.to_tree(state), extras)
-                if evaluate or checkpoint:
-                    self.goodput.mark()
-                if self.stopping:
+                if stopping:
                     break
+                if evaluate or due:
+                    self.goodput.mark()
         self.store.wait()
-        if self.stopping and step < t.steps:
-            if is_lead():
-                print(f"stopped at step {step}; the checkpoint is saved, the same command goes on from it", flush=True)
-            raise SystemExit(128 + signal.SIGTERM)
+        self.stop.deferred = False
+        if stopping:
+            self.stop.leave()
+        self.stop.check()
         return self._finish(state, progress.tokens_per_second)
+
+    def _stop_asked(self) -> bool:
+        """Whether a signal asked this process, alone in its run, to stop; several agree by `stop_asked` on a step."""
+        return self.stop.asked is not None and not self.stop.shared
+
+    def _evaluation_due(self, step: int) -> bool:
+        t = self.config.train
+        return 0 < step < t.steps and t.eval_every > 0 and step % t.eval_every == 0 and step not in self.measured
+
+    def _measure(self, state: TrainState, step: int, progress: Progress) -> None:
+        """Evaluate and record; a stop signal leaves it to the process that resumes."""
+        with progress.pause("evaluating"):
+            measured = self._evaluate(state)
+        if measured is not None:
+            self.measured[step] = measured[0]
+            self._write(step, {"heldout_loss": measured[0]})
+
+    def _spiked(self, state: TrainState, step: int, spikes: int, kept: bool) -> bool:
+        """Whether the run must go back to a checkpoint.
+
+        Of a state that is to be kept, every number is looked at: an update can overflow where loss and gradient norm
+        are finite, and a checkpoint of it would be the end of the run. Raises UserError where nothing goes back.
+        """
+        t = self.config.train
+        if spikes >= t.spike_patience:
+            return True
+        if not kept or bool(jax.device_get(self.trainer.finite(state))):
+            return False
+        if t.spike == "rollback":
+            return True
+        raise UserError(f"the update of step {step} left values that are not finite: {self._cure()}")
 
     def _open_records(self, step: int, values: dict[str, float]) -> None:
         """Metrics after step `step`, `values` first; those of steps that will be done again are forgotten."""
@@ -154,6 +232,9 @@ class _Run:
         if self.writer:
             self.writer.close()
         self.writer = MetricsWriter(self.workdir, step)
+        if self.writer.damaged:
+            print(f"{self.workdir / 'metrics.jsonl'}: {self.writer.damaged} damaged lines are left out",
+                  file=sys.stderr, flush=True)  # fmt: skip
         self._write(step, values)
         self.goodput = Goodput(read_metrics(self.workdir / "metrics.jsonl"))
 
@@ -165,22 +246,23 @@ class _Run:
     def _report(self, waiting, progress: Progress) -> int:
         """Write the metrics of the steps since the last report; returns how many spikes in a row there were last.
 
-        A loss that is no number, or too many spikes, end the run, unless the guard is there for them.
+        A loss or gradient norm that is not finite, or too many spikes, end the run, unless the guard is there for them.
         """
         t, fetched = self.config.train, jax.device_get(waiting)
         seconds = self.goodput.steps(len(fetched))
+        timing = {"seconds": seconds, "tokens_per_second": progress.tokens_per_step / max(seconds, 1e-9)}
         for step, values in fetched:
-            values = {name: float(value) for name, value in values.items()} | {"seconds": seconds}
+            values = {name: float(value) for name, value in values.items()} | timing
             loss, spikes = values["loss"], int(values.get("skipped_row", 0))
-            if t.spike == "off" and not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} at step {step}: {self._cure()}")
+            if t.spike == "off" and not (math.isfinite(loss) and math.isfinite(values["grad_norm"])):
+                raise UserError(f"the loss is {loss:.4g} and the gradient norm {values['grad_norm']:.4g} at step "
+                                f"{step}: {self._cure()}")  # fmt: skip
             if spikes and is_lead():
                 print(f"step {step} skipped: loss {loss:.4g}, gradient norm {values['grad_norm']:.4g}",
                       file=sys.stderr, flush=True)  # fmt: skip
             last = {"goodput": self.goodput.share()} if step == fetched[-1][0] else {}
-            if self.writer:  # what is no number has no place in JSON
-                numbers = {name: value for name, value in values.items() if math.isfinite(value)}
-                self.writer.write(step, numbers | last)
+            if self.writer:
+                self.writer.write(step, values | last)
         if self.writer:
             self.writer.flush()
         progress.update(step, loss)
@@ -190,8 +272,11 @@ class _Run:
         return spikes
 
     def _cure(self) -> str:
-        return ("lower train.lr or train.adam_lr, or raise train.warmup; the last good checkpoint is step "
-                f"{self.store.latest() or 0}")  # fmt: skip
+        with contextlib.suppress(UserError):  # a save under way may still become the last one
+            self.store.wait()
+        step = self.store.latest()
+        good = "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
+        return f"lower train.lr or train.adam_lr, or raise train.warmup; {good}"
 
     def _roll_back(self, spiked: int) -> tuple[TrainState, int]:
         """State and step of the newest checkpoint, or of the beginning; the data goes on after what spiked."""
@@ -203,44 +288,54 @@ class _Run:
         with jax.transfer_guard("allow"):
             state = self._restore(step)[0] if step else self.trainer.init()
             row = jax.device_put(np.int32(0), state.guard.row.sharding)
+        self.measured = {at: value for at, value in self.measured.items() if at <= step}
         self._open_records(step, {"rolled_back_from": spiked})
         if is_lead():
             print(f"went back from step {spiked} to {step}, with the data after it", file=sys.stderr, flush=True)
         return state._replace(guard=state.guard._replace(row=row)), step
 
-    def _evaluate(self, state: TrainState) -> tuple[float, float]:
-        """Held-out nats a token and bits per byte."""
-        totals = [self.trainer.evaluate(state, self.trainer.place(batch)) for batch in self.heldout]
+    def _evaluate(self, state: TrainState) -> tuple[float, float] | None:
+        """Held-out nats a token and bits per byte; None if a stop signal came, which waits for a batch and not all."""
+        totals = []
+        for batch in self.heldout:
+            totals.append(self.trainer.evaluate(state, self.trainer.place(batch)))
+            jax.block_until_ready(totals[-2:-1])
+            if self._stop_asked():
+                return None
         nll, count = (float(np.sum(column, dtype=np.float64)) for column in zip(*jax.device_get(totals), strict=True))
         return nll / max(count, 1), nll / math.log(2) / max(self.heldout.num_bytes, 1)
 
     def _finish(self, state: TrainState, tokens_per_second: float | None) -> dict:
         """Held-out loss, plot and summary; the summary is written last, so that its presence means a finished run."""
         steps = self.config.train.steps
-        self.measured[steps], bits_per_byte = self._evaluate(state)
+        with spinner(f"{self.config.name}: measuring the held-out loss", is_lead()):
+            evaluated = self._evaluate(state)
+            marks = self._marks() if self.writer else {}
+        if evaluated is None:
+            self.stop.leave()
+        self.measured[steps], bits_per_byte = evaluated
         if self.writer is None:
             barrier("summary")
             return json.loads((self.workdir / "summary.json").read_text(encoding="utf-8"))
-        measured, marks = {"heldout_loss": self.measured[steps]}, {}
+        measured = {"heldout_loss": self.measured[steps]}
         if self.tokenizer is not None:  # text: bits per byte can stand beside those of other models
             measured["heldout_bits_per_byte"] = bits_per_byte
-            marks = baselines(load_documents(self.config.data))
-            marks = {"xz_bits_per_byte": marks["xz"], "xz_kind": marks["xz_kind"],
-                     "trigram_bits_per_byte": marks["trigram"]}  # fmt: skip
-        self.writer.write(steps, measured)
-        self.writer.close()
         records = read_metrics(self.workdir / "metrics.jsonl")
-        goodput = [record["goodput"] for record in records if "goodput" in record][-1]
-        print(f"goodput {goodput:.0%}: of the time since the run began, steps took so much", file=sys.stderr)
+        if not any(record["step"] == steps and measured.keys() <= record.keys() for record in records):
+            self.writer.write(steps, measured)
+        self.writer.close()
+        last = {name: value for record in records for name, value in record.items()}
+        if "goodput" in last:
+            print(f"goodput {last['goodput']:.0%}: of the time since the run began, steps took so much", file=sys.stderr)
         summary = {
             "name": self.config.name,
             "steps": steps,
             "parameters": int(sum(array.size for array in state.params.values())),
-            "train_loss": [record["loss"] for record in records if "loss" in record][-1],
+            "train_loss": last.get("loss"),
             **measured,
             **marks,
             "tokens_per_second": tokens_per_second,
-            "goodput": goodput,
+            "goodput": last.get("goodput"),
             "checkpoint": str(self.workdir),
             "plot": str(plot_loss(self.workdir, self.measured)),
         }
@@ -248,4 +343,34 @@ class _Run:
         partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, self.workdir / "summary.json")
         barrier("summary")
+        print(closing_lines(summary), flush=True)
+        return summary
+
+    def _marks(self) -> dict[str, float | str]:
+        """What simple compressors reach on the held-out text, in bits per byte."""
+        if self.tokenizer is None:
+            return {}
+        marks = baselines(load_documents(self.config.data))
+        return {
+            "xz_bits_per_byte": marks["xz"],
+            "xz_kind": marks["xz_kind"],
+            "trigram_bits_per_byte": marks["trigram"],
+        }
+
+    def _finished(self) -> dict[str, object] | None:
+        """The summary of a run that is finished, as its first process finds it; None if it must be made (again)."""
+        data = b""
+        if is_lead() and (self.workdir / "loss.png").is_file():
+            with contextlib.suppress(OSError):
+                data = (self.workdir / "summary.json").read_bytes()
+        here = {"checkpoint": str(self.workdir), "plot": str(self.workdir / "loss.png")}  # the directory may have moved
+        try:
+            summary = json.loads(gather(data)[0]) | here
+            lines = closing_lines(summary)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return None
+        if summary.get("steps") != self.config.train.steps:
+            return None
+        if is_lead():
+            print(f"the run is finished, nothing was done\n{lines}", flush=True)
         return summary

@@ -1,10 +1,12 @@
-"""Progress of a run on the terminal: loss, tokens a second, time left."""
+"""Progress of a run on the terminal: spinners, then loss, tokens a second, time left, and at the end where all is."""
 
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 import time
+from collections.abc import Iterator, Mapping
 
 import rich.progress as rp
 
@@ -23,7 +25,7 @@ class Progress:
         self._printed = time.monotonic()
         self._show, self._live = show, show and sys.stderr.isatty()
         columns = (
-            rp.TextColumn("{task.description}"), rp.BarColumn(), rp.MofNCompleteColumn(),
+            rp.SpinnerColumn(), rp.TextColumn("{task.description}"), rp.BarColumn(), rp.MofNCompleteColumn(),
             rp.TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"), rp.TimeRemainingColumn(),
         )  # fmt: skip
         self._bar = rp.Progress(*columns, console=rp.Console(stderr=True), disable=not self._live)
@@ -60,10 +62,45 @@ class Progress:
         return f"  {int(seconds // 60)}:{int(seconds % 60):02d} left"
 
     @contextlib.contextmanager
-    def pause(self, why: str):
-        """Time inside does not count into the speed."""
+    def pause(self, why: str, line: bool = False) -> Iterator[None]:
+        """Time inside does not count into the speed. line: elsewhere than on a terminal, say it in a line."""
         begun = time.monotonic()
         self._bar.update(self._task, description=f"{self.name} ({why})")
-        yield
-        self._bar.update(self._task, description=self.name)
-        self._paused += time.monotonic() - begun
+        if line and self._show and not self._live:
+            print(f"{self.name}: {why}", file=sys.stderr, flush=True)
+        try:
+            yield
+        finally:
+            self._bar.update(self._task, description=self.name)
+            self._paused += time.monotonic() - begun
+
+
+@contextlib.contextmanager
+def spinner(text: str, show: bool = True) -> Iterator[None]:
+    """Around something slow outside of a `Progress`: a spinner on a terminal, a line on stderr elsewhere."""
+    if show and sys.stderr.isatty():
+        with rp.Console(stderr=True).status(text):
+            yield
+        return
+    if show:
+        print(text, file=sys.stderr, flush=True)
+    yield
+
+
+def closing_lines(summary: Mapping[str, object]) -> str:
+    """What a finished run prints: held-out loss, where its files lie, and the command to type next."""
+    workdir = str(summary["checkpoint"])
+    heldout = f"{summary['heldout_loss']:.4f} nats a token"
+    command = f"v4jax eval --checkpoint={shlex.quote(workdir)} --suite=needle"
+    if "heldout_bits_per_byte" in summary:  # text
+        marks = f"xz {summary['xz_bits_per_byte']:.3f}, byte trigram {summary['trigram_bits_per_byte']:.3f}"
+        heldout += f", {summary['heldout_bits_per_byte']:.3f} bits per byte ({marks})"
+        command = f'v4jax generate --checkpoint={shlex.quote(workdir)} --prompt="Once upon a time"'
+    rows = {
+        "held-out loss": heldout,
+        "checkpoint": workdir,
+        "plot": str(summary["plot"]),
+        "summary": f"{workdir}/summary.json",
+        "next": command,
+    }
+    return "\n".join(f"{name:<15}{value}" for name, value in rows.items())

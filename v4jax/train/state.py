@@ -20,7 +20,7 @@ from v4jax.nn.linear import low_precision
 from v4jax.parallel.rules import check_used, make_sharding, use
 from v4jax.train.guard import Guard, choose, judge, new_guard
 from v4jax.train.loss import Batch, heldout_nll, loss
-from v4jax.train.optim import make_optimizer, update_bias
+from v4jax.train.optim import make_optimizer, schedule, update_bias
 
 
 class TrainState(NamedTuple):
@@ -62,8 +62,10 @@ class Trainer:
         self.model_loss = lambda params, fixed, batch: loss(self.model(params, fixed), batch, config.train)
         heldout = lambda state, batch: heldout_nll(self.model(state.params, state.fixed), batch)
         state, batch = self.state_sharding, self.batch_sharding
+        self._rates = {"lr": schedule(train, train.lr), "adam_lr": schedule(train, train.adam_lr)}
         self.step = self._jit(self._step, (state, batch), (state, self._whole), donate_argnums=0)
         self.evaluate = self._jit(heldout, (state, batch), self._whole)
+        self.finite = self._jit(self._finite, (state,), self._whole)
         # Taking stacks apart is work for the device; without stacks it only renames, and a jit would copy everything.
         self._flat = self._jit(self._to_flat, None, None) if train.scan else self._to_flat
 
@@ -213,12 +215,22 @@ class Trainer:
         fixed = {name: self._balanced(name, array, loads) for name, array in state.fixed.items()}
         metrics = parts | {"grad_norm": optax.tree.norm(grads), "max_load": jnp.max(loads.max(1) / loads.mean(1))}
         params, guard = optax.apply_updates(state.params, updates), state.guard
+        updated = state.step if guard is None else state.step - guard.skipped  # skipped steps do not move a schedule
+        metrics |= {name: rate(updated) for name, rate in self._rates.items()}
         if guard is not None:
             good, guard = judge(guard, metrics["loss"], metrics["grad_norm"], self.config.train.spike_factor)
             old = state.params, state.fixed, state.opt
             params, fixed, opt = choose(good, (params, fixed, opt), old)
             metrics |= {"skipped": guard.skipped, "skipped_row": guard.row}
         return TrainState(params, fixed, opt, state.step + 1, guard), metrics
+
+    def _finite(self, state: TrainState) -> jax.Array:
+        """Whether every parameter and all of the optimizer's state are finite numbers: bool scalar."""
+        leaves = jax.tree.leaves((state.params, state.fixed, state.opt))
+        leaves = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        if "optimizer" in self.config.train.offload:
+            leaves = jax.device_put(leaves, jax.memory.Space.Device)
+        return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
     def _balanced(self, name: str, array: jax.Array, loads_E: jax.Array) -> jax.Array:
         if not name.endswith("router.bias"):

@@ -1,0 +1,62 @@
+"""Records, their curves, and what TensorBoard is told."""
+
+import struct
+
+import numpy as np
+import pytest
+
+from tests.train.conftest import SgdTrainer, one_layer, with_train
+from v4jax.train import loop
+from v4jax.train.metrics import MetricsWriter, read_metrics, smooth
+from v4jax.train.optim import schedule
+
+
+def test_the_smoothed_curve_is_unbiased():
+    np.testing.assert_allclose(smooth([3.0] * 50), 3.0, rtol=1e-12)  # from its first point on
+    line = np.linspace(8.0, 2.0, 2001)
+    np.testing.assert_allclose(smooth(line)[1000], line[1000], rtol=1e-9)  # no lag behind a falling loss
+    rng = np.random.default_rng(0)
+    values, weights = rng.normal(size=60), 0.95 ** np.abs(np.arange(60)[:, None] - np.arange(60))
+    np.testing.assert_allclose(smooth(values), weights @ values / weights.sum(1), rtol=1e-12)
+    assert smooth([]).shape == (0,)
+
+
+def scalars(workdir) -> set[tuple[str, int]]:
+    """(tag, step) of every scalar in the event files."""
+    from tensorboardX.proto import event_pb2
+
+    found = set()
+    for path in (workdir / "tensorboard").iterdir():
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack("<Q", data[at : at + 8])
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
+            found |= {(value.tag, event.step) for value in event.summary.value}
+            at += size + 16
+    return found
+
+
+def test_rates_and_speed_are_recorded_and_junk_is_not(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "Trainer", SgdTrainer)
+    monkeypatch.setattr(loop, "baselines", lambda corpus: {"xz": 2.0, "xz_kind": "alone", "trigram": 3.0})
+    config = with_train(one_layer(config), lr=0.02, adam_lr=0.01, spike="skip")
+    loop.train(config, str(tmp_path))
+    steps = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "loss" in record]
+    for name in ("lr", "adam_lr"):
+        wanted = [float(schedule(config.train, getattr(config.train, name))(step)) for step in range(6)]
+        np.testing.assert_allclose([record[name] for record in steps], wanted, rtol=1e-6)
+    assert max(record["lr"] for record in steps) == pytest.approx(0.02)
+    for record in steps:
+        assert record["tokens_per_second"] == pytest.approx(2 * 32 / record["seconds"])
+    tags = {tag for tag, _ in scalars(tmp_path)}
+    assert {"loss", "lr", "adam_lr", "tokens_per_second", "heldout_loss"} <= tags
+    assert not {"started", "rolled_back_from"} & tags
+
+
+def test_what_is_not_finite_is_left_out(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write(1, {"loss": float("nan"), "grad_norm": 2.0})
+    writer.write(2, {"rolled_back_from": 7.0, "heldout_loss": float("inf")})
+    writer.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "grad_norm": 2.0}, {"step": 2, "rolled_back_from": 7.0}]
+    assert scalars(tmp_path) == {("grad_norm", 1)}

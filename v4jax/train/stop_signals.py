@@ -1,0 +1,132 @@
+"""Stop signals of a training run: SIGTERM of a scheduler and Ctrl-C. Imports no jax, so it is there before jax is."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from typing import NoReturn
+
+_SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
+
+
+class StopSignals:
+    """Turns SIGTERM and SIGINT into an orderly end; a context manager.
+
+    While `deferred` is False a signal raises in the main thread at once: SystemExit(143) for SIGTERM, KeyboardInterrupt
+    for SIGINT. That is right where nothing would be lost: before the first step and after the last checkpoint. While
+    `deferred` is True a signal only sets `asked`; the training loop saves and then calls `leave`. A second SIGINT
+    always raises KeyboardInterrupt. SIGTERM may come any number of times, because schedulers and launchers repeat it.
+
+    In a run of several processes (`shared`) no signal raises before the second SIGINT: JAX's own handler of SIGTERM
+    makes all processes stop after the same step, and SIGINT is handed on to it.
+
+    A signal that the caller ignores (`nohup`, a background job of a script) stays ignored. Outside the main thread
+    nothing is installed.
+
+    Args:
+      exits: The process belongs to the run, as it does on the command line. A second SIGINT then ends the process with
+        status 130 even where the main thread is inside a long call that holds signals back (compiling, waiting for a
+        device), and a first signal that should raise does so within `patience` seconds.
+      patience: Seconds.
+    """
+
+    def __init__(self, exits: bool = False, patience: float = 5.0):
+        self.asked: int | None = None  # the first signal
+        self.deferred = False
+        self.shared = False
+        self._exits, self._patience = exits, patience
+        self._interrupts = 0
+        self._previous: dict[int, object] = {}
+        self._wakeup: tuple[int, int, int] | None = None  # read end, write end, the wakeup descriptor before
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        if self._exits:
+            self._start_watching()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for signum, handler in self._previous.items():
+            if not (self.shared and signum == signal.SIGTERM):  # JAX's own handler has taken its place
+                signal.signal(signum, handler)
+        if self._wakeup is not None:
+            read_end, write_end, before = self._wakeup
+            signal.set_wakeup_fd(before)
+            os.close(write_end)  # which ends the thread, and that closes the read end
+
+    def check(self) -> None:
+        """Raise if a signal came whose exception was lost, as one raised inside a destructor is."""
+        if self.asked is not None and not self.deferred and not self.shared:
+            self.leave()
+
+    def leave(self) -> NoReturn:
+        """End the run: KeyboardInterrupt if the first signal was SIGINT, else SystemExit(143)."""
+        if self.asked == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + signal.SIGTERM)
+
+    def _handle(self, signum: int, _) -> None:
+        first, self.asked = self.asked is None, self.asked or signum
+        if signum == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                raise KeyboardInterrupt
+        if self.shared and signum == signal.SIGINT:
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif not self.deferred and not self.shared:
+            self.leave()
+        if first:
+            again = ", Ctrl-C again ends at once" if signum == signal.SIGINT else ""
+            _say(f"{signal.Signals(signum).name}: the run is saved after this step and ends{again}")
+
+    # --- the thread that ends a process whose main thread cannot ---------------------------------------------------
+
+    def _start_watching(self) -> None:
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        # Python's C handler writes the number of every signal there, whatever the main thread is doing.
+        self._wakeup = read_end, write_end, signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(read_end,), name="stop signals", daemon=True).start()
+
+    def _watch(self, read_end: int) -> None:
+        interrupts, deadline, code = 0, None, 0
+        while True:
+            wait = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([read_end], [], [], wait)[0]:
+                deadline = None
+                if not self.deferred and not self.shared:
+                    _end(code, "stopped before anything new was computed")
+                continue
+            signals = os.read(read_end, 64)
+            if not signals:
+                os.close(read_end)
+                return
+            for signum in signals:
+                interrupts += signum == signal.SIGINT
+                if signum in self._previous and deadline is None and not self.deferred:
+                    deadline, code = time.monotonic() + self._patience, 128 + signum
+            if interrupts > 1:
+                _end(128 + signal.SIGINT, "ended at once; the newest finished checkpoint is as it was")
+
+
+def _say(line: str) -> None:
+    """Write to stderr past Python's buffer, which may be in use by what the signal interrupted."""
+    try:
+        os.write(2, f"\nv4jax: {line}\n".encode())
+    except OSError:
+        pass  # the terminal is gone; the run must still be saved
+
+
+def _end(code: int, line: str) -> NoReturn:
+    if sys.stderr is not None and sys.stderr.isatty():
+        os.write(2, _SHOW_CURSOR)
+    _say(line)
+    os._exit(code)

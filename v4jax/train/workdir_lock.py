@@ -1,0 +1,53 @@
+"""One trainer at a time in a workdir."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pathlib
+import socket
+import sys
+from collections.abc import Iterator
+
+from v4jax.checkpoint.atomic import write_error
+from v4jax.core.check import UserError
+from v4jax.core.lock import Locked, take_lock
+from v4jax.parallel.distributed import gather, is_lead
+
+LOCK_NAME = "train.lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # Lustre mounted without `flock`, some object stores
+
+
+@contextlib.contextmanager
+def workdir_lock(workdir: str | os.PathLike) -> Iterator[None]:
+    """Own `workdir`, which is made if need be, for the block; the first process of several locks it for all.
+
+    The lock goes with its process, so a run that was killed leaves none. On a file system without locks a warning says
+    so and the block runs.
+
+    Raises:
+      UserError: Another run owns the directory, or it cannot be written. All processes of a run raise it.
+    """
+    file, refusal = None, ""
+    if is_lead():
+        path = pathlib.Path(workdir) / LOCK_NAME
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = take_lock(path, f"process {os.getpid()} on {socket.gethostname()}")
+        except Locked as owner:
+            refusal = f"{workdir} is in use by another trainer ({owner}); end that one, or choose another --workdir"
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                print(f"v4jax: {workdir} is on a file system without locks ({error.strerror}); see that no second run "
+                      "trains there", file=sys.stderr, flush=True)  # fmt: skip
+            else:
+                refusal = str(write_error(path, error, "nothing was trained"))
+    try:
+        refusals = [text.decode() for text in gather(refusal.encode()) if text]
+        if refusals:
+            raise UserError(refusals[0])
+        yield
+    finally:
+        if file is not None:
+            file.close()
