@@ -47,8 +47,10 @@ def one_layer(config: Config) -> Config:
 class SgdTrainer(Trainer):
     """A trainer with momentum alone: Muon takes long to compile."""
 
+    before = optax.identity()  # what is done to the gradients first
+
     def __init__(self, config: Config):
-        super().__init__(config, optax.sgd(0.1, momentum=0.9))
+        super().__init__(config, optax.chain(self.before, optax.sgd(0.1, momentum=0.9)))
 
 
 def with_train(config: Config, **changes) -> Config:

@@ -1,13 +1,19 @@
 """Loss spikes: what counts as one, and what a skipped or rolled-back run has left of it."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests.train.conftest import SgdTrainer, one_layer, with_train
+from v4jax.checkpoint.orbax import RunStore, finished_steps
 from v4jax.config import Train, validate
 from v4jax.core.check import UserError
+from v4jax.data.pipeline import make_dataset
+from v4jax.data.tokenizer import Tokenizer
 from v4jax.train import loop
 from v4jax.train.guard import judge, new_guard
 from v4jax.train.metrics import read_metrics
@@ -82,6 +88,24 @@ class Poisoned(SgdTrainer):
         return total * factor, parts | {"loss": parts["loss"] * factor}
 
 
+class BadGradient(Poisoned):
+    """The loss stays finite, its gradient does not."""
+
+    @staticmethod
+    def _spoil(total, parts, batch):
+        return total * jnp.where(batch["positions_BT"].max() >= 4000, jnp.inf, 1.0), parts
+
+
+class BadUpdate(Poisoned):
+    """Loss and gradient norm stay finite, the update overflows."""
+
+    before = optax.stateless(lambda grads, _: jax.tree.map(lambda x: jnp.where(jnp.abs(x) > 1e8, jnp.inf, x), grads))
+
+    @staticmethod
+    def _spoil(total, parts, batch):
+        return total * jnp.where(batch["positions_BT"].max() >= 4000, 1e12, 1.0), parts
+
+
 @pytest.fixture
 def run(small, tmp_path, monkeypatch):
     """Trains with these batches spoilt, and returns the records of the run and what it raised."""
@@ -136,6 +160,46 @@ def test_too_many_skipped_steps_end_the_run_with_one_line(run, capfd):
 def test_a_run_that_goes_back_again_and_again_gives_up(run):
     records, raised = run(tuple(range(5, 40)), spike="rollback")
     assert "3 times the run went back to step 3 and spiked again" in raised
+
+
+@pytest.mark.parametrize("trainer, says", [
+    (BadGradient, "and the gradient norm (nan|inf) at step 6"), (BadUpdate, "the update of step 6 left values"),
+])  # fmt: skip
+def test_a_checkpoint_is_finite_or_is_not_finished(run, tmp_path, monkeypatch, trainer, says):
+    monkeypatch.setattr(loop, "Trainer", trainer)
+    monkeypatch.setattr(trainer, "bad", (6,))
+    _, raised = run((), spike="off")
+    assert re.match(f".*{says}.*the last good checkpoint is step 3$", raised)
+    assert finished_steps(tmp_path / "run") == [3]
+    monkeypatch.setattr(trainer, "bad", ())
+    records, raised = run((), spike="off")
+    assert raised is None and finished_steps(tmp_path / "run")[-1] == 7
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 8))
+
+
+def test_before_the_first_checkpoint_none_is_called_good(run, tmp_path):
+    _, raised = run((3,), spike="off")
+    assert raised.endswith("there is no checkpoint yet") and finished_steps(tmp_path / "run") == []
+
+
+def test_an_update_that_overflows_is_rolled_back(run, monkeypatch):
+    monkeypatch.setattr(loop, "Trainer", BadUpdate)
+    monkeypatch.setattr(BadUpdate, "bad", (6,))
+    records, raised = run((), spike="rollback")
+    assert raised is None and [r["rolled_back_from"] for r in records if "rolled_back_from" in r] == [6]
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 8))
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_resumed(run, small, tmp_path):
+    trainer = Poisoned(small)
+    state = trainer.init()
+    params = state.params | {"norm.scale": state.params["norm.scale"] * jnp.nan}
+    with RunStore(tmp_path / "run", small, keep=2) as store:
+        extras = {"data": iter(make_dataset(small, Tokenizer(), "train", seed=0)).get_state(), "heldout": {}}
+        store.save(3, trainer.to_tree(state), extras)
+        store.save(6, trainer.to_tree(state._replace(params=params)), extras)
+    with pytest.raises(UserError, match="step 6 .* not finite; remove .*run/checkpoints/6 to go on from the one"):
+        loop.train(small, str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("train, complaint", [

@@ -1,0 +1,64 @@
+"""What a run says: a spinner on a terminal, lines elsewhere, and where everything lies at the end."""
+
+import io
+import sys
+import time
+
+import pytest
+
+from v4jax.train.progress import Progress, closing_lines, spinner
+
+
+class Terminal(io.StringIO):
+    """A stderr that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    return sys.stderr
+
+
+def wait_for(terminal, text):
+    end = time.monotonic() + 30
+    while text not in terminal.getvalue():
+        assert time.monotonic() < end, terminal.getvalue()
+        time.sleep(0.02)
+
+
+def test_loading_and_compiling_spin_on_a_terminal(terminal):
+    with spinner("loading the data"):
+        wait_for(terminal, "loading the data")
+    assert "\x1b[?25h" in terminal.getvalue(), "the cursor is back"
+    with Progress("tiny", 0, 10, 64) as progress, progress.pause("compiling", line=True):
+        wait_for(terminal, "tiny (compiling)")
+    assert "tiny: compiling" not in terminal.getvalue()
+
+
+def test_loading_and_compiling_are_lines_elsewhere(capsys):
+    with spinner("loading the data"), Progress("tiny", 0, 10, 64) as progress:
+        with progress.pause("compiling", line=True):
+            assert capsys.readouterr().err == "loading the data\ntiny: compiling\n"
+        with progress.pause("evaluating"):
+            pass
+    with spinner("loading the data", show=False), Progress("tiny", 0, 10, 64, show=False) as progress:
+        with progress.pause("compiling", line=True):
+            pass
+    assert capsys.readouterr().err == ""
+
+
+def test_the_last_lines_say_where_all_is_and_what_comes_next():
+    summary = {"heldout_loss": 1.5, "checkpoint": "my runs/a", "plot": "my runs/a/loss.png"}
+    text = {"heldout_bits_per_byte": 2.0, "xz_bits_per_byte": 2.5, "trigram_bits_per_byte": 2.75}
+    assert closing_lines(summary | text).splitlines() == [
+        "held-out loss  1.5000 nats a token, 2.000 bits per byte (xz 2.500, byte trigram 2.750)",
+        "checkpoint     my runs/a",
+        "plot           my runs/a/loss.png",
+        "summary        my runs/a/summary.json",
+        "next           v4jax generate --checkpoint='my runs/a' --prompt=\"Once upon a time\"",
+    ]
+    assert closing_lines(summary).splitlines()[-1].endswith("v4jax eval --checkpoint='my runs/a' --suite=needle")
