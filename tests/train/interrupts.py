@@ -35,7 +35,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 60
 _DEADLINE = 300  # seconds in which a process must end
 # `python -m v4jax`, but without torch, which tensorboardX would import for seconds where it is installed.
-_PROGRAM = "import sys; sys.modules['torch'] = None; from v4jax.cli import main; sys.exit(main())"
+_PROGRAM = "import sys; sys.modules['torch'] = None; from v4jax.__main__ import run; run()"
 
 
 def get_config(source: str = "") -> Config:
