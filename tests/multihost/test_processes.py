@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.train.conftest import WORDS
+from v4jax.checkpoint.orbax import finished_steps
 from v4jax.train.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -47,6 +48,13 @@ def finished(process: subprocess.Popen) -> str:
     return output
 
 
+def wait_for_records(process: subprocess.Popen, workdir: pathlib.Path, count: int) -> None:
+    metrics, end = workdir / "metrics.jsonl", time.monotonic() + 300
+    while not (metrics.exists() and len(read_metrics(metrics)) >= count):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.02)
+
+
 def losses(workdir: pathlib.Path) -> list[float]:
     records = read_metrics(workdir / "metrics.jsonl")
     rows = {record["step"]: record["loss"] for record in records if "loss" in record}
@@ -66,11 +74,7 @@ def test_a_killed_run_of_two_processes_goes_on_as_four_on_another_mesh(text, who
     """2 x 4 devices with experts split over all; one process is killed; then 4 x 2 with `fsdp` give the same losses."""
     workdir = tmp_path / "cut"
     process = launch(2, 4, command(text, workdir, "--config.mesh.layout=expert"))
-    metrics = workdir / "metrics.jsonl"
-    end = time.monotonic() + 300
-    while not (metrics.exists() and len(read_metrics(metrics)) >= 9):
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
-        time.sleep(0.02)
+    wait_for_records(process, workdir, 9)
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
     os.kill(int(children.split()[-1]), signal.SIGKILL)
     killed = time.monotonic()
@@ -82,6 +86,20 @@ def test_a_killed_run_of_two_processes_goes_on_as_four_on_another_mesh(text, who
     assert not (workdir / "summary.json").exists()
     finished(launch(4, 2, command(text, workdir, "--config.mesh.layout=fsdp")))
     np.testing.assert_allclose(losses(workdir), losses(whole), rtol=2e-5)
+
+
+def test_ctrl_c_saves_a_run_of_two_processes(text, tmp_path):
+    """The launcher passes the signal on to both; they agree on a step, save it, and end with the code of Ctrl-C."""
+    workdir = tmp_path / "run"
+    endless = ["--config.mesh.layout=fsdp", "--config.train.steps=100000", "--config.train.checkpoint_every=100000"]
+    process = launch(2, 1, command(text, workdir, *endless))
+    wait_for_records(process, workdir, 4)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 130 and "Traceback" not in output, output
+    [step] = finished_steps(workdir)
+    assert f"the checkpoint of step {step} is saved" in output
+    assert step == max(record["step"] for record in read_metrics(workdir / "metrics.jsonl"))
 
 
 def test_two_processes_generate_on_one_mesh_what_one_device_does(whole):

@@ -121,7 +121,9 @@ class _Run:
         if step is None:
             with spinner(f"{self.config.name}: initializing the parameters", is_lead()):
                 return self.trainer.init(), iterator, 0
-        with spinner(f"{self.workdir}: going on from step {step} of {self.config.train.steps}", is_lead()):
+        if is_lead():
+            print(f"{self.workdir}: going on from step {step} of {self.config.train.steps}", file=sys.stderr, flush=True)
+        with spinner(f"{self.config.name}: restoring the checkpoint", is_lead()):
             state, extras = self._restore(step)
         iterator.set_state(extras["data"])
         self.measured = {int(at): value for at, value in extras["heldout"].items()}
