@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -14,10 +15,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from v4jax.checkpoint import checksums
 from v4jax.checkpoint.atomic import replace_directory, require_space, write_text
 from v4jax.checkpoint.companions import Companions
 from v4jax.checkpoint.directory import CONFIG_NAME, config_text
-from v4jax.checkpoint.orbax import STEPS_NAME, WEIGHTS, finished_steps, silence, steps_path, system_error
+from v4jax.checkpoint.orbax import ItemHandler, silence, system_error
+from v4jax.checkpoint.step import STEPS_NAME, WEIGHTS, StepItem, finished_steps, steps_path
 from v4jax.checkpoint.tensors import described, memory_dtype, tokenizer_files
 from v4jax.config import Config
 from v4jax.core import dtypes
@@ -39,9 +42,9 @@ def write_orbax(
     """Write a v4jax directory with one step, number 0, of weights only; all of it or nothing.
 
     flat: arrays (numpy, jax or lazy) by flat name, exactly those of `config.model`; fetched one at a time. dtype: type
-    of the matrices, None keeps each one's own. tokenizer_dir, companions, replace_all: as in `write_hf`. Raises
-    UserError for tensors that do not fit, a full disk, a target that is something else or a training run; the target is
-    then as it was.
+    of the matrices, None keeps each one's own. tokenizer_dir, companions, replace_all: as in `write_hf`. All arrays are
+    read back and compared with the ones in memory before the directory takes its name. Raises UserError for tensors
+    that do not fit, a full disk, a target that is something else or a training run; the target is then as it was.
     """
     wanted = None if dtype is None else dtypes.weight_dtype(dtype)
     pending = {}
@@ -67,21 +70,37 @@ def write_orbax(
 
 def _write_step(path: pathlib.Path, pending: dict[str, _Pending]) -> None:
     silence()
+    written: dict[str, str] = {}
     registry = ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, ocp.type_handlers.ArrayHandler()), (_Pending, _PendingHandler())
+        (jax.Array, ocp.type_handlers.ArrayHandler()), (_Pending, _PendingHandler(written))
     )
-    handlers = {WEIGHTS: ocp.PyTreeCheckpointHandler(type_handler_registry=registry)}
+    handlers = {WEIGHTS: ItemHandler(type_handler_registry=registry)}
     chunked = dict.fromkeys(pending, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
     args = ocp.args.Composite(**{WEIGHTS: ocp.args.PyTreeSave(pending, save_args=chunked)})
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     with ocp.CheckpointManager(path, item_handlers=handlers, options=options) as manager:
         manager.save(0, args=args)
+    _write_checksums(path / "0", written)
+
+
+def _write_checksums(step: pathlib.Path, written: dict[str, str]) -> None:
+    """Read every array back, compare it with the checksum from memory, and leave the checksums of its chunks."""
+    item, sums = StepItem(step, WEIGHTS, None), {}
+    for name, digest in written.items():
+        array = item.read(name)
+        if checksums.digest(array) != digest:
+            raise UserError(f"{step}: {name} was not written as it is in memory; choose another disk")
+        sums[name] = checksums.of_array(array, item.stores[name].chunk_layout.read_chunk.shape)
+    content = json.dumps(checksums.to_json({WEIGHTS: sums}, None, 1))
+    (step / checksums.DIRECTORY).mkdir()
+    write_text(step / checksums.DIRECTORY / "0.json", content)
 
 
 def _refuse_run(path: str | os.PathLike) -> None:
     """An export must not take the place of a run, whose optimizer state would be lost."""
     for step in finished_steps(path):
-        if {entry.name for entry in (steps_path(path) / str(step)).iterdir() if entry.is_dir()} != {WEIGHTS}:
+        items = {entry.name for entry in (steps_path(path) / str(step)).iterdir() if entry.is_dir()}
+        if items - {checksums.DIRECTORY} != {WEIGHTS}:
             raise UserError(f"{path} is a training run; choose an empty or a new directory")
 
 
@@ -107,10 +126,14 @@ class _Pending:
 
 
 class _PendingHandler(ocp.type_handlers.NumpyHandler):
-    """Teaches orbax to write _Pending tensors a batch at a time, for they do not fit in memory all at once."""
+    """Teaches orbax to write _Pending tensors a batch at a time, for they do not fit in memory all at once.
 
-    def __init__(self):
+    written: filled with the checksum of every array by name.
+    """
+
+    def __init__(self, written: dict[str, str]):
         super().__init__(deepcopy_host_arrays=False)
+        self._written = written
 
     async def serialize(self, values, infos, args=None):
         start, size = 0, 0
@@ -119,6 +142,8 @@ class _PendingHandler(ocp.type_handlers.NumpyHandler):
             if size >= _BATCH_BYTES or stop == len(values):
                 batch = slice(start, stop)
                 loaded = [pending.load() for pending in values[batch]]
+                names = [info.name for info in infos[batch]]
+                self._written.update(zip(names, checksums.digests(loaded), strict=True))
                 for future in await super().serialize(loaded, infos[batch], args[batch]):
                     await asyncio.to_thread(future.result)
                 del loaded  # or it would stay until the next batch is there

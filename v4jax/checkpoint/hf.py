@@ -39,16 +39,17 @@ _PIECE = 1 << 20  # elements that are looked at together: the comparison then st
 _FP4_GROUP = 32  # input elements per scale of a packed expert (spec 9.1)
 
 
-def read_hf(path: str | os.PathLike, dtype=None) -> tuple[Model, HfTensors]:
+def read_hf(path: str | os.PathLike, dtype=None, verify: bool = True) -> tuple[Model, HfTensors]:
     """Open a Hugging Face directory: its Model, and its tensors as a lazy mapping of flat names.
 
     dtype: "float32" or "bfloat16" for the matrices; None keeps the stored type (float16 becomes float32, which holds
     it exactly; FP8 and FP4 become bfloat16, which holds them exactly too). Without MTP tensors the model has
-    mtp_layers=0. All names and shapes are checked here, before any data is read. Raises UserError.
+    mtp_layers=0. All names and shapes are checked here, before any data is read. verify: compare tensors with the
+    checksums that `write_hf` left in the files; files of others have none. Raises UserError.
     """
     values, source = hf_config.load_json(path)
     model = hf_config.from_hf(values, source)
-    store = SafetensorsDir(path)
+    store = SafetensorsDir(path, verify)
     if not _has_mtp(store):
         model = replace(model, mtp_layers=0)
     return model, HfTensors(

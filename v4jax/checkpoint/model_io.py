@@ -39,17 +39,18 @@ def load(
     scan: bool = False,
     placement: Placement | None = None,
     precision: str = "model",
+    verify: bool = True,
 ) -> Transformer:
     """The model of a Hugging Face directory, a v4jax directory, or a run's workdir (its newest checkpoint).
 
     dtype: "float32" or "bfloat16" for the matrices and the activations; None keeps the stored types. scan: hold
     repeated layers stacked (see models/layout.py). placement: the sharding of each array; of sharded ones only the
     local shards are read. precision: "fp8" quantises each large matrix as it comes (models/quantised.py), for
-    inference; such a model cannot be saved. Arrays are read one after another, so the host holds one of them beside
-    the model. Raises UserError.
+    inference; such a model cannot be saved. verify: compare what is read with the checksums that v4jax wrote. Arrays
+    are read one after another, so the host holds one of them beside the model. Raises UserError.
     """
     check_precision(precision)
-    config, tensors = open_checkpoint(path, dtype)
+    config, tensors = open_checkpoint(path, dtype, verify)
     graphdef, state, runs = _structure(config.model, scan)
     filled = {}
     for place, variable, names, stacked in _arrays(state, runs):
@@ -74,7 +75,9 @@ def load_config(path: str | os.PathLike) -> Config:
     return directory.config_of_model(hf_config.read(path), _name(path))
 
 
-def open_checkpoint(path: str | os.PathLike, dtype: str | None = None) -> tuple[Config, LazyTensors]:
+def open_checkpoint(
+    path: str | os.PathLike, dtype: str | None = None, verify: bool = True
+) -> tuple[Config, LazyTensors]:
     """Config and tensors of a checkpoint directory of either kind, in the types that `load` gives; data unread."""
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"a model cannot be {dtype!r}; choose float32 or bfloat16")
@@ -82,9 +85,10 @@ def open_checkpoint(path: str | os.PathLike, dtype: str | None = None) -> tuple[
     if directory.format_of(path) == "orbax":
         config = directory.read_config(path)
         wanted = None if dtype is None else dtypes.weight_dtype(dtype)
-        tensors = OrbaxTensors(path, config.model, wanted, mxfp4=config.train.expert_weights == "mxfp4")
+        mxfp4 = config.train.expert_weights == "mxfp4"
+        tensors = OrbaxTensors(path, config.model, wanted, mxfp4, verify)
     else:
-        model, tensors = read_hf(path, dtype)
+        model, tensors = read_hf(path, dtype, verify)
         config = directory.config_of_model(model, _name(path))
     return replace(config, model=replace(config.model, dtype=dtype or config.model.dtype)), tensors
 

@@ -1,6 +1,6 @@
 """Checkpoints in orbax: the numbered steps of a training run. An exported model (export.py) is one step of weights.
 
-Every step holds items, one orbax tree each, stored flat: {name: array}. The item `model` goes by the flat per-layer
+Every step holds items, one orbax tree each, stored flat: {name: array}, and the checksums of all arrays. The item `model` goes by the flat per-layer
 names of models/layout.py, so that a step written from stacked layers fits an unrolled model; the leaves of other items,
 such as an optimizer's state, are named by their place in the tree. `extras` is JSON.
 
@@ -20,26 +20,24 @@ import re
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore
+from etils import epath
 
-from v4jax.checkpoint import mapping
+from v4jax.checkpoint import checksums, mapping
 from v4jax.checkpoint.atomic import require_space, write_error
 from v4jax.checkpoint.directory import CONFIG_NAME, read_config, save_config
+from v4jax.checkpoint.step import WEIGHTS, StepItem, damaged, finished_steps, is_finished, read_sums, steps_path
 from v4jax.checkpoint.tensors import LazyTensors, memory_dtype, report
 from v4jax.config import Config, Model
 from v4jax.core.check import UserError
 from v4jax.nn import qdq
 from v4jax.parallel.distributed import barrier, is_lead
 
-STEPS_NAME = "checkpoints"
-WEIGHTS = "model"
 _EXTRAS = "extras"
-_COMPLETE = "_CHECKPOINT_METADATA"  # orbax's file of a step; it names the time of the commit once there was one
 _TEMPORARY = ".orbax-checkpoint-tmp"  # ends the name of a step that is being written
 _LAST_WRITES = 6  # twentieths of a second in which what a failed save still writes is removed
 _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
@@ -84,15 +82,16 @@ class RunStore:
         items = {name: _flatten(item) for name, item in tree.items()}
         if any(name.startswith("stacks.") for name in items.get(WEIGHTS, ())):
             raise ValueError("the model is saved by flat names; pass it through layout.to_flat")
-        if _EXTRAS in tree:
-            raise ValueError(f"an item of a checkpoint cannot be called {_EXTRAS!r}")
+        for name in {_EXTRAS, checksums.DIRECTORY} & tree.keys():
+            raise ValueError(f"an item of a checkpoint cannot be called {name!r}")
         json.dumps(extras)  # a mistake shows here and not in a thread
         self.wait()
         if step in self._manager.all_steps():
             return
-        args = {name: ocp.args.StandardSave(flat) for name, flat in items.items() if flat}
+        args = {name: _ItemSave(flat) for name, flat in items.items() if flat}
         args[_EXTRAS] = ocp.args.JsonSave(dict(extras))
         with jax.transfer_guard("allow"):  # this is the place where a training loop means to fetch its arrays
+            args[checksums.DIRECTORY] = _ChecksumsSave(_checksums(items, extras))
             self._guard(lambda: self._start(step, ocp.args.Composite(**args), jax.tree.leaves(tree)))
 
     def latest(self) -> int | None:
@@ -110,21 +109,18 @@ class RunStore:
         sharding, or to the default device. Raises UserError if the step is missing, of another shape, or damaged.
         """
         directory = self._path / str(step)
-        if not _is_finished(directory):
+        if not is_finished(directory):
             raise UserError(f"{self._path} has no finished checkpoint of step {step}; "
                             f"finished: {finished_steps(self._path.parent) or 'none'}")  # fmt: skip
         tree = {}
-        for name, item in abstract_tree.items():
-            wanted = _flatten(item)
-            stores = _open_matching(directory, name, wanted)
+        sums = read_sums(directory)
+        for name, leaves in abstract_tree.items():
+            wanted = _flatten(leaves)
+            item = _open_matching(directory, name, wanted, sums)
             # One after another, and not by orbax, whose threads fill the terminal when a file is damaged.
-            leaves = [_to_device(directory, stores[place], leaf) for place, leaf in wanted.items()]
-            tree[name] = jax.tree.unflatten(jax.tree.structure(item), leaves)
-        try:
-            extras = self._manager.restore(step, args=ocp.args.Composite(**{_EXTRAS: ocp.args.JsonRestore()}))[_EXTRAS]
-        except (OSError, ValueError, KeyError) as error:
-            raise _damaged(directory, error) from error
-        return tree, extras
+            arrays = [_to_device(item, place, leaf) for place, leaf in wanted.items()]
+            tree[name] = jax.tree.unflatten(jax.tree.structure(leaves), arrays)
+        return tree, _read_extras(directory, sums.extras)
 
     def wait(self) -> None:
         """Return when the save under way is on disk. Raises UserError if it failed."""
@@ -152,7 +148,7 @@ class RunStore:
         """What an interrupted save or removal left; a removal leaves half a step under its final name."""
         if not is_lead():
             return []
-        half = lambda entry: entry.name.isdigit() and not _is_finished(entry)
+        half = lambda entry: entry.name.isdigit() and not is_finished(entry)
         return [entry for entry in self._path.iterdir() if entry.name.endswith(_TEMPORARY) or half(entry)]
 
     def _start(self, step: int, args: ocp.args.Composite, leaves: list[jax.Array]) -> None:
@@ -189,23 +185,10 @@ def _check_same_model(workdir: str | os.PathLike, old, new, path: str = "model")
             raise UserError(f"{workdir} holds a run with {name} = {was}, not {now}; use its config or another workdir")
 
 
-def finished_steps(path: str | os.PathLike) -> list[int]:
-    """Steps of a v4jax directory whose checkpoint is complete, in order."""
-    steps = steps_path(path)
-    if not steps.is_dir():
-        return []
-    return sorted(int(entry.name) for entry in steps.iterdir() if entry.name.isdigit() and _is_finished(entry))
-
-
-def steps_path(path: str | os.PathLike) -> pathlib.Path:
-    return pathlib.Path(os.path.realpath(path)) / STEPS_NAME
-
-
-def _is_finished(directory: pathlib.Path) -> bool:
-    try:
-        return json.loads((directory / _COMPLETE).read_bytes())["commit_timestamp_nsecs"] is not None
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+def _checksums(items: Mapping[str, Mapping[str, jax.Array]], extras: Mapping) -> dict:
+    """Content of this process' file of checksums."""
+    sums = {name: checksums.of_shards(flat) for name, flat in items.items()}
+    return checksums.to_json(sums, checksums.json_digest(extras), jax.process_count())
 
 
 def _flatten(tree) -> dict[str, object]:
@@ -224,77 +207,62 @@ class OrbaxTensors(LazyTensors):
     """Weights of the newest finished step of a v4jax directory.
 
     All names, shapes and types are checked at once, data is read when asked for. mxfp4: the experts were trained to be
-    rounded to MXFP4, and are as they are read (again, if they were: it changes nothing). Raises UserError.
+    rounded to MXFP4, and are as they are read (again, if they were: it changes nothing). verify: compare what is read
+    with its checksums. Raises UserError.
     """
 
-    def __init__(self, path: str | os.PathLike, model: Model, dtype: np.dtype | None = None, mxfp4: bool = False):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        model: Model,
+        dtype: np.dtype | None = None,
+        mxfp4: bool = False,
+        verify: bool = True,
+    ):
         super().__init__(mapping.tensors(model))
         steps = finished_steps(path)
         if not steps:
             raise UserError(f"{path} has no finished checkpoint; train until the first one is saved, or copy it again")
         self._directory, self._wanted, self._mxfp4 = steps_path(path) / str(steps[-1]), dtype, mxfp4
-        self._stores = _open_item(self._directory, WEIGHTS)
+        self._item = StepItem(self._directory, WEIGHTS, read_sums(self._directory) if verify else None)
         wanted = {name: (tensor.shape, tensor.role == "index") for name, tensor in self._tensors.items()}
-        found = {name: (store.shape, store.dtype.numpy_dtype.kind in "iu") for name, store in self._stores.items()}
+        found = {name: (store.shape, store.dtype.numpy_dtype.kind in "iu") for name, store in self._item.stores.items()}
         _report_difference(self._directory, found, wanted, lambda shape, integer: f"{list(shape)}{' int' * integer}")
 
     def dtype(self, name: str) -> np.dtype:
-        return memory_dtype(self._tensors[name].role, self._stores[name].dtype.numpy_dtype, self._wanted)
+        return memory_dtype(self._tensors[name].role, self._item.stores[name].dtype.numpy_dtype, self._wanted)
 
     def read(self, name: str, leading: int | slice = slice(None)) -> np.ndarray:
-        array = _read(self._directory, self._stores[name][leading])
+        array = self._item.read(name, (leading,) if self._tensors[name].shape else ())
         if self._mxfp4 and ".experts." in name:
             array = np.asarray(_mxfp4(array))
         return array.astype(self.dtype(name), copy=False)
 
 
-def _open_item(directory: pathlib.Path, item: str) -> dict[str, tensorstore.TensorStore]:
-    """The arrays of one item by name, unread."""
-    try:
-        metadata = json.loads((directory / item / "_METADATA").read_bytes())
-        (directory / item / "manifest.ocdbt").stat()  # tensorstore takes a missing one for an empty database
-        driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-        base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory / item}/"}}
-        marker = "/zarr.json" if driver == "zarr3" else "/.zarray"
-        keys = [key.decode() for key in tensorstore.KvStore.open(base).result().list().result()]
-        names = [key.removesuffix(marker) for key in keys if key.endswith(marker)]
-        specs = {name: {"driver": driver, "kvstore": {**base, "path": f"{name}/"}} for name in names}
-        context = tensorstore.Context()
-        opened = {name: tensorstore.open(spec, context=context, open=True) for name, spec in specs.items()}
-        return {name: future.result() for name, future in opened.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise _damaged(directory, error) from error
-
-
-def _open_matching(directory: pathlib.Path, item: str, wanted: Mapping) -> dict[str, tensorstore.TensorStore]:
-    """`_open_item` of exactly the wanted leaves; UserError if an item holds others."""
+def _open_matching(
+    directory: pathlib.Path, name: str, wanted: Mapping, sums: checksums.StepSums | None
+) -> StepItem | None:
+    """An item that holds exactly the wanted leaves; UserError if it holds others, None if none are wanted."""
     if not wanted:
-        return {}
-    if not (directory / item).is_dir():
-        raise UserError(f"{directory} holds no {item!r}; a run can be resumed only from a checkpoint of a run")
-    stores = _open_item(directory, item)
+        return None
+    if not (directory / name).is_dir():
+        raise UserError(f"{directory} holds no {name!r}; a run can be resumed only from a checkpoint of a run")
+    item = StepItem(directory, name, sums)
     _report_difference(
         directory,
-        {name: (store.shape, store.dtype.numpy_dtype) for name, store in stores.items()},
+        {name: (store.shape, store.dtype.numpy_dtype) for name, store in item.stores.items()},
         {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in wanted.items()},
         lambda shape, dtype: f"{dtype.name}{list(shape)}",
     )
-    return stores
+    return item
 
 
-def _to_device(directory: pathlib.Path, store: tensorstore.TensorStore, leaf) -> jax.Array:
+def _to_device(item: StepItem, name: str, leaf) -> jax.Array:
     """Read an array onto the sharding of `leaf`, each shard by itself, or onto the default device."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
-        return jax.device_put(_read(directory, store))
-    return jax.make_array_from_callback(store.shape, sharding, lambda index: _read(directory, store[index]))
-
-
-def _read(directory: pathlib.Path, store: tensorstore.TensorStore) -> np.ndarray:
-    try:
-        return store.read().result()
-    except (OSError, ValueError) as error:
-        raise _damaged(directory, error) from error
+        return jax.device_put(item.read(name))
+    return jax.make_array_from_callback(tuple(leaf.shape), sharding, lambda index: item.read(name, index))
 
 
 def _report_difference(directory: pathlib.Path, found: dict, wanted: dict, describe: Callable[..., str]) -> None:
@@ -311,9 +279,14 @@ def _report_difference(directory: pathlib.Path, found: dict, wanted: dict, descr
     )
 
 
-def _damaged(directory: pathlib.Path, error: Exception) -> UserError:
-    cause = " ".join(str(error).split())[:200]
-    return UserError(f"{directory} is damaged ({cause}); remove it to go on from an earlier one, or copy it again")
+def _read_extras(directory: pathlib.Path, digest: str | None) -> dict:
+    try:
+        extras = json.loads((directory / _EXTRAS / "metadata").read_bytes())
+    except (OSError, ValueError) as error:
+        raise damaged(directory, f"{_EXTRAS}: {error}") from error
+    if checksums.json_digest(extras) != digest:
+        raise damaged(directory, f"{_EXTRAS}/metadata differs from its checksum")
+    return extras
 
 
 # --- orbax's manners ---------------------------------------------------------------------------------------------
@@ -339,3 +312,37 @@ def _from_elsewhere(record: logging.LogRecord) -> bool:
     frames = traceback.walk_tb(record.exc_info[2] if record.exc_info else None)
     files = [record.pathname, *(frame.f_code.co_filename for frame, _ in frames)]
     return record.levelno >= logging.CRITICAL or not any(f"{os.sep}orbax{os.sep}" in file for file in files)
+
+
+class _LiteralPath(type(epath.Path())):
+    """A path whose `glob` takes only its argument as a pattern; etils takes "[", "*" and "?" of the path for one too."""
+
+    def glob(self, pattern: str) -> Iterator[_LiteralPath]:
+        return (self / found.relative_to(self) for found in pathlib.Path(self).glob(pattern))
+
+
+class ItemHandler(ocp.PyTreeCheckpointHandler):
+    """Orbax's handler of a tree, whose last step also works for paths with the characters of a pattern."""
+
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(_LiteralPath(directory))
+        if not (directory / "manifest.ocdbt").exists():  # orbax skips the merge in silence where it finds no files
+            raise RuntimeError(f"orbax wrote no index of the arrays in {directory}")
+
+
+@ocp.args.register_with_handler(ItemHandler, for_save=True)
+class _ItemSave(ocp.args.PyTreeSave):
+    pass
+
+
+class _ChecksumsHandler(ocp.JsonCheckpointHandler):
+    """Writes checksums/<process>.json, one file of each process."""
+
+    def __init__(self):
+        every_process = ocp.options.MultiprocessingOptions(primary_host=None)
+        super().__init__(f"{jax.process_index()}.json", multiprocessing_options=every_process)
+
+
+@ocp.args.register_with_handler(_ChecksumsHandler, for_save=True)
+class _ChecksumsSave(ocp.args.JsonSave):
+    pass

@@ -1,7 +1,9 @@
 """Safetensors directories: read any slice by byte range, write tensor by tensor.
 
 A file is 8 bytes of header length (little endian), a JSON header {name: {dtype, shape, data_offsets}} and the raw
-row-major data. Own code because the safetensors library cannot hand FP8 and FP4 to numpy, and because errors here
+row-major data. `write_safetensors` leaves an xxh3-64 of every tensor in the header's `__metadata__`, so that it stays
+with the file and goes when another program writes the file anew; tensors are compared with it as they are read. Own
+code because the safetensors library cannot hand FP8 and FP4 to numpy, and because errors here
 name the file and the cure in one line (UserError).
 """
 
@@ -16,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 
 from v4jax.checkpoint.atomic import require_space, write_all, write_text
 from v4jax.core import dtypes
@@ -23,19 +26,25 @@ from v4jax.core.check import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_DIGESTS = "xxh3_64"  # key of the checksums in the metadata of a header: JSON of {tensor: 16 hexadecimal digits}
+_BLOCK_BYTES = 1 << 20  # read and hashed together
 _MAX_HEADER = 100_000_000  # the library's own limit
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: file, safetensors code, shape, first and last byte (exclusive) in the file."""
+    """Where one tensor lies: file, safetensors code, shape, first and last byte (exclusive) in the file.
+
+    digest: xxh3-64 of the bytes in hexadecimal, None in files without checksums.
+    """
 
     file: pathlib.Path
     code: str
     shape: tuple[int, ...]
     start: int
     stop: int
+    digest: str | None = None
 
 
 class SafetensorsDir:
@@ -43,10 +52,13 @@ class SafetensorsDir:
 
     Shards come from model.safetensors.index.json, else model.safetensors, else every *.safetensors. All headers are
     read and checked at once; no tensor data is. Raises UserError for anything missing, damaged or inconsistent.
+
+    verify: compare every tensor that is read with its checksum, where the file has one.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, verify: bool = True):
         self.path = pathlib.Path(path)
+        self._verify = verify
         self._tensors = _open_file(self.path) if self.path.is_file() else _open_directory(self.path)
 
     def names(self) -> list[str]:
@@ -73,17 +85,23 @@ class SafetensorsDir:
     def read(self, name: str, index: int | slice | tuple = ()) -> np.ndarray:
         """A tensor, or `tensor[index]`, reading only the bytes of the indexed leading axes.
 
-        index: ints and slices of step 1. Returns a new, writable array. F4 tensors are read whole, then indexed.
+        index: ints and slices of step 1. Returns a new, writable array. F4 tensors, and tensors that are verified, are
+        read whole, then indexed. Raises UserError for a tensor that differs from its checksum.
         """
         info = self.info(name)
         index = index if isinstance(index, tuple) else (index,)
+        ranges, kept = _normalise(name, info.shape, index)
         dtype = dtypes.numpy_dtype(info.code)
+        verify = self._verify and info.digest is not None
         with _open(info.file) as file:
-            if info.code == "F4":
+            if verify or info.code == "F4":
                 raw = np.empty(info.stop - info.start, np.uint8)
-                _read_into(file, info, 0, raw)
-                return dtypes.unpack_f4(raw).reshape(info.shape)[index]
-            ranges, kept = _normalise(name, info.shape, index)
+                if verify:
+                    _read_verified(file, name, info, raw)
+                else:
+                    _read_into(file, info, 0, raw)
+                whole = (dtypes.unpack_f4(raw) if info.code == "F4" else raw.view(dtype)).reshape(info.shape)
+                return np.array(whole[index]) if index else whole
             out = np.empty([len(r) for r in ranges] + list(info.shape[len(ranges) :]), dtype)
             if out.size:
                 _read_ranges(file, info, ranges, out)
@@ -120,6 +138,17 @@ def _read_ranges(file, info: TensorInfo, ranges: list[range], out: np.ndarray) -
         position = [r[i] for r, i in zip(ranges[:-1], outer, strict=True)] + [ranges[-1].start]
         _read_into(file, info, sum(p * s for p, s in zip(position, strides, strict=False)), run)
     return None
+
+
+def _read_verified(file, name: str, info: TensorInfo, out: np.ndarray) -> None:
+    """Read a whole tensor and compare it with its checksum, block by block while a block is in the CPU's cache."""
+    state = xxhash.xxh3_64()
+    for offset in range(0, out.size, _BLOCK_BYTES):
+        block = out[offset : offset + _BLOCK_BYTES]
+        _read_into(file, info, offset, block)
+        state.update(block)
+    if state.hexdigest() != info.digest:
+        raise _damaged(info.file, f"holds {name!r}, which differs from its checksum")
 
 
 def _read_into(file, info: TensorInfo, offset: int, out: np.ndarray) -> None:
@@ -202,7 +231,9 @@ def _open_file(path: pathlib.Path) -> dict[str, TensorInfo]:
         raise _damaged(path, f"has an unreadable header ({error})") from error
     if not isinstance(header, dict):
         raise _damaged(path, "has a header that is no JSON object")
-    tensors = {n: _parse_entry(path, n, e, 8 + length) for n, e in header.items() if n != "__metadata__"}
+    digests = _digests(path, header.get("__metadata__"))
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    tensors = {name: _parse_entry(path, name, e, 8 + length, digests.get(name)) for name, e in entries.items()}
     end, previous = 8 + length, ""
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start < end and info.stop > info.start:
@@ -214,7 +245,21 @@ def _open_file(path: pathlib.Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _parse_entry(path: pathlib.Path, name: str, entry, base: int) -> TensorInfo:
+def _digests(path: pathlib.Path, metadata) -> dict[str, str]:
+    """Checksums by tensor name from the metadata of a header; none in a file that has no checksums."""
+    text = metadata.get(_DIGESTS) if isinstance(metadata, dict) else None
+    if text is None:
+        return {}
+    try:
+        digests = json.loads(text)
+    except (TypeError, ValueError) as error:
+        raise _damaged(path, f"has unreadable checksums ({error})") from error
+    if not isinstance(digests, dict):
+        raise _damaged(path, "has checksums that are no JSON object")
+    return digests
+
+
+def _parse_entry(path: pathlib.Path, name: str, entry, base: int, digest: str | None) -> TensorInfo:
     try:
         code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers_ok = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
@@ -228,7 +273,7 @@ def _parse_entry(path: pathlib.Path, name: str, entry, base: int) -> TensorInfo:
         raise _damaged(
             path, f"gives {name!r} {stop - start} bytes, but {code}{list(shape)} takes {dtypes.nbytes(code, shape)}"
         )
-    return TensorInfo(path, code, shape, base + start, base + stop)
+    return TensorInfo(path, code, shape, base + start, base + stop, digest)
 
 
 def _unique(pairs: list[tuple]) -> dict:
@@ -283,6 +328,7 @@ def write_safetensors(directory: str | os.PathLike, entries: Sequence[Entry], ma
     """Write tensors one at a time as model.safetensors, or as numbered shards with an index when they exceed one.
 
     A failure leaves partial files: wrap the call in `replace_directory`. A tensor above the limit gets its own shard.
+    All tensors are read back and compared with their checksums. Raises UserError if one differs.
     """
     directory = pathlib.Path(directory)
     total = sum(entry.nbytes for entry in entries)
@@ -290,14 +336,17 @@ def write_safetensors(directory: str | os.PathLike, entries: Sequence[Entry], ma
     shards = _plan(entries, max_shard_bytes)
     if len(shards) == 1:
         _write_file(directory / SINGLE_NAME, shards[0])
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(directory / name, shard)
-        weight_map |= {entry.name: name for entry in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_text(directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    else:
+        weight_map = {}
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            _write_file(directory / name, shard)
+            weight_map |= {entry.name: name for entry in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_text(directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    written = SafetensorsDir(directory)
+    for name in written.names():
+        written.read(name)
 
 
 def _plan(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
@@ -313,7 +362,27 @@ def _plan(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
 
 
 def _write_file(path: pathlib.Path, entries: list[Entry]) -> None:
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without this mark
+    digests = {entry.name: "0" * 16 for entry in entries}  # the header is written again when they are known
+    with open(path, "wb", buffering=0) as file:
+        write_all(file, _header(entries, digests))
+        for entry in entries:
+            array = entry.load()
+            if array.shape != tuple(entry.shape) or array.dtype != entry.dtype:
+                raise ValueError(f"{entry.name}: got {array.dtype}{array.shape}, planned {entry.dtype}{entry.shape}")
+            if dtypes.code_of(entry.dtype) == "F4":
+                array = dtypes.pack_f4(array.reshape(-1))
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            digests[entry.name] = xxhash.xxh3_64_hexdigest(data)
+            write_all(file, data)
+        file.seek(0)
+        write_all(file, _header(entries, digests))
+        os.fsync(file.fileno())
+
+
+def _header(entries: list[Entry], digests: dict[str, str]) -> bytes:
+    """The header of a file with its length; its size does not depend on the values of the digests."""
+    # transformers refuses files without this format.
+    header: dict[str, dict] = {"__metadata__": {"format": "pt", _DIGESTS: json.dumps(digests, separators=(",", ":"))}}
     offset = 0
     for entry in entries:
         header[entry.name] = {
@@ -324,13 +393,4 @@ def _write_file(path: pathlib.Path, entries: list[Entry]) -> None:
         offset += entry.nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    with open(path, "wb", buffering=0) as file:
-        write_all(file, len(raw).to_bytes(8, "little") + raw)
-        for entry in entries:
-            array = entry.load()
-            if array.shape != tuple(entry.shape) or array.dtype != entry.dtype:
-                raise ValueError(f"{entry.name}: got {array.dtype}{array.shape}, planned {entry.dtype}{entry.shape}")
-            if dtypes.code_of(entry.dtype) == "F4":
-                array = dtypes.pack_f4(array.reshape(-1))
-            write_all(file, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-        os.fsync(file.fileno())
+    return len(raw).to_bytes(8, "little") + raw

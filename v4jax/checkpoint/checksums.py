@@ -1,0 +1,159 @@
+"""Checksums of stored arrays: xxh3-64 of every part of an array, computed from memory before it is written.
+
+A part is a box of the regular grid in which an array is written, one shard of a sharded array. A process that reads
+a region of an array verifies the parts that cover the region, so a sharded restore verifies what it reads and no more.
+
+A step of a v4jax directory keeps them in `checksums/<process>.json`, one file per process that wrote shards:
+
+    {"processes": 2, "arrays": {item: {name: [shape of a part, {"row.column": checksum}]}}, "extras": checksum}
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import xxhash
+
+DIRECTORY = "checksums"
+_MOST_THREADS = 16
+
+
+class Mismatch(Exception):
+    """Data differs from its checksum, or the checksums themselves are incomplete; the message says which."""
+
+
+def digest(data) -> str:
+    """xxh3-64 of an array in row-major order, or of bytes, as 16 hexadecimal digits."""
+    if isinstance(data, np.ndarray):
+        data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def json_digest(value) -> str:
+    """`digest` of a JSON value, independent of the order of its keys."""
+    return digest(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode())
+
+
+@dataclass(frozen=True)
+class PartSums:
+    """Checksums of one array.
+
+    part: shape of a part. sums: checksum by position in the grid of parts, "0.3"; a scalar is part "0".
+    """
+
+    part: tuple[int, ...]
+    sums: Mapping[str, str]
+
+    def cover(self, region: Sequence[slice], shape: Sequence[int]) -> tuple[slice, ...]:
+        """The smallest box of whole parts around a region of an array of this shape."""
+        axes = zip(region, self.part, shape, strict=True)
+        return tuple(slice(r.start // p * p, min(-(-r.stop // p) * p, n)) for r, p, n in axes)
+
+    def verify(self, array: np.ndarray, box: Sequence[slice]) -> None:
+        """Compare `array`, which is the box of whole parts `box`, with the checksums. Raises Mismatch."""
+        grid = tuple(-(-size // part) for size, part in zip(array.shape, self.part, strict=True))
+        parts = []
+        for position in np.ndindex(grid):
+            inside = tuple(slice(i * p, (i + 1) * p) for i, p in zip(position, self.part, strict=True))
+            key = _key(i + s.start // p for i, s, p in zip(position, box, self.part, strict=True))
+            parts.append((key, array[inside]))
+        for (key, _), found in zip(parts, digests([part for _, part in parts]), strict=True):
+            if key not in self.sums:
+                raise Mismatch(f"has no checksum of its part {key}")
+            if found != self.sums[key]:
+                raise Mismatch("differs from its checksum")
+
+
+def digests(arrays: Sequence[np.ndarray]) -> list[str]:
+    """`digest` of several arrays, on several threads; xxhash releases the interpreter lock."""
+    if len(arrays) < 2:
+        return [digest(array) for array in arrays]
+    with concurrent.futures.ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1, len(arrays))) as pool:
+        return list(pool.map(digest, arrays))
+
+
+def of_array(array: np.ndarray, part: Sequence[int]) -> PartSums:
+    """Checksums of an array in memory that is stored in parts of the shape `part`."""
+    grid = list(np.ndindex(*(-(-size // p) for size, p in zip(array.shape, part, strict=True))))
+    cut = [array[tuple(slice(i * p, (i + 1) * p) for i, p in zip(at, part, strict=True))] for at in grid]
+    return PartSums(tuple(part), dict(zip(map(_key, grid), digests(cut), strict=True)))
+
+
+def of_shards(leaves: Mapping[str, jax.Array]) -> dict[str, PartSums]:
+    """Checksums of the shards that this process holds the first copy of; the parts are the shards."""
+    for leaf in leaves.values():
+        leaf.copy_to_host_async()
+    found, shards = {}, []
+    for name, leaf in leaves.items():
+        part, sums = leaf.sharding.shard_shape(leaf.shape), {}
+        for shard in leaf.addressable_shards:
+            if shard.replica_id == 0:
+                key = _key((s.start or 0) // p for s, p in zip(shard.index, part, strict=True))
+                shards.append((sums, key, np.asarray(shard.data)))
+        found[name] = PartSums(part, sums)
+    for (sums, key, _), value in zip(shards, digests([data for *_, data in shards]), strict=True):
+        sums[key] = value
+    return found
+
+
+# --- the files of a step -----------------------------------------------------------------------------------------
+
+
+def to_json(items: Mapping[str, Mapping[str, PartSums]], extras: str | None, processes: int) -> dict:
+    """Content of `checksums/<process>.json`. extras: `json_digest` of the step's extras, None where it has none."""
+    arrays = {item: {name: [s.part, s.sums] for name, s in sums.items()} for item, sums in items.items()}
+    return {"processes": processes, "arrays": arrays, "extras": extras}
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Checksums of a step: {item: {name: PartSums}} of its arrays, and of its extras."""
+
+    items: dict[str, dict[str, PartSums]]
+    extras: str | None
+
+    @classmethod
+    def read(cls, step: pathlib.Path) -> StepSums:
+        """The checksums that all processes left in the directory of a step. Raises Mismatch if any is missing."""
+        try:
+            first = _read(step, 0)
+            files = [first, *(_read(step, process) for process in range(1, first["processes"]))]
+            items: dict[str, dict[str, PartSums]] = {}
+            for arrays in (file["arrays"] for file in files):
+                for item, leaves in arrays.items():
+                    known = items.setdefault(item, {})
+                    for name, (part, sums) in leaves.items():
+                        before = known.get(name, PartSums(tuple(part), {})).sums
+                        known[name] = PartSums(_positive(part), {**before, **sums})
+            return cls(items, first["extras"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{error.strerror}" if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            raise Mismatch(f"{DIRECTORY}/ is incomplete or unreadable ({reason})") from error
+
+    def of(self, item: str, name: str) -> PartSums:
+        """Checksums of one array. Raises Mismatch if there are none."""
+        try:
+            return self.items[item][name]
+        except KeyError:
+            raise Mismatch("has no checksum") from None
+
+
+def _read(step: pathlib.Path, process: int) -> dict:
+    return json.loads((step / DIRECTORY / f"{process}.json").read_bytes())
+
+
+def _positive(part: list) -> tuple[int, ...]:
+    if not all(type(size) is int and size > 0 for size in part):
+        raise ValueError(f"a part has the shape {part}")
+    return tuple(part)
+
+
+def _key(position) -> str:
+    return ".".join(map(str, position)) or "0"
