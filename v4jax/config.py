@@ -129,6 +129,7 @@ class Data:
     tokenizer: str = "auto"  # "auto": the packaged BPE; else a tokenizer.json
     seq_len: int = 256
     questions: int = 8  # source "needle": asked at the end of each row
+    on_change: str = "refuse"  # resuming a run on other data: refuse, or restart: read the new data from its first row
 
 
 @dataclass(frozen=True)
@@ -339,6 +340,7 @@ def validate(config: Config) -> Config:
     for name, value, known in [
         ("train.spike", train.spike, ("off", "skip", "rollback")), ("train.matmul", train.matmul, ("plain", "fp8")),
         ("train.expert_weights", train.expert_weights, ("plain", "mxfp4")),
+        ("data.on_change", data.on_change, ("refuse", "restart")),
         *(("train.offload", part, ("optimizer", "streams")) for part in train.offload),
     ]:  # fmt: skip
         _require(value in known, f"{name} is {value!r}; one of {', '.join(known)}")

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -56,6 +58,72 @@ def test_resume_is_exact(config):
     resumed = iter(make_dataset(config, TOKENIZER, seed=1))
     resumed.set_state(state)
     _same(_take(resumed, 4), straight[5:])
+
+
+def _with(config, **changes):
+    """The config with other fields, named "data.seq_len" and so on with "__" for the dot."""
+    for name, value in changes.items():
+        part, field = name.split("__")
+        config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **{field: value})})
+    return config
+
+
+def _state_after(config, batches, seed=1):
+    iterator = iter(make_dataset(config, TOKENIZER, seed=seed))
+    _take(iterator, batches)
+    return json.loads(json.dumps(iterator.get_state()))
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_another_batch_size_goes_on_at_the_next_row(config, size):
+    """No row is read twice and none is left out, whatever the sizes."""
+    straight = _row_keys(_take(iter(make_dataset(config, TOKENIZER, seed=1)), 20))
+    resumed = iter(make_dataset(_with(config, train__batch_size=size), TOKENIZER, seed=1))
+    resumed.set_state(_state_after(config, 5))
+    assert _row_keys(_take(resumed, 6)) == straight[20 : 20 + 6 * size]
+    back = iter(make_dataset(config, TOKENIZER, seed=1))
+    back.set_state(json.loads(json.dumps(resumed.get_state())))
+    assert _row_keys(_take(back, 2)) == straight[20 + 6 * size :][:8]
+
+
+@pytest.mark.parametrize("changes, seed, named", [
+    ({"data__seq_len": 32}, 1, "changed: data.seq_len 64 -> 32"),
+    ({}, 2, "changed: train.seed 1 -> 2"),
+    ({"data__source": "edited"}, 1, r"changed: data.source\)"),
+    ({"data__source": "edited", "data__seq_len": 32}, 2, "changed: data.source, data.seq_len 64 -> 32, train.seed 1"),
+    ({"data__heldout": "edited"}, 1, r"changed: data.source, data.heldout\)"),
+])  # fmt: skip
+def test_other_data_is_refused_or_read_from_its_first_row(config, tmp_path, changes, seed, named):
+    text = pathlib.Path(config.data.source).read_text()
+    (tmp_path / "edited.jsonl").write_text(text.replace("the", "thy", 1))
+    changes = {name: str(tmp_path / "edited.jsonl") if value == "edited" else value for name, value in changes.items()}
+    state, other = _state_after(config, 5), _with(config, **changes)
+    with pytest.raises(UserError, match=named) as caught:
+        iter(make_dataset(other, TOKENIZER, seed=seed)).set_state(state)
+    assert "--config.data.on_change=restart" in str(caught.value) and "\n" not in str(caught.value)
+    allowed = iter(make_dataset(_with(other, data__on_change="restart"), TOKENIZER, seed=seed))
+    allowed.set_state(state)
+    _same(_take(allowed, 3), _take(iter(make_dataset(other, TOKENIZER, seed=seed)), 3))
+    assert allowed.get_state()["former"] == [{"rows": 20, **state["identity"]}]
+    again = iter(make_dataset(other, TOKENIZER, seed=seed))  # the new data is now the run's
+    again.set_state(json.loads(json.dumps(allowed.get_state())))
+    assert again.get_state() == allowed.get_state()
+
+
+def test_another_tokenizer_is_refused(config, tmp_path):
+    TOKENIZER.save(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["model"]["merges"] = spec["model"]["merges"][:-500]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match=r"changed: data.tokenizer\)"):
+        iter(make_dataset(config, Tokenizer(tmp_path), seed=1)).set_state(_state_after(config, 5))
+
+
+def test_a_copy_of_the_data_elsewhere_is_the_same_data(config, tmp_path):
+    (tmp_path / "copy.jsonl").write_bytes(pathlib.Path(config.data.source).read_bytes())
+    moved = iter(make_dataset(_with(config, data__source=str(tmp_path)), TOKENIZER, seed=1))
+    moved.set_state(_state_after(config, 5))
+    assert moved.get_state()["row"] == 20
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])

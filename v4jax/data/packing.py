@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import xxhash
 
 
 class PackedRows:
@@ -44,6 +45,13 @@ class PackedRows:
 
     def __len__(self) -> int:
         return len(self._row_start) - 1
+
+    def digest(self) -> str:
+        """xxh3-128 of all tokens and of their cut into rows, 32 hexadecimal digits."""
+        state = xxhash.xxh3_128()
+        for array in (self._tokens, self._start, self._length, self._row_start):
+            state.update(np.ascontiguousarray(array).view(np.uint8))
+        return state.hexdigest()
 
     @property
     def waste(self) -> float:

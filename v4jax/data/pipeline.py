@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grain
@@ -9,6 +10,7 @@ import numpy as np
 
 from v4jax.config import Config
 from v4jax.core.check import UserError
+from v4jax.data import identity
 from v4jax.data.needle import SOURCE as NEEDLE
 from v4jax.data.needle import NeedleRows
 from v4jax.data.packing import PackedRows
@@ -19,12 +21,56 @@ _ENDLESS = 1 << 40  # rows of a synthetic source
 _HELDOUT_NEEDLES = 64
 
 
+class BatchIterator:
+    """Endless or one-pass batches; its state is a row and fits any batch size.
+
+    The state also holds the identity of the data (`data/identity.py`). A state of other data is refused, or, where
+    `data.on_change` is "restart", the new data is read from its first row and the former identity is kept in
+    `former`: [{"rows": rows that were read of it, **identity}].
+    """
+
+    def __init__(self, batches: Batches):
+        self._batches, self._former = batches, []
+        self._start_at(0)
+
+    def _start_at(self, row: int) -> None:
+        self._row = row
+        self._iterator = iter(self._batches.dataset_from(row))
+
+    def __iter__(self) -> BatchIterator:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._iterator)
+        self._row += self._batches.size
+        return batch
+
+    def get_state(self) -> dict[str, object]:
+        """JSON of the place after the last batch: the next row of the global order, and what it belongs to."""
+        return {"row": self._row, "identity": self._batches.identity, "former": self._former}
+
+    def set_state(self, state: dict) -> None:
+        """Go on from a state, also one of another batch size. Raises UserError if it belongs to other data."""
+        old, new = state["identity"], self._batches.identity
+        self._former = list(state["former"])
+        if not identity.changed(old, new):
+            self._start_at(state["row"])
+        elif self._batches.restart:
+            self._former.append({"rows": state["row"], **old})
+            self._start_at(0)
+        else:
+            raise identity.refusal(old, new)
+
+
 @dataclass(frozen=True)
 class Batches:
-    """An iterable of batches; `iter()` gives a grain iterator with `get_state()` and `set_state(state)`.
+    """An iterable of batches; `iter()` gives a `BatchIterator`.
 
     A batch is a dict of int32 arrays [B, T], tokens_BT targets_BT targets2_BT segments_BT positions_BT, as described in
     `PackedRows`; B is this process' share of the global batch.
+
+    dataset_from(row): the batches from this row of the global order on. size: rows of a global batch. identity: what
+    tells these rows and their order from others. restart: a state of other data starts this data anew.
 
     `num_targets` and `num_bytes` count one pass over all processes. Bits per byte is
     sum(nll in nats over targets >= 0) / ln 2 / num_bytes. The model pays for predicting eos, which ends each document
@@ -32,14 +78,17 @@ class Batches:
     Synthetic rows (`NeedleRows`) have no end and stand for no text: both are 0.
     """
 
-    dataset: grain.IterDataset
+    dataset_from: Callable[[int], grain.IterDataset]
     rows: PackedRows | NeedleRows
     batches: int | None  # None: endless
     num_targets: int
     num_bytes: int
+    size: int
+    identity: dict[str, object]
+    restart: bool
 
-    def __iter__(self) -> grain.DatasetIterator:
-        return iter(self.dataset)
+    def __iter__(self) -> BatchIterator:
+        return BatchIterator(self)
 
     def __len__(self) -> int:
         if self.batches is None:
@@ -92,7 +141,19 @@ def make_dataset(
         order, batches = _one_pass(chosen, size)
     targets_N = rows.targets(chosen)
     num_bytes = int(token_bytes(tokenizer)[targets_N].sum())
-    return Batches(_batched(order, rows, size, mine), rows, batches, len(targets_N), num_bytes)
+    known = {
+        "documents": identity.of_documents(corpus.train),
+        "heldout": identity.of_documents(corpus.heldout),
+        "tokens": rows.digest(),
+        "seq_len": config.data.seq_len,
+        "align": config.model.alignment,
+        "seed": seed,
+        "order": identity.of_order(order),
+    }
+    return Batches(
+        _batched(order, rows, size, mine), rows, batches, len(targets_N), num_bytes, size, known,
+        config.data.on_change == "restart",
+    )  # fmt: skip
 
 
 def _needle_batches(config: Config, split: str, seed: int, mine: slice) -> Batches:
@@ -102,7 +163,11 @@ def _needle_batches(config: Config, split: str, seed: int, mine: slice) -> Batch
         order, batches = grain.MapDataset.range(_ENDLESS), None
     else:
         order, batches = _one_pass(np.arange(config.train.eval_rows or _HELDOUT_NEEDLES), size)
-    return Batches(_batched(order, rows, size, mine), rows, batches, 0, 0)
+    known = {"documents": NEEDLE, "tokens": identity.of_row(rows[0]), "seq_len": data.seq_len,
+             "questions": data.questions, "seed": seed}  # fmt: skip
+    return Batches(
+        _batched(order, rows, size, mine), rows, batches, 0, 0, size, known, data.on_change == "restart"
+    )
 
 
 def _one_pass(chosen: np.ndarray, size: int) -> tuple[grain.MapDataset, int]:
@@ -111,15 +176,21 @@ def _one_pass(chosen: np.ndarray, size: int) -> tuple[grain.MapDataset, int]:
     return grain.MapDataset.source(np.pad(chosen, (0, batches * size - len(chosen)), constant_values=-1)), batches
 
 
-def _batched(order: grain.MapDataset, rows, size: int, mine: slice) -> grain.IterDataset:
-    """This process' share of batches of `size` rows in this order."""
-    dataset = order.batch(size, batch_fn=np.asarray).map(lambda indices: _stack(rows, indices[mine]))
-    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+def _batched(order: grain.MapDataset, rows, size: int, mine: slice) -> Callable[[int], grain.IterDataset]:
+    """A function that gives this process' share of batches of `size` rows, from a row of this order on."""
+
+    def dataset_from(row: int) -> grain.IterDataset:
+        numbers = lambda batch: [order[i] for i in range(row + batch * size, row + (batch + 1) * size)[mine]]
+        count = min(len(order) - row, _ENDLESS) // size
+        dataset = grain.MapDataset.range(count).map(lambda batch: _stack(rows, numbers(batch)))
+        return dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+
+    return dataset_from
 
 
-def _stack(rows: PackedRows | NeedleRows, indices: np.ndarray) -> dict[str, np.ndarray]:
+def _stack(rows: PackedRows | NeedleRows, indices: Sequence[int]) -> dict[str, np.ndarray]:
     """The rows as one batch; -1 stands for an empty row."""
-    picked = [rows[i] if i >= 0 else rows.empty_row() for i in indices.tolist()]
+    picked = [rows[i] if i >= 0 else rows.empty_row() for i in indices]
     return {name.replace("_T", "_BT"): np.stack([row[name] for row in picked]) for name in picked[0]}
 
 

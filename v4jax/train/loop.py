@@ -126,6 +126,9 @@ class _Run:
         with spinner(f"{self.config.name}: restoring the checkpoint", is_lead()):
             state, extras = self._restore(step)
         iterator.set_state(extras["data"])
+        if len(iterator.get_state()["former"]) > len(extras["data"]["former"]) and is_lead():
+            print(f"step {step}: reads other data from its first row on; checkpoints record which data it was before",
+                  file=sys.stderr, flush=True)  # fmt: skip
         self.measured = {int(at): value for at, value in extras["heldout"].items()}
         return state, iterator, step
 
