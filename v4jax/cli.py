@@ -109,7 +109,7 @@ def _cache(values: flags.FlagValues) -> dict[str, config_lib.Cache]:
 def _convert(values: flags.FlagValues, _: None) -> None:
     from v4jax.checkpoint import convert
 
-    options = given(values, "format", "dtype", "overwrite")
+    options = given(values, "format", "dtype", "overwrite", "verify")
     print(convert.convert(values.source, values.target, **options, progress=True))
     print(f"next: v4jax generate --checkpoint={values.target} --prompt=...")
 
@@ -216,6 +216,8 @@ COMMANDS = {
             _DTYPE,
             Flag("overwrite", "replace an earlier result in the target, and keep nothing of it", flags.DEFINE_bool,
                  False),
+            Flag("verify", "compare the source with its checksums; --noverify takes a damaged one as it is",
+                 flags.DEFINE_bool, True),
         ),
     ),
     "plan": Command(

@@ -16,6 +16,7 @@ import typing
 from dataclasses import dataclass, field
 
 from v4jax.core.check import UserError
+from v4jax.core.paths import local_path
 
 
 class ConfigError(UserError):
@@ -328,6 +329,11 @@ def validate(config: Config) -> Config:
     _validate_model(config.model)
     _validate_mesh(config.mesh)
     train, data, serve = config.train, config.data, config.serve
+    for name, path in [
+        ("data.source", data.source), ("data.heldout", data.heldout), ("data.tokenizer", data.tokenizer),
+        ("cache.directory", config.cache.directory), ("mesh.layout", config.mesh.layout),
+    ]:  # fmt: skip
+        local_path(path, name)
     for name, value in [
         ("train.steps", train.steps), ("train.batch_size", train.batch_size), ("data.seq_len", data.seq_len),
         ("data.questions", data.questions),

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 
 from v4jax.core.check import UserError
+from v4jax.core.paths import local_path
 
 
 def write_all(file, data) -> None:
@@ -46,7 +47,7 @@ def replace_directory(path: str | os.PathLike, marker: str, stale: Callable[[str
     links. One writer per path. Raises UserError when the disk is full or not writable, or when `path` is a non-empty
     directory without a file `marker` (so a mistyped path cannot swallow someone's files).
     """
-    path = pathlib.Path(os.path.realpath(path))
+    path = pathlib.Path(os.path.realpath(local_path(path, "target")))
     partial, previous = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.previous")
     try:
         _recover(path, previous)

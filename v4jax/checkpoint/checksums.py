@@ -11,15 +11,22 @@ A step of a v4jax directory keeps them in `checksums/<process>.json`, one file p
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import json
+import logging
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 import xxhash
+
+if TYPE_CHECKING:
+    import jax
+
+_log = logging.getLogger(__name__)
 
 DIRECTORY = "checksums"
 _MOST_THREADS = 16
@@ -101,6 +108,28 @@ def of_shards(leaves: Mapping[str, jax.Array]) -> dict[str, PartSums]:
     for (sums, key, _), value in zip(shards, digests([data for *_, data in shards]), strict=True):
         sums[key] = value
     return found
+
+
+# --- small files that people edit --------------------------------------------------------------------------------
+
+
+def of_files(directory: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
+    """`digest` of those of the files `names` of a directory that exist."""
+    return {name: digest((directory / name).read_bytes()) for name in names if (directory / name).is_file()}
+
+
+def warn_of_changes(directory: pathlib.Path, known: Mapping[str, str]) -> None:
+    """Log a warning for every file that differs from its `digest` in `known`; a file that is gone is none."""
+    found = of_files(directory, known)
+    for name in found:
+        if found[name] != known[name]:
+            warn_of_change(directory / name)
+
+
+@functools.lru_cache(maxsize=64)  # once each, however often the file is read
+def warn_of_change(file: pathlib.Path) -> None:
+    """Log that a text file is no longer what was written; its change may be meant, as no change of weights is."""
+    _log.warning("%s is not as v4jax wrote it: if nobody edited it, it is damaged; copy it again", file)
 
 
 # --- the files of a step -----------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ def convert(
     dtype: str | None = None,
     overwrite: bool = False,
     progress: bool = False,
+    verify: bool = True,
 ) -> Written:
     """Write the weights of `source` as `target`, with all that lies beside them; all of it or nothing.
 
@@ -57,6 +58,7 @@ def convert(
         dtype: "float32" or "bfloat16" for the matrices; None keeps the stored types.
         overwrite: replace a target that holds an earlier result, and keep nothing of it.
         progress: show how far it is, on stderr.
+        verify: compare the source with its checksums; False also takes a damaged one.
 
     Raises:
         UserError: the source is damaged, the disk is full, or the target holds anything and is not to be overwritten.
@@ -69,7 +71,7 @@ def convert(
     path = pathlib.Path(target)
     if not overwrite and path.is_dir() and any(path.iterdir()):
         raise UserError(f"{target} is not empty; choose another target, or pass --overwrite to replace all of it")
-    config, tensors = open_checkpoint(source, dtype)
+    config, tensors = open_checkpoint(source, dtype, verify)
     with _Progress(tensors, show=progress) as counted:
         write(path, format, config, counted, companions=companions_of(source), replace_all=overwrite)
     return Written(str(target), format, config.model.dtype, _sizes(path))

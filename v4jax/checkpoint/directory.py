@@ -18,19 +18,22 @@ import pathlib
 from dataclasses import replace
 
 from v4jax import config as config_lib
+from v4jax.checkpoint import checksums
 from v4jax.checkpoint.atomic import replace_text, write_error
 from v4jax.checkpoint.safetensors import read_json
 from v4jax.config import Config, Data, Model, Serve
 from v4jax.core.check import UserError
+from v4jax.core.paths import local_path
 
 CONFIG_NAME = "v4jax.json"
 FORMATS = ("huggingface", "orbax")
 _VERSION = 1
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def format_of(path: str | os.PathLike) -> str:
     """ "huggingface" or "orbax", by what the directory holds. Raises UserError if it is neither."""
-    path = pathlib.Path(path)
+    path = local_path(path, "checkpoint")
     known = "give a Hugging Face directory, a v4jax one, or the workdir of a training run"
     if not path.is_dir():
         raise UserError(f"{path} is {'a file' if path.exists() else 'missing'}; {known}")
@@ -41,12 +44,15 @@ def format_of(path: str | os.PathLike) -> str:
     raise UserError(f"{path} is no checkpoint, for it holds neither {CONFIG_NAME} nor config.json; {known}")
 
 
-def config_text(config: Config, fields: dict | None = None) -> str:
-    """Content of v4jax.json. fields: of a config.json, to be handed on (see companions.py)."""
-    values = {"format": _VERSION, "config": config_lib.to_dict(config)}
+def config_text(config: Config, files: dict[str, str], fields: dict | None = None) -> str:
+    """Content of v4jax.json.
+
+    files: checksums by name of the files beside it. fields: of a config.json, to be handed on (see companions.py).
+    """
+    values = {"format": _VERSION, "config": config_lib.to_dict(config), "files": files}
     if fields is not None:
         values["huggingface"] = fields
-    return json.dumps(values, indent=2) + "\n"
+    return json.dumps(values | {"checksum": checksums.json_digest(values)}, indent=2) + "\n"
 
 
 def save_config(path: str | os.PathLike, config: Config, tokenizer=None) -> None:
@@ -55,13 +61,14 @@ def save_config(path: str | os.PathLike, config: Config, tokenizer=None) -> None
     tokenizer: anything with `save(directory)`, such as data.Tokenizer. Raises UserError if nothing can be written, or
     the config is not valid.
     """
-    path = pathlib.Path(path)
+    path = local_path(path, "workdir")
     config_lib.validate(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None:
             tokenizer.save(path)
-        replace_text(path / CONFIG_NAME, config_text(config))  # last, for it is what makes the directory a checkpoint
+        files = checksums.of_files(path, _TOKENIZER_FILES)
+        replace_text(path / CONFIG_NAME, config_text(config, files))  # last, for it makes the directory a checkpoint
     except OSError as error:
         raise write_error(path, error, "no checkpoint was touched") from error
 
@@ -70,6 +77,7 @@ def read_config(path: str | os.PathLike) -> Config:
     """Config in the v4jax.json of a directory. Raises UserError for a damaged file or another version."""
     file = pathlib.Path(path) / CONFIG_NAME
     values = read_json(file)
+    _warn_of_changes(file, dict(values))
     if values.get("format") != _VERSION:
         raise UserError(f"{file} has the format {values.get('format')!r}, this v4jax reads {_VERSION}; "
                         "use the version that wrote it")  # fmt: skip
@@ -88,6 +96,16 @@ def read_fields(path: str | os.PathLike) -> dict | None:
     if fields is not None and not isinstance(fields, dict):
         raise UserError(f"{file}: the field 'huggingface' is no object; restore the file from a copy")
     return fields
+
+
+def _warn_of_changes(file: pathlib.Path, values: dict) -> None:
+    checksum = values.pop("checksum", None)
+    if checksum is None:  # written by hand
+        return
+    if checksums.json_digest(values) != checksum:
+        checksums.warn_of_change(file)
+    else:
+        checksums.warn_of_changes(file.parent, values["files"])
 
 
 def config_of_model(model: Model, name: str) -> Config:

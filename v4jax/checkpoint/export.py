@@ -19,7 +19,7 @@ from v4jax.checkpoint import checksums
 from v4jax.checkpoint.atomic import replace_directory, require_space, write_text
 from v4jax.checkpoint.companions import Companions
 from v4jax.checkpoint.directory import CONFIG_NAME, config_text
-from v4jax.checkpoint.orbax import ItemHandler, silence, system_error
+from v4jax.checkpoint.orbax import ItemHandler, ItemSave, silence, system_error
 from v4jax.checkpoint.step import STEPS_NAME, WEIGHTS, StepItem, finished_steps, steps_path
 from v4jax.checkpoint.tensors import described, memory_dtype, tokenizer_files
 from v4jax.config import Config
@@ -65,7 +65,8 @@ def write_orbax(
             if (cause := system_error(error)) is None:
                 raise
             raise cause from error
-        write_text(directory / CONFIG_NAME, config_text(config, companions.fields))
+        files = checksums.of_files(directory, sorted(file.name for file in directory.iterdir()))
+        write_text(directory / CONFIG_NAME, config_text(config, files, companions.fields))
 
 
 def _write_step(path: pathlib.Path, pending: dict[str, _Pending]) -> None:
@@ -76,7 +77,7 @@ def _write_step(path: pathlib.Path, pending: dict[str, _Pending]) -> None:
     )
     handlers = {WEIGHTS: ItemHandler(type_handler_registry=registry)}
     chunked = dict.fromkeys(pending, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
-    args = ocp.args.Composite(**{WEIGHTS: ocp.args.PyTreeSave(pending, save_args=chunked)})
+    args = ocp.args.Composite(**{WEIGHTS: ItemSave(pending, save_args=chunked)})
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     with ocp.CheckpointManager(path, item_handlers=handlers, options=options) as manager:
         manager.save(0, args=args)

@@ -17,7 +17,7 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 
-from v4jax.checkpoint import mapping
+from v4jax.checkpoint import checksums, mapping
 from v4jax.checkpoint.atomic import replace_directory, write_text
 from v4jax.checkpoint.companions import Companions
 from v4jax.checkpoint.safetensors import INDEX_NAME, Entry, SafetensorsDir, write_safetensors
@@ -50,6 +50,8 @@ def read_hf(path: str | os.PathLike, dtype=None, verify: bool = True) -> tuple[M
     values, source = hf_config.load_json(path)
     model = hf_config.from_hf(values, source)
     store = SafetensorsDir(path, verify)
+    if verify:
+        checksums.warn_of_changes(store.path, store.file_digests())
     if not _has_mtp(store):
         model = replace(model, mtp_layers=0)
     return model, HfTensors(
@@ -147,7 +149,8 @@ def write_hf(
             shutil.copyfile(source, directory / target)
         companions.copy_to(directory)
         write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
-        write_safetensors(directory, entries, max_shard_bytes)
+        files = sorted(file.name for file in directory.iterdir())
+        write_safetensors(directory, entries, max_shard_bytes, checksums.of_files(directory, files))
 
 
 # --- quantised weights -------------------------------------------------------------------------------------------

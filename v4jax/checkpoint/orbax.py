@@ -88,7 +88,7 @@ class RunStore:
         self.wait()
         if step in self._manager.all_steps():
             return
-        args = {name: _ItemSave(flat) for name, flat in items.items() if flat}
+        args = {name: ItemSave(flat) for name, flat in items.items() if flat}
         args[_EXTRAS] = ocp.args.JsonSave(dict(extras))
         with jax.transfer_guard("allow"):  # this is the place where a training loop means to fetch its arrays
             args[checksums.DIRECTORY] = _ChecksumsSave(_checksums(items, extras))
@@ -330,8 +330,8 @@ class ItemHandler(ocp.PyTreeCheckpointHandler):
             raise RuntimeError(f"orbax wrote no index of the arrays in {directory}")
 
 
-@ocp.args.register_with_handler(ItemHandler, for_save=True)
-class _ItemSave(ocp.args.PyTreeSave):
+@ocp.args.register_with_handler(ItemHandler, for_save=True, for_restore=True)
+class ItemSave(ocp.args.PyTreeSave):
     pass
 
 
@@ -343,6 +343,6 @@ class _ChecksumsHandler(ocp.JsonCheckpointHandler):
         super().__init__(f"{jax.process_index()}.json", multiprocessing_options=every_process)
 
 
-@ocp.args.register_with_handler(_ChecksumsHandler, for_save=True)
+@ocp.args.register_with_handler(_ChecksumsHandler, for_save=True, for_restore=True)
 class _ChecksumsSave(ocp.args.JsonSave):
     pass

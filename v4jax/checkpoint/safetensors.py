@@ -27,6 +27,7 @@ from v4jax.core.check import UserError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _DIGESTS = "xxh3_64"  # key of the checksums in the metadata of a header: JSON of {tensor: 16 hexadecimal digits}
+_FILES = "xxh3_64_files"  # the same for the other files of the directory
 _BLOCK_BYTES = 1 << 20  # read and hashed together
 _MAX_HEADER = 100_000_000  # the library's own limit
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
@@ -67,6 +68,11 @@ class SafetensorsDir:
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
+
+    def file_digests(self) -> dict[str, str]:
+        """xxh3-64 by name of the files that lay beside the weights when they were written; empty if unknown."""
+        files = sorted({info.file for info in self._tensors.values()})
+        return _digests(files[0], _header_of(files[0])[0].get("__metadata__"), _FILES) if files else {}
 
     def info(self, name: str) -> TensorInfo:
         """Place, code and shape of a tensor; UserError if it is not there."""
@@ -219,19 +225,8 @@ def _open_indexed(path: pathlib.Path) -> dict[str, TensorInfo]:
 
 def _open_file(path: pathlib.Path) -> dict[str, TensorInfo]:
     """Header of one file -> tensors, each range checked against the file and against the others."""
-    with _open(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > _MAX_HEADER or 8 + length > size:
-            raise _damaged(path, f"has no complete header ({size} bytes in all)")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw, object_pairs_hook=_unique)
-    except ValueError as error:
-        raise _damaged(path, f"has an unreadable header ({error})") from error
-    if not isinstance(header, dict):
-        raise _damaged(path, "has a header that is no JSON object")
-    digests = _digests(path, header.get("__metadata__"))
+    header, length, size = _header_of(path)
+    digests = _digests(path, header.get("__metadata__"), _DIGESTS)
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     tensors = {name: _parse_entry(path, name, e, 8 + length, digests.get(name)) for name, e in entries.items()}
     end, previous = 8 + length, ""
@@ -245,9 +240,26 @@ def _open_file(path: pathlib.Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _digests(path: pathlib.Path, metadata) -> dict[str, str]:
-    """Checksums by tensor name from the metadata of a header; none in a file that has no checksums."""
-    text = metadata.get(_DIGESTS) if isinstance(metadata, dict) else None
+def _header_of(path: pathlib.Path) -> tuple[dict, int, int]:
+    """The header of one file, its length in bytes, and the size of the file."""
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > _MAX_HEADER or 8 + length > size:
+            raise _damaged(path, f"has no complete header ({size} bytes in all)")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except ValueError as error:
+        raise _damaged(path, f"has an unreadable header ({error})") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "has a header that is no JSON object")
+    return header, length, size
+
+
+def _digests(path: pathlib.Path, metadata, key: str) -> dict[str, str]:
+    """Checksums by name from the metadata of a header; none in a file that has no checksums."""
+    text = metadata.get(key) if isinstance(metadata, dict) else None
     if text is None:
         return {}
     try:
@@ -324,23 +336,29 @@ class Entry:
         return dtypes.nbytes(dtypes.code_of(self.dtype), self.shape)
 
 
-def write_safetensors(directory: str | os.PathLike, entries: Sequence[Entry], max_shard_bytes: int = 5 * 10**9) -> None:
+def write_safetensors(
+    directory: str | os.PathLike,
+    entries: Sequence[Entry],
+    max_shard_bytes: int = 5 * 10**9,
+    files: dict[str, str] | None = None,
+) -> None:
     """Write tensors one at a time as model.safetensors, or as numbered shards with an index when they exceed one.
 
     A failure leaves partial files: wrap the call in `replace_directory`. A tensor above the limit gets its own shard.
-    All tensors are read back and compared with their checksums. Raises UserError if one differs.
+    All tensors are read back and compared with their checksums. files: checksums by name of the files beside them, to
+    be kept in the headers. Raises UserError if a tensor differs.
     """
     directory = pathlib.Path(directory)
     total = sum(entry.nbytes for entry in entries)
     require_space(directory, total)
     shards = _plan(entries, max_shard_bytes)
     if len(shards) == 1:
-        _write_file(directory / SINGLE_NAME, shards[0])
+        _write_file(directory / SINGLE_NAME, shards[0], files)
     else:
         weight_map = {}
         for number, shard in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            _write_file(directory / name, shard)
+            _write_file(directory / name, shard, files)
             weight_map |= {entry.name: name for entry in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_text(directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
@@ -361,10 +379,10 @@ def _plan(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
     return [sorted(shard, key=lambda entry: -dtypes.bytes_per_element(dtypes.code_of(entry.dtype))) for shard in shards]
 
 
-def _write_file(path: pathlib.Path, entries: list[Entry]) -> None:
+def _write_file(path: pathlib.Path, entries: list[Entry], files: dict[str, str] | None = None) -> None:
     digests = {entry.name: "0" * 16 for entry in entries}  # the header is written again when they are known
     with open(path, "wb", buffering=0) as file:
-        write_all(file, _header(entries, digests))
+        write_all(file, _header(entries, digests, files))
         for entry in entries:
             array = entry.load()
             if array.shape != tuple(entry.shape) or array.dtype != entry.dtype:
@@ -375,14 +393,16 @@ def _write_file(path: pathlib.Path, entries: list[Entry]) -> None:
             digests[entry.name] = xxhash.xxh3_64_hexdigest(data)
             write_all(file, data)
         file.seek(0)
-        write_all(file, _header(entries, digests))
+        write_all(file, _header(entries, digests, files))
         os.fsync(file.fileno())
 
 
-def _header(entries: list[Entry], digests: dict[str, str]) -> bytes:
+def _header(entries: list[Entry], digests: dict[str, str], files: dict[str, str] | None) -> bytes:
     """The header of a file with its length; its size does not depend on the values of the digests."""
-    # transformers refuses files without this format.
-    header: dict[str, dict] = {"__metadata__": {"format": "pt", _DIGESTS: json.dumps(digests, separators=(",", ":"))}}
+    metadata = {"format": "pt", _DIGESTS: json.dumps(digests, separators=(",", ":"))}  # transformers wants this format
+    if files:
+        metadata[_FILES] = json.dumps(files, separators=(",", ":"))
+    header: dict[str, dict] = {"__metadata__": metadata}
     offset = 0
     for entry in entries:
         header[entry.name] = {

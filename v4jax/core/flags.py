@@ -16,6 +16,9 @@ from absl import flags
 
 from v4jax import config as config_lib
 from v4jax.core.check import UserError
+from v4jax.core.paths import local_path
+
+_PATHS = ("workdir", "checkpoint", "source", "target", "prompt_file", "kv_dir", "json", "plot")  # flags that are paths
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,10 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[flags.FlagValue
     for flag in command.flags:
         if flag.options.get("required") and values[flag.name].value in (None, ""):
             raise UserError(f"{name} needs --{flag.name}: {flag.help}")
+    for name in set(_PATHS) & {flag.name for flag in command.flags}:
+        paths = values[name].value
+        for path in [paths] if isinstance(paths, str) else paths or ():
+            local_path(path, f"--{name}")
     if config_dict is None:
         return values, None
     return values, config_lib.validate(config_lib.from_dict(config_lib.Config, config_dict.to_dict()))
@@ -125,6 +132,8 @@ def _define_config(command: Command, argv: list[str], values: flags.FlagValues):
         return None, rest
     if not spec:
         raise UserError(f"--config needs a name: {', '.join(config_lib.preset_names())}, or FILE.py")
+    if "://" in spec:  # "tiny:/x" is the preset tiny with the argument "/x"
+        local_path(spec, "--config")
     base = config_lib.to_dict(config_lib.load(spec))
 
     rest = _spell_out(base, rest)

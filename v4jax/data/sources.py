@@ -8,6 +8,7 @@ import pathlib
 
 from v4jax.config import Data
 from v4jax.core.check import UserError
+from v4jax.core.paths import local_path
 from v4jax.data.corpus import Corpus, Document, load_corpus
 
 EMBEDDED = "shakespeare-kjv"
@@ -38,13 +39,13 @@ def load_documents(config: Data) -> Corpus:
 
 def find_files(spec: str) -> list[pathlib.Path]:
     """Absolute paths of the .txt and .jsonl files of a path, a directory (searched through) or a glob, sorted."""
-    path = pathlib.Path(spec).expanduser()
+    path = local_path(spec, "data").expanduser()
     if path.is_dir():
         found = path.rglob("*")
     elif path.exists():
         found = [path]
     else:
-        found = map(pathlib.Path, glob.glob(str(path), recursive=True))
+        found = _expand(path)
     found = [p for p in found if p.is_file()]
     if not found and not path.is_dir():
         raise UserError(f"no file matches {spec!r}; give a path, a directory, a glob or {EMBEDDED!r}")
@@ -52,6 +53,12 @@ def find_files(spec: str) -> list[pathlib.Path]:
     if not files:
         raise UserError(f"no .txt or .jsonl file in {spec!r}")
     return files
+
+
+def _expand(path: pathlib.Path) -> list[pathlib.Path]:
+    """Files that match a glob; the directories at its front that exist are taken literally, whatever their names."""
+    root = next(parent for parent in path.parents if parent.is_dir())
+    return [root / name for name in glob.glob(str(path.relative_to(root)), root_dir=root, recursive=True)]
 
 
 def read_files(files: list[pathlib.Path]) -> list[Document]:

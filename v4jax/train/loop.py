@@ -18,6 +18,7 @@ from v4jax import config as configs
 from v4jax.checkpoint.orbax import RunStore, finished_steps
 from v4jax.config import Config
 from v4jax.core.check import UserError
+from v4jax.core.paths import local_path
 from v4jax.data.baselines import baselines
 from v4jax.data.needle import SOURCE as NEEDLE
 from v4jax.data.pipeline import make_dataset
@@ -56,20 +57,20 @@ def train(config: Config, workdir: str, stop: StopSignals | None = None) -> dict
       SystemExit: With code 143, after SIGTERM.
       KeyboardInterrupt: After SIGINT.
     """
-    config = configs.validate(config)
+    config, workdir = configs.validate(config), local_path(workdir, "workdir")
     with peers(), contextlib.nullcontext(stop) if stop else StopSignals() as stop:
         stop.shared = jax.process_count() > 1
         stop.check()
         try:
             with workdir_lock(workdir):
-                return _Run(config, pathlib.Path(workdir), stop).run()
+                return _Run(config, workdir, stop).run()
         except (KeyboardInterrupt, SystemExit):
             if is_lead():
                 print(_where_it_stands(workdir), flush=True)
             raise
 
 
-def _where_it_stands(workdir: str) -> str:
+def _where_it_stands(workdir: pathlib.Path) -> str:
     """What a run that was stopped can go on from, by what is on disk and nothing else."""
     steps = finished_steps(workdir)
     if not steps:
