@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from v4jax.checkpoint import checksums
+from v4jax.checkpoint.alias import plain_path
 from v4jax.checkpoint.atomic import replace_directory, require_space, write_text
 from v4jax.checkpoint.companions import Companions
 from v4jax.checkpoint.directory import CONFIG_NAME, config_text
@@ -60,7 +61,7 @@ def write_orbax(
             shutil.copyfile(source, directory / target)
         companions.copy_to(directory)
         try:
-            _write_step(directory / STEPS_NAME, pending)
+            _write_step(plain_path(directory) / STEPS_NAME, pending)
         except ValueError as error:
             if (cause := system_error(error)) is None:
                 raise

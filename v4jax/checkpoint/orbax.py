@@ -20,7 +20,7 @@ import re
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from v4jax.checkpoint import checksums, mapping
+from v4jax.checkpoint.alias import plain_path
 from v4jax.checkpoint.atomic import require_space, write_error
 from v4jax.checkpoint.directory import CONFIG_NAME, read_config, save_config
 from v4jax.checkpoint.step import WEIGHTS, StepItem, damaged, finished_steps, is_finished, read_sums, steps_path
@@ -140,7 +141,7 @@ class RunStore:
                 shutil.rmtree(directory)
             barrier("checkpoints cleared")
             options = ocp.CheckpointManagerOptions(max_to_keep=self._keep)
-            self._manager = ocp.CheckpointManager(self._path, options=options)
+            self._manager = ocp.CheckpointManager(plain_path(self._path), options=options)
         except OSError as error:
             raise write_error(self._path, error, "nothing was saved") from error
 
@@ -314,19 +315,12 @@ def _from_elsewhere(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.CRITICAL or not any(f"{os.sep}orbax{os.sep}" in file for file in files)
 
 
-class _LiteralPath(type(epath.Path())):
-    """A path whose `glob` takes only its argument as a pattern; etils takes "[", "*" and "?" of the path for one too."""
-
-    def glob(self, pattern: str) -> Iterator[_LiteralPath]:
-        return (self / found.relative_to(self) for found in pathlib.Path(self).glob(pattern))
-
-
 class ItemHandler(ocp.PyTreeCheckpointHandler):
-    """Orbax's handler of a tree, whose last step also works for paths with the characters of a pattern."""
+    """Orbax's handler of a tree, which also fails where orbax leaves a step without an index of its arrays."""
 
     def finalize(self, directory: epath.Path) -> None:
-        super().finalize(_LiteralPath(directory))
-        if not (directory / "manifest.ocdbt").exists():  # orbax skips the merge in silence where it finds no files
+        super().finalize(directory)
+        if not (directory / "manifest.ocdbt").exists():  # orbax skips this part in silence where it finds no files
             raise RuntimeError(f"orbax wrote no index of the arrays in {directory}")
 
 

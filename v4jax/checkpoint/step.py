@@ -15,6 +15,7 @@ import numpy as np
 import tensorstore
 
 from v4jax.checkpoint import checksums
+from v4jax.checkpoint.alias import plain_path
 from v4jax.core.check import UserError
 
 STEPS_NAME = "checkpoints"
@@ -68,8 +69,9 @@ class StepItem:
 
     def __init__(self, step: pathlib.Path, item: str, sums: checksums.StepSums | None):
         self._step, self._item, self._sums = step, item, sums
+        self._files = plain_path(step) / item
         try:
-            self.stores = _open(step / item)
+            self.stores = _open(self._files)
         except (OSError, ValueError, AttributeError) as error:
             raise damaged(step, f"{item}: {error}") from error
 
@@ -103,7 +105,7 @@ class StepItem:
     def _place(self, name: str) -> str:
         """The files that hold an array, as the end of a message; empty where the index cannot be read."""
         try:
-            base = tensorstore.KvStore.open(_base(self._step / self._item)).result()
+            base = tensorstore.KvStore.open(_base(self._files)).result()
             root = tensorstore.ocdbt.dump(base).result()["versions"][-1]["root"]["location"]
             files = {file for key, file in _entries(base, root) if key.rpartition("/")[0] == name}
         except (OSError, ValueError, KeyError, IndexError):
