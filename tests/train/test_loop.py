@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from tests.train.conftest import SgdTrainer, one_layer, with_train
-from v4jax.checkpoint.orbax import finished_steps
+from v4jax.checkpoint.orbax import finished_steps, newest_extras
 from v4jax.core.check import UserError
+from v4jax.data.tokenizer import Tokenizer
 from v4jax.train import loop
 from v4jax.train.metrics import read_metrics
 from v4jax.train.state import Trainer
@@ -94,6 +95,38 @@ def test_a_stop_at_any_moment_is_saved_and_resumes_bit_for_bit(small, tmp_path, 
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     values = lambda name: [r["heldout_loss"] for r in read_metrics(tmp_path / name / "metrics.jsonl") if "heldout_loss" in r]
     assert values("cut") == values("whole")
+
+
+def test_a_resume_reads_the_rows_that_follow_or_is_refused(small, tmp_path, monkeypatch):
+    """Another batch size goes on at the next row; another seed is refused, and nothing written, until it is allowed."""
+    read, dataset = [], loop.make_dataset
+
+    def spied(config, tokenizer, split, **options):
+        data = dataset(config, tokenizer, split, **options)
+        if split != "train":
+            return data
+        rows_from = lambda row: map(lambda batch: read.append(batch["tokens_BT"]) or batch, data.dataset_from(row))
+        return dataclasses.replace(data, dataset_from=rows_from)
+
+    monkeypatch.setattr(loop, "make_dataset", spied)
+    order = lambda config: iter(dataset(config, Tokenizer(), "train", seed=config.train.seed))
+    rows = lambda batches: np.concatenate([batch["tokens_BT"] for batch in batches])
+    loop.train(with_train(small, steps=3, batch_size=2), str(tmp_path))
+    larger = with_train(small, steps=5, batch_size=4)
+    loop.train(larger, str(tmp_path))
+    whole = rows(next(batch) for batch in [order(with_train(small, batch_size=2))] * 7)
+    assert [len(batch) for batch in read] == [2, 2, 2, 4, 4] and np.array_equal(np.concatenate(read), whole)
+
+    other = with_train(larger, seed=5, steps=6)
+    before = (tmp_path / "v4jax.json").read_text()
+    with pytest.raises(UserError, match="changed: train.seed 0 -> 5"):
+        loop.train(other, str(tmp_path))
+    assert (tmp_path / "v4jax.json").read_text() == before and len(read) == 5
+    allowed = dataclasses.replace(other, data=dataclasses.replace(other.data, on_change="restart"))
+    loop.train(allowed, str(tmp_path))
+    assert np.array_equal(read[-1], next(order(other))["tokens_BT"])
+    former = newest_extras(tmp_path)["data"]["former"]
+    assert [(data["rows"], data["seed"]) for data in former] == [(14, 0)]
 
 
 CHILD = textwrap.dedent("""

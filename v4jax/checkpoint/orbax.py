@@ -176,6 +176,19 @@ class RunStore:
             raise write_error(self._path, cause, "the earlier checkpoints are good") from error
 
 
+def newest_extras(workdir: str | os.PathLike) -> dict | None:
+    """The extras of the newest finished step of a run, None where there is no step; nothing is written.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    steps = finished_steps(workdir)
+    if not steps:
+        return None
+    directory = steps_path(workdir) / str(steps[-1])
+    return _read_extras(directory, read_sums(directory).extras)
+
+
 def _check_same_model(workdir: str | os.PathLike, old, new, path: str = "model") -> None:
     """Raise UserError naming the first field in which two configs differ."""
     for field in dataclasses.fields(old):

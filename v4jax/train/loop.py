@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from v4jax import config as configs
-from v4jax.checkpoint.orbax import RunStore, finished_steps
+from v4jax.checkpoint.orbax import RunStore, finished_steps, newest_extras
 from v4jax.config import Config
 from v4jax.core.check import UserError
 from v4jax.core.paths import local_path
@@ -89,6 +89,8 @@ class _Run:
             mine = {"seed": config.train.seed, "process_index": part, "process_count": parts}
             self.data = make_dataset(config, self.tokenizer, "train", **mine)
             self.heldout = make_dataset(config, self.tokenizer, "heldout", **mine)
+        if extras := newest_extras(workdir):
+            iter(self.data).set_state(extras["data"])  # other data is refused before anything is written
         self.store = RunStore(workdir, config, self.tokenizer, keep=config.train.keep_checkpoints)
         self.began = time.time()
         self.steps = 0  # done by this process, those that a rollback undid too
