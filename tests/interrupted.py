@@ -44,6 +44,7 @@ def at_call(module, name, number):
 
 
 def main():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
     moment = sys.argv.pop(1)
     if ":" in moment:
         module, name, number = moment.split(":")

@@ -12,7 +12,7 @@ from v4jax.data.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MOMENTS = [
-    "v4jax.cli", "jax", "flax.nnx", "v4jax.serve.llm",  # imports
+    "v4jax.cli", "jax", "numpy.lib._index_tricks_impl", "flax.nnx", "v4jax.serve.llm",  # imports
     "v4jax.checkpoint:load:0", "v4jax.serve.engine:Engine.reset:0",
     "v4jax.serve.programs:prefill:0", "v4jax.serve.programs:decode:0",  # in the engine's thread, before it compiles
 ]  # fmt: skip
@@ -39,8 +39,10 @@ def test_main_an_interrupt_is_130_and_one_line(checkpoint, tmp_path, moment, tie
 
 def test_main_an_interrupt_that_a_finalizer_swallows_comes_again():
     code = """if True:
-        import time
+        import signal, time
         from v4jax import cli, __main__
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
         class Swallows:
             def __del__(self):

@@ -15,28 +15,58 @@ _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 def run() -> NoReturn:
     """Run the command line and end with its exit code. Ctrl-C gives 130 at any moment, imports included."""
     sys.unraisablehook = _unraisable
+    heeds = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a shell lets its background jobs ignore it
+    if heeds:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         from v4jax.cli import main
 
         code = main()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is left is Python's own end, which would print a traceback
+        if heeds:  # what is left is Python's own end, which would print a traceback
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     except KeyboardInterrupt:  # while `cli` was imported, or a second one
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         print("\nv4jax: interrupted", file=sys.stderr)
         code = _INTERRUPTED
     if code == _INTERRUPTED and "v4jax.serve.engine_loop" in sys.modules:
-        with contextlib.suppress(OSError):  # whoever read it is gone
-            sys.stdout.flush()
-        os._exit(code)  # the engine's thread may compile for another minute, and an ordinary exit waits for it
+        _leave()  # the engine's thread may compile for another minute, and an ordinary exit waits for it
     sys.exit(code)
+
+
+def _interrupt(signum, frame) -> None:
+    """Raise KeyboardInterrupt, where it can go up.
+
+    In the middle of an import the process ends at once: extension modules (numpy in jaxlib's, for one) turn what is
+    raised there into an ImportError and print tracebacks of their own.
+    """
+    at = frame
+    while at is not None:
+        if at.f_code is _unraisable.__code__:
+            return _come_again()
+        if at.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"\nv4jax: interrupted\n")
+            _leave()
+        at = at.f_back
+    signal.default_int_handler(signum, frame)
 
 
 def _unraisable(unraisable) -> None:
     """Python drops an exception of a callback or a finalizer; an interrupt that strikes there comes again later."""
-    if isinstance(unraisable.exc_value, KeyboardInterrupt):
-        threading.Timer(0.01, os.kill, [os.getpid(), signal.SIGINT]).start()
-    else:
+    if not isinstance(unraisable.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
+    elif threading.current_thread() is threading.main_thread():
+        _come_again()
+
+
+def _come_again() -> None:
+    signal.signal(signal.SIGALRM, _interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+
+
+def _leave() -> NoReturn:
+    with contextlib.suppress(OSError, RuntimeError):  # its reader is gone, or it is being written
+        sys.stdout.flush()
+    os._exit(_INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def failing(function, *, after=False, times=1, skip=0):
 
 @pytest.fixture(scope="module")
 def llm(model, tokenizer):
-    llm = LLM(model, tokenizer=tokenizer, cache=config.Cache(tokens=1024), **OPTIONS)
+    llm = LLM(model, tokenizer=tokenizer, **OPTIONS)
     yield llm
     llm.close()
 
@@ -205,12 +205,14 @@ def test_interrupt_ends_a_call_while_its_step_is_still_under_way(llm, answers, m
             assert gate.wait(60)
         return step(engine)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "step", slow)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(PROMPTS, GREEDY)
         assert inside.is_set() and llm._loop._driving.locked()
         gate.set()
+    signal.signal(signal.SIGINT, before)
     works(llm, answers)
 
 
