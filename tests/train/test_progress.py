@@ -4,8 +4,6 @@ import io
 import sys
 import time
 
-import pytest
-
 from v4jax.train.progress import Progress, closing_lines, spinner
 
 
@@ -16,13 +14,6 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    return sys.stderr
-
-
 def wait_for(terminal, text):
     end = time.monotonic() + 30
     while text not in terminal.getvalue():
@@ -30,7 +21,10 @@ def wait_for(terminal, text):
         time.sleep(0.02)
 
 
-def test_loading_and_compiling_spin_on_a_terminal(terminal):
+def test_loading_and_compiling_spin_on_a_terminal(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal)  # not in a fixture: pytest puts its own in place when the test begins
     with spinner("loading the data"):
         wait_for(terminal, "loading the data")
     assert "\x1b[?25h" in terminal.getvalue(), "the cursor is back"
