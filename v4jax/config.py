@@ -1,12 +1,13 @@
 """The one configuration tree: frozen dataclasses, read from Python files, checked once.
 
 A config file defines `get_config(arg="") -> Config` and imports only this module. On the command line
-`--config=tiny` names a packaged file, `--config=path/to/file.py:arg` any other, and `--config.train.steps=200`
-overrides a field with its own type (see `v4jax/cli.py`).
+`--config=tiny` names a packaged file, `--config=path/to/file.py:arg` (or `path/to/file`) any other, and
+`--config.train.steps=200` overrides a field with its own type (see `v4jax/cli.py`).
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import importlib.util
@@ -274,6 +275,15 @@ def preset_names() -> list[str]:
     return _stems(_preset_dir())
 
 
+def preset_summaries() -> dict[str, str]:
+    """The first sentence of each preset's docstring, by name; no preset is run."""
+    sentences = {}
+    for name in preset_names():
+        module = ast.parse((_preset_dir() / f"{name}.py").read_text(encoding="utf-8"))
+        sentences[name] = " ".join((ast.get_docstring(module) or "").split("\n\n")[0].split())
+    return sentences
+
+
 def layout_names() -> list[str]:
     """Names that `--config.mesh.layout=` accepts without a path."""
     return _stems(_preset_dir() / "mesh")
@@ -296,6 +306,8 @@ def load_layout(name: str) -> Layout:
 def _function(name: str, directory: pathlib.Path, function: str, what: str):
     """`function` of the preset `name` in `directory`, or of the file of that path."""
     path = pathlib.Path(name) if name.endswith(".py") else directory / f"{name}.py"
+    if not path.is_file() and not name.endswith(".py"):
+        path = pathlib.Path(f"{name}.py")  # `--config=mine` beside mine.py; the name of a preset is always the preset
     if not path.is_file():
         known = _stems(directory)
         near = difflib.get_close_matches(pathlib.Path(name).stem, known, n=1, cutoff=0.3)
