@@ -137,6 +137,7 @@ class Train:
     """Optimisation (spec 8.1, 8.3). Learning rates are peaks of a warm-up and cosine schedule."""
 
     steps: int = 1000
+    max_seconds: float = 0.0  # fewer steps (half at least) where these would take longer; 0: never (time_budget.py)
     batch_size: int = 8
     lr: float = 1e-2  # matrices (Muon)
     adam_lr: float = 1e-2  # embedding, head, norms, biases (AdamW)
@@ -360,7 +361,8 @@ def validate(config: Config) -> Config:
     for name, size in [("hidden_size", config.model.hidden_size), ("moe.inner", config.model.moe.inner)]:
         _require(train.expert_weights == "plain" or size % 32 == 0, f"train.expert_weights=mxfp4 takes groups of 32, "
                  f"and model.{name} is {size}")  # fmt: skip
-    for name, value in [("train.spike_factor", train.spike_factor), ("train.hang_seconds", train.hang_seconds)]:
+    for name, value in [("train.spike_factor", train.spike_factor), ("train.hang_seconds", train.hang_seconds),
+                        ("train.max_seconds", train.max_seconds)]:  # fmt: skip
         _require(value >= 0, f"{name} must not be negative, got {value}")
     _require(
         data.seq_len % config.model.alignment == 0,
