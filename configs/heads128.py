@@ -1,4 +1,4 @@
-"""`small` with V4-Pro's number of heads: the shape on which attention, not the experts, is most of a long decode step.
+"""83 million parameters: `small` with the 128 heads of V4-Pro, where attention is most of a long decode step.
 
 V4-Flash and V4-Pro spend 8 and 16 times as many products on an entry that is attended (heads x head_dim x 2) as on one
 that the indexer scores (its heads x its head_dim). `small` has 4, this config 256: what sparse reading can save shows

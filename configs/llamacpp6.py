@@ -1,4 +1,4 @@
-"""Six layers with 512-wide heads: the shape on which llama.cpp's decoder of this family was timed.
+"""13.2 million parameters, six layers with 512-wide heads: llama.cpp's decoder of this family was timed on it.
 
 Hidden size, heads, experts, layers and indexer are those of that timing; what it does not state (ranks, vocabulary,
 groups) is chosen small, so that it weighs little.

@@ -1,4 +1,4 @@
-"""A small model trained to find needles in haystacks: the test of sparse FP8 reading far beyond its window."""
+"""0.24 million parameters, trained to find needles in haystacks: sparse FP8 reading far beyond the window."""
 
 from v4jax.config import Config, Data, HyperConnection, Indexer, Model, Moe, Serve, Train
 

@@ -1,4 +1,4 @@
-"""About 60 million parameters, for benchmarks on one machine."""
+"""64 million parameters, for benchmarks on one machine."""
 
 from v4jax.config import Config, Data, HyperConnection, Indexer, Model, Moe, Rope, Serve, Train
 

@@ -1,4 +1,4 @@
-"""1 to 3 million parameters with every feature on: trains on a laptop in minutes."""
+"""2.4 million parameters with every feature on: trains on a laptop in minutes."""
 
 from v4jax.config import Config, Data, HyperConnection, Indexer, Model, Moe, Rope, Serve, Train
 

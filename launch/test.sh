@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# shellcheck source-path=SCRIPTDIR/..
 # Make .venv-test, install v4jax with what its tests need, and run them. Arguments go to pytest: launch/test.sh -k rope
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,9 +14,9 @@ install_torch() {
 if ! is_installed .venv-test; then
   make_environment .venv-test
   echo "installing v4jax and what its tests need into .venv-test"
-  extras=test
+  extras="test"
   if install_torch; then
-    extras=test,parity
+    extras="test,parity"
   else
     echo "no torch for CPUs here, so tests against transformers will skip (cure: install one into .venv-test," \
       "then run .venv-test/bin/python -m pip install -e '.[test,parity]')"

@@ -3,6 +3,9 @@
 import contextlib
 import io
 import pathlib
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -11,8 +14,10 @@ import pytest
 
 import v4jax
 from v4jax import cli
-from v4jax.config import Cache, Config
+from v4jax.config import Cache, Config, load, preset_names
 from v4jax.core.check import UserError
+from v4jax.core.flags import parse
+from v4jax.models.flops import count_parameters
 from v4jax.train import stop_signals
 
 CONFIG = """
@@ -63,6 +68,9 @@ def calls(monkeypatch):
             yield from ((index, f"piece {index} ") for index in range(1, len(prompts)))
             yield 0, " two"
             yield from ((index, "end") for index in range(1, len(prompts)))
+
+        def stats(self):
+            return {"prompt_tokens": 1234, "generation_tokens": 5}
 
     for package in ("train", "serve", "checkpoint", "tools", "evals"):
         module(f"v4jax.{package}")
@@ -151,7 +159,28 @@ def test_generate_gives_the_cache_the_room_that_was_typed(calls, capsys):
     assert cli.main(["generate", "--checkpoint=DIR", "--prompt=a", *argv]) == 0
     cache = Cache(layout="fp8", device=3 << 29, host=512_000_000, disk=1 << 40, directory="kv", policy="lru")
     assert calls[0] == ("LLM", ("DIR",), {"cache": cache})
-    assert capsys.readouterr().err == "cache: much\n"
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "cache: much"
+    assert re.fullmatch(r"1,234 prompt tokens, 5 generated; TTFT 0\.0\d s; then [\d,.]+ tokens/s", lines[1])
+
+
+@pytest.mark.parametrize("argv, prompts", [
+    (["--prompt=-"], ["from\nstdin"]), (["--prompt_file=-", "--prompt=a"], ["a", "from\nstdin"]), (["--prompt="], [""]),
+])  # fmt: skip
+def test_prompts_come_from_stdin_and_may_be_empty(calls, monkeypatch, argv, prompts):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from\r\nstdin\n")))
+    assert cli.main(["generate", "--checkpoint=DIR", *argv]) == 0
+    assert calls[1][1] == (prompts,)
+
+
+def test_every_option_of_the_engine_reaches_it(calls):
+    argv = ["--speculative_tokens=2", "--batch_invariant", "--tokenizer=t.json", "--kv_layout=bf16", "--kv_block=512",
+            "--nokv_prefix", "--kv_records=3", "--kv_deadline=2", "--stop_token_ids=7", "--ignore_eos"]  # fmt: skip
+    assert cli.main(["generate", "--checkpoint=DIR", "--prompt=a", *argv]) == 0
+    cache = Cache(layout="bf16", block=512, prefix=False, records=3, deadline=2.0)
+    options = {"speculative_tokens": 2, "batch_invariant": True, "tokenizer": "t.json", "cache": cache}
+    assert calls[0] == ("LLM", ("DIR",), options)
+    assert calls[1][2].items() >= {"stop_token_ids": [7], "ignore_eos": True}.items()
 
 
 def test_convert_bench_eval_arguments(calls, config, capsys):
@@ -178,6 +207,7 @@ def test_convert_bench_eval_arguments(calls, config, capsys):
     (["generate", "--kv_host=5iB"], "'5iB' is not a number of bytes"),
     (["generate", "--checkpoint="], "needs --checkpoint"),
     (["generate", "--checkpoint=x"], "--prompt="),
+    (["generate", "--checkpoint=x", "--prompt=-", "--prompt_file=-"], "stdin holds one prompt"),
     (["generate", "--checkpoint=x", "words"], "unexpected argument 'words'"),
     (["generate", "--checkpoint=x", "--prompt"], "Missing value for flag --prompt"),
     (["generate", "--checkpoint=x", "--max_tokens=1.5"], "--max_tokens=1.5 is not a positive integer"),
@@ -194,6 +224,11 @@ def test_convert_bench_eval_arguments(calls, config, capsys):
     (["convert", "--source=x"], "convert needs --target"),
     (["convert", "--source=x", "--target=y", "--format=gguf"], "huggingface|orbax"),
     (["bench", "--config.train.steps=3", "--suite=x"], "add --config=NAME"),
+    (["bench", "--suite=x"], "<decode|generate|kv|live|peer|policy|serve|tiers|train>"),
+    (["eval", "--suite=x", "--checkpoint=y"], "<fp8|needle|perplexity>"),
+    (["completion"], "v4jax completion bash"),
+    (["completion", "fish"], "v4jax completion bash"),
+    (["train", "--compilation_cache=pyproject.toml/no"], "cannot use --compilation_cache=pyproject.toml/no"),
     (["train", "--config=tinny"], "did you mean 'tiny'?"),
     (["train", "--config="], "--config needs a name"),
     (["train", "--config"], "--config needs a name"),
@@ -268,8 +303,78 @@ def test_help_of_a_command_names_every_flag(capsys, name):
     assert cli.main([name, "--help"]) == 0
     out = capsys.readouterr().out
     assert cli.COMMANDS[name].example in out
-    assert all(f"--{flag.name}=" in out for flag in cli.COMMANDS[name].flags)
-    assert ("--config=NAME" in out) == cli.COMMANDS[name].has_config
+    for flag in cli.COMMANDS[name].flags:
+        [row] = [row for row in rows_of(out) if row.startswith(f"--{flag.name}=")]
+        assert all(value in row for value in flag.values), row
+        if flag.default not in (None, ()) or flag.shown:
+            assert f"(default: {flag.shown or flag.default})" in row
+    assert ("--config=NAME" in out) == ("--show_config" in out) == cli.COMMANDS[name].has_config
+
+
+def rows_of(text: str) -> list[str]:
+    """Entries of a help text, each with the lines that belong to it."""
+    return re.sub(r"\n {20,}", " ", text).replace("\n  ", "\n").splitlines()
+
+
+def test_help_says_how_large_the_presets_are(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    rows = {row.split()[0]: row for row in rows_of(capsys.readouterr().out) if row}
+    scale = {"million": 1e6, "billion": 1e9, "trillion": 1e12}
+    for name in preset_names():
+        said = re.search(r"(\d+(?:\.\d+)?|[Oo]ne) (million|billion|trillion) parameters", rows[name])
+        parameters = (1.0 if said[1].lower() == "one" else float(said[1])) * scale[said[2]]
+        assert parameters == pytest.approx(count_parameters(load(name).model).total, rel=0.06), name
+
+
+def test_show_config_lists_arguments_that_give_the_same_config(capsys):
+    argv = ["train", "--config=tiny", "--config.train.steps=7", "--config.data.source=a b.txt"]
+    assert cli.main([*argv, "--show_config"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"--config\.train\.steps=7$", out, re.M)
+    assert re.search(r"--config\.train\.lr=0\.016 +# matrices \(Muon\)$", out, re.M)
+    again = [argument for line in out.splitlines() for argument in shlex.split(line, comments=True)]
+    command = cli.COMMANDS["train"]
+    assert parse("train", command, again)[1] == parse("train", command, argv[1:])[1]
+    assert cli.main(["plan", "--config=tiny", "--show_config"]) == 0  # nothing runs, so nothing is required
+
+
+def test_a_config_is_found_beside_its_file(capsys, config, monkeypatch):
+    folder = pathlib.Path(config).parent
+    (folder / "tiny.py").write_text("raise SystemError")
+    monkeypatch.chdir(folder)
+    for name in ("mine", "./mine", f"{folder}/mine"):
+        assert cli.main(["train", f"--config={name}:night", "--show_config"]) == 0
+        assert "--config.name=night\n" in capsys.readouterr().out
+    assert cli.main(["train", "--config=tiny", "--show_config"]) == 0  # the preset
+    capsys.readouterr()
+    assert "did you mean 'tiny'" in one_line(capsys, ["train", "--config=tinny"])
+
+
+COMPLETIONS = [
+    ("v4jax ", {"train", "generate", "convert", "plan", "bench", "eval", "completion", "--help", "--version"}),
+    ("v4jax tr", {"train"}), ("v4jax train --config=ti", {"tiny"}), ("v4jax train --wor", {"--workdir="}),
+    ("v4jax train --config.train.hang_s", {"--config.train.hang_seconds="}), ("v4jax bench --suite=tr", {"train"}),
+    ("v4jax generate --prompt=x --kv_policy=", {"s3fifo", "lru"}), ("v4jax generate --checkpoint=ru", set()),
+    ("v4jax generate --co", {"--compilation_cache=", "--coordinator="}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_completes(capsys, tmp_path, shell):
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    assert cli.main(["completion", shell]) == 0
+    out = capsys.readouterr().out
+    (tmp_path / "v4jax.sh").write_text(out if shell == "bash" else out.split("autoload")[0])
+    lines = "\n".join(f"try {shlex.quote(line)}" for line, _ in COMPLETIONS)
+    (tmp_path / "try.sh").write_text(
+        f"compopt() {{ :; }}\nsource {tmp_path / 'v4jax.sh'}\n"
+        'try() { COMP_LINE="$1"; COMP_POINT=${#1}; _v4jax; echo "${COMPREPLY[*]}"; }\n' + lines
+    )
+    done = subprocess.run([shell, str(tmp_path / "try.sh")], capture_output=True, text=True, check=True)
+    whole = lambda line, words: {line.split()[-1].split("=")[0] + "=" + w if "=" in line[-20:] else w for w in words}
+    for (line, words), found in zip(COMPLETIONS, done.stdout.split("\n"), strict=False):
+        assert set(found.split()) == (words if shell == "bash" else whole(line, words)), line
 
 
 def test_version(capsys):
@@ -299,8 +404,9 @@ def test_unknown_attribute_is_an_attribute_error():
         v4jax.frob  # noqa: B018
 
 
-def test_as_a_program_a_mistake_is_one_line():
-    done = subprocess.run([sys.executable, "-m", "v4jax", "train", "--config=tinny"], capture_output=True, text=True)
+@pytest.mark.parametrize("module", ["v4jax", "v4jax.cli"])
+def test_as_a_program_a_mistake_is_one_line(module):
+    done = subprocess.run([sys.executable, "-m", module, "train", "--config=tinny"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.splitlines() == ["v4jax: no config 'tinny'; did you mean 'tiny'?"]
 

@@ -17,7 +17,7 @@ FLOORS = {
     "cache": 4, "checkpoint": 4, "data": 4,
     "train": 5, "serve": 5,
     "evals": 6, "tools": 6,
-    "cli": 7, "__main__": 8,
+    "cli_flags": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 SAME_FLOOR = {("config", "core")}  # a config's mistakes are core.check.UserError
 TOP_LEVEL = {"pyproject.toml", "README.md", "v4jax", "configs", "tests", "launch", "notebooks"}

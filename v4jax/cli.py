@@ -20,9 +20,14 @@ from absl import flags
 
 import v4jax
 from v4jax import config as config_lib
+from v4jax.cli_flags import CACHE_FLAGS, SAMPLING_FLAGS, SERVE_FLAGS, STORED
+from v4jax.core import compilation_cache, completion
 from v4jax.core.check import UserError
-from v4jax.core.flags import Command, Flag, command_help, define_size, given, nearest, parse
+from v4jax.core.flags import Command, Flag, command_help, config_lines, given, nearest, parse
 from v4jax.core.memory import keep_heap
+from v4jax.core.timing import GenerationTimer
+from v4jax.evals import SUITES as EVALS
+from v4jax.tools.bench import SUITES as BENCHES
 
 # --- commands ----------------------------------------------------------------------------------------------------
 
@@ -33,6 +38,7 @@ def _train(values: flags.FlagValues, config: config_lib.Config) -> None:
     with StopSignals(exits=True) as stop:  # before jax is imported, which takes seconds
         from v4jax.parallel import distributed
 
+        compilation_cache.enable(values.compilation_cache)
         distributed.start(_place(values), values.join_timeout)
         from v4jax.train import loop
 
@@ -54,25 +60,27 @@ def _place(values: flags.FlagValues):
 
 
 def _generate(values: flags.FlagValues, _: None) -> None:
-    prompts = [*(_typed("prompt", text) for text in values.prompt), *map(_read_prompt, values.prompt_file)]
-    if not prompts:
-        raise UserError('generate needs something to continue; add --prompt="..." or --prompt_file=FILE')
-    typed = given(values, "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos")
+    typed = given(values, *(flag.name for flag in SAMPLING_FLAGS if flag.name not in ("stop", "stop_token_ids")))
     typed |= {"stop": [_typed("stop", text) for text in values.stop]} if values.stop else {}
     typed |= {name: _ids(values, name) for name in given(values, "stop_token_ids")}
-    options = given(values, "dtype", "max_seq_len", "max_batch", "precision", "bos_id", "parse_special_tokens")
+    options = given(values, "tokenizer", "dtype", "bos_id", "parse_special_tokens")
+    options |= given(values, *(flag.name for flag in SERVE_FLAGS.values()))
     options |= {name: _ids(values, name) for name in given(values, "eos_id")}
+    prompts = _prompts(values)
     from v4jax.parallel import distributed
     from v4jax.serve import LLM, SamplingParams
 
+    compilation_cache.enable(values.compilation_cache)
     SamplingParams(**typed)  # mistakes come before minutes of loading
     options |= _cache(values) | _mesh(values)
-    with distributed.peers(), LLM(values.checkpoint, **options) as llm:
+    with distributed.peers(), LLM(values.checkpoint, **options) as llm, GenerationTimer() as timer:
         if llm.tiers and distributed.is_lead():
             print(f"cache: {llm.tiers}", file=sys.stderr)
-        pieces = llm.stream(prompts, SamplingParams(**{**llm.default_sampling_params, **typed}))
+        pieces = timer.watch(llm.stream(prompts, SamplingParams(**{**llm.default_sampling_params, **typed})))
         if distributed.is_lead():
             _write_streams(pieces, prompts)
+            stats = llm.stats()
+            print(timer.summary(stats["prompt_tokens"], stats["generation_tokens"]), file=sys.stderr)
         else:
             collections.deque(pieces, maxlen=0)  # every process runs the same steps
 
@@ -98,7 +106,8 @@ def _mesh(values: flags.FlagValues) -> dict[str, config_lib.Mesh]:
 
 def _cache(values: flags.FlagValues) -> dict[str, config_lib.Cache]:
     """The checkpoint's cache with the flags that were typed, as `cache`; nothing if none were."""
-    typed = {_KV[name]: value for name, value in given(values, *_KV).items()}
+    fields = {flag.name: field for field, flag in CACHE_FLAGS.items()}
+    typed = {fields[name]: value for name, value in given(values, *fields).items()}
     if not typed:
         return {}
     from v4jax import checkpoint
@@ -135,31 +144,24 @@ def _bench(values: flags.FlagValues, config: config_lib.Config | None) -> None:
 def _eval(values: flags.FlagValues, _: None) -> None:
     from v4jax import evals
 
+    compilation_cache.enable(values.compilation_cache)
     options = ("json", "layout", "context", "windows", "contexts", "depths", "trials", "bounds")
     evals.run(values.suite, values.checkpoint, **given(values, *options))
 
 
 _CHECKPOINT = Flag("checkpoint", "directory of a run, an orbax checkpoint or Hugging Face weights")
 _NEEDED_CHECKPOINT = Flag(_CHECKPOINT.name, _CHECKPOINT.help, options={"required": True})
-_DTYPE = Flag("dtype", "bfloat16 or float32 (default: as stored)", flags.DEFINE_enum,
-              options={"enum_values": ["bfloat16", "float32"]})  # fmt: skip
-_KV = {"kv_device": "device", "kv_hot": "hot", "kv_host": "host", "kv_disk": "disk", "kv_dir": "directory",
-       "kv_policy": "policy"}  # fmt: skip
-_KV_HOT = Flag("kv_hot", "entries a CSA layer kept on the device, the rest live in host memory (0: all)",
-               flags.DEFINE_integer, options={"lower_bound": 0})  # fmt: skip
-_KV_FLAGS = (
-    Flag("kv_device", "accelerator memory for the KV cache, such as 2GiB", define_size),
-    _KV_HOT,
-    Flag("kv_host", "host memory for what leaves the device, such as 64GiB", define_size),
-    Flag("kv_disk", "disk space for it in --kv_dir, such as 1TiB", define_size),
-    Flag("kv_dir", "directory that keeps it over restarts; one engine at a time"),
-    Flag("kv_policy", "what goes first from a full host or disk: s3fifo (default) or lru"),
-)
+_DTYPE = Flag("dtype", "type of the weights", flags.DEFINE_enum,
+              options={"enum_values": ["bfloat16", "float32"]}, shown="as stored")  # fmt: skip
+_COMPILATION_CACHE = Flag(
+    "compilation_cache", "directory of compiled programs for the next run, or off",
+    shown="$JAX_COMPILATION_CACHE_DIR, else ~/.cache/v4jax/jax; off with jaxlib 0.12",
+)  # fmt: skip
 _PROCESS_FLAGS = (
     Flag("coordinator", "HOST:PORT of process 0, where no launcher tells it"),
     Flag("num_processes", "processes of the run", flags.DEFINE_integer, options={"lower_bound": 1}),
     Flag("process_id", "number of this process", flags.DEFINE_integer, options={"lower_bound": 0}),
-    Flag("local_devices", "GPUs of this process, such as 0,1 (default: all it sees)", flags.DEFINE_list),
+    Flag("local_devices", "GPUs of this process, such as 0,1", flags.DEFINE_list, shown="all it sees"),
     Flag("join_timeout", "seconds to wait for all processes", flags.DEFINE_integer, 300, options={"lower_bound": 1}),
 )
 _JSON = Flag("json", "also write the records to this file")
@@ -168,7 +170,8 @@ COMMANDS = {
     "train": Command(
         _train, "train a model, or resume a run that was stopped",
         "v4jax train --config=tiny --workdir=runs/tiny --config.train.steps=200",
-        (Flag("workdir", "directory of the run (default: runs/<name of the config>)"), *_PROCESS_FLAGS),
+        (Flag("workdir", "directory of the run", shown="runs/<name of the config>"), _COMPILATION_CACHE,
+         *_PROCESS_FLAGS),
         has_config=True, default_config="tiny",
     ),
     "generate": Command(
@@ -176,32 +179,22 @@ COMMANDS = {
         'v4jax generate --checkpoint=runs/tiny --prompt="To be, or not" --max_tokens=100',
         (
             _NEEDED_CHECKPOINT,
-            Flag("prompt", "text to continue; repeat it for several at once", flags.DEFINE_multi_string, ()),
-            Flag("prompt_file", "UTF-8 file holding one prompt; may be repeated", flags.DEFINE_multi_string, ()),
-            Flag("max_tokens", "most tokens to add", flags.DEFINE_integer, options={"lower_bound": 1}),
-            Flag("max_seq_len", "most tokens, prompt included", flags.DEFINE_integer, options={"lower_bound": 1}),
-            Flag("max_batch", "requests at once, on each device", flags.DEFINE_integer, options={"lower_bound": 1}),
-            Flag("temperature", "0 always takes the likeliest token", flags.DEFINE_float, options={"lower_bound": 0.0}),
-            Flag("top_k", "sample among the k likeliest tokens (0: all)", flags.DEFINE_integer,
-                 options={"lower_bound": 0}),
-            Flag("top_p", "sample among the fewest tokens that hold this probability", flags.DEFINE_float,
-                 options={"lower_bound": 0.0, "upper_bound": 1.0}),
-            Flag("min_p", "drop tokens below this fraction of the likeliest one's probability", flags.DEFINE_float,
-                 options={"lower_bound": 0.0, "upper_bound": 1.0}),
-            Flag("seed", "the same seed gives the same text", flags.DEFINE_integer),
-            Flag("stop", "end at this string; may be repeated", flags.DEFINE_multi_string, ()),
-            Flag("stop_token_ids", "end at these token ids, such as 5,7", flags.DEFINE_list),
-            Flag("ignore_eos", "go on behind the end of a document", flags.DEFINE_bool, False),
-            Flag("bos_id", "token id before each prompt (default: as the tokenizer says)", flags.DEFINE_integer,
-                 options={"lower_bound": 0}),
-            Flag("eos_id", "token ids that end a text, such as 1,5 (default: as the checkpoint's files say)",
-                 flags.DEFINE_list),
+            Flag("prompt", 'text to continue, "" to begin a document, - to read it from stdin; may be repeated',
+                 flags.DEFINE_multi_string, ()),
+            Flag("prompt_file", "UTF-8 file holding one prompt, or - for stdin; may be repeated",
+                 flags.DEFINE_multi_string, ()),
+            *SAMPLING_FLAGS,
+            Flag("tokenizer", "tokenizer.json", shown=STORED),
+            Flag("bos_id", "token id before each prompt", flags.DEFINE_integer, options={"lower_bound": 0},
+                 shown="as the tokenizer says"),
+            Flag("eos_id", "token ids that end a text, such as 1,5", flags.DEFINE_list,
+                 shown="as the checkpoint's files say"),
             Flag("parse_special_tokens", "read <eos> in a prompt as that token, not as text", flags.DEFINE_bool, False),
-            *_KV_FLAGS,
             _DTYPE,
-            Flag("precision", "of the large matrices: model (as they are) or fp8", flags.DEFINE_enum,
-                 options={"enum_values": ["model", "fp8"]}),
-            Flag("mesh", "layout over all devices, experts split: serve (default: one device)"),
+            *SERVE_FLAGS.values(),
+            *CACHE_FLAGS.values(),
+            Flag("mesh", "layout over all devices, experts split: serve", shown="one device"),
+            _COMPILATION_CACHE,
             *_PROCESS_FLAGS,
         ),
     ),
@@ -211,8 +204,8 @@ COMMANDS = {
         (
             Flag("source", "directory to read", options={"required": True}),
             Flag("target", "directory to write", options={"required": True}),
-            Flag("format", "huggingface or orbax (default: the one that the source is not)", flags.DEFINE_enum,
-                 options={"enum_values": ["huggingface", "orbax"]}),
+            Flag("format", "format to write", flags.DEFINE_enum, options={"enum_values": ["huggingface", "orbax"]},
+                 shown="the one that the source is not"),
             _DTYPE,
             Flag("overwrite", "replace an earlier result in the target, and keep nothing of it", flags.DEFINE_bool,
                  False),
@@ -227,17 +220,16 @@ COMMANDS = {
             Flag("topology", "chip and shape: v5p:8x8x8, v5e:16x16x4slices, h100:64, or a TPU's accelerator type: "
                  "v5p-512; --analytic compares several",
                  options={"required": True}),
-            Flag("mode", "train, prefill or decode (default: train)", flags.DEFINE_enum, "train",
+            Flag("mode", "program to plan for", flags.DEFINE_enum, "train",
                  options={"enum_values": ["train", "prefill", "decode"]}),
-            Flag("context", "tokens of a row (default: the config's)", flags.DEFINE_integer,
-                 options={"lower_bound": 1}),
-            Flag("concurrency", "rows of a step (default: the config's)", flags.DEFINE_integer,
-                 options={"lower_bound": 1}),
+            Flag("context", "tokens of a row", flags.DEFINE_integer, options={"lower_bound": 1}, shown="the config's"),
+            Flag("concurrency", "rows of a step", flags.DEFINE_integer, options={"lower_bound": 1},
+                 shown="the config's"),
             Flag("analytic", "the closed form alone, in a second; else TPU programs are compiled", flags.DEFINE_bool,
                  False),
-            Flag("stage", "how far: program, or buffers: until all bytes are placed, without machine code (default: "
-                 "program)", flags.DEFINE_enum, "program", options={"enum_values": ["program", "buffers"]}),
-            _KV_HOT,
+            Flag("stage", "how far: program, or buffers: until all bytes are placed, without machine code",
+                 flags.DEFINE_enum, "program", options={"enum_values": ["program", "buffers"]}),
+            dataclasses.replace(CACHE_FLAGS["hot"], shown="the config's"),
             _JSON,
         ),
         has_config=True, default_config="tiny",
@@ -246,9 +238,10 @@ COMMANDS = {
         _bench, "measure speed, as ratios taken in one run",
         "v4jax bench --suite=peer --config=small --json=peer.json",
         (
-            Flag("suite", "what to measure", options={"required": True}),
+            Flag("suite", "what to measure", flags.DEFINE_enum, options={"required": True, "enum_values": BENCHES}),
             _CHECKPOINT,
-            Flag("rounds", "repetitions of every measurement", flags.DEFINE_integer, options={"lower_bound": 1}),
+            Flag("rounds", "repetitions of every measurement", flags.DEFINE_integer, options={"lower_bound": 1},
+                 shown="5"),
             Flag("contexts", "tokens of context, such as 1024,65536 (suites decode, generate, live, tiers)",
                  flags.DEFINE_list),
             _JSON,
@@ -261,8 +254,9 @@ COMMANDS = {
         "v4jax eval --checkpoint=runs/tiny --suite=perplexity",
         (
             Flag("suite", "perplexity, fp8 (what a cache in fewer bits costs) or needle (retrieval, by both caches)",
-                 options={"required": True}),
+                 flags.DEFINE_enum, options={"required": True, "enum_values": EVALS}),
             _NEEDED_CHECKPOINT,
+            _COMPILATION_CACHE,
             _JSON,
             Flag("layout", "fp8, needle: the cache's layout, fp8 or fp8_fp4"),
             Flag("context", "fp8: tokens of a window", flags.DEFINE_integer, options={"lower_bound": 2}),
@@ -276,10 +270,23 @@ COMMANDS = {
 }  # fmt: skip
 
 
+def _prompts(values: flags.FlagValues) -> list[str]:
+    """The prompts of the command line, in files and on stdin, which is read once."""
+    stdin = [*values.prompt, *values.prompt_file].count("-")
+    if stdin > 1:
+        raise UserError("stdin holds one prompt; give one of --prompt=- and --prompt_file=- once")
+    typed = [_read_prompt("-") if text == "-" else _typed("prompt", text) for text in values.prompt]
+    prompts = [*typed, *map(_read_prompt, values.prompt_file)]
+    if not prompts:
+        raise UserError('generate needs something to continue; add --prompt="..." or --prompt_file=FILE')
+    return prompts
+
+
 def _read_prompt(path: str) -> str:
-    """Text of a prompt file without its last line break."""
+    """Text of a prompt file, or of stdin for "-", without its last line break."""
     try:
-        return pathlib.Path(path).read_text(encoding="utf-8-sig").removesuffix("\n")
+        data = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
+        return data.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
     except OSError as error:
         raise UserError(f"cannot read --prompt_file={path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -318,8 +325,11 @@ def _main_help() -> str:
     rows = [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
     return "\n".join([
         v4jax.__doc__, "", "usage: v4jax <command> [flags]", "", *rows, "",
-        "v4jax <command> --help lists its flags; --debug shows where an error came from; --version prints "
-        f"{v4jax.__version__}.",
+        "v4jax <command> --help lists its flags, their defaults and the presets; v4jax train --config=NAME "
+        "--show_config lists",
+        "the fields of a config; v4jax completion bash|zsh prints a completion script; --debug shows where an error "
+        "came from;",
+        f"--version prints {v4jax.__version__}.",
     ])  # fmt: skip
 
 
@@ -329,15 +339,20 @@ def _dispatch(argv: list[str]) -> None:
         print(v4jax.__version__)
     elif name in ("--help", "-h", "help"):
         print(_main_help())
+    elif name == "completion":
+        print(completion.script(COMMANDS, rest), end="")
     elif name not in COMMANDS:
         raise UserError(f"no command {name!r}{nearest(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
     elif {"--help", "-h"} & set(rest):
         print(command_help(name, COMMANDS[name]))
     else:
         command = COMMANDS[name]
-        arguments = parse(name, command, rest)
+        values, config = parse(name, command, rest)
+        if command.has_config and values.show_config:
+            print("\n".join(config_lines(config)))
+            return
         keep_heap()
-        command.run(*arguments)
+        command.run(values, config)
     sys.stdout.flush()  # a reader that went away shows here rather than at exit
 
 
@@ -391,3 +406,7 @@ def _replacing_stdout() -> Iterator[None]:
 def _fail(message: str) -> int:
     print("v4jax: " + " ".join(message.split()), file=sys.stderr)
     return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,12 +1,13 @@
 """The one configuration tree: frozen dataclasses, read from Python files, checked once.
 
 A config file defines `get_config(arg="") -> Config` and imports only this module. On the command line
-`--config=tiny` names a packaged file, `--config=path/to/file.py:arg` any other, and `--config.train.steps=200`
-overrides a field with its own type (see `v4jax/cli.py`).
+`--config=tiny` names a packaged file, `--config=path/to/file.py:arg` (or `path/to/file`) any other, and
+`--config.train.steps=200` overrides a field with its own type (see `v4jax/cli.py`).
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import importlib.util
@@ -138,6 +139,7 @@ class Train:
     """Optimisation (spec 8.1, 8.3). Learning rates are peaks of a warm-up and cosine schedule."""
 
     steps: int = 1000
+    max_seconds: float = 0.0  # fewer steps (half at least) where these would take longer; 0: never (time_budget.py)
     batch_size: int = 8
     lr: float = 1e-2  # matrices (Muon)
     adam_lr: float = 1e-2  # embedding, head, norms, biases (AdamW)
@@ -276,6 +278,15 @@ def preset_names() -> list[str]:
     return _stems(_preset_dir())
 
 
+def preset_summaries() -> dict[str, str]:
+    """The first sentence of each preset's docstring, by name; no preset is run."""
+    sentences = {}
+    for name in preset_names():
+        module = ast.parse((_preset_dir() / f"{name}.py").read_text(encoding="utf-8"))
+        sentences[name] = " ".join((ast.get_docstring(module) or "").split("\n\n")[0].split())
+    return sentences
+
+
 def layout_names() -> list[str]:
     """Names that `--config.mesh.layout=` accepts without a path."""
     return _stems(_preset_dir() / "mesh")
@@ -298,6 +309,8 @@ def load_layout(name: str) -> Layout:
 def _function(name: str, directory: pathlib.Path, function: str, what: str):
     """`function` of the preset `name` in `directory`, or of the file of that path."""
     path = pathlib.Path(name) if name.endswith(".py") else directory / f"{name}.py"
+    if not path.is_file() and not name.endswith(".py"):
+        path = pathlib.Path(f"{name}.py")  # `--config=mine` beside mine.py; the name of a preset is always the preset
     if not path.is_file():
         known = _stems(directory)
         near = difflib.get_close_matches(pathlib.Path(name).stem, known, n=1, cutoff=0.3)
@@ -356,7 +369,8 @@ def validate(config: Config) -> Config:
     for name, size in [("hidden_size", config.model.hidden_size), ("moe.inner", config.model.moe.inner)]:
         _require(train.expert_weights == "plain" or size % 32 == 0, f"train.expert_weights=mxfp4 takes groups of 32, "
                  f"and model.{name} is {size}")  # fmt: skip
-    for name, value in [("train.spike_factor", train.spike_factor), ("train.hang_seconds", train.hang_seconds)]:
+    for name, value in [("train.spike_factor", train.spike_factor), ("train.hang_seconds", train.hang_seconds),
+                        ("train.max_seconds", train.max_seconds)]:  # fmt: skip
         _require(value >= 0, f"{name} must not be negative, got {value}")
     _require(
         data.seq_len % config.model.alignment == 0,

@@ -8,7 +8,10 @@ WORKDIR /v4jax
 COPY pyproject.toml README.md ./
 COPY v4jax v4jax
 COPY configs configs
+# hadolint ignore=DL3013
 RUN pip install '.[tpu]'
+# As root, who alone may open the TPU's devices.
+WORKDIR /runs
 # Kubernetes ends a pod with SIGTERM; v4jax is process 1 and saves on it.
 ENTRYPOINT ["v4jax"]
 CMD ["--help"]

@@ -5,33 +5,48 @@
 #
 #   launch/tpu_vm/train.sh NAME ZONE gs://BUCKET/DIR train --config=v4_flash --config.mesh.layout=pod \
 #     --config.mesh.expert=64 --config.train.batch_size=128
+#   launch/tpu_vm/train.sh NAME ZONE log     # follows host 0
+#   launch/tpu_vm/train.sh NAME ZONE stop    # saves, then ends
 #
 # Copies this checkout to every host, installs it there, mounts the bucket (a checkpoint needs one file system for all
-# hosts) and runs the command on all hosts at once; JAX finds them through the TPU's metadata. The same line again goes
-# on from the newest checkpoint.
+# hosts) and starts the command on all hosts at once, as the systemd unit `v4jax`: it goes on when this terminal is
+# closed. The same line again goes on from the newest checkpoint.
 set -euo pipefail
 
-if (($# < 4)); then
-  echo "train.sh: usage: launch/tpu_vm/train.sh NAME ZONE gs://BUCKET/DIR train [flags]" >&2
+usage() {
+  echo "train.sh: usage: launch/tpu_vm/train.sh NAME ZONE (gs://BUCKET/DIR train [flags] | log | stop)" >&2
   exit 1
-fi
-name=$1 zone=$2 store=${3#gs://}
-shift 3
+}
+
+if (($# < 3)); then usage; fi
+name=$1 zone=$2
+shift 2
 cd "$(dirname "$0")/../.."
 
-on_all() {
-  gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"
+# on HOSTS COMMAND: HOSTS are a number, or all.
+on() {
+  gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="$1" --command="$2"
 }
+
+case "$1" in
+  log)
+    on 0 "journalctl --unit=v4jax --follow --lines=50"
+    exit
+    ;;
+  stop)
+    on all "sudo systemctl stop v4jax"
+    exit
+    ;;
+  gs://?*/?*) if (($# < 2)); then usage; fi ;;
+  *) usage ;;
+esac
+store=${1#gs://}
+shift
 
 archive=$(mktemp)
 trap 'rm -f "$archive"' EXIT
 git archive --format=tar.gz --output="$archive" HEAD
 gcloud compute tpus tpu-vm scp "$archive" "$name:v4jax.tar.gz" --zone="$zone" --worker=all
-on_all "set -e
-  mkdir -p v4jax runs
-  tar -xzf v4jax.tar.gz -C v4jax
-  if ! command -v gcsfuse > /dev/null; then sudo apt-get update -q && sudo apt-get install -qy gcsfuse; fi
-  mountpoint -q runs || gcsfuse --implicit-dirs --only-dir=${store#*/} ${store%%/*} runs
-  if [ ! -x venv/bin/v4jax ]; then python3 -m venv venv; fi
-  venv/bin/pip install -q -e './v4jax[tpu]'"
-on_all "venv/bin/v4jax $(printf '%q ' "$@") --workdir=runs"
+on all "mkdir -p v4jax && tar -xzf v4jax.tar.gz -C v4jax && v4jax/launch/tpu_vm/setup.sh ${store%%/*} ${store#*/}"
+on all "v4jax/launch/tpu_vm/start.sh $(printf '%q ' "$@")"
+echo "started; to follow it: launch/tpu_vm/train.sh $name $zone log"

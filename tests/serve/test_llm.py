@@ -52,6 +52,14 @@ def test_conversations_outlive_an_llm(model, tokenizer, tmp_path):
     llm.close()  # again does nothing
 
 
+def test_an_empty_text_begins_a_document_and_tokens_are_counted(llm, tokenizer):
+    before = llm.stats()
+    empty, bos = llm.generate(["", [tokenizer.bos_id]], greedy(max_tokens=3))
+    assert empty.prompt_token_ids == [tokenizer.bos_id] and empty.token_ids == bos.token_ids
+    counted = {name: llm.stats()[name] - before[name] for name in ("prompt_tokens", "generation_tokens")}
+    assert counted == {"prompt_tokens": 2, "generation_tokens": 6}
+
+
 def test_public_names():
     assert v4jax.LLM is LLM and v4jax.SamplingParams is SamplingParams
 

@@ -7,8 +7,11 @@ until a config is read: help and mistakes must not wait for jax.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
+import inspect
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -30,6 +33,19 @@ class Flag:
     define: Callable = flags.DEFINE_string
     default: object = None
     options: dict = field(default_factory=dict)  # bounds, enum values, required
+    shown: str = ""  # the default as `--help` says it, where `default` does not
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """All values of an enumeration; () for other flags."""
+        return tuple(self.options.get("enum_values", ()))
+
+    @property
+    def form(self) -> str:
+        """How a value is written, for `--help`."""
+        if self.values:
+            return "|".join(self.values)
+        return _FORMS.get(self.define, "...")
 
 
 @dataclass(frozen=True)
@@ -66,18 +82,108 @@ def given(values: flags.FlagValues, *names: str) -> dict:
     return {name: values[name].value for name in names if values[name].present}
 
 
+_FORMS = {
+    flags.DEFINE_integer: "N",
+    flags.DEFINE_multi_integer: "N",
+    flags.DEFINE_float: "X",
+    flags.DEFINE_bool: "true|false",
+    flags.DEFINE_list: "A,B,...",
+    define_size: "BYTES",
+}
+_WIDTH = 30  # columns of a flag in `--help`; a longer one has a line of its own
+
+
 def command_help(name: str, command: Command) -> str:
     """What `v4jax name --help` prints."""
     rows = []
     if command.has_config:
         default = f" (default: {command.default_config})" if command.default_config else ""
-        presets = ", ".join(config_lib.preset_names())
-        rows += [("--config=NAME", f"{presets}, or FILE.py[:arg]{default}"),
-                 ("--config.FIELD=VALUE", "set one field, such as --config.train.steps=200")]  # fmt: skip
-    for flag in command.flags:
-        rows.append((f"--{flag.name}=...", flag.help + (" (required)" if flag.options.get("required") else "")))
-    lines = [f"  {left:<22}{right}" for left, right in rows]
+        rows += [
+            ("--config=NAME", f"a preset (below), or FILE.py[:arg]{default}"),
+            ("--config.FIELD=VALUE", "set one field, such as --config.train.steps=200"),
+            ("--show_config", f"list every field with its value and end: v4jax {name} --config=NAME --show_config"),
+        ]
+    rows += [(f"--{flag.name}={flag.form}", _explained(flag)) for flag in command.flags]
+    lines = [_row(left, right) for left, right in rows]
+    if command.has_config:
+        presets = config_lib.preset_summaries()
+        lines += ["", "presets:", *(_row(preset, summary) for preset, summary in presets.items())]
     return "\n".join([f"v4jax {name}: {command.summary}", "", f"  {command.example}", "", *lines])
+
+
+def _row(left: str, right: str) -> str:
+    gap = " " * (_WIDTH - len(left)) if len(left) < _WIDTH else "\n" + " " * (_WIDTH + 2)
+    return f"  {left}{gap}{right}"
+
+
+def _explained(flag: Flag) -> str:
+    """Help of a flag with its default."""
+    if flag.options.get("required"):
+        return f"{flag.help} (required)"
+    default = flag.shown or ("" if flag.default in (None, ()) else str(flag.default))
+    return flag.help + (f" (default: {default})" if default else "")
+
+
+def config_lines(config: config_lib.Config) -> list[str]:
+    """Every field as the argument that sets it to its value, with the comment of the field in `v4jax/config.py`."""
+    comments = dict(_comments(type(config)))
+    lines = []
+    for path, value in _leaves(config_lib.to_dict(config)):
+        argument = shlex.quote(f"--config.{path}={_typed(value)}")
+        lines.append(f"{argument:<44}  # {comments[path]}" if path in comments else argument)
+    return lines
+
+
+def config_paths() -> list[str]:
+    """Dotted paths of all fields."""
+    return [path for path, _ in _leaves(config_lib.to_dict(config_lib.Config()))]
+
+
+def _typed(value: object) -> str:
+    """A value as it is typed after `--config.FIELD=`."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _comments(group: type, prefix: str = "") -> Iterable[tuple[str, str]]:
+    """(dotted path, comment) of the fields of a config dataclass and of its groups, read from its source."""
+    groups = {field.name: field.default_factory for field in dataclasses.fields(group)}
+    name, words = "", []
+    for line in [*inspect.getsource(group).splitlines(), "    end: "]:
+        match = re.fullmatch(r"    (\w+): [^#]*?(?:  # (.*))?", line)
+        if match is None:
+            further = re.fullmatch(r"    # +(.*)", line)
+            words += [further[1]] if further and words else []
+            continue
+        if words:
+            yield prefix + name, " ".join(words)
+        name, words = match[1], [match[2]] if match[2] and match[1] in groups else []
+        if dataclasses.is_dataclass(groups.get(name)):
+            yield from _comments(groups[name], f"{prefix}{name}.")
+
+
+def config_paths() -> list[str]:
+    """Dotted paths of all fields."""
+    return [path for path, _ in _leaves(config_lib.to_dict(config_lib.Config()))]
+
+
+def _typed(value: object) -> str:
+    """A value as it is typed after `--config.FIELD=`."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _comments(group: type, prefix: str = "") -> Iterable[tuple[str, str]]:
+    """(dotted path, comment) of the fields of a config dataclass and of its groups, read from its source."""
+    groups = {field.name: field.default_factory for field in dataclasses.fields(group)}
+    for line in inspect.getsource(group).splitlines():
+        match = re.fullmatch(r"    (\w+): [^#]*?(?:  # (.*))?", line)
+        if match and dataclasses.is_dataclass(groups.get(match[1])):
+            yield from _comments(groups[match[1]], f"{prefix}{match[1]}.")
+        elif match and match[1] in groups and match[2]:
+            yield prefix + match[1], match[2]
 
 
 def parse(name: str, command: Command, argv: list[str]) -> tuple[flags.FlagValues, config_lib.Config | None]:
@@ -87,6 +193,8 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[flags.FlagValue
         options = {key: value for key, value in flag.options.items() if key != "required"}
         flag.define(flag.name, flag.default, help=flag.help, flag_values=values, **options)
     config_dict = None
+    if command.has_config:
+        flags.DEFINE_bool(_SHOW, False, help="list the fields", flag_values=values)
     try:
         if command.has_config:
             config_dict, argv = _define_config(command, argv, values)
@@ -103,6 +211,8 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[flags.FlagValue
     if extra:
         raise UserError(f"unexpected argument {extra[0]!r}; flags are written --name=value")
     for flag in command.flags:
+        if command.has_config and values[_SHOW].value:
+            break  # nothing will run
         if flag.options.get("required") and values[flag.name].value in (None, ""):
             raise UserError(f"{name} needs --{flag.name}: {flag.help}")
     for name in set(_PATHS) & {flag.name for flag in command.flags}:
@@ -145,6 +255,7 @@ def _define_config(command: Command, argv: list[str], values: flags.FlagValues):
     return config, rest
 
 
+_SHOW = "show_config"
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 
 

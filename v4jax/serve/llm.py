@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import logging
 import os
+import threading
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -94,6 +95,7 @@ class LLM:
         self.tokenizer, self.engine = tokenizer, Engine(model, serve, cache, on)
         self._description = f"{model!r}, max_batch={serve.max_batch}, max_seq_len={serve.max_seq_len}"
         self._loop = EngineLoop(self.engine)
+        self._counting, self._tokens = threading.Lock(), {"prompt_tokens": 0, "generation_tokens": 0}
 
     def generate(
         self,
@@ -115,7 +117,7 @@ class LLM:
             UserError: a request cannot be run; nothing has run then.
         """
         rows = self._rows(prompts, sampling_params)
-        for _ in self._loop.run(rows):
+        for _ in self._run(rows):
             pass
         return [row.output() for row in rows]
 
@@ -137,7 +139,8 @@ class LLM:
         return SamplingParams(**self.default_sampling_params)
 
     def stats(self) -> dict[str, float]:
-        """What the engine counts: sequences waiting and running, pages and records, prefix hits, bytes of the cache.
+        """What the engine counts: sequences waiting and running, pages and records, prefix hits, bytes of the cache;
+        prompt_tokens and generation_tokens of the requests that have ended.
 
         With speculative_tokens also spec_decode_num_drafts, the decode steps of requests, and
         spec_decode_num_draft_tokens and spec_decode_num_accepted_tokens, the tokens proposed and accepted in them.
@@ -150,7 +153,9 @@ class LLM:
         both, bytes moved, evictions, corrupt records, errors, the state of the breaker; and what is queued between
         them.
         """
-        return self._loop.do(self.engine.stats)
+        with self._counting:
+            tokens = dict(self._tokens)
+        return self._loop.do(self.engine.stats) | tokens
 
     @property
     def tiers(self) -> str:
@@ -179,10 +184,19 @@ class LLM:
             self._loop.close(_LAST_SECONDS if self.tiers else 0.0)
 
     def _stream(self, rows: list[_Row]) -> Iterator[tuple[int, str]]:
-        yield from self._loop.run(rows, stream=True)
+        yield from self._run(rows, stream=True)
         for index, row in enumerate(rows):
             if row.error:
                 raise UserError(f"prompt {index} was stopped: {row.error}")
+
+    def _run(self, rows: list[_Row], stream: bool = False) -> Iterator[tuple[int, str]]:
+        """`EngineLoop.run`, whose tokens are counted in the end."""
+        try:
+            yield from self._loop.run(rows, stream)
+        finally:
+            with self._counting:
+                self._tokens["prompt_tokens"] += sum(len(row.prompt_ids) for row in rows)
+                self._tokens["generation_tokens"] += sum(len(row.token_ids) for row in rows)
 
     def _rows(self, prompts, sampling_params) -> list[_Row]:
         parsed = prompt_forms.parse(prompts)

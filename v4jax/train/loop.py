@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from v4jax import config as configs
+from v4jax.checkpoint.directory import save_config
 from v4jax.checkpoint.orbax import RunStore, finished_steps, newest_extras
 from v4jax.config import Config
 from v4jax.core.check import UserError
@@ -25,6 +26,7 @@ from v4jax.data.pipeline import make_dataset
 from v4jax.data.sources import load_documents
 from v4jax.data.tokenizer import Tokenizer
 from v4jax.parallel.distributed import barrier, gather, is_lead, peers, stop_asked
+from v4jax.train import time_budget
 from v4jax.train.goodput import Goodput
 from v4jax.train.metrics import MetricsWriter, plot_loss, read_metrics
 from v4jax.train.progress import Progress, closing_lines, spinner
@@ -80,7 +82,9 @@ def _where_it_stands(workdir: pathlib.Path) -> str:
 
 class _Run:
     def __init__(self, config: Config, workdir: pathlib.Path, stop: StopSignals):
-        self.config, self.workdir, self.stop = config, workdir, stop
+        self.opened = time.monotonic()
+        self.config = config = time_budget.resumed(config, workdir)
+        self.workdir, self.stop = workdir, stop
         self._check_steps()
         with spinner(f"{config.name}: loading the data", is_lead()):
             self.tokenizer = None if config.data.source == NEEDLE else Tokenizer(config.data.tokenizer, add_bos=True)
@@ -161,6 +165,7 @@ class _Run:
             if self._evaluation_due(step):  # the run was stopped before or during this evaluation
                 self._measure(state, step, progress)
             first = step + 1
+            measured, begun = time_budget.MEASURED if t.max_seconds and step == 0 else 0, time.monotonic()
             while step < t.steps:
                 step += 1
                 batch = self.trainer.place(next(iterator))
@@ -170,15 +175,19 @@ class _Run:
                 if step == first:
                     self.stop.deferred = True  # from here on there is something to save
                     self.goodput.mark()
+                    compiled = time.monotonic()
                 waiting.append((step, metrics))
                 self.steps += 1
                 stopping |= self._stop_asked() | stop_asked(self.steps)
                 due = step == t.steps or step % t.checkpoint_every == 0
                 evaluate = self._evaluation_due(step)
-                if not (stopping or due or evaluate or step % t.log_every == 0):
+                if not (stopping or due or evaluate or step % t.log_every == 0 or step == measured):
                     continue
                 spikes = self._report(waiting, progress)
                 waiting.clear()
+                if step == measured and self._fit_steps(step, begun, compiled, progress):
+                    t, first = self.config.train, step + 1  # another program
+                    due |= step == t.steps
                 stopping |= self._stop_asked()
                 with watchdog.paused():
                     if self._spiked(state, step, spikes, stopping or due or evaluate):
@@ -232,6 +241,23 @@ class _Run:
         if t.spike == "rollback":
             return True
         raise UserError(f"the update of step {step} left values that are not finite: {self._cure()}")
+
+    def _fit_steps(self, step: int, begun: float, compiled: float, progress: Progress) -> bool:
+        """Take fewer steps where all would not end in time. The first step compiled from `begun` to `compiled`."""
+        t, now = self.config.train, time.monotonic()
+        seconds = (now - compiled) / step
+        steps = time_budget.fit_steps(t, step, seconds, compiled - begun, now - self.opened, len(self.heldout))
+        steps = min(map(int, gather(str(steps).encode())))  # all processes take the same number
+        if steps == t.steps:
+            return False
+        self.config = time_budget.with_steps(self.config, steps)
+        self.trainer = Trainer(self.config)
+        progress.shorten(steps)
+        if is_lead():
+            save_config(self.workdir, self.config)
+            print(f"a step takes {seconds:.2f} s: the run makes {steps} of {t.steps} steps, to end within "
+                  f"{t.max_seconds:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
+        return True
 
     def _open_records(self, step: int, values: dict[str, float]) -> None:
         """Metrics after step `step`, `values` first; those of steps that will be done again are forgotten."""

@@ -57,6 +57,11 @@ class Progress:
                 flush=True,
             )
 
+    def shorten(self, steps: int) -> None:
+        """The run ends after `steps`."""
+        self.steps = steps
+        self._bar.update(self._task, total=steps)
+
     def _left(self, step: int) -> str:
         seconds = (self.steps - step) * self.tokens_per_step / self.tokens_per_second
         return f"  {int(seconds // 60)}:{int(seconds % 60):02d} left"
