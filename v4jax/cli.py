@@ -20,7 +20,7 @@ from absl import flags
 
 import v4jax
 from v4jax import config as config_lib
-from v4jax.core.check import UserError
+from v4jax.core.check import UserError, printable
 from v4jax.core.flags import Command, Flag, command_help, define_size, given, nearest, parse
 from v4jax.core.memory import keep_heap
 
@@ -387,5 +387,5 @@ def _replacing_stdout() -> Iterator[None]:
 
 
 def _fail(message: str) -> int:
-    print("v4jax: " + " ".join(message.split()), file=sys.stderr)
+    print("v4jax: " + printable(message), file=sys.stderr)
     return 1
