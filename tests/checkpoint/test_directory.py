@@ -56,7 +56,7 @@ def test_what_is_no_checkpoint(tmp_path):
     (lambda v: {"config": v["config"]}, "has the format None"),
     (lambda v: {"format": 1}, "holds no config"),
     (lambda v: v | {"config": [1]}, "holds no config"),
-    (lambda v: v | {"config": v["config"] | {"model": 5}}, "holds no config"),
+    (lambda v: v | {"config": v["config"] | {"model": 5}}, "config field 'model' is 5, and must be a group of fields"),
     (lambda v: v | {"config": v["config"] | {"modle": {}}}, "unknown config field 'modle'; did you mean 'model'"),
     (lambda v: [v], "holds no JSON object"),
 ])  # fmt: skip

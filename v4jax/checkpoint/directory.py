@@ -19,9 +19,9 @@ from dataclasses import replace
 
 from v4jax import config as config_lib
 from v4jax.checkpoint.atomic import replace_text, write_error
-from v4jax.checkpoint.safetensors import read_json
 from v4jax.config import Config, Data, Model, Serve
 from v4jax.core.check import UserError
+from v4jax.core.untrusted_json import read_object
 
 CONFIG_NAME = "v4jax.json"
 FORMATS = ("huggingface", "orbax")
@@ -69,7 +69,7 @@ def save_config(path: str | os.PathLike, config: Config, tokenizer=None) -> None
 def read_config(path: str | os.PathLike) -> Config:
     """Config in the v4jax.json of a directory. Raises UserError for a damaged file or another version."""
     file = pathlib.Path(path) / CONFIG_NAME
-    values = read_json(file)
+    values = read_object(file)
     if values.get("format") != _VERSION:
         raise UserError(f"{file} has the format {values.get('format')!r}, this v4jax reads {_VERSION}; "
                         "use the version that wrote it")  # fmt: skip

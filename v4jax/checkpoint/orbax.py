@@ -32,6 +32,7 @@ from v4jax.checkpoint.atomic import require_space, write_error
 from v4jax.checkpoint.directory import CONFIG_NAME, read_config, save_config
 from v4jax.checkpoint.tensors import LazyTensors, memory_dtype, report
 from v4jax.config import Config, Model
+from v4jax.core import untrusted_json
 from v4jax.core.check import UserError
 from v4jax.nn import qdq
 from v4jax.parallel.distributed import barrier, is_lead
@@ -121,8 +122,8 @@ class RunStore:
             leaves = [_to_device(directory, stores[place], leaf) for place, leaf in wanted.items()]
             tree[name] = jax.tree.unflatten(jax.tree.structure(item), leaves)
         try:
-            extras = self._manager.restore(step, args=ocp.args.Composite(**{_EXTRAS: ocp.args.JsonRestore()}))[_EXTRAS]
-        except (OSError, ValueError, KeyError) as error:
+            extras = untrusted_json.parse(untrusted_json.read_bytes(directory / _EXTRAS / "metadata"))
+        except (OSError, ValueError) as error:
             raise _damaged(directory, error) from error
         return tree, extras
 
@@ -203,7 +204,8 @@ def steps_path(path: str | os.PathLike) -> pathlib.Path:
 
 def _is_finished(directory: pathlib.Path) -> bool:
     try:
-        return json.loads((directory / _COMPLETE).read_bytes())["commit_timestamp_nsecs"] is not None
+        record = untrusted_json.parse(untrusted_json.read_bytes(directory / _COMPLETE))
+        return record["commit_timestamp_nsecs"] is not None
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -251,7 +253,7 @@ class OrbaxTensors(LazyTensors):
 def _open_item(directory: pathlib.Path, item: str) -> dict[str, tensorstore.TensorStore]:
     """The arrays of one item by name, unread."""
     try:
-        metadata = json.loads((directory / item / "_METADATA").read_bytes())
+        metadata = untrusted_json.parse(untrusted_json.read_bytes(directory / item / "_METADATA"))
         (directory / item / "manifest.ocdbt").stat()  # tensorstore takes a missing one for an empty database
         driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
         base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory / item}/"}}

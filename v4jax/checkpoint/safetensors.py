@@ -12,18 +12,20 @@ import math
 import os
 import pathlib
 import re
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from v4jax.checkpoint.atomic import require_space, write_all, write_text
-from v4jax.core import dtypes
+from v4jax.core import dtypes, untrusted_json
 from v4jax.core.check import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_MAX_HEADER = 100_000_000  # the library's own limit
+_MAX_AXES = 8
+_MAX_SIZE = 1 << 48  # of one axis, elements
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -161,21 +163,22 @@ def _open_directory(path: pathlib.Path) -> dict[str, TensorInfo]:
 
 def _check_shard_set(path: pathlib.Path, names: list[str]) -> None:
     """Without an index only the file names say how many shards there must be."""
-    for match in filter(None, map(_SHARD.fullmatch, names)):
-        for number in range(1, int(match[3]) + 1):
-            wanted = f"{match[1]}-{number:05d}-of-{match[3]}.safetensors"
-            if wanted not in names:
+    present = set(names)
+    for stem, count in {match.group(1, 3) for match in filter(None, map(_SHARD.fullmatch, names))}:
+        for number in range(1, int(count) + 1):
+            wanted = f"{stem}-{number:05d}-of-{count}.safetensors"
+            if wanted not in present:
                 raise UserError(f"{path} lacks the shard {wanted}; download or copy it")
 
 
 def _open_indexed(path: pathlib.Path) -> dict[str, TensorInfo]:
-    index = read_json(path / INDEX_NAME)
+    index = untrusted_json.read_object(path / INDEX_NAME, untrusted_json.LARGE)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise UserError(f"{path / INDEX_NAME} has no weight_map of names to files; download it again")
     files: dict[str, dict[str, TensorInfo]] = {}
     for file in sorted(set(weight_map.values())):
-        if file != os.path.basename(file) or not (path / file).is_file():
+        if file != os.path.basename(file) or not os.path.isfile(path / file):
             raise UserError(f"{path / INDEX_NAME} names the shard {file}, which is missing; download or copy it")
         files[file] = _open_file(path / file)
     tensors = {}
@@ -193,12 +196,12 @@ def _open_file(path: pathlib.Path) -> dict[str, TensorInfo]:
     with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > _MAX_HEADER or 8 + length > size:
+        if size < 8 or length > untrusted_json.LARGE or 8 + length > size:
             raise _damaged(path, f"has no complete header ({size} bytes in all)")
         raw = file.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
-    except ValueError as error:
+        header = untrusted_json.parse(raw, untrusted_json.LARGE)
+    except untrusted_json.JsonError as error:
         raise _damaged(path, f"has an unreadable header ({error})") from error
     if not isinstance(header, dict):
         raise _damaged(path, "has a header that is no JSON object")
@@ -217,7 +220,8 @@ def _open_file(path: pathlib.Path) -> dict[str, TensorInfo]:
 def _parse_entry(path: pathlib.Path, name: str, entry, base: int) -> TensorInfo:
     try:
         code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        numbers_ok = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+        numbers_ok = len(shape) <= _MAX_AXES and all(type(n) is int and 0 <= n <= _MAX_SIZE for n in shape)
+        numbers_ok = numbers_ok and type(start) is int and type(stop) is int and start >= 0 and stop >= 0
     except (TypeError, KeyError, ValueError) as error:
         raise _damaged(path, f"has a bad header entry for {name!r}") from error
     if not numbers_ok:
@@ -231,35 +235,20 @@ def _parse_entry(path: pathlib.Path, name: str, entry, base: int) -> TensorInfo:
     return TensorInfo(path, code, shape, base + start, base + stop)
 
 
-def _unique(pairs: list[tuple]) -> dict:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return result
-
-
 def _damaged(path: pathlib.Path, what: str) -> UserError:
     return UserError(f"{path} {what}; the file is damaged, download or copy it again")
 
 
 def _open(path: pathlib.Path):
     try:
-        return open(path, "rb", buffering=0)
+        # Without O_NONBLOCK, opening a named pipe would wait for a writer.
+        file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check that it exists and is readable") from error
-
-
-def read_json(path: pathlib.Path) -> dict:
-    """A JSON object from a file; UserError if the file is missing, unreadable or something else."""
-    with _open(path) as file:
-        raw = file.read()
-    try:
-        value = json.loads(raw)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download or copy it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; download or copy it again")
-    return value
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise _damaged(path, "is no regular file")
+    return file
 
 
 # --- writing -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from jax.sharding import SingleDeviceSharding
 
 from v4jax import config
 from v4jax.cache.disk import Disk, space
-from v4jax.cache.policy import POLICIES
 from v4jax.cache.spec import Layout
 from v4jax.cache.tiers import Host
 from v4jax.cache.transfer import Transfer
@@ -35,7 +34,6 @@ _log = logging.getLogger(__name__)
 
 def build(live: Live, places: Places, cache: config.Cache, layout: Layout) -> Parking | None:
     """The tiers that a config asks for, told of in the log; None if it asks for none. Raises UserError."""
-    check(cache)
     if not (cache.host or cache.disk):
         return None
     if not layout.page_bytes:
@@ -152,20 +150,6 @@ class Parking:
             "restored_blocks": sum(bay.restored for bay in self.bays),
             "queue_idle": sum(bay.idle for bay in self.bays),
         }
-
-
-def check(cache: config.Cache) -> None:
-    """Raise UserError for tiers that cannot be."""
-    if min(cache.device, cache.host, cache.disk) < 0 or not cache.deadline > 0:
-        raise UserError("cache device, host and disk must be at least 0 bytes, and the deadline more than 0 seconds")
-    if cache.admission not in ("all", "second"):
-        raise UserError(f"unknown cache admission {cache.admission!r}; one of all, second")
-    if cache.policy not in POLICIES:
-        raise UserError(f"unknown cache policy {cache.policy!r}; one of {', '.join(POLICIES)}")
-    if bool(cache.disk) != bool(cache.directory):
-        raise UserError("a cache on disk needs both its size and its directory (--kv_disk=64GiB --kv_dir=DIR)")
-    if (cache.host or cache.disk) and not cache.prefix:
-        raise UserError("cache tiers on host and disk hold blocks that requests share: set prefix=True, or drop them")
 
 
 def _place(memory: SingleDeviceSharding | None, payload: np.ndarray) -> np.ndarray | jax.Array:
