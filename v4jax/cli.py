@@ -135,7 +135,7 @@ def _bench(values: flags.FlagValues, config: config_lib.Config | None) -> None:
 def _eval(values: flags.FlagValues, _: None) -> None:
     from v4jax import evals
 
-    options = ("json", "layout", "context", "windows", "contexts", "depths", "trials", "bounds")
+    options = ("json", "data", "heldout", "layout", "context", "windows", "contexts", "depths", "trials", "bounds")
     evals.run(values.suite, values.checkpoint, **given(values, *options))
 
 
@@ -262,6 +262,8 @@ COMMANDS = {
                  options={"required": True}),
             _NEEDED_CHECKPOINT,
             _JSON,
+            Flag("data", "perplexity, fp8: text files, where the checkpoint was trained on files"),
+            Flag("heldout", "perplexity, fp8: files of held-out text"),
             Flag("layout", "fp8, needle: the cache's layout, fp8 or fp8_fp4"),
             Flag("context", "fp8: tokens of a window", flags.DEFINE_integer, options={"lower_bound": 2}),
             Flag("windows", "fp8: how many windows", flags.DEFINE_integer, options={"lower_bound": 1}),

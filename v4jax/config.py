@@ -121,6 +121,9 @@ class Model:
         return math.lcm(*(self.ratio(kind) for kind in set(self.schedule) - {"swa"}))
 
 
+SOURCES = ("shakespeare-kjv", "needle")  # what `Data.source` may name besides files
+
+
 @dataclass(frozen=True)
 class Data:
     """Where the text comes from and how it is cut into rows."""

@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from v4jax import config as config_lib
 from v4jax.checkpoint.atomic import replace_text, write_error
-from v4jax.config import Config, Data, Model, Serve
+from v4jax.config import SOURCES, Config, Data, Mesh, Model, Serve
 from v4jax.core.check import UserError
 from v4jax.core.untrusted_json import read_object
 
@@ -84,10 +84,26 @@ def read_config(path: str | os.PathLike) -> Config:
 def read_fields(path: str | os.PathLike) -> dict | None:
     """The fields of a config.json that v4jax.json hands on; None if the checkpoint never was a Hugging Face one."""
     file = pathlib.Path(path) / CONFIG_NAME
-    fields = read_json(file).get("huggingface")
+    fields = read_object(file).get("huggingface")
     if fields is not None and not isinstance(fields, dict):
         raise UserError(f"{file}: the field 'huggingface' is no object; restore the file from a copy")
     return fields
+
+
+def without_paths(config: Config) -> Config:
+    """A config without the paths in it: they are for who trained, and may have been chosen by who published.
+
+    Dropped are the disk tier and its directory, the mesh layout (which may be a Python file), a tokenizer elsewhere, and
+    files of text; `data.source` is then "".
+    """
+    data = config.data
+    source = data.source if data.source in SOURCES and not data.heldout else ""
+    return replace(
+        config,
+        data=replace(data, source=source, heldout="", tokenizer=Data.tokenizer),
+        cache=replace(config.cache, disk=0, directory=""),
+        mesh=Mesh(),
+    )
 
 
 def config_of_model(model: Model, name: str) -> Config:

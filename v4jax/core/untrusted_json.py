@@ -26,13 +26,14 @@ class JsonError(ValueError):
     """Text that is refused; the message is a short reason without a cure."""
 
 
-def parse(data: bytes | str, max_bytes: int = SMALL, finite: bool = True):
+def parse(data: bytes | str, max_bytes: int = SMALL, strict: bool = True):
     """The value of a JSON text.
 
     Args:
         data: UTF-8 bytes, or text that was decoded already.
         max_bytes: refuse larger texts. A text may hold one name or value per 16 bytes of this.
-        finite: refuse NaN, infinities and numbers that overflow float64.
+        strict: refuse NaN, infinities, numbers that overflow float64, and half a surrogate pair. Records of other
+            programs hold them in fields that nobody reads here.
 
     Raises:
         JsonError: a text that is not JSON, or that is refused as the module says.
@@ -45,7 +46,7 @@ def parse(data: bytes | str, max_bytes: int = SMALL, finite: bool = True):
         raise JsonError(f"it is not UTF-8 at byte {error.start}") from error
     if sum(map(text.count, ",:[{")) > max_bytes * _VALUES_PER_BYTE:
         raise JsonError("it holds too many values")
-    hooks = {"parse_float": _finite, "parse_constant": _no_constant} if finite else {}
+    hooks = {"parse_float": _finite, "parse_constant": _no_constant} if strict else {}
     try:
         value = json.loads(text, object_pairs_hook=_unique, **hooks)
     except RecursionError:
@@ -55,7 +56,7 @@ def parse(data: bytes | str, max_bytes: int = SMALL, finite: bool = True):
     except ValueError as error:
         raise JsonError(str(error)) from error
     _check_depth(value)
-    if _SURROGATE.search(text):
+    if strict and _SURROGATE.search(text):
         _check_text(value)
     return value
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import glob
-import json
 import pathlib
 
-from v4jax.config import Data
+from v4jax.config import SOURCES, Data
+from v4jax.core import untrusted_json
 from v4jax.core.check import UserError
 from v4jax.data.corpus import Corpus, Document, load_corpus
 
-EMBEDDED = "shakespeare-kjv"
+EMBEDDED = SOURCES[0]
 HELDOUT_EVERY = 50  # documents
 HELDOUT_TAIL = 0.02  # of the only document
 
@@ -89,8 +89,8 @@ def _read_file(path: pathlib.Path) -> list[Document]:
 
 def _parse_line(where: str, line: str) -> Document:
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = untrusted_json.parse(line, untrusted_json.LARGE, strict=False)
+    except untrusted_json.JsonError as error:
         raise UserError(f"{where} is not valid JSON: {error}") from error
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import pathlib
 import time
 import weakref
@@ -19,6 +20,7 @@ from jax.sharding import SingleDeviceSharding
 
 from v4jax import config
 from v4jax.cache.disk import Disk, space
+from v4jax.cache.private import open_private
 from v4jax.cache.spec import Layout
 from v4jax.cache.tiers import Host
 from v4jax.cache.transfer import Transfer
@@ -41,6 +43,8 @@ def build(live: Live, places: Places, cache: config.Cache, layout: Layout) -> Pa
     host = Host(cache.host, cache.policy) if cache.host else None
     own = str(jax.process_index()) if jax.process_count() > 1 else ""
     directory = pathlib.Path(cache.directory) / own
+    if cache.disk and own:  # the parent of all processes' directories decides where they lie, too
+        os.close(open_private(directory.parent))
     disk = Disk(directory, cache.disk, cache.policy, deadline=cache.deadline) if cache.disk else None
     try:
         parking = Parking(live, places, host, disk, cache.deadline, layout.block, second=cache.admission == "second")
