@@ -126,7 +126,7 @@ def mutate_file(rng: random.Random, path: pathlib.Path) -> str:
         path.symlink_to("/dev/zero")
     elif what == "sparse":
         with path.open("wb") as file:
-            file.truncate(20 << 30)
+            file.truncate(1 << 40)
     elif what == "wide":
         path.write_bytes(b"{" + b",".join(b'"k%d":0' % i for i in range(300_000)) + b"}")
     return what
@@ -167,7 +167,7 @@ def _mutate_safetensors(rng: random.Random, path: pathlib.Path, data: bytes) -> 
         path.write_bytes(stated.to_bytes(8, "little") + header + rest)
         return "length"
     if what < 0.23:
-        raw = b"{" + b",".join(b'"t%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(150_000)) + b"}"
+        raw = b"{" + b",".join(b'"t%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(120_000)) + b"}"
     else:
         raw = mutate_bytes(rng, header) if what < 0.35 else to_text(mutate_json(rng, json.loads(header)))
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + rest)

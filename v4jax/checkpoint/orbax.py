@@ -148,6 +148,9 @@ class RunStore:
             self._manager = ocp.CheckpointManager(self._path, options=options)
         except OSError as error:
             raise write_error(self._path, error, "nothing was saved") from error
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
+            raise UserError(f"a {_COMPLETE} in {self._path} is damaged ({error}); remove its step to go on from an "
+                            "earlier one, or copy it again") from error  # fmt: skip
 
     def _unfinished(self) -> list[pathlib.Path]:
         """What an interrupted save or removal left; a removal leaves half a step under its final name."""

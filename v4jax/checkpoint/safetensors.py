@@ -24,6 +24,7 @@ from v4jax.core.check import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_MAX_HEADER = 24 << 20  # bytes: 130,000 tensors; a published file has up to 3,000, a whole flagship 140,000
 _MAX_AXES = 8
 _MAX_SIZE = 1 << 48  # of one axis, elements
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
@@ -196,16 +197,17 @@ def _open_file(path: pathlib.Path) -> dict[str, TensorInfo]:
     with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > untrusted_json.LARGE or 8 + length > size:
+        if size < 8 or length > _MAX_HEADER or 8 + length > size:
             raise _damaged(path, f"has no complete header ({size} bytes in all)")
         raw = file.read(length)
     try:
-        header = untrusted_json.parse(raw, untrusted_json.LARGE)
+        header = untrusted_json.parse(raw, _MAX_HEADER)
     except untrusted_json.JsonError as error:
         raise _damaged(path, f"has an unreadable header ({error})") from error
     if not isinstance(header, dict):
         raise _damaged(path, "has a header that is no JSON object")
-    tensors = {n: _parse_entry(path, n, e, 8 + length) for n, e in header.items() if n != "__metadata__"}
+    with untrusted_json.collection_paused():
+        tensors = {n: _parse_entry(path, n, e, 8 + length) for n, e in header.items() if n != "__metadata__"}
     end, previous = 8 + length, ""
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start < end and info.stop > info.start:

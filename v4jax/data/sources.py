@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import pathlib
 
 from v4jax.config import SOURCES, Data
@@ -77,6 +78,9 @@ def hold_out(documents: list[Document]) -> Corpus:
 
 
 def _read_file(path: pathlib.Path) -> list[Document]:
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4  # bytes and text of all of it are in memory
+    if (size := path.stat().st_size) > most:
+        raise UserError(f"{path} has {size:,} bytes, more than a quarter of this machine's memory; split it")
     try:
         text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
