@@ -136,7 +136,7 @@ def _plan(path: pathlib.Path) -> None:
         plan.run(config, "h100:8", "decode", analytic=True)
 
 
-def _tokenize(path: pathlib.Path) -> None:
+def tokenize(path: pathlib.Path) -> None:
     tokenizer = load_tokenizer(path, MODEL)
     if tokenizer is None:
         return
@@ -151,7 +151,7 @@ def _tokenize(path: pathlib.Path) -> None:
     Tokenizer.from_dir(path / "saved")
 
 
-def _resume(path: pathlib.Path) -> None:
+def resume(path: pathlib.Path) -> None:
     with checkpoint.RunStore(path, CONFIG, keep=1) as store:
         step = store.latest()
         if step is not None:
@@ -219,10 +219,10 @@ KINDS = (
     Kind("orbax", "v4jax.json", _plan, 3),
     Kind("orbax", "v4jax.json", lambda path: config_of(str(path)), 5),
     Kind("orbax", "checkpoints/0/**/*", _load, 6),
-    Kind("run", "checkpoints/1/**/*", _resume, 6),
-    Kind("run", "v4jax.json", _resume, 2),
-    *(Kind(f"tokenizers/{name}", "tokenizer.json", _tokenize, 9) for name in ("bpe", "unigram", "wordpiece", "llama")),
-    Kind("tokenizers/bpe", "tokenizer_config.json", _tokenize, 8),
+    Kind("run", "checkpoints/1/**/*", resume, 6),
+    Kind("run", "v4jax.json", resume, 2),
+    *(Kind(f"tokenizers/{name}", "tokenizer.json", tokenize, 9) for name in ("bpe", "unigram", "wordpiece", "llama")),
+    Kind("tokenizers/bpe", "tokenizer_config.json", tokenize, 8),
     Kind("data", "x.jsonl", lambda path: load_documents(Data(source=str(path / "x.jsonl"))), 6),
     Kind("data", "metrics.jsonl", lambda path: read_metrics(path / "metrics.jsonl"), 4),
     Kind("kv", "*.block", _kv, 6, _mutate_block),

@@ -112,6 +112,8 @@ def _vocabulary(model: dict) -> str:
         ids, tokens = vocab.values(), vocab
     else:
         return "has no vocabulary"
+    if not vocab:
+        return "has an empty vocabulary"
     if not all(type(i) is int and 0 <= i <= MAX_ID for i in ids):
         return f"has a token id that is not in 0..{MAX_ID}"
     if not all(type(token) is str and len(token) <= _MAX_TOKEN for token in tokens):
