@@ -6,6 +6,7 @@ import shutil
 import time
 
 import pytest
+import tensorstore
 
 import v4jax
 from tests.fuzz import seeds
@@ -117,6 +118,15 @@ def test_more_experts_than_the_weights_hold_is_told_at_once(changed):
 ])  # fmt: skip
 def test_values_of_a_stored_config(changed, change, says):
     assert says in refused(checkpoint.load_config, changed("orbax", "v4jax.json", change))
+
+
+def test_arrays_larger_than_their_files_are_not_read(changed):
+    path = changed("orbax", "v4jax.json", lambda values: None)
+    base = {"driver": "ocdbt", "base": f"file://{path}/checkpoints/0/model/"}
+    spec = {"driver": "zarr", "kvstore": {**base, "path": "embed.table/"}, "metadata": {
+        "shape": [2**24, 2**12], "chunks": [2**12, 2**12], "dtype": "<f4"}}  # fmt: skip
+    tensorstore.open(spec, create=True, delete_existing=True).result()
+    assert "274,877,9" in refused(v4jax.load, path)
 
 
 @pytest.mark.parametrize("change, says", [

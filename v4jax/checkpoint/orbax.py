@@ -42,6 +42,8 @@ WEIGHTS = "model"
 _EXTRAS = "extras"
 _COMPLETE = "_CHECKPOINT_METADATA"  # orbax's file of a step; it names the time of the commit once there was one
 _TEMPORARY = ".orbax-checkpoint-tmp"  # ends the name of a step that is being written
+_MOST_DENSE = 1000  # bytes of weights that a byte of a file stands for; compressed ones take 1 to 2, zeros up to 10,000
+_SLACK = 64 << 20  # bytes of weights in small checkpoints, where all may be zeros
 _LAST_WRITES = 6  # twentieths of a second in which what a failed save still writes is removed
 _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 _mxfp4 = jax.jit(qdq.mxfp4)
@@ -239,6 +241,7 @@ class OrbaxTensors(LazyTensors):
             raise UserError(f"{path} has no finished checkpoint; train until the first one is saved, or copy it again")
         self._directory, self._wanted, self._mxfp4 = steps_path(path) / str(steps[-1]), dtype, mxfp4
         self._stores = _open_item(self._directory, WEIGHTS)
+        _check_size(self._directory, WEIGHTS, self._stores)
         wanted = {name: (tensor.shape, tensor.role == "index") for name, tensor in self._tensors.items()}
         found = {name: (store.shape, store.dtype.numpy_dtype.kind in "iu") for name, store in self._stores.items()}
         _report_difference(self._directory, found, wanted, lambda shape, integer: f"{list(shape)}{' int' * integer}")
@@ -269,6 +272,14 @@ def _open_item(directory: pathlib.Path, item: str) -> dict[str, tensorstore.Tens
         return {name: future.result() for name, future in opened.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise _damaged(directory, error) from error
+
+
+def _check_size(directory: pathlib.Path, item: str, stores: Mapping[str, tensorstore.TensorStore]) -> None:
+    """Raise UserError for arrays that the files cannot hold: what is not in a file reads as zeros, of any size."""
+    stored = sum(file.stat().st_size for file in (directory / item).rglob("*") if file.is_file())
+    told = sum(store.size * store.dtype.numpy_dtype.itemsize for store in stores.values())
+    if told > _MOST_DENSE * stored + _SLACK:
+        raise _damaged(directory, ValueError(f"{told:,} bytes of arrays in {stored:,} bytes of files"))
 
 
 def _open_matching(directory: pathlib.Path, item: str, wanted: Mapping) -> dict[str, tensorstore.TensorStore]:
