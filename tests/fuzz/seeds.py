@@ -24,12 +24,14 @@ from v4jax import checkpoint
 from v4jax.cache import manifest
 from v4jax.cache.disk import Disk, Elsewhere
 from v4jax.cache.parts import covered
-from v4jax.checkpoint import export, hf, mapping
+from v4jax.checkpoint import convert, export, hf, mapping
+from v4jax.checkpoint.generation_config import read_generation_config
 from v4jax.config import Config, Data, HyperConnection, Indexer, Model, Moe, Rope, Serve
 from v4jax.data.sources import load_documents
 from v4jax.data.tokenizer import Detokenizer, Tokenizer, load_tokenizer, token_bytes
 from v4jax.evals.heldout import config_of
 from v4jax.models import hf_config
+from v4jax.serve import SamplingParams
 from v4jax.tools import plan
 from v4jax.train.metrics import read_metrics
 
@@ -130,6 +132,15 @@ def _load(path: pathlib.Path) -> None:
     v4jax.load(path)
 
 
+def _generation(path: pathlib.Path) -> None:
+    SamplingParams(**read_generation_config(path).sampling)
+
+
+def _convert(path: pathlib.Path) -> None:
+    convert.convert(path, path.parent / "converted")
+    checkpoint.load_config(path.parent / "converted")
+
+
 def _plan(path: pathlib.Path) -> None:
     config = checkpoint.load_config(path)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -141,6 +152,8 @@ def tokenize(path: pathlib.Path) -> None:
     if tokenizer is None:
         return
     ids = tokenizer.encode_batch(TEXTS)
+    tokenizer.encode_document(TEXTS[0], parse_special_tokens=True)
+    tokenizer.special_tokens_in(TEXTS[0])
     tokenizer.decode([*ids[0], tokenizer.bos_id])
     stream = Detokenizer(tokenizer)
     for i in [*tokenizer.encode(TEXTS[1]), tokenizer.eos_id]:
@@ -211,7 +224,9 @@ KINDS = (
     Kind("hf", "config.json", _load, 12),
     Kind("hf", "config.json", _plan, 4),
     Kind("hf", "config.json", lambda path: hf_config.read(path), 8),
-    Kind("hf", "generation_config.json", _load, 1),
+    Kind("hf", "generation_config.json", _generation, 4),
+    Kind("hf", "*.json", _convert, 4),
+    Kind("orbax", "v4jax.json", _convert, 3),
     Kind("hf", "model.safetensors", _load, 12),
     Kind("sharded", "*.json", _load, 6),
     Kind("sharded", "*.safetensors", _load, 6),

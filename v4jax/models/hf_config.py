@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import pathlib
+import sys
 
 from v4jax.config import ConfigError, HyperConnection, Indexer, Model, Moe, Rope, check_values
 from v4jax.core import untrusted_json
@@ -55,7 +56,7 @@ _MOE_INTEGERS = {"n_routed_experts": "experts", "num_experts_per_tok": "active",
 _INDEXER_INTEGERS = {"index_n_heads": "heads", "index_head_dim": "head_dim", "index_topk": "topk"}
 _MHC_INTEGERS = {"hc_mult": "streams", "hc_sinkhorn_iters": "sinkhorn_iters"}
 _YARN_FIELDS = ("yarn_original", "yarn_beta_fast", "yarn_beta_slow")
-_MOST = 1e15  # larger numbers are slips; each field has a tighter bound of its own
+_MOST = 1e15  # larger integers are slips; each field has a tighter bound of its own
 _OWN_FIELDS = ("dtype", "kv_qdq", "rope")
 # Fields that `to_hf` says in other words, and how weights were stored before they were read.
 _REPLACED = {
@@ -225,7 +226,7 @@ class _Fields:
         return self.check_number(name, self.get(name, default))
 
     def check_number(self, name: str, value) -> float:
-        if type(value) not in (int, float) or not 0 < value <= _MOST:
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             self.fail(f"{name} is {value!r}, which is no positive number")
         return float(value)
 
@@ -332,10 +333,16 @@ def _dtype(fields: _Fields, own: str | None) -> str:
 
 
 def _rope_dim(fields: _Fields) -> int:
-    head_dim = fields.integer("head_dim")
     if fields.values.get("partial_rotary_factor") is None:
         return fields.integer("qk_rope_head_dim")
-    return int(head_dim * fields.number("partial_rotary_factor"))
+    return _rotary_dim(fields, fields.values["partial_rotary_factor"])
+
+
+def _rotary_dim(fields: _Fields, factor) -> int:
+    """Rotary channels of a head by their fraction of it."""
+    if fields.check_number("partial_rotary_factor", factor) > 1:
+        fields.fail(f"partial_rotary_factor is {factor!r}; a head has no more rotary channels than channels")
+    return int(fields.integer("head_dim") * factor)
 
 
 def _rotary_factor(model: Model) -> float:
@@ -374,7 +381,7 @@ def _check_shares(fields: _Fields, parts: tuple[dict, ...]) -> None:
         share = part.get("partial_rotary_factor", fields.values.get("partial_rotary_factor"))
         if share is None:  # transformers would then rotate the whole head in `main` layers, and there alone
             fields.fail("rope_parameters lack partial_rotary_factor; set it to qk_rope_head_dim / head_dim")
-        if int(fields.integer("head_dim") * fields.check_number("partial_rotary_factor", share)) != _rope_dim(fields):
+        if _rotary_dim(fields, share) != _rope_dim(fields):
             fields.fail("partial_rotary_factor differs inside rope_parameters; v4jax has one for all layers")
 
 
