@@ -42,6 +42,7 @@ def test_what_is_read():
     assert parse(json.dumps(value)) == parse(b"\xef\xbb\xbf" + json.dumps(value).encode()) == value
     assert parse('{"score": NaN, "title": "\\ud800"}', strict=False)["title"] == "\ud800"
     assert len(parse("[" + "0," * 2_000_000 + "0]", LARGE)) == 2_000_001
+    assert len(parse(json.dumps({"text": ',:"\\[{' * 1_000_000}))["text"]) == 6_000_000  # text is no values
 
 
 @pytest.mark.parametrize("make, complaint", [

@@ -1,4 +1,4 @@
-"""The text that a checkpoint is scored on is the embedded one, or what the user names; never what the checkpoint says."""
+"""The text that a checkpoint is scored on: the embedded one, or what the user names; never a path that it stores."""
 
 import dataclasses
 

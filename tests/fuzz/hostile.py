@@ -180,8 +180,9 @@ def main() -> int:
         from tests.fuzz.seeds import make
 
         with tempfile.TemporaryDirectory() as directory:
-            make(pathlib.Path(directory, "good"))
-            for key, value in run_case(given.case, given.seed, pathlib.Path(directory, "good"), pathlib.Path(directory, "x")).items():
+            good = pathlib.Path(directory, "good")
+            make(good)
+            for key, value in run_case(given.case, given.seed, good, good.with_name("scratch")).items():
                 print(f"{key}: {value}")
     else:
         done = fuzz(given.count, given.seed, given.seconds, given.first, tell=True)

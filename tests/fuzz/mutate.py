@@ -17,7 +17,8 @@ RAW = ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" * 5000, "0" * 50, 
        '{"a":1,"a":2}', "1e-400", "[1,]", '"\\x41"')  # fmt: skip
 TEXTS = ("", " ", "a", "\x00", "\x1b[2J\x1b]0;owned\x07", "\u202eevil", "..", "../../etc/passwd", "/etc/passwd",
          "/dev/zero", "A" * 5000, "x" * 100_000, "é" * 300, "\n\n\n", "'" * 300, "%s%n{0}{x}", "NaN", "true", "None",
-         "model.safetensors", "swa", "csa", "bfloat16", "float64", "\U0001f600" * 2000, "a/b", "\ufeff", "<0xZZ>")  # fmt: skip
+         "model.safetensors", "swa", "csa", "bfloat16", "float64", "\U0001f600" * 2000, "a/b", "\ufeff",
+         "<0xZZ>")  # fmt: skip
 
 
 def hostile_value(rng: random.Random, value):
@@ -30,7 +31,8 @@ def hostile_value(rng: random.Random, value):
         return rng.choice([*TEXTS, value * 2, value.upper(), value[:at] + rng.choice(TEXTS) + value[at:], value[::-1]])
     if kind < 0.3 and isinstance(value, list) and value:
         item = rng.choice(value)
-        return rng.choice([[], value * 2, value[:-1], value[::-1], [item] * 10_000, [value], [*value, None], [item] * 1000])
+        many = [[item] * 1000, [item] * 10_000]
+        return rng.choice([[], value * 2, value[:-1], value[::-1], [value], [*value, None], *many])
     if kind < 0.3 and isinstance(value, dict):
         return rng.choice([{}, [], list(value), list(value.items())[:50], {"type": "Sequence"}, dict.fromkeys(value)])
     if kind < 0.5:
@@ -167,7 +169,8 @@ def _mutate_safetensors(rng: random.Random, path: pathlib.Path, data: bytes) -> 
         path.write_bytes(stated.to_bytes(8, "little") + header + rest)
         return "length"
     if what < 0.23:
-        raw = b"{" + b",".join(b'"t%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(120_000)) + b"}"
+        entry = b'"t%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+        raw = b"{" + b",".join(entry % i for i in range(120_000)) + b"}"
     else:
         raw = mutate_bytes(rng, header) if what < 0.35 else to_text(mutate_json(rng, json.loads(header)))
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + rest)

@@ -106,11 +106,12 @@ def _tokenizers() -> dict[str, tokenizers.Tokenizer]:
     bpe.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     bpe.enable_truncation(512)
     unigram = tokenizers.Tokenizer(
-        models.Unigram([("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -2.0), *((c, -3.0) for c in "Tobernqust")], 0)
+        models.Unigram([*((c, 0.0) for c in ("<unk>", "<s>", "</s>")), *((c, -3.0) for c in "▁Tobernqust")], 0)
     )
     unigram.normalizer = norm.Sequence([norm.NFKC(), norm.Replace(" ", "▁"), norm.Prepend("▁")])
     unigram.pre_tokenizer, unigram.decoder = pre.Metaspace(), decoders.Metaspace()
-    piece = tokenizers.Tokenizer(models.WordPiece({"<unk>": 0, "<s>": 1, "</s>": 2, "to": 3, "##be": 4}, unk_token="<unk>"))
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "to": 3, "##be": 4}
+    piece = tokenizers.Tokenizer(models.WordPiece(words, unk_token="<unk>"))
     piece.normalizer, piece.pre_tokenizer = norm.BertNormalizer(), pre.BertPreTokenizer()
     piece.decoder = decoders.WordPiece()
     llama = tokenizers.Tokenizer(models.BPE(
@@ -194,7 +195,8 @@ def _mutate_block(rng: random.Random, path: pathlib.Path) -> str:
     if rng.random() < 0.3:
         return mutate_path(rng, path)
     key, parent = manifest.parse_file(path.name)
-    rows = json.loads(json.dumps(BLOCK.table if rng.random() < 0.5 else [[*row, [[0, 1]] * len(row[2])] for row in BLOCK.table]))
+    boxed = [[*row, [[0, 1]] * len(row[2])] for row in BLOCK.table]
+    rows = json.loads(json.dumps(rng.choice((BLOCK.table, boxed))))
     table = to_text(mutate_json(rng, rows))
     if rng.random() < 0.1:
         table = mutate_bytes(rng, table)

@@ -77,8 +77,8 @@ class Disk:
     """Items in the files of a directory, which is made if need be.
 
     policy: what goes first (`policy.POLICIES`). deadline: seconds that a read may take without counting against the
-    disk; who waits gives up by then and calls `late`. Raises UserError if the directory cannot be used or trusted, or is
-    in use. A directory that takes its path later is not touched.
+    disk; who waits gives up by then and calls `late`. A directory that takes the path of this one later is not touched.
+    Raises UserError if the directory cannot be used or trusted, or is in use.
     """
 
     def __init__(

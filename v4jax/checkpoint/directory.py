@@ -93,8 +93,8 @@ def read_fields(path: str | os.PathLike) -> dict | None:
 def without_paths(config: Config) -> Config:
     """A config without the paths in it: they are for who trained, and may have been chosen by who published.
 
-    Dropped are the disk tier and its directory, the mesh layout (which may be a Python file), a tokenizer elsewhere, and
-    files of text; `data.source` is then "".
+    Dropped are the disk tier and its directory, the mesh layout (which may be a Python file), a tokenizer elsewhere,
+    and files of text; `data.source` is then "".
     """
     data = config.data
     source = data.source if data.source in SOURCES and not data.heldout else ""

@@ -22,6 +22,7 @@ LARGE = 64 << 20  # bytes: tokenizers, tensor headers and indices; published one
 _MAX_DEPTH = 64  # published files nest up to 12 levels
 _MAX_VALUES = 4 << 20  # names and values of a LARGE text, about 80 bytes of memory each; published tokenizers have 3e6
 _VALUES_PER_BYTE = _MAX_VALUES / LARGE
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -47,7 +48,7 @@ def parse(data: bytes | str, max_bytes: int = SMALL, strict: bool = True):
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise JsonError(f"it is not UTF-8 at byte {error.start}") from error
-    if sum(map(text.count, ",:[{")) > max_bytes * _VALUES_PER_BYTE:
+    if _values(text) > max_bytes * _VALUES_PER_BYTE and _values(_STRING.sub("", text)) > max_bytes * _VALUES_PER_BYTE:
         raise JsonError("it holds too many values")
     hooks = {"parse_float": _finite, "parse_constant": _no_constant} if strict else {}
     try:
@@ -63,6 +64,11 @@ def parse(data: bytes | str, max_bytes: int = SMALL, strict: bool = True):
     if strict and _SURROGATE.search(text):
         _check_text(value)
     return value
+
+
+def _values(text: str) -> int:
+    """Names and values of a JSON text at most; commas and the like inside of strings count, too."""
+    return sum(map(text.count, ",:[{"))
 
 
 @contextlib.contextmanager

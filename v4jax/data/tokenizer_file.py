@@ -1,7 +1,7 @@
 """tokenizer.json and tokenizer_config.json of unknown origin, held against bounds before the library sees them.
 
-The tokenizers library takes what a file says: an id of 10^9 becomes a table of that size, a hundred nested sequences are
-tried in 2^100 ways, and some contradictions end in a Rust panic, which is no Exception in Python.
+The tokenizers library takes what a file says: an id of 10^9 becomes a table of that size, a hundred nested sequences
+are tried in 2^100 ways, and some contradictions end in a Rust panic, which is no Exception in Python.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _added(tokens) -> str:
         return f"has added_tokens that are no list of at most {_MAX_ADDED:,}"
     size = 0
     for token in tokens:
-        if not isinstance(token, dict) or type(token.get("content")) is not str or type(token.get("special")) is not bool:
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str) or "special" not in token:
             return "has an added token without content or the mark 'special'"
         if type(token.get("id")) is not int or not 0 <= token["id"] <= MAX_ID:
             return f"has an added token whose id is not in 0..{MAX_ID}"

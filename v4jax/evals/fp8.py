@@ -54,8 +54,9 @@ def run(
 ) -> list[dict]:
     """Compare `layout` with bf16 on the first `windows` windows of `context` tokens of the held-out text.
 
-    data, heldout: as of `perplexity.run`. bounds: "kl_mean=1e-3,top1=0.99", over the defaults. Prints a table; a record says whether its bound holds. Raises
-    UserError for a checkpoint without a tokenizer or CSA layers, too little text, or an unknown bound.
+    data, heldout: as of `perplexity.run`. bounds: "kl_mean=1e-3,top1=0.99", over the defaults. Prints a table; a record
+    says whether its bound holds. Raises UserError for a checkpoint without a tokenizer or CSA layers, too little text,
+    or an unknown bound.
     """
     limits = _bounds(bounds)
     config = config_of(checkpoint, data, heldout)

@@ -19,8 +19,8 @@ from v4jax.train.loss import heldout_nll
 def run(checkpoint: str, data: str = "", heldout: str = "") -> list[dict]:
     """Next-token loss (MTP excluded) on held-out text.
 
-    data, heldout: files, as `data.source` and `data.heldout` of a config; needed if the checkpoint was trained on files.
-    Raises UserError.
+    data, heldout: files, as `data.source` and `data.heldout` of a config; needed if the checkpoint was trained on
+    files. Raises UserError.
     """
     config = config_of(checkpoint, data, heldout)
     tokenizer = load_tokenizer(checkpoint, config.model)
