@@ -330,16 +330,17 @@ def test_a_directory_that_others_can_turn_or_write_is_refused(tmp_path):
     lambda lock, other: lock.symlink_to(other),
     lambda lock, other: lock.symlink_to(other.parent / "missing"),
     lambda lock, other: os.mkfifo(lock),
+    lambda lock, other: lock.hardlink_to(other),
     lambda lock, other: lock.mkdir(),
 ])  # fmt: skip
 def test_a_lock_that_is_no_file_is_refused(tmp_path, make):
     other, directory = tmp_path / "other", tmp_path / "kv"
-    other.write_text("")
+    other.write_text("mine")
     directory.mkdir(mode=0o700)
     make(directory / "lock", other)
     with pytest.raises(UserError, match="lock is no regular file; remove it"):
         Disk(directory, PLENTY, "lru")
-    assert not (tmp_path / "missing").exists()
+    assert not (tmp_path / "missing").exists() and other.read_text() == "mine"
 
 
 def test_a_directory_swapped_under_a_running_engine_is_not_touched(tmp_path):

@@ -89,7 +89,7 @@ def test_nesting_in_a_tensor_header(changed):
     ({"o_groups": 0}, "o_groups is 0"),
     ({"compress_rate_csa": 0}, "compression rate"),
     ({"rms_norm_eps": 1e-300}, "model.norm_eps must be at least"),
-    ({"rope_theta": 1e300}, "rope_theta"),
+    ({"routed_scaling_factor": 1e300}, "model.moe.route_scale must be at most"),
     ({"hidden_size": True}, "hidden_size is True"),
     ({"hidden_size": "64"}, "hidden_size is '64'"),
     ({"v4jax": {"dtype": ["bfloat16"]}}, "dtype is ['bfloat16']"),

@@ -104,7 +104,7 @@ class Disk:
         self._at = private.open_private(self.directory)
         # Not in `close`: a thread that still waits for the disk would use a number that means another file by then.
         weakref.finalize(self, os.close, self._at)
-        self._release = weakref.finalize(self, os.close, private.lock(self._at, self.directory))
+        self._owner = private.lock(self._at, self.directory)
         self._find()
 
     def __contains__(self, key: Key) -> bool:
@@ -243,7 +243,7 @@ class Disk:
 
     def close(self) -> None:
         """Leave the directory to others. The files stay."""
-        self._release()
+        self._owner.close()
 
     # --- the directory ---------------------------------------------------------------------------------------------
 

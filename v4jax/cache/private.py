@@ -8,12 +8,13 @@ reached through the descriptor, which goes on meaning this directory when anothe
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import pathlib
 import stat
+from typing import BinaryIO
 
 from v4jax.core.check import UserError
+from v4jax.core.lock import Locked, take_lock
 
 LOCK = "lock"
 
@@ -47,30 +48,18 @@ def open_trusted(path: pathlib.Path) -> int:
     return descriptor
 
 
-def lock(directory: int, path: pathlib.Path) -> int:
-    """Descriptor of the directory's locked lock file; the lock goes with the process, however that ends.
+def lock(directory: int, path: pathlib.Path) -> BinaryIO:
+    """The locked lock file of a directory; closing it releases the lock.
 
     path: of the directory, for messages. Raises UserError if another engine has the lock, or its file is no file.
     """
     try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        descriptor = os.open(LOCK, flags, 0o600, dir_fd=directory)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-            raise UserError(f"{path / LOCK} is no regular file; remove it, or name another directory") from error
-        raise UserError(f"cannot keep the cache in {path}: {error.strerror}; name another") from error
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UserError(f"{path / LOCK} is no regular file; remove it, or name another directory")
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise UserError(f"cannot lock {path}: {error.strerror}; name another") from error
+        return take_lock(LOCK, at=directory)
+    except Locked as error:
         raise UserError(
             f"{path} is in use by another engine; end that one or give each a directory of its own"
         ) from error
-    except UserError:
-        os.close(descriptor)
-        raise
-    return descriptor
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise UserError(f"{path / LOCK} is no regular file; remove it, or name another directory") from error
+        raise UserError(f"cannot lock {path}: {error.strerror}; name another") from error
