@@ -253,6 +253,12 @@ def test_mistakes_are_one_line(capsys, argv, says):
     ("model.schedule=swa,cs", "model.schedule has 'cs'"),
     ("model.schedule=", "model.schedule is empty"),
     ("train.steps=0", "train.steps must be at least 1"),
+    ("train.lr=nan", "train.lr is nan, and must be a finite number"),
+    ("cache.policy=foo", "cache.policy is 'foo'; one of s3fifo, lru"),
+    ("cache.disk=100", "cache.disk and cache.directory go together"),
+    ("serve.prefill_chunk=0", "serve.prefill_chunk must be at least 1"),
+    ("serve.precision=fp7", "serve.precision is 'fp7'; one of model, fp8"),
+    ("data.source=\x1b[2J", "data.source is '\\x1b[2J', and must be a line"),
 ])  # fmt: skip
 def test_wrong_overrides_are_one_line(capsys, config, override, says):
     assert says in one_line(capsys, ["train", f"--config={config}", f"--config.{override}"])

@@ -9,7 +9,11 @@ import zipfile
 import pytest
 
 from v4jax import config as config_lib
+from v4jax.cache.policy import POLICIES
+from v4jax.cache.spec import LAYOUTS
 from v4jax.config import Config, ConfigError, Data, Model, from_dict, load, preset_names, to_dict, validate
+from v4jax.core.config_limits import CHOICES, RANGES
+from v4jax.models.quantised import PRECISIONS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -112,3 +116,38 @@ def test_wheel_carries_presets_and_data(tmp_path):
     file, *presets = done.stdout.split()
     assert pathlib.Path(file).is_relative_to(tmp_path)
     assert presets == [config_lib.load(name).name for name in preset_names()]
+
+
+def test_choices_are_those_of_who_implements_them():
+    """`core.config_limits` repeats names of upper packages, for it cannot import them."""
+    assert set(CHOICES["cache.policy"]) == set(POLICIES) and CHOICES["cache.layout"] == LAYOUTS
+    assert CHOICES["serve.precision"] == PRECISIONS
+
+
+def test_every_range_and_choice_is_of_a_field():
+    leaves = {}
+
+    def walk(part, path):
+        for name, value in vars(part).items():
+            walk(value, f"{path}{name}.") if dataclasses.is_dataclass(value) else leaves.update({path + name: value})
+
+    walk(Config(), "")
+    assert set(RANGES) | set(CHOICES) <= set(leaves)
+    numbers = [name for name in RANGES if isinstance(leaves[name], (int, float)) and leaves[name] != 0]
+    assert len(numbers) > 40 and all(RANGES[name][0] <= leaves[name] <= RANGES[name][1] for name in numbers)
+
+
+@pytest.mark.parametrize("name", sorted(RANGES))
+def test_beyond_a_range_is_one_line(name):
+    *groups, last = name.split(".")
+    for value in (RANGES[name][1] * 2, 10**400, float("nan"), float("inf"), "1", b"1", True):
+        part = {last: value}
+        for group in reversed(groups):
+            part = {group: part}
+        with pytest.raises(ConfigError) as caught:
+            validate(from_dict(Config, _merged(to_dict(load("tiny")), part)))
+        assert str(caught.value).startswith(name) and str(caught.value).isprintable()
+
+
+def _merged(values: dict, part: dict) -> dict:
+    return values | {key: _merged(values[key], one) if isinstance(one, dict) else one for key, one in part.items()}

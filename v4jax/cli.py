@@ -22,7 +22,7 @@ import v4jax
 from v4jax import config as config_lib
 from v4jax.cli_flags import CACHE_FLAGS, SAMPLING_FLAGS, SERVE_FLAGS, STORED
 from v4jax.core import compilation_cache, completion
-from v4jax.core.check import UserError
+from v4jax.core.check import UserError, printable
 from v4jax.core.flags import Command, Flag, command_help, config_lines, given, nearest, parse
 from v4jax.core.memory import keep_heap
 from v4jax.core.timing import GenerationTimer
@@ -145,7 +145,7 @@ def _eval(values: flags.FlagValues, _: None) -> None:
     from v4jax import evals
 
     compilation_cache.enable(values.compilation_cache)
-    options = ("json", "layout", "context", "windows", "contexts", "depths", "trials", "bounds")
+    options = ("json", "data", "heldout", "layout", "context", "windows", "contexts", "depths", "trials", "bounds")
     evals.run(values.suite, values.checkpoint, **given(values, *options))
 
 
@@ -258,6 +258,8 @@ COMMANDS = {
             _NEEDED_CHECKPOINT,
             _COMPILATION_CACHE,
             _JSON,
+            Flag("data", "perplexity, fp8: text files, where the checkpoint was trained on files"),
+            Flag("heldout", "perplexity, fp8: files of held-out text"),
             Flag("layout", "fp8, needle: the cache's layout, fp8 or fp8_fp4"),
             Flag("context", "fp8: tokens of a window", flags.DEFINE_integer, options={"lower_bound": 2}),
             Flag("windows", "fp8: how many windows", flags.DEFINE_integer, options={"lower_bound": 1}),
@@ -404,7 +406,7 @@ def _replacing_stdout() -> Iterator[None]:
 
 
 def _fail(message: str) -> int:
-    print("v4jax: " + " ".join(message.split()), file=sys.stderr)
+    print("v4jax: " + printable(message), file=sys.stderr)
     return 1
 
 

@@ -16,6 +16,7 @@ import pathlib
 import typing
 from dataclasses import dataclass, field
 
+from v4jax.core import config_limits
 from v4jax.core.check import UserError
 from v4jax.core.paths import local_path
 
@@ -120,6 +121,9 @@ class Model:
     def alignment(self) -> int:
         """Documents packed into one row start at multiples of this, so no entry pools two of them."""
         return math.lcm(*(self.ratio(kind) for kind in set(self.schedule) - {"swa"}))
+
+
+SOURCES = ("shakespeare-kjv", "needle")  # what `Data.source` may name besides files
 
 
 @dataclass(frozen=True)
@@ -266,6 +270,8 @@ def from_dict(cls, values: dict, path: str = ""):
             raise ConfigError(f"unknown config field {path + key!r}{hint}")
         hint_type = hints[key]
         if dataclasses.is_dataclass(hint_type):
+            if not isinstance(value, dict):
+                raise ConfigError(f"config field {path + key!r} is {value!r}, and must be a group of fields")
             value = from_dict(hint_type, value, f"{path}{key}.")
         elif isinstance(value, list):
             value = tuple(value)
@@ -339,48 +345,52 @@ def _preset_dir() -> pathlib.Path:
 
 def validate(config: Config) -> Config:
     """Return `config` unchanged, or raise ConfigError with one line that names the field and the cure."""
+    check_values(config)
     _validate_model(config.model)
     _validate_mesh(config.mesh)
-    train, data, serve = config.train, config.data, config.serve
+    check_serving(config.model, config.serve, config.cache)
+    train, data = config.train, config.data
     for name, path in [
         ("data.source", data.source), ("data.heldout", data.heldout), ("data.tokenizer", data.tokenizer),
         ("cache.directory", config.cache.directory), ("mesh.layout", config.mesh.layout),
     ]:  # fmt: skip
         local_path(path, name)
-    for name, value in [
-        ("train.steps", train.steps), ("train.batch_size", train.batch_size), ("data.seq_len", data.seq_len),
-        ("data.questions", data.questions),
-        ("train.log_every", train.log_every), ("train.checkpoint_every", train.checkpoint_every),
-        ("train.keep_checkpoints", train.keep_checkpoints), ("train.spike_window", train.spike_window),
-        ("train.spike_patience", train.spike_patience), ("serve.max_batch", serve.max_batch),
-        ("serve.max_seq_len", serve.max_seq_len), ("serve.prefill_chunk", serve.prefill_chunk),
-    ]:  # fmt: skip
-        _require(value >= 1, f"{name} must be at least 1, got {value}")
-    for name, value, known in [
-        ("train.spike", train.spike, ("off", "skip", "rollback")), ("train.matmul", train.matmul, ("plain", "fp8")),
-        ("train.expert_weights", train.expert_weights, ("plain", "mxfp4")),
-        ("data.on_change", data.on_change, ("refuse", "restart")),
-        *(("train.offload", part, ("optimizer", "streams")) for part in train.offload),
-    ]:  # fmt: skip
-        _require(value in known, f"{name} is {value!r}; one of {', '.join(known)}")
     _require("streams" not in train.offload or train.remat, "train.offload names streams: set train.remat=true too")
     _require(not train.offload or config.mesh.layout, "train.offload needs a mesh, of one device if need be: set "
              "mesh.layout=fsdp")  # fmt: skip
     for name, size in [("hidden_size", config.model.hidden_size), ("moe.inner", config.model.moe.inner)]:
         _require(train.expert_weights == "plain" or size % 32 == 0, f"train.expert_weights=mxfp4 takes groups of 32, "
                  f"and model.{name} is {size}")  # fmt: skip
-    for name, value in [("train.spike_factor", train.spike_factor), ("train.hang_seconds", train.hang_seconds),
-                        ("train.max_seconds", train.max_seconds)]:  # fmt: skip
-        _require(value >= 0, f"{name} must not be negative, got {value}")
     _require(
         data.seq_len % config.model.alignment == 0,
         f"data.seq_len {data.seq_len} must be a multiple of {config.model.alignment}, as all compression ratios divide it",
     )
-    _require(
-        serve.max_seq_len <= config.model.max_positions,
-        f"serve.max_seq_len {serve.max_seq_len} exceeds model.max_positions {config.model.max_positions}",
-    )
     return config
+
+
+def check_values(part, path: str = "") -> None:
+    """Raise ConfigError for a value of a wrong type, or outside the range that `core.config_limits` gives its field.
+
+    path: dotted name of the part in a Config, with a dot at its end, such as "model."; "" for a whole Config.
+    """
+    if found := config_limits.problem(part, path):
+        raise ConfigError(found)
+
+
+def check_serving(model: Model, serve: Serve, cache: Cache) -> None:
+    """Raise ConfigError for limits of an engine and a cache that contradict each other or the model."""
+    check_values(serve, "serve.")
+    check_values(cache, "cache.")
+    _require(serve.max_seq_len <= model.max_positions, f"serve.max_seq_len {serve.max_seq_len} exceeds "
+             f"model.max_positions {model.max_positions}")  # fmt: skip
+    _require(not serve.speculative_tokens or model.mtp_layers, "serve.speculative_tokens needs a model with an MTP "
+             "layer, and this one has none; set it to 0")  # fmt: skip
+    _require(not (serve.speculative_tokens and serve.batch_invariant), "serve.batch_invariant and "
+             "serve.speculative_tokens exclude each other: drafts change the shapes computed")  # fmt: skip
+    _require(bool(cache.disk) == bool(cache.directory), "cache.disk and cache.directory go together: a cache on disk "
+             "needs its size and its place (--kv_disk=64GiB --kv_dir=DIR)")  # fmt: skip
+    _require(cache.prefix or not (cache.host or cache.disk), "cache.host and cache.disk hold blocks that requests "
+             "share: set cache.prefix to true, or drop them")  # fmt: skip
 
 
 def _validate_model(m: Model) -> None:
@@ -400,13 +410,6 @@ def _validate_model(m: Model) -> None:
     _require(m.hca_ratio >= 1 or "hca" not in m.schedule, f"model.hca_ratio must be at least 1, got {m.hca_ratio}")
     _require(1 <= m.moe.active <= m.moe.experts, f"model.moe.active {m.moe.active} must lie in 1..{m.moe.experts}")
     _require(0 <= m.moe.hash_layers <= m.layers, f"model.moe.hash_layers {m.moe.hash_layers} exceeds {m.layers} layers")
-    _require(m.bos_id is None or _is_id(m.bos_id), f"model.bos_id must be a token id or None, got {m.bos_id!r:.60}")
-    _require(
-        m.eos_id is None or _is_id(m.eos_id) or (isinstance(m.eos_id, tuple) and all(map(_is_id, m.eos_id))),
-        f"model.eos_id must be a token id, several or None, got {m.eos_id!r:.60}",
-    )
-    _require(m.mtp_layers in (0, 1), f"model.mtp_layers must be 0 or 1, got {m.mtp_layers}")
-    _require(m.dtype in ("bfloat16", "float32"), f"model.dtype must be bfloat16 or float32, got {m.dtype!r}")
     for kind in m.modalities:
         _require(kind in MODALITIES, f"model.modalities has {kind!r}; this version reads {', '.join(MODALITIES)} only")
     _require(m.modalities != (), "model.modalities is empty; a model reads at least text")
@@ -420,13 +423,8 @@ def _validate_model(m: Model) -> None:
 def _validate_mesh(mesh: Mesh) -> None:
     for axis in MESH_AXES:
         size = getattr(mesh, axis)
-        _require(size >= 1, f"mesh.{axis} must be at least 1, got {size}")
         _require(size == 1 or mesh.layout, f"mesh.{axis} is {size}, but no layout says what to split; set mesh.layout "
                  f"to one of {', '.join(layout_names())}")  # fmt: skip
-
-
-def _is_id(value) -> bool:
-    return type(value) is int and value >= 0
 
 
 def _require(ok: bool, message: str) -> None:

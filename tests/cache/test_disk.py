@@ -311,3 +311,66 @@ def test_a_directory_that_cannot_be_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot keep the cache in .*file.*name another"):
         Disk(tmp_path / "file" / "kv", PLENTY, "lru")
+
+
+def test_a_directory_that_others_can_turn_or_write_is_refused(tmp_path):
+    real, link, shared = tmp_path / "real", tmp_path / "link", tmp_path / "shared"
+    real.mkdir(mode=0o700)
+    link.symlink_to(real)
+    with pytest.raises(UserError, match=f"link is a symbolic link.*name the directory it leads to: {real}"):
+        Disk(link, PLENTY, "lru")
+    shared.mkdir()
+    shared.chmod(0o777)
+    with pytest.raises(UserError, match="can be written by every user.*chmod o-w"):
+        Disk(shared, PLENTY, "lru")
+    assert not list(real.iterdir()) and not list(shared.iterdir())
+
+
+@pytest.mark.parametrize("make", [
+    lambda lock, other: lock.symlink_to(other),
+    lambda lock, other: lock.symlink_to(other.parent / "missing"),
+    lambda lock, other: os.mkfifo(lock),
+    lambda lock, other: lock.hardlink_to(other),
+    lambda lock, other: lock.mkdir(),
+])  # fmt: skip
+def test_a_lock_that_is_no_file_is_refused(tmp_path, make):
+    other, directory = tmp_path / "other", tmp_path / "kv"
+    other.write_text("mine")
+    directory.mkdir(mode=0o700)
+    make(directory / "lock", other)
+    with pytest.raises(UserError, match="lock is no regular file; remove it"):
+        Disk(directory, PLENTY, "lru")
+    assert not (tmp_path / "missing").exists() and other.read_text() == "mine"
+
+
+def test_a_directory_swapped_under_a_running_engine_is_not_touched(tmp_path):
+    disk, (one, other) = Disk(tmp_path / "kv", PLENTY, "lru"), items(chain("a", 2))
+    assert disk.put(one)[0]
+    (tmp_path / "kv").rename(tmp_path / "moved")
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "kv").symlink_to(tmp_path / "victim")
+    assert disk.put(other)[0]
+    assert is_right(disk.get(one.form, one.name))  # what it locked is what it reads
+    disk.check()
+    disk.discard(one.key)
+    assert not list((tmp_path / "victim").iterdir()) and len(list((tmp_path / "moved").glob("*.block"))) == 1
+    disk.close()
+
+
+@pytest.mark.parametrize("plant", [
+    lambda path, other: path.symlink_to(other),
+    lambda path, other: os.mkfifo(path),
+])  # fmt: skip
+def test_links_and_pipes_in_place_of_a_block_are_misses(tmp_path, plant):
+    disk, [one] = Disk(tmp_path / "kv", PLENTY, "lru"), items(chain("a", 1))
+    disk.put(one)
+    [path] = (tmp_path / "kv").glob("*.block")
+    other = tmp_path / "other"
+    path.rename(other)
+    plant(path, other)
+    assert disk.get(one.form, one.name) is None and other.exists()
+    plant(path, other)
+    disk.close()
+    disk = Disk(tmp_path / "kv", PLENTY, "lru")
+    assert disk.stats()["swept"] == 1 and disk.get(one.form, one.name) is None and other.exists()
+    disk.close()

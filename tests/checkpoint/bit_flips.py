@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax.checkpoint import RunStore, checksums, export, hf, load_config, mapping
+from v4jax.checkpoint import RunStore, checksums, export, hf, mapping
 from v4jax.checkpoint.model_io import open_checkpoint
 from v4jax.config import Config, Data, Indexer, Model, Moe, Serve
 from v4jax.core.check import UserError

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from v4jax import checkpoint
 from v4jax import config as config_lib
 from v4jax.checkpoint import directory
 from v4jax.core.check import UserError
@@ -56,7 +57,7 @@ def test_what_is_no_checkpoint(tmp_path):
     (lambda v: {"config": v["config"]}, "has the format None"),
     (lambda v: {"format": 1}, "holds no config"),
     (lambda v: v | {"config": [1]}, "holds no config"),
-    (lambda v: v | {"config": v["config"] | {"model": 5}}, "holds no config"),
+    (lambda v: v | {"config": v["config"] | {"model": 5}}, "config field 'model' is 5, and must be a group of fields"),
     (lambda v: v | {"config": v["config"] | {"modle": {}}}, "unknown config field 'modle'; did you mean 'model'"),
     (lambda v: [v], "holds no JSON object"),
 ])  # fmt: skip
@@ -70,3 +71,17 @@ def test_a_damaged_config_is_named(tmp_path, change, complaint):
     file.write_text(file.read_text()[:-5])
     with pytest.raises(UserError, match="is not valid JSON"):
         directory.read_config(tmp_path)
+
+
+def test_paths_in_a_checkpoint_are_not_followed(tmp_path):
+    """Who publishes a checkpoint chooses neither where an engine writes nor what is read."""
+    tiny = config_lib.load("tiny")
+    cache = dataclasses.replace(tiny.cache, disk=1 << 20, directory=str(tmp_path / "elsewhere"), records=7)
+    data = dataclasses.replace(tiny.data, source="/etc/passwd", heldout="/etc/group", tokenizer="/etc/hosts")
+    mesh = dataclasses.replace(tiny.mesh, layout=str(tmp_path / "code.py"))
+    directory.save_config(tmp_path, dataclasses.replace(tiny, data=data, cache=cache, mesh=mesh))
+    loaded = checkpoint.load_config(tmp_path)
+    assert (loaded.cache.directory, loaded.cache.disk, loaded.cache.records) == ("", 0, 7)
+    assert (loaded.data.source, loaded.data.heldout, loaded.data.tokenizer) == ("", "", "auto")
+    assert loaded.mesh == config_lib.Mesh() and loaded.model == tiny.model
+    assert "passwd" not in repr(loaded) and str(tmp_path) not in repr(loaded)

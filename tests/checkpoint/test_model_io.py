@@ -225,7 +225,7 @@ def test_damaged_orbax_directories(tmp_path, hf_dir):
     values = json.loads((tmp_path / "m" / "v4jax.json").read_text())
     values["config"]["model"]["dtype"] = "float64"
     (tmp_path / "m" / "v4jax.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match="v4jax.json: model.dtype must be bfloat16 or float32"):
+    with pytest.raises(UserError, match="v4jax.json: model.dtype is 'float64'; one of bfloat16, float32"):
         v4jax.load(tmp_path / "m")
 
 

@@ -34,10 +34,10 @@ class Hanging(disk.Files):
 
     gate = threading.Event()
 
-    def read(self, path, most):
+    def read(self, name, most, at):
         """Late, if ever."""
         self.gate.wait(600)
-        return super().read(path, most)
+        return super().read(name, most, at)
 
 
 def main(model, directory, rounds):

@@ -126,9 +126,9 @@ def test_what_the_pool_cannot_hold_is_one_line(model):
 
 @pytest.mark.parametrize("limits, cache, words", [
     ({"speculative_tokens": 1, "batch_invariant": True}, {}, "exclude each other"),
-    ({"max_seq_len": 5000}, {}, "exceeds the 4096 positions"), ({"max_batch": 0}, {}, "max_batch must be at least 1"),
-    ({}, {"layout": "fp7"}, "unknown cache layout 'fp7'"), ({}, {"block": 30}, "not a multiple of model.csa_ratio 4"),
-    ({}, {"records": -1}, "at least 0"),
+    ({"max_seq_len": 5000}, {}, "exceeds model.max_positions"), ({"max_batch": 0}, {}, "max_batch must be at least 1"),
+    ({}, {"layout": "fp7"}, "cache.layout is 'fp7'"), ({}, {"block": 30}, "not a multiple of model.csa_ratio 4"),
+    ({}, {"records": -1}, "cache.records must be at least 0, got -1"),
 ])  # fmt: skip
 def test_limits_that_cannot_be_kept_are_one_line(model, limits, cache, words):
     with pytest.raises(UserError, match=words):

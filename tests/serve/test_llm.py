@@ -361,12 +361,12 @@ def test_token_ids_do_without_a_tokenizer(model, outputs):
 
 @pytest.mark.parametrize("options, words", [
     ({"dtype": "float32"}, "dtype applies"), ({"max_batch": 0}, "max_batch must be at least 1"),
-    ({"prefill_chunk": 0}, "prefill_chunk must be"), ({"max_seq_len": 5000}, "exceeds the 4096 positions"),
+    ({"prefill_chunk": 0}, "prefill_chunk must be"), ({"max_seq_len": 5000}, "exceeds model.max_positions 4096"),
     ({"tokenizer": "no/such/file"}, "no tokenizer no/such/file"), ({"tokenizer": 5}, "tokenizer is 5; give a v4jax"),
     ({"cache": {"layout": "fp8"}}, "cache is .*; give a CacheConfig"), ({"mesh": "serve"}, "give a MeshConfig"),
     ({"speculative_token": 1}, "LLM has no option 'speculative_token'; did you mean 'speculative_tokens'"),
     ({"speculative_tokens": 1, "batch_invariant": True}, "exclude each other"),
-    ({"cache": config.Cache(layout="fp16")}, "unknown cache layout 'fp16'"),
+    ({"cache": config.Cache(layout="fp16")}, "cache.layout is 'fp16'; one of"),
     ({"cache": config.Cache(block=12)}, "block of 12 tokens is not a multiple of model.hca_ratio 8"),
 ], ids=str)  # fmt: skip
 def test_bad_limits_are_one_line(model, options, words):

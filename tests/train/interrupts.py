@@ -26,7 +26,6 @@ if __name__ == "__main__":
     import tests.conftest  # noqa: F401  the quick compiler and one cache of programs for all processes
 
 from tests.train.conftest import WORDS, micro_config, one_layer
-
 from v4jax.checkpoint.orbax import OrbaxTensors, finished_steps
 from v4jax.config import Config
 from v4jax.train.metrics import read_metrics

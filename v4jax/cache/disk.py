@@ -9,34 +9,37 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import pathlib
+import stat
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from v4jax.cache import manifest
+from v4jax.cache import manifest, private
 from v4jax.cache.manifest import Corrupt, Form, Key
 from v4jax.cache.shelf import Shelf
 from v4jax.cache.tiers import Breaker, Item
-from v4jax.core.check import UserError
 
 _UNIT = 4096  # bytes in which a file takes space
 _MOST_HEADER = 1 << 20  # bytes; the table of a model of a hundred layers takes a tenth
-_PARTIAL, _LOCK = ".partial", "lock"
+_PARTIAL = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Files:
-    """What the disk tier asks of a file system: the place to put faults in. Everything raises OSError."""
+    """What the disk tier asks of a file system: the place to put faults in. Everything raises OSError.
 
-    def write(self, path: str, pieces: Sequence[bytes | np.ndarray]) -> None:
+    Files are named inside a directory, of which `at` is the descriptor; links are not followed.
+    """
+
+    def write(self, name: str, pieces: Sequence[bytes | np.ndarray], at: int) -> None:
         """A new file, its space reserved first, readable by its owner alone."""
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=at)
         with open(descriptor, "wb", buffering=0) as file:
             _reserve(descriptor, sum(len(piece) for piece in pieces))
             for piece in pieces:
@@ -44,32 +47,38 @@ class Files:
                 while rest:
                     rest = rest[file.write(rest) :]
 
-    def read(self, path: str, most: int) -> np.ndarray:
+    def read(self, name: str, most: int, at: int) -> np.ndarray:
         """The first `most` bytes of a file, or all of them: uint8 [bytes]."""
-        data, count = np.empty(most, np.uint8), 0
-        with open(path, "rb", buffering=0) as file:
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=at)
+        with open(descriptor, "rb", buffering=0) as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "no regular file", name)
+            data, count = np.empty(min(most, status.st_size), np.uint8), 0
+            most = data.size
             while count < most and (new := file.readinto(data[count:])):
                 count += new
         return data[:count]
 
-    def rename(self, path: str, target: str) -> None:
+    def rename(self, name: str, target: str, at: int) -> None:
         """Give a file its final name, whatever had it before."""
-        os.replace(path, target)
+        os.replace(name, target, src_dir_fd=at, dst_dir_fd=at)
 
-    def remove(self, path: str) -> None:
+    def remove(self, name: str, at: int) -> None:
         """Remove a file."""
-        os.remove(path)
+        os.remove(name, dir_fd=at)
 
-    def used(self, path: str) -> None:
+    def used(self, name: str, at: int) -> None:
         """Mark a file as used now, for the order in which a later process evicts."""
-        os.utime(path)
+        os.utime(name, dir_fd=at, follow_symlinks=False)
 
 
 class Disk:
     """Items in the files of a directory, which is made if need be.
 
     policy: what goes first (`policy.POLICIES`). deadline: seconds that a read may take without counting against the
-    disk; who waits gives up by then and calls `late`. Raises UserError if the directory cannot be used, or is in use.
+    disk; who waits gives up by then and calls `late`. A directory that takes the path of this one later is not touched.
+    Raises UserError if the directory cannot be used or trusted, or is in use.
     """
 
     def __init__(
@@ -92,7 +101,10 @@ class Disk:
             bytes_in=0, bytes_out=0, reads=0,
         )  # fmt: skip
         self._seconds = self._slowest = 0.0
-        self._owner = self._own()
+        self._at = private.open_private(self.directory)
+        # Not in `close`: a thread that still waits for the disk would use a number that means another file by then.
+        weakref.finalize(self, os.close, self._at)
+        self._owner = private.lock(self._at, self.directory)
         self._find()
 
     def __contains__(self, key: Key) -> bool:
@@ -105,16 +117,16 @@ class Disk:
             entry = self._shelf.entries.get(key)
         if entry is None or self._reads.open:
             return None
-        path, start = self._path(key, entry.parent), self._clock()
+        file, start = key.file(entry.parent), self._clock()
         try:
-            data = self._files.read(path, form.file_bytes + 1)
+            data = self._files.read(file, form.file_bytes + 1, self._at)
             payload, sum = manifest.open_payload(data, form, name, entry.parent)
         except (OSError, Corrupt) as error:
             self._failed_read(error)
             self.discard(key)
             return None
         with contextlib.suppress(OSError):  # the order of eviction is worth no error
-            self._files.used(path)
+            self._files.used(file, self._at)
         seconds = self._clock() - start
         with self._lock:
             if seconds <= self.deadline:
@@ -167,15 +179,15 @@ class Disk:
         return error is None, []
 
     def _write(self, item: Item) -> OSError | None:
-        path = self._path(item.key, item.parent)
+        file = item.key.file(item.parent)
         header = manifest.header(item.form, item.name, item.parent, item.sum)
         try:
-            self._files.write(path + _PARTIAL, [header, np.asarray(item.payload)])
-            self._files.rename(path + _PARTIAL, path)
+            self._files.write(file + _PARTIAL, [header, np.asarray(item.payload)], self._at)
+            self._files.rename(file + _PARTIAL, file, self._at)
         except OSError as error:
             with self._lock:
                 self._count.update(write_errors=1, full=int(error.errno in _FULL))
-            self._remove(path + _PARTIAL)
+            self._remove(file + _PARTIAL)
             return error
         return None
 
@@ -183,7 +195,7 @@ class Disk:
         """Strike out what goes first until `size` bytes more fit; their files are still to be removed."""
         gone = []
         while not self._shelf.fits(self._reserved + size) and (key := self._shelf.oldest()) is not None:
-            gone.append(self._path(key, self._shelf.remove(key).parent))
+            gone.append(key.file(self._shelf.remove(key).parent))
         self._count.update(evictions=len(gone))
         return gone
 
@@ -197,7 +209,7 @@ class Disk:
         with self._lock:
             entry = self._shelf.remove(key)
         if entry is not None:
-            self._remove(self._path(key, entry.parent))
+            self._remove(key.file(entry.parent))
 
     def watch(self, left: Callable[[Key], None]) -> list[Key]:
         """What is here now; `left` is told of every key that leaves from now on, by whichever thread takes it out."""
@@ -209,7 +221,7 @@ class Disk:
         """The form of an item, from its file; None if it is not here or cannot be read."""
         with self._lock:
             entry = self._shelf.entries.get(key)
-        return entry and _form(self._files, self._path(key, entry.parent), key)
+        return entry and _form(self._files, key, entry.parent, self._at)
 
     def stats(self) -> dict[str, float]:
         """Counts since the start, and what is here now; breaker_open: reads are not tried; paused: writes are not."""
@@ -224,7 +236,7 @@ class Disk:
         """Raise AssertionError if books and files differ; nobody may be writing."""
         with self._lock:
             self._shelf.check()
-            files = {entry.name for entry in os.scandir(self.directory)} - {_LOCK}
+            files = set(os.listdir(self._at)) - {private.LOCK}
             booked = {key.file(entry.parent) for key, entry in self._shelf.entries.items()}
             if self._reserved or files != booked:
                 raise AssertionError(f"the disk tier's files and books differ in {files ^ booked or self._reserved}")
@@ -235,59 +247,41 @@ class Disk:
 
     # --- the directory ---------------------------------------------------------------------------------------------
 
-    def _own(self):
-        """Make the directory and lock it; the lock goes with the process, however that ends."""
-        try:
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            owner = open(self.directory / _LOCK, "a+b", opener=lambda path, flags: os.open(path, flags, 0o600))
-        except OSError as error:
-            raise UserError(f"cannot keep the cache in {self.directory}: {error.strerror}; name another") from error
-        try:
-            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner.close()
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(f"cannot lock {self.directory}: {error.strerror}; name another") from error
-            raise UserError(
-                f"{self.directory} is in use by another engine; end that one or give each a directory of its own"
-            ) from error
-        return owner
-
     def _find(self) -> None:
         """Enter the files that are there, the least recently used first, and remove what is of no use."""
         found = []
-        with os.scandir(self.directory) as entries:
+        with os.scandir(self._at) as entries:
             for entry in entries:
                 if (known := manifest.parse_file(entry.name.removesuffix(_PARTIAL))) is not None:
-                    stat = entry.stat(follow_symlinks=False)
-                    found.append((entry.name.endswith(_PARTIAL), stat.st_mtime_ns, stat.st_size, entry.path, known))
-        for partial, _, size, path, (key, parent) in sorted(found):
-            if partial or space(size) > self._shelf.budget or key in self._shelf:
-                self._remove(path)
+                    status = entry.stat(follow_symlinks=False)
+                    useless = entry.name.endswith(_PARTIAL) or not stat.S_ISREG(status.st_mode)
+                    found.append((useless, status.st_mtime_ns, status.st_size, entry.name, known))
+        for useless, _, size, file, (key, parent) in sorted(found):
+            if useless or space(size) > self._shelf.budget or key in self._shelf:
+                self._remove(file)
                 self._count.update(swept=1)
                 continue
             self._unlink(self._make_room(space(size)))
             self._shelf.add(key, parent, space(size))
 
-    def _path(self, key: Key, parent: bytes) -> str:
-        return str(self.directory / key.file(parent))
+    def _unlink(self, files: Iterable[str]) -> None:
+        for file in files:
+            self._remove(file)
 
-    def _unlink(self, paths: Iterable[str]) -> None:
-        for path in paths:
-            self._remove(path)
-
-    def _remove(self, path: str) -> None:
+    def _remove(self, file: str) -> None:
         with contextlib.suppress(OSError):  # gone already, or the next process that owns the directory finds it again
-            self._files.remove(path)
+            self._files.remove(file, self._at)
 
 
 class Elsewhere:
     """What lay in another owner's directory when this was made, to be read alone: what is gone since is a miss."""
 
     def __init__(self, directory: str | os.PathLike, *, files: Files | None = None):
-        self._directory, self._files, self._parents = pathlib.Path(directory), files or Files(), {}
-        with contextlib.suppress(OSError), os.scandir(directory) as entries:
-            self._parents = dict(filter(None, (manifest.parse_file(entry.name) for entry in entries)))
+        self._files, self._parents = files or Files(), {}
+        with contextlib.suppress(OSError):
+            self._at = private.open_trusted(pathlib.Path(directory))
+            weakref.finalize(self, os.close, self._at)
+            self._parents = dict(filter(None, map(manifest.parse_file, os.listdir(self._at))))
 
     def keys(self) -> list[Key]:
         """What is here."""
@@ -295,21 +289,21 @@ class Elsewhere:
 
     def form(self, key: Key) -> Form | None:
         """As that of a disk."""
-        return _form(self._files, str(self._directory / key.file(self._parents[key])), key)
+        return _form(self._files, key, self._parents[key], self._at)
 
     def get(self, form: Form, name: bytes) -> Item | None:
         """The item, every byte verified; None if it cannot be had."""
         parent = self._parents[form.key(name)]
         try:
-            data = self._files.read(str(self._directory / form.key(name).file(parent)), form.file_bytes + 1)
+            data = self._files.read(form.key(name).file(parent), form.file_bytes + 1, self._at)
             return Item(form, name, parent, *manifest.open_payload(data, form, name, parent))
         except (OSError, Corrupt):
             return None
 
 
-def _form(files: Files, path: str, key: Key) -> Form | None:
+def _form(files: Files, key: Key, parent: bytes, at: int) -> Form | None:
     try:
-        form = manifest.open_form(files.read(path, _MOST_HEADER))
+        form = manifest.open_form(files.read(key.file(parent), _MOST_HEADER, at))
     except (OSError, Corrupt):
         return None
     return form if form.digest == key.form else None

@@ -15,7 +15,7 @@ from v4jax.cache.disk import Files
 
 
 class FaultyFiles(Files):
-    """Real files, but before every operation `fault(operation, path)` may raise, sleep, or whatever it likes.
+    """Real files, but before every operation `fault(operation, name)` may raise, sleep, or whatever it likes.
 
     operation: "write", "read", "rename" or "remove". room: bytes that all files together may take, None for no limit.
     flip: after a read, flip one bit of what was read with this probability. seed: of the flips.
@@ -32,33 +32,33 @@ class FaultyFiles(Files):
         self.fault, self.room, self.flip = fault, room, flip
         self._random, self._sizes, self._lock = random.Random(seed), {}, threading.Lock()
 
-    def write(self, path: str, pieces: Sequence[bytes | np.ndarray]) -> None:
-        self.fault("write", path)
+    def write(self, name: str, pieces: Sequence[bytes | np.ndarray], at: int) -> None:
+        self.fault("write", name)
         size = sum(len(piece) for piece in pieces)
         with self._lock:
             if self.room is not None and sum(self._sizes.values()) + size > self.room:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-            self._sizes[path] = size
-        super().write(path, pieces)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+            self._sizes[name] = size
+        super().write(name, pieces, at)
 
-    def read(self, path: str, most: int) -> np.ndarray:
-        self.fault("read", path)
-        data = super().read(path, most)
+    def read(self, name: str, most: int, at: int) -> np.ndarray:
+        self.fault("read", name)
+        data = super().read(name, most, at)
         if data.size and self._random.random() < self.flip:
             data[self._random.randrange(data.size)] ^= 1 << self._random.randrange(8)
         return data
 
-    def rename(self, path: str, target: str) -> None:
-        self.fault("rename", path)
-        super().rename(path, target)
+    def rename(self, name: str, target: str, at: int) -> None:
+        self.fault("rename", name)
+        super().rename(name, target, at)
         with self._lock:
-            self._sizes[target] = self._sizes.pop(path, 0)
+            self._sizes[target] = self._sizes.pop(name, 0)
 
-    def remove(self, path: str) -> None:
-        self.fault("remove", path)
+    def remove(self, name: str, at: int) -> None:
+        self.fault("remove", name)
         with self._lock:
-            self._sizes.pop(path, None)
-        super().remove(path)
+            self._sizes.pop(name, None)
+        super().remove(name, at)
 
 
 def failing(*operations: str, code: int = errno.EIO) -> Callable[[str, str], None]:

@@ -25,12 +25,16 @@ import ml_dtypes  # noqa: F401 - teaches numpy the names of its dtypes
 import numpy as np
 import xxhash
 
+from v4jax.core import untrusted_json
+
 VERSION = 1
 KINDS = ("block", "record")
 _MAGIC = b"V4JAX-KV"
 _HEADER = struct.Struct("<8sHHI16s16s16sQQ")
 _SUM = struct.Struct("<Q")
 _ALIGN = 64
+_DTYPE = re.compile(r"[a-z]\w{1,30}")  # the name of a type, nothing that numpy would parse further
+_MAX_AXES, _MAX_SIZE = 8, 1 << 32  # of a stored array
 _FILE = re.compile(r"([0-9a-f]{32})-([0-9a-f]{32})-([0-9a-f]{32})\.(block|record)")
 
 
@@ -132,16 +136,28 @@ def open_form(data: np.ndarray) -> Form:
     if (magic, version) != (_MAGIC, VERSION) or kind >= len(KINDS):
         raise Corrupt("no record of this format and version")
     try:
-        rows = json.loads(data[first : first + length].tobytes())
+        rows = untrusted_json.parse(data[first : first + length].tobytes())
         table = tuple((name, dtype, tuple(shape)) for name, dtype, shape, *_ in rows)
         boxes = tuple(tuple((start, end) for start, end in box) for *_, box in rows) if len(rows[0]) > 3 else ()
         form = Form(KINDS[kind], table, boxes)
+        _check_table(form)
         right = form.digest == digest
-    except (ValueError, TypeError, IndexError) as error:
+    except (ValueError, TypeError, IndexError, KeyError) as error:
         raise Corrupt("the group table cannot be read") from error
     if not right:
         raise Corrupt("the group table is not that of its digest")
     return form
+
+
+def _check_table(form: Form) -> None:
+    """Raise ValueError or TypeError for a table that describes no arrays: their digest does not say who wrote it."""
+    boxes = form.boxes or [tuple((0, size) for size in shape) for _, _, shape in form.table]
+    for (name, dtype, shape), box in zip(form.table, boxes, strict=True):
+        if type(name) is not str or not _DTYPE.fullmatch(dtype) or np.dtype(dtype).hasobject or len(shape) > _MAX_AXES:
+            raise ValueError("no array has this name, type and shape")
+        for size, (start, end) in zip(shape, box, strict=True):
+            if not type(size) is type(start) is type(end) is int or not 0 <= start <= end <= size <= _MAX_SIZE:
+                raise ValueError("a part lies outside its array")
 
 
 def open_payload(data: np.ndarray, form: Form, name: bytes, parent: bytes) -> tuple[np.ndarray, int]:

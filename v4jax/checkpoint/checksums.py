@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
+from v4jax.core import untrusted_json
+
 if TYPE_CHECKING:
     import jax
 
@@ -175,7 +177,8 @@ class StepSums:
 
 
 def _read(step: pathlib.Path, process: int) -> dict:
-    return json.loads((step / DIRECTORY / f"{process}.json").read_bytes())
+    limit = untrusted_json.LARGE
+    return untrusted_json.parse(untrusted_json.read_bytes(step / DIRECTORY / f"{process}.json", limit), limit)
 
 
 def _positive(part: list) -> tuple[int, ...]:

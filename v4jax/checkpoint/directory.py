@@ -20,10 +20,10 @@ from dataclasses import replace
 from v4jax import config as config_lib
 from v4jax.checkpoint import checksums
 from v4jax.checkpoint.atomic import replace_text, write_error
-from v4jax.checkpoint.safetensors import read_json
-from v4jax.config import Config, Data, Model, Serve
+from v4jax.config import SOURCES, Config, Data, Mesh, Model, Serve
 from v4jax.core.check import UserError
 from v4jax.core.paths import local_path
+from v4jax.core.untrusted_json import read_object
 
 CONFIG_NAME = "v4jax.json"
 FORMATS = ("huggingface", "orbax")
@@ -76,7 +76,7 @@ def save_config(path: str | os.PathLike, config: Config, tokenizer=None) -> None
 def read_config(path: str | os.PathLike) -> Config:
     """Config in the v4jax.json of a directory. Raises UserError for a damaged file or another version."""
     file = pathlib.Path(path) / CONFIG_NAME
-    values = read_json(file)
+    values = read_object(file)
     _warn_of_changes(file, dict(values))
     if values.get("format") != _VERSION:
         raise UserError(f"{file} has the format {values.get('format')!r}, this v4jax reads {_VERSION}; "
@@ -92,10 +92,26 @@ def read_config(path: str | os.PathLike) -> Config:
 def read_fields(path: str | os.PathLike) -> dict | None:
     """The fields of a config.json that v4jax.json hands on; None if the checkpoint never was a Hugging Face one."""
     file = pathlib.Path(path) / CONFIG_NAME
-    fields = read_json(file).get("huggingface")
+    fields = read_object(file).get("huggingface")
     if fields is not None and not isinstance(fields, dict):
         raise UserError(f"{file}: the field 'huggingface' is no object; restore the file from a copy")
     return fields
+
+
+def without_paths(config: Config) -> Config:
+    """A config without the paths in it: they are for who trained, and may have been chosen by who published.
+
+    Dropped are the disk tier and its directory, the mesh layout (which may be a Python file), a tokenizer elsewhere,
+    and files of text; `data.source` is then "".
+    """
+    data = config.data
+    source = data.source if data.source in SOURCES and not data.heldout else ""
+    return replace(
+        config,
+        data=replace(data, source=source, heldout="", tokenizer=Data.tokenizer),
+        cache=replace(config.cache, disk=0, directory=""),
+        mesh=Mesh(),
+    )
 
 
 def _warn_of_changes(file: pathlib.Path, values: dict) -> None:

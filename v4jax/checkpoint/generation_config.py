@@ -7,8 +7,8 @@ import os
 import pathlib
 from dataclasses import dataclass, field
 
-from v4jax.checkpoint.safetensors import read_json
 from v4jax.core.check import UserError
+from v4jax.core.untrusted_json import read_object
 
 GENERATION_NAME = "generation_config.json"
 # Field of the file -> field of SamplingParams: the fields that vLLM takes from it, as far as they exist here.
@@ -39,7 +39,7 @@ def read_generation_config(path: str | os.PathLike) -> GenerationConfig:
     file = pathlib.Path(path) / GENERATION_NAME
     if not file.is_file():
         return GenerationConfig()
-    values = read_json(file)
+    values = read_object(file)
     if values.get("repetition_penalty") not in (None, 1):
         _log.warning("%s asks for a repetition_penalty, which v4jax does not apply", file)
     sampling = {ours: values[theirs] for theirs, ours in _SAMPLING.items() if values.get(theirs) is not None}

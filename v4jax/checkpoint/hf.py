@@ -8,6 +8,7 @@ Number formats follow the roles of tensors, see tensors.py.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -36,6 +37,8 @@ _SPECIAL = {
     "F16": (np.uint16, 0x7C00),
 }
 _PIECE = 1 << 20  # elements that are looked at together: the comparison then stays in a core's cache
+_MAX_MISSING = 10_000  # tensors that are looked for in vain before the search ends
+_MAX_PIECES = 64  # of a tensor that are looked for to learn its spelling
 _FP4_GROUP = 32  # input elements per scale of a packed expert (spec 9.1)
 
 
@@ -162,7 +165,7 @@ def dequantize_fp8(values: np.ndarray, scale: np.ndarray, block: tuple[int, int]
     values: float8_e4m3fn [out, in]. scale: float32 [ceil(out / block[0]), ceil(in / block[1])], a multiplier.
     """
     out = np.take(_fp8_table(), values.view(np.uint8))
-    wide = np.repeat(scale, block[1], axis=1)[:, : out.shape[1]]
+    wide = np.repeat(scale, min(block[1], out.shape[1]), axis=1)[:, : out.shape[1]]
     for row in range(scale.shape[0]):
         out[row * block[0] : (row + 1) * block[0]] *= wide[row]
     return out
@@ -222,6 +225,8 @@ def _match(store: SafetensorsDir, model: Model, tensors: dict, block: tuple[int,
     spelling, used = {}, set()
     missing, wrong = [], []
     for tensor in tensors.values():
+        if len(missing) > _MAX_MISSING:  # config.json may name any number of experts
+            break
         found = _spelling_of(store, tensor)
         if found is None:
             missing.append(tensor.first(0))
@@ -230,6 +235,8 @@ def _match(store: SafetensorsDir, model: Model, tensors: dict, block: tuple[int,
         for piece in tensor.pieces(found):
             if piece.name not in store:
                 missing.append(piece.name)
+                if len(missing) > _MAX_MISSING:
+                    break
                 continue
             used.add(piece.name)
             problem = _check_piece(store, tensor, piece, block)
@@ -254,12 +261,13 @@ def _match(store: SafetensorsDir, model: Model, tensors: dict, block: tuple[int,
 
 
 def _spelling_of(store: SafetensorsDir, tensor: mapping.Tensor) -> int | None:
-    """The spelling a checkpoint uses for a tensor, known by its first piece, or by any piece if that one is missing."""
+    """The spelling a checkpoint uses for a tensor, known by its first piece, or by one of the next if it is missing."""
     known = range(tensor.spellings)
     found = next((s for s in known if tensor.first(s) in store), None)
     if found is not None:
         return found
-    return next((s for s in known if any(piece.name in store for piece in tensor.pieces(s))), None)
+    some = lambda s: itertools.islice(tensor.pieces(s), _MAX_PIECES)
+    return next((s for s in known if any(piece.name in store for piece in some(s))), None)
 
 
 def _check_piece(store: SafetensorsDir, tensor: mapping.Tensor, piece: mapping.Piece, block: tuple[int, int]) -> str:

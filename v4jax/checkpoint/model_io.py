@@ -68,10 +68,14 @@ def _structure(model: Model, scan: bool) -> tuple[nnx.GraphDef, nnx.State, tuple
 
 
 def load_config(path: str | os.PathLike) -> Config:
-    """Config of a checkpoint directory; of a Hugging Face one only the model is told, the rest is default."""
+    """Config of a checkpoint directory; of a Hugging Face one only the model is told, the rest is default.
+
+    Paths that the checkpoint stores are not in it (`directory.without_paths`): a checkpoint does not choose what is
+    read or where is written.
+    """
     path = pathlib.Path(path)
     if directory.format_of(path) == "orbax":
-        return directory.read_config(path)
+        return directory.without_paths(directory.read_config(path))
     return directory.config_of_model(hf_config.read(path), _name(path))
 
 

@@ -34,6 +34,7 @@ from v4jax.checkpoint.directory import CONFIG_NAME, read_config, save_config
 from v4jax.checkpoint.step import WEIGHTS, StepItem, damaged, finished_steps, is_finished, read_sums, steps_path
 from v4jax.checkpoint.tensors import LazyTensors, memory_dtype, report
 from v4jax.config import Config, Model
+from v4jax.core import untrusted_json
 from v4jax.core.check import UserError
 from v4jax.nn import qdq
 from v4jax.parallel.distributed import barrier, is_lead
@@ -144,6 +145,9 @@ class RunStore:
             self._manager = ocp.CheckpointManager(plain_path(self._path), options=options)
         except OSError as error:
             raise write_error(self._path, error, "nothing was saved") from error
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
+            raise UserError(f"the metadata of a step in {self._path} is damaged ({error}); remove its step to go on from an "
+                            "earlier one, or copy it again") from error  # fmt: skip
 
     def _unfinished(self) -> list[pathlib.Path]:
         """What an interrupted save or removal left; a removal leaves half a step under its final name."""
@@ -295,7 +299,7 @@ def _report_difference(directory: pathlib.Path, found: dict, wanted: dict, descr
 
 def _read_extras(directory: pathlib.Path, digest: str | None) -> dict:
     try:
-        extras = json.loads((directory / _EXTRAS / "metadata").read_bytes())
+        extras = untrusted_json.parse(untrusted_json.read_bytes(directory / _EXTRAS / "metadata"))
     except (OSError, ValueError) as error:
         raise damaged(directory, f"{_EXTRAS}: {error}") from error
     if checksums.json_digest(extras) != digest:

@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import re
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ import numpy as np
 import xxhash
 
 from v4jax.checkpoint.atomic import require_space, write_all, write_text
-from v4jax.core import dtypes
+from v4jax.core import dtypes, untrusted_json
 from v4jax.core.check import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -29,7 +30,9 @@ SINGLE_NAME = "model.safetensors"
 _DIGESTS = "xxh3_64"  # key of the checksums in the metadata of a header: JSON of {tensor: 16 hexadecimal digits}
 _FILES = "xxh3_64_files"  # the same for the other files of the directory
 _BLOCK_BYTES = 1 << 20  # read and hashed together
-_MAX_HEADER = 100_000_000  # the library's own limit
+_MAX_HEADER = 24 << 20  # bytes: 130,000 tensors; a published file has up to 3,000, a whole flagship 140,000
+_MAX_AXES = 8
+_MAX_SIZE = 1 << 48  # of one axis, elements
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -196,21 +199,22 @@ def _open_directory(path: pathlib.Path) -> dict[str, TensorInfo]:
 
 def _check_shard_set(path: pathlib.Path, names: list[str]) -> None:
     """Without an index only the file names say how many shards there must be."""
-    for match in filter(None, map(_SHARD.fullmatch, names)):
-        for number in range(1, int(match[3]) + 1):
-            wanted = f"{match[1]}-{number:05d}-of-{match[3]}.safetensors"
-            if wanted not in names:
+    present = set(names)
+    for stem, count in {match.group(1, 3) for match in filter(None, map(_SHARD.fullmatch, names))}:
+        for number in range(1, int(count) + 1):
+            wanted = f"{stem}-{number:05d}-of-{count}.safetensors"
+            if wanted not in present:
                 raise UserError(f"{path} lacks the shard {wanted}; download or copy it")
 
 
 def _open_indexed(path: pathlib.Path) -> dict[str, TensorInfo]:
-    index = read_json(path / INDEX_NAME)
+    index = untrusted_json.read_object(path / INDEX_NAME, untrusted_json.LARGE)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise UserError(f"{path / INDEX_NAME} has no weight_map of names to files; download it again")
     files: dict[str, dict[str, TensorInfo]] = {}
     for file in sorted(set(weight_map.values())):
-        if file != os.path.basename(file) or not (path / file).is_file():
+        if file != os.path.basename(file) or not os.path.isfile(path / file):
             raise UserError(f"{path / INDEX_NAME} names the shard {file}, which is missing; download or copy it")
         files[file] = _open_file(path / file)
     tensors = {}
@@ -228,7 +232,8 @@ def _open_file(path: pathlib.Path) -> dict[str, TensorInfo]:
     header, length, size = _header_of(path)
     digests = _digests(path, header.get("__metadata__"), _DIGESTS)
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    tensors = {name: _parse_entry(path, name, e, 8 + length, digests.get(name)) for name, e in entries.items()}
+    with untrusted_json.collection_paused():
+        tensors = {name: _parse_entry(path, name, e, 8 + length, digests.get(name)) for name, e in entries.items()}
     end, previous = 8 + length, ""
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start < end and info.stop > info.start:
@@ -249,8 +254,8 @@ def _header_of(path: pathlib.Path) -> tuple[dict, int, int]:
             raise _damaged(path, f"has no complete header ({size} bytes in all)")
         raw = file.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
-    except ValueError as error:
+        header = untrusted_json.parse(raw, _MAX_HEADER)
+    except untrusted_json.JsonError as error:
         raise _damaged(path, f"has an unreadable header ({error})") from error
     if not isinstance(header, dict):
         raise _damaged(path, "has a header that is no JSON object")
@@ -263,7 +268,7 @@ def _digests(path: pathlib.Path, metadata, key: str) -> dict[str, str]:
     if text is None:
         return {}
     try:
-        digests = json.loads(text)
+        digests = untrusted_json.parse(text, _MAX_HEADER)
     except (TypeError, ValueError) as error:
         raise _damaged(path, f"has unreadable checksums ({error})") from error
     if not isinstance(digests, dict):
@@ -274,7 +279,8 @@ def _digests(path: pathlib.Path, metadata, key: str) -> dict[str, str]:
 def _parse_entry(path: pathlib.Path, name: str, entry, base: int, digest: str | None) -> TensorInfo:
     try:
         code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        numbers_ok = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+        numbers_ok = len(shape) <= _MAX_AXES and all(type(n) is int and 0 <= n <= _MAX_SIZE for n in shape)
+        numbers_ok = numbers_ok and type(start) is int and type(stop) is int and start >= 0 and stop >= 0
     except (TypeError, KeyError, ValueError) as error:
         raise _damaged(path, f"has a bad header entry for {name!r}") from error
     if not numbers_ok:
@@ -288,35 +294,20 @@ def _parse_entry(path: pathlib.Path, name: str, entry, base: int, digest: str | 
     return TensorInfo(path, code, shape, base + start, base + stop, digest)
 
 
-def _unique(pairs: list[tuple]) -> dict:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return result
-
-
 def _damaged(path: pathlib.Path, what: str) -> UserError:
     return UserError(f"{path} {what}; the file is damaged, download or copy it again")
 
 
 def _open(path: pathlib.Path):
     try:
-        return open(path, "rb", buffering=0)
+        # Without O_NONBLOCK, opening a named pipe would wait for a writer.
+        file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check that it exists and is readable") from error
-
-
-def read_json(path: pathlib.Path) -> dict:
-    """A JSON object from a file; UserError if the file is missing, unreadable or something else."""
-    with _open(path) as file:
-        raw = file.read()
-    try:
-        value = json.loads(raw)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download or copy it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; download or copy it again")
-    return value
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise _damaged(path, "is no regular file")
+    return file
 
 
 # --- writing -----------------------------------------------------------------------------------------------------

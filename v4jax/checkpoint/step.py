@@ -6,7 +6,6 @@ checksums of its own but not the chunks, so every region that is read is compare
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -16,10 +15,13 @@ import tensorstore
 
 from v4jax.checkpoint import checksums
 from v4jax.checkpoint.alias import plain_path
+from v4jax.core import untrusted_json
 from v4jax.core.check import UserError
 
 STEPS_NAME = "checkpoints"
 WEIGHTS = "model"
+_MAX_DENSITY = 1000  # bytes of arrays a byte of files may stand for; compressed weights take 1 to 2, zeros up to 10,000
+_SLACK = 64 << 20  # bytes of arrays in small checkpoints, where all may be zeros
 _COMPLETE = "_CHECKPOINT_METADATA"  # orbax's file of a step; a step takes its final name after the last write to it
 
 
@@ -74,6 +76,10 @@ class StepItem:
             self.stores = _open(self._files)
         except (OSError, ValueError, AttributeError) as error:
             raise damaged(step, f"{item}: {error}") from error
+        stored = sum(file.stat().st_size for file in self._files.rglob("*") if file.is_file())
+        declared = sum(store.size * store.dtype.numpy_dtype.itemsize for store in self.stores.values())
+        if declared > _MAX_DENSITY * stored + _SLACK:  # Chunks without a file read as zeros, of any size.
+            raise damaged(step, f"{item}: {declared:,} bytes of arrays in {stored:,} bytes of files")
 
     def read(self, name: str, index: Sequence[slice | int] = ()) -> np.ndarray:
         """`array[index]` of the array `name`; parts that are read are verified.
@@ -135,7 +141,7 @@ def _base(item: pathlib.Path) -> dict:
 
 def _open(item: pathlib.Path) -> dict[str, tensorstore.TensorStore]:
     """The arrays of one item by name, unread."""
-    metadata = json.loads((item / "_METADATA").read_bytes())
+    metadata = untrusted_json.parse(untrusted_json.read_bytes(item / "_METADATA"))
     (item / "manifest.ocdbt").stat()  # tensorstore takes a missing one for an empty database
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
     base = {"driver": "ocdbt", "base": _base(item)}

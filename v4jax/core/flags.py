@@ -163,18 +163,6 @@ def _comments(group: type, prefix: str = "") -> Iterable[tuple[str, str]]:
             yield from _comments(groups[name], f"{prefix}{name}.")
 
 
-def config_paths() -> list[str]:
-    """Dotted paths of all fields."""
-    return [path for path, _ in _leaves(config_lib.to_dict(config_lib.Config()))]
-
-
-def _typed(value: object) -> str:
-    """A value as it is typed after `--config.FIELD=`."""
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _comments(group: type, prefix: str = "") -> Iterable[tuple[str, str]]:
     """(dotted path, comment) of the fields of a config dataclass and of its groups, read from its source."""
     groups = {field.name: field.default_factory for field in dataclasses.fields(group)}

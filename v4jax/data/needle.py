@@ -20,7 +20,7 @@ from v4jax import config
 from v4jax.core.check import UserError
 from v4jax.data.packing import empty_row
 
-SOURCE = "needle"  # what config.data.source says for it
+SOURCE = config.SOURCES[1]  # what config.data.source says for it
 KEY, VALUE = 2, 1  # tokens of each
 NEEDLE, QUESTION = KEY + VALUE, 1 + KEY  # tokens of a needle, and of "ask" with a key
 _TOLD = 2  # tokens of "ask k k v" that nothing foretells: "ask" and the first of the key

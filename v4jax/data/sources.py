@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import glob
-import json
+import os
 import pathlib
 
-from v4jax.config import Data
+from v4jax.config import SOURCES, Data
+from v4jax.core import untrusted_json
 from v4jax.core.check import UserError
 from v4jax.core.paths import local_path
 from v4jax.data.corpus import Corpus, Document, load_corpus
 
-EMBEDDED = "shakespeare-kjv"
+EMBEDDED = SOURCES[0]
 HELDOUT_EVERY = 50  # documents
 HELDOUT_TAIL = 0.02  # of the only document
 
@@ -84,6 +85,9 @@ def hold_out(documents: list[Document]) -> Corpus:
 
 
 def _read_file(path: pathlib.Path) -> list[Document]:
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4  # bytes and text of all of it are in memory
+    if (size := path.stat().st_size) > most:
+        raise UserError(f"{path} has {size:,} bytes, more than a quarter of this machine's memory; split it")
     try:
         text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -96,8 +100,8 @@ def _read_file(path: pathlib.Path) -> list[Document]:
 
 def _parse_line(where: str, line: str) -> Document:
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = untrusted_json.parse(line, untrusted_json.LARGE, strict=False)
+    except untrusted_json.JsonError as error:
         raise UserError(f"{where} is not valid JSON: {error}") from error
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):

@@ -17,6 +17,7 @@ import tokenizers
 
 from v4jax import config
 from v4jax.core.check import UserError
+from v4jax.data import tokenizer_file
 from v4jax.data.corpus import ASSETS
 
 # How GPT-2 splits text before BPE, for ASCII text, where Python's classes equal \s, \p{L}, \p{N}. The ids of a word do
@@ -24,6 +25,7 @@ from v4jax.data.corpus import ASSETS
 GPT2_PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 GPT2_WORDS = re.compile(r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
 
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 CONFIG_NAME = "tokenizer_config.json"
 SPECIALS = ("<bos>", "<eos>", "<pad>")  # ids 0, 1, 2 of the packaged tokenizer
 _log = logging.getLogger(__name__)
@@ -61,14 +63,9 @@ class Tokenizer:
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise UserError(f"no tokenizer {path}; give a tokenizer.json, a directory with one, or 'auto'")
-        spec = _read_json(path)
-        if not isinstance(spec, dict) or "model" not in spec:
-            raise UserError(f"{path} is not a tokenizer.json: it has no 'model'")
-        self._json = path.read_bytes()
+        self._path, (spec, self._json) = path, tokenizer_file.read(path)
         self._byte_level = "ByteLevel" in json.dumps(spec.get("decoder"))
-        self._backend = tokenizers.Tokenizer.from_str(self._json.decode("utf-8"))
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._backend = tokenizer_file.build(spec, self._json, path)
         self._backend.encode_special_tokens = True  # "<bos>" typed by a user is five characters, not a control token
         pre_tokenizer = {k: v for k, v in (spec.get("pre_tokenizer") or {}).items() if k in GPT2_PRE_TOKENIZER}
         self._gpt2_words = (
@@ -78,7 +75,7 @@ class Tokenizer:
         )
         self._config = {}
         for file in (path.parent / "special_tokens_map.json", path.parent / CONFIG_NAME):
-            self._config |= _read_json(file) if file.is_file() else {}
+            self._config |= tokenizer_file.read_config(file) if file.is_file() else {}
         fallback = None if model is None else (model.bos_id, next(iter(model.eos_ids), None))
         self.bos_id = self._special("bos", bos_id, fallback and fallback[:1])
         self.eos_id = self._special("eos", eos_id, fallback and fallback[1:])
@@ -161,7 +158,7 @@ class Tokenizer:
             vocab = backend.get_vocab()
             texts = backend.decode_batch([[i] for i in vocab.values()] + [[i, i] for i in vocab.values()])
             for (token, i), once, twice in zip(vocab.items(), texts[: len(vocab)], texts[len(vocab) :], strict=True):
-                is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+                is_byte = _BYTE.fullmatch(token)
                 pieces[i] = bytes.fromhex(token[3:5]) if is_byte else twice[len(once) :].encode()
         for i, token in added.items():
             if token.special:
@@ -182,9 +179,9 @@ class Tokenizer:
         return [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     @functools.cached_property
-    def _parsing_backend(self) -> tokenizers.Tokenizer:
+    def _parsing_backend(self) -> tokenizer_file.Guarded:
         """The backend that sees special tokens in text; apart, because the setting is not one of a call."""
-        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend = self._backend.copy()
         backend.encode_special_tokens = False
         return backend
 
@@ -199,7 +196,7 @@ class Tokenizer:
         keeps = before is not None and before["type"] == "ByteLevel"
         spec["post_processor"] = {"type": "Sequence", "processors": [before, first]} if keeps else first
         self._json = (json.dumps(spec, indent=2, ensure_ascii=False) + "\n").encode()
-        self._backend = tokenizers.Tokenizer.from_str(self._json.decode())
+        self._backend = tokenizer_file.build(spec, self._json, self._path)
         self._backend.encode_special_tokens = True
 
     def _special(self, name: str, given: int | None, fallback: tuple[int | None] | None) -> int | None:
@@ -273,13 +270,6 @@ def write_atomic(path: pathlib.Path, data: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _read_json(path: pathlib.Path) -> dict:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
 def _bos_template(token: str, id: int) -> dict:

@@ -21,6 +21,7 @@ from v4jax.core.tables import print_table
 from v4jax.data.sources import load_documents
 from v4jax.data.tokenizer import load_tokenizer
 from v4jax.evals.bounds import read as read_bounds
+from v4jax.evals.heldout import config_of
 from v4jax.models.transformer import Transformer, fresh_chunk, next_chunk
 from v4jax.nn.csa import CSAttention
 from v4jax.nn.indexer import score, visible
@@ -42,14 +43,23 @@ BOUNDS = {
 _ROWS = 4  # windows that are read together
 
 
-def run(checkpoint: str, layout: str = "fp8", context: int = 1024, windows: int = 32, bounds: str = "") -> list[dict]:
+def run(
+    checkpoint: str,
+    layout: str = "fp8",
+    context: int = 1024,
+    windows: int = 32,
+    bounds: str = "",
+    data: str = "",
+    heldout: str = "",
+) -> list[dict]:
     """Compare `layout` with bf16 on the first `windows` windows of `context` tokens of the held-out text.
 
-    bounds: "kl_mean=1e-3,top1=0.99", over the defaults. Prints a table; a record says whether its bound holds. Raises
-    UserError for a checkpoint without a tokenizer or CSA layers, too little text, or an unknown bound.
+    data, heldout: as of `perplexity.run`. bounds: "kl_mean=1e-3,top1=0.99", over the defaults. Prints a table; a record
+    says whether its bound holds. Raises UserError for a checkpoint without a tokenizer or CSA layers, too little text,
+    or an unknown bound.
     """
     limits = _bounds(bounds)
-    config = store.load_config(checkpoint)
+    config = config_of(checkpoint, data, heldout)
     tokenizer = load_tokenizer(checkpoint, config.model)
     if tokenizer is None or "csa" not in config.model.schedule:
         raise UserError(f"{checkpoint} has no tokenizer.json or no CSA layer; without them nothing can be compared")

@@ -12,12 +12,17 @@ from v4jax.core.check import UserError
 from v4jax.core.tables import print_table
 from v4jax.data.pipeline import make_dataset
 from v4jax.data.tokenizer import load_tokenizer
+from v4jax.evals.heldout import config_of
 from v4jax.train.loss import heldout_nll
 
 
-def run(checkpoint: str) -> list[dict]:
-    """Next-token loss (MTP excluded) on the held-out part of the data that the checkpoint's config names."""
-    config = store.load_config(checkpoint)
+def run(checkpoint: str, data: str = "", heldout: str = "") -> list[dict]:
+    """Next-token loss (MTP excluded) on held-out text.
+
+    data, heldout: files, as `data.source` and `data.heldout` of a config; needed if the checkpoint was trained on
+    files. Raises UserError.
+    """
+    config = config_of(checkpoint, data, heldout)
     tokenizer = load_tokenizer(checkpoint, config.model)
     if tokenizer is None:
         raise UserError(

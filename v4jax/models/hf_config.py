@@ -8,12 +8,13 @@ format cannot say goes under the key "v4jax", which transformers keeps and ignor
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import pathlib
+import sys
 
-from v4jax.config import HyperConnection, Indexer, Model, Moe, Rope
+from v4jax.config import ConfigError, HyperConnection, Indexer, Model, Moe, Rope, check_values
+from v4jax.core import untrusted_json
 from v4jax.core.check import UserError
 
 MODEL_TYPE = "deepseek_v4"
@@ -55,6 +56,7 @@ _MOE_INTEGERS = {"n_routed_experts": "experts", "num_experts_per_tok": "active",
 _INDEXER_INTEGERS = {"index_n_heads": "heads", "index_head_dim": "head_dim", "index_topk": "topk"}
 _MHC_INTEGERS = {"hc_mult": "streams", "hc_sinkhorn_iters": "sinkhorn_iters"}
 _YARN_FIELDS = ("yarn_original", "yarn_beta_fast", "yarn_beta_slow")
+_MOST = 1e15  # larger integers are slips; each field has a tighter bound of its own
 _OWN_FIELDS = ("dtype", "kv_qdq", "rope")
 # Fields that `to_hf` says in other words, and how weights were stored before they were read.
 _REPLACED = {
@@ -72,23 +74,16 @@ def load_json(path: str | os.PathLike) -> tuple[dict, str]:
     """Raw fields of a config.json and the name to blame in messages. Raises UserError."""
     path = pathlib.Path(path)
     path = path / "config.json" if path.is_dir() or path.suffix != ".json" else path
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give a Hugging Face model directory") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download or copy it again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object; download or copy it again")
-    return values, str(path)
+    if not os.path.lexists(path):
+        raise UserError(f"{path} does not exist; give a Hugging Face model directory")
+    return untrusted_json.read_object(path), str(path)
 
 
 def from_hf(values: dict, source: str = "config.json") -> Model:
     """Fields of a config.json -> Model. Raises UserError naming `source`, the field and the cure.
 
-    The result is not yet held against the limits of `v4jax.config.validate`: what can run is the caller's question.
+    Each field is held against its range, relations between fields are not yet (`v4jax.config.validate`): what can run
+    is the caller's question.
     """
     fields = _Fields(values, source)
     found = values.get("model_type")
@@ -126,6 +121,10 @@ def from_hf(values: dict, source: str = "config.json") -> Model:
             **{ours: fields.integer(theirs) for theirs, ours in _MHC_INTEGERS.items()}, eps=fields.number("hc_eps")
         ),
     )
+    try:
+        check_values(model, "model.")
+    except ConfigError as error:
+        fields.fail(f"{error} (in v4jax's names)")
     if model.heads % model.o_groups:
         fields.fail(f"num_attention_heads {model.heads} is not a multiple of o_groups {model.o_groups}")
     return model
@@ -219,7 +218,7 @@ class _Fields:
 
     def integer(self, name: str) -> int:
         value = self.get(name)
-        if type(value) is not int or value < 1:
+        if type(value) is not int or not 1 <= value <= _MOST:
             self.fail(f"{name} is {value!r}, which is no positive integer")
         return value
 
@@ -227,7 +226,7 @@ class _Fields:
         return self.check_number(name, self.get(name, default))
 
     def check_number(self, name: str, value) -> float:
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             self.fail(f"{name} is {value!r}, which is no positive number")
         return float(value)
 
@@ -328,16 +327,22 @@ def _dtype(fields: _Fields, own: str | None) -> str:
     """Of activations. float16 weights go into float32, which holds them exactly; bfloat16 does not."""
     name = own or fields.values.get("dtype") or fields.values.get("torch_dtype") or "bfloat16"
     known = {"bfloat16": "bfloat16", "float32": "float32", "float16": "float32"}
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         fields.fail(f"dtype is {name!r}; known: {', '.join(known)}")
     return known[name]
 
 
 def _rope_dim(fields: _Fields) -> int:
-    head_dim = fields.integer("head_dim")
     if fields.values.get("partial_rotary_factor") is None:
         return fields.integer("qk_rope_head_dim")
-    return int(head_dim * fields.number("partial_rotary_factor"))
+    return _rotary_dim(fields, fields.values["partial_rotary_factor"])
+
+
+def _rotary_dim(fields: _Fields, factor) -> int:
+    """Rotary channels of a head by their fraction of it."""
+    if fields.check_number("partial_rotary_factor", factor) > 1:
+        fields.fail(f"partial_rotary_factor is {factor!r}; a head has no more rotary channels than channels")
+    return int(fields.integer("head_dim") * factor)
 
 
 def _rotary_factor(model: Model) -> float:
@@ -376,7 +381,7 @@ def _check_shares(fields: _Fields, parts: tuple[dict, ...]) -> None:
         share = part.get("partial_rotary_factor", fields.values.get("partial_rotary_factor"))
         if share is None:  # transformers would then rotate the whole head in `main` layers, and there alone
             fields.fail("rope_parameters lack partial_rotary_factor; set it to qk_rope_head_dim / head_dim")
-        if int(fields.integer("head_dim") * fields.check_number("partial_rotary_factor", share)) != _rope_dim(fields):
+        if _rotary_dim(fields, share) != _rope_dim(fields):
             fields.fail("partial_rotary_factor differs inside rope_parameters; v4jax has one for all layers")
 
 

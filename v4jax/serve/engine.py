@@ -36,7 +36,7 @@ from v4jax.cache import prefix
 from v4jax.cache.blocks import Blocks
 from v4jax.cache.spec import Layout
 from v4jax.core.check import UserError
-from v4jax.models.quantised import check_precision, quantise
+from v4jax.models.quantised import quantise
 from v4jax.models.transformer import Transformer
 from v4jax.serve import balance, identity, live, parking, places, programs
 from v4jax.serve.programs import Heads, Live
@@ -450,17 +450,5 @@ def chunk_sizes(longest: int) -> list[int]:
 
 def check_limits(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
     """Raise UserError for limits that cannot be kept."""
-    for name in ("max_batch", "max_seq_len", "prefill_chunk"):
-        if getattr(limits, name) < 1:
-            raise UserError(f"{name} must be at least 1, got {getattr(limits, name)}")
-    if limits.max_seq_len > model.max_positions:
-        raise UserError(f"max_seq_len {limits.max_seq_len} exceeds the {model.max_positions} positions of the model")
-    check_precision(limits.precision)
-    if limits.speculative_tokens < 0 or cache.tokens < 0 or cache.records < 0 or cache.record_every < 0:
-        raise UserError("speculative_tokens, cache tokens, records and record_every must be at least 0")
-    if limits.speculative_tokens and not model.mtp_layers:
-        raise UserError("speculative_tokens needs a model with an MTP layer, and this one has none; set it to 0")
-    if limits.speculative_tokens and limits.batch_invariant:
-        raise UserError("batch_invariant and speculative_tokens exclude each other: drafts change the shapes computed")
-    parking.check(cache)
+    config.check_serving(model, limits, cache)
     live.check(model, limits, cache)

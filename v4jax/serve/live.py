@@ -59,8 +59,6 @@ def stats(live) -> dict[str, float]:
 
 def check(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
     """Raise UserError if entries cannot live in host memory, or if that would be of no use."""
-    if cache.hot < 0:
-        raise UserError(f"cache hot must be at least 0 entries, got {cache.hot}")
     if not cache.hot:
         return
     if "csa" not in model.schedule:

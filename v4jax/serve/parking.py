@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import pathlib
 import time
 import weakref
@@ -19,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 
 from v4jax import config
 from v4jax.cache.disk import Disk, space
-from v4jax.cache.policy import POLICIES
+from v4jax.cache.private import open_private
 from v4jax.cache.spec import Layout
 from v4jax.cache.tiers import Host
 from v4jax.cache.transfer import Transfer
@@ -35,7 +36,6 @@ _log = logging.getLogger(__name__)
 
 def build(live: Live, places: Places, cache: config.Cache, layout: Layout) -> Parking | None:
     """The tiers that a config asks for, told of in the log; None if it asks for none. Raises UserError."""
-    check(cache)
     if not (cache.host or cache.disk):
         return None
     if not layout.page_bytes:
@@ -43,6 +43,8 @@ def build(live: Live, places: Places, cache: config.Cache, layout: Layout) -> Pa
     host = Host(cache.host, cache.policy) if cache.host else None
     own = str(jax.process_index()) if jax.process_count() > 1 else ""
     directory = pathlib.Path(cache.directory) / own
+    if cache.disk and own:  # the parent of all processes' directories decides where they lie, too
+        os.close(open_private(directory.parent))
     disk = Disk(directory, cache.disk, cache.policy, deadline=cache.deadline) if cache.disk else None
     try:
         parking = Parking(live, places, host, disk, cache.deadline, layout.block, second=cache.admission == "second")
@@ -152,20 +154,6 @@ class Parking:
             "restored_blocks": sum(bay.restored for bay in self.bays),
             "queue_idle": sum(bay.idle for bay in self.bays),
         }
-
-
-def check(cache: config.Cache) -> None:
-    """Raise UserError for tiers that cannot be."""
-    if min(cache.device, cache.host, cache.disk) < 0 or not cache.deadline > 0:
-        raise UserError("cache device, host and disk must be at least 0 bytes, and the deadline more than 0 seconds")
-    if cache.admission not in ("all", "second"):
-        raise UserError(f"unknown cache admission {cache.admission!r}; one of all, second")
-    if cache.policy not in POLICIES:
-        raise UserError(f"unknown cache policy {cache.policy!r}; one of {', '.join(POLICIES)}")
-    if bool(cache.disk) != bool(cache.directory):
-        raise UserError("a cache on disk needs both its size and its directory (--kv_disk=64GiB --kv_dir=DIR)")
-    if (cache.host or cache.disk) and not cache.prefix:
-        raise UserError("cache tiers on host and disk hold blocks that requests share: set prefix=True, or drop them")
 
 
 def _place(memory: SingleDeviceSharding | None, payload: np.ndarray) -> np.ndarray | jax.Array:

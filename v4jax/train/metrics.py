@@ -9,8 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from v4jax.core import untrusted_json
 from v4jax.core.check import UserError
 
+_MOST = 1 << 30  # bytes of a file: millions of records
 _EVENTS = ("started", "rolled_back_from")  # marks of the run's history: a curve of them says nothing
 _SMOOTH = 0.95  # weight of a record's neighbor in the smoothed curve, that of the next one its square
 
@@ -55,7 +57,7 @@ class MetricsWriter:
         """Returns how many damaged lines there were; one cut short by a kill counts."""
         if not self._path.exists():
             return 0
-        records, damaged = _parse(self._path.read_bytes())
+        records, damaged = _parse(_read(self._path))
         partial = self._path.with_suffix(".partial")
         kept = [json.dumps(record) + "\n" for record in records if record["step"] <= step]
         partial.write_text("".join(kept), encoding="utf-8")
@@ -64,8 +66,18 @@ class MetricsWriter:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
-    """The records of a metrics file; lines that are damaged are left out, and so is a last one cut short."""
-    return _parse(path.read_bytes())[0]
+    """The records of a metrics file; lines that are damaged are left out, and so is a last one cut short.
+
+    Raises UserError for what is no file.
+    """
+    return _parse(_read(path))[0]
+
+
+def _read(path: pathlib.Path) -> bytes:
+    try:
+        return untrusted_json.read_bytes(path, _MOST)
+    except (OSError, untrusted_json.JsonError) as error:
+        raise UserError(f"cannot read {path}: {error}; move it away") from error
 
 
 def _parse(data: bytes) -> tuple[list[dict[str, float]], int]:
@@ -79,10 +91,10 @@ def _parse(data: bytes) -> tuple[list[dict[str, float]], int]:
 def _record(line: bytes) -> dict[str, float] | None:
     """The record of a line; None unless it is an object with a step, all of whose values are finite numbers."""
     try:
-        record = json.loads(line)  # of bytes: also tells UTF-8 from what is not
+        record = untrusted_json.parse(line)
         step, values = record["step"], record.values()
         good = type(step) is int and step >= 0 and all(type(v) in (int, float) and math.isfinite(v) for v in values)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
     return record if good else None
 

@@ -1,0 +1,248 @@
+"""Good files of every kind that v4jax reads, tiny, to be made hostile; and what reads each kind."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+import random
+import struct
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import tokenizers
+
+import v4jax
+from tests.cache.stored import BLOCK, chain, items
+from tests.fuzz.mutate import mutate_bytes, mutate_json, mutate_path, to_text
+from v4jax import checkpoint
+from v4jax.cache import manifest
+from v4jax.cache.disk import Disk, Elsewhere
+from v4jax.cache.parts import covered
+from v4jax.checkpoint import convert, export, hf, mapping
+from v4jax.checkpoint.generation_config import read_generation_config
+from v4jax.config import Config, Data, HyperConnection, Indexer, Model, Moe, Rope, Serve
+from v4jax.data.sources import load_documents
+from v4jax.data.tokenizer import Detokenizer, Tokenizer, load_tokenizer, token_bytes
+from v4jax.evals.heldout import config_of
+from v4jax.models import hf_config
+from v4jax.serve import SamplingParams
+from v4jax.tools import plan
+from v4jax.train.metrics import read_metrics
+
+MODEL = Model(
+    vocab_size=320, hidden_size=32, schedule=("swa", "csa", "hca"), heads=2, head_dim=16, rope_dim=4, q_rank=8,
+    o_groups=1, o_rank=8, window=8, csa_ratio=4, hca_ratio=8, max_positions=512, mtp_layers=1, dtype="float32",
+    rope=Rope(yarn_factor=8.0, yarn_original=64), indexer=Indexer(heads=2, head_dim=8, topk=3),
+    moe=Moe(experts=2, active=1, inner=8, hash_layers=1), mhc=HyperConnection(streams=2, sinkhorn_iters=2),
+)  # fmt: skip
+CONFIG = Config("fuzz", MODEL, data=Data(seq_len=64), serve=Serve(max_seq_len=512))
+TEXTS = ["To be, or not to be: that is the question.", "naïve 123 \n\n  ok"]
+
+
+def make(root: pathlib.Path) -> None:
+    """Write one good tree of all kinds."""
+    rng = np.random.default_rng(0)
+    flat = {}
+    for name, tensor in mapping.tensors(MODEL).items():
+        dtype = np.float32 if tensor.role == "f32" else ml_dtypes.bfloat16
+        is_index = tensor.role == "index"
+        flat[name] = np.zeros(tensor.shape, np.int32) if is_index else rng.standard_normal(tensor.shape).astype(dtype)
+    hf.write_hf(root / "hf", MODEL, flat)
+    hf.write_hf(root / "sharded", MODEL, flat, max_shard_bytes=20_000)
+    export.write_orbax(root / "orbax", CONFIG, flat)
+    for name, tokenizer in _tokenizers().items():
+        directory = root / "tokenizers" / name
+        directory.mkdir(parents=True)
+        (directory / "tokenizer.json").write_text(tokenizer.to_str())
+    for directory in (root / "hf", root / "orbax", *(root / "tokenizers").iterdir()):
+        if not (directory / "tokenizer.json").exists():
+            (directory / "tokenizer.json").write_text(_tokenizers()["bpe"].to_str())
+        (directory / "tokenizer_config.json").write_text(json.dumps({
+            "bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}, "pad_token": None,
+            "add_bos_token": False, "model_max_length": 512, "clean_up_tokenization_spaces": False,
+            "added_tokens_decoder": {"0": {"content": "<s>", "special": True}},
+        }))  # fmt: skip
+    (root / "hf" / "generation_config.json").write_text(json.dumps({
+        "bos_token_id": 0, "eos_token_id": [1], "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 20,
+    }))  # fmt: skip
+    with checkpoint.RunStore(root / "run", CONFIG, keep=1) as store:
+        store.save(1, _state(), {"rows": 3, "measured": {"1": 2.5}})
+    (root / "data").mkdir()
+    records = [{"text": f"line {i}: {TEXTS[0]}", "meta": {"id": i, "score": 0.5}} for i in range(60)]
+    (root / "data" / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    steps = [{"step": i, "loss": 3.0 / (i + 1), "tokens_per_second": 10.0} for i in range(20)]
+    (root / "data" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in steps))
+    disk = Disk(root / "kv", 1 << 20, "lru")
+    for item in items(chain("a", 3), 2):
+        disk.put(item)
+    disk.close()
+
+
+def _state() -> dict:
+    return {"model": {"embed.table": jnp.ones((8, 4)), "norm.scale": jnp.ones(4)}, "opt": {"mu": jnp.ones(3)}}
+
+
+def _tokenizers() -> dict[str, tokenizers.Tokenizer]:
+    """One of each model of the library, with the steps that published tokenizers have."""
+    models, pre, norm, decoders = (
+        tokenizers.models, tokenizers.pre_tokenizers, tokenizers.normalizers, tokenizers.decoders
+    )  # fmt: skip
+    special = ["<s>", "</s>", "<unk>"]
+    split = pre.Split(tokenizers.Regex(r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+|\p{L}+"), "isolated")
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(TEXTS * 5, trainer)
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    bpe.enable_truncation(512)
+    unigram = tokenizers.Tokenizer(
+        models.Unigram([*((c, 0.0) for c in ("<unk>", "<s>", "</s>")), *((c, -3.0) for c in "▁Tobernqust")], 0)
+    )
+    unigram.normalizer = norm.Sequence([norm.NFKC(), norm.Replace(" ", "▁"), norm.Prepend("▁")])
+    unigram.pre_tokenizer, unigram.decoder = pre.Metaspace(), decoders.Metaspace()
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "to": 3, "##be": 4}
+    piece = tokenizers.Tokenizer(models.WordPiece(words, unk_token="<unk>"))
+    piece.normalizer, piece.pre_tokenizer = norm.BertNormalizer(), pre.BertPreTokenizer()
+    piece.decoder = decoders.WordPiece()
+    llama = tokenizers.Tokenizer(models.BPE(
+        {"<s>": 0, "</s>": 1, "<unk>": 2, "▁": 3, "t": 4, "o": 5, "to": 6, "<0x0A>": 7}, [("t", "o")],
+        unk_token="<unk>", byte_fallback=True, fuse_unk=True,
+    ))  # fmt: skip
+    llama.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    for one in (unigram, piece, llama):
+        one.add_special_tokens(["<s>", "</s>"])
+        one.add_tokens(["word"])
+    return {"bpe": bpe, "unigram": unigram, "wordpiece": piece, "llama": llama}
+
+
+# --- what reads each kind ----------------------------------------------------------------------------------------
+
+
+def _load(path: pathlib.Path) -> None:
+    checkpoint.load_config(path)
+    v4jax.load(path)
+
+
+def _generation(path: pathlib.Path) -> None:
+    SamplingParams(**read_generation_config(path).sampling)
+
+
+def _convert(path: pathlib.Path) -> None:
+    convert.convert(path, path.parent / "converted")
+    checkpoint.load_config(path.parent / "converted")
+
+
+def _plan(path: pathlib.Path) -> None:
+    config = checkpoint.load_config(path)
+    with contextlib.redirect_stdout(io.StringIO()):
+        plan.run(config, "h100:8", "decode", analytic=True)
+
+
+def tokenize(path: pathlib.Path) -> None:
+    tokenizer = load_tokenizer(path, MODEL)
+    if tokenizer is None:
+        return
+    ids = tokenizer.encode_batch(TEXTS)
+    tokenizer.encode_document(TEXTS[0], parse_special_tokens=True)
+    tokenizer.special_tokens_in(TEXTS[0])
+    tokenizer.decode([*ids[0], tokenizer.bos_id])
+    stream = Detokenizer(tokenizer)
+    for i in [*tokenizer.encode(TEXTS[1]), tokenizer.eos_id]:
+        stream.push(i)
+    stream.flush()
+    token_bytes(tokenizer)
+    tokenizer.save(path / "saved")
+    Tokenizer.from_dir(path / "saved")
+
+
+def resume(path: pathlib.Path) -> None:
+    with checkpoint.RunStore(path, CONFIG, keep=1) as store:
+        step = store.latest()
+        if step is not None:
+            store.restore(step, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), _state()))
+
+
+def _kv(path: pathlib.Path) -> None:
+    disk, elsewhere = Disk(path, 1 << 20, "lru"), Elsewhere(path)
+    try:
+        for source in (disk, elsewhere):
+            for key in source.watch(lambda key: None) if source is disk else source.keys():
+                form = source.form(key)
+                if form is not None:
+                    form.whole, form.nbytes, form.pieces, form.file_bytes  # noqa: B018
+                    if form.whole == BLOCK:
+                        covered(BLOCK, [form])
+                    source.get(form, key.name)
+        for item in items(chain("a", 3), 2):
+            disk.get(item.form, item.name)
+        disk.check()
+    finally:
+        disk.close()
+
+
+def _mutate_block(rng: random.Random, path: pathlib.Path) -> str:
+    """A block file whose digests and sums are right, about another group table."""
+    if rng.random() < 0.3:
+        return mutate_path(rng, path)
+    key, parent = manifest.parse_file(path.name)
+    boxed = [[*row, [[0, 1]] * len(row[2])] for row in BLOCK.table]
+    rows = json.loads(json.dumps(rng.choice((BLOCK.table, boxed))))
+    table = to_text(mutate_json(rng, rows))
+    if rng.random() < 0.1:
+        table = mutate_bytes(rng, table)
+    form = manifest.Form("block", BLOCK.table)
+    form.__dict__["packed"], form.__dict__["nbytes"] = table, rng.choice((0, BLOCK.nbytes, 2**40))
+    name = manifest.Key("block", key.name, form.digest)
+    data = bytearray(manifest.header(form, key.name, parent, 0) + bytes(64))
+    if rng.random() < 0.2:
+        data[12:16] = struct.pack("<I", rng.choice((0, 2**31, 2**32 - 1, len(table) + 1)))
+    path.unlink()
+    (path.parent / name.file(parent)).write_bytes(data)
+    return "a block's table"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Files to be harmed (a glob below the tree), in which part of it, by whom they are read, and how often."""
+
+    part: str
+    files: str
+    reads: Callable[[pathlib.Path], None]
+    weight: int
+    mutate: Callable[[random.Random, pathlib.Path], str] = mutate_path
+
+
+KINDS = (
+    Kind("hf", "config.json", _load, 12),
+    Kind("hf", "config.json", _plan, 4),
+    Kind("hf", "config.json", lambda path: hf_config.read(path), 8),
+    Kind("hf", "generation_config.json", _generation, 4),
+    Kind("hf", "*.json", _convert, 4),
+    Kind("orbax", "v4jax.json", _convert, 3),
+    Kind("hf", "model.safetensors", _load, 12),
+    Kind("sharded", "*.json", _load, 6),
+    Kind("sharded", "*.safetensors", _load, 6),
+    Kind("orbax", "v4jax.json", _load, 8),
+    Kind("orbax", "v4jax.json", _plan, 3),
+    Kind("orbax", "v4jax.json", lambda path: config_of(str(path)), 5),
+    Kind("orbax", "checkpoints/0/**/*", _load, 6),
+    Kind("run", "checkpoints/1/**/*", resume, 6),
+    Kind("run", "v4jax.json", resume, 2),
+    *(Kind(f"tokenizers/{name}", "tokenizer.json", tokenize, 9) for name in ("bpe", "unigram", "wordpiece", "llama")),
+    Kind("tokenizers/bpe", "tokenizer_config.json", tokenize, 8),
+    Kind("data", "x.jsonl", lambda path: load_documents(Data(source=str(path / "x.jsonl"))), 6),
+    Kind("data", "metrics.jsonl", lambda path: read_metrics(path / "metrics.jsonl"), 4),
+    Kind("kv", "*.block", _kv, 6, _mutate_block),
+)
+
+

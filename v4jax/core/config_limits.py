@@ -1,0 +1,122 @@
+"""The values that each config field may have: its type, the range of its numbers, its choices.
+
+Configs come from checkpoints of unknown origin as well as from users. The ranges are wide, far beyond any published
+model, yet narrow enough that arithmetic on a checked config neither divides by zero, nor overflows, nor asks for a
+number of tensors that nobody can list. Relations between fields are checked by `v4jax.config.validate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+
+from v4jax.core.check import printable
+
+MAX_LAYERS = 1024
+_MAX_TEXT = 4096  # characters
+_COUNT, _SIZE = (1, 2**31 - 1), (1, 2**20)
+_INT, _FLOAT = (0, 2**53), (0.0, 1e30)  # of a field that is not listed below
+_TINY = 1e-30
+
+# Dotted name of a number field -> (least, most), both allowed.
+RANGES: dict[str, tuple[float, float]] = {
+    "model.vocab_size": (1, 2**24), "model.hidden_size": _SIZE, "model.heads": _SIZE, "model.head_dim": _SIZE,
+    "model.rope_dim": (2, 2**20), "model.q_rank": _SIZE, "model.o_groups": _SIZE, "model.o_rank": _SIZE,
+    "model.window": (1, 2**24), "model.csa_ratio": _SIZE, "model.hca_ratio": _SIZE, "model.max_positions": _COUNT,
+    "model.norm_eps": (_TINY, 1.0), "model.mtp_layers": (0, 1), "model.bos_id": (0, 2**24), "model.eos_id": (0, 2**24),
+    "model.rope.theta": (1.0 + 1e-6, 1e30), "model.rope.compress_theta": (1.0 + 1e-6, 1e30),
+    "model.rope.yarn_factor": (1e-6, 1e12), "model.rope.yarn_original": (1, 2**40),
+    "model.rope.yarn_beta_fast": (1e-6, 1e12), "model.rope.yarn_beta_slow": (1e-6, 1e12),
+    "model.indexer.heads": _SIZE, "model.indexer.head_dim": _SIZE, "model.indexer.topk": (1, 2**24),
+    "model.moe.experts": _SIZE, "model.moe.active": _SIZE, "model.moe.inner": _SIZE, "model.moe.shared": (0, 1024),
+    "model.moe.hash_layers": (0, MAX_LAYERS), "model.moe.route_scale": (_TINY, 1e6),
+    "model.moe.swiglu_limit": (_TINY, 1e30),
+    "model.mhc.streams": (1, 256), "model.mhc.sinkhorn_iters": (1, 1000), "model.mhc.eps": (_TINY, 1.0),
+    "data.seq_len": _COUNT, "data.questions": _COUNT,
+    "train.steps": _COUNT, "train.batch_size": _COUNT, "train.log_every": _COUNT, "train.checkpoint_every": _COUNT,
+    "train.keep_checkpoints": _COUNT, "train.spike_window": _COUNT, "train.spike_patience": _COUNT,
+    "train.seed": (-(2**63), 2**63 - 1), "train.momentum": (0.0, 1.0),
+    "serve.max_batch": _COUNT, "serve.max_seq_len": _COUNT, "serve.prefill_chunk": _COUNT,
+    "serve.speculative_tokens": (0, 1024),
+    "cache.block": (0, 2**31 - 1), "cache.tokens": (0, 2**48), "cache.records": (0, 2**24), "cache.hot": (0, 2**40),
+    "cache.record_every": (0, 2**31 - 1), "cache.deadline": (1e-6, 1e6),
+    **{f"mesh.{axis}": (1, 2**20) for axis in ("slice", "data", "fsdp", "expert", "context", "tensor")},
+}  # fmt: skip
+
+# Dotted name of a text field, or of a tuple of texts -> its choices.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": ("bfloat16", "float32"),
+    "data.on_change": ("refuse", "restart"),
+    "train.spike": ("off", "skip", "rollback"),
+    "train.matmul": ("plain", "fp8"),
+    "train.expert_weights": ("plain", "mxfp4"),
+    "train.offload": ("optimizer", "streams"),
+    "serve.precision": ("model", "fp8"),
+    "cache.layout": ("model", "bf16", "fp8", "fp8_fp4"),
+    "cache.policy": ("s3fifo", "lru"),
+    "cache.admission": ("all", "second"),
+}
+
+
+def problem(part, path: str = "") -> str | None:
+    """What is wrong with a value in a config dataclass, as one line that names the field; None if nothing is.
+
+    path: dotted name of `part` in the whole config, with a dot at its end; "" for the whole.
+    """
+    for name, hint in _hints(type(part)).items():
+        value, where = getattr(part, name), path + name
+        if dataclasses.is_dataclass(hint):
+            if type(value) is not hint:
+                return f"{where} is {value!r}, and must be a group of fields"
+            found = problem(value, f"{where}.")
+        else:
+            found = _problem(value, hint, where)
+        if found:
+            return found
+    return None
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, object]:
+    return typing.get_type_hints(cls)
+
+
+def _problem(value, hint, where: str) -> str | None:
+    if not _fits(value, hint):
+        return f"{where} is {value!r}, and must be {_described(hint)}"
+    if where == "model.schedule" and len(value) > MAX_LAYERS:
+        return f"{where} has {len(value):,} layers, and {MAX_LAYERS:,} are the most"
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, str):
+            if len(item) > _MAX_TEXT or item != printable(item):
+                return f"{where} is {item!r}, and must be a line of at most {_MAX_TEXT:,} printable characters"
+            if where in CHOICES and item not in CHOICES[where]:
+                return f"{where} is {item!r}; one of {', '.join(CHOICES[where])}"
+        elif isinstance(item, (int, float)) and not isinstance(item, bool):
+            low, high = RANGES.get(where, _INT if isinstance(item, int) else _FLOAT)
+            if not low <= item <= high:
+                return f"{where} must be at {f'least {low}' if item < low else f'most {high}'}, got {item}"
+    return None
+
+
+def _fits(value, hint) -> bool:
+    """Whether a value has the type that a field declares; a whole number is a float, too, but true is no number."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(value, choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return type(value) is tuple and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if hint is float:
+        return type(value) is int or (type(value) is float and math.isfinite(value))
+    return type(value) is hint
+
+
+def _described(hint) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(_described, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return f"a list, each {_described(typing.get_args(hint)[0])}"
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+    return names.get(hint, "nothing")

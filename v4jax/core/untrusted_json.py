@@ -1,0 +1,154 @@
+"""JSON of unknown origin: configs, tokenizers, tensor headers, metadata, records.
+
+One reader for all of it. Size, nesting and the number of values are bounded before memory is spent on them. Names that
+occur twice, NaN and infinities, and text without a UTF-8 form are refused, because readers disagree about them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator
+
+from v4jax.core.check import UserError
+
+SMALL = 16 << 20  # bytes: configs and metadata; published ones stay below 2 MB
+LARGE = 64 << 20  # bytes: tokenizers, tensor headers and indices; published ones stay below 40 MB
+_MAX_DEPTH = 64  # published files nest up to 12 levels
+_MAX_VALUES = 4 << 20  # names and values of a LARGE text, about 80 bytes of memory each; published tokenizers have 3e6
+_VALUES_PER_BYTE = _MAX_VALUES / LARGE
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class JsonError(ValueError):
+    """Text that is refused; the message is a short reason without a cure."""
+
+
+def parse(data: bytes | str, max_bytes: int = SMALL, strict: bool = True):
+    """The value of a JSON text.
+
+    Args:
+        data: UTF-8 bytes, or text that was decoded already.
+        max_bytes: refuse larger texts. A text may hold one name or value per 16 bytes of this.
+        strict: refuse NaN, infinities, numbers that overflow float64, and half a surrogate pair. Records of other
+            programs hold them in fields that nobody reads here.
+
+    Raises:
+        JsonError: a text that is not JSON, or that is refused as the module says.
+    """
+    if len(data) > max_bytes:
+        raise JsonError(f"it has {len(data):,} bytes, and {max_bytes:,} are the most that is read")
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise JsonError(f"it is not UTF-8 at byte {error.start}") from error
+    if _values(text) > max_bytes * _VALUES_PER_BYTE and _values(_STRING.sub("", text)) > max_bytes * _VALUES_PER_BYTE:
+        raise JsonError("it holds too many values")
+    hooks = {"parse_float": _finite, "parse_constant": _no_constant} if strict else {}
+    try:
+        with collection_paused():
+            value = json.loads(text, object_pairs_hook=_unique, **hooks)
+    except RecursionError:
+        raise JsonError("it is nested too deeply") from None
+    except JsonError:
+        raise
+    except ValueError as error:
+        raise JsonError(str(error)) from error
+    _check_depth(value)
+    if strict and _SURROGATE.search(text):
+        _check_text(value)
+    return value
+
+
+def _values(text: str) -> int:
+    """Names and values of a JSON text at most; commas and the like inside of strings count, too."""
+    return sum(map(text.count, ",:[{"))
+
+
+@contextlib.contextmanager
+def collection_paused() -> Iterator[None]:
+    """Leave cyclic garbage alone for a while: Python searches for it after every 700 new containers, which doubles to
+    quadruples the time that a million of them take, the more the larger the process is."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def read_bytes(path: str | os.PathLike, max_bytes: int = SMALL) -> bytes:
+    """The content of a regular file of at most `max_bytes`; a named pipe or a device is refused, not waited for.
+
+    Raises:
+        JsonError: a larger file, or no regular one.
+        OSError: a file that is missing or cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a NUL in the name
+        raise JsonError("its name is no file name") from error
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise JsonError("it is no regular file")
+        if status.st_size > max_bytes:
+            raise JsonError(f"it has {status.st_size:,} bytes, and {max_bytes:,} are the most that is read")
+        return file.read(max_bytes + 1)
+
+
+def read_object(path: str | os.PathLike, max_bytes: int = SMALL) -> dict:
+    """The JSON object in a file. Raises UserError, with the file's name and the cure, for anything else."""
+    try:
+        value = parse(read_bytes(path, max_bytes), max_bytes)
+    except JsonError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); download or copy it again") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check that it exists and is readable") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object; download or copy it again")
+    return value
+
+
+def _unique(pairs: list[tuple]) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise JsonError("a name occurs twice")
+    return result
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise JsonError(f"the number {digits[:40]} overflows")
+    return value
+
+
+def _no_constant(name: str):
+    raise JsonError(f"{name} is no JSON number")
+
+
+def _check_depth(value) -> None:
+    """Raise JsonError beyond the bound; level by level, so that no depth overflows a stack."""
+    level = [value]
+    for _ in range(_MAX_DEPTH + 1):
+        containers = [item.values() if type(item) is dict else item for item in level if type(item) in (dict, list)]
+        if not containers:
+            return
+        level = [child for items in containers for child in items if type(child) in (dict, list)]
+    raise JsonError("it is nested too deeply")
+
+
+def _check_text(value) -> None:
+    """Raise JsonError if a string holds half a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise JsonError("it holds half a surrogate pair, which has no UTF-8 form") from error
