@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
 import pathlib
 import re
 import shutil
+import stat
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -42,6 +44,7 @@ WEIGHTS = "model"
 _EXTRAS = "extras"
 _COMPLETE = "_CHECKPOINT_METADATA"  # orbax's file of a step; it names the time of the commit once there was one
 _TEMPORARY = ".orbax-checkpoint-tmp"  # ends the name of a step that is being written
+_MANIFEST = "manifest.ocdbt"  # a few hundred bytes
 _MOST_DENSE = 1000  # bytes of weights that a byte of a file stands for; compressed ones take 1 to 2, zeros up to 10,000
 _SLACK = 64 << 20  # bytes of weights in small checkpoints, where all may be zeros
 _LAST_WRITES = 6  # twentieths of a second in which what a failed save still writes is removed
@@ -241,7 +244,6 @@ class OrbaxTensors(LazyTensors):
             raise UserError(f"{path} has no finished checkpoint; train until the first one is saved, or copy it again")
         self._directory, self._wanted, self._mxfp4 = steps_path(path) / str(steps[-1]), dtype, mxfp4
         self._stores = _open_item(self._directory, WEIGHTS)
-        _check_size(self._directory, WEIGHTS, self._stores)
         wanted = {name: (tensor.shape, tensor.role == "index") for name, tensor in self._tensors.items()}
         found = {name: (store.shape, store.dtype.numpy_dtype.kind in "iu") for name, store in self._stores.items()}
         _report_difference(self._directory, found, wanted, lambda shape, integer: f"{list(shape)}{' int' * integer}")
@@ -260,7 +262,8 @@ def _open_item(directory: pathlib.Path, item: str) -> dict[str, tensorstore.Tens
     """The arrays of one item by name, unread."""
     try:
         metadata = untrusted_json.parse(untrusted_json.read_bytes(directory / item / "_METADATA"))
-        (directory / item / "manifest.ocdbt").stat()  # tensorstore takes a missing one for an empty database
+        stored = _stored_bytes(directory / item)
+        (directory / item / _MANIFEST).stat()  # tensorstore takes a missing one for an empty database
         driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
         base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory / item}/"}}
         marker = "/zarr.json" if driver == "zarr3" else "/.zarray"
@@ -269,17 +272,26 @@ def _open_item(directory: pathlib.Path, item: str) -> dict[str, tensorstore.Tens
         specs = {name: {"driver": driver, "kvstore": {**base, "path": f"{name}/"}} for name in names}
         context = tensorstore.Context()
         opened = {name: tensorstore.open(spec, context=context, open=True) for name, spec in specs.items()}
-        return {name: future.result() for name, future in opened.items()}
+        stores = {name: future.result() for name, future in opened.items()}
+        told = sum(store.size * store.dtype.numpy_dtype.itemsize for store in stores.values())
+        if item == WEIGHTS and told > _MOST_DENSE * stored + _SLACK:  # what is in no file reads as zeros
+            raise ValueError(f"{told:,} bytes of arrays in {stored:,} bytes of files")
+        return stores
     except (OSError, ValueError, AttributeError) as error:
         raise _damaged(directory, error) from error
 
 
-def _check_size(directory: pathlib.Path, item: str, stores: Mapping[str, tensorstore.TensorStore]) -> None:
-    """Raise UserError for arrays that the files cannot hold: what is not in a file reads as zeros, of any size."""
-    stored = sum(file.stat().st_size for file in (directory / item).rglob("*") if file.is_file())
-    told = sum(store.size * store.dtype.numpy_dtype.itemsize for store in stores.values())
-    if told > _MOST_DENSE * stored + _SLACK:
-        raise _damaged(directory, ValueError(f"{told:,} bytes of arrays in {stored:,} bytes of files"))
+def _stored_bytes(folder: pathlib.Path) -> int:
+    """Bytes of all files below a folder. Raises OSError for a named pipe or a device: tensorstore would wait for it."""
+    total = 0
+    for place, _, files in os.walk(folder):
+        for name in files:
+            status = os.stat(os.path.join(place, name))
+            whole = name == _MANIFEST  # tensorstore reads it at once, and ends the process if memory does not hold it
+            if not stat.S_ISREG(status.st_mode) or (whole and status.st_size > untrusted_json.LARGE):
+                raise OSError(errno.EINVAL, "no regular file of a possible size", os.path.join(place, name))
+            total += status.st_size
+    return total
 
 
 def _open_matching(directory: pathlib.Path, item: str, wanted: Mapping) -> dict[str, tensorstore.TensorStore]:
