@@ -172,7 +172,7 @@ def test_config_of_a_bare_model(tmp_path, hf_dir):
     source = hf_dir(np.float32)
     config = checkpoint.load_config(source)
     assert (config.name, config.model, config.serve.max_seq_len) == ("hf", hf.read_hf(source)[0], 512)
-    given = Config("mine", data=Data(seq_len=96, source="x.txt"), serve=Serve(max_seq_len=128))
+    given = Config("mine", data=Data(seq_len=96, source="needle"), serve=Serve(max_seq_len=128))
     v4jax.save(v4jax.load(source), tmp_path / "m", format="orbax", config=given)
     assert checkpoint.load_config(tmp_path / "m") == dataclasses.replace(given, model=config.model)
 

@@ -12,6 +12,7 @@ import v4jax
 from tests.fuzz import seeds
 from tests.fuzz.hostile import fuzz
 from v4jax import checkpoint
+from v4jax.checkpoint import convert
 from v4jax.config import Data
 from v4jax.core.check import UserError
 from v4jax.data.sources import load_documents
@@ -118,6 +119,28 @@ def test_more_experts_than_the_weights_hold_is_told_at_once(changed):
 ])  # fmt: skip
 def test_values_of_a_stored_config(changed, change, says):
     assert says in refused(checkpoint.load_config, changed("orbax", "v4jax.json", change))
+
+
+def test_a_pipe_among_the_files_of_arrays_is_not_waited_for(changed):
+    path = changed("orbax", "v4jax.json", lambda values: None)
+    file = max((path / "checkpoints/0/model").rglob("d/*"), key=lambda file: file.stat().st_size)
+    file.unlink()
+    os.mkfifo(file)
+    assert "is damaged" in refused(v4jax.load, path)
+
+
+def test_a_database_of_arrays_without_end_is_not_read(changed):
+    path = changed("orbax", "v4jax.json", lambda values: None)
+    os.truncate(path / "checkpoints/0/model/manifest.ocdbt", 1 << 40)
+    assert "is damaged" in refused(v4jax.load, path)
+
+
+def test_conversion_hands_on_no_file_without_end(changed, tmp_path):
+    path = changed("hf", "config.json", lambda values: None)
+    (path / "README.md").touch()
+    os.truncate(path / "README.md", 1 << 40)
+    assert "README.md has 1,099,511,627,776 bytes" in refused(convert.convert, path, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_arrays_larger_than_their_files_are_not_read(changed):

@@ -19,7 +19,7 @@ from v4jax.serve.prompts import Parsed, parse
     ({"prompt": "a", "prompt_token_ids": (1,)}, [Parsed("a", [1])]), ([{"prompt": "a"}, [1], []],
      [Parsed("a", None), Parsed(None, [1]), Parsed(None, [])]), (np.array(["a", "b"]), [Parsed("a", None),
                                                                                        Parsed("b", None)]),
-], ids=str)  # fmt: skip
+], ids=lambda value: type(value).__name__)  # fmt: skip
 def test_forms_that_are_read(given, parsed):
     found = parse(given)
     assert found == parsed

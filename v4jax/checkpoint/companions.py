@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from v4jax.checkpoint import directory
 from v4jax.checkpoint.generation_config import GENERATION_NAME
 from v4jax.checkpoint.tensors import TOKENIZER_NAME, tokenizer_files
+from v4jax.core.check import UserError
 from v4jax.models import hf_config
 
+_LARGEST = 256 << 20  # bytes of a file that is no weights; tokenizers take up to 40 MB
 _WEIGHTS = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5", ".msgpack",
     ".onnx",
@@ -34,7 +36,11 @@ class Companions:
     fields: dict[str, object] | None = None
 
     def copy_to(self, target: pathlib.Path) -> None:
-        """Copy all files into a directory."""
+        """Copy all files into a directory. Raises UserError, before any is copied, if one is far too large."""
+        for source in self.files.values():
+            if (size := source.stat().st_size) > _LARGEST:
+                raise UserError(f"{source} has {size:,} bytes, and files beside the weights are handed on up to "
+                                f"{_LARGEST:,}; move it out of the checkpoint")  # fmt: skip
         for name, source in self.files.items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target / name)

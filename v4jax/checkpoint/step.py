@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import stat
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ from v4jax.core.check import UserError
 
 STEPS_NAME = "checkpoints"
 WEIGHTS = "model"
+_MANIFEST = "manifest.ocdbt"  # a few hundred bytes
 _MAX_DENSITY = 1000  # bytes of arrays a byte of files may stand for; compressed weights take 1 to 2, zeros up to 10,000
 _SLACK = 64 << 20  # bytes of arrays in small checkpoints, where all may be zeros
 _COMPLETE = "_CHECKPOINT_METADATA"  # orbax's file of a step; a step takes its final name after the last write to it
@@ -73,13 +75,9 @@ class StepItem:
         self._step, self._item, self._sums = step, item, sums
         self._files = plain_path(step) / item
         try:
-            self.stores = _open(self._files)
+            self.stores = _open(self._files, bounded=item == WEIGHTS)
         except (OSError, ValueError, AttributeError) as error:
             raise damaged(step, f"{item}: {error}") from error
-        stored = sum(file.stat().st_size for file in self._files.rglob("*") if file.is_file())
-        declared = sum(store.size * store.dtype.numpy_dtype.itemsize for store in self.stores.values())
-        if declared > _MAX_DENSITY * stored + _SLACK:  # Chunks without a file read as zeros, of any size.
-            raise damaged(step, f"{item}: {declared:,} bytes of arrays in {stored:,} bytes of files")
 
     def read(self, name: str, index: Sequence[slice | int] = ()) -> np.ndarray:
         """`array[index]` of the array `name`; parts that are read are verified.
@@ -139,10 +137,14 @@ def _base(item: pathlib.Path) -> dict:
     return {"driver": "file", "path": f"{item}/"}
 
 
-def _open(item: pathlib.Path) -> dict[str, tensorstore.TensorStore]:
-    """The arrays of one item by name, unread."""
+def _open(item: pathlib.Path, bounded: bool) -> dict[str, tensorstore.TensorStore]:
+    """The arrays of one item by name, unread.
+
+    bounded: refuse arrays far larger than their files. Chunks without a file read as zeros, of any size.
+    """
     metadata = untrusted_json.parse(untrusted_json.read_bytes(item / "_METADATA"))
-    (item / "manifest.ocdbt").stat()  # tensorstore takes a missing one for an empty database
+    stored = _stored_bytes(item)
+    (item / _MANIFEST).stat()  # tensorstore takes a missing one for an empty database
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
     base = {"driver": "ocdbt", "base": _base(item)}
     marker = "/zarr.json" if driver == "zarr3" else "/.zarray"
@@ -151,7 +153,25 @@ def _open(item: pathlib.Path) -> dict[str, tensorstore.TensorStore]:
     specs = {name: {"driver": driver, "kvstore": {**base, "path": f"{name}/"}} for name in names}
     context = tensorstore.Context()
     opened = {name: tensorstore.open(spec, context=context, open=True) for name, spec in specs.items()}
-    return {name: future.result() for name, future in opened.items()}
+    stores = {name: future.result() for name, future in opened.items()}
+    declared = sum(store.size * store.dtype.numpy_dtype.itemsize for store in stores.values())
+    if bounded and declared > _MAX_DENSITY * stored + _SLACK:
+        raise ValueError(f"{declared:,} bytes of arrays in {stored:,} bytes of files")
+    return stores
+
+
+def _stored_bytes(folder: pathlib.Path) -> int:
+    """Bytes of all files below a folder. Raises OSError for a named pipe or a device, on which tensorstore would wait."""
+    total = 0
+    for directory, _, files in os.walk(folder):
+        for name in files:
+            status = os.stat(os.path.join(directory, name))
+            # tensorstore reads the manifest at once, and ends the process if memory does not hold it.
+            too_large = name == _MANIFEST and status.st_size > untrusted_json.LARGE
+            if not stat.S_ISREG(status.st_mode) or too_large:
+                raise OSError(errno.EINVAL, "no regular file of a possible size", os.path.join(directory, name))
+            total += status.st_size
+    return total
 
 
 def _entries(base: tensorstore.KvStore, location: str, prefix: str = "") -> Iterator[tuple[str, str]]:
