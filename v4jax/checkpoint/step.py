@@ -6,6 +6,7 @@ checksums of its own but not the chunks, so every region that is read is compare
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 import stat
