@@ -119,8 +119,7 @@ class EngineLoop:
         try:
             self._answer(self._next(answer, seconds))
         except queue.Empty:
-            if seconds:
-                _log.warning("the engine is still at a step after %s seconds and is not closed", seconds)
+            _log.info("the engine is still at a step after %s seconds and is not closed", seconds)
 
     def _check_open(self) -> None:
         self._check_process()
