@@ -216,7 +216,8 @@ def test_damaged_orbax_directories(tmp_path, hf_dir):
     step = tmp_path / "m" / "checkpoints" / "0"
     largest = max(step.rglob("d/*"), key=lambda file: file.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:1000])
-    with pytest.raises(UserError, match="checkpoints/0 is damaged .*; there is no earlier step; copy it again") as error:
+    said = "checkpoints/0 is damaged .*; there is no earlier step; copy it again"
+    with pytest.raises(UserError, match=said) as error:
         v4jax.load(tmp_path / "m")
     assert "\n" not in str(error.value)
     shutil.rmtree(step / "model")

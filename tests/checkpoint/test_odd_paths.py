@@ -11,8 +11,11 @@ from v4jax.checkpoint.convert import convert
 from v4jax.config import Data
 from v4jax.data.sources import load_documents
 
-NAMES = ["br[ack]et", "[!a]", "a*b?c", "back\\slash", "sp ace", "new\nline", "tab\t", "ünï→日本", "100%20", "end~", "~",
-         "-dash", "quo'te\"", "{br,ace}", "$HOME", "a:b", "#a?b=c&d", "..a", "é".encode("latin-1").decode("utf-8", "surrogateescape")]  # fmt: skip
+_NOT_UTF8 = b"\xe9".decode("utf-8", "surrogateescape")
+NAMES = [
+    "br[ack]et", "[!a]", "a*b?c", "back\\slash", "sp ace", "new\nline", "tab\t", "ünï→日本", "100%20", "end~", "~",
+    "-dash", "quo'te\"", "{br,ace}", "$HOME", "a:b", "#a?b=c&d", "..a", _NOT_UTF8,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES, ids=[f"name{i}" for i in range(len(NAMES))])
@@ -64,13 +67,14 @@ def test_what_was_not_written_right_never_takes_the_name(tmp_path, monkeypatch):
     before = bit_flips.read("huggingface", tmp_path / "huggingface")
     write_all = safetensors.write_all
     flip = lambda data: bytes(data)[:-1] + bytes([bytes(data)[-1] ^ 1])
-    monkeypatch.setattr(safetensors, "write_all",
-                        lambda file, data: write_all(file, flip(data) if len(data) == 32 * 32 * 4 else data))  # fmt: skip
+    damaged = lambda file, data: write_all(file, flip(data) if len(data) == 32 * 32 * 4 else data)
+    monkeypatch.setattr(safetensors, "write_all", damaged)
     with pytest.raises(UserError, match="differs from its checksum"):
         bit_flips.make("huggingface", tmp_path / "huggingface")
     assert bit_flips.read("huggingface", tmp_path / "huggingface") == before
     read = export.StepItem.read
-    monkeypatch.setattr(export.StepItem, "read", lambda self, name, index=(): read(self, name, index) + (name == "head.weight"))
+    other = lambda self, name, index=(): read(self, name, index) + (name == "head.weight")
+    monkeypatch.setattr(export.StepItem, "read", other)
     with pytest.raises(UserError, match="head.weight was not written as it is in memory"):
         bit_flips.make("orbax", tmp_path / "orbax")
     assert sorted(os.listdir(tmp_path)) == ["huggingface"]

@@ -26,6 +26,6 @@ def local_path(path: str | os.PathLike, name: str) -> pathlib.Path:
     if match[1].lower() == "file":
         raise UserError(f"{name} {path} is a URL; give the path without file://")
     raise UserError(
-        f"{name} {path} is a URL, and v4jax reads and writes local files; mount the bucket (gcsfuse, mount-s3) and give "
-        "the path of the mount, or copy the files"
+        f"{name} {path} is a URL, and v4jax reads and writes local files; mount the bucket (gcsfuse, mount-s3) and "
+        "give the path of the mount, or copy the files"
     )

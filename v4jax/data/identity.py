@@ -66,7 +66,7 @@ def refusal(old: Mapping[str, object], new: Mapping[str, object]) -> UserError:
         values = f" {old.get(name)} -> {new.get(name)}" if type(new.get(name)) is int else ""
         parts.append(f"{_SETTINGS.get(name, name)}{values}")
     return UserError(
-        f"the checkpoint's place in the data belongs to other data (changed: {', '.join(parts)}); go on with the former "
-        "settings and files, train in another workdir, or add --config.data.on_change=restart, which reads the new "
-        "data from its first row"
+        f"the checkpoint's place in the data belongs to other data (changed: {', '.join(parts)}); go on with the "
+        "former settings and files, train in another workdir, or add --config.data.on_change=restart, which reads the "
+        "new data from its first row"
     )
