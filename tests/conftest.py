@@ -3,10 +3,17 @@
 import atexit
 import os
 import shutil
+import signal
 import sys
 import tempfile
 
+import pytest
+
 from tests.compiler import KEEPS, QUICK
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and the programs that they start too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 assert "jax" not in sys.modules, "jax was imported before the tests chose its devices"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -21,3 +28,12 @@ if KEEPS and "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def free_programs():
+    """Drop a module's compiled programs. A worker that keeps all of them takes over 5 GB and many memory mappings, and
+    XLA then dies of a segmentation fault while it compiles one more."""
+    yield
+    if (jax := sys.modules.get("jax")) is not None:
+        jax.clear_caches()

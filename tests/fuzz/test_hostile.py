@@ -65,7 +65,6 @@ def refused(reads, *arguments) -> str:
     ("sharded", "model.safetensors.index.json", v4jax.load),
     ("orbax", "v4jax.json", v4jax.load),
     ("orbax", "checkpoints/0/model/_METADATA", v4jax.load),
-    ("orbax", "checkpoints/0/_CHECKPOINT_METADATA", v4jax.load),
     ("run", "checkpoints/1/extras/metadata", seeds.resume),
     ("tokenizers/bpe", "tokenizer.json", seeds.tokenize),
     ("tokenizers/bpe", "tokenizer_config.json", seeds.tokenize),

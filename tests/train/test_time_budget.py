@@ -33,7 +33,7 @@ def test_half_of_the_steps_are_made_in_any_case():
 
 def test_no_limit_is_no_limit():
     assert fit(step_seconds=1e3, max_seconds=0.0) == 260
-    with pytest.raises(ConfigError, match="train.max_seconds must not be negative"):
+    with pytest.raises(ConfigError, match="train.max_seconds must be at least 0"):
         validate(with_train(read_default(), max_seconds=-1.0))
 
 
