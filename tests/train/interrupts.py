@@ -54,7 +54,11 @@ def start(text: pathlib.Path, workdir: pathlib.Path) -> subprocess.Popen:
     flags = [f"--config={__file__}:{text}", f"--workdir={workdir}"]
     command = [sys.executable, "-X", "faulthandler", "-c", _PROGRAM, "train", *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # A shell starts its background jobs with SIGINT ignored, and the runs would inherit that.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed
+    )
 
 
 def ended(process: subprocess.Popen) -> str:
@@ -121,8 +125,6 @@ def check(code: int, output: str, workdir: pathlib.Path, signum: signal.Signals,
 def trials(count: int, signum: signal.Signals, directory: pathlib.Path, seed: int = 0) -> collections.Counter[str]:
     """How often each thing happened in `count` trials. Raises AssertionError at the first that fails."""
     rng, text, seen = random.Random(seed), write_text(directory / "story.txt"), collections.Counter()
-    # A shell starts background jobs with SIGINT ignored, and what is ignored here would be ignored by the runs.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("first", "whole"):  # the first fills the cache of programs
         begun = time.monotonic()
         process = start(text, directory / name)
