@@ -54,7 +54,11 @@ def start(text: pathlib.Path, workdir: pathlib.Path) -> subprocess.Popen:
     flags = [f"--config={__file__}:{text}", f"--workdir={workdir}"]
     command = [sys.executable, "-X", "faulthandler", "-c", _PROGRAM, "train", *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # A shell starts its background jobs with SIGINT ignored, and the runs would inherit that.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed
+    )
 
 
 def ended(process: subprocess.Popen) -> str:
@@ -94,11 +98,14 @@ def moment(rng: random.Random, seconds: float, workdir: pathlib.Path, process: s
     return f"{1e3 * more:.0f} ms after record {records}"
 
 
-def check(code: int, output: str, workdir: pathlib.Path, signum: signal.Signals) -> str:
-    """What the stopped process did. Raises AssertionError if it ended otherwise than it should, or said what is not."""
+def check(code: int, output: str, workdir: pathlib.Path, signum: signal.Signals, finished: bool) -> str:
+    """What the process did that got the signal, `finished` or not by then.
+
+    Raises AssertionError if it ended otherwise than it should, or said what is not.
+    """
     steps = finished_steps(workdir)
     if code == 0:
-        assert (workdir / "summary.json").exists(), output
+        assert finished, f"the signal was ignored\n{output}"
         return "finished before the signal"
     if code == -signum:  # before the handler was there, or after it was taken away
         assert "saved" not in output or steps, output
@@ -130,9 +137,10 @@ def trials(count: int, signum: signal.Signals, directory: pathlib.Path, seed: in
         workdir = directory / f"cut{trial}"
         process = start(text, workdir)
         when = moment(rng, seconds, workdir, process)
+        finished = (workdir / "summary.json").exists()
         process.send_signal(signum)
         output = ended(process)
-        what = check(process.returncode, output, workdir, signum)
+        what = check(process.returncode, output, workdir, signum, finished)
         process = start(text, workdir)
         output = ended(process)
         assert process.returncode == 0, f"{when}: {what}, then\n{output}"

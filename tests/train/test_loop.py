@@ -129,6 +129,20 @@ def test_a_resume_reads_the_rows_that_follow_or_is_refused(small, tmp_path, monk
     assert [(data["rows"], data["seed"]) for data in former] == [(14, 0)]
 
 
+def test_a_stop_that_jax_turned_into_an_error_is_still_a_stop(small, tmp_path, capsys):
+    stop = StopSignals()
+
+    def interrupted(self):
+        stop.asked = signal.SIGINT
+        raise ValueError("Exception raised while checking equality of metadata fields") from KeyboardInterrupt()
+
+    small_trainer = type("Interrupted", (SgdTrainer,), {"init": interrupted})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "Trainer", small_trainer)
+        loop.train(small, str(tmp_path / "run"), stop)
+    assert "stopped before the first checkpoint" in capsys.readouterr().out
+
+
 CHILD = textwrap.dedent("""
     import pickle, sys, time
     from v4jax.train import loop

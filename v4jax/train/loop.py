@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -61,15 +62,26 @@ def train(config: Config, workdir: str, stop: StopSignals | None = None) -> dict
     """
     config, workdir = configs.validate(config), local_path(workdir, "workdir")
     with peers(), contextlib.nullcontext(stop) if stop else StopSignals() as stop:
-        stop.shared = jax.process_count() > 1
+        stop.shared, stop.last_words = jax.process_count() > 1, functools.partial(_where_it_stands, workdir)
         stop.check()
         try:
             with workdir_lock(workdir):
                 return _Run(config, workdir, stop).run()
-        except (KeyboardInterrupt, SystemExit):
+        except BaseException as error:
+            if not _is_stop(error):
+                raise
             if is_lead():
                 print(_where_it_stands(workdir), flush=True)
-            raise
+            if not isinstance(error, Exception):
+                raise
+            stop.leave()
+
+
+def _is_stop(error: BaseException | None) -> bool:
+    """Whether a stop signal is behind an error: JAX turns what is raised inside its callbacks into errors of its own."""
+    while error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+        error = error.__cause__
+    return error is not None
 
 
 def _where_it_stands(workdir: pathlib.Path) -> str:

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
 _SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
@@ -16,28 +17,30 @@ _SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
 class StopSignals:
     """Turns SIGTERM and SIGINT into an orderly end; a context manager.
 
-    While `deferred` is False a signal raises in the main thread at once: SystemExit(143) for SIGTERM, KeyboardInterrupt
-    for SIGINT. That is right where nothing would be lost: before the first step and after the last checkpoint. While
-    `deferred` is True a signal only sets `asked`; the training loop saves and then calls `leave`. A second SIGINT
-    always raises KeyboardInterrupt. SIGTERM may come any number of times, because schedulers and launchers repeat it.
+    While `deferred` is False a signal ends the run at once. That is right where nothing would be lost: before the first
+    step and after the last checkpoint. While `deferred` is True a signal only sets `asked`; the training loop saves and
+    then calls `leave`. A second SIGINT always ends the run at once. SIGTERM may come any number of times, because
+    schedulers and launchers repeat it.
 
-    In a run of several processes (`shared`) no signal raises before the second SIGINT: JAX's own handler of SIGTERM
-    makes all processes stop after the same step, and SIGINT is handed on to it.
+    In a run of several processes (`shared`) nothing ends before the second SIGINT: JAX's own handler of SIGTERM makes
+    all processes stop after the same step, and SIGINT is handed on to it.
 
     A signal that the caller ignores (`nohup`, a background job of a script) stays ignored. Outside the main thread
     nothing is installed.
 
     Args:
-      exits: The process belongs to the run, as it does on the command line. A second SIGINT then ends the process with
-        status 130 even where the main thread is inside a long call that holds signals back (compiling, waiting for a
-        device), and a first signal that should raise does so within `patience` seconds.
-      patience: Seconds.
+      exits: The process belongs to the run, as it does on the command line. To end at once is then to end the process
+        with status 143 or 130. Otherwise it is to raise SystemExit(143) or KeyboardInterrupt in the main thread, which
+        is not certain to arrive: imports, destructors and JAX's callbacks drop exceptions or turn them into others.
+      patience: Seconds after which a process whose main thread is inside a long call that holds signals back
+        (compiling, waiting for a device) is ended nevertheless; after a second SIGINT it is ended without waiting.
     """
 
     def __init__(self, exits: bool = False, patience: float = 5.0):
         self.asked: int | None = None  # the first signal
         self.deferred = False
         self.shared = False
+        self.last_words: Callable[[], str] = lambda: "stopped before anything was computed"  # of a process that ends
         self._exits, self._patience = exits, patience
         self._interrupts = 0
         self._previous: dict[int, object] = {}
@@ -63,29 +66,35 @@ class StopSignals:
             os.close(write_end)  # which ends the thread, and that closes the read end
 
     def check(self) -> None:
-        """Raise if a signal came whose exception was lost, as one raised inside a destructor is."""
+        """Raise if a signal came whose exception was dropped."""
         if self.asked is not None and not self.deferred and not self.shared:
             self.leave()
 
     def leave(self) -> NoReturn:
-        """End the run: KeyboardInterrupt if the first signal was SIGINT, else SystemExit(143)."""
+        """Raise KeyboardInterrupt if the first signal was SIGINT, else SystemExit(143)."""
         if self.asked == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)
 
     def _handle(self, signum: int, _) -> None:
         first, self.asked = self.asked is None, self.asked or signum
-        if signum == signal.SIGINT:
-            self._interrupts += 1
-            if self._interrupts > 1:
-                raise KeyboardInterrupt
-        if self.shared and signum == signal.SIGINT:
+        self._interrupts += signum == signal.SIGINT
+        if self._interrupts > 1:
+            self._end_at_once(signal.SIGINT)
+        elif self.shared and signum == signal.SIGINT:
             os.kill(os.getpid(), signal.SIGTERM)
         elif not self.deferred and not self.shared:
-            self.leave()
+            self._end_at_once(self.asked)
         if first:
             again = ", Ctrl-C again ends at once" if signum == signal.SIGINT else ""
             _say(f"{signal.Signals(signum).name}: the run is saved after this step and ends{again}")
+
+    def _end_at_once(self, signum: int) -> NoReturn:
+        if self._exits:
+            _end(128 + signum, self.last_words())
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + signal.SIGTERM)
 
     # --- the thread that ends a process whose main thread cannot ---------------------------------------------------
 
@@ -103,7 +112,7 @@ class StopSignals:
             if not select.select([read_end], [], [], wait)[0]:
                 deadline = None
                 if not self.deferred and not self.shared:
-                    _end(code, "stopped before anything new was computed")
+                    _end(code, self.last_words())
                 continue
             signals = os.read(read_end, 64)
             if not signals:
