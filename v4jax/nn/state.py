@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from v4jax.parallel.tokens import parts
 NEVER = -(2**30)  # order of a row that holds nothing: before every window
 
 
+@dataclass_transform(frozen_default=True)
 def pytree(cls):
     """Frozen dataclass registered as a pytree; fields marked static are part of the structure."""
     cls = dataclass(frozen=True)(cls)
