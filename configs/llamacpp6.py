@@ -4,7 +4,7 @@ Hidden size, heads, experts, layers and indexer are those of that timing; what i
 groups) is chosen small, so that it weighs little.
 """
 
-from v4jax.config import Config, Data, HyperConnection, Indexer, Model, Moe, Rope, Serve, Train
+from v4jax.config import Config, Data, HyperConnection, Indexer, Model, MoE, RoPE, Serve, Train
 
 
 def get_config(arg: str = "") -> Config:
@@ -13,21 +13,21 @@ def get_config(arg: str = "") -> Config:
         vocab_size=2048,
         hidden_size=256,
         schedule=("swa", "swa", "csa", "hca", "csa", "hca"),
-        heads=8,
+        num_attention_heads=8,
         head_dim=512,
-        rope_dim=64,
-        q_rank=64,
+        qk_rope_head_dim=64,
+        q_lora_rank=64,
         o_groups=4,
-        o_rank=64,
-        window=128,
-        csa_ratio=4,
-        hca_ratio=128,
-        max_positions=1_048_576,
-        mtp_layers=0,
+        o_lora_rank=64,
+        sliding_window=128,
+        compress_rate_csa=4,
+        compress_rate_hca=128,
+        max_position_embeddings=1_048_576,
+        num_nextn_predict_layers=0,
         dtype="float32",
-        rope=Rope(yarn_factor=16.0, yarn_original=65_536),
-        indexer=Indexer(heads=8, head_dim=128, topk=64),
-        moe=Moe(experts=8, active=2, inner=128, hash_layers=1),
+        rope=RoPE(yarn_factor=16.0, yarn_original=65_536),
+        indexer=Indexer(index_n_heads=8, index_head_dim=128, index_topk=64),
+        moe=MoE(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=128, num_hash_layers=1),
         mhc=HyperConnection(),
     )
     return Config(
@@ -35,5 +35,5 @@ def get_config(arg: str = "") -> Config:
         model=model,
         data=Data(seq_len=512),
         train=Train(steps=2000, batch_size=4),
-        serve=Serve(max_batch=8, max_seq_len=32_768, prefill_chunk=1024),
+        serve=Serve(max_num_seqs=8, max_model_len=32_768, max_num_batched_tokens=1024),
     )

@@ -1,6 +1,6 @@
 """0.24 million parameters, trained to find needles in haystacks: sparse FP8 reading far beyond the window."""
 
-from v4jax.config import Config, Data, HyperConnection, Indexer, Model, Moe, Serve, Train
+from v4jax.config import Config, Data, HyperConnection, Indexer, Model, MoE, Serve, Train
 
 
 def get_config(arg: str = "") -> Config:
@@ -9,26 +9,26 @@ def get_config(arg: str = "") -> Config:
         vocab_size=256,
         hidden_size=64,
         schedule=("swa", "csa"),
-        heads=4,
+        num_attention_heads=4,
         head_dim=64,
-        rope_dim=4,
-        q_rank=64,
+        qk_rope_head_dim=4,
+        q_lora_rank=64,
         o_groups=1,
-        o_rank=64,
-        window=8,
-        csa_ratio=4,
-        max_positions=1_048_576,
-        mtp_layers=0,
+        o_lora_rank=64,
+        sliding_window=8,
+        compress_rate_csa=4,
+        max_position_embeddings=1_048_576,
+        num_nextn_predict_layers=0,
         dtype="float32",
         kv_qdq=True,
-        indexer=Indexer(heads=4, head_dim=32, topk=32),
-        moe=Moe(experts=2, active=1, inner=64, hash_layers=0),
-        mhc=HyperConnection(streams=2, sinkhorn_iters=4),
+        indexer=Indexer(index_n_heads=4, index_head_dim=32, index_topk=32),
+        moe=MoE(n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=64, num_hash_layers=0),
+        mhc=HyperConnection(hc_mult=2, hc_sinkhorn_iters=4),
     )
     return Config(
         name="needle",
         model=model,
         data=Data(source="needle", seq_len=96, questions=12),
         train=Train(steps=1200, batch_size=32, lr=0.005, adam_lr=0.003, checkpoint_every=200, eval_rows=64),
-        serve=Serve(max_batch=8, max_seq_len=1_048_576, prefill_chunk=1024),
+        serve=Serve(max_num_seqs=8, max_model_len=1_048_576, max_num_batched_tokens=1024),
     )

@@ -77,7 +77,7 @@ def calls(monkeypatch):
     module("v4jax.train.loop", train=record("train"))
     module("v4jax.train.stop_signals", StopSignals=stop_signals.StopSignals)
     module("v4jax.serve", LLM=Engine, SamplingParams=lambda **kwargs: kwargs)
-    sys.modules["v4jax.checkpoint"].load_config = lambda directory: Config(cache=Cache(layout="fp8"))
+    sys.modules["v4jax.checkpoint"].load_config = lambda directory: Config(cache=Cache(kv_cache_dtype="fp8"))
     module("v4jax.checkpoint.convert", convert=record("convert", "wrote B"))
     module("v4jax.tools.bench", run=record("bench"))
     module("v4jax.evals", run=record("eval"))
@@ -157,7 +157,7 @@ def test_generate_keeps_several_prompts_apart(calls, capsys, tmp_path):
 def test_generate_gives_the_cache_the_room_that_was_typed(calls, capsys):
     argv = ["--kv_device=1.5GiB", "--kv_host=512 MB", "--kv_disk=1TiB", "--kv_dir=kv", "--kv_policy=lru"]
     assert cli.main(["generate", "--checkpoint=DIR", "--prompt=a", *argv]) == 0
-    cache = Cache(layout="fp8", device=3 << 29, host=512_000_000, disk=1 << 40, directory="kv", policy="lru")
+    cache = Cache(kv_cache_dtype="fp8", kv_cache_memory_bytes=3 << 29, host_bytes=512_000_000, disk_bytes=1 << 40, disk_dir="kv", eviction_policy="lru")
     assert calls[0] == ("LLM", ("DIR",), {"cache": cache})
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "cache: much"
@@ -177,7 +177,7 @@ def test_every_option_of_the_engine_reaches_it(calls):
     argv = ["--speculative_tokens=2", "--batch_invariant", "--tokenizer=t.json", "--kv_layout=bf16", "--kv_block=512",
             "--nokv_prefix", "--kv_records=3", "--kv_deadline=2", "--stop_token_ids=7", "--ignore_eos"]  # fmt: skip
     assert cli.main(["generate", "--checkpoint=DIR", "--prompt=a", *argv]) == 0
-    cache = Cache(layout="bf16", block=512, prefix=False, records=3, deadline=2.0)
+    cache = Cache(kv_cache_dtype="bf16", block_size=512, enable_prefix_caching=False, num_state_snapshots=3, load_timeout_s=2.0)
     options = {"speculative_tokens": 2, "batch_invariant": True, "tokenizer": "t.json", "cache": cache}
     assert calls[0] == ("LLM", ("DIR",), options)
     assert calls[1][2].items() >= {"stop_token_ids": [7], "ignore_eos": True}.items()

@@ -5,7 +5,7 @@ import inspect
 
 from v4jax import cli, config
 from v4jax.cache.policy import POLICIES
-from v4jax.cache.spec import LAYOUTS
+from v4jax.cache.spec import KV_CACHE_DTYPES
 from v4jax.cli_flags import CACHE, CACHE_FLAGS, SAMPLING_FLAGS, SERVE, SERVE_FLAGS
 from v4jax.models.quantised import PRECISIONS
 from v4jax.serve import LLM, SamplingParams
@@ -40,6 +40,6 @@ def test_sampling_flags_are_those_of_sampling_params_and_show_its_defaults():
 
 
 def test_enumerations_are_those_of_the_engine():
-    assert FLAGS["kv_layout"].values == LAYOUTS
+    assert FLAGS["kv_layout"].values == KV_CACHE_DTYPES
     assert set(FLAGS["kv_policy"].values) == set(POLICIES)
     assert FLAGS["precision"].values == tuple(PRECISIONS)

@@ -10,7 +10,7 @@ import pytest
 
 from v4jax import config as config_lib
 from v4jax.cache.policy import POLICIES
-from v4jax.cache.spec import LAYOUTS
+from v4jax.cache.spec import KV_CACHE_DTYPES
 from v4jax.config import Config, ConfigError, Data, Model, from_dict, load, preset_names, to_dict, validate
 from v4jax.core.config_limits import CHOICES, RANGES
 from v4jax.models.quantised import PRECISIONS
@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 def test_every_preset_loads_by_name_and_by_path(path):
     config = load(path.stem)
     assert config == load(str(path)) == validate(config)
-    assert config.model.layers == len(config.model.schedule) > 0
+    assert config.model.num_hidden_layers == len(config.model.schedule) > 0
 
 
 def test_presets_are_the_files():
@@ -120,7 +120,7 @@ def test_wheel_carries_presets_and_data(tmp_path):
 
 def test_choices_are_those_of_who_implements_them():
     """`core.config_limits` repeats names of upper packages, for it cannot import them."""
-    assert set(CHOICES["cache.policy"]) == set(POLICIES) and CHOICES["cache.layout"] == LAYOUTS
+    assert set(CHOICES["cache.policy"]) == set(POLICIES) and CHOICES["cache.layout"] == KV_CACHE_DTYPES
     assert CHOICES["serve.precision"] == PRECISIONS
 
 

@@ -23,8 +23,8 @@ from v4jax import config as config_lib
 from v4jax.cli_flags import CACHE_FLAGS, SAMPLING_FLAGS, SERVE_FLAGS, STORED
 from v4jax.core import compilation_cache, completion
 from v4jax.core.check import UserError, printable
-from v4jax.core.flags import Command, Flag, command_help, config_lines, given, nearest, parse
-from v4jax.core.memory import keep_heap
+from v4jax.core.flags import Command, Flag, command_help, config_lines, explicit_flags, did_you_mean, parse
+from v4jax.core.memory import tune_malloc
 from v4jax.core.timing import GenerationTimer
 from v4jax.evals import SUITES as EVALS
 from v4jax.tools.bench import SUITES as BENCHES
@@ -39,7 +39,7 @@ def _train(values: flags.FlagValues, config: config_lib.Config) -> None:
         from v4jax.parallel import distributed
 
         compilation_cache.enable(values.compilation_cache)
-        distributed.start(_place(values), values.join_timeout)
+        distributed.initialize(_place(values), values.join_timeout)
         from v4jax.train import loop
 
         loop.train(config, values.workdir or f"runs/{config.name}", stop)
@@ -47,25 +47,25 @@ def _train(values: flags.FlagValues, config: config_lib.Config) -> None:
 
 def _place(values: flags.FlagValues):
     """The place of this process in a run of several: by flags, or by what a launcher left in the environment."""
-    from v4jax.parallel.distributed import Place, where
+    from v4jax.parallel.distributed import ProcessInfo, detect_process
 
     if values.coordinator is None:
-        return where(os.environ)
+        return detect_process(os.environ)
     if values.num_processes is None or values.process_id is None:
         raise UserError("--coordinator needs --num_processes and --process_id, the number of this one from 0")
     if not 0 <= values.process_id < values.num_processes:
         raise UserError(f"--process_id={values.process_id} must lie in 0..{values.num_processes - 1}")
     devices = tuple(map(int, values.local_devices)) if values.local_devices else None
-    return Place("flags", values.coordinator, values.num_processes, values.process_id, devices)
+    return ProcessInfo("flags", values.coordinator, values.num_processes, values.process_id, devices)
 
 
 def _generate(values: flags.FlagValues, _: None) -> None:
-    typed = given(values, *(flag.name for flag in SAMPLING_FLAGS if flag.name not in ("stop", "stop_token_ids")))
+    typed = explicit_flags(values, *(flag.name for flag in SAMPLING_FLAGS if flag.name not in ("stop", "stop_token_ids")))
     typed |= {"stop": [_typed("stop", text) for text in values.stop]} if values.stop else {}
-    typed |= {name: _ids(values, name) for name in given(values, "stop_token_ids")}
-    options = given(values, "tokenizer", "dtype", "bos_id", "parse_special_tokens")
-    options |= given(values, *(flag.name for flag in SERVE_FLAGS.values()))
-    options |= {name: _ids(values, name) for name in given(values, "eos_id")}
+    typed |= {name: _ids(values, name) for name in explicit_flags(values, "stop_token_ids")}
+    options = explicit_flags(values, "tokenizer", "dtype", "bos_id", "parse_special_tokens")
+    options |= explicit_flags(values, *(flag.name for flag in SERVE_FLAGS.values()))
+    options |= {name: _ids(values, name) for name in explicit_flags(values, "eos_id")}
     prompts = _prompts(values)
     from v4jax.parallel import distributed
     from v4jax.serve import LLM, SamplingParams
@@ -73,11 +73,11 @@ def _generate(values: flags.FlagValues, _: None) -> None:
     compilation_cache.enable(values.compilation_cache)
     SamplingParams(**typed)  # mistakes come before minutes of loading
     options |= _cache(values) | _mesh(values)
-    with distributed.peers(), LLM(values.checkpoint, **options) as llm, GenerationTimer() as timer:
-        if llm.tiers and distributed.is_lead():
-            print(f"cache: {llm.tiers}", file=sys.stderr)
+    with distributed.peer_errors(), LLM(values.checkpoint, **options) as llm, GenerationTimer() as timer:
+        if llm.cache_summary and distributed.is_primary():
+            print(f"cache: {llm.cache_summary}", file=sys.stderr)
         pieces = timer.watch(llm.stream(prompts, SamplingParams(**{**llm.default_sampling_params, **typed})))
-        if distributed.is_lead():
+        if distributed.is_primary():
             _write_streams(pieces, prompts)
             stats = llm.stats()
             print(timer.summary(stats["prompt_tokens"], stats["generation_tokens"]), file=sys.stderr)
@@ -100,14 +100,14 @@ def _mesh(values: flags.FlagValues) -> dict[str, config_lib.Mesh]:
         return {}
     from v4jax.parallel import distributed
 
-    distributed.start(_place(values), values.join_timeout)
+    distributed.initialize(_place(values), values.join_timeout)
     return {"mesh": config_lib.Mesh(values.mesh)}
 
 
 def _cache(values: flags.FlagValues) -> dict[str, config_lib.Cache]:
     """The checkpoint's cache with the flags that were typed, as `cache`; nothing if none were."""
     fields = {flag.name: field for field, flag in CACHE_FLAGS.items()}
-    typed = {fields[name]: value for name, value in given(values, *fields).items()}
+    typed = {fields[name]: value for name, value in explicit_flags(values, *fields).items()}
     if not typed:
         return {}
     from v4jax import checkpoint
@@ -118,7 +118,7 @@ def _cache(values: flags.FlagValues) -> dict[str, config_lib.Cache]:
 def _convert(values: flags.FlagValues, _: None) -> None:
     from v4jax.checkpoint import convert
 
-    options = given(values, "format", "dtype", "overwrite", "verify")
+    options = explicit_flags(values, "format", "dtype", "overwrite", "verify")
     print(convert.convert(values.source, values.target, **options, progress=True))
     print(f"next: v4jax generate --checkpoint={values.target} --prompt=...")
 
@@ -126,10 +126,10 @@ def _convert(values: flags.FlagValues, _: None) -> None:
 def _plan(values: flags.FlagValues, config: config_lib.Config) -> None:
     from v4jax.tools import plan
 
-    if given(values, "kv_hot"):
+    if explicit_flags(values, "kv_hot"):
         config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, hot=values.kv_hot))
     options = ("mode", "context", "concurrency", "analytic", "stage", "json")
-    records = plan.run(config, values.topology, **given(values, *options))
+    records = plan.run(config, values.topology, **explicit_flags(values, *options))
     if not plan.fits_anywhere(records, config):
         sys.stdout.flush()
         raise SystemExit(plan.DOES_NOT_FIT)
@@ -138,7 +138,7 @@ def _plan(values: flags.FlagValues, config: config_lib.Config) -> None:
 def _bench(values: flags.FlagValues, config: config_lib.Config | None) -> None:
     from v4jax.tools import bench
 
-    bench.run(values.suite, config=config, **given(values, "checkpoint", "rounds", "contexts", "json", "plot"))
+    bench.run(values.suite, config=config, **explicit_flags(values, "checkpoint", "rounds", "contexts", "json", "plot"))
 
 
 def _eval(values: flags.FlagValues, _: None) -> None:
@@ -146,7 +146,7 @@ def _eval(values: flags.FlagValues, _: None) -> None:
 
     compilation_cache.enable(values.compilation_cache)
     options = ("json", "data", "heldout", "layout", "context", "windows", "contexts", "depths", "trials", "bounds")
-    evals.run(values.suite, values.checkpoint, **given(values, *options))
+    evals.run(values.suite, values.checkpoint, **explicit_flags(values, *options))
 
 
 _CHECKPOINT = Flag("checkpoint", "directory of a run, an orbax checkpoint or Hugging Face weights")
@@ -344,7 +344,7 @@ def _dispatch(argv: list[str]) -> None:
     elif name == "completion":
         print(completion.script(COMMANDS, rest), end="")
     elif name not in COMMANDS:
-        raise UserError(f"no command {name!r}{nearest(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+        raise UserError(f"no command {name!r}{did_you_mean(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
     elif {"--help", "-h"} & set(rest):
         print(command_help(name, COMMANDS[name]))
     else:
@@ -353,7 +353,7 @@ def _dispatch(argv: list[str]) -> None:
         if command.has_config and values.show_config:
             print("\n".join(config_lines(config)))
             return
-        keep_heap()
+        tune_malloc()
         command.run(values, config)
     sys.stdout.flush()  # a reader that went away shows here rather than at exit
 

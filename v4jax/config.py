@@ -26,11 +26,11 @@ class ConfigError(UserError):
 
 
 @dataclass(frozen=True)
-class Rope:
+class RoPE:
     """Rotary position embedding (spec 2.3). Layers without compression use `theta` and no YaRN."""
 
-    theta: float = 10_000.0
-    compress_theta: float = 160_000.0
+    rope_theta: float = 10_000.0
+    compress_rope_theta: float = 160_000.0
     yarn_factor: float = 1.0  # 1 switches YaRN off
     yarn_original: int = 65_536
     yarn_beta_fast: float = 32.0
@@ -41,21 +41,21 @@ class Rope:
 class Indexer:
     """Lightning indexer of the CSA layers (spec 2.6)."""
 
-    heads: int = 64
-    head_dim: int = 128
-    topk: int = 512
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    index_topk: int = 512
 
 
 @dataclass(frozen=True)
-class Moe:
+class MoE:
     """Mixture of experts (spec 3). The first `hash_layers` layers choose experts by token id."""
 
-    experts: int = 256
-    active: int = 6
-    inner: int = 2048
-    shared: int = 1
-    hash_layers: int = 3
-    route_scale: float = 1.5
+    n_routed_experts: int = 256
+    num_experts_per_tok: int = 6
+    moe_intermediate_size: int = 2048
+    n_shared_experts: int = 1
+    num_hash_layers: int = 3
+    routed_scaling_factor: float = 1.5
     swiglu_limit: float = 10.0
 
 
@@ -63,9 +63,9 @@ class Moe:
 class HyperConnection:
     """Manifold-constrained hyper-connections (spec 4): `streams` copies of the residual."""
 
-    streams: int = 4
-    sinkhorn_iters: int = 20
-    eps: float = 1e-6
+    hc_mult: int = 4
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
 
 
 LAYER_KINDS = ("swa", "csa", "hca")
@@ -79,28 +79,28 @@ class Model:
     vocab_size: int = 129_280
     hidden_size: int = 4096
     schedule: tuple[str, ...] = ()
-    heads: int = 64
+    num_attention_heads: int = 64
     head_dim: int = 512
-    rope_dim: int = 64
-    q_rank: int = 1024
+    qk_rope_head_dim: int = 64
+    q_lora_rank: int = 1024
     o_groups: int = 8
-    o_rank: int = 1024
-    window: int = 128
-    csa_ratio: int = 4
-    hca_ratio: int = 128
-    max_positions: int = 1_048_576
-    norm_eps: float = 1e-6
-    mtp_layers: int = 1
-    init_std: float = 0.02
+    o_lora_rank: int = 1024
+    sliding_window: int = 128
+    compress_rate_csa: int = 4
+    compress_rate_hca: int = 128
+    max_position_embeddings: int = 1_048_576
+    rms_norm_eps: float = 1e-6
+    num_nextn_predict_layers: int = 1
+    initializer_range: float = 0.02
     bos_id: int | None = 0  # None: no token begins a text
     eos_id: int | tuple[int, ...] | None = 1  # None: no token ends a text; a tuple: any of them does
     dtype: str = "bfloat16"  # of activations and matrix products; norms, router, mHC, softmax are float32
     kv_qdq: bool = False  # simulate FP8 entries and FP4 index keys (spec 2.4); transformers does not
     modalities: tuple[str, ...] = MODALITIES  # of one token stream; any other than text is refused in this version
     engram_layers: tuple[int, ...] = ()  # layers with n-gram tables; any is refused in this version
-    rope: Rope = field(default_factory=Rope)
+    rope: RoPE = field(default_factory=RoPE)
     indexer: Indexer = field(default_factory=Indexer)
-    moe: Moe = field(default_factory=Moe)
+    moe: MoE = field(default_factory=MoE)
     mhc: HyperConnection = field(default_factory=HyperConnection)
 
     @property
@@ -109,18 +109,18 @@ class Model:
         return () if self.eos_id is None else (self.eos_id,) if isinstance(self.eos_id, int) else tuple(self.eos_id)
 
     @property
-    def layers(self) -> int:
+    def num_hidden_layers(self) -> int:
         """Number of backbone layers (MTP not counted)."""
         return len(self.schedule)
 
-    def ratio(self, kind: str) -> int:
+    def compress_rate(self, kind: str) -> int:
         """Tokens per compressed entry of a layer kind; 0 for pure sliding window."""
-        return {"swa": 0, "csa": self.csa_ratio, "hca": self.hca_ratio}[kind]
+        return {"swa": 0, "csa": self.compress_rate_csa, "hca": self.compress_rate_hca}[kind]
 
     @property
     def alignment(self) -> int:
         """Documents packed into one row start at multiples of this, so no entry pools two of them."""
-        return math.lcm(*(self.ratio(kind) for kind in set(self.schedule) - {"swa"}))
+        return math.lcm(*(self.compress_rate(kind) for kind in set(self.schedule) - {"swa"}))
 
 
 SOURCES = ("shakespeare-kjv", "needle")  # what `Data.source` may name besides files
@@ -152,22 +152,22 @@ class Train:
     momentum: float = 0.95
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    mtp_weight: float = 0.3
-    balance_weight: float = 1e-4
-    indexer_weight: float = 1.0
-    bias_rate: float = 1e-3
+    mtp_loss_weight: float = 0.3
+    balance_loss_weight: float = 1e-4
+    indexer_loss_weight: float = 1.0
+    bias_update_speed: float = 1e-3
     scan: bool = False  # hold repeated layers stacked and scan them: long models compile, small ones run faster without
     remat: bool = False  # keep only the streams between layers for the backward pass: a third more work, less memory
     offload: tuple[str, ...] = ()  # to host memory between uses: optimizer (its state), streams (what remat keeps)
-    matmul: str = "plain"  # or "fp8": products of the matrices that are released in FP8 (spec 8.4)
-    expert_weights: str = "plain"  # or "mxfp4": rounded in the forward pass, and in what is made of a checkpoint
-    spike: str = "off"  # a step whose loss or gradient is no number or far too large: off (no number ends the run),
+    matmul_precision: str = "plain"  # or "fp8": products of the matrices that are released in FP8 (spec 8.4)
+    expert_weight_format: str = "plain"  # or "mxfp4": rounded in the forward pass, and in what is made of a checkpoint
+    spike_action: str = "off"  # a step whose loss or gradient is no number or far too large: off (no number ends the run),
     #                     skip (it changes nothing), rollback (and after too many, back to the last checkpoint)
     spike_factor: float = 8.0  # too large: as many spreads above the median of the last steps; 0: only no number is
     spike_window: int = 64  # how many last steps, of those taken
     spike_patience: int = 5  # spikes in a row that are too many: `skip` then ends the run
-    hang_seconds: float = 0.0  # without an ended step after which all stacks are written out; 0: never
-    hang_exit: bool = False  # and then end with status 75, for the launcher to start the run again
+    hang_timeout_s: float = 0.0  # without an ended step after which all stacks are written out; 0: never
+    exit_on_hang: bool = False  # and then end with status 75, for the launcher to start the run again
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0  # 0: only at the end
@@ -180,32 +180,32 @@ class Train:
 class Serve:
     """Limits of one generation engine."""
 
-    max_batch: int = 8  # sequences that decode together
-    max_seq_len: int = 4096  # prompt and new tokens
-    prefill_chunk: int = 512  # most tokens of a prompt that are read between two decode steps
-    speculative_tokens: int = 0  # drafted by the MTP layer and verified in each step
+    max_num_seqs: int = 8  # sequences that decode together
+    max_model_len: int = 4096  # prompt and new tokens
+    max_num_batched_tokens: int = 512  # most tokens of a prompt that are read between two decode steps
+    num_speculative_tokens: int = 0  # drafted by the MTP layer and verified in each step
     batch_invariant: bool = False  # a request's tokens do not depend on what else runs, on chunks or on prefix hits
-    precision: str = "model"  # of the large matrices: as they are, or fp8 (see models/quantised.py)
+    quantization: str = "model"  # of the large matrices: as they are, or fp8 (see models/quantised.py)
 
 
 @dataclass(frozen=True)
 class Cache:
     """The KV cache of one engine."""
 
-    layout: str = "model"  # model, bf16, fp8, fp8_fp4 (see cache/spec.py)
-    block: int = 0  # tokens of a page; 0: the least multiple of the compression ratios from 256 on
-    tokens: int = 0  # room for this many tokens of all sequences together; 0: for max_batch of the longest
-    prefix: bool = True  # find the blocks of earlier requests that began alike
-    records: int = 16  # checkpoint records kept for that, one at each prompt's and output's last block boundary
-    record_every: int = 0  # and one every so many blocks of a prompt
-    device: int = 0  # bytes of accelerator memory for all of that; 0: as `tokens` says
-    hot: int = 0  # entries a CSA layer that stay there, the ones picked last; all are in host memory, HCA tails too
-    host: int = 0  # bytes of host memory for what leaves the device; 0: none
-    disk: int = 0  # bytes of files in `directory` for it; 0: none
-    directory: str = ""
-    policy: str = "s3fifo"  # what goes first from a full host or disk: s3fifo, lru (see cache/policy.py)
-    admission: str = "all"  # what moves to host and disk: all, or second: what more than one request asked for
-    deadline: float = 0.5  # seconds without progress after which a request no longer waits for host and disk
+    kv_cache_dtype: str = "model"  # model, bf16, fp8, fp8_fp4 (see cache/spec.py)
+    block_size: int = 0  # tokens of a page; 0: the least multiple of the compression ratios from 256 on
+    kv_cache_tokens: int = 0  # room for this many tokens of all sequences together; 0: for max_batch of the longest
+    enable_prefix_caching: bool = True  # find the blocks of earlier requests that began alike
+    num_state_snapshots: int = 16  # checkpoint records kept for that, one at each prompt's and output's last block boundary
+    snapshot_interval_blocks: int = 0  # and one every so many blocks of a prompt
+    kv_cache_memory_bytes: int = 0  # bytes of accelerator memory for all of that; 0: as `tokens` says
+    device_entries: int = 0  # entries a CSA layer that stay there, the ones picked last; all are in host memory, HCA tails too
+    host_bytes: int = 0  # bytes of host memory for what leaves the device; 0: none
+    disk_bytes: int = 0  # bytes of files in `directory` for it; 0: none
+    disk_dir: str = ""
+    eviction_policy: str = "s3fifo"  # what goes first from a full host or disk: s3fifo, lru (see cache/policy.py)
+    admission_policy: str = "all"  # what moves to host and disk: all, or second: what more than one request asked for
+    load_timeout_s: float = 0.5  # seconds without progress after which a request no longer waits for host and disk
 
 
 MESH_AXES = ("slice", "data", "fsdp", "expert", "context", "tensor")  # slowest network first
@@ -215,7 +215,7 @@ MESH_AXES = ("slice", "data", "fsdp", "expert", "context", "tensor")  # slowest 
 class Mesh:
     """Devices by axis. The layout's `fill` axis, where it is left at 1, takes the devices that the others leave."""
 
-    layout: str = ""  # of configs/mesh, or a file; "": one device
+    rules: str = ""  # of configs/mesh, or a file; "": one device
     slice: int = 1  # whole slices (pods), joined by the data-centre network
     data: int = 1
     fsdp: int = 1
@@ -224,17 +224,17 @@ class Mesh:
     tensor: int = 1
 
 
-Rule = tuple[str, tuple[str, ...]]  # a logical axis and the mesh axes that split it, major first
+ShardingRule = tuple[str, tuple[str, ...]]  # a logical axis and the mesh axes that split it, major first
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardingRules:
     """Which mesh axes split which logical axes (`core/axes.py`); what no rule names is whole on every device."""
 
     name: str
     fill: str
-    weights: tuple[Rule, ...] = ()  # of parameters with two axes or more; vectors are whole everywhere
-    activations: tuple[Rule, ...] = ()  # batch, token, vocab
+    weights: tuple[ShardingRule, ...] = ()  # of parameters with two axes or more; vectors are whole everywhere
+    activations: tuple[ShardingRule, ...] = ()  # batch, token, vocab
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ def preset_summaries() -> dict[str, str]:
     return sentences
 
 
-def layout_names() -> list[str]:
+def sharding_names() -> list[str]:
     """Names that `--config.mesh.layout=` accepts without a path."""
     return _stems(_preset_dir() / "mesh")
 
@@ -307,7 +307,7 @@ def load(spec: str) -> Config:
     return validate(_function(name, _preset_dir(), "get_config", "config")(arg))
 
 
-def load_layout(name: str) -> Layout:
+def load_sharding(name: str) -> ShardingRules:
     """Read a rule table by its name in configs/mesh, or by file path. Raises ConfigError as `load` does."""
     return _function(name, _preset_dir() / "mesh", "get_layout", "mesh layout")()
 
@@ -352,14 +352,14 @@ def validate(config: Config) -> Config:
     train, data = config.train, config.data
     for name, path in [
         ("data.source", data.source), ("data.heldout", data.heldout), ("data.tokenizer", data.tokenizer),
-        ("cache.directory", config.cache.directory), ("mesh.layout", config.mesh.layout),
+        ("cache.directory", config.cache.disk_dir), ("mesh.layout", config.mesh.rules),
     ]:  # fmt: skip
         local_path(path, name)
     _require("streams" not in train.offload or train.remat, "train.offload names streams: set train.remat=true too")
-    _require(not train.offload or config.mesh.layout, "train.offload needs a mesh, of one device if need be: set "
+    _require(not train.offload or config.mesh.rules, "train.offload needs a mesh, of one device if need be: set "
              "mesh.layout=fsdp")  # fmt: skip
-    for name, size in [("hidden_size", config.model.hidden_size), ("moe.inner", config.model.moe.inner)]:
-        _require(train.expert_weights == "plain" or size % 32 == 0, f"train.expert_weights=mxfp4 takes groups of 32, "
+    for name, size in [("hidden_size", config.model.hidden_size), ("moe.inner", config.model.moe.moe_intermediate_size)]:
+        _require(train.expert_weight_format == "plain" or size % 32 == 0, f"train.expert_weights=mxfp4 takes groups of 32, "
                  f"and model.{name} is {size}")  # fmt: skip
     _require(
         data.seq_len % config.model.alignment == 0,
@@ -381,15 +381,15 @@ def check_serving(model: Model, serve: Serve, cache: Cache) -> None:
     """Raise ConfigError for limits of an engine and a cache that contradict each other or the model."""
     check_values(serve, "serve.")
     check_values(cache, "cache.")
-    _require(serve.max_seq_len <= model.max_positions, f"serve.max_seq_len {serve.max_seq_len} exceeds "
-             f"model.max_positions {model.max_positions}")  # fmt: skip
-    _require(not serve.speculative_tokens or model.mtp_layers, "serve.speculative_tokens needs a model with an MTP "
+    _require(serve.max_model_len <= model.max_position_embeddings, f"serve.max_seq_len {serve.max_model_len} exceeds "
+             f"model.max_positions {model.max_position_embeddings}")  # fmt: skip
+    _require(not serve.num_speculative_tokens or model.num_nextn_predict_layers, "serve.speculative_tokens needs a model with an MTP "
              "layer, and this one has none; set it to 0")  # fmt: skip
-    _require(not (serve.speculative_tokens and serve.batch_invariant), "serve.batch_invariant and "
+    _require(not (serve.num_speculative_tokens and serve.batch_invariant), "serve.batch_invariant and "
              "serve.speculative_tokens exclude each other: drafts change the shapes computed")  # fmt: skip
-    _require(bool(cache.disk) == bool(cache.directory), "cache.disk and cache.directory go together: a cache on disk "
+    _require(bool(cache.disk_bytes) == bool(cache.disk_dir), "cache.disk and cache.directory go together: a cache on disk "
              "needs its size and its place (--kv_disk=64GiB --kv_dir=DIR)")  # fmt: skip
-    _require(cache.prefix or not (cache.host or cache.disk), "cache.host and cache.disk hold blocks that requests "
+    _require(cache.enable_prefix_caching or not (cache.host_bytes or cache.disk_bytes), "cache.host and cache.disk hold blocks that requests "
              "share: set cache.prefix to true, or drop them")  # fmt: skip
 
 
@@ -397,34 +397,34 @@ def _validate_model(m: Model) -> None:
     _require(len(m.schedule) > 0, "model.schedule is empty; give one of swa, csa, hca per layer")
     for kind in m.schedule:
         _require(kind in LAYER_KINDS, f"model.schedule has {kind!r}; layers are one of {', '.join(LAYER_KINDS)}")
-    _require(m.heads % m.o_groups == 0, f"model.heads {m.heads} is not a multiple of model.o_groups {m.o_groups}")
+    _require(m.num_attention_heads % m.o_groups == 0, f"model.heads {m.num_attention_heads} is not a multiple of model.o_groups {m.o_groups}")
     _require(
-        m.rope_dim % 2 == 0 and m.rope_dim <= m.head_dim,
-        f"model.rope_dim {m.rope_dim} must be even and at most head_dim",
+        m.qk_rope_head_dim % 2 == 0 and m.qk_rope_head_dim <= m.head_dim,
+        f"model.rope_dim {m.qk_rope_head_dim} must be even and at most head_dim",
     )
     _require(
-        m.rope_dim <= m.indexer.head_dim or "csa" not in m.schedule,
-        f"model.indexer.head_dim {m.indexer.head_dim} is below model.rope_dim {m.rope_dim}",
+        m.qk_rope_head_dim <= m.indexer.index_head_dim or "csa" not in m.schedule,
+        f"model.indexer.head_dim {m.indexer.index_head_dim} is below model.rope_dim {m.qk_rope_head_dim}",
     )
-    _require(m.csa_ratio >= 2 or "csa" not in m.schedule, f"model.csa_ratio must be at least 2, got {m.csa_ratio}")
-    _require(m.hca_ratio >= 1 or "hca" not in m.schedule, f"model.hca_ratio must be at least 1, got {m.hca_ratio}")
-    _require(1 <= m.moe.active <= m.moe.experts, f"model.moe.active {m.moe.active} must lie in 1..{m.moe.experts}")
-    _require(0 <= m.moe.hash_layers <= m.layers, f"model.moe.hash_layers {m.moe.hash_layers} exceeds {m.layers} layers")
+    _require(m.compress_rate_csa >= 2 or "csa" not in m.schedule, f"model.csa_ratio must be at least 2, got {m.compress_rate_csa}")
+    _require(m.compress_rate_hca >= 1 or "hca" not in m.schedule, f"model.hca_ratio must be at least 1, got {m.compress_rate_hca}")
+    _require(1 <= m.moe.num_experts_per_tok <= m.moe.n_routed_experts, f"model.moe.active {m.moe.num_experts_per_tok} must lie in 1..{m.moe.n_routed_experts}")
+    _require(0 <= m.moe.num_hash_layers <= m.num_hidden_layers, f"model.moe.hash_layers {m.moe.num_hash_layers} exceeds {m.num_hidden_layers} layers")
     for kind in m.modalities:
         _require(kind in MODALITIES, f"model.modalities has {kind!r}; this version reads {', '.join(MODALITIES)} only")
     _require(m.modalities != (), "model.modalities is empty; a model reads at least text")
     _require(not m.engram_layers, f"model.engram_layers is {m.engram_layers}; this version has no Engram, leave it ()")
     if m.kv_qdq:
-        L = m.indexer.head_dim
-        _require(m.head_dim > m.rope_dim and L & (L - 1) == 0, "model.kv_qdq needs head_dim above rope_dim, and "
+        L = m.indexer.index_head_dim
+        _require(m.head_dim > m.qk_rope_head_dim and L & (L - 1) == 0, "model.kv_qdq needs head_dim above rope_dim, and "
                  f"indexer.head_dim {L} to be a power of two")  # fmt: skip
 
 
 def _validate_mesh(mesh: Mesh) -> None:
     for axis in MESH_AXES:
         size = getattr(mesh, axis)
-        _require(size == 1 or mesh.layout, f"mesh.{axis} is {size}, but no layout says what to split; set mesh.layout "
-                 f"to one of {', '.join(layout_names())}")  # fmt: skip
+        _require(size == 1 or mesh.rules, f"mesh.{axis} is {size}, but no layout says what to split; set mesh.layout "
+                 f"to one of {', '.join(sharding_names())}")  # fmt: skip
 
 
 def _require(ok: bool, message: str) -> None:

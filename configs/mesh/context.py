@@ -1,11 +1,11 @@
 """The tokens of a row split over devices, for rows too long for one; weights split as in `fsdp`, over both axes."""
 
-from v4jax.config import Layout
+from v4jax.config import ShardingRules
 
 
-def get_layout() -> Layout:
+def get_layout() -> ShardingRules:
     """The rule table."""
-    return Layout(
+    return ShardingRules(
         "context",
         fill="context",
         weights=(

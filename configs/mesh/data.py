@@ -1,8 +1,8 @@
 """Every device holds the whole model and its own rows of the batch: for models that fit one device."""
 
-from v4jax.config import Layout
+from v4jax.config import ShardingRules
 
 
-def get_layout() -> Layout:
+def get_layout() -> ShardingRules:
     """The rule table."""
-    return Layout("data", fill="data", activations=(("batch", ("slice", "data")),))
+    return ShardingRules("data", fill="data", activations=(("batch", ("slice", "data")),))

@@ -1,11 +1,11 @@
 """Experts stay on their devices and tokens travel to them; all else is split as in `fsdp`, over both axes."""
 
-from v4jax.config import Layout
+from v4jax.config import ShardingRules
 
 
-def get_layout() -> Layout:
+def get_layout() -> ShardingRules:
     """The rule table."""
-    return Layout(
+    return ShardingRules(
         "expert",
         fill="expert",
         weights=(

@@ -3,12 +3,12 @@
 One axis of every matrix is split: the hidden size where it has one, else the axis it reads.
 """
 
-from v4jax.config import Layout
+from v4jax.config import ShardingRules
 
 
-def get_layout() -> Layout:
+def get_layout() -> ShardingRules:
     """The rule table."""
-    return Layout(
+    return ShardingRules(
         "fsdp",
         fill="fsdp",
         weights=(

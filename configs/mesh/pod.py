@@ -3,12 +3,12 @@
 `context` splits tokens alone: it is for more devices than rows, where weights are split enough already.
 """
 
-from v4jax.config import Layout
+from v4jax.config import ShardingRules
 
 
-def get_layout() -> Layout:
+def get_layout() -> ShardingRules:
     """The rule table."""
-    return Layout(
+    return ShardingRules(
         "pod",
         fill="fsdp",
         weights=(

@@ -1,11 +1,11 @@
 """For decoding: experts stay where they are, all else is whole, or split by heads and widths, and never gathered."""
 
-from v4jax.config import Layout
+from v4jax.config import ShardingRules
 
 
-def get_layout() -> Layout:
+def get_layout() -> ShardingRules:
     """The rule table."""
-    return Layout(
+    return ShardingRules(
         "serve",
         fill="expert",
         weights=(

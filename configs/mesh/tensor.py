@@ -1,11 +1,11 @@
 """Heads, output groups, expert widths and vocabulary split: devices of a fast network share every token."""
 
-from v4jax.config import Layout
+from v4jax.config import ShardingRules
 
 
-def get_layout() -> Layout:
+def get_layout() -> ShardingRules:
     """The rule table."""
-    return Layout(
+    return ShardingRules(
         "tensor",
         fill="tensor",
         weights=(

@@ -12,7 +12,7 @@ import pytest
 from v4jax import config as config_lib
 from v4jax.config import Mesh
 from v4jax.tools import compiled
-from v4jax.tools.estimate import Work, default_mesh, estimate
+from v4jax.tools.estimate import Workload, default_mesh, estimate
 from v4jax.tools.topology import parse
 
 PLACE = parse("v5e:2x2")
@@ -27,7 +27,7 @@ def one_layer(kind: str) -> config_lib.Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, schedule=(kind,), mtp_layers=0))
 
 
-def check(config: config_lib.Config, mesh: Mesh | None, work: Work, travels: str, near: float, **where):
+def check(config: config_lib.Config, mesh: Mesh | None, work: Workload, travels: str, near: float, **where):
     """near: what small arrays on whole tiles may add to the bytes of arguments."""
     mesh = mesh or default_mesh(config, PLACE, work)
     result = compiled.compile_step(config, PLACE, mesh, work, **where)
@@ -46,7 +46,7 @@ def check(config: config_lib.Config, mesh: Mesh | None, work: Work, travels: str
 
 
 @pytest.mark.parametrize("kind, mesh, work", [
-    ("swa", Mesh("fsdp"), Work("train", 64, 8)), ("csa", None, Work("decode", 512, 8)),
+    ("swa", Mesh("fsdp"), Workload("train", 64, 8)), ("csa", None, Workload("decode", 512, 8)),
 ])  # fmt: skip
 def test_a_step_compiles_for_four_devices_and_the_closed_form_agrees(kind, mesh, work):
     check(one_layer(kind), mesh, work, "all-gather", 0.15, on=jax.devices()[:4], options=QUICK)
@@ -55,8 +55,8 @@ def test_a_step_compiles_for_four_devices_and_the_closed_form_agrees(kind, mesh,
 @needs_libtpu
 def test_decoding_with_entries_in_host_memory_copies_no_pool():
     """On the device the picked entries alone, in host memory the pool once, updated in place."""
-    config, work = one_layer("csa"), Work("decode", 8192, 4)
-    topk = config.model.indexer.topk
+    config, work = one_layer("csa"), Workload("decode", 8192, 4)
+    topk = config.model.indexer.index_topk
     pools = {}
     for hot in (0, 4 * topk):
         one = dataclasses.replace(config, cache=dataclasses.replace(config.cache, hot=hot, layout="fp8"))
@@ -72,6 +72,6 @@ def test_decoding_with_entries_in_host_memory_copies_no_pool():
 
 
 @needs_libtpu
-@pytest.mark.parametrize("work", [Work("train", 64, 8), Work("decode", 512, 8), Work("prefill", 512, 4)])
+@pytest.mark.parametrize("work", [Workload("train", 64, 8), Workload("decode", 512, 8), Workload("prefill", 512, 4)])
 def test_a_step_compiles_for_four_tpus_and_the_closed_form_agrees(work):
     check(one_layer("csa"), None, work, "ragged-all-to-all", 0.6)

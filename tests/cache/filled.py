@@ -5,13 +5,13 @@ import subprocess
 import sys
 
 from tests.cache.stored import chain, is_right, items
-from v4jax.cache.disk import Disk
+from v4jax.cache.disk import DiskTier
 
 
 def main(directory):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "none", directory], check=True)
     now = [0.0]
-    disk = Disk(os.path.join(directory, "cache"), 1 << 20, "lru", clock=lambda: now[0])
+    disk = DiskTier(os.path.join(directory, "cache"), 1 << 20, "lru", clock=lambda: now[0])
     first = items(chain("first", 6), 6)
     assert all(disk.put(one)[0] for one in first)
     with open(os.path.join(directory, "others"), "wb", buffering=0) as others:
@@ -32,12 +32,12 @@ def main(directory):
         except OSError:
             pass
     assert not disk.put(new)[0] and disk.stats()["paused"]
-    disk.check()
+    disk.check_invariants()
     os.remove(os.path.join(directory, "more"))
     assert not disk.put(new)[0] and disk.stats()["refused"] == 1  # not tried
     now[0] += 5
     assert disk.put(new)[0] and not disk.stats()["paused"] and is_right(disk.get(new.form, new.name))
-    disk.check()
+    disk.check_invariants()
     print("done")
 
 

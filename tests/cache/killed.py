@@ -12,16 +12,16 @@ import sys
 import time
 
 from tests.cache.stored import ROOT, chain, is_right, item
-from v4jax.cache.disk import Disk
-from v4jax.cache.manifest import Form
+from v4jax.cache.disk import DiskTier
+from v4jax.cache.manifest import BlockSchema
 
-LARGE = Form("block", (("rows", "uint8", (1 << 18,)),))  # so that much of the time is spent in writing
+LARGE = BlockSchema("block", (("rows", "uint8", (1 << 18,)),))  # so that much of the time is spent in writing
 BUDGET = 20 * LARGE.nbytes
 
 
 def write(directory, prepared, ready):
     """Write the items again and again until killed."""
-    disk = Disk(directory, BUDGET, "lru")
+    disk = DiskTier(directory, BUDGET, "lru")
     os.write(ready, b"x")
     while True:
         for one in prepared:
@@ -47,10 +47,10 @@ def main(directory, rounds, seed):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         partial += any(path.suffix == ".partial" for path in pathlib.Path(directory).iterdir())
-        disk = Disk(directory, BUDGET, "lru")
-        disk.check()
-        for key in list(disk._shelf.entries):
-            one = disk.get(LARGE, key.name)
+        disk = DiskTier(directory, BUDGET, "lru")
+        disk.check_invariants()
+        for key in list(disk._index.entries):
+            one = disk.get(LARGE, key.block_hash)
             assert one is not None and is_right(one)
             found += 1
         assert disk.stats()["corrupt"] == disk.stats()["read_errors"] == 0

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.cache.stored import BLOCK, RECORD, ROOT, chain, payload
-from v4jax.cache.disk import Disk, Elsewhere
+from v4jax.cache.disk import DiskTier, Elsewhere
 from v4jax.cache.parts import pack, part_of, unpack
 from v4jax.cache.sharded import Sharded
 from v4jax.parallel import distributed
@@ -38,10 +38,10 @@ class Member:
                                          lambda index, shape=shape: np.zeros((3, *shape), np.uint8)[index])
             for name, _, shape in form.table
         ]  # fmt: skip
-        self.disk = Disk(directory / str(number), PLENTY, "lru")
+        self.disk = DiskTier(directory / str(number), PLENTY, "lru")
         self.shared = Sharded(
             [self.disk], {form: part_of(form, pages(form)) for form in SPECS}, jax.process_index(),
-            jax.process_count(), distributed.gather, [Elsewhere(directory / str(i)) for i in others if i != number],
+            jax.process_count(), distributed.all_gather_bytes, [Elsewhere(directory / str(i)) for i in others if i != number],
         )  # fmt: skip
 
     def put(self, form, name, parent=ROOT):
@@ -88,7 +88,7 @@ def read_alone(directory):
 
 
 def main(directory):
-    distributed.start(distributed.where(os.environ), 120)
+    distributed.initialize(distributed.detect_process(os.environ), 120)
     index, present = jax.process_index(), lambda name: BLOCK.key(name) in member.shared
     member = Member(directory, index, others=(0, 1, 2))
     assert 0 < member.shared.parts[BLOCK].nbytes < BLOCK.nbytes
@@ -123,7 +123,7 @@ def main(directory):
     member.shared.sync()
     assert member.read(BLOCK, BOTH[1])
     member.shared.check()
-    member.disk.check()
+    member.disk.check_invariants()
     member.disk.close()
     distributed.barrier("done")
     print("done", flush=True)

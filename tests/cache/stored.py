@@ -4,14 +4,14 @@ import hashlib
 
 import numpy as np
 
-from v4jax.cache.manifest import Form, checksum
-from v4jax.cache.tiers import Item
+from v4jax.cache.manifest import BlockSchema, checksum
+from v4jax.cache.tiers import StoredBlock
 
 ROOT = bytes(16)
-BLOCK = Form(
+BLOCK = BlockSchema(
     "block", (("csa.main", "uint16", (4, 16)), ("csa.index", "float8_e4m3fn", (4, 8)), ("hca.main", "float32", (2, 16)))
 )
-RECORD = Form("record", (("ring", "float32", (8, 16)), ("tails", "float32", (8, 32))))
+RECORD = BlockSchema("record", (("ring", "float32", (8, 16)), ("tails", "float32", (8, 32))))
 
 
 def name(*parts) -> bytes:
@@ -29,9 +29,9 @@ def payload(form, name) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, form.nbytes, np.uint8)
 
 
-def item(form, name, parent=ROOT) -> Item:
+def item(form, name, parent=ROOT) -> StoredBlock:
     data = payload(form, name)
-    return Item(form, name, parent, data, checksum(data))
+    return StoredBlock(form, name, parent, data, checksum(data))
 
 
 def items(names, *boundaries):

@@ -4,13 +4,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from v4jax.cache import prefix
-from v4jax.cache.blocks import Blocks
+from v4jax.cache.blocks import BlockPool
 
-SEED = prefix.seed(b"weights")
+SEED = prefix.hash_seed(b"weights")
 
 
 def names(*tokens):
-    return prefix.chain(SEED, tokens, 1)
+    return prefix.block_hashes(SEED, tokens, 1)
 
 
 def fill(blocks, *tokens, records=()):
@@ -29,148 +29,148 @@ def publish(blocks, chain, pages):
 
 
 def test_pages_are_given_out_once_and_never_page_0():
-    blocks = Blocks(5)
+    blocks = BlockPool(5)
     one, other = blocks.allocate(1), blocks.allocate(3)
     assert sorted(one + other) == [1, 2, 3, 4]
     assert blocks.allocate(1) is None
-    blocks.check([one, other])
-    blocks.release(other)
-    blocks.check([one])
-    assert blocks.room() == 3 and blocks.allocate(4) is None and sorted(blocks.allocate(3)) == sorted(other)
+    blocks.check_invariants([one, other])
+    blocks.free(other)
+    blocks.check_invariants([one])
+    assert blocks.num_available() == 3 and blocks.allocate(4) is None and sorted(blocks.allocate(3)) == sorted(other)
 
 
 def test_what_a_sequence_left_is_found_up_to_the_last_record():
-    blocks = Blocks(9, [7, 8])
+    blocks = BlockPool(9, [7, 8])
     chain = names(1, 2, 3, 4)
     pages = fill(blocks, 1, 2, 3, 4, records=[0, 2])
-    record = blocks.match(chain)[1]
-    assert blocks.match(chain) == (3, record) and record in (7, 8)
-    assert blocks.match(names(1, 2, 9, 4)) == (1, ({7, 8} - {record}).pop())
-    assert blocks.match(names(9)) == blocks.match([]) == (0, None)
-    assert blocks.match(prefix.chain(prefix.seed(b"weights", salt="a"), [1, 2, 3, 4], 1)) == (0, None)
-    blocks.release(pages)
-    assert blocks.match(chain) == (3, record)
-    assert blocks.room(chain[:3]) == 8 - 3
-    assert blocks.acquire(chain[:3]) == pages[:3] == blocks.acquire(chain[:3])
-    blocks.check([pages[:3], pages[:3]])
+    record = blocks.match_prefix(chain)[1]
+    assert blocks.match_prefix(chain) == (3, record) and record in (7, 8)
+    assert blocks.match_prefix(names(1, 2, 9, 4)) == (1, ({7, 8} - {record}).pop())
+    assert blocks.match_prefix(names(9)) == blocks.match_prefix([]) == (0, None)
+    assert blocks.match_prefix(prefix.block_hashes(prefix.hash_seed(b"weights", salt="a"), [1, 2, 3, 4], 1)) == (0, None)
+    blocks.free(pages)
+    assert blocks.match_prefix(chain) == (3, record)
+    assert blocks.num_available(chain[:3]) == 8 - 3
+    assert blocks.touch(chain[:3]) == pages[:3] == blocks.touch(chain[:3])
+    blocks.check_invariants([pages[:3], pages[:3]])
 
 
 def test_a_record_alone_or_a_page_alone_is_no_hit():
-    blocks = Blocks(9, [1])
+    blocks = BlockPool(9, [1])
     chain = names(1)
     pages = fill(blocks, 1)
-    assert blocks.match(chain) == (0, None)
-    record = blocks.keep(chain[0])
-    assert blocks.match(chain) == (0, None)  # not written yet
-    blocks.ready(chain[0], record)
-    assert blocks.match(chain) == (1, record)
-    blocks.retract(pages)
-    assert blocks.match(chain) == (0, None)
+    assert blocks.match_prefix(chain) == (0, None)
+    record = blocks.reserve_snapshot(chain[0])
+    assert blocks.match_prefix(chain) == (0, None)  # not written yet
+    blocks.commit_snapshot(chain[0], record)
+    assert blocks.match_prefix(chain) == (1, record)
+    blocks.invalidate(pages)
+    assert blocks.match_prefix(chain) == (0, None)
 
 
 def test_the_longest_unused_goes_first_and_leaves_before_parents():
-    blocks = Blocks(7)
+    blocks = BlockPool(7)
     for tokens in [(1, 2), (3, 4), (1, 5)]:
         chain = names(*tokens)
         known = [name for name in chain if name in blocks._page]
-        pages = blocks.acquire(known) + blocks.allocate(len(chain) - len(known))
+        pages = blocks.touch(known) + blocks.allocate(len(chain) - len(known))
         publish(blocks, chain, pages)
-        blocks.release(pages)
+        blocks.free(pages)
     order = []
     for _ in range(6):
         before = set(blocks._page)
         blocks.allocate(1)
-        blocks.check()
+        blocks.check_invariants()
         order += before - set(blocks._page)
     assert order == [names(1, 2)[1], names(3, 4)[1], names(3)[0], names(1, 5)[1], names(1)[0]]
     assert blocks.stats()["evictions"] == 5
 
 
 def test_a_duplicate_stays_private_and_takes_over_when_the_other_is_gone():
-    blocks = Blocks(6, [9])
+    blocks = BlockPool(6, [9])
     first = fill(blocks, 1, 2)
-    blocks.release(first)
+    blocks.free(first)
     second = blocks.allocate(3)
     assert publish(blocks, names(1, 2, 3), second) == [False, False, True]
-    assert blocks.acquire(names(1, 2)) == first
-    blocks.release(first)
-    blocks.release(second)
-    blocks.check([])
+    assert blocks.touch(names(1, 2)) == first
+    blocks.free(first)
+    blocks.free(second)
+    blocks.check_invariants([])
     assert [blocks._page[name] for name in names(1, 2, 3)] == [*first, second[2]]
     assert blocks.stats()["pages_cached"] == 3  # duplicates are freed
 
     again = blocks.allocate(2)
     assert publish(blocks, names(1, 2), again) == [False, False]
     other = blocks.allocate(3)  # evicts all that was cached
-    assert blocks.match(names(1)) == (0, None)
-    blocks.release(again)
-    blocks.check([other])
-    assert blocks.acquire(names(1, 2)) == again
+    assert blocks.match_prefix(names(1)) == (0, None)
+    blocks.free(again)
+    blocks.check_invariants([other])
+    assert blocks.touch(names(1, 2)) == again
 
 
 def test_retracted_pages_are_never_found_again_even_when_others_hold_them():
-    blocks = Blocks(6, [9])
+    blocks = BlockPool(6, [9])
     bad = fill(blocks, 1, 2, records=[1])
-    shared = blocks.acquire(names(1))
-    blocks.retract(bad)
-    blocks.release(bad)
-    blocks.check([shared])
+    shared = blocks.touch(names(1))
+    blocks.invalidate(bad)
+    blocks.free(bad)
+    blocks.check_invariants([shared])
     fresh = fill(blocks, 1)
-    blocks.release(fresh)
-    blocks.release(shared)
-    blocks.check([])
-    assert blocks.acquire(names(1)) == fresh != shared
+    blocks.free(fresh)
+    blocks.free(shared)
+    blocks.check_invariants([])
+    assert blocks.touch(names(1)) == fresh != shared
     assert blocks.stats()["records_spare"] == 1 and names(1, 2)[1] not in blocks._page
 
 
 def test_records_are_evicted_by_use_but_not_while_pinned():
-    blocks = Blocks(9, [11, 12])
+    blocks = BlockPool(9, [11, 12])
     fill(blocks, 1, 2, 3, records=[0, 1])
     a, b, c = names(1, 2, 3)
-    assert blocks.keep(a) is None  # there is one
+    assert blocks.reserve_snapshot(a) is None  # there is one
     record = blocks.pin(a)
-    assert blocks.keep(c) is not None and b not in blocks._record
-    assert blocks.keep(b) is None  # one is pinned, the other is being written
-    blocks.forget(a)
-    assert blocks.match([a]) == (0, None) and blocks.keep(b) is None  # forgotten, but somebody reads it
+    assert blocks.reserve_snapshot(c) is not None and b not in blocks._record
+    assert blocks.reserve_snapshot(b) is None  # one is pinned, the other is being written
+    blocks.drop_snapshot(a)
+    assert blocks.match_prefix([a]) == (0, None) and blocks.reserve_snapshot(b) is None  # forgotten, but somebody reads it
     blocks.unpin(record)
-    blocks.check()
-    assert blocks.keep(b) == record
+    blocks.check_invariants()
+    assert blocks.reserve_snapshot(b) == record
 
 
 def test_records_that_others_used_are_not_superseded():
-    blocks = Blocks(9, [1, 2])
+    blocks = BlockPool(9, [1, 2])
     fill(blocks, 1, 2, records=[0, 1])
     a, b = names(1, 2)
     blocks.unpin(blocks.pin(a))
-    blocks.forget(a, unless_used=True)
-    blocks.forget(b, unless_used=True)
+    blocks.drop_snapshot(a, unless_used=True)
+    blocks.drop_snapshot(b, unless_used=True)
     assert list(blocks._record) == [a]
 
 
 def test_use_renews_a_record():
-    blocks = Blocks(9, [1, 2])
+    blocks = BlockPool(9, [1, 2])
     fill(blocks, 1, 2, 3, records=[0, 1])
     a, b, c = names(1, 2, 3)
     blocks.unpin(blocks.pin(a))
-    assert blocks.keep(c) and list(blocks._record) == [a, c]
+    assert blocks.reserve_snapshot(c) and list(blocks._record) == [a, c]
     assert blocks.stats()["record_evictions"] == 1
 
 
 @pytest.mark.parametrize("forgotten", [True, False])
 def test_a_record_that_went_wrong_returns(forgotten):
-    blocks = Blocks(3, [1])
+    blocks = BlockPool(3, [1])
     (name,) = names(1)
-    record = blocks.keep(name)
+    record = blocks.reserve_snapshot(name)
     if forgotten:
-        blocks.forget(name)
-    blocks.ready(name, record, valid=forgotten)
-    blocks.check()
+        blocks.drop_snapshot(name)
+    blocks.commit_snapshot(name, record, valid=forgotten)
+    blocks.check_invariants()
     assert blocks.stats()["records_spare"] == 1
 
 
 def test_counts_of_hits_and_their_ceiling():
-    blocks = Blocks(3, remember=3)
+    blocks = BlockPool(3, remember=3)
     blocks.note(names(1, 2), 0)
     blocks.note(names(1, 2, 3), 1)
     assert blocks.stats()["hit_rate"] == 1 / 5 and blocks.stats()["hit_ceiling"] == 2 / 5
@@ -180,21 +180,21 @@ def test_counts_of_hits_and_their_ceiling():
 
 
 def test_breaking_the_rules_is_an_error_and_changes_nothing():
-    blocks = Blocks(4, [1])
+    blocks = BlockPool(4, [1])
     pages = fill(blocks, 1, 2)
     for wrong in [
-        lambda: blocks.release([pages[0], pages[1], pages[0]]),
-        lambda: blocks.publish(SEED, names(3)[0], pages[0]),
-        lambda: blocks.publish(SEED, names(3)[0], 3),
+        lambda: blocks.free([pages[0], pages[1], pages[0]]),
+        lambda: blocks.cache_block(SEED, names(3)[0], pages[0]),
+        lambda: blocks.cache_block(SEED, names(3)[0], 3),
         lambda: blocks.unpin(1),
-        lambda: Blocks(1),
+        lambda: BlockPool(1),
     ]:
         with pytest.raises(ValueError):
             wrong()
-        blocks.check([pages])
+        blocks.check_invariants([pages])
     with pytest.raises(KeyError):
-        blocks.acquire(names(1, 9))
-    blocks.check([pages])
+        blocks.touch(names(1, 9))
+    blocks.check_invariants([pages])
 
 
 @pytest.mark.parametrize("spoil", [
@@ -208,12 +208,12 @@ def test_breaking_the_rules_is_an_error_and_changes_nothing():
     lambda blocks: blocks._references.__setitem__(next(iter(blocks._idle)), 1),
 ])  # fmt: skip
 def test_check_sees_spoilt_books(spoil):
-    blocks = Blocks(9, [1, 2])
-    blocks.release(fill(blocks, 1, 2, records=[0]))
-    blocks.check([])
+    blocks = BlockPool(9, [1, 2])
+    blocks.free(fill(blocks, 1, 2, records=[0]))
+    blocks.check_invariants([])
     spoil(blocks)
     with pytest.raises(AssertionError, match="the books of the cache are wrong"):
-        blocks.check([])
+        blocks.check_invariants([])
 
 
 class Owners(RuleBasedStateMachine):
@@ -221,27 +221,27 @@ class Owners(RuleBasedStateMachine):
 
     @initialize(pages=st.integers(2, 9), records=st.integers(0, 3))
     def start(self, pages, records):
-        self.blocks, self.owners, self.pins = Blocks(pages, range(20, 20 + records)), [], []
+        self.blocks, self.owners, self.pins = BlockPool(pages, range(20, 20 + records)), [], []
         self.content = {}
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=5))
     def come(self, tokens):
         chain = names(*tokens)
-        found, record = self.blocks.match(chain)
+        found, record = self.blocks.match_prefix(chain)
         assert all(self.content[page] == name for page, name in self._found(chain[:found]))
-        if self.blocks.room(chain[:found]) < len(tokens) - found:
+        if self.blocks.num_available(chain[:found]) < len(tokens) - found:
             assert self.blocks.allocate(len(tokens)) is None
             return
         self.blocks.note(chain, found)
         if record is not None:
             assert self.blocks.pin(chain[found - 1]) == record
             self.pins.append(record)
-        pages = self.blocks.acquire(chain[:found]) + self.blocks.allocate(len(tokens) - found)
+        pages = self.blocks.touch(chain[:found]) + self.blocks.allocate(len(tokens) - found)
         self.content.update(zip(pages, chain, strict=True))
         publish(self.blocks, chain, pages)
-        record = self.blocks.keep(chain[-1])
+        record = self.blocks.reserve_snapshot(chain[-1])
         if record is not None:
-            self.blocks.ready(chain[-1], record)
+            self.blocks.commit_snapshot(chain[-1], record)
         self.owners.append((pages, found))
 
     @rule(which=st.integers(0, 9), failed=st.booleans())
@@ -249,9 +249,9 @@ class Owners(RuleBasedStateMachine):
         if self.owners:
             pages, found = self.owners.pop(which % len(self.owners))
             if failed:
-                self.blocks.retract(pages[found:])
+                self.blocks.invalidate(pages[found:])
                 assert not set(pages[found:]) & set(self.blocks._page.values())
-            self.blocks.release(pages)
+            self.blocks.free(pages)
 
     @rule()
     def copied(self):
@@ -260,7 +260,7 @@ class Owners(RuleBasedStateMachine):
 
     @rule(token=st.integers(0, 1), unless_used=st.booleans())
     def forget(self, token, unless_used):
-        self.blocks.forget(names(token)[0], unless_used=unless_used)
+        self.blocks.drop_snapshot(names(token)[0], unless_used=unless_used)
 
     def _found(self, chain):
         return [(self.blocks._page[name], name) for name in chain]
@@ -268,7 +268,7 @@ class Owners(RuleBasedStateMachine):
     @invariant()
     def books(self):
         if hasattr(self, "blocks"):
-            self.blocks.check([pages for pages, _ in self.owners])
+            self.blocks.check_invariants([pages for pages, _ in self.owners])
             assert all(self.content[page] == name for name, page in self.blocks._page.items())
 
     def teardown(self):
@@ -277,8 +277,8 @@ class Owners(RuleBasedStateMachine):
                 self.go(0, False)
             while self.pins:
                 self.copied()
-            self.blocks.check([])
-            assert self.blocks.room() == self.blocks.capacity == len(self.blocks.allocate(self.blocks.capacity))
+            self.blocks.check_invariants([])
+            assert self.blocks.num_available() == self.blocks.capacity == len(self.blocks.allocate(self.blocks.capacity))
             assert not self.blocks._record  # gone with their pages
 
 

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from tests.cache.stored import BLOCK, RECORD, chain, is_right, item, items
-from v4jax.cache.disk import Disk
+from v4jax.cache.disk import DiskTier
 from v4jax.cache.faults import FaultyFiles, failing
 from v4jax.core.check import UserError
 
@@ -30,15 +30,15 @@ class Clock:
 
 @pytest.fixture
 def disk(tmp_path):
-    disk = Disk(tmp_path / "kv", PLENTY, "lru")
+    disk = DiskTier(tmp_path / "kv", PLENTY, "lru")
     yield disk
-    disk.check()
+    disk.check_invariants()
     disk.close()
 
 
 def reopened(disk, budget=PLENTY):
     disk.close()
-    return Disk(disk.directory, budget, "lru")
+    return DiskTier(disk.directory, budget, "lru")
 
 
 def files(disk):
@@ -83,30 +83,30 @@ def test_what_is_not_there_is_a_miss(disk):
 
 
 def test_the_budget_holds_and_chains_go_from_their_end(tmp_path):
-    disk, names = Disk(tmp_path, 10 * 4096, "lru"), chain("a", 6)
+    disk, names = DiskTier(tmp_path, 10 * 4096, "lru"), chain("a", 6)
     for one in items(names, 6):
         disk.put(one)
     for other in range(5):
         disk.touch([BLOCK.key(name) for name in names])
         assert disk.put(item(BLOCK, chain(other, 1)[0]))[0]
         assert disk.stats()["bytes"] <= 10 * 4096
-    disk.check()
+    disk.check_invariants()
     assert [BLOCK.key(name) in disk for name in names] == [True] * 6 and RECORD.key(names[5]) not in disk
     disk = reopened(disk, 4 * 4096)  # a smaller budget: what fits of the newest
-    disk.check()
+    disk.check_invariants()
     assert disk.stats()["bytes"] <= 4 * 4096
     assert not disk.put(item(BLOCK, b"x" * 16)._replace(form=RECORD))[1]
     disk.close()
 
 
 def test_what_is_larger_than_the_budget_is_refused(tmp_path):
-    disk = Disk(tmp_path, 4095, "lru")
+    disk = DiskTier(tmp_path, 4095, "lru")
     assert disk.put(item(BLOCK, chain("a", 1)[0])) == (False, []) and disk.stats()["refused"] == 1
-    disk.check()
+    disk.check_invariants()
 
 
 def test_the_next_process_knows_what_was_used_last(tmp_path):
-    disk = Disk(tmp_path, PLENTY, "lru")
+    disk = DiskTier(tmp_path, PLENTY, "lru")
     old, used, new = (items(chain(seed, 1))[0] for seed in ("old", "used", "new"))
     for age, one in enumerate((used, old, new)):
         disk.put(one)
@@ -119,7 +119,7 @@ def test_the_next_process_knows_what_was_used_last(tmp_path):
 
 
 def test_files_of_other_models_count_and_go_when_they_are_old(tmp_path):
-    disk = Disk(tmp_path, 3 * 4096, "lru")
+    disk = DiskTier(tmp_path, 3 * 4096, "lru")
     others = items(chain("a", 3))
     for one in others:
         disk.put(one)
@@ -136,18 +136,18 @@ def test_files_of_other_models_count_and_go_when_they_are_old(tmp_path):
 
 def test_a_full_disk_costs_the_oldest_once(tmp_path):
     files, clock = FaultyFiles(room=4 * BLOCK.file_bytes + 1), Clock()
-    disk = Disk(tmp_path, PLENTY, "lru", files=files, clock=clock)
+    disk = DiskTier(tmp_path, PLENTY, "lru", files=files, clock=clock)
     stored = [item(BLOCK, name) for name in chain("a", 7)]
     assert all(disk.put(one)[0] for one in stored)
     stats = disk.stats()
     assert (stats["full"], stats["evictions"], stats["blocks"], stats["paused"]) == (3, 3, 4, 0)
     assert [one.key in disk for one in stored] == [False] * 3 + [True] * 4
-    disk.check()
+    disk.check_invariants()
 
 
 def test_writing_pauses_while_a_disk_stays_full_and_reading_goes_on(tmp_path):
     files, clock = FaultyFiles(), Clock()
-    disk = Disk(tmp_path, PLENTY, "lru", files=files, clock=clock)
+    disk = DiskTier(tmp_path, PLENTY, "lru", files=files, clock=clock)
     [kept, *rest] = [item(BLOCK, name) for name in chain("a", 20)]
     assert disk.put(kept)[0] and disk.put(rest[0])[0]
     tries = []
@@ -168,7 +168,7 @@ def test_writing_pauses_while_a_disk_stays_full_and_reading_goes_on(tmp_path):
     files.fault = lambda operation, path: None
     clock.now = 100
     assert disk.put(rest[1])[0] and disk.put(rest[2])[0] and not disk.stats()["paused"]
-    disk.check()
+    disk.check_invariants()
 
 
 def test_a_real_file_system_that_is_full(tmp_path):
@@ -184,7 +184,7 @@ def test_a_real_file_system_that_is_full(tmp_path):
 
 def test_what_cannot_be_read_is_forgotten_and_three_failures_open_the_breaker(tmp_path):
     files, clock = FaultyFiles(), Clock()
-    disk = Disk(tmp_path, PLENTY, "lru", files=files, clock=clock)
+    disk = DiskTier(tmp_path, PLENTY, "lru", files=files, clock=clock)
     stored = [item(BLOCK, name) for name in chain("a", 9)]
     for one in stored:
         disk.put(one)
@@ -205,7 +205,7 @@ def test_what_cannot_be_read_is_forgotten_and_three_failures_open_the_breaker(tm
     assert get(7) is None
     clock.now = 15
     assert is_right(get(7)) and not disk.stats()["breaker_open"] and disk.stats()["read_errors"] == 6
-    disk.check()
+    disk.check_invariants()
 
 
 # --- 3, 4, 5: damaged files -------------------------------------------------------------------------------------------
@@ -294,12 +294,12 @@ def test_a_second_owner_is_refused_until_the_first_is_gone_however_it_went(tmp_p
     try:
         assert child.stdout.readline() == "mine\n"
         with pytest.raises(UserError, match="in use by another engine; end that one or give each a directory"):
-            Disk(tmp_path, PLENTY, "lru")
+            DiskTier(tmp_path, PLENTY, "lru")
         child.send_signal(signal.SIGKILL)
         child.wait()
-        disk = Disk(tmp_path, PLENTY, "lru")
+        disk = DiskTier(tmp_path, PLENTY, "lru")
         with pytest.raises(UserError, match="in use"):  # in one process, too
-            Disk(tmp_path, PLENTY, "lru")
+            DiskTier(tmp_path, PLENTY, "lru")
         disk.close()
     finally:
         child.kill()
@@ -310,7 +310,7 @@ def test_a_second_owner_is_refused_until_the_first_is_gone_however_it_went(tmp_p
 def test_a_directory_that_cannot_be_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot keep the cache in .*file.*name another"):
-        Disk(tmp_path / "file" / "kv", PLENTY, "lru")
+        DiskTier(tmp_path / "file" / "kv", PLENTY, "lru")
 
 
 def test_a_directory_that_others_can_turn_or_write_is_refused(tmp_path):
@@ -318,11 +318,11 @@ def test_a_directory_that_others_can_turn_or_write_is_refused(tmp_path):
     real.mkdir(mode=0o700)
     link.symlink_to(real)
     with pytest.raises(UserError, match=f"link is a symbolic link.*name the directory it leads to: {real}"):
-        Disk(link, PLENTY, "lru")
+        DiskTier(link, PLENTY, "lru")
     shared.mkdir()
     shared.chmod(0o777)
     with pytest.raises(UserError, match="can be written by every user.*chmod o-w"):
-        Disk(shared, PLENTY, "lru")
+        DiskTier(shared, PLENTY, "lru")
     assert not list(real.iterdir()) and not list(shared.iterdir())
 
 
@@ -339,19 +339,19 @@ def test_a_lock_that_is_no_file_is_refused(tmp_path, make):
     directory.mkdir(mode=0o700)
     make(directory / "lock", other)
     with pytest.raises(UserError, match="lock is no regular file; remove it"):
-        Disk(directory, PLENTY, "lru")
+        DiskTier(directory, PLENTY, "lru")
     assert not (tmp_path / "missing").exists() and other.read_text() == "mine"
 
 
 def test_a_directory_swapped_under_a_running_engine_is_not_touched(tmp_path):
-    disk, (one, other) = Disk(tmp_path / "kv", PLENTY, "lru"), items(chain("a", 2))
+    disk, (one, other) = DiskTier(tmp_path / "kv", PLENTY, "lru"), items(chain("a", 2))
     assert disk.put(one)[0]
     (tmp_path / "kv").rename(tmp_path / "moved")
     (tmp_path / "victim").mkdir()
     (tmp_path / "kv").symlink_to(tmp_path / "victim")
     assert disk.put(other)[0]
     assert is_right(disk.get(one.form, one.name))  # what it locked is what it reads
-    disk.check()
+    disk.check_invariants()
     disk.discard(one.key)
     assert not list((tmp_path / "victim").iterdir()) and len(list((tmp_path / "moved").glob("*.block"))) == 1
     disk.close()
@@ -362,7 +362,7 @@ def test_a_directory_swapped_under_a_running_engine_is_not_touched(tmp_path):
     lambda path, other: os.mkfifo(path),
 ])  # fmt: skip
 def test_links_and_pipes_in_place_of_a_block_are_misses(tmp_path, plant):
-    disk, [one] = Disk(tmp_path / "kv", PLENTY, "lru"), items(chain("a", 1))
+    disk, [one] = DiskTier(tmp_path / "kv", PLENTY, "lru"), items(chain("a", 1))
     disk.put(one)
     [path] = (tmp_path / "kv").glob("*.block")
     other = tmp_path / "other"
@@ -371,6 +371,6 @@ def test_links_and_pipes_in_place_of_a_block_are_misses(tmp_path, plant):
     assert disk.get(one.form, one.name) is None and other.exists()
     plant(path, other)
     disk.close()
-    disk = Disk(tmp_path / "kv", PLENTY, "lru")
+    disk = DiskTier(tmp_path / "kv", PLENTY, "lru")
     assert disk.stats()["swept"] == 1 and disk.get(one.form, one.name) is None and other.exists()
     disk.close()

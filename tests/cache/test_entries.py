@@ -12,24 +12,24 @@ from hypothesis import strategies as st
 
 from tests.golden import weights
 from v4jax import config
-from v4jax.cache.entries import Bfloat16, Quantised, new_pool
-from v4jax.cache.spec import LAYOUTS, row
+from v4jax.cache.entries import Bf16Pool, QuantizedPool, new_pool
+from v4jax.cache.spec import KV_CACHE_DTYPES, entry_format
 from v4jax.core import qtensor
-from v4jax.nn.kept import Plain
+from v4jax.nn.kept import FloatPool
 
 PAGES, SLOTS = 3, 4
 SMALL = dataclasses.replace(weights.config(), head_dim=40)  # 32 numbers and 8 rotary ones
-quantise = jax.jit(qtensor.quantise, static_argnums=(1, 2))
-dequantise = jax.jit(qtensor.dequantise, static_argnames=("format", "impl"))
+quantise = jax.jit(qtensor.quantize, static_argnums=(1, 2))
+dequantise = jax.jit(qtensor.dequantize, static_argnames=("format", "impl"))
 write = jax.jit(lambda pool, page, slot, rows: pool.write(page, slot, rows), donate_argnums=0)
 read = jax.jit(lambda pool, page, slot, dtype=jnp.float32: pool.take(page, slot, dtype), static_argnums=3)
 read_pages = jax.jit(lambda pool, pages: pool.pages(pages).decoded(jnp.float32))
-CASES = [(kind, layout) for layout in LAYOUTS for kind in ("main", "index")]
+CASES = [(kind, layout) for layout in KV_CACHE_DTYPES for kind in ("main", "index")]
 
 
 def stored(kind: str, layout: str, rows: np.ndarray) -> np.ndarray:
     """What a pool makes of float32 rows, by the spec and without a pool."""
-    form = row(SMALL, kind, layout)
+    form = entry_format(SMALL, kind, layout)
     if not form.group:
         return rows.astype(jnp.dtype(form.format)).astype(np.float32)
     split = form.width - form.rotary
@@ -39,7 +39,7 @@ def stored(kind: str, layout: str, rows: np.ndarray) -> np.ndarray:
 
 
 def rows_of(kind: str, *shape: int, seed: int = 0) -> np.ndarray:
-    width = row(SMALL, kind, "model").width
+    width = entry_format(SMALL, kind, "model").width
     return np.random.RandomState(seed).standard_normal((*shape, width)).astype(np.float32)
 
 
@@ -83,12 +83,12 @@ def test_bfloat16_reads_equal_the_rounded_float32_ones(kind, layout):
 def test_arrays_are_the_planes_of_the_spec(kind, layout):
     model = config.load("v4_flash").model
     pool = new_pool(model, kind, 2, 64, layout)
-    form = row(model, kind, layout)
-    assert isinstance(pool, Quantised if form.group else Bfloat16) and pool.shape == (2, 64, form.width)
+    form = entry_format(model, kind, layout)
+    assert isinstance(pool, QuantizedPool if form.group else Bf16Pool) and pool.shape == (2, 64, form.width)
     arrays = jax.tree.leaves(pool)
     assert sorted((a.shape[-1], str(a.dtype)) for a in arrays) == sorted(form.planes.values())
     assert {a.shape[:2] for a in arrays} == {(2, 64)}
-    assert isinstance(new_pool(SMALL, kind, 2, 64, "model"), Plain)  # float32
+    assert isinstance(new_pool(SMALL, kind, 2, 64, "model"), FloatPool)  # float32
     assert sum(a.nbytes for a in arrays) == 2 * 64 * form.nbytes
 
 
@@ -106,7 +106,7 @@ def test_writes_are_in_place_and_copy_nothing(kind, layout):
 def test_a_row_with_nan_shows_and_harms_no_other():
     rows = rows_of("main", 2)
     rows[0, 3] = np.nan
-    for layout in LAYOUTS:
+    for layout in KV_CACHE_DTYPES:
         place = np.array([1, 1]), np.array([0, 1])
         got = np.asarray(read(write(new_pool(SMALL, "main", PAGES, SLOTS, layout), *place, rows), *place))
         assert np.isnan(got[0]).any() and np.array_equal(got[1], stored("main", layout, rows)[1])

@@ -10,18 +10,18 @@ import pytest
 
 from tests.golden import weights
 from v4jax.cache.entries import new_pool
-from v4jax.cache.far import new_far, pinned
-from v4jax.cache.spec import LAYOUTS, row
+from v4jax.cache.far import new_host_entry_pool, pinned_zeros
+from v4jax.cache.spec import KV_CACHE_DTYPES, entry_format
 from v4jax.core.check import UserError
 from v4jax.nn import hot as hot_lib
-from v4jax.nn.hot import counted
-from v4jax.nn.kept import Kept
-from v4jax.nn.memory import in_host
+from v4jax.nn.hot import read_counters
+from v4jax.nn.kept import PagedLayerCache
+from v4jax.nn.memory import is_host
 
 PAGES, SLOTS = 3, 8
 SMALL = dataclasses.replace(weights.config(), head_dim=40)  # 32 numbers and 8 rotary ones
 DEVICE = jax.devices()[0]
-WORDS = functools.partial(pinned, DEVICE)
+WORDS = functools.partial(pinned_zeros, DEVICE)
 EVERY = tuple(np.meshgrid(np.arange(PAGES, dtype=np.int32), np.arange(SLOTS, dtype=np.int32), indexing="ij"))
 
 
@@ -29,7 +29,7 @@ def bits(tree):
     return [np.asarray(leaf).view(np.uint8) for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", KV_CACHE_DTYPES)
 def test_a_pool_in_host_memory_reads_as_one_on_the_device(layout):
     rng = np.random.default_rng(0)
     page, slot = np.array([[0, 2, 3], [-1, 1, 0]], np.int32), np.array([[7, 0, 1], [2, 3, 3]], np.int32)
@@ -41,7 +41,7 @@ def test_a_pool_in_host_memory_reads_as_one_on_the_device(layout):
         there = np.array([[2, 0], [1, 1]], np.int32)
         return pool, pool.take(*EVERY, jnp.float32), pool.pages(there).decoded(jnp.float32)
 
-    far, _ = new_far(SMALL, PAGES, SLOTS, layout, 4, WORDS)
+    far, _ = new_host_entry_pool(SMALL, PAGES, SLOTS, layout, 4, WORDS)
     there, *read = run(far)
     here, *want = run(new_pool(SMALL, "main", PAGES, SLOTS, layout))
     assert [a.sharding.memory_kind for a in (far.words, there.words, *read)] == 2 * ["pinned_host"] + 2 * ["device"]
@@ -49,15 +49,15 @@ def test_a_pool_in_host_memory_reads_as_one_on_the_device(layout):
     assert np.abs(read[0]).max() > 1 and there.shape == here.shape
     fetched = jax.jit(lambda far: far.fetch(*EVERY))(there)
     assert all(np.array_equal(*pair) for pair in zip(bits(fetched), bits(here), strict=True))
-    assert there.words.nbytes == PAGES * SLOTS * 4 * row(SMALL, "main", layout).words
+    assert there.words.nbytes == PAGES * SLOTS * 4 * entry_format(SMALL, "main", layout).words
 
 
 class Copies:
     """A far pool of numbered rows and its copies, beside plain books of what was asked for when."""
 
     def __init__(self, copies):
-        far, hot = new_far(SMALL, PAGES, SLOTS, "fp8", copies, WORDS)
-        self.kept = Kept(jnp.zeros((1, 1, 1)), {}, far, None, hot)
+        far, hot = new_host_entry_pool(SMALL, PAGES, SLOTS, "fp8", copies, WORDS)
+        self.kept = PagedLayerCache(jnp.zeros((1, 1, 1)), {}, far, None, hot)
         self.clock, self.held, self.asked, self.fetched = 0, {}, 0, 0  # held: entry to the step that last asked for it
         self.ask = jax.jit(self._ask, donate_argnums=0)
         self.change = jax.jit(self._change, donate_argnums=0)
@@ -76,9 +76,9 @@ class Copies:
         return dataclasses.replace(kept, main=kept.main.write(page, slot, rows), hot=hot)
 
     def step(self, picks, wanted):
-        ptr = self.kept.main.words.unsafe_buffer_pointer()
+        ptr = self.kept.entries.words.unsafe_buffer_pointer()
         self.kept, copied, right = self.ask(self.kept, picks // SLOTS, picks % SLOTS, wanted)
-        assert self.kept.main.words.unsafe_buffer_pointer() == ptr and in_host(self.kept.main.words)
+        assert self.kept.main.words.unsafe_buffer_pointer() == ptr and is_host(self.kept.main.words)
         assert all(np.array_equal(*pair) for pair in zip(bits(copied), bits(right), strict=True))
         entries, self.clock = set(picks[wanted].tolist()), self.clock + 1
         before, after = dict(self.held), self.entries()
@@ -87,7 +87,7 @@ class Copies:
         gone = [before[entry] for entry in set(before) - after]
         assert not gone or max(gone) <= min(self.held.values())  # least recent use
         self.asked, self.fetched = self.asked + int(wanted.sum()), self.fetched + len(entries - set(before))
-        assert counted(np.asarray(self.kept.hot.count_5)).tolist() == [self.asked - self.fetched, self.fetched]
+        assert read_counters(np.asarray(self.kept.hot.count_5)).tolist() == [self.asked - self.fetched, self.fetched]
 
     def forget(self, entries):
         self.held = {entry: when for entry, when in self.held.items() if entry not in entries}
@@ -95,10 +95,10 @@ class Copies:
 
     def entries(self):
         """What is held, by both of its maps."""
-        at, entry = np.asarray(self.kept.hot.at_ZP).ravel(), np.asarray(self.kept.hot.entry_S)
+        at, entry = np.asarray(self.kept.device_cache.slot_of_entry_ZP).ravel(), np.asarray(self.kept.device_cache.entry_of_slot_S)
         held = np.flatnonzero(at)
         assert entry[0] == -1 and np.array_equal(entry[at[held]], held) and (entry >= 0).sum() == len(held)
-        assert not any(plane[0, 0].any() for plane in jax.tree.leaves(self.kept.hot.rows))
+        assert not any(plane[0, 0].any() for plane in jax.tree.leaves(self.kept.device_cache.rows))
         return set(held.tolist())
 
 
@@ -126,7 +126,7 @@ def test_counters_of_64_bits():
     count = jnp.array([7, 2**32 - 2, 0, 5, 3], jnp.uint32)
     for want in ((2**32 + 1, (3 << 32) + 5), (2**32 + 4, (3 << 32) + 5)):
         count = hot_lib._counted(count, jnp.int32(3), jnp.int32(0))
-        assert tuple(counted(np.asarray(count)).tolist()) == want
+        assert tuple(read_counters(np.asarray(count)).tolist()) == want
     assert count[0] == 9
 
 
@@ -138,9 +138,9 @@ def test_without_pinned_memory_it_is_one_line():
             return []
 
     with pytest.raises(UserError, match="abacus devices here have no pinned_host memory"):
-        pinned(Bare(), (PAGES, SLOTS, 9), jnp.uint32)
+        pinned_zeros(Bare(), (PAGES, SLOTS, 9), jnp.uint32)
 
 
 def test_too_little_host_memory_is_one_line():
     with pytest.raises(UserError, match="lower the cache's device or tokens"):
-        pinned(DEVICE, (2**40, 8000, 9), jnp.uint32)
+        pinned_zeros(DEVICE, (2**40, 8000, 9), jnp.uint32)

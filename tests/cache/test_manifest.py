@@ -4,21 +4,21 @@ import numpy as np
 import pytest
 
 from tests.cache.stored import BLOCK, RECORD, ROOT, chain, item
-from v4jax.cache.manifest import Corrupt, Form, Key, checksum, header, open_payload, parse_file
+from v4jax.cache.manifest import CorruptBlockError, BlockSchema, BlockKey, checksum, encode_header, decode_payload, parse_filename
 
 NAME, OTHER = chain("a", 2)
 
 
 def whole(form, name=NAME, parent=ROOT):
     one = item(form, name, parent)
-    return np.concatenate([np.frombuffer(header(form, name, parent, one.sum), np.uint8), one.payload])
+    return np.concatenate([np.frombuffer(encode_header(form, name, parent, one.checksum), np.uint8), one.payload])
 
 
 @pytest.mark.parametrize("form", [BLOCK, RECORD], ids=["block", "record"])
 def test_what_is_written_is_read(form):
     data = whole(form)
     assert data.size == form.file_bytes and (form.file_bytes - form.nbytes) % 64 == 0
-    payload, sum = open_payload(data, form, NAME, ROOT)
+    payload, sum = decode_payload(data, form, NAME, ROOT)
     assert np.array_equal(payload, item(form, NAME).payload) and sum == checksum(payload)
 
 
@@ -27,16 +27,16 @@ def test_every_flipped_byte_is_seen(form):
     data = whole(form)
     for i in range(data.size):
         data[i] ^= 1 << i % 8
-        with pytest.raises(Corrupt):
-            open_payload(data, form, NAME, ROOT)
+        with pytest.raises(CorruptBlockError):
+            decode_payload(data, form, NAME, ROOT)
         data[i] ^= 1 << i % 8
-    open_payload(data, form, NAME, ROOT)
+    decode_payload(data, form, NAME, ROOT)
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 50, 99, 100, 200, BLOCK.file_bytes - 1, BLOCK.file_bytes + 1])
 def test_any_other_length_is_seen(size):
-    with pytest.raises(Corrupt, match="bytes where"):
-        open_payload(np.resize(whole(BLOCK), size), BLOCK, NAME, ROOT)
+    with pytest.raises(CorruptBlockError, match="bytes where"):
+        decode_payload(np.resize(whole(BLOCK), size), BLOCK, NAME, ROOT)
 
 
 def test_a_sound_file_under_another_key_is_not_read():
@@ -44,8 +44,8 @@ def test_a_sound_file_under_another_key_is_not_read():
     renamed = dataclasses.replace(BLOCK, table=(("csa.mean", *BLOCK.table[0][1:]), *BLOCK.table[1:]))
     assert renamed.file_bytes == BLOCK.file_bytes
     for form, name, parent in [(BLOCK, OTHER, ROOT), (BLOCK, NAME, OTHER), (renamed, NAME, ROOT)]:
-        with pytest.raises(Corrupt, match="another key"):
-            open_payload(data, form, name, parent)
+        with pytest.raises(CorruptBlockError, match="another key"):
+            decode_payload(data, form, name, parent)
 
 
 def test_forms_differ_by_kind_names_dtypes_and_shapes():
@@ -56,23 +56,23 @@ def test_forms_differ_by_kind_names_dtypes_and_shapes():
         (("csa.main", "int16", (4, 16)),),
         (("csa.main", "int16", (64,)),),
     ]
-    forms = [Form(kind, table) for kind in ("block", "record") for table in tables]
+    forms = [BlockSchema(kind, table) for kind in ("block", "record") for table in tables]
     assert len({form.digest for form in forms}) == len(forms)
     assert len({form.key(NAME) for form in forms}) == len(forms)
 
 
 def test_names_of_files_tell_what_they_hold():
     key = BLOCK.key(NAME)
-    assert parse_file(key.file(OTHER)) == (key, OTHER)
+    assert parse_filename(key.file(OTHER)) == (key, OTHER)
     assert RECORD.key(NAME).file(ROOT) != BLOCK.key(NAME).file(ROOT)
     for file in ["lock", "", "x.block", key.file(OTHER) + ".partial", key.file(OTHER).upper(), "../" + key.file(OTHER)]:
-        assert parse_file(file) is None
+        assert parse_filename(file) is None
 
 
 def test_the_format_is_the_one_of_version_1():
     """Files outlive the process that wrote them: whoever changes their bytes changes VERSION, too."""
-    form = Form("block", (("a", "uint8", (4,)),))
+    form = BlockSchema("block", (("a", "uint8", (4,)),))
     data = np.arange(4, dtype=np.uint8)
-    start = header(form, bytes(range(16)), bytes(16), checksum(data))
+    start = encode_header(form, bytes(range(16)), bytes(16), checksum(data))
     assert form.digest.hex() == "0a1a52e466b0c6b91111936e70001563" and checksum(start) == 5806745303635244694
-    assert isinstance(form.key(NAME), Key)
+    assert isinstance(form.key(NAME), BlockKey)

@@ -6,11 +6,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.cache.stored import BLOCK, RECORD, item, name, payload
-from v4jax.cache.disk import Disk
-from v4jax.cache.manifest import Corrupt, Form, open_form
+from v4jax.cache.disk import DiskTier
+from v4jax.cache.manifest import CorruptBlockError, BlockSchema, decode_schema
 from v4jax.cache.parts import covered, pack, part_of, recut, unpack
 
-WHOLE = Form("block", (("main", "bfloat16", (4, 16)), ("index", "uint8", (8,)), ("scale", "float32", ())))
+WHOLE = BlockSchema("block", (("main", "bfloat16", (4, 16)), ("index", "uint8", (8,)), ("scale", "float32", ())))
 
 
 def meshed(spec, shape, mesh=(2, 4)):
@@ -26,7 +26,7 @@ def half(form, number, axis=-1):
         if shape:
             box[axis] = (number * shape[axis] // 2, (number + 1) * shape[axis] // 2)
         boxes.append(tuple(box))
-    return Form(form.kind, form.table, tuple(boxes))
+    return BlockSchema(form.kind, form.table, tuple(boxes))
 
 
 def test_a_process_that_holds_all_writes_what_an_engine_without_a_mesh_writes():
@@ -62,7 +62,7 @@ def test_halves_of_one_cut_give_those_of_another(whole):
 
 
 def test_a_file_tells_its_form(tmp_path):
-    disk, forms = Disk(tmp_path, 1 << 30, "lru"), [BLOCK, half(BLOCK, 1), half(RECORD, 0, axis=0)]
+    disk, forms = DiskTier(tmp_path, 1 << 30, "lru"), [BLOCK, half(BLOCK, 1), half(RECORD, 0, axis=0)]
     for form in forms:
         one = item(form, name("a"))
         disk.put(one)
@@ -74,7 +74,7 @@ def test_a_file_tells_its_form(tmp_path):
     for at, wrong in [(0, 1), (10, 9), (50, 1), (130, 3), (140, 200)]:
         bad = data.copy()
         bad[at] ^= wrong
-        with pytest.raises(Corrupt):
-            open_form(bad)
-    with pytest.raises(Corrupt):
-        open_form(data[:50])
+        with pytest.raises(CorruptBlockError):
+            decode_schema(bad)
+    with pytest.raises(CorruptBlockError):
+        decode_schema(data[:50])

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cache.stored import BLOCK, RECORD, ROOT, chain, item, items
-from v4jax.cache.disk import Disk
-from v4jax.cache.policy import POLICIES, S3Fifo
-from v4jax.cache.shelf import Shelf
-from v4jax.cache.tiers import Host
+from v4jax.cache.disk import DiskTier
+from v4jax.cache.policy import POLICIES, S3FIFOPolicy
+from v4jax.cache.shelf import TierIndex
+from v4jax.cache.tiers import HostTier
 
 BUDGET = 40
 TREE = [(form.key(name), parent if form is BLOCK else name)
@@ -38,7 +38,7 @@ def put(shelf, key, parent, size):
 @settings(derandomize=True, deadline=None, database=None, max_examples=100)
 @given(steps=steps)
 def test_the_budget_holds_and_children_leave_before_parents(policy, steps):
-    shelf = Shelf(BUDGET, policy)
+    shelf = TierIndex(BUDGET, policy)
     for what, number, size in steps:
         key, parent = TREE[number]
         if what == "add" and key not in shelf:
@@ -50,16 +50,16 @@ def test_the_budget_holds_and_children_leave_before_parents(policy, steps):
             there = key in shelf
             assert (shelf.remove(key) is not None) == there and key not in shelf
         assert shelf.used <= BUDGET
-        shelf.check()
+        shelf.check_invariants()
     while shelf.entries:
-        shelf.remove(shelf.oldest())
-    shelf.check()
+        shelf.remove(shelf.next_victim())
+    shelf.check_invariants()
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_s3_fifo_is_that_of_the_paper_where_nothing_hangs_together(seed):
     """Against lists, of entries of one size: a tenth of the budget for the small queue, three uses remembered."""
-    rng, shelf = random.Random(seed), Shelf(50, "s3fifo")
+    rng, shelf = random.Random(seed), TierIndex(50, "s3fifo")
     small, main, uses, ghosts, went = [], [], {}, [], 0
 
     def leave():
@@ -95,7 +95,7 @@ def test_s3_fifo_is_that_of_the_paper_where_nothing_hangs_together(seed):
 def test_one_pass_of_strangers_leaves_what_is_used():
     kept = {}
     for policy in POLICIES:
-        shelf = Shelf(20, policy)
+        shelf = TierIndex(20, policy)
         used = [RECORD.key(name) for name in chain("used", 10)]
         for key in used:
             put(shelf, key, ROOT, 1)
@@ -107,12 +107,12 @@ def test_one_pass_of_strangers_leaves_what_is_used():
 
 
 def test_a_request_is_one_use_and_the_memory_of_what_went_is_bounded():
-    shelf = Shelf(20, "s3fifo")
+    shelf = TierIndex(20, "s3fifo")
     for name in chain("a", 2000):
         put(shelf, RECORD.key(name), ROOT, 1)
         shelf.touch([RECORD.key(name)] * 9)
     policy = shelf._policy
-    assert isinstance(policy, S3Fifo) and max(policy._uses.values()) <= 3
+    assert isinstance(policy, S3FIFOPolicy) and max(policy._uses.values()) <= 3
     assert policy._ghost_bytes == sum(policy._ghosts.values()) <= 20
     assert policy._small_bytes == sum(policy._size[key] for key in shelf.entries if key in policy._small)
     assert len(policy._small._heap) + len(policy._main._heap) < 300
@@ -120,8 +120,8 @@ def test_a_request_is_one_use_and_the_memory_of_what_went_is_bounded():
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_tiers_go_by_their_policy(tmp_path, policy):
-    names, host = chain("a", 3), Host(4 * BLOCK.nbytes, policy)
-    disk = Disk(tmp_path, 4 * 4096, policy)
+    names, host = chain("a", 3), HostTier(4 * BLOCK.nbytes, policy)
+    disk = DiskTier(tmp_path, 4 * 4096, policy)
     for tier in (host, disk):
         for one in items(names):
             tier.put(one)
@@ -129,6 +129,6 @@ def test_tiers_go_by_their_policy(tmp_path, policy):
         for name in chain("others", 5):
             tier.put(item(BLOCK, name))
             assert tier.stats()["bytes"] <= tier.stats()["budget"]
-        tier.check()
+        tier.check_invariants()
         assert sum(BLOCK.key(name) in tier for name in names) == {"lru": 0, "s3fifo": 3}[policy]
     disk.close()

@@ -21,45 +21,45 @@ ids = st.lists(st.integers(0, 2**31 - 1), max_size=40)
 
 @given(ids, ids, st.integers(1, 5))
 def test_names_are_equal_exactly_where_the_tokens_before_are(a, b, block):
-    seed = prefix.seed(b"weights")
+    seed = prefix.hash_seed(b"weights")
     for i, (one, other) in enumerate(
-        zip(prefix.chain(seed, a, block), prefix.chain(seed, b, block), strict=False), start=1
+        zip(prefix.block_hashes(seed, a, block), prefix.block_hashes(seed, b, block), strict=False), start=1
     ):
         assert (one == other) == (a[: i * block] == b[: i * block])
 
 
 @given(ids, st.integers(1, 5), st.integers(0, 8))
 def test_a_chain_can_be_continued_from_any_of_its_links(tokens, block, cut):
-    seed = prefix.seed(b"weights")
-    whole = prefix.chain(seed, tokens, block)
+    seed = prefix.hash_seed(b"weights")
+    whole = prefix.block_hashes(seed, tokens, block)
     assert len(whole) == len(tokens) // block and all(len(name) == prefix.SIZE for name in whole)
     cut = min(cut, len(whole))
-    rest = prefix.chain([seed, *whole][cut], tokens[cut * block :], block)
+    rest = prefix.block_hashes([seed, *whole][cut], tokens[cut * block :], block)
     assert whole[:cut] + rest == whole
 
 
 def test_the_hash_is_the_documented_one():
     name = hashlib.blake2b(b"parent" + bytes([7, 0, 0, 0, 0, 1, 0, 0]), digest_size=16).digest()
-    assert prefix.chain(b"parent", [7, 256, 9], 2) == [name]
-    assert prefix.chain(b"parent", np.array([7, 256, 9]), 2) == [name]
+    assert prefix.block_hashes(b"parent", [7, 256, 9], 2) == [name]
+    assert prefix.block_hashes(b"parent", np.array([7, 256, 9]), 2) == [name]
 
 
 def test_whatever_enters_the_seed_changes_it():
     seeds = [
-        prefix.seed(b"weights"),
-        prefix.seed(b"other weights"),
-        prefix.seed(b"weights", Shape()),
-        prefix.seed(b"weights", Shape(layers=3)),
-        prefix.seed(b"weights", Shape(), "fp8"),
-        prefix.seed(b"weights", Shape(), salt="tenant"),
-        prefix.seed(b"weights", "ab", "c"),
-        prefix.seed(b"weights", "a", "bc"),
-        prefix.seed(b"weights", b"abc"),
-        prefix.seed(b"weights", "abc"),
-        prefix.seed(b"weights", "tenant"),
+        prefix.hash_seed(b"weights"),
+        prefix.hash_seed(b"other weights"),
+        prefix.hash_seed(b"weights", Shape()),
+        prefix.hash_seed(b"weights", Shape(layers=3)),
+        prefix.hash_seed(b"weights", Shape(), "fp8"),
+        prefix.hash_seed(b"weights", Shape(), salt="tenant"),
+        prefix.hash_seed(b"weights", "ab", "c"),
+        prefix.hash_seed(b"weights", "a", "bc"),
+        prefix.hash_seed(b"weights", b"abc"),
+        prefix.hash_seed(b"weights", "abc"),
+        prefix.hash_seed(b"weights", "tenant"),
     ]
     assert len({*seeds}) == len(seeds) and {len(seed) for seed in seeds} == {prefix.SIZE}
-    assert prefix.seed(b"weights", Shape(), salt="tenant") == seeds[5]
+    assert prefix.hash_seed(b"weights", Shape(), salt="tenant") == seeds[5]
 
 
 def weights():
@@ -71,7 +71,7 @@ def test_digest_is_of_contents_not_of_order_or_memory_layout():
     other = dict(reversed(one.items()))
     other["b"] = np.asfortranarray(one["b"])
     assert not other["b"].flags.c_contiguous
-    assert prefix.digest(one) == prefix.digest(other) and len(prefix.digest(one)) == prefix.SIZE
+    assert prefix.tree_digest(one) == prefix.tree_digest(other) and len(prefix.tree_digest(one)) == prefix.SIZE
 
 
 @pytest.mark.parametrize("change", [
@@ -82,15 +82,15 @@ def test_digest_is_of_contents_not_of_order_or_memory_layout():
     {"a": np.ones((), ml_dtypes.bfloat16)},
 ])  # fmt: skip
 def test_digest_sees_every_change(change):
-    assert prefix.digest(weights() | change) != prefix.digest(weights())
+    assert prefix.tree_digest(weights() | change) != prefix.tree_digest(weights())
 
 
 def test_digest_sees_every_piece_of_a_large_array(monkeypatch):
     monkeypatch.setattr(prefix, "_PIECE", 64)
     data = np.zeros(200, np.uint8).view(ml_dtypes.float8_e4m3fn)
-    digests = {prefix.digest({"a": data})}
+    digests = {prefix.tree_digest({"a": data})}
     for i in (0, 63, 64, 199):
         changed = data.view(np.uint8).copy()
         changed[i] = 1
-        digests.add(prefix.digest({"a": changed.view(ml_dtypes.float8_e4m3fn)}))
+        digests.add(prefix.tree_digest({"a": changed.view(ml_dtypes.float8_e4m3fn)}))
     assert len(digests) == 5

@@ -15,11 +15,11 @@ import pytest
 from tests.cache import meshed
 from tests.cache.stored import BLOCK, RECORD, ROOT, chain, name, payload
 from tests.cache.test_parts import half
-from v4jax.cache.disk import Disk, Elsewhere
+from v4jax.cache.disk import DiskTier, Elsewhere
 from v4jax.cache.faults import FaultyFiles, failing
 from v4jax.cache.parts import recut
 from v4jax.cache.sharded import Sharded
-from v4jax.cache.tiers import Host
+from v4jax.cache.tiers import HostTier
 
 PROJECT = pathlib.Path(__file__).resolve().parents[2]
 PLENTY = 1 << 30
@@ -76,11 +76,11 @@ class Group:
 
 
 def hosts(budget=PLENTY):
-    return [(Host(budget, "lru"),), (Host(budget, "lru"),)]
+    return [(HostTier(budget, "lru"),), (HostTier(budget, "lru"),)]
 
 
 def disks(path, *numbers, files=None):
-    return [(Disk(path / str(i), PLENTY, "lru", files=files),) for i in numbers]
+    return [(DiskTier(path / str(i), PLENTY, "lru", files=files),) for i in numbers]
 
 
 # --- what counts ------------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def test_what_is_being_read_is_not_dropped():
 
 
 def test_what_one_cannot_store_the_others_let_go(tmp_path):
-    tiers = [(Host(PLENTY, "lru"),), (Disk(tmp_path, PLENTY, "lru", files=FaultyFiles(failing("write"))),)]
+    tiers = [(HostTier(PLENTY, "lru"),), (DiskTier(tmp_path, PLENTY, "lru", files=FaultyFiles(failing("write"))),)]
     group, one = Group(tiers), name("a")
     group.put(one)
     group.sync(), group.sync()
@@ -144,7 +144,7 @@ def test_what_one_cannot_store_the_others_let_go(tmp_path):
 
 
 def test_a_disk_below_the_host_keeps_a_block_that_leaves_the_host(tmp_path):
-    tiers = [(Host(2 * BLOCK.nbytes // 2, "lru"), disk) for [disk] in disks(tmp_path, 0, 1)]
+    tiers = [(HostTier(2 * BLOCK.nbytes // 2, "lru"), disk) for [disk] in disks(tmp_path, 0, 1)]
     group, names = Group(tiers), chain("a", 6)
     for one in names:
         group.put(one)
@@ -157,7 +157,7 @@ def test_a_disk_below_the_host_keeps_a_block_that_leaves_the_host(tmp_path):
 def test_whatever_is_lost_all_agree_and_no_byte_is_wrong(seed):
     """Tiers of a few blocks, and random losses, refusals and damage on either side."""
     rng, names = random.Random(seed), chain(seed, 8)
-    group = Group([(Host(5 * BLOCK.nbytes // 2, "lru"),), (Host(4 * BLOCK.nbytes // 2 + RECORD.nbytes // 2, "lru"),)])
+    group = Group([(HostTier(5 * BLOCK.nbytes // 2, "lru"),), (HostTier(4 * BLOCK.nbytes // 2 + RECORD.nbytes // 2, "lru"),)])
     hits = 0
     for _ in range(300):
         one, form = rng.choice(names), rng.choice([BLOCK, BLOCK, RECORD])
@@ -176,7 +176,7 @@ def test_whatever_is_lost_all_agree_and_no_byte_is_wrong(seed):
                 tier._items[key] = tier._items[key]._replace(payload=tier._items[key].payload ^ 1)
         group.sync()
         for tier in group.tiers:
-            tier[0].check()
+            tier[0].check_invariants()
     assert hits > 10
     for _ in range(3):
         group.sync()

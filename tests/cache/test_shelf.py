@@ -3,8 +3,8 @@ import random
 import pytest
 
 from tests.cache.stored import BLOCK, RECORD, ROOT, chain
-from v4jax.cache.manifest import Key
-from v4jax.cache.shelf import Shelf
+from v4jax.cache.manifest import BlockKey
+from v4jax.cache.shelf import TierIndex
 
 
 def put(shelf, names, *boundaries, size=1):
@@ -25,7 +25,7 @@ def emptied(shelf):
 
 
 def test_a_chain_goes_from_its_end():
-    shelf, names = Shelf(100, "lru"), chain("a", 4)
+    shelf, names = TierIndex(100, "lru"), chain("a", 4)
     put(shelf, names, 2, 4)
     shelf.touch([BLOCK.key(name) for name in names] + [RECORD.key(names[3]), RECORD.key(names[1])])
     order = emptied(shelf)
@@ -36,7 +36,7 @@ def test_a_chain_goes_from_its_end():
 
 
 def test_the_least_recently_used_chain_goes_first():
-    shelf, old, new = Shelf(100, "lru"), chain("old", 3), chain("new", 3)
+    shelf, old, new = TierIndex(100, "lru"), chain("old", 3), chain("new", 3)
     put(shelf, new)
     put(shelf, old)
     shelf.touch([BLOCK.key(name) for name in new])
@@ -44,7 +44,7 @@ def test_the_least_recently_used_chain_goes_first():
 
 
 def test_a_shared_beginning_goes_after_both_ends():
-    shelf, trunk = Shelf(100, "lru"), chain("trunk", 2)
+    shelf, trunk = TierIndex(100, "lru"), chain("trunk", 2)
     put(shelf, trunk)
     ends = chain("left", 1) + chain("right", 1)
     for end in ends:
@@ -53,15 +53,15 @@ def test_a_shared_beginning_goes_after_both_ends():
 
 
 def test_children_whose_parent_is_gone_go_like_others():
-    shelf, names = Shelf(100, "lru"), chain("a", 3)
+    shelf, names = TierIndex(100, "lru"), chain("a", 3)
     put(shelf, names)
     shelf.remove(BLOCK.key(names[1]))
-    shelf.check()
+    shelf.check_invariants()
     assert len(emptied(shelf)) == 2
 
 
 def test_a_ring_of_forged_names_can_be_emptied():
-    shelf, (one, two) = Shelf(100, "lru"), chain("ring", 2)
+    shelf, (one, two) = TierIndex(100, "lru"), chain("ring", 2)
     shelf.add(BLOCK.key(one), two, 1)
     shelf.add(BLOCK.key(two), one, 1)
     shelf.add(BLOCK.key(ROOT), ROOT, 1)
@@ -69,20 +69,20 @@ def test_a_ring_of_forged_names_can_be_emptied():
 
 
 def test_the_budget_holds():
-    shelf, names = Shelf(10, "lru"), chain("a", 3)
+    shelf, names = TierIndex(10, "lru"), chain("a", 3)
     put(shelf, names[:2], size=4)
-    assert not shelf.fits(3) and shelf.fits(2)
+    assert not shelf.has_room(3) and shelf.has_room(2)
     with pytest.raises(ValueError, match="do not fit"):
         shelf.add(BLOCK.key(names[2]), names[1], 3)
     with pytest.raises(ValueError, match="there already"):
         shelf.add(BLOCK.key(names[0]), ROOT, 1)
-    assert shelf.remove(Key("block", names[2], BLOCK.digest)) is None
+    assert shelf.remove(BlockKey("block", names[2], BLOCK.digest)) is None
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_random_use_keeps_the_books_and_the_order(seed):
     """Against a plain model: of all leaves, the one whose last use is the oldest."""
-    rng, shelf, parent, used, clock = random.Random(seed), Shelf(40, "lru"), {}, {}, 0
+    rng, shelf, parent, used, clock = random.Random(seed), TierIndex(40, "lru"), {}, {}, 0
     names = chain(seed, 60)
     for _ in range(1500):
         clock += 1
@@ -92,14 +92,14 @@ def test_random_use_keeps_the_books_and_the_order(seed):
             shelf.touch(some)
             used.update(dict.fromkeys(some, clock))
         elif key not in used:
-            if not shelf.fits(1):
+            if not shelf.has_room(1):
                 needed = {parent[k] if k.kind == "block" else k.name for k in used}
                 leaves = [k for k in used if k.kind == "record" or k.name not in needed]
-                gone = shelf.oldest()
+                gone = shelf.next_victim()
                 assert gone in leaves and used[gone] == min(used[k] for k in leaves)
                 shelf.remove(gone)
                 del used[gone]
-            i = names.index(key.name)
+            i = names.index(key.block_hash)
             parent[key] = names[rng.randrange(i)] if i else ROOT  # no rings
             shelf.add(key, parent[key], 1)
             used[key] = clock
@@ -107,4 +107,4 @@ def test_random_use_keeps_the_books_and_the_order(seed):
             shelf.remove(key)
             del used[key]
         assert shelf.entries.keys() == used.keys()
-    shelf.check()
+    shelf.check_invariants()

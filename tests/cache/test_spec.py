@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.golden import weights
 from v4jax import config
-from v4jax.cache.spec import LAYOUTS, Layout, block_tokens, check_block, row
+from v4jax.cache.spec import KV_CACHE_DTYPES, KVCacheSpec, block_size, validate_block_size, entry_format
 from v4jax.config import Indexer
 from v4jax.core.check import UserError
 
@@ -21,63 +21,63 @@ SMALL = weights.config()  # head_dim 16 with 8 rotary, indexer 16, ratios 4 and 
     (PRO, "model", 9848), (PRO, "bf16", 9848), (PRO, "fp8", 5511.4375), (PRO, "fp8_fp4", 5031.4375),
 ])  # fmt: skip
 def test_bytes_a_token_are_the_published_ones(model, layout, want):
-    assert Layout(model, layout).token_bytes == want
+    assert KVCacheSpec(model, layout).token_bytes == want
 
 
 def test_records_of_the_published_shape():
-    assert [Layout(FLASH, name).entry_bytes for name in LAYOUTS] == [1024, 1024, 584, 584]
-    assert [Layout(FLASH, name).key_bytes for name in LAYOUTS] == [256, 256, 132, 68]
-    assert row(FLASH, "main", "fp8").planes == {"values": (448, "uint8"), "rotary": (64, "uint16"),
+    assert [KVCacheSpec(FLASH, name).entry_bytes for name in KV_CACHE_DTYPES] == [1024, 1024, 584, 584]
+    assert [KVCacheSpec(FLASH, name).key_bytes for name in KV_CACHE_DTYPES] == [256, 256, 132, 68]
+    assert entry_format(FLASH, "main", "fp8").planes == {"values": (448, "uint8"), "rotary": (64, "uint16"),
                                                 "scales": (8, "uint8")}  # fmt: skip
-    assert row(FLASH, "index", "fp8").planes == {"values": (128, "uint8"), "scales": (4, "uint8")}
-    assert row(FLASH, "index", "fp8_fp4").planes == {"values": (64, "uint8"), "scales": (4, "uint8")}
+    assert entry_format(FLASH, "index", "fp8").planes == {"values": (128, "uint8"), "scales": (4, "uint8")}
+    assert entry_format(FLASH, "index", "fp8_fp4").planes == {"values": (64, "uint8"), "scales": (4, "uint8")}
 
 
 def test_other_shapes_are_padded_to_words():
-    assert row(SMALL, "main", "fp8").planes == {"values": (8, "uint8"), "rotary": (8, "uint16"),
+    assert entry_format(SMALL, "main", "fp8").planes == {"values": (8, "uint8"), "rotary": (8, "uint16"),
                                                 "scales": (4, "uint8")}  # fmt: skip
     odd = dataclasses.replace(SMALL, head_dim=38, rope_dim=2)  # 36 + 4 + 1 scale
-    assert row(odd, "main", "fp8").planes["scales"] == (4, "uint8") and row(odd, "main", "fp8").nbytes == 44
+    assert entry_format(odd, "main", "fp8").planes["scales"] == (4, "uint8") and entry_format(odd, "main", "fp8").nbytes == 44
     wide = dataclasses.replace(SMALL, head_dim=208)  # 200 numbers in 4 groups of 50
-    assert (row(wide, "main", "fp8").group, row(wide, "main", "fp8").nbytes) == (50, 200 + 16 + 4)
+    assert (entry_format(wide, "main", "fp8").group, entry_format(wide, "main", "fp8").nbytes) == (50, 200 + 16 + 4)
 
 
 def test_pages_by_hand():
-    fp8 = Layout(FLASH, "fp8")
+    fp8 = KVCacheSpec(FLASH, "fp8")
     assert (fp8.block, fp8.entries("csa"), fp8.entries("hca")) == (256, 64, 2)
-    assert fp8.page_bytes == 21 * 64 * (584 + 132) + 20 * 2 * 584
-    small = Layout(SMALL, "model")  # float32
-    assert small.page_bytes == 64 * (64 + 64) + 16 * 64
+    assert fp8.block_bytes == 21 * 64 * (584 + 132) + 20 * 2 * 584
+    small = KVCacheSpec(SMALL, "model")  # float32
+    assert small.block_bytes == 64 * (64 + 64) + 16 * 64
 
 
 def test_records_by_hand():
     """Rings in the model's type; tails float32: [two windows, 4 widths] for CSA and its indexer, [one, 2] for HCA."""
     ring = 8 * 16 * 4
     csa, index, hca = 8 * 4 * 16 * 4, 8 * 4 * 16 * 4, 16 * 2 * 16 * 4
-    assert {Layout(SMALL, name).record_bytes() for name in LAYOUTS} == {3 * ring + csa + index + hca}
-    assert Layout(FLASH).record_bytes() == 43 * 131_072 + 21 * 81_920 + 20 * 524_288  # spec 2.11
-    assert Layout(FLASH, hot=1024).record_bytes() == 43 * 131_072 + 21 * 81_920  # HCA tails are in host memory
+    assert {KVCacheSpec(SMALL, name).state_bytes() for name in KV_CACHE_DTYPES} == {3 * ring + csa + index + hca}
+    assert KVCacheSpec(FLASH).state_bytes() == 43 * 131_072 + 21 * 81_920 + 20 * 524_288  # spec 2.11
+    assert KVCacheSpec(FLASH, hot=1024).state_bytes() == 43 * 131_072 + 21 * 81_920  # HCA tails are in host memory
     rows = 3 * 16 * 4 + 2 * 4 * 16 * 4 + 2 * 16 * 4  # one more in every ring and every tail
-    assert Layout(SMALL).record_bytes(slack=3) == Layout(SMALL).record_bytes() + 3 * rows
+    assert KVCacheSpec(SMALL).state_bytes(slack=3) == KVCacheSpec(SMALL).state_bytes() + 3 * rows
 
 
 @pytest.mark.parametrize("name", config.preset_names())
 def test_blocks_of_the_shipped_configs(name):
-    assert block_tokens(config.load(name).model) == 256
+    assert block_size(config.load(name).model) == 256
 
 
 @given(csa=st.integers(2, 40), factor=st.integers(1, 9), wanted=st.integers(1, 1000))
 def test_block_is_the_least_common_multiple_that_is_enough(csa, factor, wanted):
     model = dataclasses.replace(SMALL, csa_ratio=csa, hca_ratio=csa * factor)
-    block = block_tokens(model, wanted)
+    block = block_size(model, wanted)
     assert block == min(n for n in range(csa * factor, wanted + csa * factor, csa * factor) if n >= wanted)
-    assert check_block(model, block) == Layout(model, block=block).block == block
+    assert validate_block_size(model, block) == KVCacheSpec(model, block=block).block == block
 
 
 def test_only_ratios_in_use_count():
     model = dataclasses.replace(SMALL, schedule=("swa", "csa"), csa_ratio=3, hca_ratio=300)
-    assert block_tokens(model) == 258 and check_block(model, 6) == 6
-    assert block_tokens(dataclasses.replace(SMALL, schedule=("swa",))) == 256
+    assert block_size(model) == 258 and validate_block_size(model, 6) == 6
+    assert block_size(dataclasses.replace(SMALL, schedule=("swa",))) == 256
 
 
 @pytest.mark.parametrize("block, complaint", [
@@ -87,27 +87,27 @@ def test_only_ratios_in_use_count():
 ])  # fmt: skip
 def test_a_block_that_a_ratio_does_not_divide(block, complaint):
     with pytest.raises(UserError, match=complaint):
-        Layout(FLASH, block=block)
+        KVCacheSpec(FLASH, block=block)
 
 
 def test_layouts_that_cannot_be():
     with pytest.raises(UserError, match="unknown cache layout 'int8'; one of model, bf16, fp8, fp8_fp4"):
-        Layout(FLASH, "int8")
+        KVCacheSpec(FLASH, "int8")
     with pytest.raises(UserError, match="rope_dim is all 16; take bf16"):
-        Layout(dataclasses.replace(SMALL, rope_dim=16), "fp8")
-    odd = dataclasses.replace(SMALL, indexer=Indexer(heads=2, head_dim=15, topk=3))
+        KVCacheSpec(dataclasses.replace(SMALL, rope_dim=16), "fp8")
+    odd = dataclasses.replace(SMALL, indexer=Indexer(index_n_heads=2, index_head_dim=15, index_topk=3))
     with pytest.raises(UserError, match="indexer.head_dim 15 is odd; take fp8"):
-        Layout(odd, "fp8_fp4")
-    assert Layout(odd, "fp8").key_bytes == 16
-    Layout(dataclasses.replace(odd, schedule=("hca",)), "fp8_fp4")  # no keys, nothing to refuse
+        KVCacheSpec(odd, "fp8_fp4")
+    assert KVCacheSpec(odd, "fp8").key_bytes == 16
+    KVCacheSpec(dataclasses.replace(odd, schedule=("hca",)), "fp8_fp4")  # no keys, nothing to refuse
     with pytest.raises(UserError, match="cache block of -1 tokens; take at least 1"):
-        Layout(dataclasses.replace(SMALL, schedule=("swa",)), block=-1)
+        KVCacheSpec(dataclasses.replace(SMALL, schedule=("swa",)), block=-1)
 
 
 def test_pages_of_a_budget():
-    layout = Layout(FLASH, "fp8_fp4")
-    assert layout.pages_for(10 * layout.page_bytes) == layout.pages_for(11 * layout.page_bytes - 1) == 10
+    layout = KVCacheSpec(FLASH, "fp8_fp4")
+    assert layout.blocks_for(10 * layout.block_bytes) == layout.blocks_for(11 * layout.block_bytes - 1) == 10
     with pytest.raises(UserError, match="holds no page beside the spare one.*give at least 1,799,296"):
-        layout.pages_for(2 * layout.page_bytes - 1)
+        layout.blocks_for(2 * layout.block_bytes - 1)
     with pytest.raises(UserError, match="window layers alone"):
-        Layout(dataclasses.replace(SMALL, schedule=("swa", "swa"))).pages_for(10**9)
+        KVCacheSpec(dataclasses.replace(SMALL, schedule=("swa", "swa"))).blocks_for(10**9)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from tests.cache.stored import BLOCK, RECORD, ROOT, chain, is_right, item, items, payload
-from v4jax.cache.disk import Disk
+from v4jax.cache.disk import DiskTier
 from v4jax.cache.faults import FaultyFiles, failing, slow
 from v4jax.cache.manifest import checksum
-from v4jax.cache.tiers import Host
-from v4jax.cache.transfer import Fetch, Transfer
+from v4jax.cache.tiers import HostTier
+from v4jax.cache.transfer import LoadJob, OffloadManager
 
 PLENTY, LONG = 1 << 30, 60.0
 
@@ -23,10 +23,10 @@ def make(tmp_path):
 
     def make(host=PLENTY, disk=PLENTY, files=None, deadline=LONG, **options):
         tiers = (
-            Host(host, "lru") if host else None,
-            Disk(tmp_path, disk, "lru", files=files, deadline=deadline) if disk else None,
+            HostTier(host, "lru") if host else None,
+            DiskTier(tmp_path, disk, "lru", files=files, deadline=deadline) if disk else None,
         )
-        made.append(Transfer(BLOCK, RECORD, *tiers, deadline=deadline, **options))
+        made.append(OffloadManager(BLOCK, RECORD, *tiers, deadline=deadline, **options))
         return made[-1]
 
     yield make
@@ -42,7 +42,7 @@ def save(transfer, stored, wait=True):
 
 def fetched(transfer, names, blocks_here=(), records_here=(), least=0):
     """The job when it is done, or None if there was nothing to fetch."""
-    job = Fetch(tuple(names), frozenset(blocks_here), frozenset(records_here), least)
+    job = LoadJob(tuple(names), frozenset(blocks_here), frozenset(records_here), least)
     if not transfer.fetch(job):
         return None
     assert job.done.wait(LONG)
@@ -67,13 +67,13 @@ def test_what_goes_down_comes_up(make, tiers):
     transfer, names = make(**tiers), chain("a", 5)
     save(transfer, items(names, 3, 5))
     job = fetched(transfer, names)
-    assert job.boundary == 5 and list(job.blocks) == names and job.record.name == names[4]
+    assert job.num_loaded == 5 and list(job.blocks) == names and job.record.name == names[4]
     job = fetched(transfer, names, blocks_here=names[:2], least=2)
-    assert job.boundary == 5 and list(job.blocks) == names[2:]
+    assert job.num_loaded == 5 and list(job.blocks) == names[2:]
     job = fetched(transfer, [*names[:4], *chain("b", 2)])
-    assert job.boundary == 3 and list(job.blocks) == names[:3]
+    assert job.num_loaded == 3 and list(job.blocks) == names[:3]
     job = fetched(transfer, names[:4], records_here=[names[3]])
-    assert job.boundary == 4 and job.record is None
+    assert job.num_loaded == 4 and job.record is None
     assert fetched(transfer, names[:3], least=3) is None and fetched(transfer, chain("b", 3)) is None
     settled(transfer)
 
@@ -81,7 +81,7 @@ def test_what_goes_down_comes_up(make, tiers):
 def test_look_ups_are_counted_by_tier_and_kind(make):
     transfer, names = make(host=2 * BLOCK.nbytes + RECORD.nbytes), chain("a", 5)
     save(transfer, items(names, 5))
-    assert fetched(transfer, [*names, *chain("b", 2)]).boundary == 5
+    assert fetched(transfer, [*names, *chain("b", 2)]).num_loaded == 5
     stats = settled(transfer)
     counted = {key: int(stats[key]) for key in stats if key.endswith(("hits", "misses"))}
     # Of the host's three places the last things saved have one each; the disk is asked for what is not there.
@@ -95,7 +95,7 @@ def test_what_is_still_on_its_way_down_can_come_up(make):
     gate, names = threading.Event(), chain("a", 3)
     transfer = make(host=0, files=FaultyFiles(lambda operation, path: gate.wait(LONG)))
     save(transfer, items(names, 3), wait=False)
-    assert fetched(transfer, names).boundary == 3 and transfer.stats()["queue_writes"] == 4
+    assert fetched(transfer, names).num_loaded == 3 and transfer.stats()["queue_writes"] == 4
     assert not transfer.wants(BLOCK.key(names[0])) and transfer.wants(BLOCK.key(ROOT))
     gate.set()
     assert settled(transfer)["disk_blocks"] == 3
@@ -118,7 +118,7 @@ def test_whatever_is_missing_or_bad_the_longest_sound_beginning_comes(make, seed
             for tier in transfer.tiers.values():
                 if not bad:
                     tier.discard(one.key)
-                elif isinstance(tier, Host):
+                elif isinstance(tier, HostTier):
                     tier._items[one.key] = one._replace(payload=one.payload ^ 1)
                 else:
                     path = tier.directory / one.key.file(one.parent)
@@ -126,10 +126,10 @@ def test_whatever_is_missing_or_bad_the_longest_sound_beginning_comes(make, seed
     whole = next((i for i, name in enumerate(names) if BLOCK.key(name) in lost), 8)
     most = max((b for b in boundaries if b <= whole and RECORD.key(names[b - 1]) not in lost), default=0)
     job = fetched(transfer, names)
-    assert (job.boundary if job else 0) == most
+    assert (job.num_loaded if job else 0) == most
     settled(transfer)
     again = fetched(transfer, names)
-    assert (again.boundary if again else 0) == most
+    assert (again.num_loaded if again else 0) == most
 
 
 def test_bad_bytes_on_the_host_are_counted_and_the_disk_has_them_still(make):
@@ -137,10 +137,10 @@ def test_bad_bytes_on_the_host_are_counted_and_the_disk_has_them_still(make):
     save(transfer, items(names, 2))
     for key, one in transfer.host._items.items():
         transfer.host._items[key] = one._replace(payload=one.payload ^ 128)
-    assert fetched(transfer, names).boundary == 2
+    assert fetched(transfer, names).num_loaded == 2
     stats = settled(transfer)
     assert stats["host_corrupt"] == 3 and stats["disk_corrupt"] == 0
-    assert fetched(transfer, names).boundary == 2 and transfer.stats()["disk_reads"] == 3  # back on the host
+    assert fetched(transfer, names).num_loaded == 2 and transfer.stats()["disk_reads"] == 3  # back on the host
 
 
 def test_read_errors_cost_what_they_hit(make):
@@ -149,7 +149,7 @@ def test_read_errors_cost_what_they_hit(make):
     save(transfer, items(names, 3, 6))
     bad = BLOCK.key(names[4]).file(names[3])
     files.fault = lambda operation, path: failing("read")(operation, path) if path.endswith(bad) else None
-    assert fetched(transfer, names).boundary == 3
+    assert fetched(transfer, names).num_loaded == 3
     stats = settled(transfer)
     assert stats["disk_read_errors"] == 1 and stats["disk_blocks"] == 5 and not stats["disk_breaker_open"]
 
@@ -166,11 +166,11 @@ def test_a_disk_that_hangs_is_given_up_and_the_breaker_opens(make):
     files.fault = lambda operation, path: gate.wait(LONG) if operation == "read" else None
     jobs = []
     for some in names[:3]:  # the third waits behind readers that hang
-        jobs.append(job := Fetch(tuple(some), frozenset(), frozenset(), 0))
+        jobs.append(job := LoadJob(tuple(some), frozenset(), frozenset(), 0))
         assert transfer.fetch(job) and not transfer.late(job)
         while not transfer.late(job):
             time.sleep(0.01)
-        assert job.boundary == 0
+        assert job.num_loaded == 0
     assert fetched(transfer, names[3]) is None  # not even tried
     stats = transfer.stats()
     assert stats["disk_late"] == stats["transfer_late"] == 3 and stats["disk_breaker_open"]
@@ -189,9 +189,9 @@ def test_what_is_on_the_host_does_not_wait_for_a_disk_that_hangs(make):
     for some in names:
         save(transfer, items(some, 2))
     files.fault = lambda operation, path: gate.wait(LONG) if operation == "read" else None
-    jobs = [Fetch(tuple(some), frozenset(), frozenset(), 0) for some in names[:2]]
+    jobs = [LoadJob(tuple(some), frozenset(), frozenset(), 0) for some in names[:2]]
     assert all(map(transfer.fetch, jobs))
-    assert fetched(transfer, names[3]).boundary == 2 and not any(job.done.is_set() for job in jobs)
+    assert fetched(transfer, names[3]).num_loaded == 2 and not any(job.done.is_set() for job in jobs)
     gate.set()
     assert all(job.done.wait(LONG) for job in jobs)
 
@@ -313,8 +313,8 @@ def test_eviction_races_with_loads(make, seed):
                     save(transfer, [one for one in items(names, 2, 4) if transfer.wants(one.key)], wait=False)
                 else:
                     job = fetched(transfer, names)
-                    assert job is None or job.boundary in (0, 2, 4)
-                    assert job is None or job.cancelled or set(job.blocks) >= set(names[: job.boundary])
+                    assert job is None or job.num_loaded in (0, 2, 4)
+                    assert job is None or job.cancelled or set(job.blocks) >= set(names[: job.num_loaded])
         except BaseException as error:  # whatever it is, the test is to fail by it
             failed.append(error)
 
@@ -335,7 +335,7 @@ def test_full_tiers_turn_over_many_times_with_exact_books(make):
         names = chain(turn, 4)
         save(transfer, items(names, 4), wait=turn % 2)
         if turn % 2:
-            assert fetched(transfer, names).boundary == 4
+            assert fetched(transfer, names).num_loaded == 4
     stats = settled(transfer)
     assert stats["disk_evictions"] >= 60 * 5 - 12 - stats["transfer_dropped"] and stats["disk_bytes"] <= 12 * 4096
     assert len(transfer.host._shelf._policy._queue._heap) < 200 and threading.active_count() < 100
@@ -351,12 +351,12 @@ def test_closing_leaves_no_thread_and_no_owner(make, tmp_path):
             break
         time.sleep(0.01)
     assert threading.active_count() <= before
-    disk = Disk(tmp_path, PLENTY, "lru")
+    disk = DiskTier(tmp_path, PLENTY, "lru")
     assert disk.stats()["blocks"] == 3
     disk.close()
 
 
 def test_the_checksum_is_of_the_bytes():
     one = item(BLOCK, chain("a", 1)[0])
-    assert one.sound and checksum(one.payload.tobytes()) == one.sum
-    assert not one._replace(payload=np.roll(one.payload, 1)).sound
+    assert one.is_intact and checksum(one.payload.tobytes()) == one.checksum
+    assert not one._replace(payload=np.roll(one.payload, 1)).is_intact

@@ -16,7 +16,7 @@ import numpy as np
 
 from v4jax.checkpoint import RunStore, checksums, export, hf, mapping
 from v4jax.checkpoint.model_io import open_checkpoint
-from v4jax.config import Config, Data, Indexer, Model, Moe, Serve
+from v4jax.config import Config, Data, Indexer, Model, MoE, Serve
 from v4jax.core.check import UserError
 
 _LEAF = {"w": jnp.arange(3000, dtype=jnp.float32).reshape(60, 50) ** 0.5, "b": jnp.full((7,), 2.5, jnp.bfloat16)}
@@ -27,18 +27,18 @@ EXTRAS = {"data": {"row": 1234, "identity": {"seed": 7}}, "heldout": {"10": 2.25
 def config() -> Config:
     """The smallest model with every kind of tensor."""
     model = Model(
-        vocab_size=32, hidden_size=32, schedule=("swa", "csa", "hca"), heads=2, head_dim=16, rope_dim=8, q_rank=16,
-        o_groups=2, o_rank=8, window=8, hca_ratio=8, dtype="float32", max_positions=4096, mtp_layers=0,
-        indexer=Indexer(heads=4, head_dim=8, topk=2), moe=Moe(experts=4, active=2, inner=16, hash_layers=1),
+        vocab_size=32, hidden_size=32, schedule=("swa", "csa", "hca"), num_attention_heads=2, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16,
+        o_groups=2, o_lora_rank=8, sliding_window=8, compress_rate_hca=8, dtype="float32", max_position_embeddings=4096, num_nextn_predict_layers=0,
+        indexer=Indexer(index_n_heads=4, index_head_dim=8, index_topk=2), moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=1),
     )  # fmt: skip
-    return Config("flips", model, data=Data(seq_len=64), serve=Serve(max_seq_len=512))
+    return Config("flips", model, data=Data(seq_len=64), serve=Serve(max_model_len=512))
 
 
 def weights(model: Model) -> dict[str, np.ndarray]:
     """Random tensors of a model by flat name."""
     rng = np.random.default_rng(0)
     draw = lambda tensor: rng.standard_normal(tensor.shape, np.float32)
-    index = lambda tensor: rng.integers(0, model.moe.experts, tensor.shape).astype(np.int32)
+    index = lambda tensor: rng.integers(0, model.moe.n_routed_experts, tensor.shape).astype(np.int32)
     return {name: (index if t.role == "index" else draw)(t) for name, t in mapping.tensors(model).items()}
 
 

@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from v4jax.checkpoint import mapping, model_io
-from v4jax.config import HyperConnection, Indexer, Model, Moe, Rope
-from v4jax.models.layout import from_flat
+from v4jax.config import HyperConnection, Indexer, Model, MoE, RoPE
+from v4jax.models.layout import from_layer_dict
 from v4jax.models.transformer import Transformer
 
 
@@ -17,10 +17,10 @@ from v4jax.models.transformer import Transformer
 def tiny() -> Model:
     """The tiny config of spec 12.1: all layer kinds, a hash layer, two output groups, YaRN, MTP."""
     return Model(
-        vocab_size=128, hidden_size=64, schedule=("swa", "csa", "hca", "csa", "hca"), heads=4, head_dim=32, rope_dim=8,
-        q_rank=24, o_groups=2, o_rank=16, window=8, csa_ratio=4, hca_ratio=16, max_positions=512, mtp_layers=1,
-        rope=Rope(yarn_factor=8.0, yarn_original=64), indexer=Indexer(heads=16, head_dim=16, topk=3),
-        moe=Moe(experts=8, active=2, inner=32, hash_layers=1), mhc=HyperConnection(),
+        vocab_size=128, hidden_size=64, schedule=("swa", "csa", "hca", "csa", "hca"), num_attention_heads=4, head_dim=32, qk_rope_head_dim=8,
+        q_lora_rank=24, o_groups=2, o_lora_rank=16, sliding_window=8, compress_rate_csa=4, compress_rate_hca=16, max_position_embeddings=512, num_nextn_predict_layers=1,
+        rope=RoPE(yarn_factor=8.0, yarn_original=64), indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=3),
+        moe=MoE(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, num_hash_layers=1), mhc=HyperConnection(),
     )  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def random_flat():
         flat = {}
         for name, tensor in mapping.tensors(model).items():
             if tensor.role == "index":
-                flat[name] = rng.integers(0, model.moe.experts, tensor.shape).astype(np.int32)
+                flat[name] = rng.integers(0, model.moe.n_routed_experts, tensor.shape).astype(np.int32)
             else:
                 kind = np.float32 if tensor.role == "f32" else dtype
                 flat[name] = rng.standard_normal(tensor.shape, np.float32).astype(kind)
@@ -48,7 +48,7 @@ def build():
 
     def make(model: Model, flat, scan: bool = False) -> Transformer:
         graphdef, abstract, runs = model_io._structure(model, scan)
-        return nnx.merge(graphdef, from_flat(jax.tree.map(jnp.asarray, flat), abstract, runs))
+        return nnx.merge(graphdef, from_layer_dict(jax.tree.map(jnp.asarray, flat), abstract, runs))
 
     return make
 

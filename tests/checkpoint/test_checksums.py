@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tests.checkpoint import bit_flips
 from v4jax.checkpoint import checksums, load_config
 from v4jax.checkpoint.convert import convert
-from v4jax.checkpoint.orbax import RunStore
+from v4jax.checkpoint.orbax import TrainCheckpointer
 from v4jax.checkpoint.safetensors import SafetensorsDir
 from v4jax.checkpoint.step import StepItem, read_sums
 from v4jax.core.check import UserError
@@ -35,7 +35,7 @@ def test_bit_flips_are_harmless_or_named(tmp_path, kind):
 def test_a_damaged_array_is_named_with_its_file_and_the_way_back(tmp_path, steps):
     rng = np.random.default_rng(0)
     tree = {"opt": {"mu": jax.numpy.asarray(rng.standard_normal((300, 50), np.float32)), "nu": jax.numpy.ones(3)}}
-    with RunStore(tmp_path, bit_flips.config(), keep=2) as store:
+    with TrainCheckpointer(tmp_path, bit_flips.config(), keep=2) as store:
         for step in steps:
             store.save(step, tree, {})
         store.wait()
@@ -52,7 +52,7 @@ def test_shards_verify_what_they_read(tmp_path):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     place = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
     value = np.arange(64 * 6, dtype=np.float32).reshape(64, 6)
-    with RunStore(tmp_path, bit_flips.config(), keep=1) as store:
+    with TrainCheckpointer(tmp_path, bit_flips.config(), keep=1) as store:
         store.save(1, {"model": {"a": jax.device_put(value, place("x", "y")), "b": jax.numpy.ones(2)}}, {})
         store.wait()
         sums = json.loads((tmp_path / "checkpoints" / "1" / "checksums" / "0.json").read_text())

@@ -113,7 +113,7 @@ def test_dspark_drafts_and_embedding_copies_are_skipped(saved):
     _rewrite(path, lambda t: t.update({"mtp.0.embed.weight": t["embed.weight"], "mtp.0.head.weight": t["head.weight"]}))
     assert hf.read_hf(path)[0] == model
     _rewrite(path, lambda t: t.update({"mtp.0.main_proj.weight": t["norm.weight"]}))
-    assert hf.read_hf(path)[0].mtp_layers == 0
+    assert hf.read_hf(path)[0].num_nextn_predict_layers == 0
 
 
 def test_model_prefix_is_accepted(saved, same_bits):

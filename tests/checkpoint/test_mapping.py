@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from v4jax.checkpoint import mapping
-from v4jax.config import Indexer, Model, Moe
+from v4jax.config import Indexer, Model, MoE
 
 
 def test_shapes_of_the_tiny_model(tiny):
@@ -62,7 +62,7 @@ def test_names_are_unique(tiny):
 def test_backbone_of_flash_has_the_published_size():
     """Tensor shapes of spec 1.3 and the byte-verified parameter counts of spec 1.2."""
     flash = Model(
-        schedule=("swa", "swa") + ("csa", "hca") * 20 + ("csa",), mtp_layers=0, indexer=Indexer(topk=512), moe=Moe()
+        schedule=("swa", "swa") + ("csa", "hca") * 20 + ("csa",), num_nextn_predict_layers=0, indexer=Indexer(index_topk=512), moe=MoE()
     )
     count = {}
     for name, tensor in mapping.tensors(flash).items():

@@ -22,7 +22,7 @@ from v4jax.checkpoint import export, hf, mapping
 from v4jax.checkpoint import safetensors as st
 from v4jax.checkpoint.model_io import ModelTensors
 from v4jax.checkpoint.tensors import LazyTensors
-from v4jax.config import Config, Data, Moe, Serve
+from v4jax.config import Config, Data, MoE, Serve
 from v4jax.core.check import UserError
 from v4jax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -31,7 +31,7 @@ from v4jax.data.tokenizer import Tokenizer, load_tokenizer
 def longer(tiny):
     """A model whose layers stack: runs of one and of two kinds, MTP, one layer outside of any run."""
     return dataclasses.replace(
-        tiny, schedule=("swa", "csa", "hca", "csa", "hca"), moe=Moe(experts=4, active=2, inner=8, hash_layers=1)
+        tiny, schedule=("swa", "csa", "hca", "csa", "hca"), moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, num_hash_layers=1)
     )
 
 
@@ -133,7 +133,7 @@ def test_one_array_at_a_time(tmp_path, tiny, random_flat, monkeypatch):
             return array
 
     monkeypatch.setattr(export, "_BATCH_BYTES", 1)
-    config = Config(model=model, data=Data(seq_len=64), serve=Serve(max_seq_len=512))
+    config = Config(model=model, data=Data(seq_len=64), serve=Serve(max_model_len=512))
     export.write_orbax(tmp_path / "m", config, Source(mapping.tensors(model)))
     assert len(most) == len(flat) and max(most) <= 2
     assert np.array_equal(ModelTensors(v4jax.load(tmp_path / "m"))["head.weight"], flat["head.weight"])
@@ -141,7 +141,7 @@ def test_one_array_at_a_time(tmp_path, tiny, random_flat, monkeypatch):
 
 def test_a_run_is_a_checkpoint(tmp_path, longer, random_flat, same_bits):
     """The workdir itself loads: weights of the newest step, config and tokenizer."""
-    config = Config("run", dataclasses.replace(longer, dtype="float32"), Data(seq_len=64), serve=Serve(max_seq_len=256))
+    config = Config("run", dataclasses.replace(longer, dtype="float32"), Data(seq_len=64), serve=Serve(max_model_len=256))
     flat = random_flat(longer, np.float32)
     older = {name: array * 0 for name, array in flat.items()}
     with checkpoint.RunStore(tmp_path, config, Tokenizer(), keep=2) as store:
@@ -172,7 +172,7 @@ def test_config_of_a_bare_model(tmp_path, hf_dir):
     source = hf_dir(np.float32)
     config = checkpoint.load_config(source)
     assert (config.name, config.model, config.serve.max_seq_len) == ("hf", hf.read_hf(source)[0], 512)
-    given = Config("mine", data=Data(seq_len=96, source="needle"), serve=Serve(max_seq_len=128))
+    given = Config("mine", data=Data(seq_len=96, source="needle"), serve=Serve(max_model_len=128))
     v4jax.save(v4jax.load(source), tmp_path / "m", format="orbax", config=given)
     assert checkpoint.load_config(tmp_path / "m") == dataclasses.replace(given, model=config.model)
 
@@ -248,7 +248,7 @@ def test_targets_that_are_something_else(tmp_path, hf_dir, build, longer, random
 
 
 def test_a_run_is_never_replaced(tmp_path, longer, random_flat, build):
-    config = Config("run", longer, Data(seq_len=64), serve=Serve(max_seq_len=256))
+    config = Config("run", longer, Data(seq_len=64), serve=Serve(max_model_len=256))
     with checkpoint.RunStore(tmp_path / "run", config, keep=1) as store:
         store.save(1, {"model": {"a": jnp.ones(2)}, "opt": jnp.ones(2)}, {})
     with pytest.raises(UserError, match="run is a training run; choose an empty or a new directory"):

@@ -23,14 +23,14 @@ from v4jax.checkpoint import RunStore, load_config, model_io
 from v4jax.checkpoint.orbax import OrbaxTensors, finished_steps
 from v4jax.config import Config, Data, Model, Serve
 from v4jax.core.check import UserError
-from v4jax.models.layout import from_flat, to_flat
+from v4jax.models.layout import from_layer_dict, to_layer_dict
 
 
 @pytest.fixture
 def config(tiny) -> Config:
     """A valid config around the tiny model."""
     model = dataclasses.replace(tiny, dtype="float32")
-    return Config("test", model, data=Data(seq_len=64), serve=Serve(max_seq_len=512))
+    return Config("test", model, data=Data(seq_len=64), serve=Serve(max_model_len=512))
 
 
 class Moments(NamedTuple):
@@ -117,7 +117,7 @@ def test_layers_stacked_or_not_share_a_checkpoint(tmp_path, config, build, rando
     config = dataclasses.replace(config, model=model)
     stacked = build(model, random_flat(model, np.float32), scan=True)
     assert len(stacked.runs) < model.layers
-    flat = jax.jit(lambda state: to_flat(state, stacked.runs))(nnx.state(stacked))
+    flat = jax.jit(lambda state: to_layer_dict(state, stacked.runs))(nnx.state(stacked))
     with RunStore(tmp_path, config, keep=1) as store:
         with pytest.raises(ValueError, match="layout.to_flat"):
             store.save(1, {"model": {"stacks.0.0.attn.kv": flat["embed.table"]}}, {})
@@ -125,7 +125,7 @@ def test_layers_stacked_or_not_share_a_checkpoint(tmp_path, config, build, rando
         store.wait()
         for scan in (False, True):
             _, state, runs = model_io._structure(model, scan)
-            there_and_back = lambda flat, state=state, runs=runs: to_flat(from_flat(flat, state, runs), runs)
+            there_and_back = lambda flat, state=state, runs=runs: to_layer_dict(from_layer_dict(flat, state, runs), runs)
             found = store.restore(1, {"model": jax.eval_shape(there_and_back, flat)})[0]["model"]
             _same(jax.jit(there_and_back)(found), flat)
 

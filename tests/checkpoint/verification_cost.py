@@ -37,7 +37,7 @@ def main(directory: pathlib.Path, gigabytes: float) -> None:
     rng, flat = np.random.default_rng(0), {}
     for name, tensor in mapping.tensors(model).items():
         if tensor.role == "index":
-            flat[name] = rng.integers(0, moe.experts, tensor.shape).astype(np.int32)
+            flat[name] = rng.integers(0, moe.n_routed_experts, tensor.shape).astype(np.int32)
         else:
             values = 0.02 * rng.standard_normal(tensor.shape, np.float32)
             flat[name] = values.astype(np.float32 if tensor.role == "f32" else ml_dtypes.bfloat16)

@@ -19,8 +19,8 @@ IMPLS = ["bits", "cast"]
 ONE = np.uint8(127)  # scale byte of 2^0
 
 # Compiled: step by step, every operation would be a program of its own for every shape.
-quantise = jax.jit(qtensor.quantise, static_argnums=(1, 2))
-dequantise = jax.jit(qtensor.dequantise, static_argnames=("format", "dtype", "impl"))
+quantise = jax.jit(qtensor.quantize, static_argnums=(1, 2))
+dequantise = jax.jit(qtensor.dequantize, static_argnames=("format", "dtype", "impl"))
 
 
 def reference(x: np.ndarray, format: str, group: int) -> tuple[np.ndarray, np.ndarray]:
@@ -138,7 +138,7 @@ def test_any_tensor_is_rounded_as_the_spec_says(format, group, seed, spread):
 def test_the_backend_chooses(monkeypatch):
     x = np.random.RandomState(0).standard_normal((4, 64)).astype(np.float32)
     stored = quantise(x, "fp8", 64)
-    text = lambda: str(jax.make_jaxpr(lambda v, s: qtensor.dequantise(v, s, "fp8"))(*stored))
+    text = lambda: str(jax.make_jaxpr(lambda v, s: qtensor.dequantize(v, s, "fp8"))(*stored))
     assert "e4m3" not in text()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert "e4m3" in text()
@@ -154,7 +154,7 @@ def test_bfloat16_input_is_taken_as_it_is():
 @pytest.mark.parametrize("width, format, group", [(10, "fp8", 4), (3, "fp4", 3)])
 def test_a_group_that_does_not_divide_is_refused(width, format, group):
     with pytest.raises(UserError, match=f"{width} numbers do not fall into {format} groups of {group}"):
-        qtensor.quantise(jnp.zeros((2, width)), format, group)
+        qtensor.quantize(jnp.zeros((2, width)), format, group)
 
 
 @pytest.mark.parametrize("width, most, want", [(448, 64, 64), (48, 64, 48), (112, 64, 56), (128, 32, 32), (97, 64, 1)])

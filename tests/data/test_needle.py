@@ -6,11 +6,11 @@ import pytest
 
 from v4jax.config import Config, Data, Model, Train
 from v4jax.core.check import UserError
-from v4jax.data.needle import KEY, NEEDLE, QUESTION, VALUE, Alphabet, NeedleRows, haystack
+from v4jax.data.needle import KEY, NEEDLE, QUESTION, VALUE, TokenRanges, NeedleRows, haystack
 from v4jax.data.pipeline import make_dataset
 
-MODEL = Model(vocab_size=64, schedule=("swa", "csa", "hca"), hca_ratio=16, max_positions=4096)
-ALPHABET = Alphabet.of(MODEL)
+MODEL = Model(vocab_size=64, schedule=("swa", "csa", "hca"), compress_rate_hca=16, max_position_embeddings=4096)
+ALPHABET = TokenRanges.of(MODEL)
 
 
 def config(**changes) -> Config:
@@ -97,9 +97,9 @@ def test_held_out_rows_are_others_and_always_the_same():
 
 def test_what_does_not_fit_is_said():
     with pytest.raises(UserError, match="model.vocab_size of at least 16, got 8"):
-        Alphabet.of(Model(vocab_size=8))
+        TokenRanges.of(Model(vocab_size=8))
     with pytest.raises(UserError, match="got 1 and 5"):
-        Alphabet.of(Model(vocab_size=64, bos_id=1, eos_id=5))
+        TokenRanges.of(Model(vocab_size=64, bos_id=1, eos_id=5))
     with pytest.raises(UserError, match="20 needles do not fit into 50 tokens"):
         haystack(np.random.default_rng(0), ALPHABET, 50, 20)
     with pytest.raises(UserError, match="300 needles do not fit"):

@@ -20,7 +20,7 @@ def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "scenes.jsonl"
     scenes = load_corpus().heldout[0].text.split("SCENE")[:12]
     path.write_text("".join(json.dumps({"text": scene[:3000]}) + "\n" for scene in scenes))
-    model = Model(vocab_size=2048, schedule=("csa", "hca"), csa_ratio=4, hca_ratio=16)
+    model = Model(vocab_size=2048, schedule=("csa", "hca"), compress_rate_csa=4, compress_rate_hca=16)
     return Config(model=model, data=Data(source=str(path), seq_len=64), train=Train(batch_size=4, eval_rows=0))
 
 

@@ -13,7 +13,7 @@ from v4jax.core.check import UserError
 from v4jax.evals import fp8
 from v4jax.models.transformer import Transformer
 
-MODEL = weights.config(schedule=("csa", "hca"), indexer=weights.Indexer(heads=16, head_dim=32, topk=3))
+MODEL = weights.config(schedule=("csa", "hca"), indexer=weights.Indexer(index_n_heads=16, index_head_dim=32, index_topk=3))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_kl_and_recall(case):
     kl, same, change, kept, picked = (np.asarray(a) for a in fp8.compare(net, ids, "fp8_fp4"))
     assert kl.shape == (2, 40) and (kl > -1e-6).all() and kl.max() > 1e-6
     assert same.shape == (2, 40) and change.shape == (2, 39)
-    choices = sum((t + 1) // MODEL.csa_ratio > 3 for t in range(40))
+    choices = sum((t + 1) // MODEL.compress_rate_csa > 3 for t in range(40))
     assert picked.tolist() == [2 * 3 * choices] and 0.5 < kept[0] / picked[0] < 1
 
 

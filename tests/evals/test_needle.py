@@ -9,12 +9,12 @@ from tests.golden import weights
 from v4jax import checkpoint, evals
 from v4jax.config import Config, Data, Indexer, Serve
 from v4jax.core.check import UserError
-from v4jax.data.needle import KEY, QUESTION, VALUE, Alphabet
+from v4jax.data.needle import KEY, QUESTION, VALUE, TokenRanges
 from v4jax.evals import needle
 from v4jax.evals.bounds import read
 
-MODEL = weights.config(schedule=("csa",), kv_qdq=True, indexer=Indexer(heads=16, head_dim=16, topk=4))
-ALPHABET = Alphabet.of(MODEL)
+MODEL = weights.config(schedule=("csa",), kv_qdq=True, indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=4))
+ALPHABET = TokenRanges.of(MODEL)
 LIMITS = {"accuracy": 0.9, "lost": 0.01}
 
 
@@ -60,7 +60,7 @@ def test_a_bin_is_judged_by_both_accuracies_and_their_difference():
 def toy(tmp_path_factory):
     """A random model that says it learnt from needles."""
     path = tmp_path_factory.mktemp("needle") / "toy"
-    config = Config("toy", MODEL, Data(source="needle", seq_len=64, questions=2), serve=Serve(max_seq_len=4096))
+    config = Config("toy", MODEL, Data(source="needle", seq_len=64, questions=2), serve=Serve(max_model_len=4096))
     checkpoint.save(weights.build(MODEL, weights.random_flat(MODEL, 3)), path, format="orbax", config=config)
     return str(path)
 
@@ -85,7 +85,7 @@ def test_the_reference_rounds_nothing(toy):
 
 
 def test_what_cannot_be_asked_is_said(toy, tmp_path):
-    other = Config("prose", MODEL, Data(seq_len=64), serve=Serve(max_seq_len=4096))
+    other = Config("prose", MODEL, Data(seq_len=64), serve=Serve(max_model_len=4096))
     for options, message in [
         ({"contexts": ["many"]}, "--contexts=many is not a list of numbers"),
         ({"contexts": []}, "is not a list of numbers"),

@@ -22,11 +22,11 @@ from tests.cache.stored import BLOCK, chain, items
 from tests.fuzz.mutate import mutate_bytes, mutate_json, mutate_path, to_text
 from v4jax import checkpoint
 from v4jax.cache import manifest
-from v4jax.cache.disk import Disk, Elsewhere
+from v4jax.cache.disk import DiskTier, Elsewhere
 from v4jax.cache.parts import covered
 from v4jax.checkpoint import convert, export, hf, mapping
 from v4jax.checkpoint.generation_config import read_generation_config
-from v4jax.config import Config, Data, HyperConnection, Indexer, Model, Moe, Rope, Serve
+from v4jax.config import Config, Data, HyperConnection, Indexer, Model, MoE, RoPE, Serve
 from v4jax.data.sources import load_documents
 from v4jax.data.tokenizer import Detokenizer, Tokenizer, load_tokenizer, token_bytes
 from v4jax.evals.heldout import config_of
@@ -36,12 +36,12 @@ from v4jax.tools import plan
 from v4jax.train.metrics import read_metrics
 
 MODEL = Model(
-    vocab_size=320, hidden_size=32, schedule=("swa", "csa", "hca"), heads=2, head_dim=16, rope_dim=4, q_rank=8,
-    o_groups=1, o_rank=8, window=8, csa_ratio=4, hca_ratio=8, max_positions=512, mtp_layers=1, dtype="float32",
-    rope=Rope(yarn_factor=8.0, yarn_original=64), indexer=Indexer(heads=2, head_dim=8, topk=3),
-    moe=Moe(experts=2, active=1, inner=8, hash_layers=1), mhc=HyperConnection(streams=2, sinkhorn_iters=2),
+    vocab_size=320, hidden_size=32, schedule=("swa", "csa", "hca"), num_attention_heads=2, head_dim=16, qk_rope_head_dim=4, q_lora_rank=8,
+    o_groups=1, o_lora_rank=8, sliding_window=8, compress_rate_csa=4, compress_rate_hca=8, max_position_embeddings=512, num_nextn_predict_layers=1, dtype="float32",
+    rope=RoPE(yarn_factor=8.0, yarn_original=64), indexer=Indexer(index_n_heads=2, index_head_dim=8, index_topk=3),
+    moe=MoE(n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, num_hash_layers=1), mhc=HyperConnection(hc_mult=2, hc_sinkhorn_iters=2),
 )  # fmt: skip
-CONFIG = Config("fuzz", MODEL, data=Data(seq_len=64), serve=Serve(max_seq_len=512))
+CONFIG = Config("fuzz", MODEL, data=Data(seq_len=64), serve=Serve(max_model_len=512))
 TEXTS = ["To be, or not to be: that is the question.", "naïve 123 \n\n  ok"]
 
 
@@ -78,7 +78,7 @@ def make(root: pathlib.Path) -> None:
     (root / "data" / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     steps = [{"step": i, "loss": 3.0 / (i + 1), "tokens_per_second": 10.0} for i in range(20)]
     (root / "data" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in steps))
-    disk = Disk(root / "kv", 1 << 20, "lru")
+    disk = DiskTier(root / "kv", 1 << 20, "lru")
     for item in items(chain("a", 3), 2):
         disk.put(item)
     disk.close()
@@ -173,7 +173,7 @@ def resume(path: pathlib.Path) -> None:
 
 
 def _kv(path: pathlib.Path) -> None:
-    disk, elsewhere = Disk(path, 1 << 20, "lru"), Elsewhere(path)
+    disk, elsewhere = DiskTier(path, 1 << 20, "lru"), Elsewhere(path)
     try:
         for source in (disk, elsewhere):
             for key in source.watch(lambda key: None) if source is disk else source.keys():
@@ -182,10 +182,10 @@ def _kv(path: pathlib.Path) -> None:
                     form.whole, form.nbytes, form.pieces, form.file_bytes  # noqa: B018
                     if form.whole == BLOCK:
                         covered(BLOCK, [form])
-                    source.get(form, key.name)
+                    source.get(form, key.block_hash)
         for item in items(chain("a", 3), 2):
             disk.get(item.form, item.name)
-        disk.check()
+        disk.check_invariants()
     finally:
         disk.close()
 
@@ -194,16 +194,16 @@ def _mutate_block(rng: random.Random, path: pathlib.Path) -> str:
     """A block file whose digests and sums are right, about another group table."""
     if rng.random() < 0.3:
         return mutate_path(rng, path)
-    key, parent = manifest.parse_file(path.name)
+    key, parent = manifest.parse_filename(path.name)
     boxed = [[*row, [[0, 1]] * len(row[2])] for row in BLOCK.table]
     rows = json.loads(json.dumps(rng.choice((BLOCK.table, boxed))))
     table = to_text(mutate_json(rng, rows))
     if rng.random() < 0.1:
         table = mutate_bytes(rng, table)
-    form = manifest.Form("block", BLOCK.table)
+    form = manifest.BlockSchema("block", BLOCK.table)
     form.__dict__["packed"], form.__dict__["nbytes"] = table, rng.choice((0, BLOCK.nbytes, 2**40))
-    name = manifest.Key("block", key.name, form.digest)
-    data = bytearray(manifest.header(form, key.name, parent, 0) + bytes(64))
+    name = manifest.BlockKey("block", key.block_hash, form.digest)
+    data = bytearray(manifest.encode_header(form, key.block_hash, parent, 0) + bytes(64))
     if rng.random() < 0.2:
         data[12:16] = struct.pack("<I", rng.choice((0, 2**31, 2**32 - 1, len(table) + 1)))
     path.unlink()

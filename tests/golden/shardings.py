@@ -15,19 +15,19 @@ def tables() -> dict[str, dict[str, str]]:
     """{mesh: {parameter: shape and mesh axes of each array axis}}; needs eight devices."""
     from tests.parallel.meshes import MESHES
     from v4jax import config
-    from v4jax.parallel.rules import check_used, make_sharding
+    from v4jax.parallel.rules import validate_used, make_mesh_rules
     from v4jax.tools.estimate import parameter_shapes
 
     letters, shapes = parameter_shapes(config.load("v4_1t").model)
     out = {}
     for mesh in MESHES.values():
-        sharding = make_sharding(mesh)
-        check_used(sharding.layout, list(letters.values()))
+        sharding = make_mesh_rules(mesh)
+        validate_used(sharding.rules, list(letters.values()))
         where = sharding.parameters(letters, shapes)
         rows = {name: f"{shapes[name]} {line(where[name].spec)}" for name in sorted(where)}
         sizes = " ".join(f"{axis}={size}" for axis, size in sharding.mesh.shape.items() if size > 1)
         batch = {"batch": line(sharding.activation("BT")), "logits": line(sharding.activation("BTV"))}
-        out[f"{mesh.layout} {sizes}"] = batch | rows
+        out[f"{mesh.rules} {sizes}"] = batch | rows
     return out
 
 

@@ -16,7 +16,7 @@ def test_logits_are_those_of_transformers(name):
     np.testing.assert_array_equal(ids, weights.tokens(model, ids.shape, seed=make.SEED))
     net = weights.build(model, weights.random_flat(model, make.SEED))
     np.testing.assert_allclose(weights.full(net, ids)[0], want, rtol=0, atol=1e-4 * want.std())
-    state, parts = net.new_state(make.ROWS, length), []
+    state, parts = net.contiguous_caches(make.ROWS, length), []
     for start in range(0, length, 17):
         count = min(17, length - start)
         call = np.pad(ids[:, start : start + count], ((0, 0), (0, 17 - count)))

@@ -11,9 +11,9 @@ import numpy as np
 from flax import nnx
 
 from v4jax.checkpoint import mapping
-from v4jax.config import HyperConnection, Indexer, Model, Moe, Rope
-from v4jax.models.layout import from_flat
-from v4jax.models.transformer import Transformer, fresh_chunk, next_chunk
+from v4jax.config import HyperConnection, Indexer, Model, MoE, RoPE
+from v4jax.models.layout import from_layer_dict
+from v4jax.models.transformer import Transformer, full_batch, continuation_batch
 
 # Axis of the inputs in the flat layout [in..., out...], where it is not the first one.
 _FAN_IN = {
@@ -26,8 +26,8 @@ def config(**changes) -> Model:
     fields = dict(
         vocab_size=64, hidden_size=32, schedule=("swa", "csa", "hca"), heads=4, head_dim=16, rope_dim=8,
         q_rank=24, o_groups=2, o_rank=16, window=8, csa_ratio=4, hca_ratio=16, max_positions=4096, mtp_layers=0,
-        dtype="float32", rope=Rope(yarn_factor=8.0, yarn_original=64), indexer=Indexer(heads=16, head_dim=16, topk=3),
-        moe=Moe(experts=8, active=2, inner=24, hash_layers=1, swiglu_limit=1.0), mhc=HyperConnection(),
+        dtype="float32", rope=RoPE(yarn_factor=8.0, yarn_original=64), indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=3),
+        moe=MoE(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, num_hash_layers=1, swiglu_limit=1.0), mhc=HyperConnection(),
     )  # fmt: skip
     return Model(**(fields | changes))
 
@@ -37,9 +37,9 @@ CASES = {
     "usual": (config(), 45),
     "other": (
         config(
-            schedule=("hca", "csa", "swa"), heads=6, o_groups=1, window=5, hca_ratio=12, rope=Rope(),
-            indexer=Indexer(heads=24, head_dim=8, topk=2), mhc=HyperConnection(streams=2, sinkhorn_iters=5),
-            moe=Moe(experts=6, active=3, inner=16, hash_layers=2, route_scale=2.5, swiglu_limit=0.5),
+            schedule=("hca", "csa", "swa"), heads=6, o_groups=1, window=5, hca_ratio=12, rope=RoPE(),
+            indexer=Indexer(index_n_heads=24, index_head_dim=8, index_topk=2), mhc=HyperConnection(hc_mult=2, hc_sinkhorn_iters=5),
+            moe=MoE(n_routed_experts=6, num_experts_per_tok=3, moe_intermediate_size=16, num_hash_layers=2, routed_scaling_factor=2.5, swiglu_limit=0.5),
         ),
         51,
     ),
@@ -53,7 +53,7 @@ def random_flat(model: Model, seed: int) -> dict[str, np.ndarray]:
     for name, tensor in mapping.tensors(model).items():
         normal = rng.standard_normal(tensor.shape)
         if tensor.role == "index":
-            rows = [rng.permutation(model.moe.experts)[: tensor.shape[1]] for _ in range(tensor.shape[0])]
+            rows = [rng.permutation(model.moe.n_routed_experts)[: tensor.shape[1]] for _ in range(tensor.shape[0])]
             flat[name] = np.stack(rows).astype(np.int32)
             continue
         if tensor.role == "norm":
@@ -73,20 +73,20 @@ def build(model: Model, flat: dict[str, np.ndarray], scan: bool = False) -> Tran
     """A Transformer that holds the flat tensors."""
     shell = nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0), scan=scan))
     graphdef, abstract = nnx.split(shell)
-    return nnx.merge(graphdef, from_flat(jax.tree.map(jnp.asarray, flat), abstract, shell.runs))
+    return nnx.merge(graphdef, from_layer_dict(jax.tree.map(jnp.asarray, flat), abstract, shell.stack_specs))
 
 
 @jax.jit
 def full(net: Transformer, tokens_BT):
     """The whole row at once: logits, streams after the last layer, losses and loads."""
-    x_BTXD, _, aux = net.hidden(fresh_chunk(tokens_BT), net.fresh())
+    x_BTXD, _, aux = net.forward_hidden(full_batch(tokens_BT), net.no_cache())
     return net.logits(x_BTXD), x_BTXD, aux
 
 
 @jax.jit
 def step(net: Transformer, tokens_BT, start_B, count_B, state):
     """The next tokens of every row: logits, streams after the last layer, state."""
-    x_BTXD, state, _ = net.hidden(next_chunk(tokens_BT, start_B, count_B), state)
+    x_BTXD, state, _ = net.forward_hidden(continuation_batch(tokens_BT, start_B, count_B), state)
     return net.logits(x_BTXD), x_BTXD, state
 
 

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from v4jax.parallel.distributed import Place, where
+from v4jax.parallel.distributed import ProcessInfo, detect_process
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 
@@ -62,7 +62,7 @@ def test_tpu_hosts_find_each_other_by_the_metadata(run, hosts, first):
     [started] = [call for call in calls if call.startswith("sudo systemd-run ")]
     assert "--unit=v4jax " in started and "train --config=a b --workdir=" in started
     variables = dict(word[9:].split("=", 1) for word in started.split() if word.startswith("--setenv="))
-    assert where(variables) == Place("environment", f"{first}:29400", 2, 1)
+    assert detect_process(variables) == ProcessInfo("environment", f"{first}:29400", 2, 1)
 
 
 def test_a_single_tpu_host_is_a_process_alone(run):

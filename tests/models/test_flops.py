@@ -8,7 +8,7 @@ import pytest
 from tests.golden import weights
 from v4jax import config
 from v4jax.checkpoint import mapping
-from v4jax.config import Moe
+from v4jax.config import MoE
 from v4jax.models.flops import count_parameters
 
 # In billions, to the digits that were published or derived from the released files (spec 1.2).
@@ -37,22 +37,22 @@ def test_counts_are_the_published_ones(name):
 def test_the_flagship_has_a_trillion_parameters_and_32_billion_active():
     counts, m = count_parameters(config.load("v4_1t").model), config.load("v4_1t").model
     assert counts.total == pytest.approx(1e12, rel=0.01) and counts.active == pytest.approx(32e9, rel=0.02)
-    assert m.max_positions == 2**20 and m.layers == 51 and m.heads * m.head_dim == 8 * m.hidden_size
+    assert m.max_position_embeddings == 2**20 and m.num_hidden_layers == 51 and m.num_attention_heads * m.head_dim == 8 * m.hidden_size
     assert (m.modalities, m.engram_layers) == (("text",), ())
     pro = config.load("v4_pro").model  # the sparsity and the groups are Pro's
-    assert m.moe.active / m.moe.experts == pro.moe.active / pro.moe.experts
-    assert m.heads // m.o_groups == pro.heads // pro.o_groups == 8
+    assert m.moe.num_experts_per_tok / m.moe.n_routed_experts == pro.moe.num_experts_per_tok / pro.moe.n_routed_experts
+    assert m.num_attention_heads // m.o_groups == pro.num_attention_heads // pro.o_groups == 8
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_mtp_by_arithmetic(name):
     """One window layer with bias routing, two projections, three norms and a head mix (spec 5.1)."""
     m = config.load(name).model
-    D, X = m.hidden_size, m.mhc.streams
-    attention = D * m.q_rank + m.q_rank * m.heads * m.head_dim + D * m.head_dim
-    attention += m.heads * m.head_dim * m.o_rank + m.o_groups * m.o_rank * D
-    attention += m.q_rank + m.head_dim + m.heads
-    experts = 3 * D * m.moe.inner * (m.moe.experts + 1) + (D + 1) * m.moe.experts
+    D, X = m.hidden_size, m.mhc.hc_mult
+    attention = D * m.q_lora_rank + m.q_lora_rank * m.num_attention_heads * m.head_dim + D * m.head_dim
+    attention += m.num_attention_heads * m.head_dim * m.o_lora_rank + m.o_groups * m.o_lora_rank * D
+    attention += m.q_lora_rank + m.head_dim + m.num_attention_heads
+    experts = 3 * D * m.moe.moe_intermediate_size * (m.moe.n_routed_experts + 1) + (D + 1) * m.moe.n_routed_experts
     coefficients = X * X + 2 * X
     mhc = 2 * (coefficients * X * D + coefficients + 3) + X * X * D + X + 1
     norms = 5 * D
@@ -75,15 +75,15 @@ def test_the_two_models_differ_where_published():
     assert flash.schedule[:5] == ("swa", "swa", "csa", "hca", "csa") and flash.schedule[-1] == "csa"
     assert pro.schedule[:5] == ("hca", "hca", "csa", "hca", "csa") and pro.schedule[-1] == "csa"
     for m in (flash, pro):
-        assert (m.rope.theta, m.rope.compress_theta) == (10_000, 160_000)
+        assert (m.rope.rope_theta, m.rope.compress_rope_theta) == (10_000, 160_000)
         assert (m.rope.yarn_factor, m.rope.yarn_original) == (16, 65_536)
-        assert m.mtp_layers == 1 and m.dtype == "bfloat16" and not m.kv_qdq and m.alignment == m.window == 128
+        assert m.num_nextn_predict_layers == 1 and m.dtype == "bfloat16" and not m.kv_qdq and m.alignment == m.sliding_window == 128
 
 
 def test_active_counts_a_tokens_own_experts():
-    dense = weights.config(moe=Moe(experts=4, active=4, inner=16, hash_layers=1))
+    dense = weights.config(moe=MoE(n_routed_experts=4, num_experts_per_tok=4, moe_intermediate_size=16, num_hash_layers=1))
     sparse = dataclasses.replace(dense, moe=dataclasses.replace(dense.moe, active=1))
     one = 3 * dense.hidden_size * 16
     a, b = count_parameters(dense), count_parameters(sparse)
-    assert a.total == b.total and a.active - b.active == 3 * one * dense.layers
+    assert a.total == b.total and a.active - b.active == 3 * one * dense.num_hidden_layers
     assert a.active == a.total - dense.vocab_size * dense.hidden_size and a.by_group["mtp"] == 0

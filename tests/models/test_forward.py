@@ -7,21 +7,21 @@ from flax import nnx
 
 from tests.golden import weights
 from tests.nn import reference
-from v4jax.config import HyperConnection, Indexer, Moe, Rope
+from v4jax.config import HyperConnection, Indexer, MoE, RoPE
 from v4jax.core.check import UserError
-from v4jax.models.transformer import fresh_chunk
-from v4jax.nn.state import Fresh
+from v4jax.models.transformer import full_batch
+from v4jax.nn.state import NoCache
 
 CONFIGS = {
     "usual": weights.config(),
     "no yarn, one group": weights.config(
-        schedule=("hca", "csa"), o_groups=1, rope=Rope(), window=5, hca_ratio=12,
-        mhc=HyperConnection(streams=2, sinkhorn_iters=3),
-        moe=Moe(6, 3, 16, hash_layers=0, route_scale=2.5, swiglu_limit=0.5),
+        schedule=("hca", "csa"), o_groups=1, rope=RoPE(), window=5, hca_ratio=12,
+        mhc=HyperConnection(hc_mult=2, hc_sinkhorn_iters=3),
+        moe=MoE(6, 3, 16, num_hash_layers=0, routed_scaling_factor=2.5, swiglu_limit=0.5),
     ),
     "whole head turns": weights.config(
         schedule=("csa", "hca"), rope_dim=16, csa_ratio=2, hca_ratio=6, window=3,
-        indexer=Indexer(20, 16, 4), moe=Moe(4, 4, 8, hash_layers=1),
+        indexer=Indexer(20, 16, 4), moe=MoE(4, 4, 8, num_hash_layers=1),
     ),
 }  # fmt: skip
 
@@ -86,9 +86,9 @@ def test_mtp_is_the_specification():
 
     @jax.jit
     def run(net, ids):
-        chunk = fresh_chunk(ids[:, :-1])
+        chunk = full_batch(ids[:, :-1])
         x = net.hidden(chunk, net.fresh())[0]
-        return net.mtp_logits(x, ids[:, 1:], chunk, Fresh())[0]
+        return net.mtp_logits(x, ids[:, 1:], chunk, NoCache())[0]
 
     want = [reference.mtp(model, flat, reference.forward(model, flat, row[:-1])[2], row[1:]) for row in ids]
     np.testing.assert_allclose(run(weights.build(model, flat), ids), want, rtol=0, atol=2e-5 * np.std(want))

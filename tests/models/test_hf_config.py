@@ -6,7 +6,7 @@ import json
 import pytest
 
 from v4jax import config
-from v4jax.config import Config, Data, HyperConnection, Indexer, Model, Moe, Rope, validate
+from v4jax.config import Config, Data, HyperConnection, Indexer, Model, MoE, RoPE, validate
 from v4jax.core.check import UserError
 from v4jax.models import hf_config
 
@@ -84,19 +84,19 @@ def released_pro() -> dict:
     )  # fmt: skip
 
 
-FLASH = Model(schedule=("swa", "swa") + ("csa", "hca") * 20 + ("csa",), rope=Rope(yarn_factor=16.0))
+FLASH = Model(schedule=("swa", "swa") + ("csa", "hca") * 20 + ("csa",), rope=RoPE(yarn_factor=16.0))
 PRO = Model(
-    schedule=("hca", "hca") + ("csa", "hca") * 29 + ("csa",), rope=Rope(yarn_factor=16.0), hidden_size=7168, heads=128,
-    q_rank=1536, o_groups=16, indexer=Indexer(topk=1024), moe=Moe(experts=384, inner=3072, route_scale=2.5),
+    schedule=("hca", "hca") + ("csa", "hca") * 29 + ("csa",), rope=RoPE(yarn_factor=16.0), hidden_size=7168, num_attention_heads=128,
+    q_lora_rank=1536, o_groups=16, indexer=Indexer(index_topk=1024), moe=MoE(n_routed_experts=384, moe_intermediate_size=3072, routed_scaling_factor=2.5),
 )  # fmt: skip
 ODD = Model(  # every field away from its default
-    vocab_size=131, hidden_size=48, schedule=("hca", "csa", "swa", "csa"), heads=6, head_dim=49, rope_dim=14,
-    q_rank=10, o_groups=3, o_rank=7, window=17, csa_ratio=3, hca_ratio=15, max_positions=999, norm_eps=3e-6,
-    mtp_layers=0, init_std=0.013, bos_id=5, eos_id=7, dtype="float32", kv_qdq=True,
-    rope=Rope(9999.5, 123456.5, 7.5, 77, 31.5, 1.5), indexer=Indexer(16, 24, 9),
-    moe=Moe(9, 3, 11, 1, 2, 1.75, 8.5), mhc=HyperConnection(3, 11, 2e-6),
+    vocab_size=131, hidden_size=48, schedule=("hca", "csa", "swa", "csa"), num_attention_heads=6, head_dim=49, qk_rope_head_dim=14,
+    q_lora_rank=10, o_groups=3, o_lora_rank=7, sliding_window=17, compress_rate_csa=3, compress_rate_hca=15, max_position_embeddings=999, rms_norm_eps=3e-6,
+    num_nextn_predict_layers=0, initializer_range=0.013, bos_id=5, eos_id=7, dtype="float32", kv_qdq=True,
+    rope=RoPE(9999.5, 123456.5, 7.5, 77, 31.5, 1.5), indexer=Indexer(16, 24, 9),
+    moe=MoE(9, 3, 11, 1, 2, 1.75, 8.5), mhc=HyperConnection(3, 11, 2e-6),
 )  # fmt: skip
-NO_YARN = dataclasses.replace(ODD, kv_qdq=False, mtp_layers=1, rope=Rope(1e4, 2e5, 1.0, 77, 31.5, 1.5))
+NO_YARN = dataclasses.replace(ODD, kv_qdq=False, mtp_layers=1, rope=RoPE(1e4, 2e5, 1.0, 77, 31.5, 1.5))
 
 
 def test_released_flash_and_pro():
@@ -142,15 +142,15 @@ def test_ratio_labels_and_rates():
         FLASH, hca_ratio=16, csa_ratio=2
     )
     rates = {"compressed_sparse_attention": 8, "heavily_compressed_attention": 64}
-    assert hf_config.from_hf(released(compress_rates=rates)).hca_ratio == 64
+    assert hf_config.from_hf(released(compress_rates=rates)).compress_rate_hca == 64
 
 
 def test_small_variants():
-    assert hf_config.from_hf(released(num_hidden_layers=2)).moe.hash_layers == 2
-    assert hf_config.from_hf(released(rope_scaling=None)).rope == Rope()
+    assert hf_config.from_hf(released(num_hidden_layers=2)).moe.num_hash_layers == 2
+    assert hf_config.from_hf(released(rope_scaling=None)).rope == RoPE()
     assert hf_config.from_hf(released(torch_dtype="float16")).dtype == "float32"
     assert hf_config.from_hf(released(dtype="float32")).dtype == "float32"
-    assert hf_config.from_hf(released(partial_rotary_factor=0.25)).rope_dim == 128
+    assert hf_config.from_hf(released(partial_rotary_factor=0.25)).qk_rope_head_dim == 128
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_fields_that_transformers_does_not_read_have_no_effect(changes):
 def test_the_rate_of_a_kind_without_layers_has_no_effect():
     layers = {"compress_ratios": [128] * 43, "compress_rate_csa": 0, "compress_rate_hca": 7}
     model = hf_config.from_hf(released(**layers))
-    assert model.hca_ratio == 7 and set(model.schedule) == {"hca"}
+    assert model.compress_rate_hca == 7 and set(model.schedule) == {"hca"}
     validate(Config(model=model, data=Data(seq_len=7)))
 
 
@@ -275,7 +275,7 @@ def test_refusals(changes, message):
 
 def test_two_shared_experts_cannot_be_written():
     with pytest.raises(UserError, match="exactly one shared expert"):
-        hf_config.to_hf(dataclasses.replace(FLASH, moe=Moe(shared=2)))
+        hf_config.to_hf(dataclasses.replace(FLASH, moe=MoE(n_shared_experts=2)))
 
 
 # --- transformers ------------------------------------------------------------------------------------------------

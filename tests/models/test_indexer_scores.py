@@ -19,7 +19,7 @@ def test_scores_are_those_of_the_forward(monkeypatch, kv_qdq):
     with jax.disable_jit():
         net(ids)
     scores = v4jax.indexer_scores(net, ids)
-    assert scores.shape == (2, 32, 32 // model.csa_ratio) and float(np.ptp(scores)) > 0
+    assert scores.shape == (2, 32, 32 // model.compress_rate_csa) and float(np.ptp(scores)) > 0
     np.testing.assert_allclose(scores, seen[0], rtol=1e-4, atol=1e-5)
 
 

@@ -9,26 +9,26 @@ from tests.golden import weights
 from v4jax import config
 from v4jax.checkpoint import mapping
 from v4jax.core.check import UserError
-from v4jax.models.layout import Stack, from_flat, stacks, to_flat
+from v4jax.models.layout import LayerStack, from_layer_dict, stacks, to_layer_dict
 
-LONG = weights.config(schedule=("swa", "swa", "csa", "hca", "csa", "hca"), moe=config.Moe(8, 2, 16, hash_layers=2))
+LONG = weights.config(schedule=("swa", "swa", "csa", "hca", "csa", "hca"), moe=config.MoE(8, 2, 16, num_hash_layers=2))
 
 
 def test_runs_of_the_released_schedules():
     flash, pro = config.load("v4_flash").model, config.load("v4_pro").model
     pair = (("hca", False), ("csa", False))
     assert stacks(flash, True) == [
-        Stack(0, (("swa", True),), 2), Stack(2, (("csa", True),), 1), Stack(3, pair, 20)]  # fmt: skip
+        LayerStack(0, (("swa", True),), 2), LayerStack(2, (("csa", True),), 1), LayerStack(3, pair, 20)]  # fmt: skip
     assert stacks(pro, True) == [
-        Stack(0, (("hca", True),), 2), Stack(2, (("csa", True),), 1), Stack(3, pair, 29)]  # fmt: skip
-    assert stacks(flash, False) == [Stack(i, ((k, i < 3),), 1) for i, k in enumerate(flash.schedule)]
+        LayerStack(0, (("hca", True),), 2), LayerStack(2, (("csa", True),), 1), LayerStack(3, pair, 29)]  # fmt: skip
+    assert stacks(flash, False) == [LayerStack(i, ((k, i < 3),), 1) for i, k in enumerate(flash.schedule)]
 
 
 @pytest.mark.parametrize("schedule", ["s", "sc", "sscchh", "schchc", "chchsss", "cscscsh"])
 @pytest.mark.parametrize("hash_layers", [0, 1])
 def test_runs_cover_the_schedule_in_order(schedule, hash_layers):
     kinds = tuple({"s": "swa", "c": "csa", "h": "hca"}[letter] for letter in schedule)
-    model = weights.config(schedule=kinds, moe=config.Moe(8, 2, 16, hash_layers=hash_layers))
+    model = weights.config(schedule=kinds, moe=config.MoE(8, 2, 16, num_hash_layers=hash_layers))
     for scan in (True, False):
         covered = [
             (run.layer(position, repeat), kind)
@@ -42,12 +42,12 @@ def test_flat_names_are_those_of_checkpoints_and_come_back(scan):
     model = weights.config(schedule=LONG.schedule, moe=LONG.moe, mtp_layers=1)
     flat = weights.random_flat(model, 0)
     net = weights.build(model, flat, scan)
-    assert (len(net.runs) < len(model.schedule)) == scan
-    back = to_flat(nnx.state(net), net.runs)
+    assert (len(net.stack_specs) < len(model.schedule)) == scan
+    back = to_layer_dict(nnx.state(net), net.stack_specs)
     assert set(back) == set(mapping.tensors(model)) == set(flat)
     for name, array in back.items():
         np.testing.assert_array_equal(array, flat[name], err_msg=name)
-    again = from_flat(back, nnx.state(net), net.runs)
+    again = from_layer_dict(back, nnx.state(net), net.stack_specs)
     jax.tree.map(np.testing.assert_array_equal, again, nnx.state(net))
 
 
@@ -55,7 +55,7 @@ def test_flat_names_are_those_of_checkpoints_and_come_back(scan):
     "name, scan", [("layers.0.attn.sink", False), ("layers.1.attn.sink", True), ("norm.scale", True)]
 )
 def test_a_missing_name_is_one_clear_line(name, scan):
-    model = weights.config(schedule=("swa", "swa"), moe=config.Moe(8, 2, 16, hash_layers=0))
+    model = weights.config(schedule=("swa", "swa"), moe=config.MoE(8, 2, 16, num_hash_layers=0))
     flat = weights.random_flat(model, 0)
     del flat[name]
     with pytest.raises(UserError, match=f"^parameter {name} is missing; give all parameters of this very model$"):
@@ -65,14 +65,14 @@ def test_a_missing_name_is_one_clear_line(name, scan):
 def test_scanned_layers_equal_unrolled_ones():
     flat, ids = weights.random_flat(LONG, 0), weights.tokens(LONG, (2, 37))
     plain, scanned = weights.build(LONG, flat), weights.build(LONG, flat, scan=True)
-    assert [run.repeats for run in scanned.runs] == [2, 2]
+    assert [run.repeats for run in scanned.stack_specs] == [2, 2]
     (want, x, aux), (got, y, aux_scanned) = weights.full(plain, ids), weights.full(scanned, ids)
     spread = float(np.std(want))
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * spread)
     np.testing.assert_allclose(y, x, rtol=0, atol=2e-5 * float(np.std(x)))
     for name in aux:
         np.testing.assert_allclose(aux_scanned[name], aux[name], rtol=1e-4, atol=1e-6, err_msg=name)
-    state, seen, parts = scanned.new_state(2, 37), np.zeros(2, np.int32), []
+    state, seen, parts = scanned.contiguous_caches(2, 37), np.zeros(2, np.int32), []
     for start in range(0, 33, 11):
         logits, _, state = weights.step(scanned, ids[:, start : start + 11], seen + start, None, state)
         parts.append(logits)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.golden import weights
-from v4jax.models.transformer import fresh_chunk
-from v4jax.nn.state import Fresh
+from v4jax.models.transformer import full_batch
+from v4jax.nn.state import NoCache
 
 MODEL = weights.config(mtp_layers=1)
 LENGTHS = (21, 16, 3, 7)  # across windows of every kind, exactly one window, below the smallest one, between
@@ -17,9 +17,9 @@ ROW = 96
 
 @jax.jit
 def run(net, ids, positions, segments):
-    chunk = fresh_chunk(ids, positions, segments)
+    chunk = full_batch(ids, positions, segments)
     x, _, aux = net.hidden(chunk, net.fresh())
-    mtp, _, _ = net.mtp_logits(x, jnp.roll(ids, -1, 1), chunk, Fresh())
+    mtp, _, _ = net.mtp_logits(x, jnp.roll(ids, -1, 1), chunk, NoCache())
     return net.logits(x), mtp, aux
 
 
@@ -75,8 +75,8 @@ def test_losses_and_loads_add_up():
     indexer = sum(n * part["indexer"] for n, part in zip(tokens, parts, strict=True)) / tokens.sum()
     np.testing.assert_allclose(aux["indexer"], indexer, rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(aux["load_E"], sum(part["load_E"] for part in parts))
-    np.testing.assert_array_equal(aux["load_E"].sum(-1), tokens.sum() * MODEL.moe.active)
-    assert (aux["balance"][: MODEL.moe.hash_layers] == 0).all() and (aux["balance"][MODEL.moe.hash_layers :] > 0).all()
+    np.testing.assert_array_equal(aux["load_E"].sum(-1), tokens.sum() * MODEL.moe.num_experts_per_tok)
+    assert (aux["balance"][: MODEL.moe.num_hash_layers] == 0).all() and (aux["balance"][MODEL.moe.num_hash_layers :] > 0).all()
 
 
 def test_what_fills_the_gaps_does_not_matter():

@@ -10,7 +10,7 @@ from flax import nnx
 import v4jax
 from tests.serve import small
 from v4jax.core.check import UserError
-from v4jax.core.qtensor import QTensor, quantise_blocks
+from v4jax.core.qtensor import QTensor, quantize_blocks
 from v4jax.models import quantised
 from v4jax.serve import LLM, SamplingParams
 
@@ -24,7 +24,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def narrow(model):
-    return quantised.quantise(model)
+    return quantised.quantize_model(model)
 
 
 def leaves(model):
@@ -44,7 +44,7 @@ def widened(model):
 ])  # fmt: skip
 def test_a_block_has_the_least_power_of_two_that_holds_it(shape, axes, blocks):
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32) * 3
-    q = jax.jit(quantise_blocks, static_argnums=1)(x, axes)
+    q = jax.jit(quantize_blocks, static_argnums=1)(x, axes)
     assert q.values.dtype == q.scales.dtype == jnp.uint8 and q.shape == shape
     expected = np.empty_like(x)
     sizes = [n // parts for n, parts in zip(shape, blocks, strict=True)]
@@ -57,7 +57,7 @@ def test_a_block_has_the_least_power_of_two_that_holds_it(shape, axes, blocks):
         assert np.log2(scale) + 127 == q.scales[index]
     np.testing.assert_array_equal(q.astype(jnp.float32), expected)
     np.testing.assert_array_equal(q.astype(jnp.bfloat16).astype(jnp.float32), expected)
-    again = quantise_blocks(q.astype(jnp.float32), axes)  # what was stored in such blocks comes back
+    again = quantize_blocks(q.astype(jnp.float32), axes)  # what was stored in such blocks comes back
     np.testing.assert_array_equal(again.astype(jnp.float32), expected)
     if len(shape) == 4:
         np.testing.assert_array_equal(q[1].astype(jnp.float32), expected[1])
@@ -68,7 +68,7 @@ def test_released_experts_in_four_bits_lose_nothing():
     rng = np.random.default_rng(1)
     codes = rng.choice([0, 0.5, 1, 1.5, 2, 3, 4, 6], (256, 128)) * rng.choice([-1, 1], (256, 128))
     x = (codes * np.repeat(2.0 ** rng.integers(-13, 1, (8, 128)), 32, axis=0)).astype(np.float32)
-    np.testing.assert_array_equal(quantise_blocks(jnp.asarray(x), (0, 1)).astype(jnp.float32), x)
+    np.testing.assert_array_equal(quantize_blocks(jnp.asarray(x), (0, 1)).astype(jnp.float32), x)
 
 
 def test_the_large_matrices_are_narrow_and_nothing_else(model, narrow):

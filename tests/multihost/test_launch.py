@@ -8,7 +8,7 @@ import pytest
 
 from v4jax.cli import COMMANDS
 from v4jax.core.flags import parse
-from v4jax.parallel.distributed import Place, where
+from v4jax.parallel.distributed import ProcessInfo, detect_process
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 yaml = pytest.importorskip("yaml", reason="reading manifests needs PyYAML, which comes with ml_collections")
@@ -34,11 +34,11 @@ def test_jobsets_give_every_pod_its_place_and_a_command_that_parses(path):
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     program, command = container["command"]
     values, config = parse(command, COMMANDS[command], container["args"])
-    assert program == "v4jax" and config.mesh.layout == "pod" and values.workdir.startswith("/runs/")
+    assert program == "v4jax" and config.mesh.rules == "pod" and values.workdir.startswith("/runs/")
     if "google.com/tpu" not in container["resources"]["limits"]:
         environment = {entry["name"]: entry.get("value", "3") for entry in container["env"]}
         host = f"{job['metadata']['name']}-{replicated['name']}-0-0.{job['spec']['network']['subdomain']}:29400"
-        assert where(environment) == Place("environment", host, spec["parallelism"], 3)
+        assert detect_process(environment) == ProcessInfo("environment", host, spec["parallelism"], 3)
 
 
 @pytest.mark.parametrize("path", list(LAUNCH.glob("docker/*.Dockerfile")), ids=lambda path: path.name)

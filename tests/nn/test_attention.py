@@ -8,14 +8,14 @@ from flax import nnx
 
 from tests.golden import weights
 from tests.nn import reference
-from v4jax.models.transformer import fresh_chunk
-from v4jax.nn.state import Fresh, Rows
+from v4jax.models.transformer import full_batch
+from v4jax.nn.state import NoCache, WindowKV
 
 MODEL = weights.config(window=8)
 
 
 def attend(attn, x):
-    y, _, loss = attn(x, fresh_chunk(jnp.zeros(x.shape[:2], jnp.int32)), Fresh())
+    y, _, loss = attn(x, full_batch(jnp.zeros(x.shape[:2], jnp.int32)), NoCache())
     return y, loss
 
 
@@ -47,7 +47,7 @@ def test_attention_is_the_specification(kind, length):
 @pytest.mark.parametrize("topk, length", [(1, 61), (4, 61)])
 def test_gathering_and_masking_read_the_same_entries(topk, length):
     """Many entries a pick are gathered, few are masked; the specification knows no difference."""
-    model = weights.config(schedule=("csa",), indexer=weights.Indexer(heads=16, head_dim=16, topk=topk))
+    model = weights.config(schedule=("csa",), indexer=weights.Indexer(index_n_heads=16, index_head_dim=16, index_topk=topk))
     attn, w = _layer("csa", model)
     x = _rows(length)[:1]
     want = reference.attention(model, "csa", w, x[0].astype(np.float64))[0]
@@ -57,12 +57,12 @@ def test_gathering_and_masking_read_the_same_entries(topk, length):
 def test_block_gradients_equal_those_of_one_block():
     """What one block of queries sends back is the same with more blocks behind it, which send nothing."""
     attn, _ = _layer("csa")
-    x = _rows(MODEL.window)
+    x = _rows(MODEL.sliding_window)
     longer = np.concatenate([x, _rows(13, seed=5)], 1)
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(attend(attn, x)[0][:, : MODEL.window]))))
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(attend(attn, x)[0][:, : MODEL.sliding_window]))))
     one, several = gradient(x), gradient(longer)
-    np.testing.assert_allclose(several[:, : MODEL.window], one, rtol=0, atol=1e-5 * np.abs(one).max())
-    assert not several[:, MODEL.window :].any()
+    np.testing.assert_allclose(several[:, : MODEL.sliding_window], one, rtol=0, atol=1e-5 * np.abs(one).max())
+    assert not several[:, MODEL.sliding_window :].any()
 
 
 def test_sink_takes_weight_unscaled_and_gives_no_value():
@@ -70,10 +70,10 @@ def test_sink_takes_weight_unscaled_and_gives_no_value():
     attn, _ = _layer("swa")
     attn.q_up = nnx.Param(jnp.zeros_like(attn.q_up[...]))
     x = _rows(1)
-    attn.sink = nnx.Param(jnp.full(MODEL.heads, -1e4))
+    attn.sink = nnx.Param(jnp.full(MODEL.num_attention_heads, -1e4))
     whole = np.asarray(run(attn, x)[0])
     for sink in (0.0, 2.0, -1.5):
-        attn.sink = nnx.Param(jnp.full(MODEL.heads, sink))
+        attn.sink = nnx.Param(jnp.full(MODEL.num_attention_heads, sink))
         np.testing.assert_allclose(run(attn, x)[0], whole / (1 + np.exp(sink)), atol=1e-6)
 
 
@@ -91,10 +91,10 @@ def test_a_query_that_sees_nothing_gets_zeros():
     attn, _ = _layer("swa")
     rng = np.random.RandomState(0)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    nothing = Rows(normal(1, 6, MODEL.head_dim), jnp.full((1, 6), -(2**30)))
-    chunk = fresh_chunk(jnp.zeros((1, 3), jnp.int32))
-    attend = jax.jit(lambda q: attn._attend(q, (), nothing, chunk, Fresh()))
-    out, *_ = attend(normal(1, 3, MODEL.heads, MODEL.head_dim))
+    nothing = WindowKV(normal(1, 6, MODEL.head_dim), jnp.full((1, 6), -(2**30)))
+    chunk = full_batch(jnp.zeros((1, 3), jnp.int32))
+    attend = jax.jit(lambda q: attn._attend(q, (), nothing, chunk, NoCache()))
+    out, *_ = attend(normal(1, 3, MODEL.num_attention_heads, MODEL.head_dim))
     np.testing.assert_array_equal(out, 0)
 
 

@@ -8,10 +8,10 @@ from flax import nnx
 
 from tests.golden import weights
 from tests.nn import reference
-from v4jax.models.transformer import fresh_chunk
+from v4jax.models.transformer import full_batch
 from v4jax.nn.compressor import Compressor
 from v4jax.nn.rope import frequencies
-from v4jax.nn.state import Fresh
+from v4jax.nn.state import NoCache
 
 
 def _compressor(kind, size, **changes):
@@ -29,7 +29,7 @@ def _compressor(kind, size, **changes):
 
 @jax.jit
 def _run(module, x):
-    return module(x, fresh_chunk(jnp.zeros(x.shape[:2], jnp.int32)), Fresh(), "main")[:2]
+    return module(x, full_batch(jnp.zeros(x.shape[:2], jnp.int32)), NoCache(), "main")[:2]
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def test_entries_are_the_specification(kind, ratio, size, length=37):
     model, module, w = _compressor(kind, size, **{f"{kind}_ratio": ratio})
     x = np.random.RandomState(1).standard_normal((2, length, 12)).astype(np.float32)
     got, windows = _run(module, x)
-    freq = reference.frequencies(model.rope, model.rope_dim, True)
-    want = [reference.compress(w, row, ratio, kind == "csa", freq, model.norm_eps) for row in x]
+    freq = reference.frequencies(model.rope, model.qk_rope_head_dim, True)
+    want = [reference.compress(w, row, ratio, kind == "csa", freq, model.rms_norm_eps) for row in x]
     np.testing.assert_allclose(got, want, rtol=0, atol=5e-5)
     np.testing.assert_array_equal(windows.index_BC[0], np.arange(length // ratio))
     np.testing.assert_array_equal(windows.position_BC[0], np.arange(length // ratio) * ratio)
@@ -61,7 +61,7 @@ def test_an_entry_by_hand():
     pooled = (1 * 1 + 2 * 2 + 3 * 11 + 4 * 13) / 10
     first = (3 * 5 + 4 * 7) / 7  # window 0: its previous half is missing and takes no weight
     pairs = [np.array([first, 10 * first]), np.array([pooled, 10 * pooled])]
-    want = [pair / np.sqrt(np.mean(pair**2) + model.norm_eps) for pair in pairs]
+    want = [pair / np.sqrt(np.mean(pair**2) + model.rms_norm_eps) for pair in pairs]
     freq = frequencies(model.rope, 2, compressed=True).astype(np.float64)
     want[1] = reference.rotate(want[1], 2, freq)  # entry 1 lies at the position of its first token
     np.testing.assert_allclose(_run(module, x)[0][0], want, atol=1e-5)

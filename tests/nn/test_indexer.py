@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.golden import weights
-from v4jax.models.transformer import fresh_chunk
+from v4jax.models.transformer import full_batch
 from v4jax.nn import indexer
-from v4jax.nn.csa import _chosen
-from v4jax.nn.indexer import score, search, visible
-from v4jax.nn.state import Entries, Fresh
+from v4jax.nn.csa import _topk_mask
+from v4jax.nn.indexer import score, topk_search, causal_mask
+from v4jax.nn.state import DenseEntries, NoCache
 from v4jax.nn.window import index_loss
 
 # Few values, so that most are tied; minus zero is what negative weights make of inactive heads.
 TIED = st.lists(st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 0.0, 0.5, 2.0]), min_size=9, max_size=9)
 
-CHOSEN = jax.jit(_chosen, static_argnums=1)
+CHOSEN = jax.jit(_topk_mask, static_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -29,13 +29,13 @@ def _search(scores_C, k, piece):
     """`search` over entries whose keys give these scores: what is above 0 by one head, what is below by another."""
     finite = jnp.where(scores_C > -jnp.inf, scores_C, 0.0)
     keys_CL = jnp.stack([jnp.maximum(finite, 0), jnp.maximum(-finite, 0)], -1)
-    view = Entries(keys_CL[None], keys_CL[None])
+    view = DenseEntries(keys_CL[None], keys_CL[None])
     index = lambda first, count: first + jnp.arange(count)
     readable = lambda *piece: ((index(*piece) < 9) & (scores_C > -jnp.inf)[jnp.minimum(index(*piece), 8)])[None, None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexer, "_FEW_PIECE", piece)
         patch.setattr(indexer, "_FEW_NUMBERS", 0)
-        return search(jnp.eye(2)[None, None], jnp.array([[[1.0, -1.0]]]), view, readable, jnp.int32(9), k)[0, 0]
+        return topk_search(jnp.eye(2)[None, None], jnp.array([[[1.0, -1.0]]]), view, readable, jnp.int32(9), k)[0, 0]
 
 
 def _picks(scores, k):
@@ -69,7 +69,7 @@ def test_scores_are_the_formula():
 
 @pytest.mark.parametrize("ratio", [2, 4, 16])
 def test_the_token_that_completes_a_window_sees_its_entry(ratio):
-    got = visible(jnp.arange(50)[None], ratio, 0, 12)[0]
+    got = causal_mask(jnp.arange(50)[None], ratio, 0, 12)[0]
     for t in range(50):
         complete = [i for i in range(12) if (i + 1) * ratio - 1 <= t]  # entry i is there after token (i + 1) r - 1
         assert np.flatnonzero(got[t]).tolist() == complete
@@ -80,7 +80,7 @@ def test_an_attention_layer_sees_an_entry_from_its_last_token_on(kind, ratio):
     """With a raw window of one token, the first token of a window can only arrive through the entry."""
     model = weights.config(schedule=(kind,), window=1, hca_ratio=8)
     attn = weights.build(model, weights.random_flat(model, 0)).stacks[0][0].attn
-    run = jax.jit(lambda attn, x: attn(x, fresh_chunk(jnp.zeros(x.shape[:2], jnp.int32)), Fresh())[0])
+    run = jax.jit(lambda attn, x: attn(x, full_batch(jnp.zeros(x.shape[:2], jnp.int32)), NoCache())[0])
     x = np.random.RandomState(1).standard_normal((1, 3 * ratio, model.hidden_size)).astype(np.float32)
     other = x.copy()
     other[:, ratio] += 1  # the first token of window 1
@@ -128,7 +128,7 @@ def test_the_indexer_alone_learns_from_its_loss_and_from_nothing_else():
     def gradients(params):
         def losses(params):
             net = nnx.merge(graphdef, params, fixed)
-            x, _, aux = net.hidden(fresh_chunk(ids), net.fresh())
+            x, _, aux = net.forward_hidden(full_batch(ids), net.no_cache())
             return aux["indexer"].sum(), jnp.mean(jnp.square(net.logits(x)))
 
         return jax.jacrev(losses)(params)

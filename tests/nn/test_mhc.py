@@ -10,7 +10,7 @@ from flax import nnx
 
 from tests.golden import weights
 from tests.nn import reference
-from v4jax.nn.mhc import HeadMix, HyperConnection, read_streams, write_streams
+from v4jax.nn.mhc import HyperHead, HyperConnection, hc_pre, hc_post
 
 MODEL = weights.config(hidden_size=16)
 
@@ -29,13 +29,13 @@ def test_the_mix_is_summed_over_its_first_index():
     x = jnp.arange(1.0, 9.0).reshape(1, 1, 4, 2)
     mix = jnp.zeros((4, 4, 1, 1)).at[0, 1].set(1.0)
     write = jnp.array([0.0, 10.0, 0.0, 1.0]).reshape(4, 1, 1)
-    out = write_streams(x, jnp.array([[[0.5, 0.25]]]), write, mix)
+    out = hc_post(x, jnp.array([[[0.5, 0.25]]]), write, mix)
     np.testing.assert_array_equal(out[0, 0], [[0, 0], [1 + 5, 2 + 2.5], [0, 0], [0.5, 0.25]])
 
 
 def test_reading_is_a_weighted_sum_in_float32():
     x = jnp.asarray([[[[1.0, 2.0], [3.0, 5.0]]]], jnp.bfloat16)
-    got = read_streams(x, jnp.array([0.25, 0.5]).reshape(2, 1, 1))
+    got = hc_pre(x, jnp.array([0.25, 0.5]).reshape(2, 1, 1))
     np.testing.assert_array_equal(np.asarray(got, np.float32), [[[1.75, 3.0]]])
     assert got.dtype == jnp.bfloat16
 
@@ -50,8 +50,8 @@ def test_coefficients_are_the_specification(streams):
          "scale": np.array([0.7, -1.3, 2.0])}  # fmt: skip
     x = rng.standard_normal((1, 5, streams, 16))
     read, write, mix = call(_load(HyperConnection(model, nnx.Rngs(0)), w), x.astype(np.float32))
-    y = read_streams(jnp.asarray(x, jnp.float32), read) ** 2
-    got = write_streams(jnp.asarray(x, jnp.float32), y, write, mix)
+    y = hc_pre(jnp.asarray(x, jnp.float32), read) ** 2
+    got = hc_post(jnp.asarray(x, jnp.float32), y, write, mix)
     want = reference.hyper(model, w, x[0], lambda h: h**2)
     np.testing.assert_allclose(got[0], want, rtol=2e-5, atol=2e-5)
     assert read.min() > 0.001 and write.max() < 2  # eps on reads alone, the factor 2 on writes alone
@@ -70,7 +70,7 @@ def test_head_mix_is_the_specification():
     rng = np.random.RandomState(3)
     w = {"fn": rng.standard_normal((4, 4, 16)), "base": rng.standard_normal(4), "scale": np.array([1.7])}
     x = rng.standard_normal((1, 6, 4, 16))
-    got = call(_load(HeadMix(MODEL, nnx.Rngs(0)), w), x.astype(np.float32))
+    got = call(_load(HyperHead(MODEL, nnx.Rngs(0)), w), x.astype(np.float32))
     np.testing.assert_allclose(got[0], reference.head_mix(MODEL, w, x[0]), rtol=2e-5, atol=2e-5)
 
 
@@ -92,4 +92,4 @@ def test_untrained_streams_are_read_as_their_mean(streams):
     np.testing.assert_allclose(read.sum(0), 1, atol=0.03)
     np.testing.assert_allclose(write, 1, atol=0.03)
     np.testing.assert_allclose(mix.sum(0), 1, atol=1e-3)
-    assert np.isfinite(call(HeadMix(model, nnx.Rngs(0)), x)).all()
+    assert np.isfinite(call(HyperHead(model, nnx.Rngs(0)), x)).all()

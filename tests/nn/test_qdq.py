@@ -16,7 +16,7 @@ from v4jax.serve.sampling import SamplingParams
 
 MODEL = weights.config(
     schedule=("csa", "hca"), head_dim=72, rope_dim=8, kv_qdq=True, dtype="bfloat16",
-    indexer=weights.Indexer(heads=16, head_dim=32, topk=4),
+    indexer=weights.Indexer(index_n_heads=16, index_head_dim=32, index_topk=4),
 )  # fmt: skip
 
 
@@ -51,8 +51,8 @@ def logprobs(model, layout):
     """Of an answer to one prompt, read as one chunk: the engine then compiles two programs."""
     prompt = np.random.RandomState(0).randint(3, 64, 80).tolist()
     net = weights.build(model, weights.random_flat(model, 3))
-    engine = Engine(net, config.Serve(1, 256, 80), config.Cache(layout=layout, prefix=False))
-    engine.add(0, prompt, SamplingParams(temperature=0.0, max_tokens=12, logprobs=1, ignore_eos=True))
+    engine = Engine(net, config.Serve(1, 256, 80), config.Cache(kv_cache_dtype=layout, enable_prefix_caching=False))
+    engine.add_request(0, prompt, SamplingParams(temperature=0.0, max_tokens=12, logprobs=1, ignore_eos=True))
     drawn = []
     while engine.busy:
         drawn += [d.sampled.logprob_B[d.row, 0] for d in engine.step()]

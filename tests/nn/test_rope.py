@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from tests.nn import reference
-from v4jax.config import Rope
+from v4jax.config import RoPE
 from v4jax.nn.rope import angles, frequencies, rotate
 
-RELEASED = Rope(yarn_factor=16.0, yarn_original=65_536)
+RELEASED = RoPE(yarn_factor=16.0, yarn_original=65_536)
 
 
 def test_yarn_golden_values():
@@ -45,14 +45,14 @@ def test_window_layers_have_their_own_theta_and_no_yarn(dim):
     plain = 10_000.0 ** (-np.arange(0, dim, 2) / dim)
     np.testing.assert_allclose(frequencies(RELEASED, dim, compressed=False), plain, rtol=1e-6)
     compressed = 160_000.0 ** (-np.arange(0, dim, 2) / dim)
-    np.testing.assert_allclose(frequencies(Rope(), dim, compressed=True), compressed, rtol=1e-6)
+    np.testing.assert_allclose(frequencies(RoPE(), dim, compressed=True), compressed, rtol=1e-6)
 
 
 @pytest.mark.parametrize("factor, original, fast, slow", [
     (16.0, 65_536, 32, 1), (8.0, 64, 32, 1), (4.0, 4, 32, 1), (4.0, 1, 32, 1), (0.5, 65_536, 32, 1), (4.0, 4096, 1, 32),
 ])  # fmt: skip
 def test_yarn_is_the_formula(factor, original, fast, slow):
-    rope = Rope(yarn_factor=factor, yarn_original=original, yarn_beta_fast=fast, yarn_beta_slow=slow)
+    rope = RoPE(yarn_factor=factor, yarn_original=original, yarn_beta_fast=fast, yarn_beta_slow=slow)
     for dim in (8, 16, 64):
         np.testing.assert_allclose(frequencies(rope, dim, True), reference.frequencies(rope, dim, True), rtol=1e-6)
 

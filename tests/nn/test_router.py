@@ -7,11 +7,11 @@ import pytest
 from flax import nnx
 
 from tests.golden import weights
-from v4jax.config import Moe
-from v4jax.nn.linear import Fixed
+from v4jax.config import MoE
+from v4jax.nn.linear import Buffer
 from v4jax.nn.router import Router, balance_loss, hash_table
 
-MODEL = weights.config(hidden_size=16, moe=Moe(experts=8, active=3, inner=4, route_scale=2.5))
+MODEL = weights.config(hidden_size=16, moe=MoE(n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=4, routed_scaling_factor=2.5))
 X = np.random.RandomState(0).standard_normal((2, 5, 16)).astype(np.float32)
 TOKENS = weights.tokens(MODEL, (2, 5))
 
@@ -23,7 +23,7 @@ def _router(hashed=False, bias=None):
     router = Router(MODEL, hashed, nnx.Rngs(0))
     router.weight = nnx.Param(jnp.asarray(np.random.RandomState(1).standard_normal((16, 8)), jnp.float32))
     if bias is not None:
-        router.bias = Fixed(jnp.asarray(bias, jnp.float32))
+        router.bias = Buffer(jnp.asarray(bias, jnp.float32))
     return router
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from v4jax import config
-from v4jax.config import Layout, Mesh
+from v4jax.config import ShardingRules, Mesh
 from v4jax.core.check import UserError
 from v4jax.kernels.experts import experts
 from v4jax.nn import spread
-from v4jax.parallel.rules import Sharding, make_sharding
+from v4jax.parallel.rules import MeshRules, make_mesh_rules
 
 B, T, D, E, F, K = 8, 8, 16, 8, 12, 2
 MESHES = {"expert": Mesh("expert"), "expert, fsdp": Mesh("expert", fsdp=2), "tensor": Mesh("tensor", data=4),
@@ -43,9 +43,9 @@ def alone(uneven: bool):
 
 @pytest.mark.parametrize("name, uneven", [("expert", False), ("tensor", False), ("expert, fsdp", True), ("all", True)])
 def test_spread_experts_are_experts(name, uneven):
-    sharding = make_sharding(MESHES[name])
+    sharding = make_mesh_rules(MESHES[name])
     *dense, picks = arguments(uneven)
-    function = lambda x, w, g, d: spread.spread_experts(sharding, x, picks, w, g, d, 1.0)
+    function = lambda x, w, g, d: spread.ep_experts(sharding, x, picks, w, g, d, 1.0)
     got = jax.jit(lambda *a: (function(*a), jax.vjp(function, *a)[1](jnp.cos(a[0]))))(*dense)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(alone(uneven)), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
@@ -53,9 +53,9 @@ def test_spread_experts_are_experts(name, uneven):
 
 def test_spread_experts_round_to_fp8_as_experts_do():
     """But for the routing weights, which apply after the second product here and before it there."""
-    sharding = make_sharding(MESHES["expert, fsdp"])
+    sharding = make_mesh_rules(MESHES["expert, fsdp"])
     *dense, picks = arguments(True)
-    function = lambda x, w, g, d: spread.spread_experts(sharding, x, picks, w, g, d, 1.0, True)
+    function = lambda x, w, g, d: spread.ep_experts(sharding, x, picks, w, g, d, 1.0, True)
     got = jax.jit(lambda *a: (function(*a), jax.vjp(function, *a)[1](jnp.cos(a[0]))))(*dense)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(alone(True)), strict=True):
         error = np.linalg.norm(one - other) / np.linalg.norm(other)  # of all: single numbers may cross the clamp
@@ -66,19 +66,19 @@ def test_uneven_routing_takes_several_rounds():
     """Else the test above would not show that a full round drops nothing."""
     picks = arguments(True)[-1]
     here = np.bincount(np.asarray(picks).reshape(-1), minlength=E).reshape(4, 2).sum(1)
-    assert here.max() > 2 * spread._ROOM * picks.size / 4
+    assert here.max() > 2 * spread._CAPACITY_FACTOR * picks.size / 4
 
 
 def test_tokens_of_nobody_stay():
     """All rows but the first are padding, which would all want the same experts: one round, whatever padding holds."""
-    sharding = make_sharding(MESHES["expert"])
+    sharding = make_mesh_rules(MESHES["expert"])
     x, w, gate_up, down, picks = arguments(True)
     real_B11 = (jnp.arange(B) == 0)[:, None, None]
     picks, x = jnp.where(real_B11, arguments(False)[-1], E), jnp.where(real_B11, x, jnp.nan)
     rows, matrices = sharding.activation("BTD"), (sharding.weight("EUDF"), sharding.weight("EFD"))
 
     def one(x, w, gate_up, down, picks):
-        rounds, _ = spread._rounds(sharding, lambda *a: a[0], picks, gate_up.shape[0])
+        rounds, _ = spread._dispatch_plan(sharding, lambda *a: a[0], picks, gate_up.shape[0])
         return spread._forward(sharding, 1.0, False, x, w, gate_up, down, picks), rounds
 
     mapped = jax.shard_map(
@@ -91,22 +91,22 @@ def test_tokens_of_nobody_stay():
 
 
 @pytest.mark.parametrize("layout, says", [
-    (Layout("mine", "data", weights=(("expert", ("tensor",)),), activations=(("batch", ("data",)),)),
+    (ShardingRules("mine", "data", weights=(("expert", ("tensor",)),), activations=(("batch", ("data",)),)),
      "'tensor' splits 'expert' and so must also split"),
-    (Layout("mine", "data", weights=(("expert_mlp", ("data",)),), activations=(("batch", ("data",)),)),
+    (ShardingRules("mine", "data", weights=(("expert_mlp", ("data",)),), activations=(("batch", ("data",)),)),
      "'data' splits 'expert_mlp' and so must not split"),
 ])  # fmt: skip
 def test_layouts_that_tokens_cannot_follow_are_refused(layout, says):
-    mesh = make_sharding(Mesh("tensor", data=4)).mesh
+    mesh = make_mesh_rules(Mesh("tensor", data=4)).mesh
     with pytest.raises(UserError, match=says):
-        spread.check(Sharding(mesh, layout))
+        spread.validate_ep(MeshRules(mesh, layout))
 
 
 def test_every_layout_of_the_house_can_be_followed():
-    for name in config.layout_names():
-        layout = config.load_layout(name)
-        mesh = make_sharding(Mesh("pod", expert=2, tensor=2)).mesh
-        spread.check(Sharding(mesh, layout))
+    for name in config.sharding_names():
+        layout = config.load_sharding(name)
+        mesh = make_mesh_rules(Mesh("pod", expert=2, tensor=2)).mesh
+        spread.validate_ep(MeshRules(mesh, layout))
 
 
 def ragged_by_the_book(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
@@ -127,7 +127,7 @@ def test_offsets_of_the_ragged_way_are_right(monkeypatch):
     """XLA:CPU has no ragged_all_to_all, so its documentation stands in; uneven routing, several rounds."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_the_book)
     monkeypatch.setattr(spread, "_RAGGED", {"cpu": True})
-    sharding = make_sharding(MESHES["expert, fsdp"])
+    sharding = make_mesh_rules(MESHES["expert, fsdp"])
     *dense, picks = arguments(True)
-    got = jax.jit(lambda *a: spread.spread_experts(sharding, a[0], picks, *a[1:], 1.0))(*dense)
+    got = jax.jit(lambda *a: spread.ep_experts(sharding, a[0], picks, *a[1:], 1.0))(*dense)
     np.testing.assert_allclose(got, alone(True)[0], atol=2e-5)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from v4jax.core.check import UserError
-from v4jax.parallel.distributed import Place, first_host, meet, start, where
+from v4jax.parallel.distributed import ProcessInfo, first_host, rendezvous, initialize, detect_process
 
 ROOT = pathlib.Path(__file__).parents[2]
 SLURM = {"SLURM_JOB_ID": "70000", "SLURM_STEP_NODELIST": "gpu[007,009-10]", "SLURM_PROCID": "5", "SLURM_NODEID": "1",
@@ -25,25 +25,25 @@ JOBSET = {"JAX_COORDINATOR_ADDRESS": "run-workers-0-0.run", "JAX_NUM_PROCESSES":
 @pytest.mark.parametrize("environment, place", [
     ({}, None),
     ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, None),  # a shell of sbatch, not a step
-    (SLURM, Place("Slurm", f"gpu007:{PORT}", 12, 5, (1,))),
-    (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, Place("Slurm", f"gpu007:{PORT}", 12, 5, (2, 3))),
-    (SLURM | {"SLURM_GPUS_PER_TASK": "2", "CUDA_VISIBLE_DEVICES": "4,5"}, Place("Slurm", f"gpu007:{PORT}", 12, 5)),
-    (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "11,1"}, Place("Slurm", f"gpu007:{PORT}", 12, 5)),  # alone: all devices
+    (SLURM, ProcessInfo("Slurm", f"gpu007:{PORT}", 12, 5, (1,))),
+    (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, ProcessInfo("Slurm", f"gpu007:{PORT}", 12, 5, (2, 3))),
+    (SLURM | {"SLURM_GPUS_PER_TASK": "2", "CUDA_VISIBLE_DEVICES": "4,5"}, ProcessInfo("Slurm", f"gpu007:{PORT}", 12, 5)),
+    (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "11,1"}, ProcessInfo("Slurm", f"gpu007:{PORT}", 12, 5)),  # alone: all devices
     (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
     (MPI | {"OMPI_MCA_orte_hnp_uri": "123.0;tcp://10.1.2.3,10.0.0.1:4711"},
-     Place("Open MPI", "10.1.2.3:29400", 4, 3, (1,))),
+     ProcessInfo("Open MPI", "10.1.2.3:29400", 4, 3, (1,))),
     (MPI | {"PMIX_SERVER_URI41": "prterun.0;tcp4://10.9.8.7:5000", "JAX_COORDINATOR_PORT": "1234"},
-     Place("Open MPI", "10.9.8.7:1234", 4, 3, (1,))),
-    (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, Place("Open MPI", "127.0.0.1:29400", 4, 3, (1,))),
-    (JOBSET, Place("environment", "run-workers-0-0.run:29400", 8, 6)),
+     ProcessInfo("Open MPI", "10.9.8.7:1234", 4, 3, (1,))),
+    (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, ProcessInfo("Open MPI", "127.0.0.1:29400", 4, 3, (1,))),
+    (JOBSET, ProcessInfo("environment", "run-workers-0-0.run:29400", 8, 6)),
     (JOBSET | {"JAX_PROCESS_ID": "2", "JAX_LOCAL_DEVICE_IDS": "0,3", **SLURM},
-     Place("environment", "run-workers-0-0.run:29400", 8, 2, (0, 3))),
-    ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, Place("TPU", None, None, None)),
-    ({"TPU_WORKER_HOSTNAMES": "t0", "MEGASCALE_NUM_SLICES": "2"}, Place("TPU", None, None, None)),
+     ProcessInfo("environment", "run-workers-0-0.run:29400", 8, 2, (0, 3))),
+    ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, ProcessInfo("TPU", None, None, None)),
+    ({"TPU_WORKER_HOSTNAMES": "t0", "MEGASCALE_NUM_SLICES": "2"}, ProcessInfo("TPU", None, None, None)),
     ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
 ])  # fmt: skip
 def test_every_launcher_gives_the_place(environment, place):
-    assert where(environment) == place
+    assert detect_process(environment) == place
 
 
 @pytest.mark.parametrize("environment, says", [
@@ -54,7 +54,7 @@ def test_every_launcher_gives_the_place(environment, place):
 ])  # fmt: skip
 def test_an_environment_that_is_incomplete_is_one_line(environment, says):
     with pytest.raises(UserError, match=says):
-        where(environment)
+        detect_process(environment)
 
 
 @pytest.mark.parametrize("nodes, host", [("a", "a"), ("a1,b2", "a1"), ("n[001-4]", "n001"), ("n[3,7-9],x", "n3"),
@@ -64,7 +64,7 @@ def test_first_host_of_a_slurm_list(nodes, host):
 
 
 def test_one_process_starts_nothing():
-    assert start(None, 1) is None
+    assert initialize(None, 1) is None
 
 
 def free_port() -> int:
@@ -72,12 +72,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def together(places: list[Place], timeout: float) -> list[str]:
+def together(places: list[ProcessInfo], timeout: float) -> list[str]:
     """What `meet` says to each of these places, met at once; "" where it is content."""
 
     def one(place):
         try:
-            meet(place, timeout)
+            rendezvous(place, timeout)
         except UserError as error:
             return str(error)
         return ""
@@ -87,7 +87,7 @@ def together(places: list[Place], timeout: float) -> list[str]:
 
 
 def test_processes_meet_and_a_missing_one_is_named():
-    place = lambda port, index: Place("flags", f"127.0.0.1:{port}", 3, index)
+    place = lambda port, index: ProcessInfo("flags", f"127.0.0.1:{port}", 3, index)
     port = free_port()
     assert together([place(port, index) for index in (2, 0, 1)], 20) == [""] * 3
     port = free_port()
@@ -99,12 +99,12 @@ def test_processes_meet_and_a_missing_one_is_named():
 
 def test_processes_that_were_started_differently_are_refused_at_once():
     port = free_port()
-    counts = [Place("flags", f"127.0.0.1:{port}", count, index) for index, count in ((0, 3), (2, 4))]
+    counts = [ProcessInfo("flags", f"127.0.0.1:{port}", count, index) for index, count in ((0, 3), (2, 4))]
     begun = time.monotonic()
     for said in together(counts, 60):
         assert "process 2 was started as one of 4 processes, process 0 as one of 3" in said
     port = free_port()
-    twice = [Place("flags", f"127.0.0.1:{port}", 3, index) for index in (0, 1, 1)]
+    twice = [ProcessInfo("flags", f"127.0.0.1:{port}", 3, index) for index in (0, 1, 1)]
     for said in together(twice, 60):
         assert "two processes were started as process 1 of 3" in said
     assert time.monotonic() - begun < 50, "nobody waits for those that cannot come"
@@ -113,7 +113,7 @@ def test_processes_that_were_started_differently_are_refused_at_once():
 def test_a_peer_that_was_restarted_while_the_others_gather_is_welcome():
     port = free_port()
     with ThreadPoolExecutor(3) as pool:
-        lead = pool.submit(meet, Place("flags", f"127.0.0.1:{port}", 3, 0), 20)
+        lead = pool.submit(rendezvous, ProcessInfo("flags", f"127.0.0.1:{port}", 3, 0), 20)
         while True:
             try:
                 first = socket.create_connection(("127.0.0.1", port), timeout=1)
@@ -122,7 +122,7 @@ def test_a_peer_that_was_restarted_while_the_others_gather_is_welcome():
                 time.sleep(0.02)
         with first:
             first.sendall(b"1 3\n")
-        peers = [pool.submit(meet, Place("flags", f"127.0.0.1:{port}", 3, index), 20) for index in (1, 2)]
+        peers = [pool.submit(rendezvous, ProcessInfo("flags", f"127.0.0.1:{port}", 3, index), 20) for index in (1, 2)]
         assert [future.result() for future in (lead, *peers)] == [None] * 3
 
 

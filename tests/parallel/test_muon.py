@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 
 from tests.parallel.meshes import MESHES
 from v4jax.config import Train
-from v4jax.parallel.rules import make_sharding, use
+from v4jax.parallel.rules import make_mesh_rules, use_rules
 from v4jax.train.optim import make_optimizer
 
 # Every way in which axes of matrices are split or joined, some stacked over layers, some alike, and one for AdamW.
@@ -44,11 +44,11 @@ def alone():
 
 @pytest.mark.parametrize("name", ["data", "fsdp", "expert", "context", "pod, slices"])
 def test_split_matrices_get_the_update_of_whole_ones(name, alone):
-    rules = make_sharding(MESHES[name])
+    rules = make_mesh_rules(MESHES[name])
     where = rules.parameters(LETTERS, SHAPES)
     if name != "data":
         assert {parameter for parameter, sharding in where.items() if sharding.is_fully_replicated} <= {"mix"}
-    with use(rules):
+    with use_rules(rules):
         got = updates(lambda arrays: jax.device_put(arrays, where))
     for one, other in zip(got, alone, strict=True):
         for parameter, want in other.items():
@@ -58,10 +58,10 @@ def test_split_matrices_get_the_update_of_whole_ones(name, alone):
 
 @pytest.mark.parametrize("name", ["fsdp", "expert", "pod, slices"])
 def test_devices_exchange_parts_of_matrices_and_sum_nothing_but_the_norm(name):
-    rules = make_sharding(MESHES[name])
+    rules = make_mesh_rules(MESHES[name])
     where = rules.parameters(LETTERS, SHAPES)
     arrays = {key: jax.ShapeDtypeStruct(SHAPES[key], np.float32, sharding=where[key]) for key in SHAPES}
-    with use(rules):
+    with use_rules(rules):
         state = jax.eval_shape(OPTIMIZER.init, arrays)
         program = jax.jit(OPTIMIZER.update).lower(arrays, state, arrays).compile().as_text()
     found = re.findall(r"= (.+?) (all-[a-z-]+|reduce-scatter|collective-permute)\(", program)

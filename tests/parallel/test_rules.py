@@ -10,13 +10,13 @@ from jax.sharding import PartitionSpec as P
 
 from tests.golden import shardings
 from v4jax import config
-from v4jax.config import ConfigError, Layout, Mesh
+from v4jax.config import ConfigError, ShardingRules, Mesh
 from v4jax.core.check import UserError
-from v4jax.nn.linear import weight
+from v4jax.nn.linear import normal_param
 from v4jax.parallel.mesh import make_mesh, sizes
-from v4jax.parallel.rules import Sharding, check_layout, check_used, constrain, make_sharding, use
+from v4jax.parallel.rules import MeshRules, validate_rules, validate_used, constrain, make_mesh_rules, use_rules
 
-FSDP = config.load_layout("fsdp")
+FSDP = config.load_sharding("fsdp")
 
 
 def test_golden_shardings():
@@ -28,7 +28,7 @@ def test_letters_survive_vmap_scan_grad_and_eval_shape():
     seen = []
 
     def through(key):
-        build = lambda key: weight(nnx.Rngs(key), "DQ", (4, 2), 1.0)
+        build = lambda key: normal_param(nnx.Rngs(key), "DQ", (4, 2), 1.0)
         stacked = jax.vmap(build)(jax.random.split(key, 3))
         seen.append((stacked.letters, stacked[...].shape))
         seen.append(jax.jit(build)(key).letters)
@@ -47,25 +47,25 @@ def test_a_mesh_fills_up_and_says_what_does_not_fit():
         sizes(Mesh("fsdp", data=3), FSDP, 8)
     with pytest.raises(UserError, match="make 4 devices, but there are 8; leave mesh.fsdp at 1"):
         sizes(Mesh("fsdp", data=2, fsdp=2), FSDP, 8)
-    assert make_mesh(Mesh("data"), config.load_layout("data")).shape["data"] == 8
+    assert make_mesh(Mesh("data"), config.load_sharding("data")).shape["data"] == 8
 
 
 def test_specs_of_weights_and_activations():
-    sharding = make_sharding(Mesh("pod", expert=2, tensor=2))
+    sharding = make_mesh_rules(Mesh("pod", expert=2, tensor=2))
     assert sharding.weight("EUDF") == P("expert", None, "fsdp", "tensor")
     assert sharding.weight("DQ") == P(("fsdp", "expert"), None)
     assert sharding.weight("QNH") == P("fsdp", "tensor", "expert")
     assert sharding.weight("D") == P()
     assert sharding.activation("BTXD") == P(("fsdp", "expert"), None, None, None)
-    assert make_sharding(Mesh()) is None
+    assert make_mesh_rules(Mesh()) is None
 
 
 def test_constrain_follows_the_rules_in_force_only():
-    sharding, x = make_sharding(Mesh("data")), jax.numpy.zeros((8, 4))
+    sharding, x = make_mesh_rules(Mesh("data")), jax.numpy.zeros((8, 4))
     assert constrain(x, "BT") is x
 
     def inside(x):
-        with use(sharding):
+        with use_rules(sharding):
             return constrain(x, "BT")
 
     assert jax.jit(inside)(x).sharding.is_equivalent_to(sharding.named(P("data", None)), 2)
@@ -73,29 +73,29 @@ def test_constrain_follows_the_rules_in_force_only():
 
 
 @pytest.mark.parametrize("layout, says", [
-    (Layout("l", "data", weights=(("hidden", ("data",)),)), "'hidden' follows no logical axis"),
-    (Layout("l", "data", weights=(("embed", ("model",)),)), "names the mesh axis 'model'"),
-    (Layout("l", "data", weights=(("embed", ("fsdp", "fsdp")),)), "needs mesh axes, each once"),
-    (Layout("l", "data", weights=(("embed", ("fsdp",)), ("embed", ("data",)))), "is given twice"),
-    (Layout("l", "data", activations=(("batch", ("data",)), ("token", ("data",)))), "'data' splits two axes"),
-    (Layout("l", "rows"), "fill is 'rows'"),
+    (ShardingRules("l", "data", weights=(("hidden", ("data",)),)), "'hidden' follows no logical axis"),
+    (ShardingRules("l", "data", weights=(("embed", ("model",)),)), "names the mesh axis 'model'"),
+    (ShardingRules("l", "data", weights=(("embed", ("fsdp", "fsdp")),)), "needs mesh axes, each once"),
+    (ShardingRules("l", "data", weights=(("embed", ("fsdp",)), ("embed", ("data",)))), "is given twice"),
+    (ShardingRules("l", "data", activations=(("batch", ("data",)), ("token", ("data",)))), "'data' splits two axes"),
+    (ShardingRules("l", "rows"), "fill is 'rows'"),
 ])  # fmt: skip
 def test_rules_without_meaning_are_errors(layout, says):
     with pytest.raises(UserError, match=says):
-        check_layout(layout)
+        validate_rules(layout)
 
 
 def test_clashes_and_unused_rules_are_errors():
     with pytest.raises(UserError, match="'fsdp' splits both 'embed' and 'q_rank' of a parameter DQ"):
-        check_used(Layout("l", "fsdp", weights=(("embed", ("fsdp",)), ("q_rank", ("fsdp",)))), ["DQ"])
+        validate_used(ShardingRules("l", "fsdp", weights=(("embed", ("fsdp",)), ("q_rank", ("fsdp",)))), ["DQ"])
     with pytest.raises(UserError, match="no parameter of this model follows the rule 'index_heads'"):
-        check_used(Layout("l", "tensor", weights=(("index_heads", ("tensor",)),)), ["DQ", "D"])
+        validate_used(ShardingRules("l", "tensor", weights=(("index_heads", ("tensor",)),)), ["DQ", "D"])
     with pytest.raises(UserError, match="mesh.tensor is 2, but no rule of layout 'fsdp' uses it"):
-        make_sharding(Mesh("fsdp", tensor=2))
+        make_mesh_rules(Mesh("fsdp", tensor=2))
 
 
 def test_a_size_that_devices_do_not_divide_is_named():
-    sharding = Sharding(make_sharding(Mesh("fsdp")).mesh, FSDP)
+    sharding = MeshRules(make_mesh_rules(Mesh("fsdp")).mesh, FSDP)
     with pytest.raises(UserError, match="layers.0.attn.q_down: its axis 'embed' of 12 is not a multiple of mesh.fsdp"):
         sharding.parameters({"layers.0.attn.q_down": "DQ"}, {"layers.0.attn.q_down": (12, 8)})
     assert sharding.parameters({"s": "DQ"}, {"s": (3, 16, 8)})["s"].spec == P(None, "fsdp", None)
@@ -106,4 +106,4 @@ def test_axes_without_a_layout_and_unknown_layouts_are_refused():
     with pytest.raises(ConfigError, match="mesh.fsdp is 2, but no layout says what to split"):
         config.validate(dataclasses.replace(tiny, mesh=Mesh(fsdp=2)))
     with pytest.raises(ConfigError, match="no mesh layout 'fspd'; did you mean 'fsdp'"):
-        make_sharding(Mesh("fspd"))
+        make_mesh_rules(Mesh("fspd"))

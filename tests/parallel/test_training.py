@@ -64,10 +64,10 @@ def run(trainer: Trainer, state=None):
     rows = batches(trainer.config)
     start = jax.device_get(trainer.init() if state is None else state)
     state = jax.device_put(start, trainer.state_sharding)
-    step = trainer.step.lower(state, trainer.place(rows[0])).compile()
+    step = trainer.step.lower(state, trainer.shard_batch(rows[0])).compile()
     first, metrics = None, []
     for batch in rows:
-        state, values = step(state, trainer.place(batch))
+        state, values = step(state, trainer.shard_batch(batch))
         first = jax.device_get(state.opt.gradients) if first is None else first
         metrics.append(values)
     return first, jax.device_get(metrics), jax.device_get(state.params), start
@@ -79,7 +79,7 @@ def alone(full: bool):
 
 
 def test_every_layout_is_tested():
-    assert {mesh.layout for mesh in MESHES.values()} == set(config_lib.layout_names())
+    assert {mesh.rules for mesh in MESHES.values()} == set(config_lib.sharding_names())
 
 
 @pytest.mark.parametrize("name", MESHES)

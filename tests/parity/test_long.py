@@ -12,8 +12,8 @@ transformers = pytest.importorskip("transformers", minversion="5.23", reason="tr
 
 from tests.golden import weights  # noqa: E402
 from tests.parity import oracle  # noqa: E402
-from v4jax.config import HyperConnection, Indexer, Moe, Rope  # noqa: E402
-from v4jax.models.transformer import fresh_chunk  # noqa: E402
+from v4jax.config import HyperConnection, Indexer, MoE, RoPE  # noqa: E402
+from v4jax.models.transformer import full_batch  # noqa: E402
 
 ATOL = 1e-4  # of the standard deviation of the logits
 TOKENS = 30_016
@@ -29,8 +29,8 @@ def case():
     """
     model = weights.config(
         heads=2, head_dim=80, rope_dim=64, q_rank=16, o_rank=8, csa_ratio=32, hca_ratio=64, max_positions=1_048_576,
-        rope=Rope(yarn_factor=16.0, yarn_original=65_536), indexer=Indexer(heads=16, head_dim=64, topk=TOKENS // 32),
-        moe=Moe(experts=2, active=1, inner=8, hash_layers=1), mhc=HyperConnection(streams=2, sinkhorn_iters=2),
+        rope=RoPE(yarn_factor=16.0, yarn_original=65_536), indexer=Indexer(index_n_heads=16, index_head_dim=64, index_topk=TOKENS // 32),
+        moe=MoE(n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, num_hash_layers=1), mhc=HyperConnection(hc_mult=2, hc_sinkhorn_iters=2),
     )  # fmt: skip
     flat = weights.random_flat(model, 7)
     return model, weights.build(model, flat), oracle.network(model, flat)
@@ -60,7 +60,7 @@ def transformers_logits(net, ids: np.ndarray, first: int, chunk: int) -> np.ndar
 def logits(net, ids, first):
     """The whole row at once, at positions from `first` on."""
     positions = first + jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
-    return net.logits(net.hidden(fresh_chunk(ids, positions), net.fresh())[0])
+    return net.logits(net.hidden(full_batch(ids, positions), net.fresh())[0])
 
 
 def test_logits_at_30_000_tokens_equal_transformers():

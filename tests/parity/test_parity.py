@@ -10,7 +10,7 @@ pytest.importorskip("transformers", minversion="5.23", reason="transformers with
 
 from tests.golden import weights  # noqa: E402
 from tests.parity import oracle  # noqa: E402
-from v4jax.config import HyperConnection, Indexer, Moe, Rope  # noqa: E402
+from v4jax.config import HyperConnection, Indexer, MoE, RoPE  # noqa: E402
 
 NEW, WIDTH = 64, 16  # generated tokens; tokens of a prefill call
 PROMPTS = (37, 22)  # no multiple of any ratio; two calls with a row that waits in the second half of the last one
@@ -21,23 +21,23 @@ ATOL = 1e-4  # of the standard deviation of the logits
 CONFIGS = {
     "every kind": weights.config(),
     "no yarn, one group, no hash": weights.config(
-        schedule=("csa", "hca"), o_groups=1, rope=Rope(), moe=Moe(8, 3, 24, hash_layers=0, swiglu_limit=0.5),
+        schedule=("csa", "hca"), o_groups=1, rope=RoPE(), moe=MoE(8, 3, 24, num_hash_layers=0, swiglu_limit=0.5),
     ),
     "all hashed, odd window": weights.config(
         schedule=("csa", "swa", "csa"), heads=6, o_groups=3, window=5,
-        moe=Moe(6, 2, 16, hash_layers=3, route_scale=2.5), indexer=Indexer(heads=32, head_dim=8, topk=2),
+        moe=MoE(6, 2, 16, num_hash_layers=3, routed_scaling_factor=2.5), indexer=Indexer(index_n_heads=32, index_head_dim=8, index_topk=2),
     ),
     "other ratios and thetas": weights.config(
         schedule=("csa", "hca"), window=13, csa_ratio=4, hca_ratio=10, rope_dim=4,
-        rope=Rope(theta=500.0, compress_theta=3000.0, yarn_factor=4.0, yarn_original=32),
+        rope=RoPE(rope_theta=500.0, compress_rope_theta=3000.0, yarn_factor=4.0, yarn_original=32),
     ),
     "two streams, wide experts": weights.config(
-        schedule=("hca", "csa"), hidden_size=48, o_groups=4, mhc=HyperConnection(streams=2, sinkhorn_iters=4, eps=1e-4),
-        moe=Moe(4, 4, 40, hash_layers=1, swiglu_limit=10.0), norm_eps=1e-3,
+        schedule=("hca", "csa"), hidden_size=48, o_groups=4, mhc=HyperConnection(hc_mult=2, hc_sinkhorn_iters=4, hc_eps=1e-4),
+        moe=MoE(4, 4, 40, num_hash_layers=1, swiglu_limit=10.0), norm_eps=1e-3,
     ),
     "published thetas, whole head": weights.config(
-        schedule=("csa", "hca"), rope_dim=16, window=16, indexer=Indexer(heads=16, head_dim=32, topk=5),
-        rope=Rope(yarn_factor=16.0, yarn_original=65_536), vocab_size=96,
+        schedule=("csa", "hca"), rope_dim=16, window=16, indexer=Indexer(index_n_heads=16, index_head_dim=32, index_topk=5),
+        rope=RoPE(yarn_factor=16.0, yarn_original=65_536), vocab_size=96,
     ),
 }  # fmt: skip
 
@@ -59,7 +59,7 @@ def test_logits_and_generation(name):
     want = [oracle.logits(other, row[None])[0] for row in rows]
     spread = np.std(np.concatenate(want))
 
-    state, seen, got = net.new_state(2, max(PROMPTS) + NEW), np.zeros(2, np.int32), [[], []]
+    state, seen, got = net.contiguous_caches(2, max(PROMPTS) + NEW), np.zeros(2, np.int32), [[], []]
     while (left := np.array(PROMPTS) - seen).any():
         counts, call = np.minimum(left, WIDTH).astype(np.int32), np.zeros((2, WIDTH), np.int32)
         for row, count in enumerate(counts):

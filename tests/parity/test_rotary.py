@@ -65,8 +65,8 @@ def test_frequencies_equal_transformers(tmp_path, name):
     theirs = DeepseekV4RotaryEmbedding(transformers.AutoConfig.from_pretrained(tmp_path))
     assert theirs.compress_attention_scaling == 1
     for compressed, want in ((False, theirs.main_inv_freq), (True, theirs.compress_inv_freq)):
-        got = frequencies(model.rope, model.rope_dim, compressed)
-        np.testing.assert_allclose(got, want.numpy(), rtol=0 if model.rope_dim == 64 else 2.4e-7, atol=0)
+        got = frequencies(model.rope, model.qk_rope_head_dim, compressed)
+        np.testing.assert_allclose(got, want.numpy(), rtol=0 if model.qk_rope_head_dim == 64 else 2.4e-7, atol=0)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -29,7 +29,7 @@ def prompts():
     return [rng.integers(3, 2048, 507).tolist() for _ in range(8)]
 
 
-class Hanging(disk.Files):
+class Hanging(disk.FileSystem):
     """A file system whose reads end when the gate opens."""
 
     gate = threading.Event()
@@ -41,12 +41,12 @@ class Hanging(disk.Files):
 
 
 def main(model, directory, rounds):
-    distributed.start(distributed.where(os.environ), 120)
-    cache = config.Cache(tokens=TOKENS, disk=1 << 30, directory=directory, deadline=3.0 if "h" in rounds else 60.0)
+    distributed.initialize(distributed.detect_process(os.environ), 120)
+    cache = config.Cache(kv_cache_tokens=TOKENS, disk_bytes=1 << 30, disk_dir=directory, load_timeout_s=3.0 if "h" in rounds else 60.0)
     llm, said = LLM(model, mesh=config.Mesh("serve"), cache=cache, **LIMITS), []
     for kind in rounds:
         if kind == "h" and jax.process_index() == 1:
-            llm.engine.parking.transfer.disk._files = Hanging()
+            llm.engine.kv_connector.transfer.disk._files = Hanging()
         answers = [[prompt] for prompt in prompts()] if kind != "a" else [prompts()]
         answers = [output.token_ids for asked in answers for output in llm.generate(asked, GREEDY)]
         said.append({"answers": answers, "restored": llm.stats()["restored_blocks"], "late": llm.stats()["disk_late"]})

@@ -7,9 +7,9 @@ import random
 import zlib
 
 from v4jax.cache import prefix
-from v4jax.cache.blocks import Blocks
+from v4jax.cache.blocks import BlockPool
 from v4jax.serve.scheduler import Scheduler
-from v4jax.serve.sequence import State
+from v4jax.serve.sequence import RequestStatus
 
 STOP = 0
 VOCABULARY = 5
@@ -34,7 +34,7 @@ class World:
     """A scheduler, the device, and an engine that commits when it is told to."""
 
     def __init__(self, *, pages=9, records=4, slots=3, block=2, chunk=4, random_seed=0, **options):
-        self.blocks = Blocks(pages, range(slots + 1, slots + 1 + records))
+        self.blocks = BlockPool(pages, range(slots + 1, slots + 1 + records))
         self.scheduler = Scheduler(self.blocks, slots, block, chunk, **options)
         self.random = random.Random(random_seed)
         self.page = [[None] * block for _ in range(pages)]  # per row: (salt, tokens up to it)
@@ -45,29 +45,29 @@ class World:
 
     def add(self, id, prompt, max_tokens, salt=""):
         self.salts[id] = salt
-        seed = None if salt is None else prefix.seed(b"weights", salt=salt)
-        self.everyone[id] = self.scheduler.add(id, prompt, max_tokens, seed=seed)
+        seed = None if salt is None else prefix.hash_seed(b"weights", salt=salt)
+        self.everyone[id] = self.scheduler.add_request(id, prompt, max_tokens, seed=seed)
         return self.everyone[id]
 
     # --- the device ------------------------------------------------------------------------------------------------
 
     def step(self):
-        before = [(row, len(row.pages)) for row in self.scheduler._active]
-        plan = self.scheduler.step()
-        planned, starved = plan.sequences if plan else [], False
+        before = [(row, len(row.block_ids)) for row in self.scheduler._active]
+        plan = self.scheduler.schedule()
+        planned, starved = plan.requests if plan else [], False
         for row, pages in before:
-            waits = row.state is State.RUNNING and row not in planned and row.position + 1 < row.limit
+            waits = row.status is RequestStatus.RUNNING and row not in planned and row.position + 1 < row.max_len
             starved = starved or waits
-            assert not starved or len(row.pages) <= pages, "a younger one got pages that an older one waits for"
+            assert not starved or len(row.block_ids) <= pages, "a younger one got pages that an older one waits for"
         if plan is not None:
             sources, targets = [a for a, _ in plan.copies], [b for _, b in plan.copies]
             assert len({*sources, *targets}) == len({*sources}) + len(targets), "the order of copies would matter"
             for target, content in zip(targets, [self.record[source] for source in sources], strict=True):
                 self.record[target] = content
-            tables = {row.id: list(row.pages) for row in plan.sequences}
-            gained = {row.sequence.id: self._decode(row, tables[row.sequence.id]) for row in plan.decode}
+            tables = {row.id: list(row.block_ids) for row in plan.requests}
+            gained = {row.request.id: self._decode(row, tables[row.request.id]) for row in plan.decode}
             if plan.prefill:
-                row = plan.prefill.sequence
+                row = plan.prefill.request
                 gained[row.id] = self._prefill(plan.prefill, tables[row.id])
             self.flight.append((plan, gained, tables))
         return plan
@@ -81,7 +81,7 @@ class World:
             self.record[row.slot] = (salt, []), 0
         (whose, before), written = self.record[row.slot]
         assert chunk.count > 0 and (whose, before[:start]) == (salt, row.tokens[:start]), "another one's record"
-        assert written - start <= self.scheduler.slack, "the rings do not reach back"
+        assert written - start <= self.scheduler.rollback_tokens, "the rings do not reach back"
         self._read(table, salt, row.tokens[:start])
         for position in range(start, end):
             self._write(row, table, position, (salt, row.tokens[: position + 1]))
@@ -90,11 +90,11 @@ class World:
         return [self.next[row.slot]] if chunk.last else []
 
     def _decode(self, decode, table):
-        row, more = decode.sequence, self.scheduler.lookahead
+        row, more = decode.sequence, self.scheduler.num_lookahead_tokens
         (salt, tokens), written = self.record[row.slot]
         position, accepted = len(tokens), self.random.randint(0, more)
         assert decode.position <= position <= decode.position + row.ahead * more, "the host lost count"
-        assert salt == self.salts[row.id] and written - position <= self.scheduler.slack
+        assert salt == self.salts[row.id] and written - position <= self.scheduler.rollback_tokens
         self._read(table, salt, tokens)
         tokens = [*tokens, self.next[row.slot]]
         gained = [sample(salt, tokens)]
@@ -108,19 +108,19 @@ class World:
         return gained
 
     def _read(self, table, salt, tokens):
-        size = self.scheduler.block
+        size = self.scheduler.block_size
         for position in range(min(len(tokens), len(table) * size)):
             found = self.page[table[position // size]][position % size]
             assert found == (salt, tokens[: position + 1]), "another one's page"
 
     def _write(self, row, table, position, content):
-        block, place = divmod(position, self.scheduler.block)
+        block, place = divmod(position, self.scheduler.block_size)
         if block < len(table):
-            owners = [s.id for s in self.scheduler.sequences.values() if table[block] in s.pages]
+            owners = [s.id for s in self.scheduler.requests.values() if table[block] in s.block_ids]
             assert owners == [row.id], "others own the page, too"
             self.page[table[block]][place] = content
         else:
-            assert position >= row.limit - 1 + self.scheduler.lookahead, "a token that may count has no page"
+            assert position >= row.limit - 1 + self.scheduler.num_lookahead_tokens, "a token that may count has no page"
 
     # --- the engine ------------------------------------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ class World:
             if STOP in tokens:
                 gained[id] = tokens[: tokens.index(STOP) + 1]
                 finished.add(id)
-        self.scheduler.commit(plan, gained, finished)
+        self.scheduler.update_from_output(plan, gained, finished)
 
     def drain(self, steps=5000):
         """Run one step ahead until nothing is left."""
@@ -149,24 +149,24 @@ class World:
     # --- what must always hold -------------------------------------------------------------------------------------
 
     def check(self):
-        self.scheduler.check()
+        self.scheduler.check_invariants()
         for plan, _, tables in self.flight:
             for row in plan.sequences:  # what may still be written is still theirs
                 assert row.pages[: len(tables[row.id])] == tables[row.id] and row.slot
-        gone = [s.arrival for s in self.scheduler.sequences.values() if s.state is State.PREEMPTED]
+        gone = [s.arrival for s in self.scheduler.requests.values() if s.status is RequestStatus.PREEMPTED]
         assert min(gone, default=10**9) > max((s.arrival for s in self.scheduler._active), default=0)
-        size = self.scheduler.block
+        size = self.scheduler.block_size
         for name, page in self.blocks._page.items():
             salt, tokens = self.page[page][-1]
             assert all(self.page[page][-1 - i] == (salt, tokens[: len(tokens) - i]) for i in range(size))
             assert self._name(salt, tokens) == name, "a page is found under another one's name"
-        for name in self.blocks._record.keys() - self.blocks._unready:
+        for name in self.blocks._record.keys() - self.blocks._uncommitted:
             (salt, tokens), written = self.record[self.blocks._record[name]]
             ends = [n for n in range(size, len(tokens) + 1, size) if self._name(salt, tokens[:n]) == name]
-            assert ends and written - ends[0] <= self.scheduler.slack, "a record is found under another one's name"
+            assert ends and written - ends[0] <= self.scheduler.rollback_tokens, "a record is found under another one's name"
 
     def _name(self, salt, tokens):
-        return prefix.chain(prefix.seed(b"weights", salt=salt), tokens, self.scheduler.block)[-1]
+        return prefix.block_hashes(prefix.hash_seed(b"weights", salt=salt), tokens, self.scheduler.block_size)[-1]
 
     def settled(self):
         """Nothing is left but cached blocks, and everyone got the answer it gets alone."""
@@ -177,10 +177,10 @@ class World:
         assert self.admitted == sorted(self.admitted, key=lambda id: self.everyone[id].arrival), "first come"
         for id, row in self.everyone.items():
             answer = solo(self.salts[id], row.prompt, row.max_tokens)
-            if row.state is State.FINISHED:
+            if row.state is RequestStatus.FINISHED:
                 assert row.tokens == answer
             else:
-                assert row.state in (State.CANCELLED, State.FAILED) and row.tokens == answer[: len(row.tokens)]
+                assert row.state in (RequestStatus.ABORTED, RequestStatus.ERROR) and row.tokens == answer[: len(row.tokens)]
 
 
 def decoded(plan):

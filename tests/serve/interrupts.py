@@ -86,7 +86,7 @@ def struck_after(seconds, signum):
 def small_llm(model):
     """An LLM with a host tier and few pages."""
     limits = {name: getattr(LIMITS, name) for name in ("max_batch", "max_seq_len", "prefill_chunk")}
-    cache = config.Cache(host=1 << 24, deadline=LONG)
+    cache = config.Cache(host_bytes=1 << 24, load_timeout_s=LONG)
     with LLM(model, tokenizer=Tokenizer(), cache=cache, **limits) as llm:
         small_books(llm.engine)
         yield llm

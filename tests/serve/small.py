@@ -13,19 +13,19 @@ import pytest
 from flax import nnx
 
 from v4jax import config
-from v4jax.cache.blocks import Blocks
+from v4jax.cache.blocks import BlockPool
 from v4jax.models.transformer import Transformer
 from v4jax.serve import programs
 from v4jax.serve.sampling import SamplingParams
 from v4jax.serve.scheduler import Scheduler
 
 MODEL = config.Model(
-    vocab_size=2048, hidden_size=32, schedule=("swa", "csa", "hca"), heads=2, head_dim=16, rope_dim=8, q_rank=16,
-    o_groups=1, o_rank=16, window=8, csa_ratio=4, hca_ratio=8, max_positions=4096, mtp_layers=1, init_std=0.3,
-    dtype="float32", indexer=config.Indexer(heads=16, head_dim=8, topk=4),
-    moe=config.Moe(experts=4, active=2, inner=16, hash_layers=1), mhc=config.HyperConnection(streams=2),
+    vocab_size=2048, hidden_size=32, schedule=("swa", "csa", "hca"), num_attention_heads=2, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16,
+    o_groups=1, o_lora_rank=16, sliding_window=8, compress_rate_csa=4, compress_rate_hca=8, max_position_embeddings=4096, num_nextn_predict_layers=1, initializer_range=0.3,
+    dtype="float32", indexer=config.Indexer(index_n_heads=16, index_head_dim=8, index_topk=4),
+    moe=config.MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=1), mhc=config.HyperConnection(hc_mult=2),
 )  # fmt: skip
-LIMITS = config.Serve(max_batch=4, max_seq_len=576, prefill_chunk=64)
+LIMITS = config.Serve(max_num_seqs=4, max_model_len=576, max_num_batched_tokens=64)
 BLOCK = 256
 STEPS = 3000  # more than any run here takes
 
@@ -49,8 +49,8 @@ def draw_model(seed: int) -> Transformer:
 
     def draw(leaf):
         if np.issubdtype(leaf.dtype, np.integer):  # distinct experts of every token
-            return np.argsort(rng.random((leaf.shape[0], MODEL.moe.experts)))[:, : leaf.shape[1]].astype(np.int32)
-        mean, std = (0, MODEL.init_std) if len(leaf.shape) > 1 else (1, 0.1)
+            return np.argsort(rng.random((leaf.shape[0], MODEL.moe.n_routed_experts)))[:, : leaf.shape[1]].astype(np.int32)
+        mean, std = (0, MODEL.initializer_range) if len(leaf.shape) > 1 else (1, 0.1)
         return rng.normal(mean, std, leaf.shape).astype(np.float32)
 
     return nnx.merge(graphdef, jax.device_put(jax.tree.map(draw, abstract)))
@@ -85,7 +85,7 @@ def new_books(engine, pages=None, records=16, chunk=None, record_every=0):
     old, slots = engine.schedulers[0], engine.limits.max_batch
     room = engine._live.layers[-1][-1].main.shape[0]
     assert pages is None or pages < room
-    blocks = Blocks(pages + 1 if pages else room, range(slots + 1, slots + 1 + records))
+    blocks = BlockPool(pages + 1 if pages else room, range(slots + 1, slots + 1 + records))
     engine.schedulers[0] = Scheduler(
         blocks, slots, old.block, chunk or (old.block if old.replay else engine.limits.prefill_chunk),
         record_every=record_every,

@@ -14,10 +14,10 @@ from tests.serve.small import LIMITS, MODEL, check_settled, draw_model, new_book
 from v4jax import config
 from v4jax.core.check import UserError
 from v4jax.models.transformer import Transformer
-from v4jax.nn.kept import Kept
+from v4jax.nn.kept import PagedLayerCache
 from v4jax.serve import programs
 from v4jax.serve.engine import Engine, chunk_sizes
-from v4jax.serve.sampling import Sampled, SamplingParams
+from v4jax.serve.sampling import SamplerOutput, SamplingParams
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(3, MODEL.vocab_size, n).tolist() for n in (15, 1, 8, 12)]
@@ -89,7 +89,7 @@ def test_nothing_is_compiled_again_for_the_same_buckets(model, engine):
     """Other prompts, lengths, values of the same options, prefix hits, preemption; and another engine."""
     compiled = {name: value for name, value in vars(programs).items() if hasattr(value, "_cache_size")}
     assert {"prefill", "decode", "draw", "logits", "copy", "draft"} <= set(compiled)
-    every_size = [RNG.integers(3, MODEL.vocab_size, size).tolist() for size in chunk_sizes(LIMITS.prefill_chunk)]
+    every_size = [RNG.integers(3, MODEL.vocab_size, size).tolist() for size in chunk_sizes(LIMITS.max_num_batched_tokens)]
     for prompts in ([*PROMPTS, LONG[:300]], PROMPTS[:1], PROMPTS[:2], every_size):
         tokens_of(engine, prompts, GREEDY)
     before = {name: program._cache_size() for name, program in compiled.items()}
@@ -137,13 +137,13 @@ def test_shapes_are_few(model, monkeypatch):
 
     def draw(structure, logits_BTV, heads, *args):
         B = len(logits_BTV)
-        return heads, (Sampled(np.full((B, 1), 7), np.full((B, 1), True)), np.full(B, 1))
+        return heads, (SamplerOutput(np.full((B, 1), 7), np.full((B, 1), True)), np.full(B, 1))
 
     monkeypatch.setattr(programs, "logits", lambda *args: np.zeros((1, 1, 1)))
     monkeypatch.setattr(programs, "copy", lambda structure, live, *args: live)
     for name, fake in [("prefill", prefill), ("decode", decode), ("draw", draw)]:
         monkeypatch.setattr(programs, name, fake)
-    limited = Engine(model, config.Serve(max_batch=6, max_seq_len=400, prefill_chunk=100))
+    limited = Engine(model, config.Serve(max_num_seqs=6, max_model_len=400, max_num_batched_tokens=100))
     tokens_of(limited, [[5] * n for n in (1, 16, 17, 65, 100, 230)], dataclasses.replace(GREEDY, max_tokens=20))
     assert chunks == [
         (16, 0, 1), (16, 0, 16), (25, 0, 17), (75, 0, 65), (100, 0, 100),
@@ -181,7 +181,7 @@ def test_a_request_that_goes_wrong_while_it_decodes_leaves_nothing_behind(engine
     model.embed.table = nnx.Param(model.embed.table[...].at[bad].set(np.nan))
     broken = Engine(model, LIMITS)
     for id, other in [("bad", prompt), *enumerate(others)]:
-        broken.add(id, other, GREEDY)
+        broken.add_request(id, other, GREEDY)
     found, failed = {"bad": [], 0: [], 1: []}, []
     while broken.busy:
         for drawn in broken.step():
@@ -192,9 +192,9 @@ def test_a_request_that_goes_wrong_while_it_decodes_leaves_nothing_behind(engine
     assert found == {"bad": [bad], 0: expected[0], 1: expected[1]}
     assert [(id, stats["pages_cached"]) for id, stats in failed] == [("bad", 0)]
     check_settled(broken)
-    for kept in jax.tree.leaves(broken._live, is_leaf=lambda leaf: isinstance(leaf, Kept)):
+    for kept in jax.tree.leaves(broken._kv_caches, is_leaf=lambda leaf: isinstance(leaf, PagedLayerCache)):
         # Records beyond the slots are copied to before they are read.
-        slots = [array[: 1 + LIMITS.max_batch] for array in (kept.ring_ZSH, *kept.tails.values())]
+        slots = [array[: 1 + LIMITS.max_num_seqs] for array in (kept.ring_ZSH, *kept.tails.values())]
         assert all(np.isfinite(a).all() for a in jax.tree.leaves((slots, kept.main, kept.index)))
     assert tokens_of(broken, others, GREEDY) == expected
 

@@ -11,9 +11,9 @@ from flax import nnx
 from tests.serve.small import BLOCK, LIMITS, MODEL, check_settled, draw_model, new_books, tokens_of
 from v4jax import config
 from v4jax.core.check import UserError
-from v4jax.nn.kept import Kept
+from v4jax.nn.kept import PagedLayerCache
 from v4jax.serve import programs
-from v4jax.serve.engine import Engine, check_limits, chunk_sizes
+from v4jax.serve.engine import Engine, validate_limits, chunk_sizes
 from v4jax.serve.sampling import SamplingParams
 
 RNG = np.random.default_rng(0)
@@ -35,7 +35,7 @@ def test_greedy_tokens_are_the_argmax_of_the_full_forward(engine, full_logits):
 
 
 def test_nothing_is_compiled_again_whatever_the_context(engine):
-    compiled = (programs.prefill, programs.decode, programs.logits, programs.draw, programs.copy)
+    compiled = (programs.prefill, programs.decode, programs.logits, programs.sample_tokens, programs.copy_state)
     for prompts in (PROMPTS, [PROMPTS[0]], PROMPTS[:2], [[5] * 300, [6] * 65, [7] * 15]):
         tokens_of(engine, prompts, GREEDY)
     before = [program._cache_size() for program in compiled]
@@ -67,11 +67,11 @@ def test_the_device_is_one_step_ahead_and_no_more(engine, monkeypatch):
 
 def test_every_leaf_belongs_to_a_page_or_to_a_record(model):
     engine = Engine(model, dataclasses.replace(LIMITS, speculative_tokens=1))
-    pages = 1 + engine.schedulers[0].blocks.capacity
-    records = 1 + LIMITS.max_batch + 16
+    pages = 1 + engine.schedulers[0].block_pool.capacity
+    records = 1 + LIMITS.max_num_seqs + 16
     assert pages != records
     by_axis = {"pages": 0, "records": 0}
-    kept = jax.tree.leaves(engine._live, is_leaf=lambda leaf: isinstance(leaf, Kept))
+    kept = jax.tree.leaves(engine._kv_caches, is_leaf=lambda leaf: isinstance(leaf, PagedLayerCache))
     for one in kept:
         for leaf in jax.tree.leaves((one.main, one.index)):
             assert leaf.shape[0] == pages
@@ -79,8 +79,8 @@ def test_every_leaf_belongs_to_a_page_or_to_a_record(model):
         for leaf in jax.tree.leaves((one.ring_ZSH, one.tails)):
             assert leaf.shape[0] == records
             by_axis["records"] += leaf.nbytes
-    assert all(isinstance(one, Kept) for one in kept) and sum(by_axis.values()) == engine.stats()["kv_bytes"]
-    assert by_axis["pages"] == pages * engine.layout.page_bytes
+    assert all(isinstance(one, PagedLayerCache) for one in kept) and sum(by_axis.values()) == engine.stats()["kv_bytes"]
+    assert by_axis["pages"] == pages * engine.kv_cache_spec.block_bytes
 
 
 def test_logits_that_are_not_finite_end_that_request_alone(engine):
@@ -94,7 +94,7 @@ def test_logits_that_are_not_finite_end_that_request_alone(engine):
     for at in (5, 299):
         ids = [*range(4), "bad"]
         for id, prompt in zip(ids, [*PROMPTS, [*long[:at], damaged, *long[at + 1 :]]], strict=True):
-            bad.add(id, prompt, GREEDY)
+            bad.add_request(id, prompt, GREEDY)
         got = {id: [] for id in ids}
         while bad.busy:
             for drawn in bad.step():
@@ -104,7 +104,7 @@ def test_logits_that_are_not_finite_end_that_request_alone(engine):
         assert [got[i] for i in range(4)] == sound and len(got["bad"]) == 1
         check_settled(bad)
         assert bad.stats()["pages_cached"] == bad.stats()["records_kept"] == 0  # nothing of it is kept
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(bad._live))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(bad._kv_caches))
 
 
 @pytest.mark.parametrize("prompt, words", [
@@ -119,7 +119,7 @@ def test_requests_that_cannot_run_are_one_line(engine, prompt, words):
 
 
 def test_what_the_pool_cannot_hold_is_one_line(model):
-    small = Engine(model, LIMITS, config.Cache(tokens=BLOCK))
+    small = Engine(model, LIMITS, config.Cache(kv_cache_tokens=BLOCK))
     with pytest.raises(UserError, match="needs 2 pages of 256 tokens, but the cache has 1"):
         small.check([5] * 250, GREEDY, "prompt 0")
 
@@ -138,7 +138,7 @@ def test_limits_that_cannot_be_kept_are_one_line(model, limits, cache, words):
 def test_a_model_without_the_layer_cannot_speculate(model):
     plain = dataclasses.replace(MODEL, mtp_layers=0)
     with pytest.raises(UserError, match="needs a model with an MTP layer"):
-        check_limits(plain, dataclasses.replace(LIMITS, speculative_tokens=1), config.Cache())
+        validate_limits(plain, dataclasses.replace(LIMITS, speculative_tokens=1), config.Cache())
 
 
 def test_prompt_chunks_come_in_few_sizes():

@@ -15,7 +15,7 @@ from tests.serve.companies import BASES, GREEDY, MOST, SAMPLED, Solo, books, che
 from tests.serve.small import LIMITS, MODEL, Request, draw_model, drive, new_books
 from v4jax.serve import programs
 from v4jax.serve.engine import Engine
-from v4jax.serve.sequence import State
+from v4jax.serve.sequence import RequestStatus
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_a_request_among_others_answers_as_alone(plain, solo, asked, books, chun
     check(staying(asked[:2]), again, solo)
 
 
-@pytest.mark.parametrize("phase", range(MODEL.hca_ratio))
+@pytest.mark.parametrize("phase", range(MODEL.compress_rate_hca))
 def test_a_request_preempted_in_any_phase_of_compression_answers_as_alone(plain, solo, phase):
     new_books(plain, pages=2)
     answers = drive(plain, crowded(phase))
@@ -58,7 +58,7 @@ def test_a_request_preempted_while_it_reads_its_prompt_answers_as_alone(plain, s
         states.append((sequence.state, state)) or leave(sequence, state)
     )
     answers = drive(plain, asked)
-    assert states[0] == (State.PREFILL, State.PREEMPTED)
+    assert states[0] == (RequestStatus.PREFILL, RequestStatus.PREEMPTED)
     check(asked, answers, solo)
 
 
@@ -96,7 +96,7 @@ class Drafted:
     def __call__(self, asked, right=0.7):
         whole = [dataclasses.replace(a.sampling, max_tokens=MOST) for a in asked]
         known = [[*a.prompt, *self.solo(Request(a.prompt, s)).tokens] for a, s in zip(asked, whole, strict=True)]
-        draft = programs.draft
+        draft = programs.propose_draft
 
         def foretell(*args):
             mtp, heads = draft(*args)

@@ -14,12 +14,12 @@ from tests.serve.companies import BASES, SAMPLED, crowded
 from tests.serve.small import LIMITS, MODEL, Request, compiled, drive, new_books
 from tests.serve.tiered import one_by_one, small_books, tiered
 from v4jax import config
-from v4jax.cache.spec import Layout
+from v4jax.cache.spec import KVCacheSpec
 from v4jax.core.check import UserError
-from v4jax.nn.memory import in_host
-from v4jax.serve.engine import Engine, check_limits
+from v4jax.nn.memory import is_host
+from v4jax.serve.engine import Engine, validate_limits
 
-LEAST = LIMITS.max_batch * MODEL.indexer.topk  # what a step may pick: nearly all of it changes all the time
+LEAST = LIMITS.max_num_seqs * MODEL.indexer.index_topk  # what a step may pick: nearly all of it changes all the time
 BITS = dataclasses.replace(SAMPLED, logprobs=4)
 TWO = dataclasses.replace(
     MODEL, schedule=("csa", "hca"), mtp_layers=0, moe=dataclasses.replace(MODEL.moe, hash_layers=0)
@@ -40,12 +40,12 @@ def layers():
 
 @pytest.fixture(scope="module")
 def near(layers):
-    return Engine(layers, LIMITS, config.Cache(layout="fp8_fp4"))
+    return Engine(layers, LIMITS, config.Cache(kv_cache_dtype="fp8_fp4"))
 
 
 @pytest.fixture(scope="module")
 def far(layers):
-    return Engine(layers, LIMITS, config.Cache(layout="fp8_fp4", hot=LEAST))
+    return Engine(layers, LIMITS, config.Cache(kv_cache_dtype="fp8_fp4", device_entries=LEAST))
 
 
 def test_every_bit_is_that_of_the_engine_with_all_on_the_device(near, far):
@@ -60,10 +60,10 @@ def test_every_bit_is_that_of_the_engine_with_all_on_the_device(near, far):
         assert engine.stats()["hits"] > 0
     assert answers[0] == answers[1]
     leaves, stats = jax.tree.leaves(far._live), far.stats()
-    here = [leaf for leaf in leaves if not in_host(leaf)]
+    here = [leaf for leaf in leaves if not is_host(leaf)]
     assert {leaf.sharding.memory_kind for leaf in here} == {"device"}
     assert stats["kv_bytes"] == sum(leaf.nbytes for leaf in here)
-    words, tail = there = [leaf for leaf in leaves if in_host(leaf)]
+    words, tail = there = [leaf for leaf in leaves if is_host(leaf)]
     assert {leaf.sharding.memory_kind for leaf in there} == {"pinned_host"} and tail.dtype == "float32"
     assert stats["kv_host_bytes"] == words.nbytes + tail.nbytes
     assert {leaf.unsafe_buffer_pointer() for leaf in leaves if leaf.nbytes > 4096} <= before  # updated in place
@@ -90,8 +90,8 @@ def test_drafts_and_invariance_keep_every_bit(options, queries):
     drafting = dataclasses.replace(TWO, mtp_layers=1)
     model = weights.build(drafting, weights.random_flat(drafting, 0))
     limits, answers = dataclasses.replace(LIMITS, prefill_chunk=16, **options), []
-    for hot in (0, queries * TWO.indexer.topk):
-        engine = Engine(model, limits, config.Cache(layout="fp8_fp4", hot=hot))
+    for hot in (0, queries * TWO.indexer.index_topk):
+        engine = Engine(model, limits, config.Cache(kv_cache_dtype="fp8_fp4", device_entries=hot))
         new_books(engine, pages=2)
         answers.append(drive(engine, crowded(3, sampling=BITS)))  # in turn, or one must make room for the other
         new_books(engine, pages=3)
@@ -116,15 +116,15 @@ def test_copies_that_cannot_be_are_one_line(layers, options, limits, complaint):
 
 
 def test_the_devices_budget_counts_what_is_on_the_device(layers, caplog):
-    layout = Layout(TWO, hot=LEAST)
-    records = 1 + LIMITS.max_batch + config.Cache().records
-    for device in (records * layout.record_bytes() + layout.hot_bytes + 2 * layout.page_bytes, 1_000_000):
+    layout = KVCacheSpec(TWO, hot=LEAST)
+    records = 1 + LIMITS.max_num_seqs + config.Cache().num_state_snapshots
+    for device in (records * layout.state_bytes() + layout.device_cache_bytes + 2 * layout.block_bytes, 1_000_000):
         with caplog.at_level("INFO"):
-            engine = Engine(layers, LIMITS, config.Cache(device=device, hot=LEAST))
+            engine = Engine(layers, LIMITS, config.Cache(kv_cache_memory_bytes=device, device_entries=LEAST))
         stats = engine.stats()
         pages = stats["pages_free"] + 1
-        assert device - engine.layout.page_bytes < stats["kv_bytes"] <= device
-        held = pages * engine.layout.host_page_bytes + records * engine.layout.host_record_bytes()
+        assert device - engine.kv_cache_spec.block_bytes < stats["kv_bytes"] <= device
+        held = pages * engine.kv_cache_spec.host_block_bytes + records * engine.kv_cache_spec.host_state_bytes()
         assert stats["kv_host_bytes"] == held
         assert f"entries of {256 * (pages - 1):,} tokens in host memory" in caplog.records[-1].message
 
@@ -132,4 +132,4 @@ def test_the_devices_budget_counts_what_is_on_the_device(layers, caplog):
 def test_models_without_picks_have_none_to_copy():
     bare = dataclasses.replace(MODEL, schedule=("swa", "hca"))
     with pytest.raises(UserError, match="this model has none: set it to 0"):
-        check_limits(bare, LIMITS, config.Cache(hot=LEAST))
+        validate_limits(bare, LIMITS, config.Cache(device_entries=LEAST))

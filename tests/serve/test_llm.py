@@ -17,7 +17,7 @@ from v4jax.data.tokenizer import Detokenizer, Tokenizer
 from v4jax.serve import LLM, SamplingParams
 from v4jax.serve import llm as llm_module
 from v4jax.serve.llm import split_at_stop
-from v4jax.serve.metrics import Metrics
+from v4jax.serve.metrics import EngineCollector
 
 PROMPTS = ["To be, or not", [7, 300, 12], "¿Qué?", np.array([9])]
 LIMITS = {name: getattr(small.LIMITS, name) for name in ("max_batch", "max_seq_len", "prefill_chunk")}
@@ -38,17 +38,17 @@ def outputs(llm):
 
 
 def test_conversations_outlive_an_llm(model, tokenizer, tmp_path):
-    cache = config.Cache(disk=1 << 30, directory=str(tmp_path), host=1 << 20, deadline=60.0)
+    cache = config.Cache(disk_bytes=1 << 30, disk_dir=str(tmp_path), host_bytes=1 << 20, load_timeout_s=60.0)
     prompt = np.random.default_rng(0).integers(3, 2000, 300)
     with LLM(model, tokenizer=tokenizer, cache=cache, **LIMITS) as llm:
         [first] = llm.generate([prompt], greedy())
-        assert llm.tiers == "device 3,072 tokens, host up to 32,768 (0 are there), disk up to 22,369,536 (0 are there)"
+        assert llm.cache_summary == "device 3,072 tokens, host up to 32,768 (0 are there), disk up to 22,369,536 (0 are there)"
     with LLM(model, tokenizer=tokenizer, cache=cache, **LIMITS) as llm:
-        assert "(256 are there)" in llm.tiers
+        assert "(256 are there)" in llm.cache_summary
         assert llm.generate([prompt], greedy()) == [first]
         stats = llm.stats()
         assert stats["restored_blocks"] == stats["disk_block_hits"] == stats["host_block_misses"] == 1
-    assert llm.tiers == "" and LLM(model, **LIMITS).tiers == ""
+    assert llm.cache_summary == "" and LLM(model, **LIMITS).cache_summary == ""
     llm.close()  # again does nothing
 
 
@@ -345,7 +345,7 @@ def test_drafts_proposed_and_accepted_are_counted(model, tokenizer, outputs, llm
     assert drafts + accepted in range(23, 26)  # the first token is no draft's; the last step may accept beyond 24
     assert 0 <= accepted <= 2 * drafts
     registry = CollectorRegistry()
-    registry.register(Metrics(speculating))
+    registry.register(EngineCollector(speculating))
     for name, value in [("drafts", drafts), ("draft_tokens", 2 * drafts), ("accepted_tokens", accepted)]:
         assert registry.get_sample_value(f"v4jax_spec_decode_num_{name}_total") == value
 
@@ -366,8 +366,8 @@ def test_token_ids_do_without_a_tokenizer(model, outputs):
     ({"cache": {"layout": "fp8"}}, "cache is .*; give a CacheConfig"), ({"mesh": "serve"}, "give a MeshConfig"),
     ({"speculative_token": 1}, "LLM has no option 'speculative_token'; did you mean 'speculative_tokens'"),
     ({"speculative_tokens": 1, "batch_invariant": True}, "exclude each other"),
-    ({"cache": config.Cache(layout="fp16")}, "cache.layout is 'fp16'; one of"),
-    ({"cache": config.Cache(block=12)}, "block of 12 tokens is not a multiple of model.hca_ratio 8"),
+    ({"cache": config.Cache(kv_cache_dtype="fp16")}, "cache.layout is 'fp16'; one of"),
+    ({"cache": config.Cache(block_size=12)}, "block of 12 tokens is not a multiple of model.hca_ratio 8"),
 ], ids=str)  # fmt: skip
 def test_bad_limits_are_one_line(model, options, words):
     with pytest.raises(UserError, match=words):
@@ -384,15 +384,15 @@ def test_options_reach_the_engine(model):
     cache = v4jax.CacheConfig(layout="fp8", tokens=512, records=3)
     llm = LLM(model, cache=cache, batch_invariant=True, max_seq_len=576)
     assert llm.engine.limits == dataclasses.replace(config.Serve(), batch_invariant=True, max_seq_len=576)
-    assert (llm.engine.layout.name, llm.stats()["pages_free"], llm.stats()["records_spare"]) == ("fp8", 2, 3)
+    assert (llm.engine.kv_cache_spec.name, llm.stats()["pages_free"], llm.stats()["records_spare"]) == ("fp8", 2, 3)
     with pytest.raises(UserError, match="needs 3 pages of 256 tokens, but the cache has 2"):
         llm.generate([[5] * 550], greedy())
-    assert LLM(model, speculative_tokens=1).engine.limits.speculative_tokens == 1
+    assert LLM(model, speculative_tokens=1).engine.limits.num_speculative_tokens == 1
 
 
 def test_a_directory_brings_its_tokenizer_and_limits(monkeypatch, model, tokenizer):
     read = []
-    stored = config.Config(serve=config.Serve(max_batch=3, max_seq_len=50, prefill_chunk=20))
+    stored = config.Config(serve=config.Serve(max_num_seqs=3, max_model_len=50, max_num_batched_tokens=20))
     monkeypatch.setattr(checkpoint, "load", lambda path, **asked: read.append((path, asked)) or model)
     monkeypatch.setattr(checkpoint, "load_config", lambda path: stored)
     monkeypatch.setattr(llm_module, "load_tokenizer", lambda path, model: tokenizer)
@@ -401,7 +401,7 @@ def test_a_directory_brings_its_tokenizer_and_limits(monkeypatch, model, tokeniz
     assert (
         read == [("DIR", {"dtype": "bfloat16", "precision": "model", "placement": None})] and llm.tokenizer is tokenizer
     )
-    assert llm.engine.limits == config.Serve(max_batch=2, max_seq_len=50, prefill_chunk=20)
+    assert llm.engine.limits == config.Serve(max_num_seqs=2, max_model_len=50, max_num_batched_tokens=20)
 
     monkeypatch.setattr(llm_module, "load_tokenizer", lambda path, model: None)
     with pytest.raises(UserError, match="prompt 0 is text, which needs a tokenizer; put tokenizer.json into"):

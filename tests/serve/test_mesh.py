@@ -17,14 +17,14 @@ from v4jax.serve.sampling import SamplingParams
 
 DEVICES = 2
 LIMITS = dataclasses.replace(small.LIMITS, max_batch=2, prefill_chunk=16)  # few programs
-CACHE = config.Cache(tokens=768)
+CACHE = config.Cache(kv_cache_tokens=768)
 RNG = np.random.default_rng(0)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 SAMPLED = SamplingParams(temperature=0.9, top_p=0.9, seed=3, max_tokens=12, logprobs=2)
 
 
 def on(layout="serve", count=DEVICES, **axes):
-    return places.on(config.Mesh(layout, **axes), jax.devices()[:count])
+    return places.data_parallel_group(config.Mesh(layout, **axes), jax.devices()[:count])
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_a_bad_request_ends_alone(model, meshed):
     asked = [[5, 7, 9], [11, 12, 13], [14] * 5]
     ends, tokens = {}, {}
     for id, ids in enumerate(asked):
-        broken.add(id, ids, GREEDY)
+        broken.add_request(id, ids, GREEDY)
     while broken.busy:
         for drawn in broken.step():
             ends[drawn.id] = drawn.sampled.finite_B[drawn.row, : drawn.count].all()
@@ -139,7 +139,7 @@ def test_what_one_device_let_go_comes_back_on_any(meshed, model, plain, tmp_path
             assert (stats["restored_blocks"] > 0) == bool(again or restored)
         assert stats["transfer_dropped"] == stats["disk_corrupt"] == 0
         if places_of:
-            assert all(bay.restored for bay in engine.parking.bays) and "each of 2 devices" in engine.parking.summary
+            assert all(bay.num_restored for bay in engine.kv_connector.device_connectors) and "each of 2 devices" in engine.kv_connector.summary
             assert tokens_of(engine, prompts, GREEDY) == expected  # all at once
         engine.close(60.0)
 

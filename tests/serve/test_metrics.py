@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from tests.serve.small import new_books, tokens_of
 from tests.serve.tiered import tiered
 from v4jax.serve import SamplingParams, metrics
-from v4jax.serve.metrics import Metrics
+from v4jax.serve.metrics import EngineCollector
 
 
 class Llm:
@@ -21,7 +21,7 @@ class Llm:
 def scrape(engine) -> dict[tuple[str, str], tuple[str, float]]:
     """(name, tier) -> (type, value), as a Prometheus server would read them."""
     registry = CollectorRegistry()
-    registry.register(Metrics(Llm(engine)))
+    registry.register(EngineCollector(Llm(engine)))
     families = parse(generate_latest(registry).decode())
     return {(s.name, s.labels.get("tier", "")): (f.type, s.value) for f in families for s in f.samples}
 

@@ -27,7 +27,7 @@ from tests.serve.small import BLOCK, LIMITS, MODEL, Request, draw_model, drive
 from tests.serve.tiered import LONG, one_by_one, parked, small_books, tiered
 from v4jax import config
 from v4jax.cache.faults import FaultyFiles, failing
-from v4jax.cache.spec import LAYOUTS
+from v4jax.cache.spec import KV_CACHE_DTYPES
 from v4jax.core.check import UserError
 from v4jax.models.transformer import Transformer
 from v4jax.serve import bay, programs
@@ -61,9 +61,9 @@ def test_what_was_evicted_comes_back(model, alone, tmp_path, tiers):
     room = {"host": {"host": 1 << 30}, "disk": {"directory": tmp_path}, "both": {"directory": tmp_path, "host": 40_000}}
     with tiered(model, **room[tiers]) as engine:
         assert one_by_one(engine, CHATS) == alone and engine.stats()["restored_blocks"] == 0
-        compiled = [program._cache_size() for program in (programs.prefill, programs.decode, programs.draw)]
+        compiled = [program._cache_size() for program in (programs.prefill, programs.decode, programs.sample_tokens)]
         assert one_by_one(engine, CHATS) == alone
-        assert compiled == [program._cache_size() for program in (programs.prefill, programs.decode, programs.draw)]
+        assert compiled == [program._cache_size() for program in (programs.prefill, programs.decode, programs.sample_tokens)]
         stats = parked(engine)
         assert stats["hits"] == stats["restored_blocks"] == 2 * len(CHATS)
         assert stats["transfer_saved"] == 3 * len(CHATS) and stats["transfer_dropped"] == 0
@@ -151,9 +151,9 @@ def test_other_weights_find_nothing(model, alone, tmp_path):
 
 def test_whatever_shapes_the_contents_is_in_the_key(model):
     def key(model, layout="model", block=0, **limits):
-        cache = config.Cache(layout=layout, block=block, tokens=256)
+        cache = config.Cache(kv_cache_dtype=layout, block_size=block, kv_cache_tokens=256)
         engine = Engine(model, dataclasses.replace(LIMITS, **limits), cache)
-        return engine._seed, bay.form(engine._live, "block").digest, bay.form(engine._live, "record").digest
+        return engine._seed, bay.block_schema(engine._kv_caches, "block").digest, bay.block_schema(engine._kv_caches, "record").digest
 
     def other(**changes):
         """The same weights under another config."""
@@ -163,9 +163,9 @@ def test_whatever_shapes_the_contents_is_in_the_key(model):
     base = key(model)
     assert base == key(other(), max_batch=1, max_seq_len=300, prefill_chunk=5)
     for changed in [
-        *[key(model, layout) for layout in LAYOUTS if layout != "model"],
+        *[key(model, layout) for layout in KV_CACHE_DTYPES if layout != "model"],
         key(model, block=512), key(model, batch_invariant=True), key(model, speculative_tokens=1),
-        key(other(rope=dataclasses.replace(MODEL.rope, theta=MODEL.rope.theta + 1))),
+        key(other(rope=dataclasses.replace(MODEL.rope, theta=MODEL.rope.rope_theta + 1))),
         key(other(indexer=dataclasses.replace(MODEL.indexer, topk=3))),
     ]:  # fmt: skip
         assert changed != base
@@ -186,7 +186,7 @@ def test_a_tenants_blocks_are_its_own(model, alone, tmp_path):
 
 def test_a_second_engine_on_a_directory_is_refused(model, tmp_path):
     with tiered(model, tmp_path), pytest.raises(UserError, match="in use by another engine"):
-        Engine(model, LIMITS, config.Cache(disk=1 << 20, directory=str(tmp_path)))
+        Engine(model, LIMITS, config.Cache(disk_bytes=1 << 20, disk_dir=str(tmp_path)))
 
 
 # --- faults 2, 3, 11, 13 to 15: what is stored cannot be had ----------------------------------------------------------
@@ -236,9 +236,9 @@ def test_others_decode_while_one_waits_for_a_disk_that_hangs(model, solo, stored
     files = FaultyFiles(lambda operation, path: gate.wait(LONG) if operation == "read" else None)
     with tiered(model, stored, files=files, pages=5) as engine:
         short = Request(BASES[0][:9], GREEDY)
-        engine.add("short", short.prompt, short.sampling)
+        engine.add_request("short", short.prompt, short.sampling)
         engine.step()
-        engine.add("long", CHATS[0].prompt, SAMPLING)
+        engine.add_request("long", CHATS[0].prompt, SAMPLING)
         tokens = {"short": [], "long": []}
         while engine.busy:
             for drawn in engine.step():
@@ -274,21 +274,21 @@ def test_no_memory_for_copies_costs_time_only(model, alone, monkeypatch):
 
 def test_without_pinned_memory_plain_memory_does(model, alone, stored):
     with tiered(model, stored, host=1 << 30) as engine:
-        engine.parking.bays[0]._pinned = None
+        engine.kv_connector.device_connectors[0]._pinned = None
         assert one_by_one(engine, CHATS) == one_by_one(engine, CHATS) == alone
 
 
 def test_pieces_evicted_between_fetch_and_admission_are_fetched_again(model, alone, stored):
     with tiered(model, stored) as engine:
         drive(engine, CHATS[:1])
-        bring_in = engine.parking.bays[0]._bring_in
+        bring_in = engine.kv_connector.device_connectors[0]._install
 
         def once(visit, seed):
-            engine.parking.bays[0]._bring_in = bring_in
+            engine.kv_connector.device_connectors[0]._install = bring_in
             visit.job.blocks_here = frozenset(visit.job.names)  # as if they had been on the device when it began
             return bring_in(visit, seed)
 
-        engine.parking.bays[0]._bring_in = once
+        engine.kv_connector.device_connectors[0]._install = once
         assert drive(engine, CHATS[1:2]) == alone[1:2]
         assert engine.stats()["restored_blocks"] == 4
 
@@ -325,7 +325,7 @@ def test_what_is_not_finite_is_not_stored(tmp_path):
         for position in (5, 300, 2 * BLOCK + 1):
             prompt = list(CHATS[0].prompt)
             prompt[position] = 2
-            engine.add(position, prompt, SAMPLING)
+            engine.add_request(position, prompt, SAMPLING)
             while engine.busy:
                 engine.step()
         parked(engine)
@@ -337,23 +337,23 @@ def test_what_is_not_finite_is_not_stored(tmp_path):
 
 @pytest.mark.parametrize("layout", ["model", "fp8_fp4"])
 def test_copies_off_the_device_and_back_keep_every_bit_of_every_leaf(model, layout):
-    engine = Engine(model, dataclasses.replace(LIMITS, speculative_tokens=1), config.Cache(layout=layout, tokens=2048))
-    rng, kinds = np.random.default_rng(0), bay.kinds(engine._live)
+    engine = Engine(model, dataclasses.replace(LIMITS, speculative_tokens=1), config.Cache(kv_cache_dtype=layout, kv_cache_tokens=2048))
+    rng, kinds = np.random.default_rng(0), bay.leaf_kinds(engine._kv_caches)
 
     def rubbish(leaf):
         raw = rng.integers(0, 256, (*leaf.shape, leaf.dtype.itemsize), np.uint8)
         return jax.device_put(raw.view(leaf.dtype)[..., 0])  # NaN of every kind among them
 
     bits = lambda live: [np.array(leaf).view(np.uint8) for leaf in jax.tree.leaves(live)]
-    one, two = (jax.tree.map(rubbish, engine._live) for _ in range(2))
+    one, two = (jax.tree.map(rubbish, engine._kv_caches) for _ in range(2))
     source, before = bits(one), bits(two)
     for kind in ("block", "record"):
         numbers = np.array([3, 1, 4], np.int32)
-        payloads = bay.take(one, kinds, kind, numbers)
-        assert {payload.nbytes for payload in payloads} == {bay.form(one, kind).nbytes}
-        two = bay.give(two, kinds, kind, np.array([2, 5, 2**31 - 1], np.int32), payloads)
-    assert bay.form(one, "block").nbytes == engine.layout.page_bytes
-    assert bay.form(one, "record").nbytes == engine.layout.record_bytes(3, mtp=True)
+        payloads = bay.pack_blocks(one, kinds, kind, numbers)
+        assert {payload.nbytes for payload in payloads} == {bay.block_schema(one, kind).nbytes}
+        two = bay.unpack_blocks(two, kinds, kind, np.array([2, 5, 2**31 - 1], np.int32), payloads)
+    assert bay.block_schema(one, "block").nbytes == engine.kv_cache_spec.block_bytes
+    assert bay.block_schema(one, "record").nbytes == engine.kv_cache_spec.state_bytes(3, mtp=True)
     for have, had, other in zip(bits(two), before, source, strict=True):
         had[[2, 5]] = other[[3, 1]]
         assert np.array_equal(have, had)
@@ -376,8 +376,8 @@ def test_tiers_that_cannot_be_are_one_line(model, options, complaint):
 
 def test_the_devices_budget_bounds_all_arrays_of_the_cache(model):
     for device in (140_000, 151_040, 1_000_000):
-        engine = Engine(model, LIMITS, config.Cache(device=device))
-        held, page = engine.stats()["kv_bytes"], engine.layout.page_bytes
+        engine = Engine(model, LIMITS, config.Cache(kv_cache_memory_bytes=device))
+        held, page = engine.stats()["kv_bytes"], engine.kv_cache_spec.block_bytes
         assert device - page < held <= device
 
 
@@ -389,7 +389,7 @@ def test_the_log_says_what_each_tier_holds(model, tmp_path, caplog):
 
 
 def test_tiers_are_let_go_with_an_engine_that_nobody_closes(model, tmp_path):
-    engine = Engine(model, LIMITS, config.Cache(disk=1 << 20, directory=str(tmp_path)))
+    engine = Engine(model, LIMITS, config.Cache(disk_bytes=1 << 20, disk_dir=str(tmp_path)))
     del engine
     gc.collect()
     with tiered(model, tmp_path):

@@ -81,7 +81,7 @@ def test_engine_an_error_of_a_program_reaches_the_caller_and_the_next_call_works
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
 def test_engine_any_exception_on_the_way_back_reaches_the_caller(llm, answers, monkeypatch, error):
     with monkeypatch.context() as patch:
-        patch.setattr(places.Places, "get", lambda *_: (_ for _ in ()).throw(error("while results are fetched")))
+        patch.setattr(places.DataParallelGroup, "get", lambda *_: (_ for _ in ()).throw(error("while results are fetched")))
         with pytest.raises(error, match="while results are fetched"):
             llm.generate(PROMPTS, GREEDY)
     works(llm, answers)
@@ -108,11 +108,11 @@ def test_engine_a_failing_wipe_ends_in_a_sound_engine(monkeypatch, answers):
     model.embed.table = nnx.Param(model.embed.table[...].at[damaged].set(jnp.nan))
     with LLM(model, **OPTIONS) as llm:
         with monkeypatch.context() as patch:
-            patch.setattr(programs, "wipe", failing(programs.wipe))
+            patch.setattr(programs, "wipe", failing(programs.zero_state))
             with pytest.raises(Injected):
                 llm.generate([*PROMPTS, [damaged]], GREEDY)
         works(llm, answers)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(llm.engine._live))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(llm.engine._kv_caches))
 
 
 def test_engine_a_reset_that_fails_is_tried_again(llm, answers, monkeypatch):
@@ -148,7 +148,7 @@ def test_engine_tiers_survive_an_error_between_them_and_the_device(model, plain,
         small_books(engine, pages=2)
         tokens = lambda one: drive(engine, [one])[0].tokens
         assert [tokens(one) for one in asked[:2]] == want[:2]
-        assert engine.parking.flush(engine._live, LONG)
+        assert engine.kv_connector.flush(engine._kv_caches, LONG)
         held = engine.stats()["host_blocks"]
         assert held == 2
         with monkeypatch.context() as patch:
@@ -160,7 +160,7 @@ def test_engine_tiers_survive_an_error_between_them_and_the_device(model, plain,
         restored = engine.stats()["restored_blocks"]
         assert [tokens(one) for one in asked] == want
         assert engine.stats()["host_blocks"] >= held and engine.stats()["restored_blocks"] > restored
-        engine.parking.transfer.host.check()
+        engine.kv_connector.transfer.host.check_invariants()
         check_settled(engine)
 
 
@@ -169,25 +169,25 @@ def test_engine_on_a_mesh_is_reset_too(model, plain, monkeypatch):
     small.new_books(plain)
     want = [answer.tokens for answer in drive(plain, asked)]
     limits = dataclasses.replace(LIMITS, max_batch=2, prefill_chunk=16)
-    engine = Engine(model, limits, config.Cache(tokens=768), places.on(config.Mesh("serve"), jax.devices()[:2]))
+    engine = Engine(model, limits, config.Cache(kv_cache_tokens=768), places.data_parallel_group(config.Mesh("serve"), jax.devices()[:2]))
     with monkeypatch.context() as patch:
         patch.setattr(programs, "decode", failing(programs.decode, after=True, skip=1))
         with pytest.raises(Injected):
             drive(engine, asked)
     for id in range(len(asked)):
-        engine.cancel(id)
+        engine.abort_request(id)
     assert [answer.tokens for answer in drive(engine, asked)] == want
 
 
 def test_engine_of_several_processes_says_that_an_error_is_final(model, monkeypatch):
     engine = Engine(model, LIMITS)
-    engine.add(0, [5], GREEDY)
+    engine.add_request(0, [5], GREEDY)
     with monkeypatch.context() as patch:
         patch.setattr(programs, "prefill", failing(programs.prefill))
         with pytest.raises(Injected):
             engine.step()
-    monkeypatch.setattr(places.Places, "processes", [0, 1])
-    for call in (engine.step, engine.stats, lambda: engine.busy, lambda: engine.add(1, [5], GREEDY)):
+    monkeypatch.setattr(places.DataParallelGroup, "processes", [0, 1])
+    for call in (engine.step, engine.stats, lambda: engine.busy, lambda: engine.add_request(1, [5], GREEDY)):
         with pytest.raises(Exception, match="failed in one of its 2 processes") as error:
             call()
         assert "\n" not in str(error.value)

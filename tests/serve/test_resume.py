@@ -13,11 +13,11 @@ import pytest
 from tests.serve.small import BLOCK, LIMITS, MODEL, Request, drive, new_books
 from v4jax import config
 from v4jax.cache import prefix
-from v4jax.cache.spec import LAYOUTS
+from v4jax.cache.spec import KV_CACHE_DTYPES
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
 
-RECORDS = 1 + LIMITS.max_batch + config.Cache().records
+RECORDS = 1 + LIMITS.max_num_seqs + config.Cache().num_state_snapshots
 # Fewer tokens behind the boundary than the window has, and so drawn that the entry over the boundary is picked.
 PROMPT = np.random.default_rng(0).integers(3, MODEL.vocab_size, 2 * BLOCK + 3).tolist()
 ASKED = [Request(PROMPT, SamplingParams(temperature=0.0, max_tokens=24, logprobs=4))]
@@ -41,7 +41,7 @@ def change(engine, touch):
 
 def boundary(engine):
     """(names, pages, record) that the last whole block of the prompt stands on."""
-    names = prefix.chain(prefix.seed(engine._seed, salt=""), PROMPT, BLOCK)
+    names = prefix.block_hashes(prefix.hash_seed(engine._seed, salt=""), PROMPT, BLOCK)
     blocks = engine.schedulers[0].blocks
     return names, [blocks._page[name] for name in names], blocks._record[names[-1]]
 
@@ -60,10 +60,10 @@ def kept(plain, uninterrupted):
     return plain
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", KV_CACHE_DTYPES)
 def test_every_leaf_belongs_to_a_page_or_to_a_record(model, layout):
-    engine = Engine(model, dataclasses.replace(LIMITS, speculative_tokens=2), config.Cache(layout=layout))
-    pages = 1 + engine.schedulers[0].blocks.capacity
+    engine = Engine(model, dataclasses.replace(LIMITS, speculative_tokens=2), config.Cache(kv_cache_dtype=layout))
+    pages = 1 + engine.schedulers[0].block_pool.capacity
     assert len({pages, RECORDS}) == 2  # so that the leading axis tells them apart
     named = leaves(engine)
     records = [*RINGS, *TAILS, ".mtp.ring_ZSH"]
@@ -75,7 +75,7 @@ def test_every_leaf_belongs_to_a_page_or_to_a_record(model, layout):
     arrays = lambda value: any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
     held = {name for name, value in vars(engine).items() if arrays(value)}
     assert held == {"_weights", "_live", "_heads", "_device_tables"}
-    assert all(leaf.shape[0] == 1 + LIMITS.max_batch for leaf in [*engine._heads, engine._device_tables])
+    assert all(leaf.shape[0] == 1 + LIMITS.max_num_seqs for leaf in [*engine._decode_state, engine._device_tables])
 
 
 def test_going_on_from_a_record_gives_every_bit_of_the_uninterrupted_run(kept, uninterrupted):
@@ -88,16 +88,16 @@ def test_pages_and_a_record_are_all_it_takes(model, kept, uninterrupted):
     names, pages, record = boundary(kept)
     source, rng = leaves(kept), np.random.default_rng(0)
     engine = Engine(model, LIMITS)
-    blocks, seed = engine.schedulers[0].blocks, prefix.seed(engine._seed, salt="")
+    blocks, seed = engine.schedulers[0].block_pool, prefix.hash_seed(engine._seed, salt="")
     given = blocks.allocate(5)
     moved = [given[4], given[2]]
-    blocks.publish(seed, names[0], moved[0])
-    blocks.publish(names[0], names[1], moved[1])
-    blocks.release([given[i] for i in (0, 1, 3)])
-    blocks.release(moved)
-    blocks.keep(b"another's")
-    target = blocks.keep(names[1])
-    blocks.ready(names[1], target)
+    blocks.cache_block(seed, names[0], moved[0])
+    blocks.cache_block(names[0], names[1], moved[1])
+    blocks.free([given[i] for i in (0, 1, 3)])
+    blocks.free(moved)
+    blocks.reserve_snapshot(b"another's")
+    target = blocks.reserve_snapshot(names[1])
+    blocks.commit_snapshot(names[1], target)
     assert target != record and not set(moved) & set(pages)
 
     def touch(name, array):
@@ -109,13 +109,13 @@ def test_pages_and_a_record_are_all_it_takes(model, kept, uninterrupted):
         return array
 
     change(engine, touch)
-    engine._heads = jax.tree.map(lambda a: jax.device_put(np.full(a.shape, 99, np.int32)), engine._heads)
-    blocks.ready(b"another's", blocks._record[b"another's"], valid=False)
+    engine._decode_state = jax.tree.map(lambda a: jax.device_put(np.full(a.shape, 99, np.int32)), engine._decode_state)
+    blocks.commit_snapshot(b"another's", blocks._record[b"another's"], valid=False)
     assert drive(engine, ASKED) == uninterrupted
     assert engine.stats()["hits"] == 2
 
 
-OVERLAP = slice(MODEL.csa_ratio, None)  # slots of the last window, as a block is a whole number of tails
+OVERLAP = slice(MODEL.compress_rate_csa, None)  # slots of the last window, as a block is a whole number of tails
 
 
 @pytest.mark.parametrize("name, slots, needed", [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from v4jax.core.check import UserError
-from v4jax.serve.sampling import Plan, SamplingParams, batch_options, sample
+from v4jax.serve.sampling import SamplingFlags, SamplingParams, make_sampling_tensors, sample
 
 SAMPLE = functools.partial(jax.jit, static_argnums=3)(sample)
 LOGITS = np.array([2.0, -1.0, 0.5, 3.0, 0.5, -4.0, 1.0, 2.5], np.float32)
@@ -18,7 +18,7 @@ DRAWS = 4096
 def draws(logits, plan=None, **options):
     """DRAWS tokens of one row, at as many positions."""
     params = SamplingParams(seed=7, **options)
-    arrays, needed = batch_options([params] * DRAWS)
+    arrays, needed = make_sampling_tensors([params] * DRAWS)
     return SAMPLE(jnp.tile(jnp.asarray(logits), (DRAWS, 1)), arrays, jnp.arange(DRAWS), plan or needed)
 
 
@@ -54,7 +54,7 @@ def test_tokens_come_as_often_as_they_should(options):
 
 def test_a_filter_keeps_the_likeliest_beside_a_row_that_keeps_all():
     rows = [SamplingParams(seed=1, top_k=1, top_p=1e-38), SamplingParams(seed=1, temperature=100.0)] * 64
-    arrays, plan = batch_options(rows)
+    arrays, plan = make_sampling_tensors(rows)
     tokens = np.asarray(SAMPLE(jnp.tile(jnp.asarray(LOGITS), (128, 1)), arrays, jnp.arange(128), plan).token_B)
     assert set(tokens[::2]) == {3} and len(set(tokens[1::2])) > 4
 
@@ -66,9 +66,9 @@ def test_ties_are_cut_at_the_lowest_id():
 
 def test_greedy_takes_the_likeliest_and_the_first_of_equals():
     for temperature in (0.0, 1e-30):
-        arrays, plan = batch_options([SamplingParams(temperature=temperature)] * 2)
+        arrays, plan = make_sampling_tensors([SamplingParams(temperature=temperature)] * 2)
         logits = np.stack([LOGITS, [0, 1, 1, 0, 0, 0, 0, 1], LOGITS, LOGITS]).astype(np.float32)
-        assert not plan.draw
+        assert not plan.needs_noise
         assert np.asarray(SAMPLE(logits, arrays, jnp.zeros(4, jnp.int32), plan).token_B)[:2].tolist() == [3, 1]
 
 
@@ -82,7 +82,7 @@ def test_a_rows_token_depends_on_its_seed_and_position_alone():
         assert alone.token_B[0] == together.token_B[i]
     # Needless work, asked for by another row, changes nothing.
     arrays, position, _ = _at(rows[:1], [5])
-    assert SAMPLE(logits[:1], arrays, position, Plan(True, True, 4)).token_B[0] == together.token_B[0]
+    assert SAMPLE(logits[:1], arrays, position, SamplingFlags(True, True, 4)).token_B[0] == together.token_B[0]
     # And the noise does differ by seed (both words of it) and by position.
     many = lambda seeds, positions: np.asarray(SAMPLE(np.zeros((8, 999), np.float32), *_at(
         [SamplingParams(seed=seed) for seed in seeds], positions)).token_B)  # fmt: skip
@@ -93,7 +93,7 @@ def test_a_rows_token_depends_on_its_seed_and_position_alone():
 
 def _at(rows, positions):
     """The last arguments of SAMPLE."""
-    arrays, plan = batch_options(rows)
+    arrays, plan = make_sampling_tensors(rows)
     return arrays, jnp.asarray(positions, jnp.int32), plan
 
 

@@ -6,7 +6,7 @@ What happens when pages run out: test_scheduler_pages.py.
 import pytest
 
 from tests.serve.device import World, decoded, solo
-from v4jax.serve.sequence import State
+from v4jax.serve.sequence import RequestStatus
 
 
 def run(world, steps):
@@ -51,7 +51,7 @@ def test_chunks_end_at_multiples_and_at_the_last_boundary(prompt, options, expec
     plans = run(world, len(expected))
     assert chunks(plans, 0) == expected
     assert [p.prefill.last for p in plans] == [*[False] * (len(expected) - 1), True]
-    assert world.everyone[0].state is State.FINISHED
+    assert world.everyone[0].state is RequestStatus.FINISHED
 
 
 def test_records_are_kept_at_the_last_boundary_and_periodically():
@@ -108,7 +108,7 @@ def test_a_record_that_others_resumed_from_is_not_dropped(endless, shared):
         run(world, 1)
         assert other.found == 2
     world.drain()
-    assert world.blocks.match(row.names[:2])[0] == (2 if shared else 1)
+    assert world.blocks.match_prefix(row.names[:2])[0] == (2 if shared else 1)
 
 
 # --- prefix cache ----------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_nobody_waits_for_a_record_that_could_not_be_kept(endless):
     for id in range(2):
         world.add(id, [1, 2, 3], 9)
     run(world, 3)
-    assert world.everyone[0].state is State.RUNNING and world.everyone[1].state is State.PREFILL
+    assert world.everyone[0].state is RequestStatus.RUNNING and world.everyone[1].state is RequestStatus.PREFILL
     world.drain()
 
 
@@ -157,14 +157,14 @@ def test_what_ends_keeps_its_pages_until_the_plan_under_way_is_committed(endless
     assert (decoded(first), decoded(second)) == ([0], [0]) and second.decode[0].position == first.decode[0].position + 1
     with pytest.raises(RuntimeError, match="commit"):
         world.step()
-    world.scheduler.commit(first, {0: [4]}, finished={0})
+    world.scheduler.update_from_output(first, {0: [4]}, finished={0})
     world.flight.pop(0)
-    assert row.state is State.FINISHED and row.pages and world.scheduler.stats()["pages_in_use"] == len(row.pages)
+    assert row.state is RequestStatus.FINISHED and row.pages and world.scheduler.stats()["pages_in_use"] == len(row.pages)
     with pytest.raises(ValueError, match="in the order"):
-        world.scheduler.commit(first, {})
-    world.scheduler.commit(second, {})
+        world.scheduler.update_from_output(first, {})
+    world.scheduler.update_from_output(second, {})
     assert not row.pages and not world.scheduler.busy and world.scheduler.stats()["pages_in_use"] == 0
-    world.scheduler.check()
+    world.scheduler.check_invariants()
 
 
 def test_no_step_is_spent_beyond_max_tokens(endless):
@@ -185,7 +185,7 @@ def test_results_must_be_what_the_plan_adds(gained):
     world.add(0, [1], 5)
     plan = world.step()
     with pytest.raises(ValueError, match=r"gained \d tokens, where 1 to 1 can be"):
-        world.scheduler.commit(plan, gained)
+        world.scheduler.update_from_output(plan, gained)
 
 
 # --- ending early -----------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_ending_at_any_moment_frees_everything(endless, steps, under_way, how):
         assert stats["pages_cached"] == stats["records_kept"] == 0 and not set(own) & set(world.blocks._page.values())
     else:
         ends = [row.names.index(name) + 1 for name in world.blocks._record]
-        assert all(world.blocks.match(row.names[:end])[0] == end for end in ends), "a record that cannot be reached"
+        assert all(world.blocks.match_prefix(row.names[:end])[0] == end for end in ends), "a record that cannot be reached"
     world.settled()
 
 
@@ -223,10 +223,10 @@ def test_a_finish_that_comes_later_keeps_the_blocks(endless, ahead):
     run(world, 3)
     for _ in range(ahead):
         world.step()
-    assert world.scheduler.finish(0) and not world.scheduler.finish(0) and row.state is State.FINISHED
+    assert world.scheduler.finish_request(0) and not world.scheduler.finish_request(0) and row.state is RequestStatus.FINISHED
     while world.flight:
         world.commit()
-    assert not world.scheduler.busy and world.blocks.match(row.names)[0] == 2
+    assert not world.scheduler.busy and world.blocks.match_prefix(row.names)[0] == 2
 
 
 def test_a_failure_keeps_what_it_had_found_and_hurts_nobody_else(endless):
@@ -239,27 +239,27 @@ def test_a_failure_keeps_what_it_had_found_and_hurts_nobody_else(endless):
     sharing = world.add("sharing", [*prompt, 6, 7, 8, 9, 10], 4)
     run(world, 1)
     assert bad.found == 2 and sharing.found == 3
-    world.scheduler.fail("bad")
+    world.scheduler.fail_request("bad")
     world.drain()
-    assert sharing.state is State.FINISHED
-    assert world.blocks.match(sharing.names)[0] == 2  # its own blocks hang behind a retracted one
+    assert sharing.state is RequestStatus.FINISHED
+    assert world.blocks.match_prefix(sharing.names)[0] == 2  # its own blocks hang behind a retracted one
 
 
 def test_a_failure_takes_its_record_along_even_behind_the_page_of_another(endless):
     world = World(pages=20, records=1)
     row = world.add("first", [1, 2, 3], 1)
     world.drain()
-    world.blocks.forget(row.names[0])
+    world.blocks.drop_snapshot(row.names[0])
     bad = world.add("bad", [1, 2, 3], 5)
     run(world, 2)
-    assert bad.published == 1 and world.blocks.match(row.names)[0] == 1
+    assert bad.published == 1 and world.blocks.match_prefix(row.names)[0] == 1
     assert world.blocks._page[row.names[0]] != bad.pages[0]
-    world.scheduler.fail("bad")
-    assert world.blocks.match(row.names) == (0, None) and row.names[0] in world.blocks._page
+    world.scheduler.fail_request("bad")
+    assert world.blocks.match_prefix(row.names) == (0, None) and row.names[0] in world.blocks._page
 
 
 def test_unknown_requests_cannot_be_ended():
-    assert World().scheduler.cancel("nobody") is False
+    assert World().scheduler.abort_request("nobody") is False
 
 
 # --- everything at once ----------------------------------------------------------------------------------------------
@@ -270,5 +270,5 @@ def test_a_burst_of_200_into_a_pool_for_8_gets_every_answer_right():
     for id in range(200):
         world.add(id, [id % 2, 2, 3, 3, 1, 1, id % 3, 1, 1][: 3 + id % 7], 1 + id % 9)
     world.drain()
-    assert all(row.state is State.FINISHED for row in world.everyone.values())
+    assert all(row.state is RequestStatus.FINISHED for row in world.everyone.values())
     assert world.scheduler.stats()["hits"] > 0

@@ -4,7 +4,7 @@ import pytest
 
 from tests.serve.device import World, decoded
 from v4jax.core.check import UserError
-from v4jax.serve.sequence import State
+from v4jax.serve.sequence import RequestStatus
 
 
 def until(world, condition, ahead):
@@ -25,9 +25,9 @@ def test_what_never_fits_is_refused_with_the_numbers():
         world.add(0, [1] * 5, 2)
     world.add(1, [1] * 4, 2)
     with pytest.raises(ValueError):
-        world.scheduler.add(1, [1], 1)
+        world.scheduler.add_request(1, [1], 1)
     with pytest.raises(ValueError):
-        world.scheduler.add(2, [], 1)
+        world.scheduler.add_request(2, [], 1)
     world.drain()
 
 
@@ -45,15 +45,15 @@ def test_what_just_fits_is_admitted_and_the_next_waits_for_a_block_more_than_its
 def test_younger_ones_get_no_pages_while_an_older_one_waits_for_some(endless):
     world = World(pages=30, records=0, block=1, lookahead=1)
     rows = [world.add(id, [id], 9) for id in range(3)]
-    until(world, lambda: all(row.state is State.RUNNING for row in rows), ahead=0)
+    until(world, lambda: all(row.state is RequestStatus.RUNNING for row in rows), ahead=0)
     while world.flight:
         world.commit()
     world.step()
     rows[1].pages += world.blocks.allocate(1)  # so that it needs fewer now
-    elsewhere = world.blocks.allocate(world.blocks.room() - 1)
-    assert world.step() is None and rows[2].state is State.PREEMPTED
-    assert world.blocks.room() == 1
-    world.blocks.release(elsewhere)
+    elsewhere = world.blocks.allocate(world.blocks.num_available() - 1)
+    assert world.step() is None and rows[2].state is RequestStatus.PREEMPTED
+    assert world.blocks.num_available() == 1
+    world.blocks.free(elsewhere)
     world.drain()
 
 
@@ -73,9 +73,9 @@ def test_a_preempted_sequence_begins_behind_what_it_left(endless):
     world = World(pages=8, records=4, slots=2)
     world.add("old", [1, 2, 3], 10)
     young = world.add("young", [4, 5, 6], 8)
-    until(world, lambda: young.state is State.WAITING and young.preemptions, ahead=0)
+    until(world, lambda: young.state is RequestStatus.WAITING and young.preemptions, ahead=0)
     assert not young.pages and not young.slot
-    until(world, lambda: young.state is State.PREFILL or young.found, ahead=0)
+    until(world, lambda: young.state is RequestStatus.PREFILL or young.found, ahead=0)
     assert young.found > 0 and young.goal > 3
     world.drain()
 
@@ -84,7 +84,7 @@ def test_with_replay_tokens_are_decoded_anew_and_not_shared(endless):
     world = World(pages=8, records=4, slots=2, replay=True)
     world.add("old", [1, 2, 3], 10)
     young = world.add("young", [4, 5, 6], 8)
-    until(world, lambda: young.state is State.WAITING and young.preemptions, ahead=0)
+    until(world, lambda: young.state is RequestStatus.WAITING and young.preemptions, ahead=0)
     reached = young.reached
     assert reached > 5 and young.tokens == [4, 5, 6] and young.repeats
     until(world, lambda: young.slot, ahead=0)
@@ -105,7 +105,7 @@ def test_only_as_many_as_needed_are_preempted_while_pages_are_on_their_way(endle
         world.add(id, [id] * 7, 9)
     row = world.everyone[2]
     until(world, lambda: world.scheduler.stats()["preemptions"], ahead=1)
-    assert row.state is State.PREEMPTED and row.pages and row.slot
+    assert row.state is RequestStatus.PREEMPTED and row.pages and row.slot
     while len(world.flight) > 1:
         world.commit()
     world.step()
@@ -118,12 +118,12 @@ def test_nobody_overtakes_a_sequence_that_is_being_preempted(endless):
     elsewhere = world.blocks.allocate(5)
     world.add("old", [1], 8)
     young = world.add("young", [2] * 3, 8)
-    while young.state is not State.PREEMPTED:
+    while young.state is not RequestStatus.PREEMPTED:
         if len(world.flight) > 1:
             world.commit()
         world.step()
     assert len(world.flight) == 1, "the case is that the step which preempts has nothing to run"
-    world.blocks.release(elsewhere)
+    world.blocks.free(elsewhere)
     world.add("late", [3], 2)
     plan = world.step()
     assert decoded(plan) == ["old"] and plan.prefill is None

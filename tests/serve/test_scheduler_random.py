@@ -27,7 +27,7 @@ class Serving(RuleBasedStateMachine):
         try:
             self.world.add(len(self.world.everyone), prompt, max_tokens, salt)
         except UserError:
-            assert len(prompt) + max_tokens + 1 > self.world.blocks.capacity * self.world.scheduler.block
+            assert len(prompt) + max_tokens + 1 > self.world.blocks.capacity * self.world.scheduler.block_size
 
     @precondition(lambda self: len(self.world.flight) < 2)
     @rule()
@@ -42,14 +42,14 @@ class Serving(RuleBasedStateMachine):
     @precondition(lambda self: self.world.everyone)
     @rule(which=st.integers(0, 99))
     def cancel(self, which):
-        self.world.scheduler.cancel(which % len(self.world.everyone))
+        self.world.scheduler.abort_request(which % len(self.world.everyone))
 
     @precondition(lambda self: self.world.everyone)
     @rule(which=st.integers(0, 99))
     def fail(self, which):
         row = self.world.everyone[which % len(self.world.everyone)]
         own = row.pages[row.found :]
-        if self.world.scheduler.fail(row.id):
+        if self.world.scheduler.fail_request(row.id):
             assert not set(own) & set(self.world.blocks._page.values())
 
     @invariant()

@@ -46,7 +46,7 @@ def test_generate_from_many_threads_gives_the_answers_of_one(llm, monkeypatch):
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         for answers, want in zip(pool.map(ask, PROMPTS), alone, strict=True):
             assert answers == [want, want]
-    assert max(rows) == small.LIMITS.max_batch and sum(rows) > 2 * len(rows)
+    assert max(rows) == small.LIMITS.max_num_seqs and sum(rows) > 2 * len(rows)
     small.check_settled(llm.engine)
 
 
@@ -57,7 +57,7 @@ def test_stream_and_stats_from_many_threads(llm):
         texts = [""] * len(prompts)
         for index, piece in llm.stream(prompts, GREEDY):
             texts[index] += piece
-            assert llm.stats()["running"] <= small.LIMITS.max_batch
+            assert llm.stats()["running"] <= small.LIMITS.max_num_seqs
         return texts
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:

@@ -4,7 +4,7 @@ import contextlib
 
 from tests.serve.small import LIMITS, check_settled, drive, new_books
 from v4jax import config
-from v4jax.cache.disk import Disk
+from v4jax.cache.disk import DiskTier
 from v4jax.cache.faults import FaultyFiles
 from v4jax.serve import parking
 from v4jax.serve.engine import Engine
@@ -37,13 +37,13 @@ def tiered(
 ):
     """An engine that is closed at the end. files: the file system of its disk tier."""
     with_disk = {"directory": str(directory), "disk": disk} if directory is not None else {}
-    cache = config.Cache(host=host, deadline=deadline, layout=layout, admission=admission, hot=hot, **with_disk)
-    opened = parking.Disk
-    parking.Disk = lambda *args, **kwargs: Disk(*args, files=files or FaultyFiles(), **kwargs)
+    cache = config.Cache(host_bytes=host, load_timeout_s=deadline, kv_cache_dtype=layout, admission_policy=admission, device_entries=hot, **with_disk)
+    opened = parking.DiskTier
+    parking.DiskTier = lambda *args, **kwargs: DiskTier(*args, files=files or FaultyFiles(), **kwargs)
     try:
         engine = Engine(model, limits, cache)
     finally:
-        parking.Disk = opened
+        parking.DiskTier = opened
     small_books(engine, pages, **books)
     try:
         yield engine

@@ -15,7 +15,7 @@ from v4jax.models.flops import count_parameters
 from v4jax.tools import compiled, plan
 from v4jax.tools.estimate import (
     Collectives,
-    Work,
+    Workload,
     abstract_sharding,
     attention_flops,
     default_mesh,
@@ -60,7 +60,7 @@ def test_accelerators_of_several_makers_are_listed():
 ])  # fmt: skip
 def test_tokens_that_stay_in_a_host_do_not_load_its_network_cards(topology, expert, inside):
     """Of what an all-to-all sends, the part that NVLink carries; of 64 experts, 7 of the other 63 are in the host."""
-    flash, work = config_lib.load("v4_flash"), Work("train", 4096, 128)
+    flash, work = config_lib.load("v4_flash"), Workload("train", 4096, 128)
     place = parse(topology)
     found = estimate(flash, place, Mesh("pod", expert=expert), work)
     fast, slow = (parts["all-to-all"] for parts in found.links.values())
@@ -139,7 +139,7 @@ def test_the_flagship_on_one_pod(capsys, tmp_path):
 
 def test_more_chips_need_less_memory_each_and_less_time():
     flagship, totals, bounds = config_lib.load("v4_1t"), [], []
-    work = Work("train", 4096, 1024)
+    work = Workload("train", 4096, 1024)
     for name in ("v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x16"):
         place = parse(name)
         found = estimate(flagship, place, default_mesh(flagship, place, work), work)
@@ -167,7 +167,7 @@ def test_decoding_keeps_and_reads_a_cache():
 
 
 def test_what_training_offloads_and_rounds_is_planned_for():
-    flagship, work = config_lib.load("v4_1t"), Work("train", 4096, 1024)
+    flagship, work = config_lib.load("v4_1t"), Workload("train", 4096, 1024)
 
     def found(place, **train):
         one = dataclasses.replace(flagship, train=dataclasses.replace(flagship.train, **train))
@@ -206,7 +206,7 @@ def recorded() -> dict[tuple, list[dict]]:
 @pytest.mark.parametrize("key", recorded(), ids=lambda key: "-".join(map(str, key[:3])))
 def test_the_closed_form_is_near_the_compiler(key):
     (name, place, mode, context, rows, hot), records = key, recorded()[key]
-    config, place, work = config_lib.load(name), parse(place), Work(mode, context, rows)
+    config, place, work = config_lib.load(name), parse(place), Workload(mode, context, rows)
     config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, hot=hot))
     mesh = default_mesh(config, place, work)
     found = estimate(config, place, mesh, work)
@@ -225,7 +225,7 @@ def test_the_closed_form_is_near_the_compiler(key):
         pool = held / config.model.schedule.count("csa")  # of one layer
         assert copied < pool / 10 and largest < pool
     sent = {r["part"]: r["value"] for r in records if r["metric"] == "collective_bytes"}
-    rows = config.model.moe.active * work.tokens / place.devices
+    rows = config.model.moe.num_experts_per_tok * work.tokens / place.devices
     room = math.ceil(1.5 * rows / 8) * 8  # of a round; what comes back has no more rows than were sent
     arriving = sent["ragged-all-to-all"] * 2 * rows / (room + rows)
     assert arriving == pytest.approx(found.collectives["all-to-all"], rel=0.25)

@@ -9,21 +9,21 @@ import optax
 import pytest
 
 from tests.train.conftest import SgdTrainer, one_layer, with_train
-from v4jax.checkpoint.orbax import RunStore, finished_steps
+from v4jax.checkpoint.orbax import TrainCheckpointer, finished_steps
 from v4jax.config import Train, validate
 from v4jax.core.check import UserError
 from v4jax.data.pipeline import make_dataset
 from v4jax.data.tokenizer import Tokenizer
 from v4jax.train import loop
-from v4jax.train.guard import judge, new_guard
+from v4jax.train.guard import check_step, new_guard
 from v4jax.train.metrics import read_metrics
 
-STEP = jax.jit(judge, static_argnums=3)
+STEP = jax.jit(check_step, static_argnums=3)
 
 
 def judged(values, factor=8.0, window=8):
     """What the guard said to each (loss, gradient norm), and what it remembers."""
-    guard, said = new_guard(Train(spike="skip", spike_window=window)), []
+    guard, said = new_guard(Train(spike_action="skip", spike_window=window)), []
     for loss, norm in values:
         good, guard = STEP(guard, jnp.float32(loss), jnp.float32(norm), factor)
         said.append(bool(good))
@@ -52,14 +52,14 @@ def test_the_guard_follows_its_rule():
     values[[40, 41], [1, 0]] = np.nan, np.inf
     said, guard = judged(values, 4.0)
     assert said == reference(values, 4.0, 8) and not (said[20] or said[33] or said[40] or said[41])
-    assert int(guard.skipped) == said.count(False) and int(guard.taken) == said.count(True) and int(guard.row) == 0
+    assert int(guard.skipped) == said.count(False) and int(guard.num_steps) == said.count(True) and int(guard.consecutive_skips) == 0
 
 
 def test_falling_losses_and_slow_growth_are_no_spikes_and_factor_zero_takes_every_number():
     fall = [(10 * 0.8**i, 1.1**i) for i in range(30)]
     assert all(judged(fall)[0])
     said, guard = judged([(1.0, 1.0)] * 9 + [(1e30, 1.0), (np.nan, 1.0), (1.0, -np.inf), (1.0, np.inf)], 0.0)
-    assert said == [True] * 10 + [False, True, False] and int(guard.row) == 1
+    assert said == [True] * 10 + [False, True, False] and int(guard.consecutive_skips) == 1
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ class Poisoned(SgdTrainer):
 
     def place(self, batch):
         self.placed += 1
-        return super().place(batch | {"positions_BT": batch["positions_BT"] + 4000 * (self.placed in self.bad)})
+        return super().shard_batch(batch | {"positions_BT": batch["positions_BT"] + 4000 * (self.placed in self.bad)})
 
     @staticmethod
     def _spoil(total, parts, batch):
@@ -194,7 +194,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_resumed(run, small, tmp_path):
     trainer = Poisoned(small)
     state = trainer.init()
     params = state.params | {"norm.scale": state.params["norm.scale"] * jnp.nan}
-    with RunStore(tmp_path / "run", small, keep=2) as store:
+    with TrainCheckpointer(tmp_path / "run", small, keep=2) as store:
         extras = {"data": iter(make_dataset(small, Tokenizer(), "train", seed=0)).get_state(), "heldout": {}}
         store.save(3, trainer.to_tree(state), extras)
         store.save(6, trainer.to_tree(state._replace(params=params)), extras)

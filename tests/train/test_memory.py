@@ -8,12 +8,12 @@ import optax
 import pytest
 
 from tests.parallel.test_training import batches, small
-from v4jax.checkpoint.orbax import RunStore
+from v4jax.checkpoint.orbax import TrainCheckpointer
 from v4jax.config import Mesh, validate
 from v4jax.core.check import UserError
 from v4jax.train.state import Trainer
 
-MESH = Mesh(layout="fsdp")
+MESH = Mesh(rules="fsdp")
 
 
 def run(**train):
@@ -22,7 +22,7 @@ def run(**train):
     model = dataclasses.replace(config.model, schedule=("swa", "swa"))
     optimizer = optax.sgd(0.1, momentum=0.9)  # Muon takes long to compile
     trainer = Trainer(dataclasses.replace(config, model=model), optimizer, jax.devices()[:2])
-    state, losses, rows = trainer.init(), [], [trainer.place(batch) for batch in batches(config)[:3]]
+    state, losses, rows = trainer.init(), [], [trainer.shard_batch(batch) for batch in batches(config)[:3]]
     lowered = trainer.step.lower(state, rows[0])
     step = lowered.compile()
     for batch in rows:
@@ -42,7 +42,7 @@ def test_optimizer_and_streams_in_host_memory_give_the_same_losses_bit_for_bit(t
     kinds = lambda tree: {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree) if leaf.ndim}
     default = jax.devices()[0].default_memory().kind
     assert kinds(state.opt) == {"pinned_host"} and kinds(state.params) == {default} != {"pinned_host"}
-    with RunStore(tmp_path, trainer.config, keep=1) as store:
+    with TrainCheckpointer(tmp_path, trainer.config, keep=1) as store:
         store.save(3, trainer.to_tree(state), {})
         store.wait()
         restored, _ = store.restore(3, {"opt": trainer.abstract_tree()["opt"]})

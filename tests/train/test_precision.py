@@ -13,7 +13,7 @@ import v4jax
 from tests.train.conftest import micro_config, with_train
 from v4jax.checkpoint.convert import convert
 from v4jax.checkpoint.model_io import open_checkpoint
-from v4jax.checkpoint.orbax import RunStore
+from v4jax.checkpoint.orbax import TrainCheckpointer
 from v4jax.config import validate
 from v4jax.core.check import UserError
 from v4jax.kernels import fp8
@@ -39,7 +39,7 @@ def train(config):
     state, losses = trainer.init(), []
     for _ in range(STEPS):
         ids = np.stack([np.tile(np.roll(pattern, -rng.integers(40)), 2)[:34] for _ in range(2)]).astype(np.int32)
-        batch = trainer.place({
+        batch = trainer.shard_batch({
             "tokens_BT": ids[:, :32], "targets_BT": ids[:, 1:33], "targets2_BT": ids[:, 2:],
             "segments_BT": np.ones((2, 32), np.int32), "positions_BT": np.tile(np.arange(32, dtype=np.int32), (2, 1)),
         })  # fmt: skip
@@ -54,7 +54,7 @@ def test_losses_in_fp8_with_fp4_experts_stay_near_those_of_float32_and_an_export
     losses, trainer, state = train(config)
     assert plain[-1] < plain[0] - 1
     assert 0 < np.abs(losses - plain).max() < CLOSE
-    with RunStore(tmp_path / "run", config, None, keep=1) as store:
+    with TrainCheckpointer(tmp_path / "run", config, None, keep=1) as store:
         store.save(STEPS, trainer.to_tree(state), {})
     convert(tmp_path / "run", tmp_path / "hf", dtype="bfloat16")
     master, exported = trainer.to_tree(state)["model"], open_checkpoint(tmp_path / "hf", "float32")[1]

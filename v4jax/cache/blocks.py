@@ -25,7 +25,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 
-class Blocks:
+class BlockPool:
     """Pages 1 to pages - 1, and the records whose numbers are given.
 
     remember: how many names the hit-rate ceiling remembers. Nothing here raises for lack of room (None is returned,
@@ -38,11 +38,11 @@ class Blocks:
         self.capacity = pages - 1
         self._records = tuple(records)
         self.reset()
-        self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self._ever_seen: OrderedDict[bytes, None] = OrderedDict()
         self._remember = remember
         self._count = Counter(queries=0, hits=0, repeated=0, evictions=0, record_evictions=0)
         # Told (kind, parent, name, number, whether it is evicted now) of idle blocks and of ready records behind them.
-        self.watch: Callable[[str, bytes, bytes, int, bool], None] | None = None
+        self.on_idle: Callable[[str, bytes, bytes, int, bool], None] | None = None
 
     def reset(self) -> None:
         """Free every page and record and forget every name; counts, and what the hit-rate ceiling remembers, stay."""
@@ -51,16 +51,16 @@ class Blocks:
         self._idle: OrderedDict[int, None] = OrderedDict()  # next to be evicted first
         self._page: dict[bytes, int] = {}
         self._name: dict[int, tuple[bytes, bytes]] = {}  # page: (parent, name), also of pages that are not findable
-        self._distrusted: set[int] = set()  # pages in use that must not become findable (again)
-        self._spare = list(reversed(self._records))
+        self._invalid: set[int] = set()  # pages in use that must not become findable (again)
+        self._free_slots = list(reversed(self._records))
         self._record: OrderedDict[bytes, int] = OrderedDict()  # next to be evicted first
         self._pins: Counter[int] = Counter()
-        self._unready: set[bytes] = set()  # names of records that are still to be written
-        self._used: set[bytes] = set()  # names of records that somebody has resumed from
+        self._uncommitted: set[bytes] = set()  # names of records that are still to be written
+        self._resumed: set[bytes] = set()  # names of records that somebody has resumed from
 
     # --- finding ---------------------------------------------------------------------------------------------------
 
-    def match(self, names: Sequence[bytes]) -> tuple[int, int | None]:
+    def match_prefix(self, names: Sequence[bytes]) -> tuple[int, int | None]:
         """(blocks to start behind, the record that stands there), or (0, None). Changes nothing.
 
         The longest run of findable pages from the first name on that ends at a ready record: no group of the cache may
@@ -70,21 +70,21 @@ class Blocks:
         for count, name in enumerate(names, 1):
             if name not in self._page:
                 break
-            if name in self._record and name not in self._unready:
+            if name in self._record and name not in self._uncommitted:
                 best = count, self._record[name]
         return best
 
-    def number(self, kind: str, name: bytes) -> int | None:
+    def lookup(self, kind: str, name: bytes) -> int | None:
         """The page (kind "block") or the ready record (kind "record") of a name; None if it cannot be found."""
-        if kind == "record" and name in self._unready:
+        if kind == "record" and name in self._uncommitted:
             return None
         return (self._page if kind == "block" else self._record).get(name)
 
-    def room(self, names: Sequence[bytes] = ()) -> int:
+    def num_available(self, names: Sequence[bytes] = ()) -> int:
         """Pages that `allocate` could give once the pages of `names` were acquired."""
         return len(self._free) + len(self._idle) - sum(self._page[name] in self._idle for name in names)
 
-    def acquire(self, names: Sequence[bytes]) -> list[int]:
+    def touch(self, names: Sequence[bytes]) -> list[int]:
         """Reference the findable pages of these names. Raises KeyError, before anything changes, for an unknown one."""
         pages = [self._page[name] for name in names]
         for page in pages:
@@ -94,17 +94,17 @@ class Blocks:
 
     def note(self, names: Sequence[bytes], hits: int) -> None:
         """Count a request's look-up of `names`, of which the first `hits` were used."""
-        repeated = sum(i < hits or name in self._seen for i, name in enumerate(names))
+        repeated = sum(i < hits or name in self._ever_seen for i, name in enumerate(names))
         self._count.update(queries=len(names), hits=hits, repeated=repeated)
-        self._seen.update(dict.fromkeys(names))
-        while len(self._seen) > self._remember:
-            self._seen.popitem(last=False)
+        self._ever_seen.update(dict.fromkeys(names))
+        while len(self._ever_seen) > self._remember:
+            self._ever_seen.popitem(last=False)
 
     # --- pages -----------------------------------------------------------------------------------------------------
 
     def allocate(self, count: int) -> list[int] | None:
         """`count` pages with one reference each, evicting as needed, or None if there are too few."""
-        if count > self.room():
+        if count > self.num_available():
             return None
         while len(self._free) < count:
             self._evict()
@@ -113,94 +113,94 @@ class Blocks:
             self._references[page] = 1
         return pages
 
-    def publish(self, parent: bytes, name: bytes, page: int) -> bool:
+    def cache_block(self, parent: bytes, name: bytes, page: int) -> bool:
         """Make a page in use findable; False if another has the name, and `page` stays its owner's duplicate."""
-        if not self._references[page] or page in self._distrusted or self._name.get(page, (parent, name))[1] != name:
+        if not self._references[page] or page in self._invalid or self._name.get(page, (parent, name))[1] != name:
             raise ValueError(f"page {page} is not in use, was retracted or has another name")
         self._name[page] = (parent, name)
         return self._page.setdefault(name, page) == page
 
-    def release(self, pages: Sequence[int]) -> None:
+    def free(self, pages: Sequence[int]) -> None:
         """Drop one reference of each page, which are a sequence's in the order of its blocks."""
         if any(self._references[page] < times for page, times in Counter(pages).items()):
             raise ValueError(f"pages {list(pages)} hold one that is not in use")
         for page in reversed(pages):
             self._references[page] -= 1
             if not self._references[page]:
-                self._put_away(page)
+                self._retire(page)
 
-    def retract(self, pages: Iterable[int]) -> None:
+    def invalidate(self, pages: Iterable[int]) -> None:
         """Make pages in use unfindable for good, with the records behind them: what computed them went wrong."""
         for page in pages:
-            self._distrusted.add(page)
+            self._invalid.add(page)
             _, name = self._name.get(page, (None, None))
             if self._page.get(name) == page:
                 del self._page[name]
-                self.forget(name)
+                self.drop_snapshot(name)
 
-    def _put_away(self, page: int) -> None:
+    def _retire(self, page: int) -> None:
         """A page that lost its last reference becomes idle if it can be found, else free."""
         _, name = self._name.get(page, (None, None))
-        distrusted = page in self._distrusted
+        distrusted = page in self._invalid
         if name is not None and not distrusted and self._page.setdefault(name, page) == page:
             self._idle[page] = None
-            self._tell("record", name, False)
-            self._tell("block", name, False)
+            self._notify("record", name, False)
+            self._notify("block", name, False)
             return
         if self._page.get(name) in self._idle:
             self._idle.move_to_end(self._page[name])  # its child may just have become idle
         self._name.pop(page, None)
-        self._distrusted.discard(page)
+        self._invalid.discard(page)
         self._free.append(page)
 
     def _evict(self) -> None:
         page = next(iter(self._idle))
         _, name = self._name[page]
-        self._tell("record", name, True)
-        self._tell("block", name, True)
+        self._notify("record", name, True)
+        self._notify("block", name, True)
         del self._idle[page], self._name[page], self._page[name]
-        self.forget(name)  # unreachable now
+        self.drop_snapshot(name)  # unreachable now
         self._free.append(page)
         self._count["evictions"] += 1
 
-    def _tell(self, kind: str, name: bytes, leaves: bool) -> None:
-        if self.watch is not None and (page := self._page.get(name)) in self._idle:
-            if (number := self.number(kind, name)) is not None:
-                self.watch(kind, self._name[page][0], name, number, leaves)
+    def _notify(self, kind: str, name: bytes, leaves: bool) -> None:
+        if self.on_idle is not None and (page := self._page.get(name)) in self._idle:
+            if (number := self.lookup(kind, name)) is not None:
+                self.on_idle(kind, self._name[page][0], name, number, leaves)
 
     # --- records ---------------------------------------------------------------------------------------------------
 
-    def keep(self, name: bytes) -> int | None:
+    def reserve_snapshot(self, name: bytes) -> int | None:
         """A pinned record to copy into, not found before `ready`; None if there is one already or none can be had."""
         if name in self._record:
             return None
-        if not self._spare:
+        if not self._free_slots:
             old = next((old for old, record in self._record.items() if not self._pins[record]), None)
             if old is None:
                 return None
-            self._tell("record", old, True)
-            self.forget(old)
+            self._notify("record", old, True)
+            self.drop_snapshot(old)
             self._count["record_evictions"] += 1
-        record = self._spare.pop()
+        record = self._free_slots.pop()
         self._record[name] = record
-        self._unready.add(name)
+        self._uncommitted.add(name)
         self._pins[record] += 1
         return record
 
-    def ready(self, name: bytes, record: int, *, valid: bool = True) -> None:
+    def commit_snapshot(self, name: bytes, record: int, *, valid: bool = True) -> None:
         """The copy into `record` is done: let it be found if it is valid and was not forgotten meanwhile."""
         if self._record.get(name) == record:
-            self._unready.discard(name)
+            self._uncommitted.discard(name)
             if not valid:
-                self.forget(name)
-            self._tell("record", name, False)
+                self.drop_snapshot(name)
+            self._notify("record", name, False)
         self.unpin(record)
 
     def pin(self, name: bytes) -> int:
         """The record of a name, for a copy out of it; counts as use. Raises KeyError if there is none."""
         record = self._record[name]
         self._record.move_to_end(name)
-        self._used.add(name)
+        self._resumed.add(name)
         self._pins[record] += 1
         return record
 
@@ -210,17 +210,17 @@ class Blocks:
             raise ValueError(f"record {record} is not pinned")
         self._pins[record] -= 1
         if not self._pins[record] and record not in self._record.values():
-            self._spare.append(record)
+            self._free_slots.append(record)
 
-    def forget(self, name: bytes, *, unless_used: bool = False) -> None:
+    def drop_snapshot(self, name: bytes, *, unless_used: bool = False) -> None:
         """Let a record go, if there is one; unless_used: not if somebody has resumed from it."""
-        if name not in self._record or (unless_used and name in self._used):
+        if name not in self._record or (unless_used and name in self._resumed):
             return
         record = self._record.pop(name)
-        self._unready.discard(name)
-        self._used.discard(name)
+        self._uncommitted.discard(name)
+        self._resumed.discard(name)
         if not self._pins[record]:
-            self._spare.append(record)
+            self._free_slots.append(record)
 
     # --- seen from outside -----------------------------------------------------------------------------------------
 
@@ -231,14 +231,14 @@ class Blocks:
             "pages_free": len(self._free),
             "pages_cached": len(self._idle),
             "pages_in_use": self.capacity - len(self._free) - len(self._idle),
-            "records_spare": len(self._spare),
+            "records_spare": len(self._free_slots),
             "records_kept": len(self._record),
             **self._count,
             "hit_rate": self._count["hits"] / queries,
             "hit_ceiling": self._count["repeated"] / queries,
         }
 
-    def check(self, owners: Iterable[Sequence[int]] | None = None) -> None:
+    def check_invariants(self, owners: Iterable[Sequence[int]] | None = None) -> None:
         """Raise AssertionError if the books do not add up, in time linear in the pages.
 
         owners: the pages of everyone who holds some; then the references must be exactly theirs.
@@ -259,12 +259,12 @@ class Blocks:
             sorted([*self._free, *self._idle, *used]) == list(range(1, self.capacity + 1)),
             "every page is free, idle or in use, and only one of these",
         )
-        _require(not set(self._free) & (set(self._name) | self._distrusted), "free pages have no names and no marks")
+        _require(not set(self._free) & (set(self._name) | self._invalid), "free pages have no names and no marks")
         _require(
             all(self._name[page][1] == name for name, page in self._page.items()), "findable pages know their name"
         )
         _require(all(self._page.get(self._name[page][1]) == page for page in self._idle), "idle pages can be found")
-        _require(not self._distrusted & {*self._page.values()}, "retracted pages cannot be found")
+        _require(not self._invalid & {*self._page.values()}, "retracted pages cannot be found")
 
     def _check_order(self) -> None:
         place = {page: i for i, page in enumerate(self._idle)}
@@ -277,12 +277,12 @@ class Blocks:
         pinned = {record for record, pins in self._pins.items() if pins}
         hidden = pinned - set(kept)
         _require(
-            sorted([*self._spare, *kept, *hidden]) == sorted(self._records),
+            sorted([*self._free_slots, *kept, *hidden]) == sorted(self._records),
             "every record is spare, kept or hidden while pinned, and only one of these",
         )
         _require(min(self._pins.values(), default=0) >= 0, "no negative pins")
-        _require(self._unready | self._used <= set(self._record), "marks are of kept records")
-        _require(all(self._record[name] in pinned for name in self._unready), "records to be written are pinned")
+        _require(self._uncommitted | self._resumed <= set(self._record), "marks are of kept records")
+        _require(all(self._record[name] in pinned for name in self._uncommitted), "records to be written are pinned")
 
 
 def _require(condition: bool, rule: str) -> None:

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from v4jax.cache import manifest, private
-from v4jax.cache.manifest import Corrupt, Form, Key
-from v4jax.cache.shelf import Shelf
-from v4jax.cache.tiers import Breaker, Item
+from v4jax.cache.manifest import CorruptBlockError, BlockSchema, BlockKey
+from v4jax.cache.shelf import TierIndex
+from v4jax.cache.tiers import CircuitBreaker, StoredBlock
 
 _UNIT = 4096  # bytes in which a file takes space
 _MOST_HEADER = 1 << 20  # bytes; the table of a model of a hundred layers takes a tenth
@@ -31,7 +31,7 @@ _PARTIAL = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Files:
+class FileSystem:
     """What the disk tier asks of a file system: the place to put faults in. Everything raises OSError.
 
     Files are named inside a directory, of which `at` is the descriptor; links are not followed.
@@ -73,7 +73,7 @@ class Files:
         os.utime(name, dir_fd=at, follow_symlinks=False)
 
 
-class Disk:
+class DiskTier:
     """Items in the files of a directory, which is made if need be.
 
     policy: what goes first (`policy.POLICIES`). deadline: seconds that a read may take without counting against the
@@ -88,14 +88,14 @@ class Disk:
         policy: str,
         *,
         deadline: float = 0.5,
-        files: Files | None = None,
+        files: FileSystem | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.directory, self.deadline = pathlib.Path(directory), deadline
-        self._files, self._clock = files or Files(), clock
-        self._shelf, self._reserved = Shelf(budget, policy), 0
+        self._files, self._clock = files or FileSystem(), clock
+        self._index, self._reserved = TierIndex(budget, policy), 0
         self._lock = threading.Lock()
-        self._reads, self._writes = Breaker(clock), Breaker(clock, limit=1)
+        self._reads, self._writes = CircuitBreaker(clock), CircuitBreaker(clock, limit=1)
         self._count = Counter(
             evictions=0, refused=0, corrupt=0, read_errors=0, write_errors=0, full=0, late=0, swept=0,
             bytes_in=0, bytes_out=0, reads=0,
@@ -105,23 +105,23 @@ class Disk:
         # Not in `close`: a thread that still waits for the disk would use a number that means another file by then.
         weakref.finalize(self, os.close, self._at)
         self._owner = private.lock(self._at, self.directory)
-        self._find()
+        self._scan()
 
-    def __contains__(self, key: Key) -> bool:
-        return key in self._shelf and not self._reads.open
+    def __contains__(self, key: BlockKey) -> bool:
+        return key in self._index and not self._reads.open
 
-    def get(self, form: Form, name: bytes) -> Item | None:
+    def get(self, form: BlockSchema, name: bytes) -> StoredBlock | None:
         """The item, every byte verified; None if it is not here, or could not be read and is therefore forgotten."""
         key = form.key(name)
         with self._lock:
-            entry = self._shelf.entries.get(key)
+            entry = self._index.entries.get(key)
         if entry is None or self._reads.open:
             return None
         file, start = key.file(entry.parent), self._clock()
         try:
             data = self._files.read(file, form.file_bytes + 1, self._at)
-            payload, sum = manifest.open_payload(data, form, name, entry.parent)
-        except (OSError, Corrupt) as error:
+            payload, sum = manifest.decode_payload(data, form, name, entry.parent)
+        except (OSError, CorruptBlockError) as error:
             self._failed_read(error)
             self.discard(key)
             return None
@@ -133,29 +133,29 @@ class Disk:
                 self._reads.worked()
             self._count.update(reads=1, bytes_out=data.size)
             self._seconds, self._slowest = self._seconds + seconds, max(self._slowest, seconds)
-        return Item(form, name, entry.parent, payload, sum)
+        return StoredBlock(form, name, entry.parent, payload, sum)
 
-    def _failed_read(self, error: OSError | Corrupt) -> None:
+    def _failed_read(self, error: OSError | CorruptBlockError) -> None:
         with self._lock:
-            if isinstance(error, Corrupt):
+            if isinstance(error, CorruptBlockError):
                 self._count.update(corrupt=1)
             elif not isinstance(error, FileNotFoundError):  # who removes files makes no disk fail
                 self._count.update(read_errors=1)
                 self._reads.failed()
 
-    def late(self) -> None:
+    def record_timeout(self) -> None:
         """Somebody gave up waiting for a read."""
         with self._lock:
             self._count.update(late=1)
             self._reads.failed()
 
-    def put(self, item: Item) -> tuple[bool, list[Item]]:
+    def put(self, item: StoredBlock) -> tuple[bool, list[StoredBlock]]:
         """(whether it is here now, nothing: what had to go is gone)."""
-        key, size = item.key, space(item.form.file_bytes)
+        key, size = item.key, allocated_size(item.form.file_bytes)
         with self._lock:
-            if key in self._shelf:
+            if key in self._index:
                 return True, []
-            if self._reads.open or self._writes.open or size > self._shelf.budget:
+            if self._reads.open or self._writes.open or size > self._index.budget:
                 self._count.update(refused=1)
                 return False, []
             gone = self._make_room(size)
@@ -164,7 +164,7 @@ class Disk:
         error = self._write(item)
         if error is not None and error.errno in _FULL:
             with self._lock:
-                free = self._shelf.budget - self._shelf.used - self._reserved
+                free = self._index.budget - self._index.used - self._reserved
                 gone = self._make_room(free + size)  # evicts `size` bytes at least
             self._unlink(gone)
             error = self._write(item)
@@ -172,15 +172,15 @@ class Disk:
             self._reserved -= size
             if error is None:
                 self._writes.worked()
-                self._shelf.add(key, item.parent, size)
+                self._index.add(key, item.parent, size)
                 self._count.update(bytes_in=item.form.file_bytes)
             else:
                 self._writes.failed()
         return error is None, []
 
-    def _write(self, item: Item) -> OSError | None:
+    def _write(self, item: StoredBlock) -> OSError | None:
         file = item.key.file(item.parent)
-        header = manifest.header(item.form, item.name, item.parent, item.sum)
+        header = manifest.encode_header(item.form, item.name, item.parent, item.checksum)
         try:
             self._files.write(file + _PARTIAL, [header, np.asarray(item.payload)], self._at)
             self._files.rename(file + _PARTIAL, file, self._at)
@@ -194,50 +194,50 @@ class Disk:
     def _make_room(self, size: int) -> list[str]:
         """Strike out what goes first until `size` bytes more fit; their files are still to be removed."""
         gone = []
-        while not self._shelf.fits(self._reserved + size) and (key := self._shelf.oldest()) is not None:
-            gone.append(key.file(self._shelf.remove(key).parent))
+        while not self._index.has_room(self._reserved + size) and (key := self._index.next_victim()) is not None:
+            gone.append(key.file(self._index.remove(key).parent))
         self._count.update(evictions=len(gone))
         return gone
 
-    def touch(self, keys: Iterable[Key]) -> None:
+    def touch(self, keys: Iterable[BlockKey]) -> None:
         """One request uses these keys, as far as they are here."""
         with self._lock:
-            self._shelf.touch(keys)
+            self._index.touch(keys)
 
-    def discard(self, key: Key) -> None:
+    def discard(self, key: BlockKey) -> None:
         """Forget an item and remove its file, if it is here."""
         with self._lock:
-            entry = self._shelf.remove(key)
+            entry = self._index.remove(key)
         if entry is not None:
             self._remove(key.file(entry.parent))
 
-    def watch(self, left: Callable[[Key], None]) -> list[Key]:
+    def watch(self, left: Callable[[BlockKey], None]) -> list[BlockKey]:
         """What is here now; `left` is told of every key that leaves from now on, by whichever thread takes it out."""
         with self._lock:
-            self._shelf.watch = left
-            return list(self._shelf.entries)
+            self._index.watch = left
+            return list(self._index.entries)
 
-    def form(self, key: Key) -> Form | None:
+    def form(self, key: BlockKey) -> BlockSchema | None:
         """The form of an item, from its file; None if it is not here or cannot be read."""
         with self._lock:
-            entry = self._shelf.entries.get(key)
+            entry = self._index.entries.get(key)
         return entry and _form(self._files, key, entry.parent, self._at)
 
     def stats(self) -> dict[str, float]:
         """Counts since the start, and what is here now; breaker_open: reads are not tried; paused: writes are not."""
         with self._lock:
-            held = {"blocks": self._shelf.count["block"], "records": self._shelf.count["record"]}
+            held = {"blocks": self._index.count["block"], "records": self._index.count["record"]}
             state = {"breaker_open": int(self._reads.open), "paused": int(self._writes.open)}
             mean = self._seconds / max(self._count["reads"], 1)
             times = {"read_ms_mean": 1e3 * mean, "read_ms_max": 1e3 * self._slowest}
-            return held | {"bytes": self._shelf.used, "budget": self._shelf.budget, **self._count, **state, **times}
+            return held | {"bytes": self._index.used, "budget": self._index.budget, **self._count, **state, **times}
 
-    def check(self) -> None:
+    def check_invariants(self) -> None:
         """Raise AssertionError if books and files differ; nobody may be writing."""
         with self._lock:
-            self._shelf.check()
+            self._index.check_invariants()
             files = set(os.listdir(self._at)) - {private.LOCK}
-            booked = {key.file(entry.parent) for key, entry in self._shelf.entries.items()}
+            booked = {key.file(entry.parent) for key, entry in self._index.entries.items()}
             if self._reserved or files != booked:
                 raise AssertionError(f"the disk tier's files and books differ in {files ^ booked or self._reserved}")
 
@@ -247,22 +247,22 @@ class Disk:
 
     # --- the directory ---------------------------------------------------------------------------------------------
 
-    def _find(self) -> None:
+    def _scan(self) -> None:
         """Enter the files that are there, the least recently used first, and remove what is of no use."""
         found = []
         with os.scandir(self._at) as entries:
             for entry in entries:
-                if (known := manifest.parse_file(entry.name.removesuffix(_PARTIAL))) is not None:
+                if (known := manifest.parse_filename(entry.name.removesuffix(_PARTIAL))) is not None:
                     status = entry.stat(follow_symlinks=False)
                     useless = entry.name.endswith(_PARTIAL) or not stat.S_ISREG(status.st_mode)
                     found.append((useless, status.st_mtime_ns, status.st_size, entry.name, known))
         for useless, _, size, file, (key, parent) in sorted(found):
-            if useless or space(size) > self._shelf.budget or key in self._shelf:
+            if useless or allocated_size(size) > self._index.budget or key in self._index:
                 self._remove(file)
                 self._count.update(swept=1)
                 continue
-            self._unlink(self._make_room(space(size)))
-            self._shelf.add(key, parent, space(size))
+            self._unlink(self._make_room(allocated_size(size)))
+            self._index.add(key, parent, allocated_size(size))
 
     def _unlink(self, files: Iterable[str]) -> None:
         for file in files:
@@ -276,37 +276,37 @@ class Disk:
 class Elsewhere:
     """What lay in another owner's directory when this was made, to be read alone: what is gone since is a miss."""
 
-    def __init__(self, directory: str | os.PathLike, *, files: Files | None = None):
-        self._files, self._parents = files or Files(), {}
+    def __init__(self, directory: str | os.PathLike, *, files: FileSystem | None = None):
+        self._files, self._parents = files or FileSystem(), {}
         with contextlib.suppress(OSError):
             self._at = private.open_trusted(pathlib.Path(directory))
             weakref.finalize(self, os.close, self._at)
-            self._parents = dict(filter(None, map(manifest.parse_file, os.listdir(self._at))))
+            self._parents = dict(filter(None, map(manifest.parse_filename, os.listdir(self._at))))
 
-    def keys(self) -> list[Key]:
+    def keys(self) -> list[BlockKey]:
         """What is here."""
         return list(self._parents)
 
-    def form(self, key: Key) -> Form | None:
+    def form(self, key: BlockKey) -> BlockSchema | None:
         """As that of a disk."""
         return _form(self._files, key, self._parents[key], self._at)
 
-    def get(self, form: Form, name: bytes) -> Item | None:
+    def get(self, form: BlockSchema, name: bytes) -> StoredBlock | None:
         """The item, every byte verified; None if it cannot be had."""
         parent = self._parents[form.key(name)]
         try:
             data = self._files.read(form.key(name).file(parent), form.file_bytes + 1, self._at)
-            return Item(form, name, parent, *manifest.open_payload(data, form, name, parent))
-        except (OSError, Corrupt):
+            return StoredBlock(form, name, parent, *manifest.decode_payload(data, form, name, parent))
+        except (OSError, CorruptBlockError):
             return None
 
 
-def _form(files: Files, key: Key, parent: bytes, at: int) -> Form | None:
+def _form(files: FileSystem, key: BlockKey, parent: bytes, at: int) -> BlockSchema | None:
     try:
-        form = manifest.open_form(files.read(key.file(parent), _MOST_HEADER, at))
-    except (OSError, Corrupt):
+        form = manifest.decode_schema(files.read(key.file(parent), _MOST_HEADER, at))
+    except (OSError, CorruptBlockError):
         return None
-    return form if form.digest == key.form else None
+    return form if form.digest == key.schema else None
 
 
 def _reserve(descriptor: int, size: int) -> None:
@@ -319,6 +319,6 @@ def _reserve(descriptor: int, size: int) -> None:
                 raise
 
 
-def space(size: int) -> int:
+def allocated_size(size: int) -> int:
     """Bytes that a file of this size takes."""
     return -(-size // _UNIT) * _UNIT

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 
 from v4jax import config
 from v4jax.cache import spec
-from v4jax.core.qtensor import QTensor, dequantise, quantise
-from v4jax.nn.kept import Plain, Pool
+from v4jax.core.qtensor import QTensor, dequantize, quantize
+from v4jax.nn.kept import FloatPool, EntryPool
 from v4jax.nn.state import pytree
 
 
 @pytree
-class Bfloat16(Pool):
+class Bf16Pool(EntryPool):
     """A pool of bfloat16 numbers, held as their bits: uint16 [pages, slots, width]."""
 
     bits: jax.Array
@@ -31,15 +31,15 @@ class Bfloat16(Pool):
         """Pages, rows of a page, numbers of a row."""
         return self.bits.shape
 
-    def encoded(self, rows: jax.Array) -> Bfloat16:
-        return Bfloat16(jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16))
+    def encode(self, rows: jax.Array) -> Bf16Pool:
+        return Bf16Pool(jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16))
 
-    def decoded(self, compute: jnp.dtype) -> jax.Array:
+    def decode(self, compute: jnp.dtype) -> jax.Array:
         return jax.lax.bitcast_convert_type(self.bits, jnp.bfloat16).astype(compute)
 
 
 @pytree
-class Quantised(Pool):
+class QuantizedPool(EntryPool):
     """A pool of rows in 8 or 4 bits: planes of values and of scales, and a pool of the rotary ends, if any.
 
     Only rows that are asked for are dequantised.
@@ -47,8 +47,8 @@ class Quantised(Pool):
 
     values: jax.Array
     scales: jax.Array
-    rotary: Bfloat16 | None
-    row: spec.Row = dataclasses.field(metadata={"static": True})
+    rotary: Bf16Pool | None
+    row: spec.EntryFormat = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -59,41 +59,41 @@ class Quantised(Pool):
     def _groups(self) -> int:
         return (self.row.width - self.row.rotary) // self.row.group
 
-    def encoded(self, rows: jax.Array) -> Quantised:
+    def encode(self, rows: jax.Array) -> QuantizedPool:
         """Rows are rounded as spec 2.4 says."""
         split = self.row.width - self.row.rotary
-        values, scales = quantise(rows[..., :split], self.row.format, self.row.group)
+        values, scales = quantize(rows[..., :split], self.row.format, self.row.group)
         spare = self.scales.shape[-1] - scales.shape[-1]
         scales = jnp.pad(scales, [(0, 0)] * (scales.ndim - 1) + [(0, spare)])
-        return Quantised(values, scales, self.rotary and self.rotary.encoded(rows[..., split:]), self.row)
+        return QuantizedPool(values, scales, self.rotary and self.rotary.encode(rows[..., split:]), self.row)
 
-    def coded(self) -> QTensor | None:
+    def raw_fp8(self) -> QTensor | None:
         whole = self.row.format == "fp8" and self.rotary is None
         return QTensor(self.values, self.scales[..., : self._groups]) if whole else None
 
-    def decoded(self, compute: jnp.dtype) -> jax.Array:
+    def decode(self, compute: jnp.dtype) -> jax.Array:
         """`compute` is float32 or bfloat16."""
-        x = dequantise(self.values, self.scales[..., : self._groups], self.row.format, compute)
+        x = dequantize(self.values, self.scales[..., : self._groups], self.row.format, compute)
         if self.rotary is None:
             return x
-        rotary = self.rotary.decoded(compute)
+        rotary = self.rotary.decode(compute)
         # Joined piece by piece: along the last axis XLA:CPU would write the values twice.
         piece = math.gcd(x.shape[-1], self.row.rotary)
         both = [a.reshape(*a.shape[:-1], -1, piece) for a in (x, rotary)]
         return jnp.concatenate(both, axis=-2).reshape(*x.shape[:-1], self.row.width)
 
 
-def new_pool(model: config.Model, kind: str, pages: int, entries_per_page: int, layout: str) -> Pool:
+def new_pool(model: config.Model, kind: str, pages: int, entries_per_page: int, layout: str) -> EntryPool:
     """Empty pool of one layer's main entries (kind "main") or indexer keys ("index"); rows read as zeros.
 
     layout: one of `spec.LAYOUTS`. Raises UserError as `spec.row` does.
     """
-    return zeros(spec.row(model, kind, layout), pages, entries_per_page)
+    return zeros(spec.entry_format(model, kind, layout), pages, entries_per_page)
 
 
-def zeros(row: spec.Row, pages: int, slots: int) -> Pool:
+def zeros(row: spec.EntryFormat, pages: int, slots: int) -> EntryPool:
     """Empty pool of such rows."""
     planes = {name: jnp.zeros((pages, slots, count), dtype) for name, (count, dtype) in row.planes.items()}
     if row.group:
-        return Quantised(planes["values"], planes["scales"], Bfloat16(planes["rotary"]) if row.rotary else None, row)
-    return Bfloat16(planes["rows"]) if row.format == "bfloat16" else Plain(planes["rows"])
+        return QuantizedPool(planes["values"], planes["scales"], Bf16Pool(planes["rotary"]) if row.rotary else None, row)
+    return Bf16Pool(planes["rows"]) if row.format == "bfloat16" else FloatPool(planes["rows"])

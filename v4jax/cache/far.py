@@ -19,20 +19,20 @@ from v4jax import config
 from v4jax.cache import spec
 from v4jax.cache.entries import zeros
 from v4jax.core.check import UserError
-from v4jax.nn.hot import Hot, new_hot
-from v4jax.nn.kept import Pool
-from v4jax.nn.memory import get, on_host
+from v4jax.nn.hot import DeviceEntryCache, new_device_entry_cache
+from v4jax.nn.kept import EntryPool
+from v4jax.nn.memory import host_gather, host_compute
 from v4jax.nn.state import pytree
 
 _WORD = 4
 
 
 @pytree
-class Far(Pool):
+class HostEntryPool(EntryPool):
     """A pool of any rows, as words: uint32 [pages, slots, words], in host memory."""
 
     words: jax.Array
-    row: spec.Row = dataclasses.field(metadata={"static": True})
+    row: spec.EntryFormat = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -44,18 +44,18 @@ class Far(Pool):
         """Bytes of a row in host memory."""
         return self.words.shape[-1] * _WORD
 
-    def encoded(self, rows: jax.Array) -> Far:
-        planes = jax.tree.leaves(zeros(self.row, 0, 0).encoded(rows))
-        return Far(jnp.concatenate([_to_words(plane) for plane in planes], axis=-1), self.row)
+    def encode(self, rows: jax.Array) -> HostEntryPool:
+        planes = jax.tree.leaves(zeros(self.row, 0, 0).encode(rows))
+        return HostEntryPool(jnp.concatenate([_to_words(plane) for plane in planes], axis=-1), self.row)
 
-    def decoded(self, compute: jnp.dtype) -> jax.Array:
-        return self._unpacked().decoded(compute)
+    def decode(self, compute: jnp.dtype) -> jax.Array:
+        return self._unpacked().decode(compute)
 
-    def fetch(self, page: jax.Array, slot: jax.Array) -> Pool:
+    def fetch(self, page: jax.Array, slot: jax.Array) -> EntryPool:
         """The stored bits of rows at page and slot, on the device: a pool of arrays [..., n]."""
-        return Far(get(self.words, page, slot), self.row)._unpacked()
+        return HostEntryPool(host_gather(self.words, page, slot), self.row)._unpacked()
 
-    def _unpacked(self) -> Pool:
+    def _unpacked(self) -> EntryPool:
         leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: zeros(self.row, 0, 0)))
         planes, first = [], 0
         for leaf in leaves:
@@ -65,19 +65,19 @@ class Far(Pool):
         return jax.tree.unflatten(tree, planes)
 
 
-def new_far(
+def new_host_entry_pool(
     model: config.Model, pages: int, slots: int, layout: str, copies: int, host: Callable[..., jax.Array]
-) -> tuple[Far, Hot]:
+) -> tuple[HostEntryPool, DeviceEntryCache]:
     """Empty pool of one layer's main entries, and room on the device for `copies` of them.
 
     host: makes zeros of a shape and dtype in host memory, such as those of `pinned`. Raises UserError as `spec.row`.
     """
-    row = spec.row(model, "main", layout)
+    row = spec.entry_format(model, "main", layout)
     words = host((pages, slots, row.words), jnp.uint32)
-    return Far(words, row), new_hot(zeros(row, 1, 1 + copies), pages, slots)
+    return HostEntryPool(words, row), new_device_entry_cache(zeros(row, 1, 1 + copies), pages, slots)
 
 
-def pinned(device: jax.Device, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+def pinned_zeros(device: jax.Device, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     """Zeros in the host memory of a device, made by the host: the device may not have room for them. dtype: of 4 bytes.
 
     Raises UserError where there is no such memory or not enough of it.
@@ -87,7 +87,7 @@ def pinned(device: jax.Device, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.
     make = functools.partial(jax.lax.full, shape, 0, dtype)
     where = SingleDeviceSharding(device, memory_kind="pinned_host")
     try:
-        return jax.block_until_ready(jax.jit(lambda: on_host(make)(), out_shardings=where)())
+        return jax.block_until_ready(jax.jit(lambda: host_compute(make)(), out_shardings=where)())
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         raise UserError(
             f"the host has no {_WORD * math.prod(shape):,} bytes of pinned memory for a layer's share of the cache; "

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from v4jax.cache.disk import Files
+from v4jax.cache.disk import FileSystem
 
 
-class FaultyFiles(Files):
+class FaultyFiles(FileSystem):
     """Real files, but before every operation `fault(operation, name)` may raise, sleep, or whatever it likes.
 
     operation: "write", "read", "rename" or "remove". room: bytes that all files together may take, None for no limit.

@@ -38,36 +38,36 @@ _MAX_AXES, _MAX_SIZE = 8, 1 << 32  # of a stored array
 _FILE = re.compile(r"([0-9a-f]{32})-([0-9a-f]{32})-([0-9a-f]{32})\.(block|record)")
 
 
-class Corrupt(Exception):
+class CorruptBlockError(Exception):
     """Stored bytes are not what their key promises; the message says in which way."""
 
 
-class Key(NamedTuple):
+class BlockKey(NamedTuple):
     """kind: "block" or "record"; name and form: 16 bytes each."""
 
     kind: str
-    name: bytes
-    form: bytes
+    block_hash: bytes
+    schema: bytes
 
     def file(self, parent: bytes) -> str:
         """Name of its file, which tells everything that an index needs."""
-        return f"{self.name.hex()}-{parent.hex()}-{self.form.hex()}.{self.kind}"
+        return f"{self.block_hash.hex()}-{parent.hex()}-{self.schema.hex()}.{self.kind}"
 
 
-def parse_file(file: str) -> tuple[Key, bytes] | None:
+def parse_filename(file: str) -> tuple[BlockKey, bytes] | None:
     """(key, parent) of a file's name, None for a file that is none of ours."""
     match = _FILE.fullmatch(file)
     if match is None:
         return None
     name, parent, form = (bytes.fromhex(part) for part in match.groups()[:3])
-    return Key(match[4], name, form), parent
+    return BlockKey(match[4], name, form), parent
 
 
 Box = tuple[tuple[int, int], ...]  # start and end of a part of an array, axis by axis
 
 
 @dataclass(frozen=True)
-class Form:
+class BlockSchema:
     """What a payload is made of: (name, dtype, shape) of every array, in the order in which their bytes follow.
 
     boxes: the part of each that is there, where not all is; then an array may come several times (`cache.parts`).
@@ -78,9 +78,9 @@ class Form:
     boxes: tuple[Box, ...] = ()
 
     @property
-    def whole(self) -> Form:
+    def whole(self) -> BlockSchema:
         """The form of all of these arrays."""
-        return Form(self.kind, tuple(dict.fromkeys(self.table))) if self.boxes else self
+        return BlockSchema(self.kind, tuple(dict.fromkeys(self.table))) if self.boxes else self
 
     @cached_property
     def pieces(self) -> tuple[tuple[str, np.dtype, Box], ...]:
@@ -110,9 +110,9 @@ class Form:
         """Bytes of the whole file."""
         return _HEADER.size + _SUM.size + len(self.packed) + self.nbytes
 
-    def key(self, name: bytes) -> Key:
+    def key(self, name: bytes) -> BlockKey:
         """Key of the contents `name` in this form."""
-        return Key(self.kind, name, self.digest)
+        return BlockKey(self.kind, name, self.digest)
 
 
 def checksum(data: np.ndarray | bytes | memoryview) -> int:
@@ -120,36 +120,36 @@ def checksum(data: np.ndarray | bytes | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
-def header(form: Form, name: bytes, parent: bytes, payload_sum: int) -> bytes:
+def encode_header(form: BlockSchema, name: bytes, parent: bytes, payload_sum: int) -> bytes:
     """All of a file that precedes the payload."""
     fields = (_MAGIC, VERSION, KINDS.index(form.kind), len(form.packed), name, parent, form.digest)
     start = _HEADER.pack(*fields, form.nbytes, payload_sum)
     return start + _SUM.pack(checksum(start + form.packed)) + form.packed
 
 
-def open_form(data: np.ndarray) -> Form:
+def decode_schema(data: np.ndarray) -> BlockSchema:
     """The form of a file that begins with these bytes (uint8 [bytes]), of any length. Raises Corrupt."""
     first = _HEADER.size + _SUM.size
     if data.size < first:
-        raise Corrupt(f"{data.size} bytes are no header")
+        raise CorruptBlockError(f"{data.size} bytes are no header")
     magic, version, kind, length, _, _, digest, *_ = _HEADER.unpack(data[: _HEADER.size])
     if (magic, version) != (_MAGIC, VERSION) or kind >= len(KINDS):
-        raise Corrupt("no record of this format and version")
+        raise CorruptBlockError("no record of this format and version")
     try:
         rows = untrusted_json.parse(data[first : first + length].tobytes())
         table = tuple((name, dtype, tuple(shape)) for name, dtype, shape, *_ in rows)
         boxes = tuple(tuple((start, end) for start, end in box) for *_, box in rows) if len(rows[0]) > 3 else ()
-        form = Form(KINDS[kind], table, boxes)
+        form = BlockSchema(KINDS[kind], table, boxes)
         _check_table(form)
         right = form.digest == digest
     except (ValueError, TypeError, IndexError, KeyError) as error:
-        raise Corrupt("the group table cannot be read") from error
+        raise CorruptBlockError("the group table cannot be read") from error
     if not right:
-        raise Corrupt("the group table is not that of its digest")
+        raise CorruptBlockError("the group table is not that of its digest")
     return form
 
 
-def _check_table(form: Form) -> None:
+def _check_table(form: BlockSchema) -> None:
     """Raise ValueError or TypeError for a table that describes no arrays: their digest does not say who wrote it."""
     boxes = form.boxes or [tuple((0, size) for size in shape) for _, _, shape in form.table]
     for (name, dtype, shape), box in zip(form.table, boxes, strict=True):
@@ -160,23 +160,23 @@ def _check_table(form: Form) -> None:
                 raise ValueError("a part lies outside its array")
 
 
-def open_payload(data: np.ndarray, form: Form, name: bytes, parent: bytes) -> tuple[np.ndarray, int]:
+def decode_payload(data: np.ndarray, form: BlockSchema, name: bytes, parent: bytes) -> tuple[np.ndarray, int]:
     """(payload, its checksum) of a whole file (uint8 [bytes]), every byte of it verified. Raises Corrupt."""
     if data.size != form.file_bytes:
-        raise Corrupt(f"{data.size} bytes where {form.file_bytes} belong")
+        raise CorruptBlockError(f"{data.size} bytes where {form.file_bytes} belong")
     split = form.file_bytes - form.nbytes
     start, table = data[: _HEADER.size], data[_HEADER.size + _SUM.size : split]
     magic, version, kind, length, *ids, payload_bytes, payload_sum = _HEADER.unpack(start)
     if (magic, version) != (_MAGIC, VERSION):
-        raise Corrupt("no record of this format and version")
+        raise CorruptBlockError("no record of this format and version")
     [header_sum] = _SUM.unpack(data[_HEADER.size : _HEADER.size + _SUM.size])
     if checksum(np.concatenate([start, table])) != header_sum:
-        raise Corrupt("the header fails its checksum")
+        raise CorruptBlockError("the header fails its checksum")
     if (kind, length, *ids) != (KINDS.index(form.kind), len(form.packed), name, parent, form.digest):
-        raise Corrupt("the header names another key")
+        raise CorruptBlockError("the header names another key")
     if payload_bytes != form.nbytes or table.tobytes() != form.packed:
-        raise Corrupt("the header describes another group table")
+        raise CorruptBlockError("the header describes another group table")
     payload = data[split:]
     if checksum(payload) != payload_sum:
-        raise Corrupt("the payload fails its checksum")
+        raise CorruptBlockError("the payload fails its checksum")
     return payload, payload_sum

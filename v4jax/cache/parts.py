@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from v4jax.cache.manifest import Box, Form
+from v4jax.cache.manifest import Box, BlockSchema
 
 
-def part_of(whole: Form, arrays: Sequence[jax.Array]) -> Form:
+def part_of(whole: BlockSchema, arrays: Sequence[jax.Array]) -> BlockSchema:
     """What this process holds of every block. arrays: [pages, *shape], in the order of the whole form's table.
 
     Raises ValueError if pages are split: then a block is not in all processes, and their caches are not one.
@@ -31,11 +31,11 @@ def part_of(whole: Form, arrays: Sequence[jax.Array]) -> Form:
         for box in _joined([box[1:] for box in held]):
             table.append(row)
             boxes.append(box)
-    form = Form(whole.kind, tuple(table), tuple(boxes))
+    form = BlockSchema(whole.kind, tuple(table), tuple(boxes))
     return whole if form.pieces == whole.pieces else form
 
 
-def pack(part: Form, rows: Mapping[str, jax.Array]) -> np.ndarray:
+def pack(part: BlockSchema, rows: Mapping[str, jax.Array]) -> np.ndarray:
     """The bytes of this process' part, uint8 [bytes], of one block's arrays by name, each [*shape]."""
     shards = lambda name: rows[name].addressable_shards
     return _built(part, {
@@ -43,7 +43,7 @@ def pack(part: Form, rows: Mapping[str, jax.Array]) -> np.ndarray:
     })  # fmt: skip
 
 
-def unpack(part: Form, payload: np.ndarray, shardings: Mapping[str, Sharding]) -> dict[str, jax.Array]:
+def unpack(part: BlockSchema, payload: np.ndarray, shardings: Mapping[str, Sharding]) -> dict[str, jax.Array]:
     """The inverse of `pack` on all processes together: arrays by name, on the devices that the shardings say."""
     pieces, out = _pieces([(part, payload)]), {}
     for name, dtype, shape in part.whole.table:
@@ -58,7 +58,7 @@ def unpack(part: Form, payload: np.ndarray, shardings: Mapping[str, Sharding]) -
     return out
 
 
-def covered(part: Form, forms: Iterable[Form]) -> bool:
+def covered(part: BlockSchema, forms: Iterable[BlockSchema]) -> bool:
     """Whether parts of these forms, of the same whole, have everything that is in `part`."""
     marks = {name: np.zeros(shape, bool) for name, _, shape in part.table}
     for form in forms:
@@ -67,7 +67,7 @@ def covered(part: Form, forms: Iterable[Form]) -> bool:
     return all(marks[name][_slices(box)].all() for name, _, box in part.pieces)
 
 
-def recut(part: Form, parts: Iterable[tuple[Form, np.ndarray]]) -> np.ndarray:
+def recut(part: BlockSchema, parts: Iterable[tuple[BlockSchema, np.ndarray]]) -> np.ndarray:
     """The bytes of `part`, out of parts (form and bytes) that cover it."""
     return _built(part, _pieces(parts))
 
@@ -75,7 +75,7 @@ def recut(part: Form, parts: Iterable[tuple[Form, np.ndarray]]) -> np.ndarray:
 # --- boxes ---------------------------------------------------------------------------------------------------------
 
 
-def _pieces(parts: Iterable[tuple[Form, np.ndarray]]) -> dict[str, list[tuple[Box, np.ndarray]]]:
+def _pieces(parts: Iterable[tuple[BlockSchema, np.ndarray]]) -> dict[str, list[tuple[Box, np.ndarray]]]:
     """By name of an array: its boxes that are there, and what is in them."""
     out = {}
     for form, payload in parts:
@@ -87,7 +87,7 @@ def _pieces(parts: Iterable[tuple[Form, np.ndarray]]) -> dict[str, list[tuple[Bo
     return out
 
 
-def _built(part: Form, held: Mapping[str, list[tuple[Box, np.ndarray]]]) -> np.ndarray:
+def _built(part: BlockSchema, held: Mapping[str, list[tuple[Box, np.ndarray]]]) -> np.ndarray:
     out = []
     for name, dtype, box in part.pieces:
         data = np.empty(_size(box), dtype)

@@ -12,84 +12,84 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from v4jax.cache.manifest import Key
+from v4jax.cache.manifest import BlockKey
 
 _SMALL = 0.1  # of the budget, for what is new
 _MOST_USES = 3  # that are remembered, and so rounds that a key stays without being used
 
 
-class Policy(Protocol):
+class EvictionPolicy(Protocol):
     """add: a new key. use: one request uses these, which are there. free: nothing hangs on it any more. first: the key
     to go, still there; None if none may. may_go: asked again and again, for it changes."""
 
-    def __init__(self, budget: int, may_go: Callable[[Key], bool]): ...
-    def add(self, key: Key, size: int) -> None: ...
-    def use(self, keys: Iterable[Key]) -> None: ...
-    def remove(self, key: Key) -> None: ...
-    def free(self, key: Key) -> None: ...
-    def first(self) -> Key | None: ...
+    def __init__(self, budget: int, may_go: Callable[[BlockKey], bool]): ...
+    def add(self, key: BlockKey, size: int) -> None: ...
+    def touch(self, keys: Iterable[BlockKey]) -> None: ...
+    def remove(self, key: BlockKey) -> None: ...
+    def release(self, key: BlockKey) -> None: ...
+    def victim(self) -> BlockKey | None: ...
 
 
-class _Queue:
+class _RankQueue:
     """Keys by rank, the lowest first, of which only those that may go are ever looked at."""
 
-    def __init__(self, may_go: Callable[[Key], bool]):
-        self._may_go, self._rank, self._heap = may_go, {}, []  # what lies in the heap is stale if its rank is another
+    def __init__(self, may_go: Callable[[BlockKey], bool]):
+        self._evictable, self._rank, self._heap = may_go, {}, []  # what lies in the heap is stale if its rank is another
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: BlockKey) -> bool:
         return key in self._rank
 
-    def put(self, key: Key, rank: int) -> None:
+    def put(self, key: BlockKey, rank: int) -> None:
         """Enter a key, or give it another rank."""
         self._rank[key] = rank
-        self.free(key)
+        self.release(key)
 
-    def free(self, key: Key) -> None:
+    def release(self, key: BlockKey) -> None:
         """It may go now, perhaps."""
-        if self._may_go(key):
+        if self._evictable(key):
             heapq.heappush(self._heap, (self._rank[key], key))
         if len(self._heap) > 4 * len(self._rank) + 64:
-            self._heap = [(rank, key) for key, rank in self._rank.items() if self._may_go(key)]
+            self._heap = [(rank, key) for key, rank in self._rank.items() if self._evictable(key)]
             heapq.heapify(self._heap)
 
-    def remove(self, key: Key) -> None:
+    def remove(self, key: BlockKey) -> None:
         del self._rank[key]
 
-    def first(self) -> Key | None:
+    def victim(self) -> BlockKey | None:
         """The key that goes first; None if none may."""
         while self._heap:
             rank, key = self._heap[0]
-            if self._rank.get(key) == rank and self._may_go(key):
+            if self._rank.get(key) == rank and self._evictable(key):
                 return key
             heapq.heappop(self._heap)
         return None
 
 
-class Lru:
+class LRUPolicy:
     """The least recently used goes first."""
 
-    def __init__(self, budget: int, may_go: Callable[[Key], bool]):
-        self._queue, self._clock = _Queue(may_go), 0
+    def __init__(self, budget: int, may_go: Callable[[BlockKey], bool]):
+        self._queue, self._clock = _RankQueue(may_go), 0
 
-    def add(self, key: Key, size: int) -> None:
-        self.use([key])
+    def add(self, key: BlockKey, size: int) -> None:
+        self.touch([key])
 
-    def use(self, keys: Iterable[Key]) -> None:
+    def touch(self, keys: Iterable[BlockKey]) -> None:
         self._clock += 1
         for key in keys:
             self._queue.put(key, self._clock)
 
-    def remove(self, key: Key) -> None:
+    def remove(self, key: BlockKey) -> None:
         self._queue.remove(key)
 
-    def free(self, key: Key) -> None:
-        self._queue.free(key)
+    def release(self, key: BlockKey) -> None:
+        self._queue.release(key)
 
-    def first(self) -> Key | None:
-        return self._queue.first()
+    def victim(self) -> BlockKey | None:
+        return self._queue.victim()
 
 
-class S3Fifo:
+class S3FIFOPolicy:
     """What is new waits in a small queue and goes from there, first come first gone, unless it was used (Yang et al.,
     SOSP 2023, "FIFO queues are all you need for cache eviction").
 
@@ -97,13 +97,13 @@ class S3Fifo:
     remembered, up to what would fill the tier once more: if it comes again, it goes to the main queue at once.
     """
 
-    def __init__(self, budget: int, may_go: Callable[[Key], bool]):
-        self._budget, self._small, self._main = budget, _Queue(may_go), _Queue(may_go)
+    def __init__(self, budget: int, may_go: Callable[[BlockKey], bool]):
+        self._budget, self._small, self._main = budget, _RankQueue(may_go), _RankQueue(may_go)
         self._size, self._uses, self._clock = {}, {}, 0
         self._small_bytes = self._ghost_bytes = 0
-        self._ghosts: OrderedDict[Key, int] = OrderedDict()
+        self._ghosts: OrderedDict[BlockKey, int] = OrderedDict()
 
-    def add(self, key: Key, size: int) -> None:
+    def add(self, key: BlockKey, size: int) -> None:
         self._size[key], self._uses[key] = size, 0
         if key in self._ghosts:
             self._ghost_bytes -= self._ghosts.pop(key)
@@ -111,16 +111,16 @@ class S3Fifo:
         else:
             self._enter(self._small, key)
 
-    def _enter(self, queue: _Queue, key: Key) -> None:
+    def _enter(self, queue: _RankQueue, key: BlockKey) -> None:
         self._clock += 1
         queue.put(key, self._clock)
         self._small_bytes += self._size[key] * (queue is self._small)
 
-    def use(self, keys: Iterable[Key]) -> None:
+    def touch(self, keys: Iterable[BlockKey]) -> None:
         for key in keys:
             self._uses[key] = min(self._uses[key] + 1, _MOST_USES)
 
-    def remove(self, key: Key) -> None:
+    def remove(self, key: BlockKey) -> None:
         size = self._size.pop(key)
         del self._uses[key]
         if key in self._main:
@@ -133,14 +133,14 @@ class S3Fifo:
         while self._ghost_bytes > self._budget:
             self._ghost_bytes -= self._ghosts.popitem(last=False)[1]
 
-    def free(self, key: Key) -> None:
-        (self._main if key in self._main else self._small).free(key)
+    def release(self, key: BlockKey) -> None:
+        (self._main if key in self._main else self._small).release(key)
 
-    def first(self) -> Key | None:
+    def victim(self) -> BlockKey | None:
         while True:
             queues = (self._small, self._main)
             order = queues if self._small_bytes > _SMALL * self._budget else queues[::-1]
-            found = next(((queue, key) for queue in order if (key := queue.first()) is not None), None)
+            found = next(((queue, key) for queue in order if (key := queue.victim()) is not None), None)
             if found is None:
                 return None
             queue, key = found
@@ -155,4 +155,4 @@ class S3Fifo:
             self._enter(self._main, key)
 
 
-POLICIES: dict[str, type[Policy]] = {"lru": Lru, "s3fifo": S3Fifo}
+POLICIES: dict[str, type[EvictionPolicy]] = {"lru": LRUPolicy, "s3fifo": S3FIFOPolicy}

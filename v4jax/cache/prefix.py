@@ -17,7 +17,7 @@ SIZE = 16  # bytes of a name
 _PIECE = 16 << 20  # bytes hashed by one thread at a time; part of what `digest` means
 
 
-def seed(weights_digest: bytes, *parts: object, salt: str = "") -> bytes:
+def hash_seed(weights_digest: bytes, *parts: object, salt: str = "") -> bytes:
     """The parent of a first block: 16 bytes.
 
     parts: bytes, or values whose `repr` says all of them (strings, numbers, frozen dataclasses of such). salt: pages
@@ -30,7 +30,7 @@ def seed(weights_digest: bytes, *parts: object, salt: str = "") -> bytes:
     return whole.digest()
 
 
-def chain(parent: bytes, token_ids: Sequence[int] | np.ndarray, block: int) -> list[bytes]:
+def block_hashes(parent: bytes, token_ids: Sequence[int] | np.ndarray, block: int) -> list[bytes]:
     """Names of the full blocks of `block` tokens that follow `parent` (a seed or a block's name); the rest is left.
 
     Every name is blake2b over the one before and the block's ids as little-endian int32, which they must fit.
@@ -44,7 +44,7 @@ def chain(parent: bytes, token_ids: Sequence[int] | np.ndarray, block: int) -> l
     return names
 
 
-def digest(arrays: Mapping[str, np.ndarray]) -> bytes:
+def tree_digest(arrays: Mapping[str, np.ndarray]) -> bytes:
     """16 bytes over the names, dtypes, shapes and contents of arrays, in any order of names.
 
     Takes whatever `np.asarray` takes, one array at a time. Large arrays are hashed in pieces, by as many threads as

@@ -34,9 +34,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 
 from v4jax.cache.disk import Elsewhere
-from v4jax.cache.manifest import KINDS, Form, Key, checksum
+from v4jax.cache.manifest import KINDS, BlockSchema, BlockKey, checksum
 from v4jax.cache.parts import covered, recut
-from v4jax.cache.tiers import Item, Tier
+from v4jax.cache.tiers import StoredBlock, Tier
 
 _HAVE, _GONE, _READ, _MISSED = range(4)  # what a process reports of a key
 _REPORT = struct.Struct("<BB16s16s")
@@ -52,7 +52,7 @@ class Sharded:
     def __init__(
         self,
         tiers: Sequence[Tier],
-        parts: Mapping[Form, Form],
+        parts: Mapping[BlockSchema, BlockSchema],
         index: int,
         count: int,
         exchange: Callable[[bytes], Sequence[bytes]],
@@ -60,32 +60,32 @@ class Sharded:
     ):
         self.tiers, self.parts, self.index, self.count = tuple(tiers), dict(parts), index, count
         self._exchange, self._lock = exchange, threading.Lock()
-        self._out: list[tuple[int, Key]] = []  # reports for the next sync
-        self._have: defaultdict[Key, set[int]] = defaultdict(set)  # agreed: who has its part
-        self._leaving: set[Key] = set()  # agreed
-        self._came: dict[Key, np.ndarray | None] = {}  # what this process has read, until all have
-        self._answers: defaultdict[Key, dict[int, bool]] = defaultdict(dict)  # agreed: who has read it
+        self._out: list[tuple[int, BlockKey]] = []  # reports for the next sync
+        self._have: defaultdict[BlockKey, set[int]] = defaultdict(set)  # agreed: who has its part
+        self._leaving: set[BlockKey] = set()  # agreed
+        self._came: dict[BlockKey, np.ndarray | None] = {}  # what this process has read, until all have
+        self._answers: defaultdict[BlockKey, dict[int, bool]] = defaultdict(dict)  # agreed: who has read it
         self._count = Counter(read=0, missed=0, missed_elsewhere=0)
         self._whole = {part.digest: whole for whole, part in self.parts.items()}
-        self._recut: dict[Key, list[tuple[Tier | Elsewhere, Form]]] = {}  # parts of other cuts that cover one's own
+        self._recut: dict[BlockKey, list[tuple[Tier | Elsewhere, BlockSchema]]] = {}  # parts of other cuts that cover one's own
         self._find(others)
 
     def _find(self, others: Sequence[Elsewhere]) -> None:
         """Report what is there."""
         sources = [(tier, tier.watch(self._left)) for tier in self.tiers] + [(other, other.keys()) for other in others]
-        forms: dict[bytes, Form | None] = {}
-        strange: defaultdict[Key, list] = defaultdict(list)
+        forms: dict[bytes, BlockSchema | None] = {}
+        strange: defaultdict[BlockKey, list] = defaultdict(list)
         for source, keys in sources:
             for key in keys:
-                if key.form in self._whole and source in self.tiers:
-                    self._report(_HAVE, self._whole[key.form].key(key.name))
+                if key.schema in self._whole and source in self.tiers:
+                    self._report(_HAVE, self._whole[key.schema].key(key.block_hash))
                     continue
-                if forms.get(key.form) is None:  # one file of each form is opened
-                    forms[key.form] = source.form(key)
-                form = forms[key.form]
+                if forms.get(key.schema) is None:  # one file of each form is opened
+                    forms[key.schema] = source.form(key)
+                form = forms[key.schema]
                 if form is not None and form.whole in self.parts:
-                    strange[form.whole.key(key.name)].append((source, form))
-        enough: dict[tuple[Form, ...], bool] = {}
+                    strange[form.whole.key(key.block_hash)].append((source, form))
+        enough: dict[tuple[BlockSchema, ...], bool] = {}
         own = {key for _, key in self._out}
         for key, found in strange.items():
             kinds = tuple(dict.fromkeys(form for _, form in found))
@@ -95,33 +95,33 @@ class Sharded:
                 self._recut[key] = found
                 self._report(_HAVE, key)
 
-    def _report(self, what: int, key: Key) -> None:
+    def _report(self, what: int, key: BlockKey) -> None:
         with self._lock:
             self._out.append((what, key))
 
-    def _left(self, key: Key) -> None:
+    def _left(self, key: BlockKey) -> None:
         """A tier lets something go; called under its lock."""
-        whole = self._whole.get(key.form)
+        whole = self._whole.get(key.schema)
         if whole is not None and not any(key in tier for tier in self.tiers):
-            self._report(_GONE, whole.key(key.name))
+            self._report(_GONE, whole.key(key.block_hash))
 
     # --- what this process does --------------------------------------------------------------------------------------
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: BlockKey) -> bool:
         """Whether all processes have it; key: of the whole. The same in all of them."""
         return key not in self._leaving and len(self._have.get(key, ())) == self.count
 
-    def put(self, whole: Form, name: bytes, parent: bytes, payload: np.ndarray) -> bool:
+    def put(self, whole: BlockSchema, name: bytes, parent: bytes, payload: np.ndarray) -> bool:
         """Store this process' part (`parts.pack`); False if no tier takes it, or if it is still on its way out."""
         part, key = self.parts[whole], whole.key(name)
         if key in self._leaving:
             return False
-        item = Item(part, name, parent, payload, checksum(payload))
+        item = StoredBlock(part, name, parent, payload, checksum(payload))
         held = [tier.put(item)[0] for tier in self.tiers]
         self._report(_HAVE if any(held) else _GONE, key)
         return any(held)
 
-    def read(self, whole: Form, name: bytes) -> None:
+    def read(self, whole: BlockSchema, name: bytes) -> None:
         """Read and verify this process' part; to be called by all, and once until `sync` has the answer."""
         key, payload = whole.key(name), self._own(whole, name)
         if key in self._came:
@@ -131,13 +131,13 @@ class Sharded:
         self._came[key] = payload
         self._report(_MISSED if payload is None else _READ, key)
 
-    def _own(self, whole: Form, name: bytes) -> np.ndarray | None:
+    def _own(self, whole: BlockSchema, name: bytes) -> np.ndarray | None:
         for tier in self.tiers:
             if (item := tier.get(self.parts[whole], name)) is not None:
                 return item.payload
         return None
 
-    def _cut(self, whole: Form, name: bytes) -> np.ndarray | None:
+    def _cut(self, whole: BlockSchema, name: bytes) -> np.ndarray | None:
         """This process' part, out of parts of other cuts; what is not found again will not be looked for."""
         found, part, key = {}, self.parts[whole], whole.key(name)
         for source, form in self._recut[key]:
@@ -149,29 +149,29 @@ class Sharded:
         self._report(_GONE, key)
         return None
 
-    def touch(self, keys: Iterable[Key]) -> None:
+    def touch(self, keys: Iterable[BlockKey]) -> None:
         """One request uses these keys of the whole, as far as they are here."""
         forms = {whole.digest: part for whole, part in self.parts.items()}
-        keys = [forms[key.form].key(key.name) for key in keys]
+        keys = [forms[key.schema].key(key.block_hash) for key in keys]
         for tier in self.tiers:
             tier.touch(keys)
 
     # --- what all agree on -------------------------------------------------------------------------------------------
 
-    def sync(self) -> dict[Key, np.ndarray | None]:
+    def sync(self) -> dict[BlockKey, np.ndarray | None]:
         """Exchange reports. By key of the whole, what all processes have read since: this one's part, verified, or
         None in all of them if one could not read its own."""
         with self._lock:
             reports, self._out = self._out, []
-        data = b"".join(_REPORT.pack(what, KINDS.index(key.kind), key.name, key.form) for what, key in reports)
+        data = b"".join(_REPORT.pack(what, KINDS.index(key.kind), key.block_hash, key.schema) for what, key in reports)
         for process, theirs in enumerate(self._exchange(data)):
             for what, kind, name, form in _REPORT.iter_unpack(theirs):
-                self._note(process, what, Key(KINDS[kind], name, form))
+                self._note(process, what, BlockKey(KINDS[kind], name, form))
         answers = self._answered()
         self._let_go()
         return answers
 
-    def _note(self, process: int, what: int, key: Key) -> None:
+    def _note(self, process: int, what: int, key: BlockKey) -> None:
         if what == _HAVE:
             self._have[key].add(process)
         elif what == _GONE:
@@ -189,15 +189,15 @@ class Sharded:
             elif self.index in self._have[key] and key not in self._came:
                 self._drop(key)
 
-    def _drop(self, key: Key) -> None:
-        whole = next(whole for whole in self.parts if whole.digest == key.form)
-        here = self.parts[whole].key(key.name)
+    def _drop(self, key: BlockKey) -> None:
+        whole = next(whole for whole in self.parts if whole.digest == key.schema)
+        here = self.parts[whole].key(key.block_hash)
         if self._recut.pop(key, None) is not None or not any(here in tier for tier in self.tiers):
             self._report(_GONE, key)
         for tier in self.tiers:
             tier.discard(here)  # which reports it
 
-    def _answered(self) -> dict[Key, np.ndarray | None]:
+    def _answered(self) -> dict[BlockKey, np.ndarray | None]:
         out = {}
         for key in [key for key, answers in self._answers.items() if len(answers) == self.count]:
             sound, payload = all(self._answers.pop(key).values()), self._came.pop(key)
@@ -219,6 +219,6 @@ class Sharded:
         """Raise AssertionError if what this process said that it has is not what it has; nothing may be under way."""
         part = {whole.digest: part for whole, part in self.parts.items()}
         for key, have in self._have.items():
-            here = any(part[key.form].key(key.name) in tier for tier in self.tiers) or key in self._recut
+            here = any(part[key.schema].key(key.block_hash) in tier for tier in self.tiers) or key in self._recut
             if (self.index in have) != here:
                 raise AssertionError(f"the books of all processes and the tiers of this one differ in {key}")

@@ -24,9 +24,9 @@ from v4jax import config
 from v4jax.core.check import UserError
 from v4jax.core.qtensor import group_size
 from v4jax.nn import qdq
-from v4jax.nn.kept import new_kept
+from v4jax.nn.kept import new_paged_layer_cache
 
-LAYOUTS = ("model", "bf16", "fp8", "fp8_fp4")
+KV_CACHE_DTYPES = ("model", "bf16", "fp8", "fp8_fp4")
 _FORMATS = {"fp8": {"main": "fp8", "index": "fp8"}, "fp8_fp4": {"main": "fp8", "index": "fp4"}}
 _GROUP = {"main": qdq.ENTRY_GROUP, "index": qdq.KEY_GROUP}
 _WORD = 4  # bytes that a quantised row is padded to a multiple of
@@ -34,7 +34,7 @@ _PLACE, _COUNTS = 4, 20  # bytes of the number of a row in `nn.hot.Hot`, and of 
 
 
 @dataclass(frozen=True)
-class Row:
+class EntryFormat:
     """How one main entry or one indexer key is stored: `width` numbers, of which the last `rotary` stay bfloat16.
 
     format: "fp8" or "fp4" in groups of `group`; or the dtype of a plain row, where group and rotary are 0.
@@ -71,38 +71,38 @@ class Row:
         return sum(-(-count * jnp.dtype(dtype).itemsize // _WORD) for count, dtype in self.planes.values())
 
 
-def row(model: config.Model, kind: str, layout: str) -> Row:
+def entry_format(model: config.Model, kind: str, layout: str) -> EntryFormat:
     """The row of a main entry (kind "main") or of an indexer key ("index"). Groups are equal, the fewest that fit.
 
     Raises UserError for an unknown layout, and for shapes that it cannot hold.
     """
-    if layout not in LAYOUTS:
-        raise UserError(f"unknown cache layout {layout!r}; one of {', '.join(LAYOUTS)}")
-    width, rotary = {"main": (model.head_dim, model.rope_dim), "index": (model.indexer.head_dim, 0)}[kind]
+    if layout not in KV_CACHE_DTYPES:
+        raise UserError(f"unknown cache layout {layout!r}; one of {', '.join(KV_CACHE_DTYPES)}")
+    width, rotary = {"main": (model.head_dim, model.qk_rope_head_dim), "index": (model.indexer.index_head_dim, 0)}[kind]
     if layout not in _FORMATS:
-        return Row(width, model.dtype if layout == "model" else "bfloat16")
+        return EntryFormat(width, model.dtype if layout == "model" else "bfloat16")
     format = _FORMATS[layout][kind]
     if width == rotary:
         raise UserError(f"layout {layout} quantises what is not rotary, and model.rope_dim is all {width}; take bf16")
     if format == "fp4" and width % 2:
         raise UserError(f"layout {layout} packs pairs, and model.indexer.head_dim {width} is odd; take fp8")
-    return Row(width, format, group_size(width - rotary, _GROUP[kind]), rotary)
+    return EntryFormat(width, format, group_size(width - rotary, _GROUP[kind]), rotary)
 
 
-def block_tokens(model: config.Model, wanted: int = 256) -> int:
+def block_size(model: config.Model, wanted: int = 256) -> int:
     """Tokens of a block: the least multiple of all compression ratios in use that is at least `wanted`."""
-    step = math.lcm(*(model.ratio(kind) for kind in _compressed(model)))
+    step = math.lcm(*(model.compress_rate(kind) for kind in _compressed(model)))
     return max(1, -(-wanted // step)) * step
 
 
-def check_block(model: config.Model, block: int) -> int:
+def validate_block_size(model: config.Model, block: int) -> int:
     """A block size that a user gave, if every ratio divides it. Raises UserError naming the first that does not."""
     for kind in sorted(set(_compressed(model))):
-        ratio = model.ratio(kind)
+        ratio = model.compress_rate(kind)
         if block < 1 or block % ratio:
             raise UserError(
                 f"cache block of {block} tokens is not a multiple of model.{kind}_ratio {ratio}; "
-                f"take {block_tokens(model, block)}"
+                f"take {block_size(model, block)}"
             )
     if block < 1:
         raise UserError(f"cache block of {block} tokens; take at least 1")
@@ -110,7 +110,7 @@ def check_block(model: config.Model, block: int) -> int:
 
 
 @dataclass(frozen=True)
-class Layout:
+class KVCacheSpec:
     """Sizes of a model's cache. name: one of LAYOUTS; block: tokens of a page, 0 for `block_tokens(model)`; hot: rows
     that the device keeps of a CSA layer's main entries, which then lie in host memory as the tails of HCA layers do, 0
     if all of it lies on the device.
@@ -124,40 +124,40 @@ class Layout:
     hot: int = 0
 
     def __post_init__(self):
-        block = check_block(self.model, self.block) if self.block else block_tokens(self.model)
+        block = validate_block_size(self.model, self.block) if self.block else block_size(self.model)
         object.__setattr__(self, "block", block)
         for kind in ("main", "index") if "csa" in self.model.schedule else ("main",):
-            row(self.model, kind, self.name)
+            entry_format(self.model, kind, self.name)
 
     @property
     def entry_bytes(self) -> int:
         """Bytes of one main entry."""
-        return row(self.model, "main", self.name).nbytes
+        return entry_format(self.model, "main", self.name).nbytes
 
     @property
     def key_bytes(self) -> int:
         """Bytes of one indexer key."""
-        return row(self.model, "index", self.name).nbytes
+        return entry_format(self.model, "index", self.name).nbytes
 
     def entries(self, kind: str) -> int:
         """Entries that a page of a layer of this kind (csa, hca) holds."""
-        return self.block // self.model.ratio(kind)
+        return self.block // self.model.compress_rate(kind)
 
     @property
-    def page_bytes(self) -> int:
+    def block_bytes(self) -> int:
         """Bytes on the device of one page over all layers."""
         main = lambda: _PLACE if self.hot else self.entry_bytes
         size = {"csa": lambda: main() + self.key_bytes, "hca": lambda: self.entry_bytes}
         return sum(self.entries(kind) * size[kind]() for kind in _compressed(self.model))
 
     @property
-    def host_page_bytes(self) -> int:
+    def host_block_bytes(self) -> int:
         """Bytes in host memory of one page over all layers: 0 where all of it lies on the device."""
         layers = self.model.schedule.count("csa") if self.hot else 0
-        return layers and layers * self.entries("csa") * _WORD * row(self.model, "main", self.name).words
+        return layers and layers * self.entries("csa") * _WORD * entry_format(self.model, "main", self.name).words
 
     @property
-    def hot_bytes(self) -> int:
+    def device_cache_bytes(self) -> int:
         """Bytes on the device of what is kept there of entries in host memory, beside the pages, over all layers."""
         layers = self.model.schedule.count("csa") if self.hot else 0
         return layers and layers * ((1 + self.hot) * (self.entry_bytes + 2 * _PLACE) + _COUNTS)
@@ -165,9 +165,9 @@ class Layout:
     @property
     def token_bytes(self) -> float:
         """Bytes that one more token of context takes, over all layers: a page's share."""
-        return self.page_bytes / self.block
+        return self.block_bytes / self.block
 
-    def record_bytes(self, slack: int = 0, mtp: bool = False) -> int:
+    def state_bytes(self, slack: int = 0, mtp: bool = False) -> int:
         """Bytes on the device of one record over the layers; mtp: with the MTP layer's. The tails of HCA layers are not
         there where CSA entries are not."""
 
@@ -179,28 +179,28 @@ class Layout:
         sizes = {kind: kept(kind) for kind in set(kinds)}
         return sum(sizes[kind] for kind in kinds)
 
-    def host_record_bytes(self, slack: int = 0) -> int:
+    def host_state_bytes(self, slack: int = 0) -> int:
         """Bytes in host memory of one record over the layers: 0 where all of it lies on the device."""
         layers = self.model.schedule.count("hca") if self.hot else 0
         return layers and layers * _bytes(self._record("hca", slack).tails)
 
     def _record(self, kind: str, slack: int):
         dtype = jnp.dtype(self.model.dtype)
-        return jax.eval_shape(lambda: new_kept(self.model, kind, 1, lambda part: None, dtype, slack))
+        return jax.eval_shape(lambda: new_paged_layer_cache(self.model, kind, 1, lambda part: None, dtype, slack))
 
-    def pages_for(self, budget: int) -> int:
+    def blocks_for(self, budget: int) -> int:
         """Pages that `budget` bytes hold, page 0 (which is never given out) among them.
 
         Raises UserError if that leaves none to give out, or if the model has window layers only and needs none.
         """
-        if not self.page_bytes:
+        if not self.block_bytes:
             raise UserError("a model of window layers alone keeps no pages, so no byte budget says how many")
-        if budget < 2 * self.page_bytes:
+        if budget < 2 * self.block_bytes:
             raise UserError(
                 f"a cache of {budget:,} bytes holds no page beside the spare one: a page of {self.block} tokens takes "
-                f"{self.page_bytes:,} bytes in layout {self.name}; give at least {2 * self.page_bytes:,}"
+                f"{self.block_bytes:,} bytes in layout {self.name}; give at least {2 * self.block_bytes:,}"
             )
-        return budget // self.page_bytes
+        return budget // self.block_bytes
 
 
 def _bytes(tree) -> int:
@@ -209,4 +209,4 @@ def _bytes(tree) -> int:
 
 def _compressed(model: config.Model) -> list[str]:
     """Kinds of the layers that keep entries, layer by layer."""
-    return [kind for kind in model.schedule if model.ratio(kind)]
+    return [kind for kind in model.schedule if model.compress_rate(kind)]

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from v4jax.cache.manifest import Form, Key, checksum
-from v4jax.cache.shelf import Shelf
+from v4jax.cache.manifest import BlockSchema, BlockKey, checksum
+from v4jax.cache.shelf import TierIndex
 
 if TYPE_CHECKING:
     import jax  # what needs the tiers alone starts without it
@@ -23,40 +23,40 @@ if TYPE_CHECKING:
 _PAUSE, _MOST_PAUSE = 5.0, 300.0  # seconds without a try after trouble; doubles up to the second
 
 
-class Item(NamedTuple):
+class StoredBlock(NamedTuple):
     """One block or record: its bytes (uint8 [bytes], a numpy array or one of JAX in host memory) and their checksum."""
 
-    form: Form
+    form: BlockSchema
     name: bytes
     parent: bytes
     payload: np.ndarray | jax.Array
-    sum: int
+    checksum: int
 
     @property
-    def key(self) -> Key:
+    def key(self) -> BlockKey:
         return self.form.key(self.name)
 
     @property
-    def sound(self) -> bool:
+    def is_intact(self) -> bool:
         """Whether the bytes still have their checksum."""
-        return checksum(np.asarray(self.payload)) == self.sum
+        return checksum(np.asarray(self.payload)) == self.checksum
 
 
 class Tier(Protocol):
     """Where items lie. All of it may be called by several threads."""
 
-    def __contains__(self, key: Key) -> bool: ...
-    def get(self, form: Form, name: bytes) -> Item | None: ...
-    def put(self, item: Item) -> tuple[bool, list[Item]]: ...
-    def touch(self, keys: Iterable[Key]) -> None: ...
-    def discard(self, key: Key) -> None: ...
-    def watch(self, left: Callable[[Key], None]) -> list[Key]: ...
-    def form(self, key: Key) -> Form | None: ...
+    def __contains__(self, key: BlockKey) -> bool: ...
+    def get(self, form: BlockSchema, name: bytes) -> StoredBlock | None: ...
+    def put(self, item: StoredBlock) -> tuple[bool, list[StoredBlock]]: ...
+    def touch(self, keys: Iterable[BlockKey]) -> None: ...
+    def discard(self, key: BlockKey) -> None: ...
+    def watch(self, left: Callable[[BlockKey], None]) -> list[BlockKey]: ...
+    def form(self, key: BlockKey) -> BlockSchema | None: ...
     def stats(self) -> dict[str, float]: ...
     def close(self) -> None: ...
 
 
-class Breaker:
+class CircuitBreaker:
     """Opens at `limit` failures in a row: then nothing is tried for a while, and twice as long if the next try
     fails."""
 
@@ -81,19 +81,19 @@ class Breaker:
         self._failures, self._pause, self._until = 0, _PAUSE, 0.0
 
 
-class Host:
+class HostTier:
     """Items in the memory of this process. policy: what goes first (`policy.POLICIES`)."""
 
     def __init__(self, budget: int, policy: str):
         self._limits = budget, policy
-        self._shelf, self._items = Shelf(*self._limits), {}
+        self._shelf, self._items = TierIndex(*self._limits), {}
         self._lock = threading.Lock()
         self._count = Counter(evictions=0, refused=0, corrupt=0, bytes_in=0, bytes_out=0)
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: BlockKey) -> bool:
         return key in self._shelf
 
-    def get(self, form: Form, name: bytes) -> Item | None:
+    def get(self, form: BlockSchema, name: bytes) -> StoredBlock | None:
         """The item, verified; None if it is not (or no longer) here, or was damaged and is therefore forgotten."""
         with self._lock:
             item = self._items.get(form.key(name))
@@ -107,7 +107,7 @@ class Host:
             return None
         return item
 
-    def put(self, item: Item) -> tuple[bool, list[Item]]:
+    def put(self, item: StoredBlock) -> tuple[bool, list[StoredBlock]]:
         """(whether it is here now, what had to go to make room)."""
         gone = []
         with self._lock:
@@ -116,8 +116,8 @@ class Host:
             if item.form.nbytes > self._shelf.budget:
                 self._count.update(refused=1)
                 return False, gone
-            while not self._shelf.fits(item.form.nbytes):
-                key = self._shelf.oldest()
+            while not self._shelf.has_room(item.form.nbytes):
+                key = self._shelf.next_victim()
                 self._shelf.remove(key)
                 gone.append(self._items.pop(key))
             self._shelf.add(item.key, item.parent, item.form.nbytes)
@@ -125,24 +125,24 @@ class Host:
             self._count.update(evictions=len(gone), bytes_in=item.form.nbytes)
         return True, gone
 
-    def touch(self, keys: Iterable[Key]) -> None:
+    def touch(self, keys: Iterable[BlockKey]) -> None:
         """One request uses these keys, as far as they are here."""
         with self._lock:
             self._shelf.touch(keys)
 
-    def discard(self, key: Key) -> None:
+    def discard(self, key: BlockKey) -> None:
         """Forget an item, if it is here."""
         with self._lock:
             if self._shelf.remove(key) is not None:
                 del self._items[key]
 
-    def watch(self, left: Callable[[Key], None]) -> list[Key]:
+    def watch(self, left: Callable[[BlockKey], None]) -> list[BlockKey]:
         """What is here now; `left` is told of every key that leaves from now on, by whichever thread takes it out."""
         with self._lock:
             self._shelf.watch = left
             return list(self._items)
 
-    def form(self, key: Key) -> Form | None:
+    def form(self, key: BlockKey) -> BlockSchema | None:
         """The form of an item; None if it is not here."""
         with self._lock:
             item = self._items.get(key)
@@ -154,14 +154,14 @@ class Host:
             held = {"blocks": self._shelf.count["block"], "records": self._shelf.count["record"]}
             return held | {"bytes": self._shelf.used, "budget": self._shelf.budget, **self._count}
 
-    def check(self) -> None:
+    def check_invariants(self) -> None:
         """Raise AssertionError if the books do not add up."""
         with self._lock:
-            self._shelf.check()
+            self._shelf.check_invariants()
             if self._items.keys() != self._shelf.entries.keys():
                 raise AssertionError("the host tier's items and books differ")
 
     def close(self) -> None:
         """Let everything go."""
         with self._lock:
-            self._shelf, self._items = Shelf(*self._limits), {}
+            self._shelf, self._items = TierIndex(*self._limits), {}

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from v4jax.cache.disk import Disk
-from v4jax.cache.manifest import Form, Key, checksum
-from v4jax.cache.tiers import Host, Item
+from v4jax.cache.disk import DiskTier
+from v4jax.cache.manifest import BlockSchema, BlockKey, checksum
+from v4jax.cache.tiers import HostTier, StoredBlock
 
 _READERS = 2
 _log = logging.getLogger(__name__)
@@ -29,28 +29,28 @@ ROOM = 256 << 20
 
 
 @dataclass(eq=False)
-class Fetch:
+class LoadJob:
     """What of one chain of names is to come up, and what has come.
 
     blocks_here, records_here: names that are on the device. least: blocks that can be had without this. In the end,
     `boundary` blocks can be begun behind: `blocks` (by name) and `record` are what of it was not on the device.
     """
 
-    names: Sequence[bytes]
-    blocks_here: frozenset[bytes]
-    records_here: frozenset[bytes]
-    least: int
-    boundary: int = 0
-    blocks: dict[bytes, Item] = field(default_factory=dict)
-    record: Item | None = None
+    block_hashes: Sequence[bytes]
+    resident_blocks: frozenset[bytes]
+    resident_snapshots: frozenset[bytes]
+    min_blocks: int
+    num_loaded: int = 0
+    blocks: dict[bytes, StoredBlock] = field(default_factory=dict)
+    record: StoredBlock | None = None
     done: threading.Event = field(default_factory=threading.Event)
     cancelled: bool = False
-    quick: bool = False  # nothing of it has to come from disk
-    beat: float = field(default_factory=time.monotonic)  # of the last progress
-    bad: set[Key] = field(default_factory=set)
+    host_only: bool = False  # nothing of it has to come from disk
+    last_progress: float = field(default_factory=time.monotonic)  # of the last progress
+    failed: set[BlockKey] = field(default_factory=set)
 
 
-class Transfer:
+class OffloadManager:
     """The tiers below the device (either may be None) and the threads between them.
 
     block, record: their forms. place: puts bytes from a file where the host tier is to hold them. deadline: seconds
@@ -59,10 +59,10 @@ class Transfer:
 
     def __init__(
         self,
-        block: Form,
-        record: Form,
-        host: Host | None,
-        disk: Disk | None,
+        block: BlockSchema,
+        record: BlockSchema,
+        host: HostTier | None,
+        disk: DiskTier | None,
         *,
         place: Callable[[np.ndarray], np.ndarray | jax.Array] = lambda payload: payload,
         deadline: float = 0.5,
@@ -72,35 +72,35 @@ class Transfer:
         self.deadline, self._room = deadline, max(room, 2 * max(block.nbytes, record.nbytes))
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
-        self._coming: dict[Key, int] = {}  # on the way from the device: bytes
-        self._pending: dict[Key, tuple[Item, bool]] = {}  # to be written; whether nobody else holds the item
+        self._coming: dict[BlockKey, int] = {}  # on the way from the device: bytes
+        self._pending: dict[BlockKey, tuple[StoredBlock, bool]] = {}  # to be written; whether nobody else holds the item
         self._loose_bytes = 0
         self._count = Counter(saved=0, dropped=0, fetches=0, late=0)
         self._looked = Counter()
         self._saves, self._writes, self._reads, self._quick = (queue.SimpleQueue() for _ in range(4))
-        self._threads = [(self._saves, self._take_in), (self._writes, self._write), (self._quick, self._bring)]
-        self._threads += [(self._reads, self._bring)] * _READERS
+        self._threads = [(self._saves, self._ingest), (self._writes, self._write), (self._quick, self._load_worker)]
+        self._threads += [(self._reads, self._load_worker)] * _READERS
         for todo, work in self._threads:
             threading.Thread(target=_serve, args=(todo, work), daemon=True).start()
 
     @property
-    def tiers(self) -> dict[str, Host | Disk]:
+    def tiers(self) -> dict[str, HostTier | DiskTier]:
         """Those there are, by name, the fast one first."""
         return {name: tier for name, tier in (("host", self.host), ("disk", self.disk)) if tier is not None}
 
     # --- down ------------------------------------------------------------------------------------------------------
 
-    def wants(self, key: Key) -> bool:
+    def should_store(self, key: BlockKey) -> bool:
         """Whether saving it would be of use: no tier has it, and it is not on its way to one."""
         known = key in self._coming or key in self._pending or any(key in tier for tier in self.tiers.values())
         return not known
 
-    def room(self, form: Form) -> int:
+    def num_free(self, form: BlockSchema) -> int:
         """How many more of a form `save` may be given now."""
         with self._lock:
             return max(self._room - sum(self._coming.values()), 0) // form.nbytes
 
-    def save(self, form: Form, name: bytes, parent: bytes, payload: jax.Array | np.ndarray) -> None:
+    def store(self, form: BlockSchema, name: bytes, parent: bytes, payload: jax.Array | np.ndarray) -> None:
         """Send the bytes of a block or record down; they may still be on their way from the device."""
         key = form.key(name)
         try:
@@ -112,26 +112,26 @@ class Transfer:
             self._arrived(key)
             raise
 
-    def _arrived(self, key: Key) -> None:
+    def _arrived(self, key: BlockKey) -> None:
         with self._lock:
             self._coming.pop(key, None)
             self._settled.notify_all()
 
-    def dropped(self, count: int) -> None:
+    def record_dropped(self, count: int) -> None:
         """So many were not saved, for want of room or because the copy failed."""
         with self._lock:
             self._count.update(dropped=count)
 
-    def _take_in(self, form: Form, name: bytes, parent: bytes, payload: jax.Array | np.ndarray) -> None:
+    def _ingest(self, form: BlockSchema, name: bytes, parent: bytes, payload: jax.Array | np.ndarray) -> None:
         try:
-            item = Item(form, name, parent, payload, checksum(np.asarray(payload)))
-            self._keep(item)
+            item = StoredBlock(form, name, parent, payload, checksum(np.asarray(payload)))
+            self._insert(item)
         except (RuntimeError, MemoryError):  # what JAX raises if the copy off the device failed
-            self.dropped(1)
+            self.record_dropped(1)
         finally:
             self._arrived(form.key(name))
 
-    def _keep(self, item: Item, stored: bool = False) -> None:
+    def _insert(self, item: StoredBlock, stored: bool = False) -> None:
         """Put an item on the host, and what that pushes out on disk; the item itself too unless it came from there."""
         held, gone = self.host.put(item) if self.host is not None else (False, [])
         if self.disk is None:
@@ -142,12 +142,12 @@ class Transfer:
             if not stored:
                 self._to_disk(item, loose=not held)
 
-    def _to_disk(self, item: Item, loose: bool) -> None:
+    def _to_disk(self, item: StoredBlock, loose: bool) -> None:
         """Queue a write, under the lock. loose: nobody else holds the item, so that it counts against the room."""
         key = item.key
         if key in self.disk:
             return
-        queued = self._strike(key)
+        queued = self._unqueue(key)
         if loose and self._loose_bytes + item.form.nbytes > self._room:
             self._count.update(dropped=1)
             return
@@ -156,12 +156,12 @@ class Transfer:
         if not queued:
             self._writes.put((key,))
 
-    def _strike(self, key: Key) -> bool:
+    def _unqueue(self, key: BlockKey) -> bool:
         item, loose = self._pending.pop(key, (None, False))
         self._loose_bytes -= item.form.nbytes if loose else 0
         return item is not None
 
-    def _write(self, key: Key) -> None:
+    def _write(self, key: BlockKey) -> None:
         with self._lock:
             item, _ = self._pending.get(key, (None, False))
         if item is not None:  # not dropped meanwhile
@@ -169,7 +169,7 @@ class Transfer:
                 self.disk.put(item)
             finally:
                 with self._lock:
-                    self._strike(key)
+                    self._unqueue(key)
                     self._settled.notify_all()
 
     def flush(self, seconds: float) -> bool:
@@ -190,99 +190,99 @@ class Transfer:
 
     # --- up --------------------------------------------------------------------------------------------------------
 
-    def found(self, names: Sequence[bytes]) -> int:
+    def lookup(self, names: Sequence[bytes]) -> int:
         """Blocks, from the first of these on, behind which a request can begin by what is here, as far as is known."""
-        return self._goal(Fetch(names, frozenset(), frozenset(), 0))
+        return self._longest_prefix(LoadJob(names, frozenset(), frozenset(), 0))
 
-    def fetch(self, job: Fetch) -> bool:
+    def load(self, job: LoadJob) -> bool:
         """Begin to fetch, if the tiers have what it takes to start behind more blocks; counts as one use of those."""
-        goal = self._goal(job)
-        self._note(job, goal)
-        if goal <= job.least:
+        goal = self._longest_prefix(job)
+        self._record_lookups(job, goal)
+        if goal <= job.min_blocks:
             return False
-        keys = [self.block.key(name) for name in job.names[:goal]] + [self.record.key(job.names[goal - 1])]
+        keys = [self.block.key(name) for name in job.block_hashes[:goal]] + [self.record.key(job.block_hashes[goal - 1])]
         for tier in self.tiers.values():
             tier.touch(keys)
         # What lies on the host must not wait for a disk that hangs.
-        job.quick = self.host is not None and all(key in self.host for key in keys if self._needs(job, key))
+        job.host_only = self.host is not None and all(key in self.host for key in keys if self._needs(job, key))
         self._count.update(fetches=1)
-        (self._quick if job.quick else self._reads).put((job,))
+        (self._quick if job.host_only else self._reads).put((job,))
         return True
 
-    def late(self, job: Fetch) -> bool:
+    def expired(self, job: LoadJob) -> bool:
         """Whether a fetch has made no progress within the deadline; then it is given up."""
-        if job.done.is_set() or time.monotonic() - job.beat <= self.deadline:
+        if job.done.is_set() or time.monotonic() - job.last_progress <= self.deadline:
             return False
         job.cancelled = True
         self._count.update(late=1)
-        if self.disk is not None and not job.quick:
-            self.disk.late()
+        if self.disk is not None and not job.host_only:
+            self.disk.record_timeout()
         return True
 
-    def _bring(self, job: Fetch) -> None:
+    def _load_worker(self, job: LoadJob) -> None:
         try:
-            while not job.cancelled and (goal := self._goal(job)) > job.least:
-                if self._complete(job, goal):
-                    job.boundary = goal
+            while not job.cancelled and (goal := self._longest_prefix(job)) > job.min_blocks:
+                if self._load_missing(job, goal):
+                    job.num_loaded = goal
                     break
         finally:
             job.done.set()
 
-    def _goal(self, job: Fetch) -> int:
+    def _longest_prefix(self, job: LoadJob) -> int:
         """Most blocks in a row, as far as is known, that end at a record."""
         best = 0
-        for count, name in enumerate(job.names, 1):
-            if not (name in job.blocks_here or name in job.blocks or self._has(job, self.block.key(name))):
+        for count, name in enumerate(job.block_hashes, 1):
+            if not (name in job.resident_blocks or name in job.blocks or self._has(job, self.block.key(name))):
                 break
-            if name in job.records_here or self._has(job, self.record.key(name)):
+            if name in job.resident_snapshots or self._has(job, self.record.key(name)):
                 best = count
         return best
 
-    def _needs(self, job: Fetch, key: Key) -> bool:
-        return key.name not in (job.blocks_here if key.kind == "block" else job.records_here)
+    def _needs(self, job: LoadJob, key: BlockKey) -> bool:
+        return key.block_hash not in (job.resident_blocks if key.kind == "block" else job.resident_snapshots)
 
-    def _has(self, job: Fetch, key: Key) -> bool:
-        return key not in job.bad and not self.wants(key)
+    def _has(self, job: LoadJob, key: BlockKey) -> bool:
+        return key not in job.failed and not self.should_store(key)
 
-    def _complete(self, job: Fetch, goal: int) -> bool:
+    def _load_missing(self, job: LoadJob, goal: int) -> bool:
         """Read what is missing; False at the first piece that cannot be had: then there may be another goal."""
-        last, job.record = job.names[goal - 1], None
-        if last not in job.records_here:
+        last, job.record = job.block_hashes[goal - 1], None
+        if last not in job.resident_snapshots:
             job.record = self._read(job, self.record, last)
             if job.record is None:
                 return False
-        for name in job.names[:goal]:
-            if name not in job.blocks_here and name not in job.blocks:
+        for name in job.block_hashes[:goal]:
+            if name not in job.resident_blocks and name not in job.blocks:
                 item = None if job.cancelled else self._read(job, self.block, name)
                 if item is None:
                     return False
                 job.blocks[name] = item
         return True
 
-    def _read(self, job: Fetch, form: Form, name: bytes) -> Item | None:
-        job.beat, key = time.monotonic(), form.key(name)
+    def _read(self, job: LoadJob, form: BlockSchema, name: bytes) -> StoredBlock | None:
+        job.last_progress, key = time.monotonic(), form.key(name)
         with self._lock:
             self._settled.wait_for(lambda: key not in self._coming, self.deadline)
             item, _ = self._pending.get(key, (None, False))
-        job.beat = time.monotonic()
-        if item is not None and not item.sound:
+        job.last_progress = time.monotonic()
+        if item is not None and not item.is_intact:
             item = None
         for tier in self.tiers.values():
             if item is None and (item := tier.get(form, name)) is not None and tier is self.disk:
                 item = item._replace(payload=self._place(item.payload))
-                self._keep(item, stored=True)
-        job.beat = time.monotonic()
+                self._insert(item, stored=True)
+        job.last_progress = time.monotonic()
         if item is None:
-            job.bad.add(key)
+            job.failed.add(key)
         return item
 
     # --- seen from outside -----------------------------------------------------------------------------------------
 
-    def _note(self, job: Fetch, goal: int) -> None:
+    def _record_lookups(self, job: LoadJob, goal: int) -> None:
         """Count what a request looks up below the device: each tier is asked for what the ones above do not have."""
-        asked = [("block", self.block.key(name)) for name in job.names if name not in job.blocks_here]
-        last = job.names[max(goal, 1) - 1] if job.names else None
-        if last is not None and last not in job.records_here:
+        asked = [("block", self.block.key(name)) for name in job.block_hashes if name not in job.resident_blocks]
+        last = job.block_hashes[max(goal, 1) - 1] if job.block_hashes else None
+        if last is not None and last not in job.resident_snapshots:
             asked.append(("record", self.record.key(last)))
         for name, tier in self.tiers.items():
             missed = [(kind, key) for kind, key in asked if key not in tier]

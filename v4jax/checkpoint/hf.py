@@ -99,12 +99,12 @@ class HfTensors(LazyTensors):
             piece.put(out, self._piece(tensor, piece, dtype))
         return out[leading]
 
-    def _piece(self, tensor: mapping.Tensor, piece: mapping.Piece, dtype: np.dtype) -> np.ndarray:
+    def _piece(self, tensor: mapping.ParamInfo, piece: mapping.TensorPiece, dtype: np.dtype) -> np.ndarray:
         """One checkpoint tensor, dequantised and cast; `piece.shape`."""
         info = self._store.info(piece.name)
         array = self._store.read(piece.name)
         if tensor.role == "index":
-            return _expert_ids(array, self._model.moe.experts, info)
+            return _expert_ids(array, self._model.moe.n_routed_experts, info)
         if info.code in _FLOATS:
             _check_finite(array, piece.name, info)
             return array.astype(dtype, copy=False)
@@ -244,7 +244,7 @@ def _match(store: SafetensorsDir, model: Model, tensors: dict, block: tuple[int,
                 wrong.append(f"{piece.name} {problem}")
             elif store.info(piece.name).code not in _FLOATS:
                 used.add(_scale_name(store, piece.name))
-    drafts = model.mtp_layers > 0
+    drafts = model.num_nextn_predict_layers > 0
     unexpected = [
         name for name in store.names()
         if name not in used and not mapping.IGNORED.fullmatch(name)
@@ -260,7 +260,7 @@ def _match(store: SafetensorsDir, model: Model, tensors: dict, block: tuple[int,
     return spelling
 
 
-def _spelling_of(store: SafetensorsDir, tensor: mapping.Tensor) -> int | None:
+def _spelling_of(store: SafetensorsDir, tensor: mapping.ParamInfo) -> int | None:
     """The spelling a checkpoint uses for a tensor, known by its first piece, or by one of the next if it is missing."""
     known = range(tensor.spellings)
     found = next((s for s in known if tensor.first(s) in store), None)
@@ -270,7 +270,7 @@ def _spelling_of(store: SafetensorsDir, tensor: mapping.Tensor) -> int | None:
     return next((s for s in known if any(piece.name in store for piece in some(s))), None)
 
 
-def _check_piece(store: SafetensorsDir, tensor: mapping.Tensor, piece: mapping.Piece, block: tuple[int, int]) -> str:
+def _check_piece(store: SafetensorsDir, tensor: mapping.ParamInfo, piece: mapping.TensorPiece, block: tuple[int, int]) -> str:
     """What is wrong with the stored shape, type or scale of a piece; empty if nothing."""
     info = store.info(piece.name)
     if tensor.role == "index":
@@ -337,7 +337,7 @@ def _expert_ids(table: np.ndarray, experts: int, info) -> np.ndarray:
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-def _file_dtype(tensor: mapping.Tensor, given: np.dtype, wanted: np.dtype | None) -> np.dtype:
+def _file_dtype(tensor: mapping.ParamInfo, given: np.dtype, wanted: np.dtype | None) -> np.dtype:
     return np.dtype(np.int64) if tensor.role == "index" else memory_dtype(tensor.role, given, wanted)
 
 
@@ -345,5 +345,5 @@ def _is_weights(name: str) -> bool:
     return name.endswith(".safetensors") or name == INDEX_NAME
 
 
-def _loader(fetch: Callable, name: str, piece: mapping.Piece, stored: np.dtype) -> Callable[[], np.ndarray]:
+def _loader(fetch: Callable, name: str, piece: mapping.TensorPiece, stored: np.dtype) -> Callable[[], np.ndarray]:
     return lambda: piece.to_hf(fetch(name)).astype(stored, copy=False)

@@ -25,7 +25,7 @@ from v4jax.config import Model
 
 
 @dataclass(frozen=True)
-class Rule:
+class ParamRule:
     """One row: flat name and axes, released name and axes, then other spellings that are read (name, axes)."""
 
     flat: str
@@ -44,78 +44,78 @@ def _same(*names: str, axes: str) -> tuple[tuple[str, str], ...]:
 # Besides the module names, transformers' save_pretrained leaves three oddities of its reversed renaming: the names
 # embed_tokens.weight and hc_head.hc_* unchanged, and attn.norm for attn.kv_norm.
 _ROOT = (
-    Rule("embed.table", "VD", "embed.weight", "V D", _same("embed_tokens.weight", axes="V D")),
-    Rule("head.weight", "DV", "head.weight", "V D", _same("lm_head.weight", axes="V D")),
-    Rule("norm.scale", "D", "norm.weight", "D", role="norm"),
+    ParamRule("embed.table", "VD", "embed.weight", "V D", _same("embed_tokens.weight", axes="V D")),
+    ParamRule("head.weight", "DV", "head.weight", "V D", _same("lm_head.weight", axes="V D")),
+    ParamRule("norm.scale", "D", "norm.weight", "D", role="norm"),
 )
 _HEAD_MHC = (
-    Rule("head_mhc.fn", "YXD", "hc_head_fn", "Y XD", _same("hc_head.hc_fn", axes="Y XD"), role="f32"),
-    Rule("head_mhc.base", "Y", "hc_head_base", "Y", _same("hc_head.hc_base", axes="Y"), role="f32"),
-    Rule("head_mhc.scale", "1", "hc_head_scale", "1", _same("hc_head.hc_scale", axes="1"), role="f32"),
+    ParamRule("head_mhc.fn", "YXD", "hc_head_fn", "Y XD", _same("hc_head.hc_fn", axes="Y XD"), role="f32"),
+    ParamRule("head_mhc.base", "Y", "hc_head_base", "Y", _same("hc_head.hc_base", axes="Y"), role="f32"),
+    ParamRule("head_mhc.scale", "1", "hc_head_scale", "1", _same("hc_head.hc_scale", axes="1"), role="f32"),
 )
 _BLOCK = (
-    Rule("attn_norm.scale", "D", "attn_norm.weight", "D", _same("input_layernorm.weight", axes="D"), role="norm"),
-    Rule("ffn_norm.scale", "D", "ffn_norm.weight", "D",
+    ParamRule("attn_norm.scale", "D", "attn_norm.weight", "D", _same("input_layernorm.weight", axes="D"), role="norm"),
+    ParamRule("ffn_norm.scale", "D", "ffn_norm.weight", "D",
          _same("post_attention_layernorm.weight", axes="D"), role="norm"),
-    Rule("attn_mhc.fn", "MXD", "hc_attn_fn", "M XD", _same("attn_hc.fn", axes="M XD"), role="f32"),
-    Rule("attn_mhc.base", "M", "hc_attn_base", "M", _same("attn_hc.base", axes="M"), role="f32"),
-    Rule("attn_mhc.scale", "3", "hc_attn_scale", "3", _same("attn_hc.scale", axes="3"), role="f32"),
-    Rule("ffn_mhc.fn", "MXD", "hc_ffn_fn", "M XD", _same("ffn_hc.fn", axes="M XD"), role="f32"),
-    Rule("ffn_mhc.base", "M", "hc_ffn_base", "M", _same("ffn_hc.base", axes="M"), role="f32"),
-    Rule("ffn_mhc.scale", "3", "hc_ffn_scale", "3", _same("ffn_hc.scale", axes="3"), role="f32"),
+    ParamRule("attn_mhc.fn", "MXD", "hc_attn_fn", "M XD", _same("attn_hc.fn", axes="M XD"), role="f32"),
+    ParamRule("attn_mhc.base", "M", "hc_attn_base", "M", _same("attn_hc.base", axes="M"), role="f32"),
+    ParamRule("attn_mhc.scale", "3", "hc_attn_scale", "3", _same("attn_hc.scale", axes="3"), role="f32"),
+    ParamRule("ffn_mhc.fn", "MXD", "hc_ffn_fn", "M XD", _same("ffn_hc.fn", axes="M XD"), role="f32"),
+    ParamRule("ffn_mhc.base", "M", "hc_ffn_base", "M", _same("ffn_hc.base", axes="M"), role="f32"),
+    ParamRule("ffn_mhc.scale", "3", "hc_ffn_scale", "3", _same("ffn_hc.scale", axes="3"), role="f32"),
     # attention
-    Rule("attn.q_down", "DQ", "attn.wq_a.weight", "Q D", _same("self_attn.q_a_proj.weight", axes="Q D")),
-    Rule("attn.q_norm.scale", "Q", "attn.q_norm.weight", "Q",
+    ParamRule("attn.q_down", "DQ", "attn.wq_a.weight", "Q D", _same("self_attn.q_a_proj.weight", axes="Q D")),
+    ParamRule("attn.q_norm.scale", "Q", "attn.q_norm.weight", "Q",
          _same("self_attn.q_a_norm.weight", axes="Q"), role="norm"),
-    Rule("attn.q_up", "QNH", "attn.wq_b.weight", "NH Q", _same("self_attn.q_b_proj.weight", axes="NH Q")),
-    Rule("attn.kv", "DH", "attn.wkv.weight", "H D", _same("self_attn.kv_proj.weight", axes="H D")),
-    Rule("attn.kv_norm.scale", "H", "attn.kv_norm.weight", "H",
+    ParamRule("attn.q_up", "QNH", "attn.wq_b.weight", "NH Q", _same("self_attn.q_b_proj.weight", axes="NH Q")),
+    ParamRule("attn.kv", "DH", "attn.wkv.weight", "H D", _same("self_attn.kv_proj.weight", axes="H D")),
+    ParamRule("attn.kv_norm.scale", "H", "attn.kv_norm.weight", "H",
          _same("self_attn.kv_norm.weight", "attn.norm.weight", axes="H"), role="norm"),
-    Rule("attn.sink", "N", "attn.attn_sink", "N", _same("self_attn.sinks", axes="N"), role="f32"),
-    Rule("attn.o_down", "GIR", "attn.wo_a.weight", "GR I", _same("self_attn.o_a_proj.weight", axes="GR I")),
-    Rule("attn.o_up", "GRD", "attn.wo_b.weight", "D GR", _same("self_attn.o_b_proj.weight", axes="D GR")),
+    ParamRule("attn.sink", "N", "attn.attn_sink", "N", _same("self_attn.sinks", axes="N"), role="f32"),
+    ParamRule("attn.o_down", "GIR", "attn.wo_a.weight", "GR I", _same("self_attn.o_a_proj.weight", axes="GR I")),
+    ParamRule("attn.o_up", "GRD", "attn.wo_b.weight", "D GR", _same("self_attn.o_b_proj.weight", axes="D GR")),
     # compressor
-    Rule("attn.compressor.kv", "DW", "attn.compressor.wkv.weight", "W D",
+    ParamRule("attn.compressor.kv", "DW", "attn.compressor.wkv.weight", "W D",
          _same("self_attn.compressor.kv_proj.weight", axes="W D"), layers="compressed"),
-    Rule("attn.compressor.gate", "DW", "attn.compressor.wgate.weight", "W D",
+    ParamRule("attn.compressor.gate", "DW", "attn.compressor.wgate.weight", "W D",
          _same("self_attn.compressor.gate_proj.weight", axes="W D"), layers="compressed"),
-    Rule("attn.compressor.ape", "PW", "attn.compressor.ape", "P W",
+    ParamRule("attn.compressor.ape", "PW", "attn.compressor.ape", "P W",
          _same("self_attn.compressor.position_bias", axes="P W"), role="f32", layers="compressed"),
-    Rule("attn.compressor.norm.scale", "H", "attn.compressor.norm.weight", "H",
+    ParamRule("attn.compressor.norm.scale", "H", "attn.compressor.norm.weight", "H",
          _same("self_attn.compressor.kv_norm.weight", axes="H"), role="norm", layers="compressed"),
     # indexer
-    Rule("attn.indexer.q_up", "QJL", "attn.indexer.wq_b.weight", "JL Q",
+    ParamRule("attn.indexer.q_up", "QJL", "attn.indexer.wq_b.weight", "JL Q",
          _same("self_attn.compressor.indexer.q_b_proj.weight", axes="JL Q"), layers="csa"),
-    Rule("attn.indexer.weight", "DJ", "attn.indexer.weights_proj.weight", "J D",
+    ParamRule("attn.indexer.weight", "DJ", "attn.indexer.weights_proj.weight", "J D",
          _same("self_attn.compressor.indexer.scorer.weights_proj.weight", axes="J D"), layers="csa"),
-    Rule("attn.indexer.compressor.kv", "DZ", "attn.indexer.compressor.wkv.weight", "Z D",
+    ParamRule("attn.indexer.compressor.kv", "DZ", "attn.indexer.compressor.wkv.weight", "Z D",
          _same("self_attn.compressor.indexer.kv_proj.weight", axes="Z D"), layers="csa"),
-    Rule("attn.indexer.compressor.gate", "DZ", "attn.indexer.compressor.wgate.weight", "Z D",
+    ParamRule("attn.indexer.compressor.gate", "DZ", "attn.indexer.compressor.wgate.weight", "Z D",
          _same("self_attn.compressor.indexer.gate_proj.weight", axes="Z D"), layers="csa"),
-    Rule("attn.indexer.compressor.ape", "PZ", "attn.indexer.compressor.ape", "P Z",
+    ParamRule("attn.indexer.compressor.ape", "PZ", "attn.indexer.compressor.ape", "P Z",
          _same("self_attn.compressor.indexer.position_bias", axes="P Z"), role="f32", layers="csa"),
-    Rule("attn.indexer.compressor.norm.scale", "L", "attn.indexer.compressor.norm.weight", "L",
+    ParamRule("attn.indexer.compressor.norm.scale", "L", "attn.indexer.compressor.norm.weight", "L",
          _same("self_attn.compressor.indexer.kv_norm.weight", axes="L"), role="norm", layers="csa"),
     # experts
-    Rule("ffn.router.weight", "DE", "ffn.gate.weight", "E D", _same("mlp.gate.weight", axes="E D")),
-    Rule("ffn.router.bias", "E", "ffn.gate.bias", "E",
+    ParamRule("ffn.router.weight", "DE", "ffn.gate.weight", "E D", _same("mlp.gate.weight", axes="E D")),
+    ParamRule("ffn.router.bias", "E", "ffn.gate.bias", "E",
          _same("mlp.gate.e_score_correction_bias", axes="E"), role="f32", layers="bias"),
-    Rule("ffn.router.table", "VK", "ffn.gate.tid2eid", "V K", _same("mlp.gate.tid2eid", axes="V K"),
+    ParamRule("ffn.router.table", "VK", "ffn.gate.tid2eid", "V K", _same("mlp.gate.tid2eid", axes="V K"),
          role="index", layers="hash"),
-    Rule("ffn.experts.gate_up", "EUDF", "ffn.experts.{E}.w{U:1,3}.weight", "F D",
+    ParamRule("ffn.experts.gate_up", "EUDF", "ffn.experts.{E}.w{U:1,3}.weight", "F D",
          (("mlp.experts.gate_up_proj", "E UF D"),)),
-    Rule("ffn.experts.down", "EFD", "ffn.experts.{E}.w2.weight", "D F", (("mlp.experts.down_proj", "E D F"),)),
-    Rule("ffn.shared.gate_up", "DUF", "ffn.shared_experts.w{U:1,3}.weight", "F D",
+    ParamRule("ffn.experts.down", "EFD", "ffn.experts.{E}.w2.weight", "D F", (("mlp.experts.down_proj", "E D F"),)),
+    ParamRule("ffn.shared.gate_up", "DUF", "ffn.shared_experts.w{U:1,3}.weight", "F D",
          (("mlp.shared_experts.{U:gate,up}_proj.weight", "F D"),)),
-    Rule("ffn.shared.down", "FD", "ffn.shared_experts.w2.weight", "D F",
+    ParamRule("ffn.shared.down", "FD", "ffn.shared_experts.w2.weight", "D F",
          _same("mlp.shared_experts.down_proj.weight", axes="D F")),
 )  # fmt: skip
 _MTP = (
-    Rule("embed_norm.scale", "D", "enorm.weight", "D", role="norm"),
-    Rule("hidden_norm.scale", "D", "hnorm.weight", "D", role="norm"),
-    Rule("embed_proj", "DA", "e_proj.weight", "A D"),
-    Rule("hidden_proj", "DA", "h_proj.weight", "A D"),
-    Rule("norm.scale", "D", "norm.weight", "D", role="norm"),
+    ParamRule("embed_norm.scale", "D", "enorm.weight", "D", role="norm"),
+    ParamRule("hidden_norm.scale", "D", "hnorm.weight", "D", role="norm"),
+    ParamRule("embed_proj", "DA", "e_proj.weight", "A D"),
+    ParamRule("hidden_proj", "DA", "h_proj.weight", "A D"),
+    ParamRule("norm.scale", "D", "norm.weight", "D", role="norm"),
 )
 
 # Names that may be present and mean nothing here: MTP copies of embedding and head (the converter drops them too).
@@ -125,7 +125,7 @@ FOREIGN_DRAFT = re.compile(r"(model\.)?mtp\.\d+\.main_proj\..*")
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """One tensor of a checkpoint and its place in a flat tensor: `flat[index]` with its axes permuted, then merged."""
 
     name: str
@@ -147,7 +147,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Tensor:
+class ParamInfo:
     """One flat tensor of a model and the spellings under which checkpoints hold it."""
 
     name: str
@@ -166,7 +166,7 @@ class Tensor:
         """Name of the first piece, enough to see whether a checkpoint uses this spelling."""
         return next(self.pieces(spelling)).name
 
-    def pieces(self, spelling: int = 0) -> Iterator[Piece]:
+    def pieces(self, spelling: int = 0) -> Iterator[TensorPiece]:
         """The checkpoint tensors that make up this one, in order."""
         pattern, hf_axes = self._spellings[spelling]
         parts, pinned = _parse(pattern)
@@ -180,16 +180,16 @@ class Tensor:
             words = [labels[value] if labels else str(value) for (_, labels), value in zip(pinned, values, strict=True)]
             name = "".join(itertools.chain(*itertools.zip_longest(parts, words, fillvalue="")))
             at = dict(zip((letter for letter, _ in pinned), values, strict=True))
-            yield Piece(name, shape, tuple(at.get(letter, slice(None)) for letter in self._axes), order, unmerged)
+            yield TensorPiece(name, shape, tuple(at.get(letter, slice(None)) for letter in self._axes), order, unmerged)
 
 
-def tensors(model: Model) -> dict[str, Tensor]:
+def tensors(model: Model) -> dict[str, ParamInfo]:
     """Every tensor of a model by its flat name, in the order in which files hold them."""
     result = [_bind(rule, "", ("", "model."), _sizes(model, "swa")) for rule in _ROOT + _HEAD_MHC]
     for layer, kind in enumerate(model.schedule):
-        router = "hash" if layer < model.moe.hash_layers else "bias"
+        router = "hash" if layer < model.moe.num_hash_layers else "bias"
         result += _block(model, kind, router, f"layers.{layer}.", f"layers.{layer}.")
-    for draft in range(model.mtp_layers):
+    for draft in range(model.num_nextn_predict_layers):
         sizes = _sizes(model, "swa")
         result += [
             _bind(rule, f"mtp.{draft}.", (f"mtp.{draft}.", f"model.mtp.{draft}."), sizes) for rule in _MTP + _HEAD_MHC
@@ -203,29 +203,29 @@ def shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in tensors(model).items()}
 
 
-def _block(model: Model, kind: str, router: str, flat_prefix: str, hf_prefix: str) -> list[Tensor]:
+def _block(model: Model, kind: str, router: str, flat_prefix: str, hf_prefix: str) -> list[ParamInfo]:
     present = {"all", router} | ({"compressed"} if kind != "swa" else set()) | ({"csa"} if kind == "csa" else set())
     prefixes = (hf_prefix, f"model.{hf_prefix}")
     return [_bind(rule, flat_prefix, prefixes, _sizes(model, kind)) for rule in _BLOCK if rule.layers in present]
 
 
-def _bind(rule: Rule, flat_prefix: str, prefixes: tuple[str, ...], sizes: dict[str, int]) -> Tensor:
+def _bind(rule: ParamRule, flat_prefix: str, prefixes: tuple[str, ...], sizes: dict[str, int]) -> ParamInfo:
     spellings = ((rule.released, rule.released_axes), *rule.others)
     every = tuple((prefix + name, axes) for prefix in prefixes for name, axes in spellings)
     shape = tuple(sizes[letter] for letter in rule.axes)
     used = tuple((letter, sizes[letter]) for letter in rule.axes)
-    return Tensor(flat_prefix + rule.flat, shape, rule.role, rule.axes, every, used)
+    return ParamInfo(flat_prefix + rule.flat, shape, rule.role, rule.axes, every, used)
 
 
 def _sizes(model: Model, kind: str) -> dict[str, int]:
-    streams, width = model.mhc.streams, model.head_dim * (2 if kind == "csa" else 1)
+    streams, width = model.mhc.hc_mult, model.head_dim * (2 if kind == "csa" else 1)
     return {
         "1": 1, "3": 3, "U": 2, "V": model.vocab_size, "D": model.hidden_size, "A": model.hidden_size,
         "X": streams, "Y": streams, "M": streams * streams + 2 * streams,
-        "Q": model.q_rank, "N": model.heads, "H": model.head_dim, "G": model.o_groups, "R": model.o_rank,
-        "I": model.heads * model.head_dim // model.o_groups, "W": width, "P": model.ratio(kind),
-        "J": model.indexer.heads, "L": model.indexer.head_dim, "Z": 2 * model.indexer.head_dim,
-        "E": model.moe.experts, "F": model.moe.inner, "K": model.moe.active,
+        "Q": model.q_lora_rank, "N": model.num_attention_heads, "H": model.head_dim, "G": model.o_groups, "R": model.o_lora_rank,
+        "I": model.num_attention_heads * model.head_dim // model.o_groups, "W": width, "P": model.compress_rate(kind),
+        "J": model.indexer.index_n_heads, "L": model.indexer.index_head_dim, "Z": 2 * model.indexer.index_head_dim,
+        "E": model.moe.n_routed_experts, "F": model.moe.moe_intermediate_size, "K": model.moe.num_experts_per_tok,
     }  # fmt: skip
 
 

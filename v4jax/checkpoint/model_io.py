@@ -25,19 +25,19 @@ from v4jax.core import dtypes
 from v4jax.core.check import UserError
 from v4jax.core.qtensor import QTensor
 from v4jax.models import hf_config
-from v4jax.models.layout import Stack
-from v4jax.models.quantised import check_precision, quantise_weight
+from v4jax.models.layout import LayerStack
+from v4jax.models.quantised import check_precision, quantize_weight
 from v4jax.models.transformer import Transformer
 
 # (letters of the axes, such as "EUDF", shape) -> where an array goes. The axis of stacked layers is called "*".
-Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+ShardingFn = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
 def load(
     path: str | os.PathLike,
     dtype: str | None = None,
     scan: bool = False,
-    placement: Placement | None = None,
+    placement: ShardingFn | None = None,
     precision: str = "model",
     verify: bool = True,
 ) -> Transformer:
@@ -56,15 +56,15 @@ def load(
     for place, variable, names, stacked in _arrays(state, runs):
         letters = "*" * stacked + variable.letters
         array = _device_array(tensors, names, stacked, letters, placement)
-        filled[place] = variable.replace(quantise_weight(letters, array) if precision == "fp8" else array)
+        filled[place] = variable.replace(quantize_weight(letters, array) if precision == "fp8" else array)
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
 @functools.lru_cache(maxsize=8)
-def _structure(model: Model, scan: bool) -> tuple[nnx.GraphDef, nnx.State, tuple[Stack, ...]]:
+def _structure(model: Model, scan: bool) -> tuple[nnx.GraphDef, nnx.State, tuple[LayerStack, ...]]:
     """A model without its arrays; tracing one takes longer than reading a small checkpoint."""
     abstract = nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0), scan=scan))
-    return *nnx.split(abstract), abstract.runs
+    return *nnx.split(abstract), abstract.stack_specs
 
 
 def load_config(path: str | os.PathLike) -> Config:
@@ -89,7 +89,7 @@ def open_checkpoint(
     if directory.format_of(path) == "orbax":
         config = directory.read_config(path)
         wanted = None if dtype is None else dtypes.weight_dtype(dtype)
-        mxfp4 = config.train.expert_weights == "mxfp4"
+        mxfp4 = config.train.expert_weight_format == "mxfp4"
         tensors = OrbaxTensors(path, config.model, wanted, mxfp4, verify)
     else:
         model, tensors = read_hf(path, dtype, verify)
@@ -136,7 +136,7 @@ class ModelTensors(LazyTensors):
     def __init__(self, model: Transformer):
         super().__init__(mapping.tensors(model.config))
         self._arrays = {}
-        for _, variable, names, stacked in _arrays(nnx.state(model), model.runs):
+        for _, variable, names, stacked in _arrays(nnx.state(model), model.stack_specs):
             if isinstance(variable[...], QTensor):
                 raise UserError("a model with precision fp8 cannot be saved; load it again without, and save that")
             for repeat, name in enumerate(names):
@@ -152,7 +152,7 @@ class ModelTensors(LazyTensors):
         return np.asarray(layer)[leading]
 
 
-def _arrays(state: nnx.State, runs: tuple[Stack, ...]) -> Iterator[tuple[tuple, nnx.Variable, list[str], bool]]:
+def _arrays(state: nnx.State, runs: tuple[LayerStack, ...]) -> Iterator[tuple[tuple, nnx.Variable, list[str], bool]]:
     """Every variable of a model: its place, itself, the flat names it holds, and whether they are stacked."""
     for place, variable in nnx.to_flat_state(state):
         words = [str(word) for word in place]
@@ -165,7 +165,7 @@ def _arrays(state: nnx.State, runs: tuple[Stack, ...]) -> Iterator[tuple[tuple, 
 
 
 def _device_array(
-    tensors: LazyTensors, names: list[str], stacked: bool, letters: str, placement: Placement | None
+    tensors: LazyTensors, names: list[str], stacked: bool, letters: str, placement: ShardingFn | None
 ) -> jax.Array:
     """One array of a model on its devices, from one tensor or from those that it stacks."""
     shape, dtype = tensors.shape(names[0]), tensors.dtype(names[0])

@@ -37,7 +37,7 @@ from v4jax.config import Config, Model
 from v4jax.core import untrusted_json
 from v4jax.core.check import UserError
 from v4jax.nn import qdq
-from v4jax.parallel.distributed import barrier, is_lead
+from v4jax.parallel.distributed import barrier, is_primary
 
 _EXTRAS = "extras"
 _TEMPORARY = ".orbax-checkpoint-tmp"  # ends the name of a step that is being written
@@ -49,7 +49,7 @@ _mxfp4 = jax.jit(qdq.mxfp4)
 # --- training runs -----------------------------------------------------------------------------------------------
 
 
-class RunStore:
+class TrainCheckpointer:
     """A training run's workdir as a checkpoint: v4jax.json, tokenizer, and the newest `keep` finished steps.
 
     tokenizer: anything with `save(directory)`, or None. A context manager; leaving it closes. Opening removes what an
@@ -61,12 +61,12 @@ class RunStore:
         self._keep = keep
         if finished_steps(workdir) and (self._path.parent / CONFIG_NAME).is_file():
             _check_same_model(workdir, read_config(workdir).model, config.model)
-        if is_lead():
+        if is_primary():
             save_config(workdir, config, tokenizer)
         silence()
         self._open()
 
-    def __enter__(self) -> RunStore:
+    def __enter__(self) -> TrainCheckpointer:
         return self
 
     def __exit__(self, *_) -> None:
@@ -151,7 +151,7 @@ class RunStore:
 
     def _unfinished(self) -> list[pathlib.Path]:
         """What an interrupted save or removal left; a removal leaves half a step under its final name."""
-        if not is_lead():
+        if not is_primary():
             return []
         half = lambda entry: entry.name.isdigit() and not is_finished(entry)
         return [entry for entry in self._path.iterdir() if entry.name.endswith(_TEMPORARY) or half(entry)]

@@ -35,7 +35,7 @@ _TOKENIZER_FILES = (
 class LazyTensors(Mapping[str, np.ndarray]):
     """Flat name -> array, read at each access; nothing is kept. `known` are the tensors of the model."""
 
-    def __init__(self, known: Mapping[str, mapping.Tensor]):
+    def __init__(self, known: Mapping[str, mapping.ParamInfo]):
         self._tensors = known
 
     def __iter__(self) -> Iterator[str]:
@@ -75,7 +75,7 @@ def memory_dtype(role: str, stored: np.dtype, wanted: np.dtype | None) -> np.dty
     return wanted or natural
 
 
-def described(model: Model, flat: Mapping, path: str | os.PathLike) -> dict[str, tuple[mapping.Tensor, np.dtype]]:
+def described(model: Model, flat: Mapping, path: str | os.PathLike) -> dict[str, tuple[mapping.ParamInfo, np.dtype]]:
     """Every tensor of `model` with the type it has in `flat`, nothing read.
 
     flat: arrays (numpy, jax or lazy). Raises UserError if they are not exactly the model's, or of a type that weights

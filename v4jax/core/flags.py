@@ -77,7 +77,7 @@ def define_size(name: str, default: int | None, help: str, flag_values: flags.Fl
     flags.DEFINE(_Size(), name, default, help, flag_values, **options)
 
 
-def given(values: flags.FlagValues, *names: str) -> dict:
+def explicit_flags(values: flags.FlagValues, *names: str) -> dict:
     """The flags among `names` that were typed; the callee's own defaults stand for the others."""
     return {name: values[name].value for name in names if values[name].present}
 
@@ -190,7 +190,7 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[flags.FlagValue
     except flags.UnrecognizedFlagError as error:
         known = [flag.name for flag in command.flags] + (["config"] if command.has_config else [])
         raise UserError(
-            f"{name} has no flag --{error.flagname}{nearest(error.flagname, known, '--')}; see v4jax {name} --help"
+            f"{name} has no flag --{error.flagname}{did_you_mean(error.flagname, known, '--')}; see v4jax {name} --help"
         ) from error
     except flags.IllegalFlagValueError as error:
         raise UserError(_illegal_value(values, str(error))) from error
@@ -318,7 +318,7 @@ def _illegal_value(values: flags.FlagValues, message: str) -> str:
     return f"--{match[1]}={match[2]} is not {wanted}"
 
 
-def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     """The end of a message about an unknown word: "; did you mean ...?", or nothing if no known word is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {prefix}{near[0]}?" if near else ""

@@ -8,7 +8,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # names of mallopt(3)
 _MADV_HUGEPAGE, _HUGE_PAGE = 14, 2**21
 
 
-def keep_heap() -> None:
+def tune_malloc() -> None:
     """Make glibc keep freed memory, in huge pages where the system allows them; elsewhere nothing happens.
 
     XLA:CPU allocates the temporary memory of a program anew at every call. glibc serves blocks that large by mmap and

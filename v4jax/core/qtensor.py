@@ -24,7 +24,7 @@ def group_size(width: int, most: int) -> int:
     return next(size for size in range(min(width, most), 0, -1) if width % size == 0)
 
 
-def quantise(x: jax.Array, format: str, group: int) -> tuple[jax.Array, jax.Array]:
+def quantize(x: jax.Array, format: str, group: int) -> tuple[jax.Array, jax.Array]:
     """Values and scales of x [..., n] in groups of `group` along the last axis (spec 2.4).
 
     Returns uint8 [..., n] ("fp8") or [..., n / 2] ("fp4"), and uint8 [..., n / group]. The scale is the least power of
@@ -40,7 +40,7 @@ def quantise(x: jax.Array, format: str, group: int) -> tuple[jax.Array, jax.Arra
     return _e4m3(x) if format == "fp8" else _pack_e2m1(x), scales[..., 0]
 
 
-def dequantise(
+def dequantize(
     values: jax.Array, scales: jax.Array, format: str, dtype=jnp.float32, impl: str | None = None
 ) -> jax.Array:
     """Numbers [..., n] in `dtype`, float32 or bfloat16 (both hold them exactly), of what `quantise` returned.
@@ -94,7 +94,7 @@ def scaled_dot(x_BRL: jax.Array, rows_BCL: QTensor) -> jax.Array:
     x is rounded to e4m3 in such groups, which changes nothing in what FP8 or FP4 held. Chips with block-scaled products
     (Blackwell, groups of 32) take the codes as they lie; elsewhere XLA widens them itself.
     """
-    x_BRL = QTensor(*quantise(x_BRL, "fp8", rows_BCL.shape[-1] // rows_BCL.scales.shape[-1]))
+    x_BRL = QTensor(*quantize(x_BRL, "fp8", rows_BCL.shape[-1] // rows_BCL.scales.shape[-1]))
     values = lambda a: jax.lax.bitcast_convert_type(a.values, jnp.float8_e4m3fn)
     scales = lambda a: jax.lax.bitcast_convert_type(a.scales, jnp.float8_e8m0fnu)
     return jax.lax.scaled_dot(
@@ -103,7 +103,7 @@ def scaled_dot(x_BRL: jax.Array, rows_BCL: QTensor) -> jax.Array:
     )  # fmt: skip
 
 
-def quantise_blocks(x: jax.Array, axes: tuple[int, int], most: int = 128) -> QTensor:
+def quantize_blocks(x: jax.Array, axes: tuple[int, int], most: int = 128) -> QTensor:
     """A weight in e4m3 with a power-of-two scale a block of at most `most` x `most` along two axes (spec 8.4), the
     fewest equal blocks that there are. Numbers that such a block held once come back unchanged."""
     blocked = {axis % x.ndim for axis in axes}

@@ -28,7 +28,7 @@ _LEAST = 16  # ids below which there is nothing to choose from
 
 
 @dataclass(frozen=True)
-class Alphabet:
+class TokenRanges:
     """Ids of a vocabulary by use: ranges of keys and values, a quarter of it each, and filler, the rest."""
 
     bos: int
@@ -38,7 +38,7 @@ class Alphabet:
     filler: range
 
     @classmethod
-    def of(cls, model: config.Model) -> Alphabet:
+    def of(cls, model: config.Model) -> TokenRanges:
         """Raises UserError for a vocabulary that is too small, or whose first ids are not bos and eos."""
         size = model.vocab_size
         if size < _LEAST or {model.bos_id, model.eos_id} != {0, 1}:
@@ -68,7 +68,7 @@ class Haystack:
 
 
 def haystack(
-    rng: np.random.Generator, alphabet: Alphabet, length: int, needles: int, kinds: int | None = None
+    rng: np.random.Generator, alphabet: TokenRanges, length: int, needles: int, kinds: int | None = None
 ) -> Haystack:
     """`length` tokens with one needle somewhere in each of `needles` equal stretches.
 
@@ -103,16 +103,16 @@ class NeedleRows:
     """
 
     def __init__(self, model: config.Model, seq_len: int, questions: int, seed: int | None):
-        self.alphabet, self.seq_len, self.questions = Alphabet.of(model), seq_len, questions
+        self.alphabet, self.seq_len, self.questions = TokenRanges.of(model), seq_len, questions
         self.stream = (0, 0) if seed is None else (1, seed)
         self.align, self.eos_id = model.alignment, model.eos_id
-        self.jump = model.max_positions - seq_len
+        self.jump = model.max_position_embeddings - seq_len
         self.hay = seq_len + 1 - questions * (QUESTION + VALUE)  # the last answer is no input
         self.most = min((self.hay - 1) // (NEEDLE + 1), len(self.alphabet.keys) ** KEY // 2)
         if self.most < 1 or self.jump < 0:
             raise UserError(
                 f"data.seq_len {seq_len} must hold {questions} questions and a needle, at least "
-                f"{questions * (QUESTION + VALUE) + NEEDLE + 1}, and at most model.max_positions {model.max_positions}"
+                f"{questions * (QUESTION + VALUE) + NEEDLE + 1}, and at most model.max_positions {model.max_position_embeddings}"
             )
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:

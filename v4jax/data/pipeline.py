@@ -29,7 +29,7 @@ class BatchIterator:
     `former`: [{"rows": rows that were read of it, **identity}].
     """
 
-    def __init__(self, batches: Batches):
+    def __init__(self, batches: BatchDataset):
         self._batches, self._former = batches, []
         self._start_at(0)
 
@@ -63,7 +63,7 @@ class BatchIterator:
 
 
 @dataclass(frozen=True)
-class Batches:
+class BatchDataset:
     """An iterable of batches; `iter()` gives a `BatchIterator`.
 
     A batch is a dict of int32 arrays [B, T], tokens_BT targets_BT targets2_BT segments_BT positions_BT, as described in
@@ -104,7 +104,7 @@ def make_dataset(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> Batches:
+) -> BatchDataset:
     """Batches of `split`, "train" or "heldout", of the documents `config.data` names.
 
     Training shuffles all rows anew each epoch by `seed` and never ends. Held-out is one pass in order, over
@@ -150,13 +150,13 @@ def make_dataset(
         "seed": seed,
         "order": identity.of_order(order),
     }
-    return Batches(
+    return BatchDataset(
         _batched(order, rows, size, mine), rows, batches, len(targets_N), num_bytes, size, known,
         config.data.on_change == "restart",
     )  # fmt: skip
 
 
-def _needle_batches(config: Config, split: str, seed: int, mine: slice) -> Batches:
+def _needle_batches(config: Config, split: str, seed: int, mine: slice) -> BatchDataset:
     data, size = config.data, config.train.batch_size
     rows = NeedleRows(config.model, data.seq_len, data.questions, seed if split == "train" else None)
     if split == "train":
@@ -165,7 +165,7 @@ def _needle_batches(config: Config, split: str, seed: int, mine: slice) -> Batch
         order, batches = _one_pass(np.arange(config.train.eval_rows or _HELDOUT_NEEDLES), size)
     known = {"documents": NEEDLE, "tokens": identity.of_row(rows[0]), "seq_len": data.seq_len,
              "questions": data.questions, "seed": seed}  # fmt: skip
-    return Batches(
+    return BatchDataset(
         _batched(order, rows, size, mine), rows, batches, 0, 0, size, known, data.on_change == "restart"
     )
 

@@ -14,22 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4jax import checkpoint as store
-from v4jax.cache.spec import Layout, row
+from v4jax.cache.spec import KVCacheSpec, entry_format
 from v4jax.core.check import UserError
-from v4jax.core.qtensor import dequantise, quantise
+from v4jax.core.qtensor import dequantize, quantize
 from v4jax.core.tables import print_table
 from v4jax.data.sources import load_documents
 from v4jax.data.tokenizer import load_tokenizer
 from v4jax.evals.bounds import read as read_bounds
 from v4jax.evals.heldout import config_of
-from v4jax.models.transformer import Transformer, fresh_chunk, next_chunk
-from v4jax.nn.csa import CSAttention
-from v4jax.nn.indexer import score, visible
-from v4jax.nn.linear import project
-from v4jax.nn.mhc import read_streams
+from v4jax.models.transformer import Transformer, full_batch, continuation_batch
+from v4jax.nn.csa import CompressedSparseAttention
+from v4jax.nn.indexer import score, causal_mask
+from v4jax.nn.linear import einsum
+from v4jax.nn.mhc import hc_pre
 from v4jax.nn.rope import angles, frequencies
-from v4jax.nn.state import Fresh, Place
-from v4jax.serve.live import new_layer
+from v4jax.nn.state import NoCache, CacheSlots
+from v4jax.serve.live import allocate_layer
 
 REFERENCE = "bf16"
 # name -> (unit, bound, whether it is an upper one)
@@ -103,12 +103,12 @@ def compare(model: Transformer, tokens_RT: jax.Array, layout: str):
 
 def _logits(model: Transformer, tokens_RT: jax.Array, layout: str) -> jax.Array:
     """Of a whole window, its entries read back from a cache of this layout."""
-    (R, T), shape = tokens_RT.shape, Layout(model.config, layout)
+    (R, T), shape = tokens_RT.shape, KVCacheSpec(model.config, layout)
     pages = -(-T // shape.block)
-    state = [[new_layer(shape, kind, R * pages, R) for kind, _ in run.kinds] for run in model.runs]
+    state = [[allocate_layer(shape, kind, R * pages, R) for kind, _ in run.kinds] for run in model.stack_specs]
     rows = jnp.arange(R, dtype=jnp.int32)
-    place = Place(rows, rows[:, None] * pages + jnp.arange(pages, dtype=jnp.int32))
-    x_BTXD, _, _ = model.hidden(next_chunk(tokens_RT, jnp.zeros(R, jnp.int32), None, place), state)
+    place = CacheSlots(rows, rows[:, None] * pages + jnp.arange(pages, dtype=jnp.int32))
+    x_BTXD, _, _ = model.forward_hidden(continuation_batch(tokens_RT, jnp.zeros(R, jnp.int32), None, place), state)
     return model.logits(x_BTXD)
 
 
@@ -117,19 +117,19 @@ def _recall(model: Transformer, tokens_RT: jax.Array, layout: str):
 
     Tolerant to ties: a pick that is missing counts as kept if it scores no more than the last one.
     """
-    chunk, topk = fresh_chunk(tokens_RT), model.config.indexer.topk
-    storage = row(model.config, "index", layout)
-    x_BTXD, kept, picked = model.embed.streams(tokens_RT), [], []
+    chunk, topk = full_batch(tokens_RT), model.config.indexer.index_topk
+    storage = entry_format(model.config, "index", layout)
+    x_BTXD, kept, picked = model.embed.embed_streams(tokens_RT), [], []
     for block in (block for stack in model.stacks for block in stack):
-        if isinstance(block.attn, CSAttention):
+        if isinstance(block.attn, CompressedSparseAttention):
             attn, m = block.attn, model.config
-            x_BTD = block.attn_norm(read_streams(x_BTXD, block.attn_mhc(x_BTXD)[0]))
-            low_BTQ = attn.q_norm(project("BTD,DQ->BTQ", x_BTD, attn.q_down, attn.dtype))
-            cos_sin = angles(chunk.positions_BT, frequencies(m.rope, m.rope_dim, compressed=True))
-            q_BTJL, w_BTJ = attn.queries(x_BTD, low_BTQ, tuple(a[:, :, None] for a in cos_sin))
-            keys_BCL = attn.compress(x_BTD, chunk, Fresh()).entries.index_BCL
-            rounded = dequantise(*quantise(keys_BCL, storage.format, storage.group), storage.format)
-            seen = visible(chunk.order_BT, m.csa_ratio, 0, keys_BCL.shape[1])
+            x_BTD = block.attn_norm(hc_pre(x_BTXD, block.attn_mhc(x_BTXD)[0]))
+            low_BTQ = attn.q_norm(einsum("BTD,DQ->BTQ", x_BTD, attn.q_down, attn.dtype))
+            cos_sin = angles(chunk.positions_BT, frequencies(m.rope, m.qk_rope_head_dim, compressed=True))
+            q_BTJL, w_BTJ = attn.indexer_queries(x_BTD, low_BTQ, tuple(a[:, :, None] for a in cos_sin))
+            keys_BCL = attn.append_compressed(x_BTD, chunk, NoCache()).entries.index_BCL
+            rounded = dequantize(*quantize(keys_BCL, storage.format, storage.group), storage.format)
+            seen = causal_mask(chunk.seq_index_BT, m.compress_rate_csa, 0, keys_BCL.shape[1])
             exact, rough = (jnp.where(seen, score(q_BTJL, w_BTJ, keys), -jnp.inf) for keys in (keys_BCL, rounded))
             k = min(topk, keys_BCL.shape[1])
             last = jax.lax.top_k(exact, k)[0][..., -1:]
@@ -137,7 +137,7 @@ def _recall(model: Transformer, tokens_RT: jax.Array, layout: str):
             found = jnp.take_along_axis(exact, jax.lax.top_k(rough, k)[1], -1) >= last
             kept.append(jnp.sum(found & choice_BT1))
             picked.append(k * jnp.sum(jnp.broadcast_to(choice_BT1, (*chunk.tokens_BT.shape, 1))))
-        x_BTXD, _, _ = block(x_BTXD, chunk, Fresh())
+        x_BTXD, _, _ = block(x_BTXD, chunk, NoCache())
     return jnp.stack(kept), jnp.stack(picked)
 
 

@@ -20,10 +20,10 @@ from flax import nnx
 
 from v4jax import checkpoint as store
 from v4jax import config as configs
-from v4jax.cache.spec import LAYOUTS, Layout
+from v4jax.cache.spec import KV_CACHE_DTYPES, KVCacheSpec
 from v4jax.core.check import UserError
 from v4jax.core.tables import print_table
-from v4jax.data.needle import QUESTION, SOURCE, VALUE, Alphabet, Haystack, haystack
+from v4jax.data.needle import QUESTION, SOURCE, VALUE, TokenRanges, Haystack, haystack
 from v4jax.evals.bounds import read as read_bounds
 from v4jax.models.transformer import Transformer
 from v4jax.serve import LLM, SamplingParams
@@ -55,7 +55,7 @@ def run(
     contexts = _contexts(contexts)
     config = store.load_config(checkpoint)
     _check(config, layout, max(contexts))
-    alphabet, places = Alphabet.of(config.model), {"suite": "needle", "config": config.name, "trials": trials}
+    alphabet, places = TokenRanges.of(config.model), {"suite": "needle", "config": config.name, "trials": trials}
     stacks = {context: draw(alphabet, context, depths, trials) for context in contexts}
     model = store.load(checkpoint)
     records = []
@@ -75,7 +75,7 @@ def unrounded(model: Transformer) -> Transformer:
     return nnx.merge(graph, nnx.state(model))
 
 
-def draw(alphabet: Alphabet, context: int, depths: int, trials: int) -> list[Haystack]:
+def draw(alphabet: TokenRanges, context: int, depths: int, trials: int) -> list[Haystack]:
     """Haystacks of `context` tokens, each with the same number of needles in every depth, `trials` or more together."""
     each = min(trials, context // _SPACING // depths, len(alphabet.keys) ** 2 // depths)
     if not each:
@@ -86,15 +86,15 @@ def draw(alphabet: Alphabet, context: int, depths: int, trials: int) -> list[Hay
 
 def found(model: Transformer, layout: str, stacks: list[Haystack], depths: int) -> np.ndarray:
     """Whether each needle was found: bool [depths, needles of that depth], the earliest depth first."""
-    context, room = len(stacks[0].tokens_T), Layout(model.config, layout).block
+    context, room = len(stacks[0].tokens_T), KVCacheSpec(model.config, layout).block
     llm = LLM(
         model,
-        cache=configs.Cache(layout=layout, tokens=context + 2 * _REQUESTS * room),
+        cache=configs.Cache(kv_cache_dtype=layout, kv_cache_tokens=context + 2 * _REQUESTS * room),
         max_batch=_REQUESTS,
         max_seq_len=context + QUESTION + VALUE,
         prefill_chunk=_CHUNK,
     )
-    right = [_ask(llm, stack, Alphabet.of(model.config).ask) for stack in stacks]
+    right = [_ask(llm, stack, TokenRanges.of(model.config).ask) for stack in stacks]
     return np.concatenate([part.reshape(depths, -1) for part in right], axis=1)
 
 
@@ -152,10 +152,10 @@ def _check(config: configs.Config, layout: str, context: int) -> None:
     """Raise UserError for what cannot be asked of this model."""
     if config.data.source != SOURCE:
         raise UserError(f"{config.name} learnt from {config.data.source!r}, not to find needles; train --config=needle")
-    if layout not in LAYOUTS or layout == REFERENCE:
-        others = ", ".join(name for name in LAYOUTS if name != REFERENCE)
+    if layout not in KV_CACHE_DTYPES or layout == REFERENCE:
+        others = ", ".join(name for name in KV_CACHE_DTYPES if name != REFERENCE)
         raise UserError(f"--layout={layout} cannot be held against {REFERENCE}; give one of {others}")
-    Layout(config.model, layout)
-    most = config.model.max_positions - QUESTION - VALUE
+    KVCacheSpec(config.model, layout)
+    most = config.model.max_position_embeddings - QUESTION - VALUE
     if context > most:
         raise UserError(f"--contexts={context} and a question exceed the model's positions; give at most {most}")

@@ -8,7 +8,7 @@ from flax import nnx
 
 from v4jax import config
 from v4jax.models.transformer import Transformer
-from v4jax.nn.linear import Fixed
+from v4jax.nn.linear import Buffer
 
 # Group of a parameter by the first of these words in its path (spec 1.2); hash tables are data and counted nowhere.
 _GROUPS = {
@@ -18,7 +18,7 @@ _GROUPS = {
 }  # fmt: skip
 
 
-class Counts(NamedTuple):
+class ParamCounts(NamedTuple):
     """Numbers of parameters.
 
     total: the backbone with embedding and head, without MTP. active: what one token meets in the backbone, without
@@ -35,7 +35,7 @@ class Counts(NamedTuple):
 @functools.cache
 def parameter_table(model: config.Model) -> dict[tuple[str, ...], tuple[str, tuple[int, ...], bool]]:
     """Letters, shape and whether it is trained, of every array of a model by its path; equal layers are stacked."""
-    tree = nnx.state(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0), scan=True)), nnx.Any(nnx.Param, Fixed))
+    tree = nnx.state(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0), scan=True)), nnx.Any(nnx.Param, Buffer))
     return {
         tuple(map(str, path)): (leaf.letters, leaf.get_value().shape, isinstance(leaf, nnx.Param))
         for path, leaf in nnx.to_flat_state(tree)
@@ -43,15 +43,15 @@ def parameter_table(model: config.Model) -> dict[tuple[str, ...], tuple[str, tup
 
 
 @functools.cache
-def count_parameters(model: config.Model) -> Counts:
+def count_parameters(model: config.Model) -> ParamCounts:
     """Counts of a model from its abstract tree."""
     by_group = dict.fromkeys(_GROUPS.values(), 0)
     for path, (_, shape, _) in parameter_table(model).items():
         if path[-1] != "table" or path[0] == "embed":
             by_group[_group(path)] += math.prod(shape)
     total = sum(by_group.values()) - by_group["mtp"]
-    idle = by_group["routed experts"] // model.moe.experts * (model.moe.experts - model.moe.active)
-    return Counts(total, total - by_group["embedding"] - idle, by_group)
+    idle = by_group["routed experts"] // model.moe.n_routed_experts * (model.moe.n_routed_experts - model.moe.num_experts_per_tok)
+    return ParamCounts(total, total - by_group["embedding"] - idle, by_group)
 
 
 def _group(path: tuple) -> str:

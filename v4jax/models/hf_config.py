@@ -13,7 +13,7 @@ import os
 import pathlib
 import sys
 
-from v4jax.config import ConfigError, HyperConnection, Indexer, Model, Moe, Rope, check_values
+from v4jax.config import ConfigError, HyperConnection, Indexer, Model, MoE, RoPE, check_values
 from v4jax.core import untrusted_json
 from v4jax.core.check import UserError
 
@@ -99,34 +99,34 @@ def from_hf(values: dict, source: str = "config.json") -> Model:
     model = Model(
         **{ours: fields.integer(theirs) for theirs, ours in _INTEGERS.items()},
         schedule=schedule,
-        rope_dim=_rope_dim(fields),
-        csa_ratio=csa_ratio,
-        hca_ratio=hca_ratio,
-        norm_eps=fields.number("rms_norm_eps"),
-        mtp_layers=_mtp_layers(fields),
-        init_std=fields.number("initializer_range", 0.02),
+        qk_rope_head_dim=_rope_dim(fields),
+        compress_rate_csa=csa_ratio,
+        compress_rate_hca=hca_ratio,
+        rms_norm_eps=fields.number("rms_norm_eps"),
+        num_nextn_predict_layers=_mtp_layers(fields),
+        initializer_range=fields.number("initializer_range", 0.02),
         bos_id=_token(fields, "bos_token_id", 0),
         eos_id=_tokens(fields, "eos_token_id", 1),
         dtype=_dtype(fields, own.get("dtype")),
         kv_qdq=own.get("kv_qdq", False) is True,
         rope=_rope(fields, fields.own("v4jax.rope", own.get("rope", {}), _YARN_FIELDS)),
         indexer=Indexer(**{ours: fields.integer(theirs) for theirs, ours in _INDEXER_INTEGERS.items()}),
-        moe=Moe(
+        moe=MoE(
             **{ours: fields.integer(theirs) for theirs, ours in _MOE_INTEGERS.items()},
-            hash_layers=hash_layers,
-            route_scale=fields.number("routed_scaling_factor"),
+            num_hash_layers=hash_layers,
+            routed_scaling_factor=fields.number("routed_scaling_factor"),
             swiglu_limit=fields.number("swiglu_limit"),
         ),
         mhc=HyperConnection(
-            **{ours: fields.integer(theirs) for theirs, ours in _MHC_INTEGERS.items()}, eps=fields.number("hc_eps")
+            **{ours: fields.integer(theirs) for theirs, ours in _MHC_INTEGERS.items()}, hc_eps=fields.number("hc_eps")
         ),
     )
     try:
         check_values(model, "model.")
     except ConfigError as error:
         fields.fail(f"{error} (in v4jax's names)")
-    if model.heads % model.o_groups:
-        fields.fail(f"num_attention_heads {model.heads} is not a multiple of o_groups {model.o_groups}")
+    if model.num_attention_heads % model.o_groups:
+        fields.fail(f"num_attention_heads {model.num_attention_heads} is not a multiple of o_groups {model.o_groups}")
     return model
 
 
@@ -136,14 +136,14 @@ def to_hf(model: Model, weights_dtype: str | None = None) -> dict:
     weights_dtype: what the weights are stored in ("float32", "bfloat16"), if other than model.dtype.
     Raises UserError for a model that the format cannot describe.
     """
-    if model.moe.shared != 1:
+    if model.moe.n_shared_experts != 1:
         raise UserError(
-            f"model.moe.shared is {model.moe.shared}; Hugging Face deepseek_v4 has exactly one shared expert, "
+            f"model.moe.shared is {model.moe.n_shared_experts}; Hugging Face deepseek_v4 has exactly one shared expert, "
             "save this model in the orbax format"
         )
     rope_factor = _rotary_factor(model)
-    main = {"rope_type": "default", "rope_theta": model.rope.theta, "partial_rotary_factor": rope_factor}
-    compress = main | {"rope_theta": model.rope.compress_theta}
+    main = {"rope_type": "default", "rope_theta": model.rope.rope_theta, "partial_rotary_factor": rope_factor}
+    compress = main | {"rope_theta": model.rope.compress_rope_theta}
     own = {"kv_qdq": True} if model.kv_qdq else {}
     if model.rope.yarn_factor != 1:
         compress |= {
@@ -158,7 +158,7 @@ def to_hf(model: Model, weights_dtype: str | None = None) -> dict:
         own["rope"] = {name: getattr(model.rope, name) for name in _YARN_FIELDS}
     if weights_dtype not in (None, model.dtype):
         own["dtype"] = model.dtype
-    layers, hashed = model.layers, model.moe.hash_layers
+    layers, hashed = model.num_hidden_layers, model.moe.num_hash_layers
     return {
         "architectures": ["DeepseekV4ForCausalLM"],
         "model_type": MODEL_TYPE,
@@ -166,24 +166,24 @@ def to_hf(model: Model, weights_dtype: str | None = None) -> dict:
         **{theirs: getattr(model, ours) for theirs, ours in _INTEGERS.items()},
         "num_hidden_layers": layers,
         "layer_types": [_TYPE_OF_KIND[kind] for kind in model.schedule],
-        "compress_rates": {_TYPE_OF_KIND["csa"]: model.csa_ratio, _TYPE_OF_KIND["hca"]: model.hca_ratio},
-        "compress_ratios": [model.ratio(kind) for kind in model.schedule] + [0] * model.mtp_layers,
+        "compress_rates": {_TYPE_OF_KIND["csa"]: model.compress_rate_csa, _TYPE_OF_KIND["hca"]: model.compress_rate_hca},
+        "compress_ratios": [model.compress_rate(kind) for kind in model.schedule] + [0] * model.num_nextn_predict_layers,
         "mlp_layer_types": ["hash_moe"] * hashed + ["moe"] * (layers - hashed),
         "num_hash_layers": hashed,
-        "num_nextn_predict_layers": model.mtp_layers,
-        "qk_rope_head_dim": model.rope_dim,
+        "num_nextn_predict_layers": model.num_nextn_predict_layers,
+        "qk_rope_head_dim": model.qk_rope_head_dim,
         "partial_rotary_factor": rope_factor,
-        "rope_theta": model.rope.theta,
-        "compress_rope_theta": model.rope.compress_theta,
+        "rope_theta": model.rope.rope_theta,
+        "compress_rope_theta": model.rope.compress_rope_theta,
         "rope_parameters": {"main": main, "compress": compress},
         **{theirs: getattr(model.indexer, ours) for theirs, ours in _INDEXER_INTEGERS.items()},
         **{theirs: getattr(model.moe, ours) for theirs, ours in _MOE_INTEGERS.items()},
-        "routed_scaling_factor": float(model.moe.route_scale),
+        "routed_scaling_factor": float(model.moe.routed_scaling_factor),
         "swiglu_limit": float(model.moe.swiglu_limit),
         **{theirs: getattr(model.mhc, ours) for theirs, ours in _MHC_INTEGERS.items()},
-        "hc_eps": float(model.mhc.eps),
-        "rms_norm_eps": float(model.norm_eps),
-        "initializer_range": float(model.init_std),
+        "hc_eps": float(model.mhc.hc_eps),
+        "rms_norm_eps": float(model.rms_norm_eps),
+        "initializer_range": float(model.initializer_range),
         "bos_token_id": model.bos_id,
         "eos_token_id": list(model.eos_id) if isinstance(model.eos_id, tuple) else model.eos_id,
         **_FIXED,
@@ -347,11 +347,11 @@ def _rotary_dim(fields: _Fields, factor) -> int:
 
 def _rotary_factor(model: Model) -> float:
     """Fraction f with int(head_dim * f) == rope_dim, as transformers computes it back."""
-    factor = model.rope_dim / model.head_dim
-    return factor if int(model.head_dim * factor) == model.rope_dim else math.nextafter(factor, 1.0)
+    factor = model.qk_rope_head_dim / model.head_dim
+    return factor if int(model.head_dim * factor) == model.qk_rope_head_dim else math.nextafter(factor, 1.0)
 
 
-def _rope(fields: _Fields, own: dict) -> Rope:
+def _rope(fields: _Fields, own: dict) -> RoPE:
     """Bases and YaRN fields, with transformers' precedence between the flat and the nested spelling.
 
     Raises UserError where transformers rotates otherwise than spec 2.3, or not at all.
@@ -372,7 +372,7 @@ def _rope(fields: _Fields, own: dict) -> Rope:
     for base in (theta, compress_theta):
         if not 1 < base < 1e30:
             fields.fail(f"rope_theta is {base!r}; it must lie between 1 and 1e30")
-    return Rope(theta=theta, compress_theta=compress_theta, **_yarn(fields, compress, own))
+    return RoPE(rope_theta=theta, compress_rope_theta=compress_theta, **_yarn(fields, compress, own))
 
 
 def _check_shares(fields: _Fields, parts: tuple[dict, ...]) -> None:

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.core.check import UserError
-from v4jax.models.transformer import Transformer, fresh_chunk
+from v4jax.models.transformer import Transformer, full_batch
 from v4jax.nn import qdq
 from v4jax.nn.indexer import score
-from v4jax.nn.linear import project
-from v4jax.nn.mhc import read_streams
+from v4jax.nn.linear import einsum
+from v4jax.nn.mhc import hc_pre
 from v4jax.nn.rope import angles, frequencies
-from v4jax.nn.state import Fresh
+from v4jax.nn.state import NoCache
 
 
 @jax.jit
@@ -31,19 +31,19 @@ def indexer_scores(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
       UserError: The model has no CSA layer, or its layers are stacked.
     """
     shape = model.config
-    if "csa" not in shape.schedule or any(run.repeats > 1 for run in model.runs):
+    if "csa" not in shape.schedule or any(run.repeats > 1 for run in model.stack_specs):
         raise UserError("indexer_scores needs a model with a csa layer, trained with train.scan=false")
-    chunk, x_BTXD = fresh_chunk(jnp.asarray(tokens_BT, jnp.int32)), model.embed.streams(tokens_BT)
+    chunk, x_BTXD = full_batch(jnp.asarray(tokens_BT, jnp.int32)), model.embed.embed_streams(tokens_BT)
     blocks = [block for stack in model.stacks for block in stack]
     layer = shape.schedule.index("csa")
     for block in blocks[:layer]:
-        x_BTXD, _, _ = block(x_BTXD, chunk, Fresh())
+        x_BTXD, _, _ = block(x_BTXD, chunk, NoCache())
     block = blocks[layer]
     read, _, _ = block.attn_mhc(x_BTXD)
-    x_BTD = block.attn_norm(read_streams(x_BTXD, read))
-    low_BTQ = block.attn.q_norm(project("BTD,DQ->BTQ", x_BTD, block.attn.q_down, block.attn.dtype))
-    cos, sin = angles(chunk.positions_BT, frequencies(shape.rope, shape.rope_dim, compressed=True))
+    x_BTD = block.attn_norm(hc_pre(x_BTXD, read))
+    low_BTQ = block.attn.q_norm(einsum("BTD,DQ->BTQ", x_BTD, block.attn.q_down, block.attn.dtype))
+    cos, sin = angles(chunk.positions_BT, frequencies(shape.rope, shape.qk_rope_head_dim, compressed=True))
     indexer = block.attn.indexer
     q_BTJL, w_BTJ = indexer.queries(x_BTD, low_BTQ, (cos[:, :, None], sin[:, :, None]))
-    keys_BCL, _, _ = indexer.compressor(x_BTD, chunk, Fresh(), "index")
+    keys_BCL, _, _ = indexer.compressor(x_BTD, chunk, NoCache(), "index")
     return score(q_BTJL, w_BTJ, qdq.keys(keys_BCL) if shape.kv_qdq else keys_BCL)

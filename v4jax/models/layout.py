@@ -18,7 +18,7 @@ from v4jax.core.check import UserError
 LayerKind = tuple[str, bool]  # attention kind, hash routing
 
 
-class Stack(NamedTuple):
+class LayerStack(NamedTuple):
     """Layers first .. first + repeats * len(kinds) - 1: `kinds` in turn, `repeats` times."""
 
     first: int
@@ -30,25 +30,25 @@ class Stack(NamedTuple):
         return self.first + repeat * len(self.kinds) + position
 
 
-def stacks(model: config.Model, scan: bool) -> list[Stack]:
+def stacks(model: config.Model, scan: bool) -> list[LayerStack]:
     """The runs that cover the schedule: the longest repeated pattern of one or two layers wherever one begins."""
-    kinds = [(kind, i < model.moe.hash_layers) for i, kind in enumerate(model.schedule)]
+    kinds = [(kind, i < model.moe.num_hash_layers) for i, kind in enumerate(model.schedule)]
     runs, i = [], 0
     while i < len(kinds):
-        best = Stack(i, (kinds[i],), 1)
+        best = LayerStack(i, (kinds[i],), 1)
         for period in (1, 2) if scan else ():
             pattern = kinds[i : i + period]
             repeats = 1
             while kinds[i + repeats * period : i + (repeats + 1) * period] == pattern:
                 repeats += 1
             if repeats > 1 and repeats * period > best.repeats * len(best.kinds):
-                best = Stack(i, tuple(pattern), repeats)
+                best = LayerStack(i, tuple(pattern), repeats)
         runs.append(best)
         i += best.repeats * len(best.kinds)
     return runs
 
 
-def to_flat(tree: nnx.State, runs: list[Stack]) -> dict[str, jax.Array]:
+def to_layer_dict(tree: nnx.State, runs: list[LayerStack]) -> dict[str, jax.Array]:
     """In-memory tree to {"layers.3.attn.kv": array, ...}, stacked runs taken apart."""
     flat = {}
     for path, array in _leaves(tree).items():
@@ -61,7 +61,7 @@ def to_flat(tree: nnx.State, runs: list[Stack]) -> dict[str, jax.Array]:
     return flat
 
 
-def from_flat(flat: Mapping[str, jax.Array], abstract: nnx.State, runs: list[Stack]) -> nnx.State:
+def from_layer_dict(flat: Mapping[str, jax.Array], abstract: nnx.State, runs: list[LayerStack]) -> nnx.State:
     """{"layers.3.attn.kv": array, ...} to the tree that `abstract` describes; a missing name raises UserError."""
 
     def array(name):
@@ -81,18 +81,18 @@ def from_flat(flat: Mapping[str, jax.Array], abstract: nnx.State, runs: list[Sta
     return nnx.from_flat_state(found)
 
 
-def named(tree: nnx.State) -> dict[str, jax.Array]:
+def to_stacked_dict(tree: nnx.State) -> dict[str, jax.Array]:
     """{"stacks.0.1.attn.kv": array, ...}: the tree as a flat dict, stacked runs left stacked."""
     return {".".join(path): array for path, array in _leaves(tree).items()}
 
 
-def rebuild(arrays: Mapping[str, jax.Array], abstract: nnx.State) -> nnx.State:
+def from_stacked_dict(arrays: Mapping[str, jax.Array], abstract: nnx.State) -> nnx.State:
     """The inverse of `named`, for the tree that `abstract` describes."""
     leaves = nnx.to_flat_state(abstract)
     return nnx.from_flat_state({path: leaf.replace(arrays[".".join(map(str, path))]) for path, leaf in leaves})
 
 
-def layers_of(name: str, runs: list[Stack]) -> list[int] | None:
+def layers_of(name: str, runs: list[LayerStack]) -> list[int] | None:
     """Layers whose arrays the stacked array `name` holds, in order; None outside the backbone."""
     path = name.split(".")
     if path[0] != "stacks":

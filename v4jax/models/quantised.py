@@ -10,15 +10,15 @@ import jax
 from flax import nnx
 
 from v4jax.core.check import UserError
-from v4jax.core.qtensor import QTensor, quantise_blocks
+from v4jax.core.qtensor import QTensor, quantize_blocks
 from v4jax.models.transformer import Transformer
-from v4jax.nn.linear import FP8
+from v4jax.nn.linear import FP8_WEIGHT_AXES
 
 PRECISIONS = ("model", "fp8")
-_STORED = FP8 | {"GIR"}  # the first output matrix is stored in FP8 as well, if not multiplied in it
+_STORED = FP8_WEIGHT_AXES | {"GIR"}  # the first output matrix is stored in FP8 as well, if not multiplied in it
 _STACKING = "*EUG"  # letters of axes that stack matrices: repeated layers, experts, gate and up, output groups
 
-_blocks = jax.jit(quantise_blocks, static_argnums=1)
+_blocks = jax.jit(quantize_blocks, static_argnums=1)
 
 
 def check_precision(precision: str) -> None:
@@ -27,14 +27,14 @@ def check_precision(precision: str) -> None:
         raise UserError(f"unknown precision {precision!r}; one of {', '.join(PRECISIONS)}")
 
 
-def quantise_weight(letters: str, array: jax.Array) -> jax.Array | QTensor:
+def quantize_weight(letters: str, array: jax.Array) -> jax.Array | QTensor:
     """A QTensor of the array, blocks along its input axis and its last, if its axes are those of a matrix in FP8."""
     if letters.lstrip("*") not in _STORED:
         return array
     return _blocks(array, (next(i for i, letter in enumerate(letters) if letter not in _STACKING), -1))
 
 
-def quantise(model: Transformer) -> Transformer:
+def quantize_model(model: Transformer) -> Transformer:
     """The model with those weights as QTensors; what is one already stays. The given model is left as it was."""
     graphdef, state = nnx.split(model)
     filled = {}
@@ -42,6 +42,6 @@ def quantise(model: Transformer) -> Transformer:
         value = variable[...]
         if not isinstance(value, QTensor):
             stacked = "*" * (value.ndim - len(variable.letters))
-            variable = variable.replace(quantise_weight(stacked + variable.letters, value))
+            variable = variable.replace(quantize_weight(stacked + variable.letters, value))
         filled[place] = variable
     return nnx.merge(graphdef, nnx.from_flat_state(filled))

@@ -11,13 +11,13 @@ from jax.ad_checkpoint import checkpoint_name
 from v4jax import config
 from v4jax.core.check import UserError
 from v4jax.models.layout import stacks
-from v4jax.nn.block import Block
-from v4jax.nn.embed import Embed, Head
-from v4jax.nn.kept import Plain, new_kept
-from v4jax.nn.mhc import HeadMix
+from v4jax.nn.block import DecoderLayer
+from v4jax.nn.embed import Embed, LMHead
+from v4jax.nn.kept import FloatPool, new_paged_layer_cache
+from v4jax.nn.mhc import HyperHead
 from v4jax.nn.mtp import MTP
 from v4jax.nn.norm import RMSNorm
-from v4jax.nn.state import Chunk, Fresh, Past, Place
+from v4jax.nn.state import ForwardBatch, NoCache, LayerCache, CacheSlots
 from v4jax.parallel.rules import constrain
 
 _STREAMS = "streams"
@@ -28,7 +28,7 @@ _ON_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
     offload_dst="pinned_host",
 )
 
-State = list[list[Past]]  # one list a stack, one Past a layer of its pattern (leading axis where it repeats)
+KVCacheList = list[list[LayerCache]]  # one list a stack, one Past a layer of its pattern (leading axis where it repeats)
 
 
 class Transformer(nnx.Module):
@@ -41,15 +41,15 @@ class Transformer(nnx.Module):
     def __init__(
         self, model: config.Model, rngs: nnx.Rngs, scan: bool = False, remat: bool = False, offload: bool = False
     ):
-        self.config, self.runs, self.remat, self.offload = model, tuple(stacks(model, scan)), remat, offload
+        self.config, self.stack_specs, self.remat, self.offload = model, tuple(stacks(model, scan)), remat, offload
         self.embed = Embed(model, rngs)
         self.stacks = nnx.List(
-            [nnx.List([_blocks(model, *kind, run.repeats, rngs) for kind in run.kinds]) for run in self.runs]
+            [nnx.List([_blocks(model, *kind, run.repeats, rngs) for kind in run.kinds]) for run in self.stack_specs]
         )
-        self.head_mhc = HeadMix(model, rngs)
-        self.norm = RMSNorm("D", model.hidden_size, model.norm_eps)
-        self.head = Head(model, rngs)
-        self.mtp = nnx.List([MTP(model, rngs) for _ in range(model.mtp_layers)])
+        self.head_mhc = HyperHead(model, rngs)
+        self.norm = RMSNorm("D", model.hidden_size, model.rms_norm_eps)
+        self.head = LMHead(model, rngs)
+        self.mtp = nnx.List([MTP(model, rngs) for _ in range(model.num_nextn_predict_layers)])
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Full forward without cache.
@@ -70,21 +70,21 @@ class Transformer(nnx.Module):
         count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self)))
         layers = ", ".join(f"{number} {kind}" for kind, number in kinds.items() if number)
         return (
-            f"Transformer({count:,} parameters, {model.dtype}, {model.layers} layers: {layers}, "
-            f"{model.mtp_layers} MTP, vocabulary {model.vocab_size:,})"
+            f"Transformer({count:,} parameters, {model.dtype}, {model.num_hidden_layers} layers: {layers}, "
+            f"{model.num_nextn_predict_layers} MTP, vocabulary {model.vocab_size:,})"
         )
 
-    def hidden(self, chunk: Chunk, state: State) -> tuple[jax.Array, State, dict[str, jax.Array]]:
+    def forward_hidden(self, chunk: ForwardBatch, state: KVCacheList) -> tuple[jax.Array, KVCacheList, dict[str, jax.Array]]:
         """Streams x_BTXD after the last layer, the state with this chunk in it, and losses and loads by layer.
 
         The same function trains (`self.fresh()` as state), prefills in any chunking, and decodes.
         """
-        x_BTXD = constrain(self.embed.streams(chunk.tokens_BT), "BTXD")
+        x_BTXD = constrain(self.embed.embed_streams(chunk.tokens_BT), "BTXD")
         aux, new_state = [], []
-        pattern = lambda x, blocks, pasts: _pattern(checkpoint_name(x, _STREAMS), blocks, pasts, chunk)
+        pattern = lambda x, blocks, pasts: _stack_body(checkpoint_name(x, _STREAMS), blocks, pasts, chunk)
         if self.remat:
             pattern = jax.checkpoint(pattern, policy=_ON_HOST if self.offload else None)
-        for run, blocks, pasts in zip(self.runs, self.stacks, state, strict=True):
+        for run, blocks, pasts in zip(self.stack_specs, self.stacks, state, strict=True):
             if run.repeats == 1:
                 x_BTXD, (past, out) = pattern(x_BTXD, list(blocks), pasts)
                 out = jax.tree.map(lambda a: a[None], out)
@@ -99,48 +99,48 @@ class Transformer(nnx.Module):
         """Float32 logits [B, T, V] of the streams after the last layer."""
         return constrain(self.head(self.norm(self.head_mhc(x_BTXD))), "BTV")
 
-    def mtp_logits(self, x_BTXD: jax.Array, next_BT: jax.Array, chunk: Chunk, past: Past):
+    def mtp_logits(self, x_BTXD: jax.Array, next_BT: jax.Array, chunk: ForwardBatch, past: LayerCache):
         """Logits [B, T, V] of the token after the next one, the MTP layer's past and its aux (spec 5.1)."""
         x_BTXD, past, aux = self.mtp[0](x_BTXD, self.embed(next_BT), chunk, past)
         return constrain(self.head(self.mtp[0].read(x_BTXD)), "BTV"), past, aux
 
-    def draft(self, x_BTXD: jax.Array, next_BT: jax.Array, chunk: Chunk, past: Past):
+    def mtp_forward(self, x_BTXD: jax.Array, next_BT: jax.Array, chunk: ForwardBatch, past: LayerCache):
         """As `mtp_logits`, for generation: the logits, the MTP layer's streams (to draft on from), its past."""
         x_BTXD, past, _ = self.mtp[0](x_BTXD, self.embed(next_BT), chunk, past)
         return self.head(self.mtp[0].read(x_BTXD)), x_BTXD, past
 
-    def fresh(self) -> State:
+    def no_cache(self) -> KVCacheList:
         """State of a call that is the whole history."""
-        return [[Fresh() for _ in run.kinds] for run in self.runs]
+        return [[NoCache() for _ in run.kinds] for run in self.stack_specs]
 
-    def new_state(self, batch: int, tokens: int) -> State:
+    def contiguous_caches(self, batch: int, tokens: int) -> KVCacheList:
         """Empty arrays for `batch` rows of at most `tokens` tokens: a record and a page a row."""
         dtype = jnp.dtype(self.config.dtype)
 
         def one(kind, repeats):
-            width = {"main": self.config.head_dim, "index": self.config.indexer.head_dim}
-            slots = max(1, tokens // self.config.ratio(kind)) if kind != "swa" else 0
-            pool = lambda part: Plain(jnp.zeros((batch, slots, width[part]), dtype))
-            past = new_kept(self.config, kind, batch, pool, dtype)
+            width = {"main": self.config.head_dim, "index": self.config.indexer.index_head_dim}
+            slots = max(1, tokens // self.config.compress_rate(kind)) if kind != "swa" else 0
+            pool = lambda part: FloatPool(jnp.zeros((batch, slots, width[part]), dtype))
+            past = new_paged_layer_cache(self.config, kind, batch, pool, dtype)
             return jax.tree.map(lambda a: jnp.broadcast_to(a, (repeats, *a.shape)), past) if repeats > 1 else past
 
-        return [[one(kind, run.repeats) for kind, _ in run.kinds] for run in self.runs]
+        return [[one(kind, run.repeats) for kind, _ in run.kinds] for run in self.stack_specs]
 
 
-def fresh_chunk(
+def full_batch(
     tokens_BT: jax.Array, positions_BT: jax.Array | None = None, segments_BT: jax.Array | None = None
-) -> Chunk:
+) -> ForwardBatch:
     """A chunk that is the whole history; packed documents bring their positions and segment numbers."""
     order_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    return Chunk(tokens_BT, order_BT if positions_BT is None else positions_BT, order_BT, segments_BT)
+    return ForwardBatch(tokens_BT, order_BT if positions_BT is None else positions_BT, order_BT, segments_BT)
 
 
-def next_chunk(
-    tokens_BT: jax.Array, start_B: jax.Array, count_B: jax.Array | None = None, place: Place | None = None
-) -> Chunk:
+def continuation_batch(
+    tokens_BT: jax.Array, start_B: jax.Array, count_B: jax.Array | None = None, place: CacheSlots | None = None
+) -> ForwardBatch:
     """The next tokens of rows that have seen `start_B`; of each row the first `count_B` are real (None: all)."""
     order_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-    return Chunk(tokens_BT, order_BT, order_BT, None, count_B, place)
+    return ForwardBatch(tokens_BT, order_BT, order_BT, None, count_B, place)
 
 
 def _checked(tokens_BT, vocab_size: int) -> jax.Array | np.ndarray:
@@ -165,17 +165,17 @@ def _checked(tokens_BT, vocab_size: int) -> jax.Array | np.ndarray:
 
 @jax.jit
 def _logits(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
-    return model.logits(model.hidden(fresh_chunk(tokens_BT), model.fresh())[0])
+    return model.logits(model.forward_hidden(full_batch(tokens_BT), model.no_cache())[0])
 
 
-def _blocks(model: config.Model, kind: str, hashed: bool, repeats: int, rngs: nnx.Rngs) -> Block:
+def _blocks(model: config.Model, kind: str, hashed: bool, repeats: int, rngs: nnx.Rngs) -> DecoderLayer:
     """One block, or `repeats` of them stacked."""
     if repeats == 1:
-        return Block(model, kind, hashed, rngs)
-    return jax.vmap(lambda key: Block(model, kind, hashed, nnx.Rngs(key)))(jax.random.split(rngs.params(), repeats))
+        return DecoderLayer(model, kind, hashed, rngs)
+    return jax.vmap(lambda key: DecoderLayer(model, kind, hashed, nnx.Rngs(key)))(jax.random.split(rngs.params(), repeats))
 
 
-def _pattern(x_BTXD, blocks, pasts, chunk):
+def _stack_body(x_BTXD, blocks, pasts, chunk):
     """The layers of one repeat of a pattern, in order."""
     new, aux = [], []
     for block, past in zip(blocks, pasts, strict=True):

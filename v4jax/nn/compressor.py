@@ -5,29 +5,29 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
-from v4jax.nn.linear import constant, project, weight
+from v4jax.nn.linear import param, einsum, normal_param
 from v4jax.nn.norm import RMSNorm
 from v4jax.nn.rope import angles, frequencies, rotate
-from v4jax.nn.state import Chunk, Past, Windows
+from v4jax.nn.state import ForwardBatch, LayerCache, CompressionWindows
 
 
 class Compressor(nnx.Module):
     """Values and gates of one compressor; `letter` names the width of its entries (H main, L indexer)."""
 
     def __init__(self, model: config.Model, kind: str, letter: str, size: int, rngs: nnx.Rngs):
-        self.ratio, self.overlap, self.size = model.ratio(kind), kind == "csa", size
-        self.rope, self.rope_dim = model.rope, model.rope_dim
+        self.ratio, self.overlap, self.size = model.compress_rate(kind), kind == "csa", size
+        self.rope, self.rope_dim = model.rope, model.qk_rope_head_dim
         width = size * (2 if self.overlap else 1)
-        self.kv = weight(rngs, "DW", (model.hidden_size, width), model.init_std)
-        self.gate = weight(rngs, "DW", (model.hidden_size, width), model.init_std)
-        self.ape = constant("PW", jnp.zeros((self.ratio, width)))
-        self.norm = RMSNorm(letter, size, model.norm_eps)
+        self.kv = normal_param(rngs, "DW", (model.hidden_size, width), model.initializer_range)
+        self.gate = normal_param(rngs, "DW", (model.hidden_size, width), model.initializer_range)
+        self.ape = param("PW", jnp.zeros((self.ratio, width)))
+        self.norm = RMSNorm(letter, size, model.rms_norm_eps)
 
-    def __call__(self, x_BTD: jax.Array, chunk: Chunk, past: Past, name: str) -> tuple[jax.Array, Windows, Past]:
+    def __call__(self, x_BTD: jax.Array, chunk: ForwardBatch, past: LayerCache, name: str) -> tuple[jax.Array, CompressionWindows, LayerCache]:
         """New entries [B, C, size] in x's dtype, rotated at the position of their first token."""
         x = x_BTD.astype(jnp.float32)
-        rows = [project("BTD,DW->BTW", x, part, jnp.float32) for part in (self.kv, self.gate)]
-        windows, past = past.windows(name, jnp.concatenate(rows, axis=-1), chunk, self.ratio, self.overlap)
+        rows = [einsum("BTD,DW->BTW", x, part, jnp.float32) for part in (self.kv, self.gate)]
+        windows, past = past.compression_windows(name, jnp.concatenate(rows, axis=-1), chunk, self.ratio, self.overlap)
         if x.shape[1] >= self.ratio:
             return self._entries(windows, x_BTD.dtype), windows, past
         # A few tokens seldom complete a window: pool only when one of the batch's rows does.
@@ -35,12 +35,12 @@ class Compressor(nnx.Module):
         skip = lambda: jnp.zeros(shape.shape, shape.dtype)
         return jax.lax.cond(windows.complete_BC.any(), lambda: self._entries(windows, x_BTD.dtype), skip), windows, past
 
-    def _entries(self, windows: Windows, dtype: jnp.dtype) -> jax.Array:
+    def _entries(self, windows: CompressionWindows, dtype: jnp.dtype) -> jax.Array:
         """Pooled, normalised and rotated: [B, C, size]."""
         cos_sin = angles(windows.position_BC, frequencies(self.rope, self.rope_dim, compressed=True))
         return rotate(self.norm(self._pool(windows).astype(dtype)), cos_sin)
 
-    def _pool(self, windows: Windows) -> jax.Array:
+    def _pool(self, windows: CompressionWindows) -> jax.Array:
         """Softmax over the window's tokens, per channel. Overlap: slots of the window before use channels
         [0, size), slots of this window [size, 2 size), in one softmax over both (spec 2.5)."""
         width, size = self.ape.shape[1], self.size

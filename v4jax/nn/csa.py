@@ -6,17 +6,17 @@ from flax import nnx
 
 from v4jax import config
 from v4jax.nn import qdq
-from v4jax.nn.hca import HCAttention
-from v4jax.nn.indexer import Indexer, score, score_each, search
-from v4jax.nn.state import Chunk, Past, View
-from v4jax.nn.window import Part, Scored, attend
+from v4jax.nn.hca import HeavilyCompressedAttention
+from v4jax.nn.indexer import Indexer, score, score_picked, topk_search
+from v4jax.nn.state import ForwardBatch, LayerCache, EntryReader
+from v4jax.nn.window import SoftmaxPartial, IndexerTrace, attend
 
 # Reading every entry through a mask costs products with all of them, gathering costs traffic per pick: with up to
 # this many entries a pick the mask is taken: an estimate for XLA:CPU, that no bench has measured yet.
 _DENSE_ENTRIES_PER_PICK = 4
 
 
-class CSAttention(HCAttention):
+class CompressedSparseAttention(HeavilyCompressedAttention):
     """A layer that attends its window and the `topk` entries that its indexer scores highest."""
 
     kind = "csa"
@@ -26,44 +26,44 @@ class CSAttention(HCAttention):
         super().__init__(model, rngs)
         self.indexer = Indexer(model, rngs)
 
-    def compress(self, x_BTD: jax.Array, chunk: Chunk, past: Past) -> Past:
+    def append_compressed(self, x_BTD: jax.Array, chunk: ForwardBatch, past: LayerCache) -> LayerCache:
         kv_BCH, windows, past = self.entries(x_BTD, chunk, past)
         # The indexer learns from its own loss alone, and moves nothing else (spec 8.3).
         index_BCL, _, past = self.indexer.compressor(jax.lax.stop_gradient(x_BTD), chunk, past, "index")
         if self.model.kv_qdq:
             index_BCL = qdq.keys(index_BCL)
-        return past.extend(kv_BCH, index_BCL, windows, chunk, self.compressor.ratio)
+        return past.append(kv_BCH, index_BCL, windows, chunk, self.compressor.ratio)
 
-    def queries(self, x_BTD: jax.Array, low_BTQ: jax.Array, cos_sin) -> tuple[jax.Array, ...]:
+    def indexer_queries(self, x_BTD: jax.Array, low_BTQ: jax.Array, cos_sin) -> tuple[jax.Array, ...]:
         return self.indexer.queries(jax.lax.stop_gradient(x_BTD), jax.lax.stop_gradient(low_BTQ), cos_sin)
 
-    def remote(self, q_BTNH: jax.Array, extra, order_BT, segments_BT, view: View) -> tuple[Part, Scored | None, View]:
+    def attend_compressed(self, q_BTNH: jax.Array, extra, order_BT, segments_BT, view: EntryReader) -> tuple[SoftmaxPartial, IndexerTrace | None, EntryReader]:
         q_BTJL, w_BTJ = extra
-        readable = self.readable(order_BT, segments_BT, view)
-        k = min(self.model.indexer.topk, view.size)
+        readable = self.entry_mask(order_BT, segments_BT, view)
+        k = min(self.model.indexer.index_topk, view.size)
         if view.size == k > self.piece:  # a dense model, for comparison: nothing is left to choose
-            return super().remote(q_BTNH, extra, order_BT, segments_BT, view)
-        if not picks(view.size, k, order_BT.shape[1]):
+            return super().attend_compressed(q_BTNH, extra, order_BT, segments_BT, view)
+        if not use_gather(view.size, k, order_BT.shape[1]):
             mask_BTC = readable(0, view.size)
-            scores_BTC = score(q_BTJL, w_BTJ, view.keys(0, view.size))
+            scores_BTC = score(q_BTJL, w_BTJ, view.read_index_keys(0, view.size))
             if view.size > k:
-                mask_BTC &= _chosen(jnp.where(mask_BTC, scores_BTC, -jnp.inf), k)
-            part, p_BTNC = attend(q_BTNH, view.rows(0, view.size), mask_BTC)
-            return part, Scored(scores_BTC, mask_BTC, p_BTNC), view
-        picks_BTK = search(q_BTJL, w_BTJ, view, readable, self.limit(order_BT), k, self.indexer.coded)
+                mask_BTC &= _topk_mask(jnp.where(mask_BTC, scores_BTC, -jnp.inf), k)
+            part, p_BTNC = attend(q_BTNH, view.read_entries(0, view.size), mask_BTC)
+            return part, IndexerTrace(scores_BTC, mask_BTC, p_BTNC), view
+        picks_BTK = topk_search(q_BTJL, w_BTJ, view, readable, self.num_visible(order_BT), k, self.indexer.coded)
         mask_BTK = picks_BTK >= 0
-        rows_BTKH, after = view.take_rows(picks_BTK)
+        rows_BTKH, after = view.gather_entries(picks_BTK)
         part, p_BTNK = attend(q_BTNH, rows_BTKH, mask_BTK)
         # Scored anew, for the loss alone: its gradient then needs the picked keys, not the scores of all.
-        return part, Scored(score_each(q_BTJL, w_BTJ, view.take_keys(picks_BTK)), mask_BTK, p_BTNK), after
+        return part, IndexerTrace(score_picked(q_BTJL, w_BTJ, view.gather_index_keys(picks_BTK)), mask_BTK, p_BTNK), after
 
 
-def picks(entries: int, k: int, queries: int) -> bool:
+def use_gather(entries: int, k: int, queries: int) -> bool:
     """Whether so many queries of a row read k picked entries each: else all, through a mask."""
     return entries > k and (entries > _DENSE_ENTRIES_PER_PICK * k or queries == 1)
 
 
-def _chosen(scores_BTC: jax.Array, k: int) -> jax.Array:
+def _topk_mask(scores_BTC: jax.Array, k: int) -> jax.Array:
     """The set that `search` picks, as a mask: above the k-th score, and of its equals those with the lowest index."""
     scores = jax.lax.stop_gradient(scores_BTC)
     kth = jax.lax.top_k(scores, k)[0][..., -1:]

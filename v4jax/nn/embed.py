@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
-from v4jax.nn.linear import weight
+from v4jax.nn.linear import normal_param
 from v4jax.parallel.rules import constrain
 
 
@@ -13,25 +13,25 @@ class Embed(nnx.Module):
     """Rows of a table by token id."""
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
-        self.copies, self.dtype = model.mhc.streams, jnp.dtype(model.dtype)
-        self.table = weight(rngs, "VD", (model.vocab_size, model.hidden_size), model.init_std)
+        self.copies, self.dtype = model.mhc.hc_mult, jnp.dtype(model.dtype)
+        self.table = normal_param(rngs, "VD", (model.vocab_size, model.hidden_size), model.initializer_range)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """int32 [B, T] to [B, T, D]."""
         # Said here, or a table split by D leaves the compiler with all rows of the batch on every device.
         return constrain(self.table[...][tokens_BT].astype(self.dtype), "BTD")
 
-    def streams(self, tokens_BT: jax.Array) -> jax.Array:
+    def embed_streams(self, tokens_BT: jax.Array) -> jax.Array:
         """The embedding copied into every residual stream, unscaled: [B, T, X, D] (spec 4.1)."""
         x_BTD = self(tokens_BT)
         return jnp.broadcast_to(x_BTD[:, :, None], (*x_BTD.shape[:2], self.copies, x_BTD.shape[2]))
 
 
-class Head(nnx.Module):
+class LMHead(nnx.Module):
     """Projection to the vocabulary; never tied to the embedding."""
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
-        self.weight = weight(rngs, "DV", (model.hidden_size, model.vocab_size), model.init_std)
+        self.weight = normal_param(rngs, "DV", (model.hidden_size, model.vocab_size), model.initializer_range)
 
     def __call__(self, h_BTD: jax.Array) -> jax.Array:
         """[B, T, D] to float32 logits [B, T, V]; the weight is promoted, as in the released model (spec 4.3)."""

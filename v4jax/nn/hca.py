@@ -7,15 +7,15 @@ from flax import nnx
 from v4jax import config
 from v4jax.nn import qdq
 from v4jax.nn.compressor import Compressor
-from v4jax.nn.indexer import visible
-from v4jax.nn.state import Chunk, Past, View
-from v4jax.nn.window import FEW, Part, WindowAttention, attend
+from v4jax.nn.indexer import causal_mask
+from v4jax.nn.state import ForwardBatch, LayerCache, EntryReader
+from v4jax.nn.window import MAX_DECODE_QUERIES, SoftmaxPartial, SlidingWindowAttention, attend
 
-_WHOLE = 1024  # up to this many entries are read in one go, more in pieces, as far as they are visible
+_MAX_SINGLE_PASS = 1024  # up to this many entries are read in one go, more in pieces, as far as they are visible
 _FEW_PIECE = 1024  # entries of a piece where queries are few: their logits are small
 
 
-class HCAttention(WindowAttention):
+class HeavilyCompressedAttention(SlidingWindowAttention):
     """A window layer that also attends all its compressed entries."""
 
     kind = "hca"
@@ -25,41 +25,41 @@ class HCAttention(WindowAttention):
         super().__init__(model, rngs)
         self.compressor = Compressor(model, self.kind, "H", model.head_dim, rngs)
 
-    def compress(self, x_BTD: jax.Array, chunk: Chunk, past: Past) -> Past:
+    def append_compressed(self, x_BTD: jax.Array, chunk: ForwardBatch, past: LayerCache) -> LayerCache:
         kv_BCH, windows, past = self.entries(x_BTD, chunk, past)
-        return past.extend(kv_BCH, None, windows, chunk, self.compressor.ratio)
+        return past.append(kv_BCH, None, windows, chunk, self.compressor.ratio)
 
-    def entries(self, x_BTD: jax.Array, chunk: Chunk, past: Past):
+    def entries(self, x_BTD: jax.Array, chunk: ForwardBatch, past: LayerCache):
         """The call's main entries [B, C, H], as the cache stores them, the windows they pool, and the past."""
         kv_BCH, windows, past = self.compressor(x_BTD, chunk, past, "main")
-        return qdq.entries(kv_BCH, self.model.rope_dim) if self.model.kv_qdq else kv_BCH, windows, past
+        return qdq.entries(kv_BCH, self.model.qk_rope_head_dim) if self.model.kv_qdq else kv_BCH, windows, past
 
-    def remote(self, q_BTNH: jax.Array, extra, order_BT, segments_BT, view: View) -> tuple[Part, None, View]:
-        readable = self.readable(order_BT, segments_BT, view)
-        if view.size <= _WHOLE:
-            return attend(q_BTNH, view.rows(0, view.size), readable(0, view.size))[0], None, view
-        size = self.piece if order_BT.shape[1] > FEW else _FEW_PIECE
-        read = lambda i: attend(q_BTNH, view.rows(i * size, size), readable(i * size, size))[0]
-        last = -(-self.limit(order_BT) // size)
+    def attend_compressed(self, q_BTNH: jax.Array, extra, order_BT, segments_BT, view: EntryReader) -> tuple[SoftmaxPartial, None, EntryReader]:
+        readable = self.entry_mask(order_BT, segments_BT, view)
+        if view.size <= _MAX_SINGLE_PASS:
+            return attend(q_BTNH, view.read_entries(0, view.size), readable(0, view.size))[0], None, view
+        size = self.piece if order_BT.shape[1] > MAX_DECODE_QUERIES else _FEW_PIECE
+        read = lambda i: attend(q_BTNH, view.read_entries(i * size, size), readable(i * size, size))[0]
+        last = -(-self.num_visible(order_BT) // size)
         return jax.lax.fori_loop(1, last, lambda i, part: part.joined(read(i)), read(0)), None, view
 
-    def readable(self, order_BT: jax.Array, segments_BT: jax.Array | None, view: View):
+    def entry_mask(self, order_BT: jax.Array, segments_BT: jax.Array | None, view: EntryReader):
         """(first, count) to bool [B, T, count]: entries that are complete for a query and of its own document."""
 
         def mask(first, count):
-            mask_BTC = visible(order_BT, self.compressor.ratio, first, count)
+            mask_BTC = causal_mask(order_BT, self.compressor.ratio, first, count)
             if segments_BT is not None:
-                mask_BTC &= segments_BT[:, :, None] == segments_of(view, first, count)[:, None, :]
+                mask_BTC &= segments_BT[:, :, None] == entry_segments(view, first, count)[:, None, :]
             return mask_BTC
 
         return mask
 
-    def limit(self, order_BT: jax.Array) -> jax.Array:
+    def num_visible(self, order_BT: jax.Array) -> jax.Array:
         """Entries that the last query sees: no reader looks further."""
         return (order_BT.max() + 1) // self.compressor.ratio
 
 
-def segments_of(view: View, first, count: int) -> jax.Array:
+def entry_segments(view: EntryReader, first, count: int) -> jax.Array:
     """Documents of `count` entries from `first` on: [B, count]."""
     if count == view.size:
         return view.segments_BC

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax.nn.memory import get, put
+from v4jax.nn.memory import host_gather, host_scatter
 from v4jax.nn.state import pytree
 
 _AT_ONCE = 128  # entries that one turn of the loop fetches: a step with none to fetch costs no turn
@@ -26,7 +26,7 @@ class Far(Protocol):
 
 
 @pytree
-class Hot:
+class DeviceEntryCache:
     """Copies of the entries that were picked last, by least recent use.
 
     rows: a pool of one page, [1, 1 + copies, width]; its row 0 is never written and reads as zeros. at_ZP int32
@@ -36,27 +36,27 @@ class Hot:
     """
 
     rows: object
-    at_ZP: jax.Array
-    entry_S: jax.Array
-    used_S: jax.Array
-    count_5: jax.Array
+    slot_of_entry_ZP: jax.Array
+    entry_of_slot_S: jax.Array
+    last_used_S: jax.Array
+    counters_5: jax.Array
 
-    def holding(self, far: Far, page: jax.Array, slot: jax.Array, wanted: jax.Array) -> tuple[Hot, jax.Array]:
+    def fetch(self, far: Far, page: jax.Array, slot: jax.Array, wanted: jax.Array) -> tuple[DeviceEntryCache, jax.Array]:
         """(the copies with those of the wanted entries among them, their rows int32 [B, T, K], 0 for unwanted ones).
 
         page, slot int32, wanted bool [B, T, K], of each query distinct entries; there are at least as many copies as
         numbers in them, so nothing that is wanted now has to go.
         """
-        shape, (_, slots) = page.shape, self.at_ZP.shape
+        shape, (_, slots) = page.shape, self.slot_of_entry_ZP.shape
         page_R, slot_R, wanted_R = (a.reshape(-1) for a in (page, slot, wanted))
-        at_R = jnp.where(wanted_R, get(self.at_ZP, page_R, slot_R), 0)
-        missing_R, at_ZP = wanted_R & (at_R == 0), self.at_ZP
+        at_R = jnp.where(wanted_R, host_gather(self.slot_of_entry_ZP, page_R, slot_R), 0)
+        missing_R, at_ZP = wanted_R & (at_R == 0), self.slot_of_entry_ZP
         if shape[0] * shape[1] > 1:  # of several queries that miss the same entry one fetches it
             claim_R = -1 - jnp.arange(page_R.shape[0], dtype=jnp.int32)
-            at_ZP = put(at_ZP, claim_R, jnp.where(missing_R, page_R, _NONE), slot_R)
-            missing_R &= get(at_ZP, page_R, slot_R) == claim_R
-        entry_R, now = page_R * slots + slot_R, self.count_5[0] + 1
-        used_S, few = self.used_S.at[at_R].set(now), min(_AT_ONCE, page_R.shape[0])
+            at_ZP = host_scatter(at_ZP, claim_R, jnp.where(missing_R, page_R, _NONE), slot_R)
+            missing_R &= host_gather(at_ZP, page_R, slot_R) == claim_R
+        entry_R, now = page_R * slots + slot_R, self.counters_5[0] + 1
+        used_S, few = self.last_used_S.at[at_R].set(now), min(_AT_ONCE, page_R.shape[0])
 
         def turn(_, carry):
             rows, at_ZP, entry_S, used_S, missing_R = carry
@@ -64,48 +64,48 @@ class Hot:
             age = (now - used_S[1:]).astype(jnp.float32)
             row = jnp.where(found > 0, jax.lax.top_k(age, few)[1] + 1, entry_S.shape[0])
             fetched = far.fetch(page_R[which], slot_R[which])
-            rows = jax.tree.map(lambda a, new: put(a, new, jnp.zeros_like(row), row), rows, fetched)
+            rows = jax.tree.map(lambda a, new: host_scatter(a, new, jnp.zeros_like(row), row), rows, fetched)
             comes = jnp.where(found > 0, entry_R[which], _NONE)
-            goes = jnp.where(found > 0, get(entry_S, row), _NONE)
+            goes = jnp.where(found > 0, host_gather(entry_S, row), _NONE)
             both, values = jnp.concatenate([comes, goes]), jnp.concatenate([row, jnp.zeros_like(row)])
-            at_ZP = put(at_ZP, values, both // slots, both % slots)
-            return rows, at_ZP, put(entry_S, comes, row), put(used_S, now, row), missing_R.at[which].set(False)
+            at_ZP = host_scatter(at_ZP, values, both // slots, both % slots)
+            return rows, at_ZP, host_scatter(entry_S, comes, row), host_scatter(used_S, now, row), missing_R.at[which].set(False)
 
         fetched = missing_R.sum()
-        carry = (self.rows, at_ZP, self.entry_S, used_S, missing_R)
+        carry = (self.rows, at_ZP, self.entry_of_slot_S, used_S, missing_R)
         carry = jax.lax.fori_loop(0, -(-fetched // few), turn, carry)
-        at_R = jnp.where(wanted_R, get(carry[1], page_R, slot_R), 0)
-        return Hot(*carry[:4], _counted(self.count_5, wanted_R.sum() - fetched, fetched)), at_R.reshape(shape)
+        at_R = jnp.where(wanted_R, host_gather(carry[1], page_R, slot_R), 0)
+        return DeviceEntryCache(*carry[:4], _counted(self.counters_5, wanted_R.sum() - fetched, fetched)), at_R.reshape(shape)
 
-    def found(self, page: jax.Array, slot: jax.Array) -> jax.Array:
+    def lookup(self, page: jax.Array, slot: jax.Array) -> jax.Array:
         """The rows that hold these entries, int32 of any shape; 0 for what is not here, or out of range."""
-        pages, slots = self.at_ZP.shape
+        pages, slots = self.slot_of_entry_ZP.shape
         real = (page >= 0) & (page < pages) & (slot < slots)
-        return jnp.where(real, get(self.at_ZP, page, slot), 0)
+        return jnp.where(real, host_gather(self.slot_of_entry_ZP, page, slot), 0)
 
-    def without(self, page: jax.Array, slot: jax.Array, row: jax.Array) -> Hot:
+    def invalidate(self, page: jax.Array, slot: jax.Array, row: jax.Array) -> DeviceEntryCache:
         """Without copies of these entries, which `found` found in these rows."""
-        return Hot(
-            self.rows, put(self.at_ZP, 0, page, slot), put(self.entry_S, _NONE, row), put(self.used_S, 0, row),
-            self.count_5,
+        return DeviceEntryCache(
+            self.rows, host_scatter(self.slot_of_entry_ZP, 0, page, slot), host_scatter(self.entry_of_slot_S, _NONE, row), host_scatter(self.last_used_S, 0, row),
+            self.counters_5,
         )  # fmt: skip
 
-    def without_pages(self, page_A: jax.Array) -> Hot:
+    def invalidate_blocks(self, page_A: jax.Array) -> DeviceEntryCache:
         """Without copies of the entries of these pages; numbers out of range are passed over."""
-        entries = page_A[:, None], jnp.arange(self.at_ZP.shape[1], dtype=jnp.int32)[None]
-        return self.without(*entries, self.found(*entries))
+        entries = page_A[:, None], jnp.arange(self.slot_of_entry_ZP.shape[1], dtype=jnp.int32)[None]
+        return self.invalidate(*entries, self.lookup(*entries))
 
 
-def new_hot(rows, pages: int, slots: int) -> Hot:
+def new_device_entry_cache(rows, pages: int, slots: int) -> DeviceEntryCache:
     """Empty copies in `rows`, a pool of zeros of one page, of the entries of a host's pool of so many pages."""
     size = rows.shape[1]
-    return Hot(
+    return DeviceEntryCache(
         rows, jnp.zeros((pages, slots), jnp.int32), jnp.full(size, _NONE, jnp.int32), jnp.zeros(size, jnp.uint32),
         jnp.zeros(5, jnp.uint32),
     )  # fmt: skip
 
 
-def counted(count_5: np.ndarray) -> np.ndarray:
+def read_counters(count_5: np.ndarray) -> np.ndarray:
     """int64 [2]: picks that were found, and those that were fetched."""
     return count_5[1::2] + (count_5[2::2].astype(np.int64) << 32)
 

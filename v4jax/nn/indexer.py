@@ -8,10 +8,10 @@ from v4jax import config
 from v4jax.core.qtensor import QTensor, scaled_dot
 from v4jax.nn import qdq
 from v4jax.nn.compressor import Compressor
-from v4jax.nn.linear import project, weight
+from v4jax.nn.linear import einsum, normal_param
 from v4jax.nn.rope import rotate
-from v4jax.nn.state import View
-from v4jax.nn.window import FEW
+from v4jax.nn.state import EntryReader
+from v4jax.nn.window import MAX_DECODE_QUERIES
 
 _PIECE = 1024  # entries that are scored at once
 _FEW_PIECE = 256  # at least, in a decode step
@@ -25,20 +25,20 @@ class Indexer(nnx.Module):
     """Small queries of its own, its own compressed keys, and a weight per head."""
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
-        heads, dim = model.indexer.heads, model.indexer.head_dim
+        heads, dim = model.indexer.index_n_heads, model.indexer.index_head_dim
         self.rounded, self.dtype, self.scale = model.kv_qdq, jnp.dtype(model.dtype), dim**-0.5 * heads**-0.5
         # Only queries that FP4 holds lose nothing in a product with keys in e4m3.
         self.coded = model.kv_qdq and jax.default_backend() in _CODED
-        self.q_up = weight(rngs, "QJL", (model.q_rank, heads, dim), model.init_std)
-        self.weight = weight(rngs, "DJ", (model.hidden_size, heads), model.init_std)
+        self.q_up = normal_param(rngs, "QJL", (model.q_lora_rank, heads, dim), model.initializer_range)
+        self.weight = normal_param(rngs, "DJ", (model.hidden_size, heads), model.initializer_range)
         self.compressor = Compressor(model, "csa", "L", dim, rngs)
 
     def queries(self, x_BTD: jax.Array, low_BTQ: jax.Array, cos_sin) -> tuple[jax.Array, jax.Array]:
         """Rotated queries q_BTJL and head weights w_BTJ (float32, scale folded in)."""
-        q = rotate(project("BTQ,QJL->BTJL", low_BTQ, self.q_up, self.dtype), cos_sin)
+        q = rotate(einsum("BTQ,QJL->BTJL", low_BTQ, self.q_up, self.dtype), cos_sin)
         if self.rounded:
             q = qdq.keys(q)
-        w = project("BTD,DJ->BTJ", x_BTD, self.weight, self.dtype).astype(jnp.float32) * self.scale
+        w = einsum("BTD,DJ->BTJ", x_BTD, self.weight, self.dtype).astype(jnp.float32) * self.scale
         return q, w
 
 
@@ -56,14 +56,14 @@ def score(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BCL: jax.Array | QTensor) ->
     return jnp.einsum("BTJC,BTJ->BTC", jax.nn.relu(dots_BTJC), w_BTJ)
 
 
-def score_each(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BTKL: jax.Array) -> jax.Array:
+def score_picked(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BTKL: jax.Array) -> jax.Array:
     """`score` for keys of each query's own: float32 [B, T, K]."""
     dots_BTJK = jnp.einsum("BTJL,BTKL->BTJK", q_BTJL, keys_BTKL, preferred_element_type=jnp.float32)
     return jnp.einsum("BTJK,BTJ->BTK", jax.nn.relu(dots_BTJK), w_BTJ)
 
 
-def search(
-    q_BTJL: jax.Array, w_BTJ: jax.Array, view: View, readable, limit: jax.Array, k: int, coded: bool = False
+def topk_search(
+    q_BTJL: jax.Array, w_BTJ: jax.Array, view: EntryReader, readable, limit: jax.Array, k: int, coded: bool = False
 ) -> jax.Array:
     """Indices of the k entries of `view` that score highest, int32 [B, T, k], -1 where fewer are visible.
 
@@ -77,13 +77,13 @@ def search(
     """
     B, T, _, L = q_BTJL.shape
     q_BTJL, w_BTJ = jax.lax.stop_gradient((q_BTJL, w_BTJ))
-    few = T <= FEW
+    few = T <= MAX_DECODE_QUERIES
     piece = min(max(_FEW_PIECE, _FEW_NUMBERS // (B * L)) if few else _PIECE, view.size)
     big = _BIG * piece if few and _BIG * piece <= view.size else piece
 
     def look(first, count, best):
         values_BTK, picks_BTK = best
-        keys_BCL = jax.lax.stop_gradient(view.keys(first, count, coded))
+        keys_BCL = jax.lax.stop_gradient(view.read_index_keys(first, count, coded))
         if isinstance(keys_BCL, QTensor):
             scores = score(q_BTJL, w_BTJ, keys_BCL)
         elif few:
@@ -129,6 +129,6 @@ def _score_tiled(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BCL: jax.Array) -> ja
     return jax.lax.map(one, (tiles(q_BTJL), tiles(w_BTJ), row)).reshape(B, T, -1)
 
 
-def visible(order_BT: jax.Array, ratio: int, first: jax.Array | int, count: int) -> jax.Array:
+def causal_mask(order_BT: jax.Array, ratio: int, first: jax.Array | int, count: int) -> jax.Array:
     """Entry i is visible to query t when i < (t + 1) // ratio (spec 2.5): bool [B, T, count], entries from `first`."""
     return first + jnp.arange(count) < ((order_BT + 1) // ratio)[..., None]

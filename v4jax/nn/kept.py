@@ -13,13 +13,13 @@ import jax.numpy as jnp
 
 from v4jax import config
 from v4jax.core.qtensor import QTensor
-from v4jax.nn.hot import Hot
-from v4jax.nn.memory import get, in_host, put
-from v4jax.nn.state import NEVER, Chunk, Rows, Windows, empty_window, pytree
-from v4jax.nn.window import FEW
+from v4jax.nn.hot import DeviceEntryCache
+from v4jax.nn.memory import host_gather, is_host, host_scatter
+from v4jax.nn.state import NO_TOKEN, ForwardBatch, WindowKV, CompressionWindows, identity_window, pytree
+from v4jax.nn.window import MAX_DECODE_QUERIES
 
 
-class Pool:
+class EntryPool:
     """Numbered pages of rows, in some format: arrays [pages, slots, ...], read and written by page and slot in it.
 
     A format says how rows are stored. encoded: those rows [..., width] as a pool of arrays [..., n]; decoded: the rows
@@ -28,31 +28,31 @@ class Pool:
 
     shape: tuple[int, int, int]
 
-    def encoded(self, rows: jax.Array) -> Pool:
+    def encode(self, rows: jax.Array) -> EntryPool:
         raise NotImplementedError
 
-    def decoded(self, compute: jnp.dtype) -> jax.Array:
+    def decode(self, compute: jnp.dtype) -> jax.Array:
         raise NotImplementedError
 
-    def coded(self) -> QTensor | None:
+    def raw_fp8(self) -> QTensor | None:
         """The rows as they are, of a format that stores them in e4m3."""
         return None
 
-    def write(self, page: jax.Array, slot: jax.Array, rows: jax.Array) -> Pool:
+    def write(self, page: jax.Array, slot: jax.Array, rows: jax.Array) -> EntryPool:
         """The pool with `rows` [..., width] at int32 page [...] and slot [...]; those out of range are dropped."""
-        return jax.tree.map(lambda a, new: put(a, new, page, slot), self, self.encoded(rows))
+        return jax.tree.map(lambda a, new: host_scatter(a, new, page, slot), self, self.encode(rows))
 
-    def take(self, page: jax.Array, slot: jax.Array, compute: jnp.dtype) -> jax.Array:
+    def gather(self, page: jax.Array, slot: jax.Array, compute: jnp.dtype) -> jax.Array:
         """Rows [..., width] in dtype `compute` at page [...] and slot [...], which lie in range (else: some row)."""
-        return jax.tree.map(lambda a: get(a, page, slot), self).decoded(compute)
+        return jax.tree.map(lambda a: host_gather(a, page, slot), self).decoded(compute)
 
-    def pages(self, page: jax.Array) -> Pool:
+    def gather_blocks(self, page: jax.Array) -> EntryPool:
         """All rows of these pages, as a pool of arrays [..., slots, n]."""
-        return jax.tree.map(lambda a: get(a, page), self)
+        return jax.tree.map(lambda a: host_gather(a, page), self)
 
 
 @pytree
-class Plain(Pool):
+class FloatPool(EntryPool):
     """A pool of floats: array [pages, slots, width]."""
 
     array: jax.Array
@@ -62,20 +62,20 @@ class Plain(Pool):
         """Pages, rows of a page, numbers of a row."""
         return self.array.shape
 
-    def encoded(self, rows: jax.Array) -> Plain:
-        return Plain(rows.astype(self.array.dtype))
+    def encode(self, rows: jax.Array) -> FloatPool:
+        return FloatPool(rows.astype(self.array.dtype))
 
-    def decoded(self, compute: jnp.dtype) -> jax.Array:
+    def decode(self, compute: jnp.dtype) -> jax.Array:
         return self.array.astype(compute)
 
 
 @pytree
-class New:
+class PendingEntries:
     """Entries on their way to host memory: rows of a pool [B, C, ...], at page_BC and slot_BC in it (out of range: not
     complete), and index_BC in their row. They are written there when the layer is done, since XLA:TPU would bring all
     of an array to the device that is written by the host and then read by the same program."""
 
-    rows: Pool
+    rows: EntryPool
     page_BC: jax.Array
     slot_BC: jax.Array
     index_BC: jax.Array
@@ -89,7 +89,7 @@ class New:
 
 
 @pytree
-class Late:
+class PendingState:
     """Rows [B, N, W] on their way to a tail in host memory: to slots slot_BN of record_BN (out of range: nowhere). They
     are written there when `New` is, and for the same reason. read: true, and comes out of what was read of the tail."""
 
@@ -100,75 +100,75 @@ class Late:
 
 
 @pytree
-class Paged:
+class PagedEntryReader:
     """A `View` of the pages that a table names. hot: copies through which a decode step reads picked rows; new: entries
     that are not in those pages yet."""
 
-    main: Pool
-    index: Pool | None
-    hot: Hot | None
-    new: New | None
-    table_BA: jax.Array
+    entries: EntryPool
+    index_keys: EntryPool | None
+    device_cache: DeviceEntryCache | None
+    pending_entries: PendingEntries | None
+    block_table_BA: jax.Array
     dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
     segments_BC: None = None
 
     @property
     def size(self) -> int:
-        return self.table_BA.shape[1] * self.main.shape[1]
+        return self.block_table_BA.shape[1] * self.entries.shape[1]
 
-    def rows(self, first, count):
-        return self._run(self.main, first, count)
+    def read_entries(self, first, count):
+        return self._read_range(self.entries, first, count)
 
-    def keys(self, first, count, coded=False):
-        return self._run(self.index, first, count, coded)
+    def read_index_keys(self, first, count, coded=False):
+        return self._read_range(self.index_keys, first, count, coded)
 
-    def take_rows(self, pick_BTK):
+    def gather_entries(self, pick_BTK):
         slot_BTK = jnp.maximum(pick_BTK, 0)
-        if self.hot is None or pick_BTK.shape[1] > FEW:
-            return self._take(self.main, slot_BTK), self
-        wanted_BTK = (pick_BTK >= 0) & ~self.new.at(slot_BTK, self.main.shape[0])[0]
-        hot, row_BTK = self.hot.holding(self.main, *self._spot(self.main, slot_BTK), wanted_BTK)
+        if self.device_cache is None or pick_BTK.shape[1] > MAX_DECODE_QUERIES:
+            return self._gather(self.entries, slot_BTK), self
+        wanted_BTK = (pick_BTK >= 0) & ~self.pending_entries.at(slot_BTK, self.entries.shape[0])[0]
+        hot, row_BTK = self.device_cache.fetch(self.entries, *self._physical(self.entries, slot_BTK), wanted_BTK)
         rows = hot.rows.take(jnp.zeros_like(row_BTK), row_BTK, self.dtype)
-        return self._with_new(rows, slot_BTK), dataclasses.replace(self, hot=hot)
+        return self._overlay_pending(rows, slot_BTK), dataclasses.replace(self, hot=hot)
 
-    def take_keys(self, pick_BTK):
-        return self._take(self.index, jnp.maximum(pick_BTK, 0))
+    def gather_index_keys(self, pick_BTK):
+        return self._gather(self.index_keys, jnp.maximum(pick_BTK, 0))
 
-    def _run(self, pool: Pool, first: jax.Array, count: int, coded: bool = False) -> jax.Array | QTensor:
+    def _read_range(self, pool: EntryPool, first: jax.Array, count: int, coded: bool = False) -> jax.Array | QTensor:
         """Whole pages where a run is made of them, rows one by one where it is not."""
-        slots, pages = pool.shape[1], self.table_BA.shape[1]
+        slots, pages = pool.shape[1], self.block_table_BA.shape[1]
         if count % slots:
-            slot = jnp.broadcast_to(first + jnp.arange(count), (self.table_BA.shape[0], count))
-            return self._take(pool, slot)
+            slot = jnp.broadcast_to(first + jnp.arange(count), (self.block_table_BA.shape[0], count))
+            return self._gather(pool, slot)
         numbers = jnp.minimum(first // slots + jnp.arange(count // slots), pages - 1)
-        pages = pool.pages(self.table_BA[:, numbers])
-        rows = (coded and pages.coded()) or pages.decoded(self.dtype)
+        pages = pool.gather_blocks(self.block_table_BA[:, numbers])
+        rows = (coded and pages.raw_fp8()) or pages.decode(self.dtype)
         rows = jax.tree.map(lambda a: a.reshape(a.shape[0], count, a.shape[-1]), rows)
-        if pool is not self.main:
+        if pool is not self.entries:
             return rows
-        return self._with_new(rows, jnp.broadcast_to(first + jnp.arange(count), rows.shape[:2]))
+        return self._overlay_pending(rows, jnp.broadcast_to(first + jnp.arange(count), rows.shape[:2]))
 
-    def _take(self, pool: Pool, slot: jax.Array) -> jax.Array:
-        rows = pool.take(*self._spot(pool, slot), self.dtype)
-        return self._with_new(rows, slot) if pool is self.main else rows
+    def _gather(self, pool: EntryPool, slot: jax.Array) -> jax.Array:
+        rows = pool.gather(*self._physical(pool, slot), self.dtype)
+        return self._overlay_pending(rows, slot) if pool is self.entries else rows
 
-    def _with_new(self, rows: jax.Array, index: jax.Array) -> jax.Array:
+    def _overlay_pending(self, rows: jax.Array, index: jax.Array) -> jax.Array:
         """Rows [B, ..., H] of entries index [B, ...], with the new ones among them."""
-        if self.new is None:
+        if self.pending_entries is None:
             return rows
-        inside, number = self.new.at(index, self.main.shape[0])
+        inside, number = self.pending_entries.at(index, self.entries.shape[0])
         row = jnp.arange(index.shape[0]).reshape(-1, *[1] * (index.ndim - 1))
-        new = jax.tree.map(lambda a: a[row, number], self.new.rows).decoded(self.dtype)
+        new = jax.tree.map(lambda a: a[row, number], self.pending_entries.rows).decoded(self.dtype)
         return jnp.where(inside[..., None], new, rows)
 
-    def _spot(self, pool: Pool, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _physical(self, pool: EntryPool, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Page, and slot in it, of entries counted in their row."""
         slots, row = pool.shape[1], jnp.arange(slot.shape[0]).reshape(-1, *[1] * (slot.ndim - 1))
-        return self.table_BA[row, jnp.minimum(slot // slots, self.table_BA.shape[1] - 1)], slot % slots
+        return self.block_table_BA[row, jnp.minimum(slot // slots, self.block_table_BA.shape[1] - 1)], slot % slots
 
 
 @pytree
-class Kept:
+class PagedLayerCache:
     """What outlives a call.
 
     ring_ZSH: for each record the last `window` rows (and a few more, so that speculation can go back), token t in slot
@@ -178,41 +178,41 @@ class Kept:
     both None between calls.
     """
 
-    ring_ZSH: jax.Array
-    tails: dict[str, jax.Array]
-    main: Pool | None
-    index: Pool | None
-    hot: Hot | None = None
-    new: New | None = None
-    late: Late | None = None
+    window_ring_ZSH: jax.Array
+    compressor_state: dict[str, jax.Array]
+    entries: EntryPool | None
+    index_keys: EntryPool | None
+    device_cache: DeviceEntryCache | None = None
+    pending_entries: PendingEntries | None = None
+    pending_state: PendingState | None = None
 
-    def window(self, kv_BTH: jax.Array, chunk: Chunk, size: int) -> tuple[Rows, Kept]:
+    def update_window(self, kv_BTH: jax.Array, chunk: ForwardBatch, size: int) -> tuple[WindowKV, PagedLayerCache]:
         """The ring with the call's tokens in it, if it has room beside `size`; else its last rows, then the call's."""
-        (_, slots, _), T, record_B = self.ring_ZSH.shape, kv_BTH.shape[1], chunk.where.record_B
+        (_, slots, _), T, record_B = self.window_ring_ZSH.shape, kv_BTH.shape[1], chunk.slots.state_slot_B
         if T <= slots - size + 1:
-            ring_ZSH = _write_few(self.ring_ZSH, kv_BTH, chunk)
-            last_B1 = chunk.order_BT[:, -1:]
+            ring_ZSH = _write_few(self.window_ring_ZSH, kv_BTH, chunk)
+            last_B1 = chunk.seq_index_BT[:, -1:]
             order = last_B1 - (last_B1 - jnp.arange(slots)) % slots
-            rows = Rows(ring_ZSH[record_B], jnp.where(order >= 0, order, NEVER))
+            rows = WindowKV(ring_ZSH[record_B], jnp.where(order >= 0, order, NO_TOKEN))
         else:
-            ring_BSH, past_order = self.ring_ZSH[record_B], chunk.start_B[:, None] - size + jnp.arange(size)
+            ring_BSH, past_order = self.window_ring_ZSH[record_B], chunk.start_B[:, None] - size + jnp.arange(size)
             past = jnp.take_along_axis(ring_BSH, (past_order % slots)[..., None], axis=1)
-            order = jnp.concatenate([jnp.where(past_order >= 0, past_order, NEVER), chunk.order_BT], axis=1)
-            rows = Rows(jnp.concatenate([past, kv_BTH.astype(past.dtype)], axis=1), order)
-            ring_ZSH = self.ring_ZSH.at[record_B].set(_ring_after(ring_BSH, kv_BTH, chunk))
+            order = jnp.concatenate([jnp.where(past_order >= 0, past_order, NO_TOKEN), chunk.seq_index_BT], axis=1)
+            rows = WindowKV(jnp.concatenate([past, kv_BTH.astype(past.dtype)], axis=1), order)
+            ring_ZSH = self.window_ring_ZSH.at[record_B].set(_ring_after(ring_BSH, kv_BTH, chunk))
         return rows, dataclasses.replace(self, ring_ZSH=ring_ZSH)
 
-    def windows(self, name: str, rows_BTW: jax.Array, chunk: Chunk, ratio: int, overlap: bool) -> tuple[Windows, Kept]:
+    def compression_windows(self, name: str, rows_BTW: jax.Array, chunk: ForwardBatch, ratio: int, overlap: bool) -> tuple[CompressionWindows, PagedLayerCache]:
         """Windows that end inside the call, pieced together from the tail and the call's rows."""
-        tail_ZSW, record_B, back = self.tails[name], chunk.where.record_B, int(overlap)
+        tail_ZSW, record_B, back = self.compressor_state[name], chunk.slots.state_slot_B, int(overlap)
         (_, slots, _), T = tail_ZSW.shape, rows_BTW.shape[1]
         count = (ratio - 1 + T) // ratio
         first_B = chunk.start_B // ratio
         order = ((first_B - back) * ratio)[:, None] + jnp.arange((count + back) * ratio)
-        entry, real_B = first_B[:, None] + jnp.arange(count), T if chunk.count_B is None else chunk.count_B
+        entry, real_B = first_B[:, None] + jnp.arange(count), T if chunk.num_valid_B is None else chunk.num_valid_B
         complete = (entry + 1) * ratio <= (chunk.start_B + real_B)[:, None]
-        few, late = T <= slots - (1 + back) * ratio + 1, self.late
-        if in_host(tail_ZSW):
+        few, late = T <= slots - (1 + back) * ratio + 1, self.pending_state
+        if is_host(tail_ZSW):
             tail_BSW, late = _read_far(tail_ZSW, rows_BTW, chunk, complete.any() if few else None)
         elif few:
             tail_ZSW = _write_few(tail_ZSW, rows_BTW, chunk)
@@ -230,107 +230,107 @@ class Kept:
         rows = rows.reshape(rows.shape[0], count + back, ratio, -1)
         now, before = rows[:, back:], None
         if overlap:
-            before = jnp.where((entry == 0)[..., None, None], empty_window(rows[:, :count]), rows[:, :count])
-        state = dataclasses.replace(self, tails=self.tails | {name: tail_ZSW}, late=late)
-        return Windows(now, before, entry, entry * ratio, complete), state
+            before = jnp.where((entry == 0)[..., None, None], identity_window(rows[:, :count]), rows[:, :count])
+        state = dataclasses.replace(self, tails=self.compressor_state | {name: tail_ZSW}, late=late)
+        return CompressionWindows(now, before, entry, entry * ratio, complete), state
 
-    def extend(
-        self, kv_BCH: jax.Array, index_BCL: jax.Array | None, windows: Windows, chunk: Chunk, ratio: int
-    ) -> Kept:
+    def append(
+        self, kv_BCH: jax.Array, index_BCL: jax.Array | None, windows: CompressionWindows, chunk: ForwardBatch, ratio: int
+    ) -> PagedLayerCache:
         """Write complete entries at their index; the others go out of range and are dropped."""
-        table_BA, (pages, slots, _) = chunk.where.table_BA, self.main.shape
+        table_BA, (pages, slots, _) = chunk.slots.block_table_BA, self.entries.shape
         number = jnp.minimum(windows.index_BC // slots, table_BA.shape[1] - 1)
         page_BC = jnp.where(windows.complete_BC, jnp.take_along_axis(table_BA, number, axis=1), pages)
         slot_BC = windows.index_BC % slots
-        if self.hot is None:
+        if self.device_cache is None:
 
             def write(pools):
                 main, index = pools
                 return main.write(page_BC, slot_BC, kv_BCH), index and index.write(page_BC, slot_BC, index_BCL)
 
-            main, index = _in_place(write, (self.main, self.index), windows.complete_BC.any())
+            main, index = _in_place(write, (self.entries, self.index_keys), windows.complete_BC.any())
             return dataclasses.replace(self, main=main, index=index)
-        old_BC = self.hot.found(page_BC, slot_BC)
-        rows = jax.eval_shape(self.main.encoded, kv_BCH)
+        old_BC = self.device_cache.lookup(page_BC, slot_BC)
+        rows = jax.eval_shape(self.entries.encode, kv_BCH)
         rows = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), rows)
 
         def forget(pools):  # encoded here as there, for the same bits: what is fused with what decides them
             index, hot, _ = pools
             index, hot = index.write(page_BC, slot_BC, index_BCL), hot.without(page_BC, slot_BC, old_BC)
-            return index, hot, self.main.encoded(kv_BCH)
+            return index, hot, self.entries.encode(kv_BCH)
 
-        index, hot, rows = _in_place(forget, (self.index, self.hot, rows), windows.complete_BC.any())
-        new = New(rows, page_BC, slot_BC, windows.index_BC)
+        index, hot, rows = _in_place(forget, (self.index_keys, self.device_cache, rows), windows.complete_BC.any())
+        new = PendingEntries(rows, page_BC, slot_BC, windows.index_BC)
         return dataclasses.replace(self, index=index, hot=hot, new=new)
 
-    def view(self, chunk: Chunk, dtype: jnp.dtype, times: int = 1) -> Paged | None:
+    def reader(self, chunk: ForwardBatch, dtype: jnp.dtype, times: int = 1) -> PagedEntryReader | None:
         """The pages of the rows, every row `times` times, read as `dtype`."""
-        if self.main is None:
+        if self.entries is None:
             return None
-        table_BA = chunk.where.table_BA
-        rows = jax.tree.map(lambda a: jnp.repeat(a, times, axis=0) if times > 1 else a, (self.new, table_BA))
-        return Paged(self.main, self.index, self.hot, *rows, dtype)
+        table_BA = chunk.slots.block_table_BA
+        rows = jax.tree.map(lambda a: jnp.repeat(a, times, axis=0) if times > 1 else a, (self.pending_entries, table_BA))
+        return PagedEntryReader(self.entries, self.index_keys, self.device_cache, *rows, dtype)
 
-    def after(self, view: Paged | None) -> Kept:
+    def with_reader(self, view: PagedEntryReader | None) -> PagedLayerCache:
         """With the copies that reading made."""
-        return self if self.hot is None else dataclasses.replace(self, hot=view.hot)
+        return self if self.device_cache is None else dataclasses.replace(self, hot=view.device_cache)
 
-    def records(self, change: Callable[[jax.Array], jax.Array]) -> Kept:
+    def map_state(self, change: Callable[[jax.Array], jax.Array]) -> PagedLayerCache:
         """With `change` applied to every array of records."""
-        tails = {name: change(tail) for name, tail in self.tails.items()}
-        return dataclasses.replace(self, ring_ZSH=change(self.ring_ZSH), tails=tails)
+        tails = {name: change(tail) for name, tail in self.compressor_state.items()}
+        return dataclasses.replace(self, ring_ZSH=change(self.window_ring_ZSH), tails=tails)
 
-    def wiped(self, page_A: jax.Array) -> Kept:
+    def zero_blocks(self, page_A: jax.Array) -> PagedLayerCache:
         """With zeros in these pages, int32; those out of range are passed over."""
-        zeros = lambda pool: jax.tree.map(lambda a: put(a, 0, page_A), pool)
-        return dataclasses.replace(self, main=zeros(self.main), index=zeros(self.index)).recopied(page_A)
+        zeros = lambda pool: jax.tree.map(lambda a: host_scatter(a, 0, page_A), pool)
+        return dataclasses.replace(self, main=zeros(self.entries), index=zeros(self.index_keys)).invalidate_copies(page_A)
 
-    def recopied(self, page_A: jax.Array) -> Kept:
+    def invalidate_copies(self, page_A: jax.Array) -> PagedLayerCache:
         """Without copies of these pages, to be called when they were written to."""
-        return self if self.hot is None else dataclasses.replace(self, hot=self.hot.without_pages(page_A))
+        return self if self.device_cache is None else dataclasses.replace(self, hot=self.device_cache.invalidate_blocks(page_A))
 
-    def settled(self, done: jax.Array) -> Kept:
+    def commit(self, done: jax.Array) -> PagedLayerCache:
         """What outlives the call: everything, and what is new where it belongs."""
         # Written when all has been read, or the compilers would keep a copy of what is read: XLA:TPU heeds the barrier,
         # both a number that comes out of what was fetched and says where to write, though it is always the same.
         first = done[(0,) * done.ndim]
         kept = self
-        if self.new is not None:
-            new, *_ = jax.lax.optimization_barrier((self.new, self.hot.entry_S, first))
-            page_BC = jnp.where(self.hot.entry_S[0] < 0, new.page_BC, self.main.shape[0])
-            write = lambda main: jax.tree.map(lambda a, rows: put(a, rows, page_BC, new.slot_BC), main, new.rows)
-            main = _in_place(write, self.main, (page_BC < self.main.shape[0]).any())
+        if self.pending_entries is not None:
+            new, *_ = jax.lax.optimization_barrier((self.pending_entries, self.device_cache.entry_of_slot_S, first))
+            page_BC = jnp.where(self.device_cache.entry_of_slot_S[0] < 0, new.page_BC, self.entries.shape[0])
+            write = lambda main: jax.tree.map(lambda a, rows: host_scatter(a, rows, page_BC, new.slot_BC), main, new.rows)
+            main = _in_place(write, self.entries, (page_BC < self.entries.shape[0]).any())
             kept = dataclasses.replace(kept, main=main, new=None)
-        if self.late is not None:
-            late, _ = jax.lax.optimization_barrier((self.late, first))
-            tail_ZSW = self.tails["main"]
-            slot_BN = jnp.where(self.late.read, late.slot_BN, tail_ZSW.shape[1])
-            write = lambda tail_ZSW: put(tail_ZSW, late.rows_BNW, late.record_BN, slot_BN)
+        if self.pending_state is not None:
+            late, _ = jax.lax.optimization_barrier((self.pending_state, first))
+            tail_ZSW = self.compressor_state["main"]
+            slot_BN = jnp.where(self.pending_state.read, late.slot_BN, tail_ZSW.shape[1])
+            write = lambda tail_ZSW: host_scatter(tail_ZSW, late.rows_BNW, late.record_BN, slot_BN)
             tail_ZSW = _in_place(write, tail_ZSW, (slot_BN < tail_ZSW.shape[1]).any())
-            kept = dataclasses.replace(kept, tails=self.tails | {"main": tail_ZSW}, late=None)
+            kept = dataclasses.replace(kept, tails=self.compressor_state | {"main": tail_ZSW}, late=None)
         return kept
 
 
-def new_kept(
+def new_paged_layer_cache(
     model: config.Model,
     kind: str,
     records: int,
-    pool: Callable[[str], Pool],
+    pool: Callable[[str], EntryPool],
     dtype: jnp.dtype,
     slack: int = 0,
-) -> Kept:
+) -> PagedLayerCache:
     """Empty state of one layer: `records` records in `dtype`, and the pools that `pool("main")`, `pool("index")` make.
 
     A speculating engine goes back by up to `slack` tokens: rings and tails keep that many more.
     """
     main, index, tails = None, None, {}
     if kind != "swa":
-        ratio, overlap = model.ratio(kind), 2 if kind == "csa" else 1
+        ratio, overlap = model.compress_rate(kind), 2 if kind == "csa" else 1
         tail = lambda width: jnp.zeros((records, overlap * ratio + slack, 2 * overlap * width), jnp.float32)
         main, tails["main"] = pool("main"), tail(model.head_dim)
         if kind == "csa":
-            index, tails["index"] = pool("index"), tail(model.indexer.head_dim)
-    return Kept(jnp.zeros((records, model.window + slack, model.head_dim), dtype), tails, main, index)
+            index, tails["index"] = pool("index"), tail(model.indexer.index_head_dim)
+    return PagedLayerCache(jnp.zeros((records, model.sliding_window + slack, model.head_dim), dtype), tails, main, index)
 
 
 def _in_place(write, arrays, needed: jax.Array):
@@ -343,25 +343,25 @@ def _in_place(write, arrays, needed: jax.Array):
     return jax.lax.platform_dependent(arrays, cpu=loop, default=write)
 
 
-def _slots(chunk: Chunk, slots: int) -> jax.Array:
+def _slots(chunk: ForwardBatch, slots: int) -> jax.Array:
     """Where the call's rows belong in a ring, int32 [B, T]: order mod slots, or `slots` for padding."""
-    real_BT = chunk.order_BT >= 0
-    if chunk.count_B is not None:
-        real_BT &= chunk.order_BT < (chunk.start_B + chunk.count_B)[:, None]
-    return jnp.where(real_BT, chunk.order_BT % slots, slots)
+    real_BT = chunk.seq_index_BT >= 0
+    if chunk.num_valid_B is not None:
+        real_BT &= chunk.seq_index_BT < (chunk.start_B + chunk.num_valid_B)[:, None]
+    return jnp.where(real_BT, chunk.seq_index_BT % slots, slots)
 
 
-def _write_few(rings_ZSH: jax.Array, rows_BTH: jax.Array, chunk: Chunk) -> jax.Array:
+def _write_few(rings_ZSH: jax.Array, rows_BTH: jax.Array, chunk: ForwardBatch) -> jax.Array:
     """Rings with the call's real rows, fewer than a ring has slots, at slot (order mod slots) of their records."""
-    slot_BT, record_B1 = _slots(chunk, rings_ZSH.shape[1]), chunk.where.record_B[:, None]
+    slot_BT, record_B1 = _slots(chunk, rings_ZSH.shape[1]), chunk.slots.state_slot_B[:, None]
     write = lambda rings: rings.at[record_B1, slot_BT].set(rows_BTH.astype(rings.dtype), mode="drop")
     return _in_place(write, rings_ZSH, (slot_BT < rings_ZSH.shape[1]).any())
 
 
-def _ring_after(ring_BSH: jax.Array, rows_BTH: jax.Array, chunk: Chunk) -> jax.Array:
+def _ring_after(ring_BSH: jax.Array, rows_BTH: jax.Array, chunk: ForwardBatch) -> jax.Array:
     """The rings of the batch's rows, which were ring_BSH, with the last of the call's real rows."""
     slots, T = ring_BSH.shape[1], rows_BTH.shape[1]
-    real_B = jnp.full(ring_BSH.shape[0], T) if chunk.count_B is None else chunk.count_B
+    real_B = jnp.full(ring_BSH.shape[0], T) if chunk.num_valid_B is None else chunk.num_valid_B
     last_B = chunk.start_B + real_B - 1
     order = last_B[:, None] - (last_B[:, None] - jnp.arange(slots)) % slots  # the newest token of each slot
     source = order - chunk.start_B[:, None]
@@ -370,24 +370,24 @@ def _ring_after(ring_BSH: jax.Array, rows_BTH: jax.Array, chunk: Chunk) -> jax.A
 
 
 def _read_far(
-    tail_ZSW: jax.Array, rows_BTW: jax.Array, chunk: Chunk, wanted: jax.Array | None
-) -> tuple[jax.Array, Late]:
+    tail_ZSW: jax.Array, rows_BTW: jax.Array, chunk: ForwardBatch, wanted: jax.Array | None
+) -> tuple[jax.Array, PendingState]:
     """Tails of the batch's rows, out of host memory: [B, slots, W], and what is to be written there.
 
     wanted: of a few rows, whether any window will be read, else nothing is fetched; the tails are then with these rows
     in them. None: of many rows, and the tails as they were.
     """
-    (_, slots, _), record_B = tail_ZSW.shape, chunk.where.record_B
+    (_, slots, _), record_B = tail_ZSW.shape, chunk.slots.state_slot_B
     if wanted is None:
-        tail_BSW = get(tail_ZSW, record_B)
+        tail_BSW = host_gather(tail_ZSW, record_B)
         new = _ring_after(tail_BSW, rows_BTW, chunk)
         slot_BN = jnp.broadcast_to(jnp.arange(slots), new.shape[:2])
     else:
         tail_BSW = jnp.zeros((record_B.shape[0], *tail_ZSW.shape[1:]), tail_ZSW.dtype)
-        fetch = lambda _, tail_BSW: get(tail_ZSW, record_B)
+        fetch = lambda _, tail_BSW: host_gather(tail_ZSW, record_B)
         tail_BSW = jax.lax.fori_loop(0, wanted.astype(jnp.int32), fetch, tail_BSW)
         new, slot_BN = rows_BTW.astype(tail_ZSW.dtype), _slots(chunk, slots)
     first = jax.lax.bitcast_convert_type(tail_BSW[0, 0, 0], jnp.uint32)
     if wanted is not None:
         tail_BSW = tail_BSW.at[jnp.arange(record_B.shape[0])[:, None], slot_BN].set(new, mode="drop")
-    return tail_BSW, Late(new, jnp.broadcast_to(record_B[:, None], slot_BN.shape), slot_BN, (first | 1) > 0)
+    return tail_BSW, PendingState(new, jnp.broadcast_to(record_B[:, None], slot_BN.shape), slot_BN, (first | 1) > 0)

@@ -9,51 +9,51 @@ from flax import nnx
 from v4jax.kernels import fp8
 
 # Letters of the matrices that are released in FP8 (spec 9.1) and multiplied in it (9.3: not the first output matrix).
-FP8 = {"DQ", "QNH", "DH", "GRD", "QJL", "DUF", "FD", "DO", "EUDF", "EFD"}
+FP8_WEIGHT_AXES = {"DQ", "QNH", "DH", "GRD", "QJL", "DUF", "FD", "DO", "EUDF", "EFD"}
 
 
-class Fixed(nnx.Variable):
+class Buffer(nnx.Variable):
     """A stored array that no optimizer touches: router biases (spec 3.3) and hash tables (spec 3.1)."""
 
 
-def weight(rngs: nnx.Rngs, letters: str, shape: tuple[int, ...], std: float) -> nnx.Param:
+def normal_param(rngs: nnx.Rngs, letters: str, shape: tuple[int, ...], std: float) -> nnx.Param:
     """A float32 matrix drawn from N(0, std), its axes named by `letters` of the alphabet."""
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), letters=letters)
 
 
-def constant(letters: str, value: jax.Array) -> nnx.Param:
+def param(letters: str, value: jax.Array) -> nnx.Param:
     """A parameter with a given initial value."""
     return nnx.Param(jnp.asarray(value, jnp.float32), letters=letters)
 
 
-def project(spec: str, x: jax.Array, w: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+def einsum(spec: str, x: jax.Array, w: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     """`einsum(spec, x, w)` computed and returned in `dtype`; letters follow the alphabet. w may hold a QTensor.
 
     A weight that `low_precision` marked is multiplied in FP8, with float32 sums.
     """
-    if in_fp8(w):
+    if is_fp8(w):
         return _project_fp8(spec, x, w[...]).astype(dtype)
     return jnp.einsum(spec, x.astype(dtype), w[...].astype(dtype))
 
 
-def low_precision(model: nnx.Module, matmul: str, expert_weights: str) -> None:
+def mark_low_precision(model: nnx.Module, matmul: str, expert_weights: str) -> None:
     """Mark the parameters that are multiplied in FP8 or rounded to MXFP4 (`config.Train`): what was declared once, with
     its letters, says how it is used, and no layer has a mode."""
     for _, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.Param):
             letters = variable.get_metadata("letters")
-            if matmul == "fp8" and letters in FP8:
+            if matmul == "fp8" and letters in FP8_WEIGHT_AXES:
                 variable.set_metadata(fp8=True)
             if expert_weights == "mxfp4" and letters in ("EUDF", "EFD"):
                 variable.set_metadata(mxfp4=True)
 
 
-def in_fp8(w: nnx.Param) -> bool:
+def is_fp8(w: nnx.Param) -> bool:
     """Whether products with this weight are in FP8."""
     return w.get_metadata("fp8", False)
 
 
-def in_mxfp4(w: nnx.Param) -> bool:
+def is_mxfp4(w: nnx.Param) -> bool:
     """Whether this weight is rounded to MXFP4 before use."""
     return w.get_metadata("mxfp4", False)
 

@@ -21,22 +21,22 @@ HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 # Negative numbers are out of range like those past the end, not counted from it.
 
 
-def put(array: jax.Array, new: jax.Array, *index: jax.Array) -> jax.Array:
+def host_scatter(array: jax.Array, new: jax.Array, *index: jax.Array) -> jax.Array:
     """array [pages, ...] with `new` at int32 `index` of its first axes; those out of range are dropped."""
     new = jnp.asarray(new).astype(array.dtype)
-    if not in_host(array):
+    if not is_host(array):
         return array.at[index].set(new, mode="drop", wrap_negative_indices=False)
     at_N, n = _joined(index), len(index)
     rank, rest = at_N.ndim - 1, array.ndim - n
     new = jnp.broadcast_to(new, (*at_N.shape[:-1], *array.shape[n:]))
     numbers = lax.ScatterDimensionNumbers(tuple(range(rank, rank + rest)), tuple(range(n)), tuple(range(n)))
     write = lambda *args: lax.scatter(*args, numbers, mode=lax.GatherScatterMode.FILL_OR_DROP)
-    return on_host(write)(array, *jax.device_put((at_N, new), HOST))
+    return host_compute(write)(array, *jax.device_put((at_N, new), HOST))
 
 
-def get(array: jax.Array, *index: jax.Array) -> jax.Array:
+def host_gather(array: jax.Array, *index: jax.Array) -> jax.Array:
     """array[index], on the device; numbers out of range give some row."""
-    if not in_host(array):
+    if not is_host(array):
         return array.at[index].get(mode="clip", wrap_negative_indices=False)
     n, rest = len(index), array.shape[len(index) :]
     at_N = jnp.clip(_joined(index), 0, jnp.array(array.shape[:n], jnp.int32) - 1)
@@ -44,15 +44,15 @@ def get(array: jax.Array, *index: jax.Array) -> jax.Array:
     numbers = lax.GatherDimensionNumbers(tuple(range(rank, rank + len(rest))), tuple(range(n)), tuple(range(n)))
     mode = lax.GatherScatterMode.PROMISE_IN_BOUNDS  # they were clipped on the device
     read = lambda *args: lax.gather(*args, numbers, (*[1] * n, *rest), mode=mode)
-    return jax.device_put(on_host(read)(array, jax.device_put(at_N, HOST)), DEVICE)
+    return jax.device_put(host_compute(read)(array, jax.device_put(at_N, HOST)), DEVICE)
 
 
-def in_host(array: jax.Array) -> bool:
+def is_host(array: jax.Array) -> bool:
     """Whether an array, or what stands for it while a program is traced, lies in host memory."""
     return jax.typeof(array).memory_space == HOST
 
 
-def on_host(function):
+def host_compute(function):
     """`function` of arrays in host memory, computed by the host, its results left there."""
     return compute_on(function, compute_type="device_host", out_memory_spaces=HOST)
 

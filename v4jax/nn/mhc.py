@@ -7,7 +7,7 @@ from flax import nnx
 
 from v4jax import config
 from v4jax.kernels.sinkhorn import sinkhorn
-from v4jax.nn.linear import constant, weight
+from v4jax.nn.linear import param, normal_param
 
 _FEW_TOKENS = 16  # up to here XLA:CPU is twice as fast with the weight as left operand, beyond with the tokens
 
@@ -36,13 +36,13 @@ class HyperConnection(nnx.Module):
     """Coefficients around one sublayer: what it reads, how its output is written, how the streams mix."""
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
-        n = model.mhc.streams
-        self.streams, self.iters, self.eps, self.norm_eps = n, model.mhc.sinkhorn_iters, model.mhc.eps, model.norm_eps
+        n = model.mhc.hc_mult
+        self.streams, self.iters, self.eps, self.norm_eps = n, model.mhc.hc_sinkhorn_iters, model.mhc.hc_eps, model.rms_norm_eps
         # Start near a plain residual network (spec 4.5): read the mean of the streams, write with 1, mix by about I.
         read, write, mix = _mean(n), np.zeros(n), 4.0 * np.eye(n)
-        self.fn = weight(rngs, "MXD", (2 * n + n * n, n, model.hidden_size), model.init_std)
-        self.base = constant("M", np.concatenate([read, write, mix.reshape(-1)]))
-        self.scale = constant("S", np.full(3, 0.1))
+        self.fn = normal_param(rngs, "MXD", (2 * n + n * n, n, model.hidden_size), model.initializer_range)
+        self.base = param("M", np.concatenate([read, write, mix.reshape(-1)]))
+        self.scale = param("S", np.full(3, 0.1))
 
     def __call__(self, x_BTXD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """read_XBT, write_XBT and the doubly stochastic mix_XYBT, all float32."""
@@ -55,15 +55,15 @@ class HyperConnection(nnx.Module):
         return read, write, sinkhorn(mix, iters=self.iters, eps=self.eps)
 
 
-class HeadMix(nnx.Module):
+class HyperHead(nnx.Module):
     """The last read of the streams, before the final norm (spec 4.3)."""
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
-        n = model.mhc.streams
-        self.eps, self.norm_eps = model.mhc.eps, model.norm_eps
-        self.fn = weight(rngs, "YXD", (n, n, model.hidden_size), model.init_std)
-        self.base = constant("X", _mean(n))
-        self.scale = constant("S", np.full(1, 0.1))
+        n = model.mhc.hc_mult
+        self.eps, self.norm_eps = model.mhc.hc_eps, model.rms_norm_eps
+        self.fn = normal_param(rngs, "YXD", (n, n, model.hidden_size), model.initializer_range)
+        self.base = param("X", _mean(n))
+        self.scale = param("S", np.full(1, 0.1))
 
     def __call__(self, x_BTXD: jax.Array) -> jax.Array:
         """x_BTXD to x_BTD, in the same dtype."""
@@ -71,15 +71,15 @@ class HeadMix(nnx.Module):
         read = jax.nn.sigmoid(
             m * self.scale[...].astype(jnp.float32) + self.base[...].astype(jnp.float32)[:, None, None]
         )
-        return read_streams(x_BTXD, read + self.eps)
+        return hc_pre(x_BTXD, read + self.eps)
 
 
-def read_streams(x_BTXD: jax.Array, read_XBT: jax.Array) -> jax.Array:
+def hc_pre(x_BTXD: jax.Array, read_XBT: jax.Array) -> jax.Array:
     """The sublayer's input: sum_j read_j X_j in float32, returned in x's dtype, [B, T, D]."""
     return jnp.einsum("BTXD,XBT->BTD", x_BTXD.astype(jnp.float32), read_XBT).astype(x_BTXD.dtype)
 
 
-def write_streams(x_BTXD: jax.Array, y_BTD: jax.Array, write_XBT: jax.Array, mix_XYBT: jax.Array) -> jax.Array:
+def hc_post(x_BTXD: jax.Array, y_BTD: jax.Array, write_XBT: jax.Array, mix_XYBT: jax.Array) -> jax.Array:
     """X'_k = write_k y + sum_j mix[j, k] X_j: the sum runs over the FIRST index of the mix (spec 4.2, mistake 17)."""
     mixed = jnp.einsum("BTXD,XYBT->BTYD", x_BTXD.astype(jnp.float32), mix_XYBT)
     return (mixed + jnp.einsum("BTD,YBT->BTYD", y_BTD.astype(jnp.float32), write_XBT)).astype(x_BTXD.dtype)

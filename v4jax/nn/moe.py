@@ -8,14 +8,14 @@ from v4jax import config
 from v4jax.kernels import fp8
 from v4jax.kernels.experts import experts, swiglu
 from v4jax.nn import qdq
-from v4jax.nn.linear import in_fp8, in_mxfp4, project, weight
+from v4jax.nn.linear import is_fp8, is_mxfp4, einsum, normal_param
 from v4jax.nn.router import Router, balance_loss
-from v4jax.nn.spread import spread_experts
-from v4jax.nn.state import Chunk
-from v4jax.parallel.rules import active
+from v4jax.nn.spread import ep_experts
+from v4jax.nn.state import ForwardBatch
+from v4jax.parallel.rules import current_rules
 
 
-class Expert(nnx.Module):
+class ExpertWeights(nnx.Module):
     """Weights of E expert networks, or of a single one.
 
     Routed experts keep gate and up as matrices apart, "EUDF": lying next to each other in a row, "EDUF", a TPU would
@@ -23,51 +23,51 @@ class Expert(nnx.Module):
     """
 
     def __init__(self, model: config.Model, inner: int, count: int | None, rngs: nnx.Rngs):
-        D, std = model.hidden_size, model.init_std
+        D, std = model.hidden_size, model.initializer_range
         if count is None:
-            self.gate_up, self.down = weight(rngs, "DUF", (D, 2, inner), std), weight(rngs, "FD", (inner, D), std)
+            self.gate_up, self.down = normal_param(rngs, "DUF", (D, 2, inner), std), normal_param(rngs, "FD", (inner, D), std)
         else:
-            self.gate_up = weight(rngs, "EUDF", (count, 2, D, inner), std)
-            self.down = weight(rngs, "EFD", (count, inner, D), std)
+            self.gate_up = normal_param(rngs, "EUDF", (count, 2, D, inner), std)
+            self.down = normal_param(rngs, "EFD", (count, inner, D), std)
 
     def matrices(self) -> tuple[jax.Array, jax.Array]:
         """gate_up_EUDF and down_EFD as the routed experts use them: rounded where training says so."""
         both = self.gate_up[...], self.down[...]
-        if in_mxfp4(self.gate_up):
+        if is_mxfp4(self.gate_up):
             both = map(qdq.mxfp4, both)
-        if in_fp8(self.gate_up):  # which holds what FP4 can, if scales within a block differ by up to 2^14 (spec 8.4)
+        if is_fp8(self.gate_up):  # which holds what FP4 can, if scales within a block differ by up to 2^14 (spec 8.4)
             one = lambda w_DF: fp8.weights(w_DF[:, None])[:, 0]
             both = (jax.vmap(one)(w.reshape(-1, *w.shape[-2:])).reshape(w.shape) for w in both)
         return tuple(both)
 
 
-class Moe(nnx.Module):
+class MoE(nnx.Module):
     """The feed-forward sublayer. Layers with `hashed` routing exclude themselves from the balance loss (spec 3.3)."""
 
     def __init__(self, model: config.Model, hashed: bool, rngs: nnx.Rngs):
         moe = model.moe
         self.hashed, self.limit, self.dtype = hashed, moe.swiglu_limit, jnp.dtype(model.dtype)
         self.router = Router(model, hashed, rngs)
-        self.experts = Expert(model, moe.inner, moe.experts, rngs)
-        self.shared = Expert(model, moe.inner * moe.shared, None, rngs)
+        self.experts = ExpertWeights(model, moe.moe_intermediate_size, moe.n_routed_experts, rngs)
+        self.shared = ExpertWeights(model, moe.moe_intermediate_size * moe.n_shared_experts, None, rngs)
 
-    def __call__(self, x_BTD: jax.Array, chunk: Chunk) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def __call__(self, x_BTD: jax.Array, chunk: ForwardBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """y_BTD, the balance loss (float32 scalar) and the load of each expert, tokens [E]."""
         picks_BTK, weights_BTK, scores_BTE = self.router(x_BTD, chunk.tokens_BT)
-        matrices, narrow = self.experts.matrices(), in_fp8(self.experts.gate_up)
-        taken_BTK, real_BT = picks_BTK, chunk.real_BT
+        matrices, narrow = self.experts.matrices(), is_fp8(self.experts.gate_up)
+        taken_BTK, real_BT = picks_BTK, chunk.valid_BT
         if real_BT is not None:  # nobody reads what padding gives: no expert computes it, and it does not travel
             taken_BTK = jnp.where(real_BT[..., None], picks_BTK, scores_BTE.shape[-1])
-        if (sharding := active()) is not None:
-            routed = spread_experts(sharding, x_BTD, taken_BTK, weights_BTK, *matrices, self.limit, narrow)
+        if (sharding := current_rules()) is not None:
+            routed = ep_experts(sharding, x_BTD, taken_BTK, weights_BTK, *matrices, self.limit, narrow)
         else:
             flat = lambda a: a.reshape(-1, a.shape[-1])
             routed = experts(flat(x_BTD), flat(taken_BTK), flat(weights_BTK), *matrices, limit=self.limit, fp8=narrow)
             routed = routed.reshape(x_BTD.shape)
         if real_BT is not None:
             routed = jnp.where(real_BT[..., None], routed, 0)
-        h = swiglu(project("BTD,DUF->BTUF", x_BTD, self.shared.gate_up, self.dtype), self.limit).astype(self.dtype)
-        shared = project("BTF,FD->BTD", h, self.shared.down, self.dtype)
+        h = swiglu(einsum("BTD,DUF->BTUF", x_BTD, self.shared.gate_up, self.dtype), self.limit).astype(self.dtype)
+        shared = einsum("BTF,FD->BTD", h, self.shared.down, self.dtype)
         y_BTD = (routed + shared.astype(jnp.float32)).astype(x_BTD.dtype)
         valid_BT = None if chunk.segments_BT is None else chunk.segments_BT > 0
         balance, load_E = balance_loss(scores_BTE, picks_BTK, valid_BT)

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
-from v4jax.nn.block import Block
-from v4jax.nn.linear import project, weight
-from v4jax.nn.mhc import HeadMix
+from v4jax.nn.block import DecoderLayer
+from v4jax.nn.linear import einsum, normal_param
+from v4jax.nn.mhc import HyperHead
 from v4jax.nn.norm import RMSNorm
-from v4jax.nn.state import Chunk, Past
+from v4jax.nn.state import ForwardBatch, LayerCache
 
 
 class MTP(nnx.Module):
@@ -18,18 +18,18 @@ class MTP(nnx.Module):
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         D = model.hidden_size
         self.dtype = jnp.dtype(model.dtype)
-        self.embed_norm, self.hidden_norm = RMSNorm("D", D, model.norm_eps), RMSNorm("D", D, model.norm_eps)
-        self.embed_proj = weight(rngs, "DO", (D, D), model.init_std)
-        self.hidden_proj = weight(rngs, "DO", (D, D), model.init_std)
-        self.block = Block(model, "swa", False, rngs)
-        self.head_mhc = HeadMix(model, rngs)
-        self.norm = RMSNorm("D", D, model.norm_eps)
+        self.embed_norm, self.hidden_norm = RMSNorm("D", D, model.rms_norm_eps), RMSNorm("D", D, model.rms_norm_eps)
+        self.embed_proj = normal_param(rngs, "DO", (D, D), model.initializer_range)
+        self.hidden_proj = normal_param(rngs, "DO", (D, D), model.initializer_range)
+        self.block = DecoderLayer(model, "swa", False, rngs)
+        self.head_mhc = HyperHead(model, rngs)
+        self.norm = RMSNorm("D", D, model.rms_norm_eps)
 
-    def __call__(self, x_BTXD: jax.Array, next_BTD: jax.Array, chunk: Chunk, past: Past):
+    def __call__(self, x_BTXD: jax.Array, next_BTD: jax.Array, chunk: ForwardBatch, past: LayerCache):
         """x_BTXD: all streams of the last backbone layer (the collapsed state will not do, mistake 23). next_BTD:
         embedding of the token after each position. Returns the layer's own streams, the past, and the block's aux."""
-        hidden = project("BTXD,DO->BTXO", self.hidden_norm(x_BTXD), self.hidden_proj, self.dtype)
-        embed = project("BTD,DO->BTO", self.embed_norm(next_BTD), self.embed_proj, self.dtype)
+        hidden = einsum("BTXD,DO->BTXO", self.hidden_norm(x_BTXD), self.hidden_proj, self.dtype)
+        embed = einsum("BTD,DO->BTO", self.embed_norm(next_BTD), self.embed_proj, self.dtype)
         return self.block(hidden + embed[:, :, None], chunk, past)
 
     def read(self, x_BTXD: jax.Array) -> jax.Array:

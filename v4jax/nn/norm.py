@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from v4jax.nn.linear import constant
+from v4jax.nn.linear import param
 
 
 def rms(x: jax.Array, eps: float) -> jax.Array:
@@ -18,7 +18,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, letter: str, size: int, eps: float):
         self.eps = eps
-        self.scale = constant(letter, jnp.ones(size))
+        self.scale = param(letter, jnp.ones(size))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Any shape [..., size] to the same shape and dtype."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax.core.qtensor import dequantise, group_size, quantise
+from v4jax.core.qtensor import dequantize, group_size, quantize
 
 ENTRY_GROUP, KEY_GROUP = 64, 32  # most numbers that share a scale
 
@@ -35,13 +35,13 @@ def mxfp4(w: jax.Array) -> jax.Array:
     Returned in its own type; numbers that FP4 can hold come out as they are. Gradients pass straight through.
     """
     turned = jax.lax.stop_gradient(w).mT
-    rounded = dequantise(*quantise(turned, "fp4", KEY_GROUP), "fp4", jnp.float32)
+    rounded = dequantize(*quantize(turned, "fp4", KEY_GROUP), "fp4", jnp.float32)
     # The difference is zero and only carries the gradient: w + (rounded - w) could round once more.
     return rounded.mT.astype(w.dtype) + (w - jax.lax.stop_gradient(w))
 
 
 def _rounded(x: jax.Array, format: str, group: int) -> jax.Array:
-    rounded = dequantise(*quantise(jax.lax.stop_gradient(x), format, group), format, x.dtype)
+    rounded = dequantize(*quantize(jax.lax.stop_gradient(x), format, group), format, x.dtype)
     return x + jax.lax.stop_gradient(rounded - x)
 
 

@@ -11,7 +11,7 @@ from v4jax import config
 
 
 @functools.cache
-def frequencies(rope: config.Rope, dim: int, compressed: bool) -> np.ndarray:
+def frequencies(rope: config.RoPE, dim: int, compressed: bool) -> np.ndarray:
     """Angular frequency of each pair of rotary channels.
 
     The values are those of the released `precompute_freqs_cis` and of transformers, bit for bit at the published
@@ -27,7 +27,7 @@ def frequencies(rope: config.Rope, dim: int, compressed: bool) -> np.ndarray:
     Returns:
       float32 [dim / 2], radians a position (spec 2.3, golden values in the tests).
     """
-    theta = np.float32(rope.compress_theta if compressed else rope.theta)
+    theta = np.float32(rope.compress_rope_theta if compressed else rope.rope_theta)
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     power = (np.float64(theta) ** exponent.astype(np.float64)).astype(np.float32)
     freq = np.float32(1) / power
@@ -42,13 +42,13 @@ def frequencies(rope: config.Rope, dim: int, compressed: bool) -> np.ndarray:
     return interpolated * (np.float32(1) - kept) + freq * kept
 
 
-def _correction_range(rope: config.Rope, dim: int) -> tuple[int, int]:
+def _correction_range(rope: config.RoPE, dim: int) -> tuple[int, int]:
     """First and last pair of YaRN's ramp, clipped to the channels (spec 2.3).
 
     The range is reversed, and the ramp with it, where beta_fast is below beta_slow: the reference does not refuse that.
     """
     turns = lambda beta: rope.yarn_original / (beta * 2 * math.pi)
-    bound = lambda beta: dim * math.log(turns(beta)) / (2 * math.log(rope.compress_theta))
+    bound = lambda beta: dim * math.log(turns(beta)) / (2 * math.log(rope.compress_rope_theta))
     low, high = math.floor(bound(rope.yarn_beta_fast)), math.ceil(bound(rope.yarn_beta_slow))
     return max(low, 0), min(high, dim - 1)
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
-from v4jax.nn.linear import Fixed, weight
-from v4jax.parallel.tokens import alone
+from v4jax.nn.linear import Buffer, normal_param
+from v4jax.parallel.tokens import shard_local
 
 
 class Router(nnx.Module):
@@ -14,12 +14,12 @@ class Router(nnx.Module):
 
     def __init__(self, model: config.Model, hashed: bool, rngs: nnx.Rngs):
         moe = model.moe
-        self.active, self.scale, self.hashed = moe.active, moe.route_scale, hashed
-        self.weight = weight(rngs, "DE", (model.hidden_size, moe.experts), model.init_std)
+        self.active, self.scale, self.hashed = moe.num_experts_per_tok, moe.routed_scaling_factor, hashed
+        self.weight = normal_param(rngs, "DE", (model.hidden_size, moe.n_routed_experts), model.initializer_range)
         if hashed:
-            self.table = Fixed(hash_table(model.vocab_size, moe.experts, moe.active), letters="VK")
+            self.table = Buffer(hash_table(model.vocab_size, moe.n_routed_experts, moe.num_experts_per_tok), letters="VK")
         else:
-            self.bias = Fixed(jnp.zeros(moe.experts, jnp.float32), letters="E")
+            self.bias = Buffer(jnp.zeros(moe.n_routed_experts, jnp.float32), letters="E")
 
     def __call__(self, x_BTD: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """picks_BTK int32, their weights_BTK and all scores_BTE, float32.
@@ -34,7 +34,7 @@ class Router(nnx.Module):
         else:
             # Said to be each token's own: XLA:CPU would gather the scores of all rows on every device.
             choose = lambda scores_BTE: jax.lax.top_k(scores_BTE, self.active)[1]
-            picks_BTK = alone(choose, jax.lax.stop_gradient(scores_BTE + self.bias[...]))
+            picks_BTK = shard_local(choose, jax.lax.stop_gradient(scores_BTE + self.bias[...]))
         chosen_BTK = jnp.take_along_axis(scores_BTE, picks_BTK, axis=-1)
         weights_BTK = self.scale * chosen_BTK / (chosen_BTK.sum(-1, keepdims=True) + 1e-20)
         return picks_BTK, weights_BTK, scores_BTE

@@ -15,17 +15,17 @@ import jax.numpy as jnp
 
 from v4jax.core.check import UserError
 from v4jax.kernels.experts import experts
-from v4jax.parallel.collectives import Travel
-from v4jax.parallel.rules import Sharding
+from v4jax.parallel.collectives import TokenDispatcher
+from v4jax.parallel.rules import MeshRules
 
 # Rows of a round, against the number that arrives if all experts are equally busy. Beyond it a second round begins: it
 # costs time, never tokens. An estimate: routing that the balance rules hold within a third of the mean needs one.
-_ROOM = 1.5
+_CAPACITY_FACTOR = 1.5
 _RAGGED = {"cpu": False}  # platforms without `lax.ragged_all_to_all`
 
 
-def spread_experts(
-    sharding: Sharding,
+def ep_experts(
+    sharding: MeshRules,
     x_BTD: jax.Array,
     picks_BTK: jax.Array,
     weights_BTK: jax.Array,
@@ -40,23 +40,23 @@ def spread_experts(
     for none, and what it gives is undefined. The routing weights apply to what comes back, in float32. Raises UserError
     for a layout that this cannot follow.
     """
-    check(sharding)
-    if sharding.inside:
+    validate_ep(sharding)
+    if sharding.per_device:
         return _forward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EUDF, down_EFD, picks_BTK)
     return _routed(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EUDF, down_EFD, picks_BTK)
 
 
-def check(sharding: Sharding) -> None:
+def validate_ep(sharding: MeshRules) -> None:
     """Raise UserError unless experts and their hidden size are split along axes of the tokens, their width is not."""
     tokens = _token_axes(sharding)
     for name, inside in (("expert", True), ("expert_embed", True), ("expert_mlp", False)):
         for axis in sharding.axes("weights", name):
             if (axis in tokens) != inside:
-                raise UserError(f"layout {sharding.layout.name!r}: mesh axis {axis!r} splits {name!r} and so must "
+                raise UserError(f"layout {sharding.rules.name!r}: mesh axis {axis!r} splits {name!r} and so must "
                                 f"{'also' if inside else 'not'} split batch or token")  # fmt: skip
 
 
-def _token_axes(sharding: Sharding) -> tuple[str, ...]:
+def _token_axes(sharding: MeshRules) -> tuple[str, ...]:
     return sharding.axes("activations", "batch") + sharding.axes("activations", "token")
 
 
@@ -89,7 +89,7 @@ _routed.defvjp(_save, _gradients)
 
 def _forward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EUDF, down_EFD, picks_BTK):
     """The shard_map body: one device's tokens, its part of the matrices."""
-    rounds, one = _rounds(sharding, _products(sharding, limit, fp8), picks_BTK, gate_up_EUDF.shape[0])
+    rounds, one = _dispatch_plan(sharding, _products(sharding, limit, fp8), picks_BTK, gate_up_EUDF.shape[0])
     arguments = (_flat(x_BTD), _flat(weights_BTK), *_gathered(sharding, x_BTD.dtype, gate_up_EUDF, down_EFD))
     first = one(jnp.int32(0), *arguments)  # outside of the loop, so that it can overlap with what is independent
     y_BD = jax.lax.fori_loop(1, rounds, lambda turn, y: y + one(turn, *arguments), first)
@@ -98,7 +98,7 @@ def _forward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EUDF, down_EFD, p
 
 def _backward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EUDF, down_EFD, picks_BTK, dy_BTD):
     """Each round once more, with its gradients; those of a matrix are summed over the devices that used it."""
-    rounds, one = _rounds(sharding, _products(sharding, limit, fp8), picks_BTK, gate_up_EUDF.shape[0])
+    rounds, one = _dispatch_plan(sharding, _products(sharding, limit, fp8), picks_BTK, gate_up_EUDF.shape[0])
     arguments = (_flat(x_BTD), _flat(weights_BTK), *_gathered(sharding, x_BTD.dtype, gate_up_EUDF, down_EFD))
     pull = lambda turn: jax.vjp(functools.partial(one, turn), *arguments)[1](_flat(dy_BTD))
     add = lambda turn, sums: jax.tree.map(jnp.add, sums, pull(turn))
@@ -117,7 +117,7 @@ def _products(sharding, limit, fp8):
     return functools.partial(experts, limit=limit, fp8=fp8, impl="blocks" if sharding.platform == "cpu" else "ragged")
 
 
-def _rounds(sharding, products, picks_BTK, experts_here):
+def _dispatch_plan(sharding, products, picks_BTK, experts_here):
     """How many rounds there are, and one of them: (turn, x_BD, weights_BK, gate_up, down) -> its part of y_BD."""
     picks_BK = _flat(picks_BTK)
     axes = sharding.axes("weights", "expert")
@@ -133,8 +133,8 @@ def _rounds(sharding, products, picks_BTK, experts_here):
     counts_PE = jax.lax.all_gather(counts_E, axes)
     count_PP = counts_PE.reshape(P, P, experts_here).sum(-1)
     most = P * B * min(K, experts_here)
-    room = min(most, -(-int(_ROOM * B * K) // 8) * 8)
-    travel = Travel(axes, _RAGGED.get(sharding.platform, True), room, jax.lax.axis_index(axes), count_PP)
+    room = min(most, -(-int(_CAPACITY_FACTOR * B * K) // 8) * 8)
+    travel = TokenDispatcher(axes, _RAGGED.get(sharding.platform, True), room, jax.lax.axis_index(axes), count_PP)
     home_R = jnp.minimum(picks_R[order_R] // experts_here, P - 1)  # picks of no expert come last, and stay
     # Arrivals lie by source, each source's by expert: the expert of a slot follows from the counts alone.
     ends_PE = jnp.cumsum(jax.lax.dynamic_slice_in_dim(counts_PE, travel.me * experts_here, experts_here, 1).reshape(-1))
@@ -144,10 +144,10 @@ def _rounds(sharding, products, picks_BTK, experts_here):
         expert = jnp.searchsorted(ends_PE, arrival, side="right") % experts_here
         full = arrival < travel.arriving
         pick = jnp.where(full, expert, experts_here).astype(jnp.int32)  # beyond the last expert: computed by none
-        here = travel.go(x_BD[order_R // K], turn)
+        here = travel.dispatch(x_BD[order_R // K], turn)
         done = products(here, pick[:, None], full[:, None].astype(jnp.float32), gate_up_EUDF, down_EFD)
         done = jnp.where(full[:, None], done, 0).astype(x_BD.dtype)
-        y_RD = travel.back(done, turn, home_R)[place_R]
+        y_RD = travel.combine(done, turn, home_R)[place_R]
         return jnp.einsum("BKD,BK->BD", y_RD.reshape(B, K, -1).astype(jnp.float32), weights_BK)
 
     return jax.lax.pmax(travel.rounds, _token_axes(sharding)), one

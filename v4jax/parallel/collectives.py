@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 
 @dataclass(frozen=True)
-class Travel:
+class TokenDispatcher:
     """Who sends how many rows to whom, seen from one device of `axes`, P devices in all.
 
     A device's rows lie sorted by destination; what arrives lies sorted by source. Arrivals are worked on in rounds of
@@ -60,7 +60,7 @@ class Travel:
         end = jnp.clip(first + self.room - self.start_PP, 0, self.count_PP)
         return self.base_PP + begin, self.start_PP + begin - first, end - begin
 
-    def go(self, rows_RD: jax.Array, turn: jax.Array) -> jax.Array:
+    def dispatch(self, rows_RD: jax.Array, turn: jax.Array) -> jax.Array:
         """The rows that arrive here in a round, [room, D]; empty slots are zero."""
         if self.ragged:
             source, slot, number = self._parts(turn)
@@ -76,7 +76,7 @@ class Travel:
         picked = all_PRD[source, jnp.clip(row, 0, rows_RD.shape[0] - 1)]
         return jnp.where((arrival < self.arriving)[:, None], picked, 0)
 
-    def back(self, done_CD: jax.Array, turn: jax.Array, home_R: jax.Array) -> jax.Array:
+    def combine(self, done_CD: jax.Array, turn: jax.Array, home_R: jax.Array) -> jax.Array:
         """The rows of a round where they came from, [R, D], zero in the rows of other rounds.
 
         home_R int32: the destination of each own row, in order.

@@ -26,7 +26,7 @@ _GONE = re.compile("Gloo|connection|peer|UNAVAILABLE|DEADLINE_EXCEEDED|heartbeat
 _HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
 
 
-class Place(NamedTuple):
+class ProcessInfo(NamedTuple):
     """This process among those of a run.
 
     launcher: who said so. coordinator: "host:port" of process 0; None where JAX asks the TPU's metadata for all of it.
@@ -40,7 +40,7 @@ class Place(NamedTuple):
     devices: tuple[int, ...] | None = None
 
 
-def where(environment: Mapping[str, str]) -> Place | None:
+def detect_process(environment: Mapping[str, str]) -> ProcessInfo | None:
     """The place that `environment` gives this process; None for a process alone. Raises UserError if it is incomplete.
 
     First JAX's own variables, then Open MPI, then a Slurm step, then TPU hosts: what was set closest to the process
@@ -52,7 +52,7 @@ def where(environment: Mapping[str, str]) -> Place | None:
     return None
 
 
-def _plain(env: Mapping[str, str]) -> Place | None:
+def _plain(env: Mapping[str, str]) -> ProcessInfo | None:
     """JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID (a JobSet gives the last as JOB_COMPLETION_INDEX)."""
     if "JAX_COORDINATOR_ADDRESS" not in env:
         return None
@@ -60,13 +60,13 @@ def _plain(env: Mapping[str, str]) -> Place | None:
     if "JAX_NUM_PROCESSES" not in env or index is None:
         raise UserError("JAX_COORDINATOR_ADDRESS is set, but JAX_NUM_PROCESSES or JAX_PROCESS_ID is not; set all three")
     devices = env.get("JAX_LOCAL_DEVICE_IDS")
-    return Place(
+    return ProcessInfo(
         "environment", _with_port(env["JAX_COORDINATOR_ADDRESS"], env), _number(env["JAX_NUM_PROCESSES"]),
         _number(index), tuple(map(_number, devices.split(","))) if devices else None,
     )  # fmt: skip
 
 
-def _open_mpi(env: Mapping[str, str]) -> Place | None:
+def _open_mpi(env: Mapping[str, str]) -> ProcessInfo | None:
     """mpirun: the address of its daemon on the first host is in OMPI_MCA_orte_hnp_uri (PMIX_SERVER_URI* since 5)."""
     if "OMPI_COMM_WORLD_RANK" not in env:
         return None
@@ -79,13 +79,13 @@ def _open_mpi(env: Mapping[str, str]) -> Place | None:
     single = local == count  # all on this host: its daemon's address may be one that only leads outside
     if not host and not single:
         raise UserError("mpirun left no address of its first host; set JAX_COORDINATOR_ADDRESS=HOST:PORT (mpirun -x)")
-    return Place(
+    return ProcessInfo(
         "Open MPI", _with_port("127.0.0.1" if single else host[1], env), count, _number(env["OMPI_COMM_WORLD_RANK"]),
         _own_devices(env, local, _number(env.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))),
     )  # fmt: skip
 
 
-def _slurm(env: Mapping[str, str]) -> Place | None:
+def _slurm(env: Mapping[str, str]) -> ProcessInfo | None:
     """A step that srun started; a shell of sbatch or salloc has no SLURM_STEP_NODELIST and is a process alone."""
     if "SLURM_STEP_NODELIST" not in env or "SLURM_PROCID" not in env:
         return None
@@ -93,7 +93,7 @@ def _slurm(env: Mapping[str, str]) -> Place | None:
     port = env.get("JAX_COORDINATOR_PORT", str(65_536 - 4096 + _number(env["SLURM_JOB_ID"]) % 4096))
     count = _number(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
     local = _slurm_local_tasks(env)
-    return Place(
+    return ProcessInfo(
         "Slurm", f"{first_host(env['SLURM_STEP_NODELIST'])}:{port}", count, _number(env["SLURM_PROCID"]),
         _own_devices(env, local, _number(env.get("SLURM_LOCALID", "0"))),
     )  # fmt: skip
@@ -108,11 +108,11 @@ def _slurm_local_tasks(env: Mapping[str, str]) -> int:
     return tasks[min(_number(env.get("SLURM_NODEID", "0")), len(tasks) - 1)]
 
 
-def _tpu(env: Mapping[str, str]) -> Place | None:
+def _tpu(env: Mapping[str, str]) -> ProcessInfo | None:
     """Several TPU hosts, of a TPU VM or of GKE; JAX reads the rest from the same variables or the metadata server."""
     hosts = [host for host in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
     many = len(hosts) > 1 or _number(env.get("MEGASCALE_NUM_SLICES", "1")) > 1
-    return Place("TPU", None, None, None) if many else None
+    return ProcessInfo("TPU", None, None, None) if many else None
 
 
 def _own_devices(env: Mapping[str, str], local: int, index: int) -> tuple[int, ...] | None:
@@ -149,7 +149,7 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def start(place: Place | None, timeout: int) -> None:
+def initialize(place: ProcessInfo | None, timeout: int) -> None:
     """Join the run at `place` before anything touches a device; None: a process alone, nothing to do.
 
     Raises UserError, in every process that came, if not all have after `timeout` seconds. A process that dies later is
@@ -162,14 +162,14 @@ def start(place: Place | None, timeout: int) -> None:
     if place.coordinator is None:
         jax.distributed.initialize(**options)
         return
-    meet(place, timeout)
+    rendezvous(place, timeout)
     devices = list(place.devices) if place.devices else None
     jax.distributed.initialize(
         place.coordinator, place.count, place.index, devices, cluster_detection_method="deactivate", **options
     )
 
 
-def meet(place: Place, timeout: float) -> None:
+def rendezvous(place: ProcessInfo, timeout: float) -> None:
     """Return when all processes have called this with the same number of processes.
 
     JAX's own client ends the process with a stack trace when a peer does not come, hence this meeting before it: the
@@ -196,7 +196,7 @@ def meet(place: Place, timeout: float) -> None:
         raise UserError(answer)
 
 
-def _gather(port: int, place: Place, end: float) -> str:
+def _gather(port: int, place: ProcessInfo, end: float) -> str:
     """Process 0: wait for the others and tell all of them the answer, which is returned.
 
     It is "" if all have come, "missing 1, 2" if some have not, else what is wrong with those that came.
@@ -223,7 +223,7 @@ def _gather(port: int, place: Place, end: float) -> str:
     return answer
 
 
-def _wrong(place: Place, index: int, count: int, came: Mapping[int, socket.socket]) -> str:
+def _wrong(place: ProcessInfo, index: int, count: int, came: Mapping[int, socket.socket]) -> str:
     """Why a peer that says it is process `index` of `count` cannot join process 0; "" if it can."""
     if count != place.count:
         return (f"process {index} was started as one of {count} processes, process 0 as one of {place.count}; "
@@ -246,7 +246,7 @@ def _is_closed(peer: socket.socket) -> bool:
         peer.settimeout(5)
 
 
-def _report(host: str, port: int, place: Place, end: float) -> str:
+def _report(host: str, port: int, place: ProcessInfo, end: float) -> str:
     """Any other process: say that it is here and wait for the answer of process 0."""
     while True:
         try:
@@ -263,12 +263,12 @@ def _report(host: str, port: int, place: Place, end: float) -> str:
             time.sleep(0.2)
 
 
-def is_lead() -> bool:
+def is_primary() -> bool:
     """Whether this process writes what a run has one of: metrics, plots, summaries."""
     return jax.process_index() == 0
 
 
-def stop_asked(step: int) -> bool:
+def preempted(step: int) -> bool:
     """Whether any process was asked to stop (SIGTERM) and this is the step after which all of them do.
 
     Called after every step, by every process; alone, False.
@@ -277,7 +277,7 @@ def stop_asked(step: int) -> bool:
 
 
 @contextlib.contextmanager
-def peers() -> Iterator[None]:
+def peer_errors() -> Iterator[None]:
     """Inside, a collective that breaks because a peer is gone is one clear line instead of a traceback."""
     try:
         yield
@@ -297,7 +297,7 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def gather(data: bytes) -> list[bytes]:
+def all_gather_bytes(data: bytes) -> list[bytes]:
     """What every process gives, by process. All call it at the same point; alone, it is what was given."""
     if jax.process_count() == 1:
         return [data]

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from v4jax.parallel.rules import Sharding
+from v4jax.parallel.rules import MeshRules
 
 
-def on_whole(
+def map_whole_matrices(
     function: Callable[[jax.Array], jax.Array],
     arrays: Sequence[jax.Array],
     axes: int,
-    sharding: Sharding,
+    sharding: MeshRules,
     specs: Sequence[PartitionSpec],
 ) -> tuple[jax.Array, ...]:
     """`function` of every matrix of every array, which keeps a matrix' shape.
@@ -30,7 +30,7 @@ def on_whole(
     parts (`replicas`) each takes every r-th round and gives the results to the others. n matrices take n / (k r)
     rounds, rounded up; arrays that have too few for one round share theirs.
     """
-    whole, copies = (None,) * axes, replicas(sharding, specs[0])
+    whole, copies = (None,) * axes, replica_axes(sharding, specs[0])
     split = [(axis, _names(at)) for axis, at in enumerate((*whole, *specs[0])[-axes:]) if at]
     sharers, groups = math.prod(sharding.size(names) for _, names in split), sharding.size(copies)
 
@@ -55,7 +55,7 @@ def on_whole(
 
     def local(*arrays):
         flat = [x.reshape(-1, *x.shape[x.ndim - axes :]) for x in arrays]
-        for group in sharing([len(x) for x in flat], groups * sharers):
+        for group in group_small([len(x) for x in flat], groups * sharers):
             ends = np.cumsum([len(flat[i]) for i in group])
             done = rounds(jnp.concatenate([flat[i] for i in group]))
             for i, x in zip(group, jnp.split(done, ends[:-1]), strict=True):
@@ -66,13 +66,13 @@ def on_whole(
     return jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=specs, check_vma=False)(*arrays)
 
 
-def sharing(counts: Sequence[int], turn: int) -> list[list[int]]:
+def group_small(counts: Sequence[int], turn: int) -> list[list[int]]:
     """Which arrays, by place, share rounds of `turn` matrices: those of too few for one; each other has its own."""
     few = [i for i, count in enumerate(counts) if count < turn]
     return [few] * bool(few) + [[i] for i, count in enumerate(counts) if count >= turn]
 
 
-def replicas(sharding: Sharding, spec: PartitionSpec) -> tuple[str, ...]:
+def replica_axes(sharding: MeshRules, spec: PartitionSpec) -> tuple[str, ...]:
     """Mesh axes along which an array that lies so is the same everywhere, but for slices: their network is slow."""
     used = {name for at in spec for name in _names(at)}
     return tuple(axis for axis, size in sharding.mesh.shape.items() if size > 1 and axis not in used | {"slice"})

@@ -15,7 +15,7 @@ from v4jax.config import MESH_AXES
 from v4jax.core.check import UserError
 
 
-def sizes(mesh: config.Mesh, layout: config.Layout, devices: int) -> tuple[int, ...]:
+def sizes(mesh: config.Mesh, layout: config.ShardingRules, devices: int) -> tuple[int, ...]:
     """Devices along each of MESH_AXES; raises UserError if they cannot make up `devices`."""
     size = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     named = ", ".join(f"mesh.{axis}={n}" for axis, n in size.items() if n > 1) or "no axis"
@@ -32,7 +32,7 @@ def sizes(mesh: config.Mesh, layout: config.Layout, devices: int) -> tuple[int, 
     return tuple(size.values())
 
 
-def make_mesh(mesh: config.Mesh, layout: config.Layout, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(mesh: config.Mesh, layout: config.ShardingRules, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over `devices` (default: all of all processes), every axis Auto: the compiler places collectives.
 
     Neighbours on the last axes are neighbours in the machine. The axis `slice` follows the devices' slice index where

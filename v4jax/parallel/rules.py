@@ -22,19 +22,19 @@ from v4jax.core.axes import ACTIVATION, LOGICAL, SPECIAL, logical
 from v4jax.core.check import UserError
 from v4jax.parallel.mesh import make_mesh
 
-_ACTIVE: contextvars.ContextVar[Sharding | None] = contextvars.ContextVar("sharding", default=None)
+_ACTIVE: contextvars.ContextVar[MeshRules | None] = contextvars.ContextVar("sharding", default=None)
 
 
 @dataclass(frozen=True)
-class Sharding:
+class MeshRules:
     """A mesh and the rules by which arrays lie on it.
 
     inside: the program in force is already one device's (the body of a `shard_map` over all axes), arrays its parts.
     """
 
     mesh: Mesh
-    layout: config.Layout
-    inside: bool = False
+    rules: config.ShardingRules
+    per_device: bool = False
 
     @property
     def platform(self) -> str:
@@ -43,7 +43,7 @@ class Sharding:
 
     def axes(self, table: str, name: str) -> tuple[str, ...]:
         """Mesh axes larger than 1 that split the logical axis `name`; table: "weights" or "activations"."""
-        return tuple(axis for axis in dict(getattr(self.layout, table)).get(name, ()) if self.mesh.shape[axis] > 1)
+        return tuple(axis for axis in dict(getattr(self.rules, table)).get(name, ()) if self.mesh.shape[axis] > 1)
 
     def size(self, axes: Sequence[str]) -> int:
         """Devices along these axes together."""
@@ -75,13 +75,13 @@ class Sharding:
         return out
 
 
-def make_sharding(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Sharding | None:
+def make_mesh_rules(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) -> MeshRules | None:
     """The mesh of a config with its rules, checked; None for a config without a layout. Raises UserError."""
-    if not mesh.layout:
+    if not mesh.rules:
         return None
-    layout = config.load_layout(mesh.layout)
-    check_layout(layout)
-    sharding = Sharding(make_mesh(mesh, layout, devices), layout)
+    layout = config.load_sharding(mesh.rules)
+    validate_rules(layout)
+    sharding = MeshRules(make_mesh(mesh, layout, devices), layout)
     used = {axis for _, axes in layout.weights + layout.activations for axis in axes}
     for axis, size in sharding.mesh.shape.items():
         if size > 1 and axis not in used:
@@ -90,7 +90,7 @@ def make_sharding(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None
     return sharding
 
 
-def check_layout(layout: config.Layout) -> None:
+def validate_rules(layout: config.ShardingRules) -> None:
     """Raise UserError for a rule that means nothing: an unknown or repeated name, or a mesh axis twice in an array."""
     words = set(LOGICAL.values()) | {word for names in SPECIAL.values() for word in names.values()}
     for table, known in (("weights", words), ("activations", set(ACTIVATION.values()))):
@@ -113,7 +113,7 @@ def check_layout(layout: config.Layout) -> None:
         raise UserError(f"layout {layout.name!r}: fill is {layout.fill!r}; one of {', '.join(MESH_AXES)}")
 
 
-def check_used(layout: config.Layout, letters: Sequence[str]) -> None:
+def validate_used(layout: config.ShardingRules, letters: Sequence[str]) -> None:
     """Raise UserError for a clash in a parameter of these letters, or a rule that none of them follows."""
     rules, followed = dict(layout.weights), set()
     for axes in letters:
@@ -132,7 +132,7 @@ def check_used(layout: config.Layout, letters: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def use(sharding: Sharding | None) -> Iterator[None]:
+def use_rules(sharding: MeshRules | None) -> Iterator[None]:
     """Inside, `constrain` and `active` follow these rules; entered while a program is traced."""
     token = _ACTIVE.set(sharding)
     try:
@@ -141,7 +141,7 @@ def use(sharding: Sharding | None) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
-def active() -> Sharding | None:
+def current_rules() -> MeshRules | None:
     """The rules in force, or None."""
     return _ACTIVE.get()
 
@@ -149,7 +149,7 @@ def active() -> Sharding | None:
 def constrain(x: jax.Array, letters: str) -> jax.Array:
     """The activation `x`, split as the rules in force say; without rules, or inside of one device, `x` itself."""
     sharding = _ACTIVE.get()
-    if sharding is None or sharding.inside:
+    if sharding is None or sharding.per_device:
         return x
     return jax.lax.with_sharding_constraint(x, sharding.named(sharding.activation(letters)))
 
@@ -158,7 +158,7 @@ def _spec(axes: Sequence[tuple[str, ...]]) -> PartitionSpec:
     return PartitionSpec(*(None if not names else names[0] if len(names) == 1 else names for names in axes))
 
 
-def _check(sharding: Sharding, name: str, spec: tuple, names: tuple[str, ...], shape: tuple[int, ...]) -> None:
+def _check(sharding: MeshRules, name: str, spec: tuple, names: tuple[str, ...], shape: tuple[int, ...]) -> None:
     for axes, word, size in zip(spec, names, shape, strict=False):
         split = (axes,) if isinstance(axes, str) else axes or ()
         if size % sharding.size(split):

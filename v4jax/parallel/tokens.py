@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.core.check import UserError
-from v4jax.parallel.rules import Sharding, active
+from v4jax.parallel.rules import MeshRules, current_rules
 
 
 @dataclass(frozen=True)
-class Parts:
+class ContextShards:
     """The split of the tokens by the rules in force."""
 
-    sharding: Sharding
+    sharding: MeshRules
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -40,35 +40,35 @@ class Parts:
         """function(*arguments) as `alone`, but that parts may ask for what `before` and `whole` give."""
         return _run(self.sharding, function, arguments)
 
-    def before(self, tree, count: int, first):
+    def halo_left(self, tree, count: int, first):
         """Inside of `run`: the last `count` rows of the part before, and in the first part `first`, a tree like it."""
         steps = [(i, i + 1) for i in range(self.sharding.size(self.axes) - 1)]
         is_first = jax.lax.axis_index(self.axes) == 0
         move = lambda a, empty: jnp.where(is_first, empty, jax.lax.ppermute(a[:, -count:], self.axes, steps))
         return jax.tree.map(move, tree, first)
 
-    def whole(self, tree):
+    def all_gather(self, tree):
         """Inside of `run`: arrays [B, T, ...] of all parts, one after another."""
         return jax.tree.map(lambda a: jax.lax.all_gather(a, self.axes, axis=1, tiled=True), tree)
 
 
-def parts() -> Parts | None:
+def active_context_shards() -> ContextShards | None:
     """How tokens are split, None if they are not, or if the program in force is already one device's."""
-    sharding = active()
-    split = sharding is not None and not sharding.inside and sharding.axes("activations", "token")
-    return Parts(sharding) if split else None
+    sharding = current_rules()
+    split = sharding is not None and not sharding.per_device and sharding.axes("activations", "token")
+    return ContextShards(sharding) if split else None
 
 
-def alone(function: Callable, *arguments):
+def shard_local(function: Callable, *arguments):
     """function(*arguments) of each device's rows and tokens. Arguments and results are trees of arrays [B, T, ...], or
     with another multiple of the parts in place of T; other axes may be split over the rest of the mesh."""
-    sharding = active()
-    if sharding is None or sharding.inside or not any(sharding.activation("BT")):
+    sharding = current_rules()
+    if sharding is None or sharding.per_device or not any(sharding.activation("BT")):
         return function(*arguments)
     return _run(sharding, function, arguments)
 
 
-def _run(sharding: Sharding, function: Callable, arguments):
+def _run(sharding: MeshRules, function: Callable, arguments):
     spec = sharding.activation("BT")
     split = {*sharding.axes("activations", "batch"), *sharding.axes("activations", "token")}
     mapped = jax.shard_map(

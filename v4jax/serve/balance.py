@@ -8,7 +8,7 @@ from v4jax.cache import prefix
 from v4jax.serve.scheduler import Scheduler
 
 
-def choose(
+def select_rank(
     schedulers: Sequence[Scheduler],
     prompt: Sequence[int],
     max_tokens: int,
@@ -23,20 +23,20 @@ def choose(
     """
     if len(schedulers) == 1:
         return schedulers[0]
-    block = schedulers[0].block
-    names = [] if seed is None else prefix.chain(seed, prompt[:-1], block)
+    block = schedulers[0].block_size
+    names = [] if seed is None else prefix.block_hashes(seed, prompt[:-1], block)
     held = below(names) if below is not None and names else [0] * len(schedulers)
 
     def cost(scheduler: Scheduler, held: int) -> tuple[int, int]:
-        found = max(scheduler.blocks.match(names)[0], held)
-        before = sum(sequence.limit - sequence.position for sequence in scheduler.sequences.values())
+        found = max(scheduler.block_pool.match_prefix(names)[0], held)
+        before = sum(sequence.max_len - sequence.position for sequence in scheduler.requests.values())
         return before + len(prompt) + max_tokens - found * block, scheduler.arrivals
 
     costs = [cost(scheduler, blocks) for scheduler, blocks in zip(schedulers, held, strict=True)]
     return schedulers[costs.index(min(costs))]
 
 
-def together(schedulers: Sequence[Scheduler]) -> dict[str, float]:
+def merge_stats(schedulers: Sequence[Scheduler]) -> dict[str, float]:
     """`Scheduler.stats`, counts added up, rates those of all."""
     each = [scheduler.stats() for scheduler in schedulers]
     total = {name: sum(stats[name] for stats in each) for name in each[0]}

@@ -33,43 +33,43 @@ from flax import nnx
 
 from v4jax import config
 from v4jax.cache import prefix
-from v4jax.cache.blocks import Blocks
-from v4jax.cache.spec import Layout
+from v4jax.cache.blocks import BlockPool
+from v4jax.cache.spec import KVCacheSpec
 from v4jax.core.check import UserError
-from v4jax.models.quantised import quantise
+from v4jax.models.quantised import quantize_model
 from v4jax.models.transformer import Transformer
 from v4jax.serve import balance, identity, live, parking, places, programs
-from v4jax.serve.programs import Heads, Live
-from v4jax.serve.sampling import Sampled, SamplingParams, batch_options
+from v4jax.serve.programs import DecodeState, KVCaches
+from v4jax.serve.sampling import SamplerOutput, SamplingParams, make_sampling_tensors
 from v4jax.serve.scheduler import Scheduler
-from v4jax.serve.sequence import Plan, Prefill, Sequence, State
+from v4jax.serve.sequence import SchedulerOutput, PrefillChunk, Request, RequestStatus
 
-_ENDED = (State.FINISHED, State.CANCELLED, State.FAILED)
+_ENDED = (RequestStatus.FINISHED, RequestStatus.ABORTED, RequestStatus.ERROR)
 _LEAST_CHUNK = 16  # tokens
 _log = logging.getLogger(__name__)
 
-_NOT_FINITE = Sampled(np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))  # what a chunk that is not draws
+_NOT_FINITE = SamplerOutput(np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))  # what a chunk that is not draws
 _NOBODY = SamplingParams(temperature=0.0, seed=0)
 
 
-class Drawn(NamedTuple):
+class SampledTokens(NamedTuple):
     """New tokens of one request: the first `count` positions of row `row` of `sampled` (numpy arrays)."""
 
     id: Hashable
-    sampled: Sampled
+    sampled: SamplerOutput
     row: int
     count: int
 
 
-class _Flight(NamedTuple):
+class InflightStep(NamedTuple):
     """A plan of each device under way, the results still on the devices: whether what was read is finite, the tokens
     after prompts' last chunks, and the tokens of decode rows, `size` on each device."""
 
-    plans: list[Plan | None]
+    plans: list[SchedulerOutput | None]
     size: int
     finite: jax.Array | None
-    first: tuple[Sampled, jax.Array] | None
-    rows: tuple[Sampled, jax.Array] | None
+    first: tuple[SamplerOutput, jax.Array] | None
+    rows: tuple[SamplerOutput, jax.Array] | None
 
 
 def _whole(method):
@@ -95,61 +95,61 @@ class Engine:
 
     def __init__(
         self, model: Transformer, limits: config.Serve, cache: config.Cache | None = None,
-        on: places.Places | None = None,
+        on: places.DataParallelGroup | None = None,
     ):  # fmt: skip
         self.model, self.limits, cache = model.config, limits, cache or config.Cache()
-        self.places = on or places.on(None)
-        check_limits(self.model, limits, cache)
-        places.check_engine(self.places, self.model, limits, cache)
-        if any(run.repeats > 1 for run in model.runs):
+        self.dp_group = on or places.data_parallel_group(None)
+        validate_limits(self.model, limits, cache)
+        places.validate_engine(self.dp_group, self.model, limits, cache)
+        if any(run.repeats > 1 for run in model.stack_specs):
             raise UserError("the engine cannot run layers that are held stacked; load the model with scan=False")
-        if limits.precision == "fp8":
-            model = quantise(model)
+        if limits.quantization == "fp8":
+            model = quantize_model(model)
         graphdef, variables = nnx.split(model)
         # A flat list of arrays, because JAX walks lists natively and nnx's trees in Python, every step.
         weights, tree = jax.tree.flatten(variables)
-        self._structure = programs.structure(graphdef, tree, self.places.sharding)
-        self._weights = self._structure.placed(weights)
-        self.layout = Layout(self.model, cache.layout, cache.block, cache.hot)
-        block, slots, k = self.layout.block, limits.max_batch, limits.speculative_tokens
-        self._table_width = -(-(limits.max_seq_len + k) // block)
-        kept = range(slots + 1, slots + 1 + (cache.records if cache.prefix else 0))
+        self._model_def = programs.model_def(graphdef, tree, self.dp_group.sharding)
+        self._weights = self._model_def.placed(weights)
+        self.kv_cache_spec = KVCacheSpec(self.model, cache.kv_cache_dtype, cache.block_size, cache.device_entries)
+        block, slots, k = self.kv_cache_spec.block, limits.max_num_seqs, limits.num_speculative_tokens
+        self._table_width = -(-(limits.max_model_len + k) // block)
+        kept = range(slots + 1, slots + 1 + (cache.num_state_snapshots if cache.enable_prefix_caching else 0))
         self._records = 1 + slots + len(kept)
         self._most_pages = pages = self._pages(cache, self._records)
-        longest = block if limits.batch_invariant else limits.prefill_chunk
+        longest = block if limits.batch_invariant else limits.max_num_batched_tokens
         self.schedulers = [
-            Scheduler(Blocks(pages, kept), slots, block, longest, record_every=cache.record_every, lookahead=k,
-                      replay=limits.batch_invariant) for _ in range(self.places.count)
+            Scheduler(BlockPool(pages, kept), slots, block, longest, record_every=cache.snapshot_interval_blocks, lookahead=k,
+                      replay=limits.batch_invariant) for _ in range(self.dp_group.count)
         ]  # fmt: skip
         self._sizes = [longest] if limits.batch_invariant else chunk_sizes(longest)
-        self._seed = self._digest(variables) if cache.prefix else None
-        self._kinds = [[kind for kind, _ in run.kinds] for run in model.runs]
-        self.parking, self.broken = None, False
+        self._seed = self._digest(variables) if cache.enable_prefix_caching else None
+        self._kinds = [[kind for kind, _ in run.kinds] for run in model.stack_specs]
+        self.kv_connector, self.broken = None, False
         self.reset()
-        if cache.hot:
+        if cache.device_entries:
             _log.info(
                 "cache: CSA entries of %s tokens in host memory (%s bytes), %s of a layer on the device",
-                *(f"{n:,}" for n in ((pages - 1) * block, live.stats(self._live)["kv_host_bytes"], cache.hot)),
+                *(f"{n:,}" for n in ((pages - 1) * block, live.memory_stats(self._kv_caches)["kv_host_bytes"], cache.device_entries)),
             )
-        self.parking = parking.build(self._live, self.places, cache, self.layout)
-        if self.parking is not None:
-            self.parking.attach(self.schedulers)
+        self.kv_connector = parking.build(self._kv_caches, self.dp_group, cache, self.kv_cache_spec)
+        if self.kv_connector is not None:
+            self.kv_connector.attach(self.schedulers)
 
     def _pages(self, cache: config.Cache, records: int) -> int:
         """Pages of every pool, page 0 among them."""
-        k, block = self.limits.speculative_tokens, self.layout.block
-        if not cache.device:
-            return 1 + (-(-cache.tokens // block) or self.limits.max_batch * self._table_width)
-        fixed = records * self.layout.record_bytes(3 * k, mtp=k > 0) + self.layout.hot_bytes
-        least = fixed + 2 * self.layout.page_bytes
-        if cache.device < least:
+        k, block = self.limits.num_speculative_tokens, self.kv_cache_spec.block
+        if not cache.kv_cache_memory_bytes:
+            return 1 + (-(-cache.kv_cache_tokens // block) or self.limits.max_num_seqs * self._table_width)
+        fixed = records * self.kv_cache_spec.state_bytes(3 * k, mtp=k > 0) + self.kv_cache_spec.device_cache_bytes
+        least = fixed + 2 * self.kv_cache_spec.block_bytes
+        if cache.kv_cache_memory_bytes < least:
             parts = f"{records} records and one block of {block} tokens"
-            parts, lower = (f"{parts} and the hot entries", "records or hot") if cache.hot else (parts, "records")
+            parts, lower = (f"{parts} and the hot entries", "records or hot") if cache.device_entries else (parts, "records")
             raise UserError(
-                f"a cache of {cache.device:,} bytes on the device is too small: {parts} take {least:,}; give it "
+                f"a cache of {cache.kv_cache_memory_bytes:,} bytes on the device is too small: {parts} take {least:,}; give it "
                 f"more, or lower max_batch or the cache's {lower}"
             )
-        return self.layout.pages_for(cache.device - fixed)
+        return self.kv_cache_spec.blocks_for(cache.kv_cache_memory_bytes - fixed)
 
     def reset(self) -> None:
         """Drop all requests and all that the device's cache holds; what the tiers below hold stays.
@@ -158,37 +158,37 @@ class Engine:
         """
         self.broken = True
         self._forget()
-        self._live = self._heads = self._device_tables = None  # freed first: there may be no room for both
+        self._kv_caches = self._decode_state = self._device_tables = None  # freed first: there may be no room for both
         self._allocate()
         self.broken = False
 
     def _forget(self) -> None:
         """`reset`, of the host's books."""
-        self._home: dict[Hashable, Scheduler] = {}
+        self._dp_rank: dict[Hashable, Scheduler] = {}
         self._sampling: dict[Hashable, SamplingParams] = {}
         self._batch, self._device_batch = (), None
-        self._flight: deque[_Flight] = deque()
+        self._inflight: deque[InflightStep] = deque()
         for scheduler in self.schedulers:
             scheduler.reset()
-        if self.parking is not None:
-            self.parking.attach(self.schedulers)
+        if self.kv_connector is not None:
+            self.kv_connector.attach(self.schedulers)
 
     def _allocate(self) -> None:
-        slots, k, scheduler = self.limits.max_batch, self.limits.speculative_tokens, self.schedulers[0]
+        slots, k, scheduler = self.limits.max_num_seqs, self.limits.num_speculative_tokens, self.schedulers[0]
         with jax.transfer_guard("allow"):
-            room = (self._most_pages, self._records, scheduler.slack + k)
-            one = lambda kind: self.places.everywhere(live.new_layer(self.layout, kind, *room))
-            self._live = Live([[one(kind) for kind in run] for run in self._kinds], one("swa") if k else None)
-            heads = Heads(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
-            self._heads = self.places.everywhere(heads)
-        self._tables = np.full((self.places.count, slots + 1, self._table_width), -1, np.int32)
-        self._put_tables()
+            room = (self._most_pages, self._records, scheduler.rollback_tokens + k)
+            one = lambda kind: self.dp_group.replicate(live.allocate_layer(self.kv_cache_spec, kind, *room))
+            self._kv_caches = KVCaches([[one(kind) for kind in run] for run in self._kinds], one("swa") if k else None)
+            heads = DecodeState(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
+            self._decode_state = self.dp_group.replicate(heads)
+        self._tables = np.full((self.dp_group.count, slots + 1, self._table_width), -1, np.int32)
+        self._upload_block_tables()
 
     def _recover(self) -> None:
         """Reset an engine that an exception left half changed."""
         if not self.broken:
             return
-        if (processes := len(set(self.places.processes))) > 1:
+        if (processes := len(set(self.dp_group.processes))) > 1:
             raise UserError(
                 f"a step of this engine failed in one of its {processes} processes, which no longer agree; end all of "
                 "them and start again"
@@ -200,13 +200,13 @@ class Engine:
         """Seed of the names of blocks: all that their contents depend on besides the tokens."""
         # Where bits are promised, blocks from another run are of use only if the same programs computed them.
         bits = (jax.__version__, jax.default_backend()) if self.limits.batch_invariant else ()
-        return prefix.seed(identity.digest(variables), self.model, self.layout.name, self.layout.block, *bits)
+        return prefix.hash_seed(identity.weights_digest(variables), self.model, self.kv_cache_spec.name, self.kv_cache_spec.block, *bits)
 
     # --- requests --------------------------------------------------------------------------------------------------
 
     def check(self, prompt: list[int], sampling: SamplingParams, name: str) -> None:
         """Raise UserError, calling the prompt `name`, if the request cannot be run."""
-        limit = self.limits.max_seq_len
+        limit = self.limits.max_model_len
         if not prompt:
             raise UserError(f"{name} is empty; a prompt needs at least one token")
         if min(prompt) < 0 or max(prompt) >= self.model.vocab_size:
@@ -215,17 +215,17 @@ class Engine:
         if len(prompt) + sampling.max_tokens > limit:
             raise UserError(
                 f"{name} has {len(prompt)} tokens, which with max_tokens {sampling.max_tokens} exceeds max_seq_len"
-                f" {limit}; shorten one of them or raise max_seq_len (the model takes up to {self.model.max_positions})"
+                f" {limit}; shorten one of them or raise max_seq_len (the model takes up to {self.model.max_position_embeddings})"
             )
         self.schedulers[0].check_fits(len(prompt), sampling.max_tokens)
 
-    def add(self, id: Hashable, prompt: list[int], sampling: SamplingParams, salt: str = "") -> None:
+    def add_request(self, id: Hashable, prompt: list[int], sampling: SamplingParams, salt: str = "") -> None:
         """Queue a request that `check` has passed. salt: it shares blocks only with requests of the same salt.
 
         Raises ValueError for an id that is in use.
         """
         self._recover()
-        if id in self._home and id in self._home[id].sequences:
+        if id in self._dp_rank and id in self._dp_rank[id].requests:
             raise ValueError(f"request {id!r} is in use")
         self._add(id, prompt, sampling, salt)
 
@@ -233,24 +233,24 @@ class Engine:
     def _add(self, id: Hashable, prompt: list[int], sampling: SamplingParams, salt: str) -> None:
         if sampling.seed is None:
             sampling = dataclasses.replace(sampling, seed=secrets.randbits(64))
-        seed = self._seed and prefix.seed(self._seed, salt=salt)
-        below = self.parking and self.parking.found
-        home = balance.choose(self.schedulers, prompt, sampling.max_tokens, seed, below)
-        home.add(id, prompt, sampling.max_tokens, seed=seed)
-        self._home[id] = home
+        seed = self._seed and prefix.hash_seed(self._seed, salt=salt)
+        below = self.kv_connector and self.kv_connector.num_offloaded_blocks
+        home = balance.select_rank(self.schedulers, prompt, sampling.max_tokens, seed, below)
+        home.add_request(id, prompt, sampling.max_tokens, seed=seed)
+        self._dp_rank[id] = home
         self._sampling[id], self._batch = sampling, ()  # an id may come again with other options
 
     @_whole
-    def finish(self, id: Hashable) -> None:
+    def finish_request(self, id: Hashable) -> None:
         """End a request whose text is complete."""
-        if id in self._home:
-            self._home[id].finish(id)
+        if id in self._dp_rank:
+            self._dp_rank[id].finish_request(id)
 
     @_whole
-    def cancel(self, id: Hashable) -> None:
+    def abort_request(self, id: Hashable) -> None:
         """Drop a request, at any moment; what it holds is freed."""
-        if id in self._home:
-            self._home[id].cancel(id)
+        if id in self._dp_rank:
+            self._dp_rank[id].abort_request(id)
 
     @property
     def busy(self) -> bool:
@@ -265,176 +265,176 @@ class Engine:
     # --- steps -----------------------------------------------------------------------------------------------------
 
     @_whole
-    def step(self) -> list[Drawn]:
+    def step(self) -> list[SampledTokens]:
         """Send the next plan to the device, take the results of the one before: new tokens by request.
 
         A request whose logits were not finite has ended, failed, when its tokens (whose `finite` says so) come. An
         exception ends all requests: nothing of them is left at the next call.
         """
-        if self.parking is not None:
-            self.parking.agree()
-        plans = [scheduler.step() for scheduler in self.schedulers]
+        if self.kv_connector is not None:
+            self.kv_connector.sync_loads()
+        plans = [scheduler.schedule() for scheduler in self.schedulers]
         any_plan = any(plan is not None for plan in plans)
-        self._park(waits=not any_plan and not self._flight)
+        self._run_offload(waits=not any_plan and not self._inflight)
         if any_plan:
-            self._flight.append(self._send(plans))
-        drawn = self._take(self._flight.popleft()) if len(self._flight) > any_plan else []
+            self._inflight.append(self._dispatch(plans))
+        drawn = self._collect(self._inflight.popleft()) if len(self._inflight) > any_plan else []
         if not self._has_work:
-            self._park()
+            self._run_offload()
         return drawn
 
-    def _park(self, waits: bool = False) -> None:
+    def _run_offload(self, waits: bool = False) -> None:
         """Move between the device and the tiers below what the scheduler's books have moved."""
-        if self.parking is not None:
-            self._live = self.parking.carry_out(self._live, idle=not self._has_work)
+        if self.kv_connector is not None:
+            self._kv_caches = self.kv_connector.run_transfers(self._kv_caches, idle=not self._has_work)
             if waits:
-                self.parking.wait()
+                self.kv_connector.wait_for_load()
 
     def close(self, seconds: float = 10.0) -> None:
         """Move what is idle to the tiers below the device, in so many seconds at most, and leave them. For good."""
-        if self.parking is not None:
+        if self.kv_connector is not None:
             if self.broken:
                 self._forget()
-            self.parking.close(self._live, seconds)
-            self.parking = None
+            self.kv_connector.close(self._kv_caches, seconds)
+            self.kv_connector = None
             for scheduler in self.schedulers:
-                scheduler.below = scheduler.blocks.watch = None
+                scheduler.kv_connector = scheduler.block_pool.on_idle = None
 
-    def _send(self, plans: list[Plan | None]) -> _Flight:
-        put, some = self.places.put, lambda name: [plan and getattr(plan, name) or () for plan in plans]
+    def _dispatch(self, plans: list[SchedulerOutput | None]) -> InflightStep:
+        put, some = self.dp_group.shard_rows, lambda name: [plan and getattr(plan, name) or () for plan in plans]
         for pairs in zip_longest(*some("copies"), fillvalue=(0, 0)):
             source_D, target_D = np.array(pairs, np.int32).T.copy()
-            self._live = programs.copy(self._structure, self._live, *put((source_D, target_D)))
+            self._kv_caches = programs.copy_state(self._model_def, self._kv_caches, *put((source_D, target_D)))
         self._set_tables(some("sequences"))
         reads = [plan and plan.prefill for plan in plans]
         finite, first = self._prefill(reads) if any(reads) else (None, None)
         rows = [[row.sequence for row in decode] for decode in some("decode")]
-        size = min(1 << (max(map(len, rows)) - 1).bit_length(), self.limits.max_batch)
-        return _Flight(plans, size, finite, first, self._decode(rows, size) if any(rows) else None)
+        size = min(1 << (max(map(len, rows)) - 1).bit_length(), self.limits.max_num_seqs)
+        return InflightStep(plans, size, finite, first, self._decode(rows, size) if any(rows) else None)
 
-    def _set_tables(self, sequences: list[list[Sequence]]) -> None:
+    def _set_tables(self, sequences: list[list[Request]]) -> None:
         changed = False
         for device, here in enumerate(sequences):
             for sequence in here:
                 row = self._table(sequence)
-                if not np.array_equal(row, self._tables[device, sequence.slot]):
-                    self._tables[device, sequence.slot], changed = row, True
+                if not np.array_equal(row, self._tables[device, sequence.state_slot]):
+                    self._tables[device, sequence.state_slot], changed = row, True
         if changed:
-            self._put_tables()
+            self._upload_block_tables()
 
-    def _put_tables(self) -> None:
-        self._device_tables = self.places.put(self._tables.reshape(-1, self._table_width).copy())
+    def _upload_block_tables(self) -> None:
+        self._device_tables = self.dp_group.shard_rows(self._tables.reshape(-1, self._table_width).copy())
 
-    def _table(self, sequence: Sequence) -> np.ndarray:
+    def _table(self, sequence: Request) -> np.ndarray:
         row = np.full(self._table_width, -1, np.int32)
-        row[: len(sequence.pages)] = sequence.pages
+        row[: len(sequence.block_ids)] = sequence.block_ids
         return row
 
-    def _prefill(self, reads: list[Prefill | None]):
+    def _prefill(self, reads: list[PrefillChunk | None]):
         """Read a chunk on each device that has one to read; draw where it was a prompt's last."""
         size = next(size for size in self._sizes if size >= max(read.count for read in reads if read))
         tokens_DT = np.zeros((len(reads), size + 1), np.int32)
         scalars_3D = np.zeros((3, len(reads)), np.int32)  # start, count, record
         for device, read in enumerate(reads):
             if read:
-                known = read.sequence.tokens[read.start : read.start + read.count + 1]
+                known = read.request.tokens[read.start : read.start + read.count + 1]
                 tokens_DT[device, : len(known)] = known
-                scalars_3D[:, device] = read.start, read.count, read.sequence.slot
-        self._live, x_D1XD, finite_D = programs.prefill(
-            self._structure, self._weights, self._live, *self.places.put((tokens_DT, *scalars_3D)), self._device_tables
+                scalars_3D[:, device] = read.start, read.count, read.request.state_slot
+        self._kv_caches, x_D1XD, finite_D = programs.prefill(
+            self._model_def, self._weights, self._kv_caches, *self.dp_group.shard_rows((tokens_DT, *scalars_3D)), self._device_tables
         )
         ended = [read if read and read.last else None for read in reads]
         if not any(ended):
             return finite_D, None
-        place = [(read.sequence.slot, read.start + read.count) if read else (0, 0) for read in ended]
+        place = [(read.request.state_slot, read.start + read.count) if read else (0, 0) for read in ended]
         record_D, position_D = np.array(place, np.int32).T.copy()
-        options = self._options([[read.sequence.id] if read else [] for read in ended], 1)
-        logits_DTV = programs.logits(self._structure, self._weights, x_D1XD)
-        return finite_D, self._draw(logits_DTV, self.places.put((record_D, position_D)), options, x_D1XD)
+        options = self._options([[read.request.id] if read else [] for read in ended], 1)
+        logits_DTV = programs.logits(self._model_def, self._weights, x_D1XD)
+        return finite_D, self._sample(logits_DTV, self.dp_group.shard_rows((record_D, position_D)), options, x_D1XD)
 
     def _options(self, ids: list[list[Hashable]], size: int):
         """Sampling options of `size` rows on each device."""
         rows = [[self._sampling[id] for id in here] + [_NOBODY] * (size - len(here)) for here in ids]
-        options, plan = batch_options([row for here in rows for row in here])
-        return self.places.put(options), plan
+        options, plan = make_sampling_tensors([row for here in rows for row in here])
+        return self.dp_group.shard_rows(options), plan
 
-    def _decode(self, rows: list[list[Sequence]], size: int):
-        batch = tuple(tuple((sequence.slot, sequence.id) for sequence in here) for here in rows)
+    def _decode(self, rows: list[list[Request]], size: int):
+        batch = tuple(tuple((sequence.state_slot, sequence.id) for sequence in here) for here in rows)
         if batch != self._batch:
             record_DB = np.zeros((len(rows), size), np.int32)
             for device, here in enumerate(batch):
                 record_DB[device, : len(here)] = [slot for slot, _ in here]
             options = self._options([[id for _, id in here] for here in batch], size)
-            self._batch, self._device_batch = batch, (self.places.put(record_DB.reshape(-1)), options)
+            self._batch, self._device_batch = batch, (self.dp_group.shard_rows(record_DB.reshape(-1)), options)
         record_B, options = self._device_batch
         rows = (record_B, self._device_tables)
-        self._live, x_BTXD, logits_BTV = programs.decode(
-            self._structure, self._weights, self._live, self._heads, rows, self.limits.batch_invariant
+        self._kv_caches, x_BTXD, logits_BTV = programs.decode(
+            self._model_def, self._weights, self._kv_caches, self._decode_state, rows, self.limits.batch_invariant
         )
-        return self._draw(logits_BTV, (record_B, None), options, x_BTXD)
+        return self._sample(logits_BTV, (record_B, None), options, x_BTXD)
 
-    def _draw(self, logits_BTV, place, options, x_BTXD):
+    def _sample(self, logits_BTV, place, options, x_BTXD):
         """Tokens of the positions just read, and drafts of what follows them."""
-        self._heads, drawn = programs.draw(
-            self._structure, logits_BTV, self._heads, place, *options, self.limits.batch_invariant
+        self._decode_state, drawn = programs.sample_tokens(
+            self._model_def, logits_BTV, self._decode_state, place, *options, self.limits.batch_invariant
         )
-        if self._live.mtp is not None:
+        if self._kv_caches.mtp is not None:
             sampled, count_B = drawn
-            mtp, self._heads = programs.draft(
-                self._structure,
+            mtp, self._decode_state = programs.propose_draft(
+                self._model_def,
                 self._weights,
-                self._live.mtp,
-                self._heads,
+                self._kv_caches.mtp,
+                self._decode_state,
                 x_BTXD,
                 (sampled.token_B, count_B),
                 place[0],
             )
-            self._live = self._live._replace(mtp=mtp)
+            self._kv_caches = self._kv_caches._replace(mtp=mtp)
         return drawn
 
-    def _take(self, flight: _Flight) -> list[Drawn]:
-        results, drawn = self.places.get((flight.finite, flight.first, flight.rows)), []
+    def _collect(self, flight: InflightStep) -> list[SampledTokens]:
+        results, drawn = self.dp_group.get((flight.finite, flight.first, flight.rows)), []
         for device, plan in enumerate(flight.plans):
             if plan is not None:
-                drawn += self._take_plan(device, plan, flight.size, *results)
-        for id in [id for id, home in self._home.items() if id not in home.sequences]:
-            del self._home[id], self._sampling[id]
+                drawn += self._collect_device(device, plan, flight.size, *results)
+        for id in [id for id, home in self._dp_rank.items() if id not in home.requests]:
+            del self._dp_rank[id], self._sampling[id]
         return drawn
 
-    def _take_plan(self, device: int, plan: Plan, size: int, finite, first, rows) -> list[Drawn]:
+    def _collect_device(self, device: int, plan: SchedulerOutput, size: int, finite, first, rows) -> list[SampledTokens]:
         """The results of one device's plan, which are committed."""
         scheduler, drawn, failed = self.schedulers[device], [], []
         if read := plan.prefill:
-            failed += [] if finite[device] else [read.sequence]
+            failed += [] if finite[device] else [read.request]
             if read.last or failed:
-                drawn.append(Drawn(read.sequence.id, *((first[0], device) if read.last else (_NOT_FINITE, 0)), 1))
+                drawn.append(SampledTokens(read.request.id, *((first[0], device) if read.last else (_NOT_FINITE, 0)), 1))
         for row, decode in enumerate(plan.decode, device * size):
-            drawn.append(Drawn(decode.sequence.id, rows[0], row, int(rows[1][row])))
-        alive = {id: s for id, s in scheduler.sequences.items() if s.state not in _ENDED}
+            drawn.append(SampledTokens(decode.request.id, rows[0], row, int(rows[1][row])))
+        alive = {id: s for id, s in scheduler.requests.items() if s.status not in _ENDED}
         drawn = [d for d in drawn if d.id in alive]
         failed += [alive[d.id] for d in drawn if not d.sampled.finite_B[d.row, : d.count].all()]
         for sequence in failed:
             self._fail(device, sequence)
         gained = {d.id: d.sampled.token_B[d.row, : d.count].tolist() for d in drawn}
-        drawn = [d for d in drawn if not alive[d.id].repeats]
-        scheduler.commit(plan, gained)
+        drawn = [d for d in drawn if not alive[d.id].is_replay]
+        scheduler.update_from_output(plan, gained)
         return drawn
 
-    def _fail(self, device: int, sequence: Sequence) -> None:
+    def _fail(self, device: int, sequence: Request) -> None:
         """End a request whose logits are not finite; what it alone wrote is wiped before others may get it."""
-        record_D = np.zeros(self.places.count, np.int32)
-        pages_DA = np.full((self.places.count, self._table_width), -1, np.int32)
-        record_D[device], pages_DA[device] = sequence.slot, self._table(sequence)
-        pages_DA[device, : sequence.found] = -1
-        if self.schedulers[device].fail(sequence.id):
-            self._live = programs.wipe(self._structure, self._live, *self.places.put((record_D, pages_DA)))
+        record_D = np.zeros(self.dp_group.count, np.int32)
+        pages_DA = np.full((self.dp_group.count, self._table_width), -1, np.int32)
+        record_D[device], pages_DA[device] = sequence.state_slot, self._table(sequence)
+        pages_DA[device, : sequence.num_cached_blocks] = -1
+        if self.schedulers[device].fail_request(sequence.id):
+            self._kv_caches = programs.zero_state(self._model_def, self._kv_caches, *self.dp_group.shard_rows((record_D, pages_DA)))
 
     def stats(self) -> dict[str, float]:
         """Counts of sequences, pages and prefix hits, of the cache's bytes (`live.stats`), and of the tiers; of all
         devices together."""
         self._recover()
-        below = {} if self.parking is None else self.parking.stats()
-        return balance.together(self.schedulers) | live.stats(self._live) | below
+        below = {} if self.kv_connector is None else self.kv_connector.stats()
+        return balance.merge_stats(self.schedulers) | live.memory_stats(self._kv_caches) | below
 
 
 def chunk_sizes(longest: int) -> list[int]:
@@ -448,7 +448,7 @@ def chunk_sizes(longest: int) -> list[int]:
     return sorted(sizes)
 
 
-def check_limits(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
+def validate_limits(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
     """Raise UserError for limits that cannot be kept."""
     config.check_serving(model, limits, cache)
     live.check(model, limits, cache)

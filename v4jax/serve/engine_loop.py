@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import jax
 
 from v4jax.core.check import UserError
-from v4jax.serve.engine import Drawn, Engine
+from v4jax.serve.engine import SampledTokens, Engine
 from v4jax.serve.sampling import SamplingParams
 
 _CLOSED = "this LLM is closed; make a new one to generate"
@@ -43,7 +43,7 @@ class Request(Protocol):
     sampling: SamplingParams
     finish_reason: str | None
 
-    def take(self, drawn: Drawn) -> None: ...
+    def take(self, drawn: SampledTokens) -> None: ...
     def shown(self) -> str: ...
 
 
@@ -67,7 +67,7 @@ class EngineLoop:
 
     def __init__(self, engine: Engine):
         self._engine, self._shared, self._process = engine, _Shared(), os.getpid()
-        self._inline = len(set(engine.places.processes)) > 1
+        self._inline = len(set(engine.dp_group.processes)) > 1
         self._device = jax.config.jax_default_device  # of this thread; the loop's thread would have another
         self._driving = threading.Lock()  # held by the thread that calls the engine
         self._ids = itertools.count()
@@ -207,14 +207,14 @@ class EngineLoop:
                 continue
             for index, request in enumerate(call.requests):
                 ids[id := next(self._ids)], self._call[id] = index, ref
-                self._engine.add(id, request.prompt_ids, request.sampling)
+                self._engine.add_request(id, request.prompt_ids, request.sampling)
             if not ids:  # no prompts
                 self._end(ref)
         closing = self._shared.closing
         for ref in [ref for ref in self._running if closing or (call := ref()) is None or call.left]:
             self._cancel(ref, UserError(_CLOSED) if closing else None)
 
-    def _take(self, drawn: Drawn) -> None:
+    def _take(self, drawn: SampledTokens) -> None:
         """Hand new tokens to their request, and its text to the caller."""
         ref = self._call.get(drawn.id)
         if ref is None or (call := ref()) is None:
@@ -229,14 +229,14 @@ class EngineLoop:
         if text:
             call.events.put((ids[drawn.id], text))
         if request.finish_reason is not None:
-            self._engine.finish(drawn.id)
+            self._engine.finish_request(drawn.id)
             del ids[drawn.id], self._call[drawn.id]
             if not ids:
                 self._end(ref)
 
     def _cancel(self, ref: weakref.ref[_Call], error: BaseException | None) -> None:
         for id in self._running[ref]:
-            self._engine.cancel(id)
+            self._engine.abort_request(id)
         self._end(ref, error)
 
     def _fail(self, error: BaseException) -> None:

@@ -10,7 +10,7 @@ from v4jax.cache import prefix
 from v4jax.parallel import distributed
 
 
-def digest(variables: nnx.State) -> bytes:
+def weights_digest(variables: nnx.State) -> bytes:
     """16 bytes over all weights, the same on any mesh. To be called by all processes at the same point."""
     whole, experts = {}, {}
     is_variable = lambda node: isinstance(node, nnx.Variable)
@@ -19,7 +19,7 @@ def digest(variables: nnx.State) -> bytes:
         split = len(letters) > 1 and letters[0] == "E"  # perhaps no process has all of them
         for inside, leaf in jax.tree_util.tree_leaves_with_path(variable):
             (experts if split else whole)[jax.tree_util.keystr(path + inside)] = leaf
-    return prefix.digest(whole | _row_digests(experts))
+    return prefix.tree_digest(whole | _row_digests(experts))
 
 
 def _row_digests(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
@@ -31,7 +31,7 @@ def _row_digests(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
                 found[name][shard.index[0]] = prefix.row_digests(np.asarray(shard.data))
     if not found:
         return found
-    each = distributed.gather(np.concatenate(list(found.values())).tobytes())  # zeros from who does not have a row
+    each = distributed.all_gather_bytes(np.concatenate(list(found.values())).tobytes())  # zeros from who does not have a row
     known = np.max([np.frombuffer(data, np.uint8) for data in each], axis=0).reshape(-1, prefix.SIZE)
     ends = np.cumsum([len(rows) for rows in found.values()])
     return dict(zip(found, np.split(known, ends[:-1]), strict=True))

@@ -11,46 +11,46 @@ import jax.numpy as jnp
 
 from v4jax import config
 from v4jax.cache.entries import new_pool
-from v4jax.cache.far import new_far, pinned
-from v4jax.cache.spec import Layout
+from v4jax.cache.far import new_host_entry_pool, pinned_zeros
+from v4jax.cache.spec import KVCacheSpec
 from v4jax.core.check import UserError
-from v4jax.nn.csa import picks
-from v4jax.nn.hot import counted
-from v4jax.nn.kept import Kept, new_kept
-from v4jax.nn.memory import in_host
+from v4jax.nn.csa import use_gather
+from v4jax.nn.hot import read_counters
+from v4jax.nn.kept import PagedLayerCache, new_paged_layer_cache
+from v4jax.nn.memory import is_host
 
-FAR = {"csa": "main", "hca": "tails"}  # part of a layer's state that lies in host memory, where `hot` says so
+_HOST_PARTS = {"csa": "main", "hca": "tails"}  # part of a layer's state that lies in host memory, where `hot` says so
 
 
-def new_layer(layout: Layout, kind: str, pages: int, records: int, slack: int = 0, host=None) -> Kept:
+def allocate_layer(layout: KVCacheSpec, kind: str, pages: int, records: int, slack: int = 0, host=None) -> PagedLayerCache:
     """Empty state of one layer of this kind. host: as in `new_far`; None: pinned memory beside the device that the
     rest is on. Raises UserError as these do."""
-    model, far = layout.model, FAR.get(kind) if layout.hot else None
+    model, far = layout.model, _HOST_PARTS.get(kind) if layout.hot else None
     size = (pages, layout.entries(kind), layout.name) if kind != "swa" else ()
     pool = lambda part: None if part == far else new_pool(model, part, *size)
-    kept = new_kept(model, kind, records, pool, jnp.dtype(model.dtype), slack)
+    kept = new_paged_layer_cache(model, kind, records, pool, jnp.dtype(model.dtype), slack)
     if far and host is None:
-        [device] = kept.ring_ZSH.devices()
-        host = functools.partial(pinned, device)
+        [device] = kept.window_ring_ZSH.devices()
+        host = functools.partial(pinned_zeros, device)
     if far == "main":
-        main, hot = new_far(model, *size, layout.hot, host)
+        main, hot = new_host_entry_pool(model, *size, layout.hot, host)
         return dataclasses.replace(kept, main=main, hot=hot)
     if far == "tails":
-        return dataclasses.replace(kept, tails={name: host(a.shape, a.dtype) for name, a in kept.tails.items()})
+        return dataclasses.replace(kept, tails={name: host(a.shape, a.dtype) for name, a in kept.compressor_state.items()})
     return kept
 
 
-def stats(live) -> dict[str, float]:
+def memory_stats(live) -> dict[str, float]:
     """`kv_bytes`: of all arrays on the device; `kv_host_bytes`: of those in host memory. If there are such, of the
     picks of decode steps, over the layers: how many were found on the device and were fetched, and bytes fetched."""
     held = {False: 0, True: 0}
     for array in jax.tree.leaves(live):
-        held[in_host(array)] += array.nbytes
-    kept = [one for one in jax.tree.leaves(live, is_leaf=lambda a: isinstance(a, Kept)) if one.hot is not None]
+        held[is_host(array)] += array.nbytes
+    kept = [one for one in jax.tree.leaves(live, is_leaf=lambda a: isinstance(a, PagedLayerCache)) if one.hot is not None]
     counts = {"kv_bytes": held[False], "kv_host_bytes": held[True]}
     if not kept:
         return counts
-    hits, misses = sum(counted(n) for n in jax.device_get([one.hot.count_5 for one in kept])).tolist()
+    hits, misses = sum(read_counters(n) for n in jax.device_get([one.hot.count_5 for one in kept])).tolist()
     return counts | {
         "hot_hits": hits, "hot_misses": misses, "hot_hit_rate": hits / max(hits + misses, 1),
         "hot_fetched_bytes": misses * kept[0].main.row_bytes,
@@ -59,21 +59,21 @@ def stats(live) -> dict[str, float]:
 
 def check(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
     """Raise UserError if entries cannot live in host memory, or if that would be of no use."""
-    if not cache.hot:
+    if not cache.device_entries:
         return
     if "csa" not in model.schedule:
         raise UserError("cache hot is for the picked entries of csa layers, and this model has none: set it to 0")
-    rows = 1 if limits.batch_invariant else limits.max_batch
-    queries, k = 1 + limits.speculative_tokens, model.indexer.topk
-    if cache.hot < rows * queries * k:
+    rows = 1 if limits.batch_invariant else limits.max_num_seqs
+    queries, k = 1 + limits.num_speculative_tokens, model.indexer.index_topk
+    if cache.device_entries < rows * queries * k:
         raise UserError(
-            f"cache hot of {cache.hot} entries is less than a step may pick: {rows} sequences x {queries} tokens x "
+            f"cache hot of {cache.device_entries} entries is less than a step may pick: {rows} sequences x {queries} tokens x "
             f"topk {k}; give at least {rows * queries * k}, or lower max_batch"
         )
-    layout = Layout(model, cache.layout, cache.block)
-    blocks = -(-(limits.max_seq_len + limits.speculative_tokens) // layout.block)
-    if not picks(blocks * layout.entries("csa"), k, queries):
+    layout = KVCacheSpec(model, cache.kv_cache_dtype, cache.block_size)
+    blocks = -(-(limits.max_model_len + limits.num_speculative_tokens) // layout.block)
+    if not use_gather(blocks * layout.entries("csa"), k, queries):
         raise UserError(
-            f"cache hot is of no use with max_seq_len {limits.max_seq_len}, where each step reads all entries of a "
+            f"cache hot is of no use with max_seq_len {limits.max_model_len}, where each step reads all entries of a "
             "row: set it to 0"
         )

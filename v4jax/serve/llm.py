@@ -19,11 +19,11 @@ from v4jax.models.transformer import Transformer
 from v4jax.serve import places
 from v4jax.serve import prompts as prompt_forms
 from v4jax.serve.ends import Ends, find_ends, warn_of_bos
-from v4jax.serve.engine import Drawn, Engine, check_limits
+from v4jax.serve.engine import SampledTokens, Engine, validate_limits
 from v4jax.serve.engine_loop import EngineLoop
 from v4jax.serve.outputs import CompletionOutput, RequestOutput
 from v4jax.serve.prompts import Parsed, Prompt
-from v4jax.serve.sampling import Logprob, Sampled, SamplingParams, is_int, shown
+from v4jax.serve.sampling import Logprob, SamplerOutput, SamplingParams, is_int, shown
 
 _LAST_SECONDS = 10.0  # for the tiers, after an interrupt
 _log = logging.getLogger(__name__)
@@ -87,13 +87,13 @@ class LLM:
         if bos_id is None:
             warn_of_bos(stored.model, tokenizer)
         serve, cache = _limits(stored, limits), cache or stored.cache
-        check_limits(stored.model, serve, cache)
-        on = places.on(mesh)
-        places.check_engine(on, stored.model, serve, cache)
+        validate_limits(stored.model, serve, cache)
+        on = places.data_parallel_group(mesh)
+        places.validate_engine(on, stored.model, serve, cache)
         if not isinstance(model, Transformer):  # last: reading weights may take minutes
-            model = checkpoint.load(model, dtype=dtype, precision=serve.precision, placement=on.placement)
+            model = checkpoint.load(model, dtype=dtype, precision=serve.quantization, placement=on.placement)
         self.tokenizer, self.engine = tokenizer, Engine(model, serve, cache, on)
-        self._description = f"{model!r}, max_batch={serve.max_batch}, max_seq_len={serve.max_seq_len}"
+        self._description = f"{model!r}, max_batch={serve.max_num_seqs}, max_seq_len={serve.max_model_len}"
         self._loop = EngineLoop(self.engine)
         self._counting, self._tokens = threading.Lock(), {"prompt_tokens": 0, "generation_tokens": 0}
 
@@ -158,9 +158,9 @@ class LLM:
         return self._loop.do(self.engine.stats) | tokens
 
     @property
-    def tiers(self) -> str:
+    def cache_summary(self) -> str:
         """What device, host and disk hold of the KV cache, in tokens; "" if there is nothing below the device."""
-        parking = self.engine.parking
+        parking = self.engine.kv_connector
         return "" if parking is None else parking.summary
 
     def close(self) -> None:
@@ -181,15 +181,15 @@ class LLM:
         if kind is None or issubclass(kind, Exception):
             self.close()
         else:  # an interrupt: nobody waits for a program that is being compiled
-            self._loop.close(_LAST_SECONDS if self.tiers else 0.0)
+            self._loop.close(_LAST_SECONDS if self.cache_summary else 0.0)
 
-    def _stream(self, rows: list[_Row]) -> Iterator[tuple[int, str]]:
+    def _stream(self, rows: list[RequestState]) -> Iterator[tuple[int, str]]:
         yield from self._run(rows, stream=True)
         for index, row in enumerate(rows):
             if row.error:
                 raise UserError(f"prompt {index} was stopped: {row.error}")
 
-    def _run(self, rows: list[_Row], stream: bool = False) -> Iterator[tuple[int, str]]:
+    def _run(self, rows: list[RequestState], stream: bool = False) -> Iterator[tuple[int, str]]:
         """`EngineLoop.run`, whose tokens are counted in the end."""
         try:
             yield from self._loop.run(rows, stream)
@@ -198,7 +198,7 @@ class LLM:
                 self._tokens["prompt_tokens"] += sum(len(row.prompt_ids) for row in rows)
                 self._tokens["generation_tokens"] += sum(len(row.token_ids) for row in rows)
 
-    def _rows(self, prompts, sampling_params) -> list[_Row]:
+    def _rows(self, prompts, sampling_params) -> list[RequestState]:
         parsed = prompt_forms.parse(prompts)
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
@@ -211,20 +211,20 @@ class LLM:
             raise UserError(f"{len(sampling_params)} sampling_params for {len(parsed)} prompts; give one, or one each")
         return [self._row(f"prompt {i}", *pair) for i, pair in enumerate(zip(parsed, sampling_params, strict=True))]
 
-    def _row(self, name: str, prompt: Parsed, sampling: SamplingParams) -> _Row:
+    def _row(self, name: str, prompt: Parsed, sampling: SamplingParams) -> RequestState:
         if sampling.stop:
             self._need_tokenizer(f"{name} uses stop strings, which")
         ids, size = self._ids(name, prompt), self.engine.model.vocab_size
         if bad := [i for i in sampling.stop_token_ids if i >= size]:
             raise UserError(f"{name} has {bad[0]} among its stop_token_ids; the model's ids are 0 to {size - 1}")
         if sampling.max_tokens == self.default_sampling_params.get("max_tokens"):  # an upper bound, not a wish
-            room = max(1, self.engine.limits.max_seq_len - len(ids))
+            room = max(1, self.engine.limits.max_model_len - len(ids))
             sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
         self.engine.check(ids, sampling, name)
         ends = Ends(frozenset(sampling.stop_token_ids), None)
         if not sampling.ignore_eos:
             ends = Ends(ends.ids | self._ends.ids, self._ends.eos_id)
-        return _Row(prompt.text, ids, sampling, ends, Detokenizer(self.tokenizer) if self.tokenizer else None)
+        return RequestState(prompt.text, ids, sampling, ends, Detokenizer(self.tokenizer) if self.tokenizer else None)
 
     def _ids(self, name: str, prompt: Parsed) -> list[int]:
         """Token ids of a prompt; [] for one that has none."""
@@ -253,7 +253,7 @@ class LLM:
             raise UserError(f"{what} needs a tokenizer; put tokenizer.json into the checkpoint or pass tokenizer=")
 
 
-class _Row:
+class RequestState:
     """One request while it is generated."""
 
     def __init__(
@@ -273,7 +273,7 @@ class _Row:
         self.stop_reason: int | str | None = None
         self.error: str | None = None
 
-    def take(self, drawn: Drawn) -> None:
+    def take(self, drawn: SampledTokens) -> None:
         """Take the tokens of one step, as far as they count."""
         for i in range(drawn.count):
             if self.finish_reason is None:
@@ -289,7 +289,7 @@ class _Row:
         completion = CompletionOutput(0, self.text, self.token_ids, logprobs, self.finish_reason, self.stop_reason)
         return RequestOutput(self.prompt, self.prompt_ids, [completion], self.error)
 
-    def _take(self, sampled: Sampled) -> None:
+    def _take(self, sampled: SamplerOutput) -> None:
         if not sampled.finite_B:
             position = len(self.prompt_ids) + len(self.token_ids)
             self.error = (
@@ -342,7 +342,7 @@ def split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool, str]:
     return text, False, ""
 
 
-def _logprobs(sampled: Sampled, count: int) -> dict[int, Logprob]:
+def _logprobs(sampled: SamplerOutput, count: int) -> dict[int, Logprob]:
     """The chosen token, then the `count` likeliest ones, of the arrays of one position."""
     found = {int(sampled.token_B): Logprob(float(sampled.logprob_B), int(sampled.rank_B))}
     for rank, (i, logprob) in enumerate(zip(sampled.top_ids_BK[:count], sampled.top_BK[:count], strict=True), 1):
@@ -371,5 +371,5 @@ def _limits(stored: config.Config, given: dict) -> config.Serve:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"options: {', '.join(known)}"
             raise UserError(f"LLM has no option {name!r}; {hint}")
-    limits = dataclasses.replace(stored.serve, max_seq_len=min(stored.serve.max_seq_len, stored.model.max_positions))
+    limits = dataclasses.replace(stored.serve, max_seq_len=min(stored.serve.max_model_len, stored.model.max_position_embeddings))
     return dataclasses.replace(limits, **{name: value for name, value in given.items() if value is not None})

@@ -48,7 +48,7 @@ _TIER_GAUGES = {
 _MILLISECONDS = re.compile(r"_ms(_|$)")
 
 
-class Metrics(Collector):
+class EngineCollector(Collector):
     """A collector of `llm.stats()`, read anew at every scrape; holds on to the LLM."""
 
     def __init__(self, llm: LLM):

@@ -19,35 +19,35 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from v4jax import config
-from v4jax.cache.disk import Disk, space
+from v4jax.cache.disk import DiskTier, allocated_size
 from v4jax.cache.private import open_private
-from v4jax.cache.spec import Layout
-from v4jax.cache.tiers import Host
-from v4jax.cache.transfer import Transfer
+from v4jax.cache.spec import KVCacheSpec
+from v4jax.cache.tiers import HostTier
+from v4jax.cache.transfer import OffloadManager
 from v4jax.core.check import UserError
 from v4jax.parallel import distributed
-from v4jax.serve.bay import Bay, form, kinds, pinned
-from v4jax.serve.places import Places
-from v4jax.serve.programs import Live
+from v4jax.serve.bay import DeviceKVConnector, block_schema, leaf_kinds, pinned_sharding
+from v4jax.serve.places import DataParallelGroup
+from v4jax.serve.programs import KVCaches
 from v4jax.serve.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 
 
-def build(live: Live, places: Places, cache: config.Cache, layout: Layout) -> Parking | None:
+def build(live: KVCaches, places: DataParallelGroup, cache: config.Cache, layout: KVCacheSpec) -> KVConnector | None:
     """The tiers that a config asks for, told of in the log; None if it asks for none. Raises UserError."""
-    if not (cache.host or cache.disk):
+    if not (cache.host_bytes or cache.disk_bytes):
         return None
-    if not layout.page_bytes:
+    if not layout.block_bytes:
         raise UserError("a model of window layers alone keeps no blocks for a cache on host or disk: drop those tiers")
-    host = Host(cache.host, cache.policy) if cache.host else None
+    host = HostTier(cache.host_bytes, cache.eviction_policy) if cache.host_bytes else None
     own = str(jax.process_index()) if jax.process_count() > 1 else ""
-    directory = pathlib.Path(cache.directory) / own
-    if cache.disk and own:  # the parent of all processes' directories decides where they lie, too
+    directory = pathlib.Path(cache.disk_dir) / own
+    if cache.disk_bytes and own:  # the parent of all processes' directories decides where they lie, too
         os.close(open_private(directory.parent))
-    disk = Disk(directory, cache.disk, cache.policy, deadline=cache.deadline) if cache.disk else None
+    disk = DiskTier(directory, cache.disk_bytes, cache.eviction_policy, deadline=cache.load_timeout_s) if cache.disk_bytes else None
     try:
-        parking = Parking(live, places, host, disk, cache.deadline, layout.block, second=cache.admission == "second")
+        parking = KVConnector(live, places, host, disk, cache.load_timeout_s, layout.block, second=cache.admission_policy == "second")
     except BaseException:  # an interrupt: another engine of this process may want the directory
         if disk is not None:
             disk.close()
@@ -56,34 +56,34 @@ def build(live: Live, places: Places, cache: config.Cache, layout: Layout) -> Pa
     return parking
 
 
-class Parking:
+class KVConnector:
     """The tiers of one engine, those of this process. `attach` joins them to its schedulers and books. tokens: of a
     block. second: only what a second request asked for moves down. summary: what each tier holds, in tokens.
     """
 
     def __init__(
-        self, live: Live, places: Places, host: Host | None, disk: Disk | None, deadline: float, tokens: int,
+        self, live: KVCaches, places: DataParallelGroup, host: HostTier | None, disk: DiskTier | None, deadline: float, tokens: int,
         *, second: bool = False,
     ):  # fmt: skip
-        self._places, parts = places, places.split(live)
-        self.forms = {kind: form(parts[0], kind) for kind in ("block", "record")}
+        self._places, parts = places, places.split_devices(live)
+        self.schemas = {kind: block_schema(parts[0], kind) for kind in ("block", "record")}
         leaves = jax.tree.leaves(parts[0])
-        place = functools.partial(_place, pinned(*leaves[0].devices()))
-        self.transfer = Transfer(*self.forms.values(), host, disk, place=place, deadline=deadline)
+        place = functools.partial(_to_host, pinned_sharding(*leaves[0].devices()))
+        self.transfer = OffloadManager(*self.schemas.values(), host, disk, place=place, deadline=deadline)
         weakref.finalize(self, self.transfer.close)  # an engine that nobody closed, or the end of the process
         self._processes, here = places.processes, iter(parts)
-        self._told = len(set(self._processes)) > 1
+        self.multi_process = len(set(self._processes)) > 1
         mine = [next(here) if process == jax.process_index() else None for process in self._processes]
-        self.bays = [Bay(part, self.transfer, self.forms, second=second, told=self._told) for part in mine]
-        self._own = [bay for bay in self.bays if bay.here]
-        self.summary = self._describe(leaves[kinds(parts[0]).index("block")].shape[0] - 1, tokens)
+        self.device_connectors = [DeviceKVConnector(part, self.transfer, self.schemas, second=second, told=self.multi_process) for part in mine]
+        self._own = [bay for bay in self.device_connectors if bay.here]
+        self.summary = self._describe(leaves[leaf_kinds(parts[0]).index("block")].shape[0] - 1, tokens)
 
     def _describe(self, pages: int, tokens: int) -> str:
-        devices, block = len(self.bays), self.forms["block"]
+        devices, block = len(self.device_connectors), self.schemas["block"]
         parts = [f"{'device' if devices == 1 else f'each of {devices} devices'} {pages * tokens:,} tokens"]
-        of = f"of each of {len(set(self._processes))} processes: " if self._told else ""
+        of = f"of each of {len(set(self._processes))} processes: " if self.multi_process else ""
         for name, tier in self.transfer.tiers.items():
-            held, size = tier.stats(), space(block.file_bytes) if name == "disk" else block.nbytes
+            held, size = tier.stats(), allocated_size(block.file_bytes) if name == "disk" else block.nbytes
             room, there = held["budget"] // size * tokens, held["blocks"] * tokens
             parts.append(f"{of}{name} up to {room:,} ({there:,} are there)")
             of = ""
@@ -91,59 +91,59 @@ class Parking:
 
     def attach(self, schedulers: Sequence[Scheduler]) -> None:
         """Serve these schedulers, one of each device, and their books from now on."""
-        for bay, scheduler in zip(self.bays, schedulers, strict=True):
+        for bay, scheduler in zip(self.device_connectors, schedulers, strict=True):
             bay.attach(scheduler)
 
-    def agree(self) -> None:
+    def sync_loads(self) -> None:
         """Tell all processes what has come up for the requests that wait, by the process whose device they are on.
 
         To be called by all of them at the same step; alone, nothing is to be told.
         """
-        if not self._told:
+        if not self.multi_process:
             return
-        asked = [(bay, visit) for bay in self.bays for visit in bay.unanswered]
+        asked = [(bay, visit) for bay in self.device_connectors for visit in bay.pending]
         if asked:
-            answers = [bay.answer(visit) if bay.here else None for bay, visit in asked]
+            answers = [bay.load_status(visit) if bay.here else None for bay, visit in asked]
             said = np.array([-1 if answer is None else answer for answer in answers], np.int32).tobytes()
-            known = np.max([np.frombuffer(data, np.int32) for data in distributed.gather(said)], axis=0)
+            known = np.max([np.frombuffer(data, np.int32) for data in distributed.all_gather_bytes(said)], axis=0)
             for (_, visit), boundary in zip(asked, known, strict=True):
-                visit.boundary = None if boundary < 0 else int(boundary)
+                visit.num_loaded = None if boundary < 0 else int(boundary)
 
-    def found(self, names: Sequence[bytes]) -> list[int]:
+    def num_offloaded_blocks(self, names: Sequence[bytes]) -> list[int]:
         """Blocks, from the first of these on, behind which a request on each device can begin by what lies below it.
 
         To be called by all processes at the same step. Where all devices share the tiers it makes no difference: zeros.
         """
-        if not self._told:
-            return [0] * len(self.bays)
-        own = np.int32(self.transfer.found(names)).tobytes()
-        by_process = [int(np.frombuffer(data, np.int32)[0]) for data in distributed.gather(own)]
+        if not self.multi_process:
+            return [0] * len(self.device_connectors)
+        own = np.int32(self.transfer.lookup(names)).tobytes()
+        by_process = [int(np.frombuffer(data, np.int32)[0]) for data in distributed.all_gather_bytes(own)]
         return [by_process[process] for process in self._processes]
 
-    def carry_out(self, live: Live, idle: bool = True) -> Live:
+    def run_transfers(self, live: KVCaches, idle: bool = True) -> KVCaches:
         """The live state after all that the books changed; to be called before the next plan is sent.
 
         idle: nothing waits for the devices, so that any number of blocks may be copied that could also wait.
         """
-        if not any(bay.moving for bay in self.bays):
+        if not any(bay.has_transfers for bay in self.device_connectors):
             return live
-        parts = self._places.split(live)  # they are donated, and so `live` with them
-        return self._places.joined([bay.carry_out(part, idle) for bay, part in zip(self._own, parts, strict=True)])
+        parts = self._places.split_devices(live)  # they are donated, and so `live` with them
+        return self._places.join_devices([bay.run_transfers(part, idle) for bay, part in zip(self._own, parts, strict=True)])
 
-    def wait(self) -> None:
+    def wait_for_load(self) -> None:
         """Give the threads time if admission waits for them; to be called when there is nothing else to do."""
-        any(bay.wait() for bay in self.bays)  # for the first that awaits something: the others' work goes on meanwhile
+        any(bay.wait_for_load() for bay in self.device_connectors)  # for the first that awaits something: the others' work goes on meanwhile
 
-    def flush(self, live: Live, seconds: float) -> bool:
+    def flush(self, live: KVCaches, seconds: float) -> bool:
         """Move everything down that is idle, in so many seconds at most; whether that was enough."""
         end = time.monotonic() + seconds
-        while any(bay.idle for bay in self.bays) and time.monotonic() < end:
-            for bay, part in zip(self._own, self._places.split(live), strict=True):
-                bay.carry_out(part)
+        while any(bay.num_idle for bay in self.device_connectors) and time.monotonic() < end:
+            for bay, part in zip(self._own, self._places.split_devices(live), strict=True):
+                bay.run_transfers(part)
             self.transfer.flush(end - time.monotonic())
         return self.transfer.flush(max(end - time.monotonic(), 0))
 
-    def close(self, live: Live, seconds: float) -> None:
+    def close(self, live: KVCaches, seconds: float) -> None:
         """`flush`, then leave the tiers."""
         self.flush(live, seconds)
         self.transfer.close(0.0)
@@ -151,12 +151,12 @@ class Parking:
     def stats(self) -> dict[str, float]:
         """What the tiers of this process count, and blocks that came back from those of all."""
         return self.transfer.stats() | {
-            "restored_blocks": sum(bay.restored for bay in self.bays),
-            "queue_idle": sum(bay.idle for bay in self.bays),
+            "restored_blocks": sum(bay.num_restored for bay in self.device_connectors),
+            "queue_idle": sum(bay.num_idle for bay in self.device_connectors),
         }
 
 
-def _place(memory: SingleDeviceSharding | None, payload: np.ndarray) -> np.ndarray | jax.Array:
+def _to_host(memory: SingleDeviceSharding | None, payload: np.ndarray) -> np.ndarray | jax.Array:
     """Bytes from a file, where the host tier keeps them."""
     try:
         return payload if memory is None else jax.device_put(payload, memory)

@@ -22,23 +22,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from v4jax.models.transformer import State, Transformer, next_chunk
-from v4jax.nn.kept import Kept
-from v4jax.nn.memory import get, put
-from v4jax.nn.state import Place
-from v4jax.parallel.rules import Sharding, use
-from v4jax.serve.places import rows as rows_of
-from v4jax.serve.sampling import Options, Plan, sample
+from v4jax.models.transformer import KVCacheList, Transformer, continuation_batch
+from v4jax.nn.kept import PagedLayerCache
+from v4jax.nn.memory import host_gather, host_scatter
+from v4jax.nn.state import CacheSlots
+from v4jax.parallel.rules import MeshRules, use_rules
+from v4jax.serve.places import row_spec as rows_of
+from v4jax.serve.sampling import SamplingTensors, SamplingFlags, sample
 
 
-class Live(NamedTuple):
+class KVCaches(NamedTuple):
     """What the model keeps on the device: the layers' states, and the MTP layer's if the engine speculates."""
 
-    layers: State
-    mtp: Kept | None
+    layers: KVCacheList
+    mtp: PagedLayerCache | None
 
 
-class Heads(NamedTuple):
+class DecodeState(NamedTuple):
     """Where each record stands: its newest token (not yet read), the place of that token, and the tokens drafted after
     it: int32 [records], [records], [records, speculative tokens]."""
 
@@ -47,11 +47,11 @@ class Heads(NamedTuple):
     draft_ZK: jax.Array
 
 
-class _Structure:
+class ModelDef:
     """A model without its arrays, and its mesh, if it is on one; compared by identity: hashing the graph itself would
     cost a step milliseconds."""
 
-    def __init__(self, graphdef, tree, sharding: Sharding | None = None):
+    def __init__(self, graphdef, tree, sharding: MeshRules | None = None):
         self._graphdef, self._tree, self.sharding = graphdef, tree, sharding
 
     def model(self, weights: list[jax.Array]) -> Transformer:
@@ -70,10 +70,10 @@ class _Structure:
         return [self.sharding.weight(leaf.letters) for leaf in leaves for _ in jax.tree.leaves(leaf)]
 
 
-structure = functools.lru_cache(maxsize=16)(_Structure)  # models of equal structure share their programs
+model_def = functools.lru_cache(maxsize=16)(ModelDef)  # models of equal structure share their programs
 
 
-def _program(weights: bool = True, donate: tuple[int, ...] = (), static: tuple[int, ...] = ()):
+def _jit_step(weights: bool = True, donate: tuple[int, ...] = (), static: tuple[int, ...] = ()):
     """Compiles a function of (structure, ...), on the structure's mesh if it has one. weights: they come next, as a
     list. donate, static: by place among all arguments."""
 
@@ -89,7 +89,7 @@ def _program(weights: bool = True, donate: tuple[int, ...] = (), static: tuple[i
     return decorate
 
 
-def _on_mesh(function, structure: _Structure, args: tuple, weights: bool, static: tuple[int, ...]):
+def _on_mesh(function, structure: ModelDef, args: tuple, weights: bool, static: tuple[int, ...]):
     sharding, split = structure.sharding, rows_of(structure.sharding)
     moving = [i for i in range(len(args)) if i + 1 not in static]
     specs = [structure.specs() if weights and i == 0 else split for i in moving]
@@ -98,15 +98,15 @@ def _on_mesh(function, structure: _Structure, args: tuple, weights: bool, static
         given = list(args)
         for i, part in zip(moving, parts, strict=True):
             given[i] = part
-        with use(dataclasses.replace(sharding, inside=True)):
+        with use_rules(dataclasses.replace(sharding, inside=True)):
             return function(*given)
 
     mapped = jax.shard_map(one, mesh=sharding.mesh, in_specs=tuple(specs), out_specs=split, check_vma=False)
     return mapped(*(args[i] for i in moving))
 
 
-@_program(donate=(2,))
-def prefill(structure, weights, live: Live, tokens_1T: jax.Array, start_1, count_1, record_1, table_ZA):
+@_jit_step(donate=(2,))
+def prefill(structure, weights, live: KVCaches, tokens_1T: jax.Array, start_1, count_1, record_1, table_ZA):
     """Read tokens_1T[0, :count] (T + 1 of them, the last one only to be drafted from) at `start` of one row.
 
     The live state, the streams [1, 1, X, D] of the last token read, and whether they are finite, [1]: what is not
@@ -114,17 +114,17 @@ def prefill(structure, weights, live: Live, tokens_1T: jax.Array, start_1, count
     for record 0.
     """
     model = structure.model(weights)
-    chunk = next_chunk(tokens_1T[:, :-1], start_1, count_1, Place(record_1, table_ZA[record_1]))
+    chunk = continuation_batch(tokens_1T[:, :-1], start_1, count_1, CacheSlots(record_1, table_ZA[record_1]))
     x_BTXD, layers, _ = model.hidden(chunk, live.layers)
     mtp = live.mtp
     if mtp is not None:
         _, _, mtp = model.draft(x_BTXD, tokens_1T[:, 1:], chunk, mtp)
     x_11XD = jax.lax.dynamic_slice_in_dim(x_BTXD, count_1[0] - 1, 1, axis=1)
-    return Live(layers, mtp), x_11XD, jnp.isfinite(x_11XD).all((1, 2, 3))
+    return KVCaches(layers, mtp), x_11XD, jnp.isfinite(x_11XD).all((1, 2, 3))
 
 
-@_program(donate=(2,), static=(5,))
-def decode(structure, weights, live: Live, heads: Heads, rows, invariant: bool):
+@_jit_step(donate=(2,), static=(5,))
+def decode(structure, weights, live: KVCaches, heads: DecodeState, rows, invariant: bool):
     """Read each row's newest token, and its drafts: the live state, the streams, float32 logits [B, T, V].
 
     rows: (record_B, table_ZA). invariant: row by row, so that the bits of a row do not depend on the batch.
@@ -132,32 +132,32 @@ def decode(structure, weights, live: Live, heads: Heads, rows, invariant: bool):
     model, (record_B, table_ZA) = structure.model(weights), rows
     if not invariant:
         layers, x_BTXD, logits_BTV = _read(model, live.layers, heads, record_B, table_ZA)
-        return Live(layers, live.mtp), x_BTXD, logits_BTV
+        return KVCaches(layers, live.mtp), x_BTXD, logits_BTV
 
     def one(layers, record):
         layers, x_BTXD, logits_BTV = _read(model, layers, heads, record[None], table_ZA)
         return layers, (x_BTXD[0], logits_BTV[0])
 
     layers, (x_BTXD, logits_BTV) = jax.lax.scan(one, live.layers, record_B)
-    return Live(layers, live.mtp), x_BTXD, logits_BTV
+    return KVCaches(layers, live.mtp), x_BTXD, logits_BTV
 
 
-def _read(model: Transformer, layers: State, heads: Heads, record_B, table_ZA):
+def _read(model: Transformer, layers: KVCacheList, heads: DecodeState, record_B, table_ZA):
     tokens_BT = jnp.concatenate([heads.token_Z[record_B][:, None], heads.draft_ZK[record_B]], axis=1)
-    chunk = next_chunk(tokens_BT, heads.position_Z[record_B], None, Place(record_B, table_ZA[record_B]))
-    x_BTXD, layers, _ = model.hidden(chunk, layers)
+    chunk = continuation_batch(tokens_BT, heads.position_Z[record_B], None, CacheSlots(record_B, table_ZA[record_B]))
+    x_BTXD, layers, _ = model.forward_hidden(chunk, layers)
     return layers, x_BTXD, model.logits(x_BTXD)
 
 
-@_program()
+@_jit_step()
 def logits(structure, weights, x_BTXD: jax.Array) -> jax.Array:
     """Float32 logits [B, T, V]."""
     return structure.model(weights).logits(x_BTXD)
 
 
 # Apart from `decode`, so that a batch with other sampling options does not compile the model again.
-@_program(weights=False, donate=(2,), static=(5, 6))
-def draw(structure, logits_BTV: jax.Array, heads: Heads, place, options: Options, plan: Plan, invariant: bool):
+@_jit_step(weights=False, donate=(2,), static=(5, 6))
+def sample_tokens(structure, logits_BTV: jax.Array, heads: DecodeState, place, options: SamplingTensors, plan: SamplingFlags, invariant: bool):
     """Draw a token for every position read, and move each row behind those that its drafts foretold.
 
     place: (record_B, position_B of the first token drawn or None: after each row's newest). Gives the heads, the
@@ -189,43 +189,43 @@ def draw(structure, logits_BTV: jax.Array, heads: Heads, place, options: Options
     return heads, (sampled, more_B + 1)
 
 
-@_program(donate=(2, 3))
-def draft(structure, weights, mtp: Kept, heads: Heads, x_BTXD, drawn, record_B):
+@_jit_step(donate=(2, 3))
+def propose_draft(structure, weights, mtp: PagedLayerCache, heads: DecodeState, x_BTXD, drawn, record_B):
     """Tokens that may follow each row's newest one, by the MTP layer: its state, and the heads with the drafts.
 
     x_BTXD: streams of the positions read last. drawn: (token_BT drawn there, count_B of them that count). Beyond one
     token the layer goes on from its own streams, for which it was not trained.
     """
     model, (token_BT, count_B) = structure.model(weights), drawn
-    place = Place(record_B, jnp.where(record_B > 0, record_B, -1)[:, None])  # a window has no pages: these are not read
+    place = CacheSlots(record_B, jnp.where(record_B > 0, record_B, -1)[:, None])  # a window has no pages: these are not read
     start_B = heads.position_Z[record_B] - count_B
-    chunk = next_chunk(token_BT, start_B, None, place)
+    chunk = continuation_batch(token_BT, start_B, None, place)
     logits_BTV, x_BTXD, mtp = model.draft(x_BTXD, token_BT, chunk, mtp)
     at = lambda a: jnp.take_along_axis(a, (count_B - 1).reshape(-1, *[1] * (a.ndim - 1)), axis=1)
     logits_BTV, x_BTXD, drafts = at(logits_BTV), at(x_BTXD), []
     for more in range(heads.draft_ZK.shape[1]):
         if more:
-            chunk = next_chunk(drafts[-1], start_B + count_B + more - 1, None, place)
+            chunk = continuation_batch(drafts[-1], start_B + count_B + more - 1, None, place)
             logits_BTV, x_BTXD, mtp = model.draft(x_BTXD, drafts[-1], chunk, mtp)
         drafts.append(jnp.argmax(logits_BTV, -1).astype(jnp.int32))
     return mtp, heads._replace(draft_ZK=heads.draft_ZK.at[record_B].set(jnp.concatenate(drafts, axis=1)))
 
 
-@_program(weights=False, donate=(1,))
-def copy(structure, live: Live, source_1: jax.Array, target_1: jax.Array) -> Live:
+@_jit_step(weights=False, donate=(1,))
+def copy_state(structure, live: KVCaches, source_1: jax.Array, target_1: jax.Array) -> KVCaches:
     """One record to another, int32 [1]."""
 
-    def one(kept: Kept) -> Kept:
-        return kept.records(lambda a: put(a, get(a, source_1), target_1))
+    def one(kept: PagedLayerCache) -> PagedLayerCache:
+        return kept.map_state(lambda a: host_scatter(a, host_gather(a, source_1), target_1))
 
-    return jax.tree.map(one, live, is_leaf=lambda a: isinstance(a, Kept))
+    return jax.tree.map(one, live, is_leaf=lambda a: isinstance(a, PagedLayerCache))
 
 
-@_program(weights=False, donate=(1,))
-def wipe(structure, live: Live, record_1: jax.Array, page_1A: jax.Array) -> Live:
+@_jit_step(weights=False, donate=(1,))
+def zero_state(structure, live: KVCaches, record_1: jax.Array, page_1A: jax.Array) -> KVCaches:
     """Zeros in a record and in pages (int32, -1 for none): masks hide what is stale, but 0 * NaN is NaN."""
 
-    def one(kept: Kept) -> Kept:
-        return kept.records(lambda a: put(a, 0, record_1)).wiped(page_1A[0])
+    def one(kept: PagedLayerCache) -> PagedLayerCache:
+        return kept.map_state(lambda a: host_scatter(a, 0, record_1)).zero_blocks(page_1A[0])
 
-    return jax.tree.map(one, live, is_leaf=lambda a: isinstance(a, Kept))
+    return jax.tree.map(one, live, is_leaf=lambda a: isinstance(a, PagedLayerCache))

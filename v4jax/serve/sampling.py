@@ -97,17 +97,17 @@ class Logprob(NamedTuple):
     rank: int
 
 
-class Plan(NamedTuple):
+class SamplingFlags(NamedTuple):
     """What a batch needs computed; part of the compiled program. Rows that need less are not changed by it."""
 
-    draw: bool  # some row is not greedy
-    cut: bool  # some row has top_k or top_p, which take a sort
+    needs_noise: bool  # some row is not greedy
+    needs_sort: bool  # some row has top_k or top_p, which take a sort
     logprobs: int | None  # most alternatives that a row reports, rounded up to a power of two
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Options:
+class SamplingTensors:
     """The options of a batch's rows, as arrays: float32 and int32 [B], seeds as two words, uint32 [B, 2]."""
 
     temperature_B: jax.Array
@@ -119,7 +119,7 @@ class Options:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Sampled:
+class SamplerOutput:
     """One token of every row: token_B int32; finite_B bool, False where the logits held NaN or infinity (the token then
     means nothing). With logprobs: logprob_B float32 and rank_B int32 of the token, top_BK float32 of the likeliest
     tokens and their ids top_ids_BK, else None."""
@@ -132,11 +132,11 @@ class Sampled:
     top_ids_BK: jax.Array | None = None
 
 
-def batch_options(rows: Sequence[SamplingParams]) -> tuple[Options, Plan]:
+def make_sampling_tensors(rows: Sequence[SamplingParams]) -> tuple[SamplingTensors, SamplingFlags]:
     """Options of rows, numpy arrays, and what they need computed."""
     column = lambda name, dtype: np.array([getattr(row, name) for row in rows], dtype)
     seeds = [secrets.randbits(64) if row.seed is None else int(row.seed) for row in rows]
-    options = Options(
+    options = SamplingTensors(
         np.array([0 if row.greedy else row.temperature for row in rows], np.float32),
         np.array([min(row.top_k, 2**31 - 1) for row in rows], np.int32),
         column("top_p", np.float32),
@@ -146,15 +146,15 @@ def batch_options(rows: Sequence[SamplingParams]) -> tuple[Options, Plan]:
     draws = [row for row in rows if not row.greedy]
     asked = [row.logprobs for row in rows if row.logprobs is not None]
     most = max(asked) if asked else None
-    plan = Plan(
-        draw=bool(draws),
-        cut=any(row.top_k > 0 or row.top_p < 1 for row in draws),
+    plan = SamplingFlags(
+        needs_noise=bool(draws),
+        needs_sort=any(row.top_k > 0 or row.top_p < 1 for row in draws),
         logprobs=1 << (most - 1).bit_length() if most else most,
     )
     return options, plan
 
 
-def sample(logits_BV: jax.Array, options: Options, position_B: jax.Array, plan: Plan) -> Sampled:
+def sample(logits_BV: jax.Array, options: SamplingTensors, position_B: jax.Array, plan: SamplingFlags) -> SamplerOutput:
     """Choose a token for every row of float32 logits.
 
     The noise of a row depends on its seed and on position_B, int32, the place of the new token in the row, alone; it is
@@ -163,18 +163,18 @@ def sample(logits_BV: jax.Array, options: Options, position_B: jax.Array, plan: 
     finite_B = jnp.isfinite(logits_BV).all(-1)
     logits_BV = jnp.where(finite_B[:, None], logits_BV, 0.0)
     token_B = jnp.argmax(logits_BV, -1).astype(jnp.int32)
-    if plan.draw:
+    if plan.needs_noise:
         noise = jax.vmap(lambda seed, position: _noise(seed, position, logits_BV.shape[1]))
         noise_BV = noise(options.seed_B2, position_B)
-        drawn_B = jnp.argmax(_filtered(logits_BV, options, plan.cut) + noise_BV, -1).astype(jnp.int32)
+        drawn_B = jnp.argmax(_apply_top_k_top_p(logits_BV, options, plan.needs_sort) + noise_BV, -1).astype(jnp.int32)
         token_B = jnp.where(options.temperature_B > 0, drawn_B, token_B)
     if plan.logprobs is None:
-        return Sampled(token_B, finite_B)
+        return SamplerOutput(token_B, finite_B)
     logp_BV = jax.nn.log_softmax(logits_BV, -1)
     logprob_B1 = jnp.take_along_axis(logp_BV, token_B[:, None], -1)
     rank_B = 1 + (logp_BV > logprob_B1).sum(-1, dtype=jnp.int32)
     top_BK, top_ids_BK = jax.lax.top_k(logp_BV, min(plan.logprobs, logp_BV.shape[1]))
-    return Sampled(token_B, finite_B, logprob_B1[:, 0], rank_B, top_BK, top_ids_BK)
+    return SamplerOutput(token_B, finite_B, logprob_B1[:, 0], rank_B, top_BK, top_ids_BK)
 
 
 def _noise(seed_2: jax.Array, position: jax.Array, count: int) -> jax.Array:
@@ -183,7 +183,7 @@ def _noise(seed_2: jax.Array, position: jax.Array, count: int) -> jax.Array:
     return jax.random.gumbel(key, (count,), jnp.float32)
 
 
-def _filtered(logits_BV: jax.Array, options: Options, cut: bool) -> jax.Array:
+def _apply_top_k_top_p(logits_BV: jax.Array, options: SamplingTensors, cut: bool) -> jax.Array:
     """Logits over the temperature, the likeliest at 0, and -inf where min_p, then top_k, then top_p drop a token."""
     column = lambda a_B: a_B[:, None]
     temperature_B = jnp.where(options.temperature_B > 0, options.temperature_B, 1.0)

@@ -41,23 +41,23 @@ from collections.abc import Collection, Hashable, Mapping
 from collections.abc import Sequence as Tokens
 
 from v4jax.cache import prefix
-from v4jax.cache.blocks import Blocks
+from v4jax.cache.blocks import BlockPool
 from v4jax.core.check import UserError
-from v4jax.serve.sequence import Decode, Plan, Prefill, Sequence, State
+from v4jax.serve.sequence import DecodeRow, SchedulerOutput, PrefillChunk, Request, RequestStatus
 
-_AHEAD = 2  # waiting sequences whose blocks are fetched from the tiers below the device
-_LIVE = (State.PREFILL, State.RUNNING, State.PREEMPTED)
+_PREFETCH_REQUESTS = 2  # waiting sequences whose blocks are fetched from the tiers below the device
+_LIVE = (RequestStatus.PREFILL, RequestStatus.RUNNING, RequestStatus.PREEMPTED)
 
 
-class _Draft:
+class PendingOutput:
     """A plan in the making, and what its commit has to settle: copies out of records, and into them."""
 
     def __init__(self, serial: int):
         self.serial = serial
         self.copies: list[tuple[int, int]] = []
         self.sources: list[int] = []
-        self.targets: list[tuple[Sequence, bytes, int]] = []
-        self.plan: Plan | None = None
+        self.targets: list[tuple[Request, bytes, int]] = []
+        self.plan: SchedulerOutput | None = None
 
 
 class Scheduler:
@@ -71,7 +71,7 @@ class Scheduler:
 
     def __init__(
         self,
-        blocks: Blocks,
+        blocks: BlockPool,
         slots: int,
         block_tokens: int,
         prefill_chunk: int,
@@ -81,328 +81,328 @@ class Scheduler:
         slack: int | None = None,
         replay: bool = False,
     ):
-        self.blocks, self.block, self.chunk = blocks, block_tokens, prefill_chunk
-        self.record_every, self.lookahead, self.replay = record_every, lookahead, replay
-        self.slack = 2 * lookahead if slack is None else slack
-        self.sequences: dict[Hashable, Sequence] = {}  # all that hold anything or wait
-        self._waiting: list[Sequence] = []  # by arrival, and all arrived after all active ones
-        self._active: list[Sequence] = []  # by arrival
-        self._leaving: list[Sequence] = []
+        self.block_pool, self.block_size, self.max_num_batched_tokens = blocks, block_tokens, prefill_chunk
+        self.snapshot_interval_blocks, self.num_lookahead_tokens, self.deterministic_replay = record_every, lookahead, replay
+        self.rollback_tokens = 2 * lookahead if slack is None else slack
+        self.requests: dict[Hashable, Request] = {}  # all that hold anything or wait
+        self._waiting: list[Request] = []  # by arrival, and all arrived after all active ones
+        self._active: list[Request] = []  # by arrival
+        self._retiring: list[Request] = []
         self._most_slots, self._slots = slots, list(range(slots, 0, -1))
-        self._flight: deque[_Draft] = deque()
-        self._serial = self._committed = self._preemptions = 0
+        self._inflight: deque[PendingOutput] = deque()
+        self._step_id = self._committed = self._preemptions = 0
         self._drafts = self._accepted = 0  # decode steps of requests, and tokens drafted that they accepted
         self.arrivals = 0  # requests so far
-        self.below = None  # a `serve.bay.Bay`, if there are tiers below the device
+        self.kv_connector = None  # a `serve.bay.Bay`, if there are tiers below the device
 
     def reset(self) -> None:
         """Drop all requests and all that the blocks hold, whatever state an exception left them in; counts stay."""
-        self.blocks.reset()
-        self.sequences, self._waiting, self._active, self._leaving = {}, [], [], []
+        self.block_pool.reset()
+        self.requests, self._waiting, self._active, self._retiring = {}, [], [], []
         self._slots = list(range(self._most_slots, 0, -1))
-        self._flight, self._committed = deque(), self._serial
+        self._inflight, self._committed = deque(), self._step_id
 
     # --- what users of a request do --------------------------------------------------------------------------------
 
-    def add(self, id: Hashable, prompt: Tokens[int], max_tokens: int, *, seed: bytes | None = None) -> Sequence:
+    def add_request(self, id: Hashable, prompt: Tokens[int], max_tokens: int, *, seed: bytes | None = None) -> Request:
         """Queue a request. seed: of the names of its blocks (`prefix.seed`), None: it shares and leaves nothing.
 
         Raises UserError if the pool could not hold it even alone.
         """
-        if id in self.sequences or not prompt or max_tokens < 1:
+        if id in self.requests or not prompt or max_tokens < 1:
             raise ValueError(f"request {id!r} is in use, has no prompt or is to add no tokens")
         self.check_fits(len(prompt), max_tokens)
         self.arrivals += 1
-        sequence = Sequence(id, tuple(prompt), max_tokens, seed, self.arrivals, list(prompt))
-        self.sequences[id] = sequence
+        sequence = Request(id, tuple(prompt), max_tokens, seed, self.arrivals, list(prompt))
+        self.requests[id] = sequence
         self._waiting.append(sequence)
         return sequence
 
     def check_fits(self, prompt_tokens: int, max_tokens: int) -> None:
         """Raise UserError if the pool could not hold such a request even alone."""
-        need, most = self._pages(prompt_tokens + max_tokens - 1 + self.lookahead), self.blocks.capacity
+        need, most = self._pages(prompt_tokens + max_tokens - 1 + self.num_lookahead_tokens), self.block_pool.capacity
         if need > most:
             raise UserError(
-                f"a prompt of {prompt_tokens} tokens with max_tokens {max_tokens} needs {need} pages of {self.block} "
+                f"a prompt of {prompt_tokens} tokens with max_tokens {max_tokens} needs {need} pages of {self.block_size} "
                 f"tokens, but the cache has {most}; shorten one of them or give the cache more memory"
             )
 
-    def finish(self, id: Hashable) -> bool:
+    def finish_request(self, id: Hashable) -> bool:
         """End a request whose text is complete before max_tokens; False if it has ended already."""
-        return self._stop(id, State.FINISHED)
+        return self._stop(id, RequestStatus.FINISHED)
 
-    def cancel(self, id: Hashable) -> bool:
+    def abort_request(self, id: Hashable) -> bool:
         """End a request at any moment; False if it has ended already."""
-        return self._stop(id, State.CANCELLED)
+        return self._stop(id, RequestStatus.ABORTED)
 
-    def fail(self, id: Hashable) -> bool:
+    def fail_request(self, id: Hashable) -> bool:
         """End a request whose results are not to be trusted, see above; False if it has ended already."""
-        return self._stop(id, State.FAILED)
+        return self._stop(id, RequestStatus.ERROR)
 
-    def _stop(self, id: Hashable, state: State) -> bool:
-        sequence = self.sequences.get(id)
-        if sequence is None or sequence.state not in (*_LIVE, State.WAITING):
+    def _stop(self, id: Hashable, state: RequestStatus) -> bool:
+        sequence = self.requests.get(id)
+        if sequence is None or sequence.status not in (*_LIVE, RequestStatus.WAITING):
             return False
-        if state is State.FAILED:
-            self.blocks.retract(sequence.pages[sequence.found :])
-            for name in sequence.kept:
-                self.blocks.forget(name)
-        self._leave(sequence, state)
+        if state is RequestStatus.ERROR:
+            self.block_pool.invalidate(sequence.block_ids[sequence.num_cached_blocks :])
+            for name in sequence.snapshots:
+                self.block_pool.drop_snapshot(name)
+        self._retire(sequence, state)
         return True
 
     # --- planning --------------------------------------------------------------------------------------------------
 
-    def step(self) -> Plan | None:
+    def schedule(self) -> SchedulerOutput | None:
         """What to run next; None if there is nothing (then commit what is under way, or add requests)."""
-        if len(self._flight) > 1:
+        if len(self._inflight) > 1:
             raise RuntimeError("two plans are under way; commit the older one first")
-        if self.below is not None:
-            for sequence in self._waiting[:_AHEAD]:
-                self.below.prepare(sequence, self._usable(sequence))
-        draft = _Draft(self._serial + 1)
+        if self.kv_connector is not None:
+            for sequence in self._waiting[:_PREFETCH_REQUESTS]:
+                self.kv_connector.prepare(sequence, self._prefix_hashes(sequence))
+        draft = PendingOutput(self._step_id + 1)
         decode, short = self._decode(draft)
-        short = short or any(sequence.state is State.PREEMPTED for sequence in self._leaving)
+        short = short or any(sequence.status is RequestStatus.PREEMPTED for sequence in self._retiring)
         prefill = self._prefill(draft, admit=not short)
         if not decode and prefill is None:
             return None
-        self._serial = draft.serial
-        draft.plan = Plan(draft.serial, tuple(draft.copies), prefill, tuple(decode))
-        for sequence in draft.plan.sequences:
-            sequence.last = draft.serial
-        self._flight.append(draft)
+        self._step_id = draft.serial
+        draft.plan = SchedulerOutput(draft.serial, tuple(draft.copies), prefill, tuple(decode))
+        for sequence in draft.plan.requests:
+            sequence.last_step = draft.serial
+        self._inflight.append(draft)
         return draft.plan
 
-    def _decode(self, draft: _Draft) -> tuple[list[Decode], bool]:
+    def _decode(self, draft: PendingOutput) -> tuple[list[DecodeRow], bool]:
         """Rows to decode, and whether one had to be left out for want of pages: then no younger one gets any."""
         rows, short = [], False
         for sequence in list(self._active):
-            position, limit = sequence.position, sequence.limit
-            if sequence.state is not State.RUNNING or position + 1 >= limit:
+            position, limit = sequence.position, sequence.max_len
+            if sequence.status is not RequestStatus.RUNNING or position + 1 >= limit:
                 continue  # preempted just now, or what is under way reaches max_tokens
-            most = position + sequence.ahead * self.lookahead
-            need = self._pages(min(most + 1, limit - 1) + self.lookahead) - len(sequence.pages)
+            most = position + sequence.num_inflight_decodes * self.num_lookahead_tokens
+            need = self._pages(min(most + 1, limit - 1) + self.num_lookahead_tokens) - len(sequence.block_ids)
             if need > 0:
-                short = short or not self._grow(sequence, need)
+                short = short or not self._allocate_slots(sequence, need)
                 if short:
                     continue
-            boundary = position // self.block * self.block
-            written = most if sequence.ahead else most + self.lookahead  # rejected tokens of the last step
-            if boundary > sequence.copied and written - boundary <= self.slack:
-                self._keep(sequence, boundary, draft)
-            rows.append(Decode(sequence, position))
-            sequence.ahead += 1
+            boundary = position // self.block_size * self.block_size
+            written = most if sequence.num_inflight_decodes else most + self.num_lookahead_tokens  # rejected tokens of the last step
+            if boundary > sequence.last_snapshot_boundary and written - boundary <= self.rollback_tokens:
+                self._snapshot(sequence, boundary, draft)
+            rows.append(DecodeRow(sequence, position))
+            sequence.num_inflight_decodes += 1
         return rows, short
 
-    def _grow(self, sequence: Sequence, need: int) -> bool:
+    def _allocate_slots(self, sequence: Request, need: int) -> bool:
         """Give it `need` more pages, at the cost of the youngest; False if it has to wait for them or was preempted."""
-        while (pages := self.blocks.allocate(need)) is None:
-            if self._leaving:
+        while (pages := self.block_pool.allocate(need)) is None:
+            if self._retiring:
                 return False
             youngest = self._active[-1]
             youngest.preemptions += 1
             self._preemptions += 1
-            self._leave(youngest, State.PREEMPTED)
+            self._retire(youngest, RequestStatus.PREEMPTED)
             if youngest is sequence:
                 return False
-        sequence.pages += pages
+        sequence.block_ids += pages
         return True
 
-    def _prefill(self, draft: _Draft, admit: bool) -> Prefill | None:
+    def _prefill(self, draft: PendingOutput, admit: bool) -> PrefillChunk | None:
         """The next chunk of the one prompt that is being read; admit: otherwise of the first in the queue."""
-        sequence = next((s for s in self._active if s.state is State.PREFILL), None)
+        sequence = next((s for s in self._active if s.status is RequestStatus.PREFILL), None)
         if sequence is None:
             sequence = self._admit(draft) if admit and self._waiting and self._slots else None
         if sequence is None:
             return None
-        start, goal = sequence.sent, sequence.goal
-        boundary = (goal - 1) // self.block * self.block
-        period = self.record_every * self.block or goal
-        if start > sequence.copied and (start == boundary or start % period == 0):
-            self._keep(sequence, start, draft)
-        ends = [start // size * size + size for size in (self.chunk, period)]
-        sequence.sent = end = min([goal, *ends, *([boundary] if boundary > start else [])])
+        start, goal = sequence.num_scheduled_tokens, sequence.num_prefill_tokens
+        boundary = (goal - 1) // self.block_size * self.block_size
+        period = self.snapshot_interval_blocks * self.block_size or goal
+        if start > sequence.last_snapshot_boundary and (start == boundary or start % period == 0):
+            self._snapshot(sequence, start, draft)
+        ends = [start // size * size + size for size in (self.max_num_batched_tokens, period)]
+        sequence.num_scheduled_tokens = end = min([goal, *ends, *([boundary] if boundary > start else [])])
         if end == goal:
-            sequence.state = State.RUNNING
-        return Prefill(sequence, start, end - start, last=end == goal)
+            sequence.status = RequestStatus.RUNNING
+        return PrefillChunk(sequence, start, end - start, last=end == goal)
 
-    def _admit(self, draft: _Draft) -> Sequence | None:
+    def _admit(self, draft: PendingOutput) -> Request | None:
         """Give the first in the queue a slot, what is known of its blocks, and pages; None if it has to wait."""
         sequence = self._waiting[0]
-        usable = self._usable(sequence)
-        found, record = self.blocks.match(usable)
-        promised = {other.promise for other in self._active}
+        usable = self._prefix_hashes(sequence)
+        found, record = self.block_pool.match_prefix(usable)
+        promised = {other.pending_prefix_hash for other in self._active}
         if not promised.isdisjoint(usable[found:]):
             return None  # somebody is computing what it could begin with
         need = self._pages(len(sequence.tokens)) - found
-        spare = self._pages(max(len(sequence.tokens), sequence.reached) + self.block) - found
-        most = self._pages(sequence.limit - 1 + self.lookahead) - found
-        if self.blocks.room(usable[:found]) < min(spare, most):
+        spare = self._pages(max(len(sequence.tokens), sequence.max_len_reached) + self.block_size) - found
+        most = self._pages(sequence.max_len - 1 + self.num_lookahead_tokens) - found
+        if self.block_pool.num_available(usable[:found]) < min(spare, most):
             return None
-        if self.below is not None:
-            if self.below.awaits(sequence, usable):
+        if self.kv_connector is not None:
+            if self.kv_connector.awaits(sequence, usable):
                 return None
-            found, record = self.blocks.match(usable)
+            found, record = self.block_pool.match_prefix(usable)
             need = self._pages(len(sequence.tokens)) - found
         if not sequence.preemptions:
-            self.blocks.note(usable, found)
-        sequence.pages = self.blocks.acquire(usable[:found]) + self.blocks.allocate(need)
-        sequence.slot, sequence.goal, sequence.state = self._slots.pop(), len(sequence.tokens), State.PREFILL
-        sequence.found = sequence.published = found
-        sequence.computed = sequence.sent = sequence.copied = found * self.block
+            self.block_pool.note(usable, found)
+        sequence.block_ids = self.block_pool.touch(usable[:found]) + self.block_pool.allocate(need)
+        sequence.state_slot, sequence.num_prefill_tokens, sequence.status = self._slots.pop(), len(sequence.tokens), RequestStatus.PREFILL
+        sequence.num_cached_blocks = sequence.num_published_blocks = found
+        sequence.num_computed_tokens = sequence.num_scheduled_tokens = sequence.last_snapshot_boundary = found * self.block_size
         if record is not None:
-            draft.sources.append(self.blocks.pin(usable[found - 1]))
-            draft.copies.append((record, sequence.slot))
-        sequence.promise = usable[-1] if found < len(usable) else None
+            draft.sources.append(self.block_pool.pin(usable[found - 1]))
+            draft.copies.append((record, sequence.state_slot))
+        sequence.pending_prefix_hash = usable[-1] if found < len(usable) else None
         self._active.append(self._waiting.pop(0))
         return sequence
 
-    def _keep(self, sequence: Sequence, boundary: int, draft: _Draft) -> None:
+    def _snapshot(self, sequence: Request, boundary: int, draft: PendingOutput) -> None:
         """Copy the slot into a record for `boundary`, where the slot stands now (or not more than `slack` behind)."""
-        sequence.copied = boundary
-        if sequence.seed is None or boundary > self._shared(sequence):
+        sequence.last_snapshot_boundary = boundary
+        if sequence.hash_seed is None or boundary > self._num_shareable_tokens(sequence):
             return
-        name = self._names(sequence)[boundary // self.block - 1]
+        name = self._block_hashes(sequence)[boundary // self.block_size - 1]
         if boundary > len(sequence.prompt):
-            if sequence.moving is not None:
-                self.blocks.forget(sequence.moving, unless_used=True)
-            sequence.moving = None
-        record = self.blocks.keep(name)
+            if sequence.decode_snapshot is not None:
+                self.block_pool.drop_snapshot(sequence.decode_snapshot, unless_used=True)
+            sequence.decode_snapshot = None
+        record = self.block_pool.reserve_snapshot(name)
         if record is None:
             return
         if boundary > len(sequence.prompt):
-            sequence.moving = name
-        sequence.kept.append(name)
-        draft.copies.append((sequence.slot, record))
+            sequence.decode_snapshot = name
+        sequence.snapshots.append(name)
+        draft.copies.append((sequence.state_slot, record))
         draft.targets.append((sequence, name, record))
 
     # --- committing ------------------------------------------------------------------------------------------------
 
-    def commit(self, plan: Plan, gained: Mapping[Hashable, Tokens[int]], finished: Collection[Hashable] = ()) -> None:
+    def update_from_output(self, plan: SchedulerOutput, gained: Mapping[Hashable, Tokens[int]], finished: Collection[Hashable] = ()) -> None:
         """Take the results of the oldest plan under way.
 
         gained: the new tokens of every sequence that decoded or read the last of its prompt, by id; a sequence that
         ended meanwhile may be left out. Tokens beyond max_tokens are dropped, and reaching it finishes the sequence.
         finished: ids that end here for another reason; their tokens are to be cut where they end.
         """
-        if not self._flight or self._flight[0].plan is not plan:
+        if not self._inflight or self._inflight[0].plan is not plan:
             raise ValueError("plans are committed once, in the order in which they were made")
-        draft = self._flight.popleft()
-        for sequence in plan.sequences:
-            if sequence.state in _LIVE:
-                self._gain(sequence, plan, gained.get(sequence.id, ()))
-                if sequence.id in finished or len(sequence.tokens) >= sequence.limit:
-                    self._leave(sequence, State.FINISHED)
+        draft = self._inflight.popleft()
+        for sequence in plan.requests:
+            if sequence.status in _LIVE:
+                self._append_tokens(sequence, plan, gained.get(sequence.id, ()))
+                if sequence.id in finished or len(sequence.tokens) >= sequence.max_len:
+                    self._retire(sequence, RequestStatus.FINISHED)
         for record in draft.sources:
-            self.blocks.unpin(record)
+            self.block_pool.unpin(record)
         for sequence, name, record in draft.targets:
-            judged = sequence.state not in (State.CANCELLED, State.FAILED)
-            self.blocks.ready(name, record, valid=judged)
-        self._committed = plan.serial
-        for sequence in [s for s in self._leaving if s.last <= self._committed]:
-            self._leaving.remove(sequence)
-            self._settle(sequence)
+            judged = sequence.status not in (RequestStatus.ABORTED, RequestStatus.ERROR)
+            self.block_pool.commit_snapshot(name, record, valid=judged)
+        self._committed = plan.step_id
+        for sequence in [s for s in self._retiring if s.last_step <= self._committed]:
+            self._retiring.remove(sequence)
+            self._free(sequence)
 
-    def _gain(self, sequence: Sequence, plan: Plan, tokens: Tokens[int]) -> None:
+    def _append_tokens(self, sequence: Request, plan: SchedulerOutput, tokens: Tokens[int]) -> None:
         """Add what one plan brought, and publish the blocks that it filled."""
         accepted = len(tokens) - 1  # by the model, whether or not max_tokens has room for them
-        tokens = list(tokens)[: sequence.limit - len(sequence.tokens)]
-        if plan.prefill is not None and plan.prefill.sequence is sequence:
-            sequence.computed = plan.prefill.start + plan.prefill.count
+        tokens = list(tokens)[: sequence.max_len - len(sequence.tokens)]
+        if plan.prefill is not None and plan.prefill.request is sequence:
+            sequence.num_computed_tokens = plan.prefill.start + plan.prefill.count
             if plan.prefill.last:
-                sequence.promise = None
+                sequence.pending_prefix_hash = None
             least = most = int(plan.prefill.last)
         else:
-            sequence.computed += len(tokens)
-            sequence.ahead -= 1
+            sequence.num_computed_tokens += len(tokens)
+            sequence.num_inflight_decodes -= 1
             self._drafts, self._accepted = self._drafts + 1, self._accepted + accepted
-            least, most = 1, 1 + self.lookahead
+            least, most = 1, 1 + self.num_lookahead_tokens
         if not least <= len(tokens) <= most:
             raise ValueError(f"request {sequence.id!r} gained {len(tokens)} tokens, where {least} to {most} can be")
         sequence.tokens += tokens
-        full = min(sequence.computed, self._shared(sequence)) // self.block
-        if sequence.seed is not None and full > sequence.published:
-            names = self._names(sequence)
-            for i in range(sequence.published, full):
-                self.blocks.publish(names[i - 1] if i else sequence.seed, names[i], sequence.pages[i])
-            sequence.published = full
+        full = min(sequence.num_computed_tokens, self._num_shareable_tokens(sequence)) // self.block_size
+        if sequence.hash_seed is not None and full > sequence.num_published_blocks:
+            names = self._block_hashes(sequence)
+            for i in range(sequence.num_published_blocks, full):
+                self.block_pool.cache_block(names[i - 1] if i else sequence.hash_seed, names[i], sequence.block_ids[i])
+            sequence.num_published_blocks = full
 
-    def _leave(self, sequence: Sequence, state: State) -> None:
+    def _retire(self, sequence: Request, state: RequestStatus) -> None:
         """End or preempt; what it holds is let go when no plan with it is under way any more."""
-        before, sequence.state = sequence.state, state
-        if before is State.PREEMPTED:
+        before, sequence.status = sequence.status, state
+        if before is RequestStatus.PREEMPTED:
             return  # it is leaving already
-        (self._waiting if before is State.WAITING else self._active).remove(sequence)
-        if sequence.last > self._committed:
-            self._leaving.append(sequence)
+        (self._waiting if before is RequestStatus.WAITING else self._active).remove(sequence)
+        if sequence.last_step > self._committed:
+            self._retiring.append(sequence)
         else:
-            self._settle(sequence)
+            self._free(sequence)
 
-    def _settle(self, sequence: Sequence) -> None:
+    def _free(self, sequence: Request) -> None:
         """Let go of everything; a preempted sequence waits again, at its place by arrival."""
-        self.blocks.release(sequence.pages)
-        if sequence.slot:
-            self._slots.append(sequence.slot)
-        sequence.pages, sequence.kept, sequence.slot = [], [], 0
-        if sequence.state is not State.PREEMPTED:
-            del self.sequences[sequence.id]
+        self.block_pool.free(sequence.block_ids)
+        if sequence.state_slot:
+            self._slots.append(sequence.state_slot)
+        sequence.block_ids, sequence.snapshots, sequence.state_slot = [], [], 0
+        if sequence.status is not RequestStatus.PREEMPTED:
+            del self.requests[sequence.id]
             return
-        if self.replay:
-            sequence.reached = max(sequence.reached, len(sequence.tokens))
+        if self.deterministic_replay:
+            sequence.max_len_reached = max(sequence.max_len_reached, len(sequence.tokens))
             del sequence.tokens[len(sequence.prompt) :]
-        sequence.moving = sequence.promise = None
-        sequence.goal = sequence.sent = sequence.computed = sequence.ahead = 0
-        sequence.found = sequence.published = sequence.copied = 0
-        sequence.state = State.WAITING
+        sequence.decode_snapshot = sequence.pending_prefix_hash = None
+        sequence.num_prefill_tokens = sequence.num_scheduled_tokens = sequence.num_computed_tokens = sequence.num_inflight_decodes = 0
+        sequence.num_cached_blocks = sequence.num_published_blocks = sequence.last_snapshot_boundary = 0
+        sequence.status = RequestStatus.WAITING
         bisect.insort(self._waiting, sequence, key=lambda s: s.arrival)
 
     # --- helpers, and what is seen from outside --------------------------------------------------------------------
 
     def _pages(self, tokens: int) -> int:
-        return -(-tokens // self.block)
+        return -(-tokens // self.block_size)
 
-    def _shared(self, sequence: Sequence) -> int:
+    def _num_shareable_tokens(self, sequence: Request) -> int:
         """Tokens whose blocks others may find."""
-        return len(sequence.prompt) if self.replay else sequence.limit
+        return len(sequence.prompt) if self.deterministic_replay else sequence.max_len
 
-    def _usable(self, sequence: Sequence) -> list[bytes]:
+    def _prefix_hashes(self, sequence: Request) -> list[bytes]:
         """Names of the blocks that it could begin behind; one token must be left to read."""
-        return self._names(sequence)[: (len(sequence.tokens) - 1) // self.block]
+        return self._block_hashes(sequence)[: (len(sequence.tokens) - 1) // self.block_size]
 
-    def _names(self, sequence: Sequence) -> list[bytes]:
+    def _block_hashes(self, sequence: Request) -> list[bytes]:
         """Names of all blocks that its tokens fill; none if it does not take part in the prefix cache."""
-        if sequence.seed is not None:
-            parent, done = (sequence.names or [sequence.seed])[-1], len(sequence.names) * self.block
-            if len(sequence.tokens) - done >= self.block:
-                sequence.names += prefix.chain(parent, sequence.tokens[done:], self.block)
-        return sequence.names
+        if sequence.hash_seed is not None:
+            parent, done = (sequence.block_hashes or [sequence.hash_seed])[-1], len(sequence.block_hashes) * self.block_size
+            if len(sequence.tokens) - done >= self.block_size:
+                sequence.block_hashes += prefix.block_hashes(parent, sequence.tokens[done:], self.block_size)
+        return sequence.block_hashes
 
     @property
     def busy(self) -> bool:
         """Whether anything waits, runs or is to be committed."""
-        return bool(self.sequences or self._flight)
+        return bool(self.requests or self._inflight)
 
     def stats(self) -> dict[str, float]:
         """Sequences now, preemptions since the start, and what the blocks count."""
         counts = {"waiting": len(self._waiting), "running": len(self._active), "preemptions": self._preemptions}
-        if self.lookahead:
+        if self.num_lookahead_tokens:
             counts |= {
                 "spec_decode_num_drafts": self._drafts,
-                "spec_decode_num_draft_tokens": self._drafts * self.lookahead,
+                "spec_decode_num_draft_tokens": self._drafts * self.num_lookahead_tokens,
                 "spec_decode_num_accepted_tokens": self._accepted,
             }
-        return counts | self.blocks.stats()
+        return counts | self.block_pool.stats()
 
-    def check(self) -> None:
+    def check_invariants(self) -> None:
         """Raise AssertionError if any book does not add up."""
-        self.blocks.check([sequence.pages for sequence in self.sequences.values()])
+        self.block_pool.check_invariants([sequence.block_ids for sequence in self.requests.values()])
         arrivals = [sequence.arrival for sequence in (*self._active, *self._waiting)]
-        slots = [sequence.slot for sequence in (*self._active, *self._leaving)]
+        slots = [sequence.state_slot for sequence in (*self._active, *self._retiring)]
         for rule, holds in {
             "sequences are in order of arrival, active ones before waiting ones": arrivals == sorted(arrivals),
             "every slot is free or one sequence's": len({*self._slots, *slots}) == len(self._slots) + len(slots),
-            "slots are held by the active and the leaving only": all(slots) and not any(s.slot for s in self._waiting),
-            "no sequence is lost": len(arrivals) + len(self._leaving) == len(self.sequences),
-            "one prompt is read at a time": sum(s.state is State.PREFILL for s in self._active) <= 1,
+            "slots are held by the active and the leaving only": all(slots) and not any(s.state_slot for s in self._waiting),
+            "no sequence is lost": len(arrivals) + len(self._retiring) == len(self.requests),
+            "one prompt is read at a time": sum(s.status is RequestStatus.PREFILL for s in self._active) <= 1,
         }.items():
             if not holds:
                 raise AssertionError(f"the scheduler's books are wrong; the rule: {rule}")

@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
-class State(enum.Enum):
+class RequestStatus(enum.Enum):
     WAITING = "waiting"
     PREFILL = "prefill"
     RUNNING = "running"  # all of its prompt has been sent to the device
     PREEMPTED = "preempted"  # leaves its slot when the plans under way are committed, then waits
     FINISHED = "finished"
-    CANCELLED = "cancelled"
-    FAILED = "failed"
+    ABORTED = "cancelled"
+    ERROR = "failed"
 
 
 @dataclass(eq=False)
-class Sequence:
+class Request:
     """One request. The engine reads `tokens`, `pages` (of block 0 on) and `slot` (its record, 0: none) and writes none.
 
     computed: tokens whose entries the committed plans have written. sent: tokens that prefill has sent to the device.
@@ -30,71 +30,71 @@ class Sequence:
     id: Hashable
     prompt: tuple[int, ...]
     max_tokens: int
-    seed: bytes | None
+    hash_seed: bytes | None
     arrival: int
     tokens: list[int]
-    state: State = State.WAITING
+    status: RequestStatus = RequestStatus.WAITING
     preemptions: int = 0
-    names: list[bytes] = field(default_factory=list)  # of full blocks; grows with the tokens
-    reached: int = 0  # most tokens that it had before a preemption that took some of them
+    block_hashes: list[bytes] = field(default_factory=list)  # of full blocks; grows with the tokens
+    max_len_reached: int = 0  # most tokens that it had before a preemption that took some of them
     # The rest is of one life.
-    pages: list[int] = field(default_factory=list)
-    slot: int = 0
-    goal: int = 0
-    sent: int = 0
-    computed: int = 0
-    ahead: int = 0
-    last: int = 0  # serial of the last plan with it
-    found: int = 0
-    published: int = 0
-    copied: int = 0  # the last boundary whose record was considered
-    kept: list[bytes] = field(default_factory=list)  # names of the records it made
-    moving: bytes | None = None  # the record that moves along with decoding
-    promise: bytes | None = None  # the record that its prefill will leave
+    block_ids: list[int] = field(default_factory=list)
+    state_slot: int = 0
+    num_prefill_tokens: int = 0
+    num_scheduled_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_inflight_decodes: int = 0
+    last_step: int = 0  # serial of the last plan with it
+    num_cached_blocks: int = 0
+    num_published_blocks: int = 0
+    last_snapshot_boundary: int = 0  # the last boundary whose record was considered
+    snapshots: list[bytes] = field(default_factory=list)  # names of the records it made
+    decode_snapshot: bytes | None = None  # the record that moves along with decoding
+    pending_prefix_hash: bytes | None = None  # the record that its prefill will leave
 
     @property
-    def limit(self) -> int:
+    def max_len(self) -> int:
         return len(self.prompt) + self.max_tokens
 
     @property
-    def repeats(self) -> bool:
+    def is_replay(self) -> bool:
         """Whether its next token came once before, in an earlier life."""
-        return len(self.tokens) < self.reached
+        return len(self.tokens) < self.max_len_reached
 
     @property
     def position(self) -> int:
         """Tokens behind it when all plans under way are done, if each decode step adds one."""
-        return max(self.computed, self.sent) + self.ahead
+        return max(self.num_computed_tokens, self.num_scheduled_tokens) + self.num_inflight_decodes
 
 
-class Prefill(NamedTuple):
+class PrefillChunk(NamedTuple):
     """Read tokens[start : start + count]; at start 0 the slot's record is to be emptied first. last: then sample."""
 
-    sequence: Sequence
+    request: Request
     start: int
     count: int
     last: bool
 
 
-class Decode(NamedTuple):
+class DecodeRow(NamedTuple):
     """Add a token, or several. position: of the token to be fed; with lookahead, the least that it may be."""
 
-    sequence: Sequence
+    request: Request
     position: int
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class SchedulerOutput:
     """One call of the device: copy records (from, to; none is both), then prefill and decode, in any order.
 
     The tables are to be made of `Sequence.pages` before the scheduler is called again.
     """
 
-    serial: int
+    step_id: int
     copies: tuple[tuple[int, int], ...]
-    prefill: Prefill | None
-    decode: tuple[Decode, ...]
+    prefill: PrefillChunk | None
+    decode: tuple[DecodeRow, ...]
 
     @property
-    def sequences(self) -> list[Sequence]:
-        return [row.sequence for row in (self.prefill, *self.decode) if row is not None]
+    def requests(self) -> list[Request]:
+        return [row.request for row in (self.prefill, *self.decode) if row is not None]

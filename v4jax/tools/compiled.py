@@ -21,7 +21,7 @@ from v4jax.config import Config, Mesh
 from v4jax.core.check import UserError
 from v4jax.core.tables import print_table
 from v4jax.tools import buffers, steps
-from v4jax.tools.estimate import Work
+from v4jax.tools.estimate import Workload
 from v4jax.tools.topology import Topology, size
 
 EFFORT = {"exec_time_optimization_effort": -1.0}
@@ -35,7 +35,7 @@ class NoRoom(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
+class CompiledReport:
     """Of one device: bytes by part on it and in host memory, the largest array among the temporaries (bytes, type),
     and bytes of collectives by kind (loop bodies times their trips, where the compiler knows them). seconds: of CPUs,
     to lower and compile until `stage`. Of a whole program alone, as XLA reports them: cost, operations and bytes
@@ -70,9 +70,9 @@ def devices(topology: Topology) -> list[jax.Device]:
 
 
 def compile_step(
-    config: Config, topology: Topology, mesh: Mesh, work: Work, stage: str = "program",
+    config: Config, topology: Topology, mesh: Mesh, work: Workload, stage: str = "program",
     on: Sequence[jax.Device] | None = None, options: dict = EFFORT,
-) -> Compiled:  # fmt: skip
+) -> CompiledReport:  # fmt: skip
     """Compile the step of `work.mode` on `mesh`, for devices `on` (default: the topology's), with compiler `options`.
 
     stage "program": to its end; "buffers": in another process and for the topology's devices, until the buffers are
@@ -81,7 +81,7 @@ def compile_step(
     """
     if stage == "buffers":
         found, seconds = buffers.placed(_write, config, topology, mesh, work)
-        return Compiled(
+        return CompiledReport(
             found.device_bytes, found.host_bytes, found.largest, topology.device_memory, collective_bytes(found.text),
             seconds, stage,
         )  # fmt: skip
@@ -94,7 +94,7 @@ def compile_step(
     # Its temporaries are not taken: they may be a third more than what the compiler itself counts against the device's
     # memory when it refuses a program, which is what the buffers take.
     parts = found.device_bytes | {"program": memory.generated_code_size_in_bytes}
-    return Compiled(
+    return CompiledReport(
         parts, found.host_bytes, found.largest, topology.device_memory, collective_bytes(program.as_text()),
         time.process_time() - begun, stage, (cost.get("flops", 0.0), cost.get("bytes accessed", 0.0)),
         (memory.alias_size_in_bytes, memory.peak_memory_in_bytes),
@@ -116,12 +116,12 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology, options: dict) -> 
         raise NoRoom(f"the compiler finds no room on {topology.name}: {text[:240]}; take a larger one") from error
 
 
-def _write(directory: str, config: Config, topology: Topology, mesh: Mesh, work: Work) -> None:
+def _write(directory: str, config: Config, topology: Topology, mesh: Mesh, work: Workload) -> None:
     """Have the compiler write what it makes of a step."""
     _compile(_lower(config, topology, mesh, work), topology, EFFORT | {"xla_dump_to": directory})
 
 
-def records(result: Compiled, at: dict) -> list[dict]:
+def records(result: CompiledReport, at: dict) -> list[dict]:
     """Flat records, beside those of the closed form."""
 
     def record(metric, value, unit, **more):
@@ -144,7 +144,7 @@ def records(result: Compiled, at: dict) -> list[dict]:
     ]  # fmt: skip
 
 
-def show(results: dict[str, Compiled], topology: Topology) -> None:
+def show(results: dict[str, CompiledReport], topology: Topology) -> None:
     """The compiler's numbers as a table, a column for each of the programs compared."""
     one = next(iter(results.values()))
     done = {"program": "compiled", "buffers": "compiled until its buffers were placed"}[one.stage]

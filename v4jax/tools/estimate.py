@@ -17,24 +17,24 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from v4jax import config as configs
-from v4jax.cache.spec import Layout
+from v4jax.cache.spec import KVCacheSpec
 from v4jax.config import MESH_AXES, Config, Mesh
 from v4jax.core.check import UserError
 from v4jax.models.flops import count_parameters, parameter_table
 from v4jax.models.layout import stacks
-from v4jax.nn.linear import FP8
-from v4jax.parallel.matrices import replicas, sharing
+from v4jax.nn.linear import FP8_WEIGHT_AXES
+from v4jax.parallel.matrices import replica_axes, group_small
 from v4jax.parallel.mesh import sizes
-from v4jax.parallel.rules import Sharding, check_layout
+from v4jax.parallel.rules import MeshRules, validate_rules
 from v4jax.tools.topology import GIB, Topology, listed
 from v4jax.train.optim import MATRICES, NEWTON_SCHULZ_STEPS
 
-_RUNTIME = 2 * GIB  # of host memory a chip, for programs and transfer buffers: an allowance, not a measurement
+_HOST_RUNTIME_BYTES = 2 * GIB  # of host memory a chip, for programs and transfer buffers: an allowance, not a measurement
 MODES = ("train", "prefill", "decode")
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What is planned: the mode, tokens of a row (context), and rows (train: the batch, else sequences at once)."""
 
     mode: str
@@ -48,7 +48,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CostEstimate:
     """One plan. device_bytes and traffic are by part, links by network and part, of one device and one step."""
 
     device_bytes: dict[str, float]
@@ -74,7 +74,7 @@ class Collectives:
     Of a group of devices along some axes, `inside` are in one domain, and the group has members in `domains`.
     """
 
-    def __init__(self, sharding: Sharding, topology: Topology):
+    def __init__(self, sharding: MeshRules, topology: Topology):
         self.sharding, self.domain = sharding, topology.domain
         self.links = {name: defaultdict(float) for name in topology.chip.links}
 
@@ -109,28 +109,28 @@ class Collectives:
             link[part] += sent
 
 
-def default_mesh(config: Config, topology: Topology, work: Work) -> Mesh:
+def default_mesh(config: Config, topology: Topology, work: Workload) -> Mesh:
     """`config.mesh` if it names a layout; else experts over up to 64 devices in training, over all in serving.
 
     Training takes `pod`: rows split over experts and fsdp, and the tokens of a row where devices outnumber rows.
     Serving takes `serve`.
     """
-    if config.mesh.layout:
+    if config.mesh.rules:
         return config.mesh
     per_slice = topology.devices // topology.slices
     if work.mode != "train":
-        expert = math.gcd(per_slice, config.model.moe.experts)
+        expert = math.gcd(per_slice, config.model.moe.n_routed_experts)
         return Mesh("serve", slice=topology.slices, data=per_slice // expert, expert=expert)
     parts = math.gcd(per_slice, max(work.rows // topology.slices, 1))
-    expert = math.gcd(parts, config.model.moe.experts, 64)
+    expert = math.gcd(parts, config.model.moe.n_routed_experts, 64)
     return Mesh("pod", slice=topology.slices, expert=expert, fsdp=parts // expert, context=per_slice // parts)
 
 
-def abstract_sharding(mesh: Mesh, devices: int) -> Sharding:
+def abstract_sharding(mesh: Mesh, devices: int) -> MeshRules:
     """The rules of a mesh on devices that need not exist."""
-    layout = configs.load_layout(mesh.layout)
-    check_layout(layout)
-    return Sharding(AbstractMesh(sizes(mesh, layout, devices), MESH_AXES), layout)
+    layout = configs.load_sharding(mesh.rules)
+    validate_rules(layout)
+    return MeshRules(AbstractMesh(sizes(mesh, layout, devices), MESH_AXES), layout)
 
 
 def parameter_shapes(model: configs.Model) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
@@ -139,7 +139,7 @@ def parameter_shapes(model: configs.Model) -> tuple[dict[str, str], dict[str, tu
     return {name: letters for name, (letters, _, _) in rows.items()}, {name: row[1] for name, row in rows.items()}
 
 
-def state_bytes(config: Config, sharding: Sharding) -> tuple[dict[str, float], float]:
+def state_bytes(config: Config, sharding: MeshRules) -> tuple[dict[str, float], float]:
     """Bytes of one device, exact: weights, gradients and optimizer state in float32, as rules and shapes split them;
     and of its share of host memory, where `train.offload` puts the optimizer (what comes back is then an estimate)."""
     letters, shapes = parameter_shapes(config.model)
@@ -156,20 +156,20 @@ def state_bytes(config: Config, sharding: Sharding) -> tuple[dict[str, float], f
 def attention_flops(model: configs.Model, context: float) -> float:
     """Operations of one token that sees `context` tokens: both products with window, picked and visible entries, and
     the indexer's scores; 2 a multiply-add."""
-    heads, total = 4 * model.heads * model.head_dim, 0.0
+    heads, total = 4 * model.num_attention_heads * model.head_dim, 0.0
     for kind in model.schedule:
-        seen = min(model.window, context)
+        seen = min(model.sliding_window, context)
         if kind == "csa":
-            entries = context / model.csa_ratio
-            seen += min(model.indexer.topk, entries)
-            total += 2 * model.indexer.heads * model.indexer.head_dim * entries
+            entries = context / model.compress_rate_csa
+            seen += min(model.indexer.index_topk, entries)
+            total += 2 * model.indexer.index_n_heads * model.indexer.index_head_dim * entries
         elif kind == "hca":
-            seen += context / model.hca_ratio
+            seen += context / model.compress_rate_hca
         total += heads * seen
     return total
 
 
-def estimate(config: Config, topology: Topology, mesh: Mesh, work: Work) -> Estimate:
+def estimate(config: Config, topology: Topology, mesh: Mesh, work: Workload) -> CostEstimate:
     """The plan of one mode. Raises UserError where mesh, model and batch do not fit each other."""
     if work.mode not in MODES:
         raise UserError(f"no mode {work.mode!r}; one of {', '.join(MODES)}")
@@ -196,69 +196,69 @@ def estimate(config: Config, topology: Topology, mesh: Mesh, work: Work) -> Esti
         seconds[link] = sum(sent.links[link].values()) / (speed / topology.chip.devices)
     bound = max(seconds.values())
     mfu = flops / (bound * topology.chips * topology.chip.flops)
-    return Estimate(parts, host, flops, device_flops + optimizer, traffic, sent.links, seconds, mfu)
+    return CostEstimate(parts, host, flops, device_flops + optimizer, traffic, sent.links, seconds, mfu)
 
 
 def _narrow_flops(config: Config) -> float:
     """Of a token's forward pass, the operations whose operands are in FP8: dense products (routed experts round what
     they multiply, and multiply it as it was)."""
-    if config.train.matmul != "fp8":
+    if config.train.matmul_precision != "fp8":
         return 0.0
     rows = parameter_table(config.model).items()
-    dense = FP8 - {"EUDF", "EFD"}
+    dense = FP8_WEIGHT_AXES - {"EUDF", "EFD"}
     return 2 * sum(math.prod(shape) for path, (letters, shape, _) in rows if letters in dense and path[0] != "mtp")
 
 
 # Counted in the programs that tests/golden/compiled.json records: float32 copies of the rows that travel, alive at once
 # in the backward pass for each layer that is computed anew; copies of the logits; and of the vocabulary's two matrices.
-_ROWS, _LOGITS, _VOCABULARY = 4.5, 2, 2
+_ROW_COPIES, _LOGITS, _VOCABULARY = 4.5, 2, 2
 
 
-def _train(config: Config, topology: Topology, sharding: Sharding, work: Work, sent: Collectives):
+def _train(config: Config, topology: Topology, sharding: MeshRules, work: Workload, sent: Collectives):
     """Training: state as it lies; kept streams (with remat between units of layers), the inside of a unit; logits."""
     m, (parts, host) = config.model, state_bytes(config, sharding)
     moments = host or parts["optimizer"]
-    tokens = work.tokens / _parts(sharding, work)
+    tokens = work.tokens / _token_shards(sharding, work)
     width = jnp.dtype(m.dtype).itemsize
-    D, F, K = m.hidden_size, m.moe.inner, m.moe.active
+    D, F, K = m.hidden_size, m.moe.moe_intermediate_size, m.moe.num_experts_per_tok
     tensor = sharding.size(sharding.axes("weights", "expert_mlp"))
-    streams = tokens * m.mhc.streams * D * width
-    inside = _ROWS * 1.5 * tokens * K * D * 4
+    streams = tokens * m.mhc.hc_mult * D * width
+    inside = _ROW_COPIES * 1.5 * tokens * K * D * 4
     runs = stacks(m, config.train.scan)
     units, longest = sum(run.repeats for run in runs), max(len(run.kinds) for run in runs)
-    kept = units * streams + longest * inside if config.train.remat else m.layers * inside
+    kept = units * streams + longest * inside if config.train.remat else m.num_hidden_layers * inside
     if "streams" in config.train.offload:  # on the device: those that come and those that are used
         kept, host = kept - max(units - 2, 0) * streams, host + units * streams
     vocabulary = sharding.size(sharding.axes("weights", "vocab"))
     logits = _LOGITS * tokens * m.vocab_size / vocabulary * 4
     # Experts of a layer with their hidden size gathered, forward and as gradients; embedding and head likewise.
     expert_parts = sharding.size(sharding.axes("weights", "expert")) * tensor
-    layer = 3 * D * F * m.moe.experts / expert_parts * width
+    layer = 3 * D * F * m.moe.n_routed_experts / expert_parts * width
     whole = _VOCABULARY * D * m.vocab_size / vocabulary * 4
     split = sharding.size(sharding.axes("weights", "expert_embed"))
-    plain = config.train.matmul == config.train.expert_weights == "plain"
+    plain = config.train.matmul_precision == config.train.expert_weight_format == "plain"
     rounded = 0 if plain else layer / width * 4 / split  # a layer's own part of the experts once more, in float32
     parts |= {"activations": kept + logits, "gathered": 2 * layer + whole + rounded}
     passes = 3 if config.train.remat else 2
     traffic = {
-        "weights": passes * m.layers * layer, "optimizer": 2 * (parts["weights"] + moments),
-        "gradients": 2 * parts["gradients"], "activations": passes * m.layers * (inside + streams) + 2 * logits,
+        "weights": passes * m.num_hidden_layers * layer, "optimizer": 2 * (parts["weights"] + moments),
+        "gradients": 2 * parts["gradients"], "activations": passes * m.num_hidden_layers * (inside + streams) + 2 * logits,
     }  # fmt: skip
     travel, split_axes = sharding.axes("weights", "expert"), sharding.axes("weights", "expert_embed")
     dense = (count_parameters(m).total - count_parameters(m).by_group["routed experts"]) * width / tensor
     dense_axes = sharding.axes("weights", "embed")
     journeys = 2 * passes + 1  # there and back at each pass, and there once more: the backward pass computes rows anew
     replicas = [axis for axis in _token_axes(sharding) if axis not in (*travel, *split_axes)]
-    sent.gather("all-gather", passes * m.layers * layer, split_axes)
+    sent.gather("all-gather", passes * m.num_hidden_layers * layer, split_axes)
     sent.gather("all-gather", passes * dense, dense_axes)
-    sent.gather("reduce-scatter", m.layers * layer, split_axes)
+    sent.gather("reduce-scatter", m.num_hidden_layers * layer, split_axes)
     sent.gather("reduce-scatter", dense, dense_axes)
-    sent.gather("all-reduce", 2 * m.layers * layer / split, replicas)
-    sent.exchange("all-to-all", m.layers * tokens * K * D * width * journeys, travel)
-    return parts, traffic, topology.chip.host * (_RUNTIME + topology.chip.devices * host)
+    sent.gather("all-reduce", 2 * m.num_hidden_layers * layer / split, replicas)
+    sent.exchange("all-to-all", m.num_hidden_layers * tokens * K * D * width * journeys, travel)
+    return parts, traffic, topology.chip.host * (_HOST_RUNTIME_BYTES + topology.chip.devices * host)
 
 
-def _muon(config: Config, sharding: Sharding, sent: Collectives) -> float:
+def _muon(config: Config, sharding: MeshRules, sent: Collectives) -> float:
     """Operations of one device that orthogonalize matrices (`parallel/matrices.py`). `sent` gets the bytes, in float32,
     by which parts of a matrix come together on one device and lie as before, and replicas get each other's results."""
     letters, shapes = parameter_shapes(config.model)
@@ -270,12 +270,12 @@ def _muon(config: Config, sharding: Sharding, sent: Collectives) -> float:
     for (axes, shape), names in alike.items():
         sides = [[axes.index(letter) for letter in side] for side in MATRICES[axes]]
         fans = sorted(math.prod(shape[axis] for axis in side) for side in sides)
-        spec, copies = sharding.weight(axes), replicas(sharding, sharding.weight(axes))
+        spec, copies = sharding.weight(axes), replica_axes(sharding, sharding.weight(axes))
         split = [_names(spec, axis) for axis in itertools.chain(*sides)]
         sharers, groups = math.prod(map(sharding.size, split)), sharding.size(copies)
         counts = [math.prod(where[name].shard_shape(shapes[name])) * sharers // math.prod(fans) for name in names]
         turn = sharers * groups  # matrices of one round
-        rounds = sum(-(-sum(counts[i] for i in group) // turn) for group in sharing(counts, turn))
+        rounds = sum(-(-sum(counts[i] for i in group) // turn) for group in group_small(counts, turn))
         operations += rounds * NEWTON_SCHULZ_STEPS * (4 * fans[0] ** 2 * fans[1] + 2 * fans[0] ** 3)
         size = rounds * 4 * math.prod(fans)
         for along in split:
@@ -290,43 +290,43 @@ def _names(spec: PartitionSpec, axis: int) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names or ()
 
 
-def _serve(config: Config, topology: Topology, sharding: Sharding, work: Work, sent: Collectives):
+def _serve(config: Config, topology: Topology, sharding: MeshRules, work: Workload, sent: Collectives):
     """Serving: weights in the model's dtype, the cache of all rows in `cache.layout`, one chunk's activations."""
-    m, layout = config.model, Layout(config.model, config.cache.layout, config.cache.block, config.cache.hot)
+    m, layout = config.model, KVCacheSpec(config.model, config.cache.kv_cache_dtype, config.cache.block_size, config.cache.device_entries)
     width = jnp.dtype(m.dtype).itemsize
     letters, shapes = parameter_shapes(m)
     where = sharding.parameters(letters, shapes)
     weights = sum(width * math.prod(where[name].shard_shape(shape)) for name, shape in shapes.items())
     # A device has a page and a record to spare, and pages are whole.
     rows, pages = work.rows / topology.devices, -(-work.context // layout.block)
-    kv = (1 + rows * pages) * layout.page_bytes + (1 + rows) * layout.record_bytes() + layout.hot_bytes
+    kv = (1 + rows * pages) * layout.block_bytes + (1 + rows) * layout.state_bytes() + layout.device_cache_bytes
     # Decoding reads a token of every row at once, a prefill the rows of a device one by one, and each chunk by chunk.
-    chunk = min(work.context, config.serve.prefill_chunk)
+    chunk = min(work.context, config.serve.max_num_batched_tokens)
     tokens, steps = (max(1.0, rows), 1) if work.mode == "decode" else (chunk, rows * -(-work.context // chunk))
-    activations = tokens * (4 * 4 * m.mhc.streams * m.hidden_size + 12 * m.heads * m.head_dim + 4 * m.vocab_size)
+    activations = tokens * (4 * 4 * m.mhc.hc_mult * m.hidden_size + 12 * m.num_attention_heads * m.head_dim + 4 * m.vocab_size)
     parts = {"weights": weights, "kv": kv, "activations": activations}
     experts = count_parameters(m).by_group["routed experts"] * width / topology.devices
     # Of the experts, by a step's tokens, picked evenly.
-    met = 1 - (1 - m.moe.active / m.moe.experts) ** (tokens * topology.devices)
+    met = 1 - (1 - m.moe.num_experts_per_tok / m.moe.n_routed_experts) ** (tokens * topology.devices)
     read = weights - experts * (1 - met)
     entry, key, each = layout.entry_bytes, layout.key_bytes if "csa" in m.schedule else 0, 0.0
     for kind in m.schedule:
         if kind == "csa":
-            each += work.context / m.csa_ratio * key + min(m.indexer.topk, work.context / m.csa_ratio) * entry
+            each += work.context / m.compress_rate_csa * key + min(m.indexer.index_topk, work.context / m.compress_rate_csa) * entry
         elif kind == "hca":
-            each += work.context / m.hca_ratio * entry
-        each += m.window * m.head_dim * width
+            each += work.context / m.compress_rate_hca * entry
+        each += m.sliding_window * m.head_dim * width
     traffic = {"weights": steps * read, "kv": rows * each if work.mode == "decode" else steps * each / 2,
                "activations": 2 * steps * activations}  # fmt: skip
-    numbers = steps * m.layers * tokens * m.hidden_size
-    sent.exchange("all-to-all", numbers * m.moe.active * width * 2, sharding.axes("weights", "expert"))
+    numbers = steps * m.num_hidden_layers * tokens * m.hidden_size
+    sent.exchange("all-to-all", numbers * m.moe.num_experts_per_tok * width * 2, sharding.axes("weights", "expert"))
     sent.gather("all-reduce", numbers * 4 * 2 * 2, sharding.axes("weights", "expert_mlp"))
-    far = (1 + rows * pages) * layout.host_page_bytes + (1 + rows) * layout.host_record_bytes()
-    host = topology.chip.host * (_RUNTIME + topology.chip.devices * far)
+    far = (1 + rows * pages) * layout.host_block_bytes + (1 + rows) * layout.host_state_bytes()
+    host = topology.chip.host * (_HOST_RUNTIME_BYTES + topology.chip.devices * far)
     return parts, traffic, host
 
 
-def _parts(sharding: Sharding, work: Work) -> int:
+def _token_shards(sharding: MeshRules, work: Workload) -> int:
     """Parts that the tokens of a step are split into; UserError where they do not divide."""
     for name, size, letter in (("rows", work.rows, "B"), ("context", work.context, "T")):
         axes = sharding.activation(letter)[0] or ()
@@ -336,12 +336,12 @@ def _parts(sharding: Sharding, work: Work) -> int:
     return sharding.size(_token_axes(sharding))
 
 
-def _token_axes(sharding: Sharding) -> tuple[str, ...]:
+def _token_axes(sharding: MeshRules) -> tuple[str, ...]:
     """Mesh axes that split the tokens of a step."""
     return sharding.axes("activations", "batch") + sharding.axes("activations", "token")
 
 
-def smallest(config: Config, topology: Topology, work: Work, reserve: float) -> tuple[Topology, Estimate] | None:
+def smallest_topology(config: Config, topology: Topology, work: Workload, reserve: float) -> tuple[Topology, CostEstimate] | None:
     """The smallest listed topology of the same chip on which the closed form fits, or None."""
     for candidate in listed(topology.chip):
         try:

@@ -12,7 +12,7 @@ from v4jax.config import MESH_AXES, Config, Mesh
 from v4jax.core.check import UserError
 from v4jax.core.tables import print_table, write_json
 from v4jax.models.flops import count_parameters
-from v4jax.tools.estimate import Estimate, Work, default_mesh, estimate, smallest
+from v4jax.tools.estimate import CostEstimate, Workload, default_mesh, estimate, smallest_topology
 from v4jax.tools.topology import TPUS, Topology, parse, size
 
 DOES_NOT_FIT = 3  # exit status of `v4jax plan` for a plan that fits no topology it was given
@@ -43,20 +43,20 @@ def run(
     places = [parse(name) for name in topology.split(",")]
     if len(places) > 1 and not analytic:
         raise UserError("several topologies are compared in closed form; add --analytic, or name one")
-    rows = concurrency or (config.train.batch_size if mode == "train" else config.serve.max_batch)
-    tokens = context or (config.data.seq_len if mode == "train" else config.serve.max_seq_len)
-    work, records, compared = Work(mode, tokens, rows), [], []
+    rows = concurrency or (config.train.batch_size if mode == "train" else config.serve.max_num_seqs)
+    tokens = context or (config.data.seq_len if mode == "train" else config.serve.max_model_len)
+    work, records, compared = Workload(mode, tokens, rows), [], []
     for place in places:
         mesh = default_mesh(config, place, work)
         found = estimate(config, place, mesh, work)
         at = {"config": config.name, "topology": place.name, "mode": mode, "context": tokens, "concurrency": rows,
               "precision": config.model.dtype}  # fmt: skip
         if mode != "train":
-            at |= {"cache": config.cache.layout, "hot": config.cache.hot}
+            at |= {"cache": config.cache.kv_cache_dtype, "hot": config.cache.device_entries}
         else:
             how = config.train
-            at |= {"matmul": how.matmul, "expert_weights": how.expert_weights, "offload": ",".join(how.offload)}
-        least = smallest(config, place, work, RESERVE)
+            at |= {"matmul": how.matmul_precision, "expert_weights": how.expert_weight_format, "offload": ",".join(how.offload)}
+        least = smallest_topology(config, place, work, RESERVE)
         least = least[0].name if least else "none"
         records += _records(config, place, found, least, at)
         compared.append((place, mesh, found))
@@ -69,7 +69,7 @@ def run(
 
         results = {}
         for name, one in _arms(config, work).items():
-            of_arm = at | ({} if mode == "train" else {"hot": one.cache.hot}) | {"source": "compiled"}
+            of_arm = at | ({} if mode == "train" else {"hot": one.cache.device_entries}) | {"source": "compiled"}
             try:
                 results[name] = compiled.compile_step(one, place, mesh, work, stage)
             except compiled.NoRoom as error:
@@ -87,18 +87,18 @@ def run(
     return records
 
 
-def _arms(config: Config, work: Work) -> dict[str, Config]:
+def _arms(config: Config, work: Workload) -> dict[str, Config]:
     """What is compiled, by the name of its column: with the live tier (`cache.hot`), the same without it as well."""
-    if work.mode == "train" or not config.cache.hot:
+    if work.mode == "train" or not config.cache.device_entries:
         return {"compiler": config}
     near = dataclasses.replace(config, cache=dataclasses.replace(config.cache, hot=0))
-    return {"all on the device": near, f"live, {config.cache.hot:,} copies": config}
+    return {"all on the device": near, f"live, {config.cache.device_entries:,} copies": config}
 
 
 def fits_anywhere(records: list[dict], config: Config) -> bool:
     """Whether the plan of `run` fits one of its topologies: as compiled, where it was, else in closed form."""
     found = [r for r in records if r["metric"] == "fits"]
-    asked = [r for r in found if r["source"] == "compiled" and r.get("hot", config.cache.hot) == config.cache.hot]
+    asked = [r for r in found if r["source"] == "compiled" and r.get("hot", config.cache.device_entries) == config.cache.device_entries]
     return any(r["value"] for r in asked or found)
 
 
@@ -112,7 +112,7 @@ def fits(bytes_needed: float, topology: Topology) -> bool:
     return bytes_needed <= topology.device_memory * (1 - RESERVE)
 
 
-def _records(config: Config, topology: Topology, found: Estimate, least: str, at: dict) -> list[dict]:
+def _records(config: Config, topology: Topology, found: CostEstimate, least: str, at: dict) -> list[dict]:
     counts = count_parameters(config.model)
     total = sum(found.device_bytes.values())
 
@@ -139,7 +139,7 @@ def _records(config: Config, topology: Topology, found: Estimate, least: str, at
     ]
 
 
-def _compare(config: Config, work: Work, plans: list[tuple[Topology, Mesh, Estimate]]) -> None:
+def _compare(config: Config, work: Workload, plans: list[tuple[Topology, Mesh, CostEstimate]]) -> None:
     """One row a topology: what a device holds and sends, how long a step takes at least, and what a token costs."""
     rows = []
     for place, mesh, found in plans:
@@ -162,7 +162,7 @@ def _axes(mesh: Mesh) -> str:
     return ", ".join(sizes) or "one device"
 
 
-def _print(config: Config, topology: Topology, mesh, work: Work, found: Estimate, least: str) -> None:
+def _print(config: Config, topology: Topology, mesh, work: Workload, found: CostEstimate, least: str) -> None:
     counts, total = count_parameters(config.model), sum(found.device_bytes.values())
     share = lambda value: f"{value / topology.device_memory:.1%}"
     rows = [[part, size(value), share(value)] for part, value in found.device_bytes.items()]

@@ -20,7 +20,7 @@ class Goodput:
         self._steps = sum(record.get("seconds", 0.0) for record in records)
         self._mark = clock()
 
-    def mark(self) -> None:
+    def start_timer(self) -> None:
         """Steps begin now: what was before was none."""
         self._mark = self._clock()
 

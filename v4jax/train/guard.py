@@ -14,7 +14,7 @@ _FLOOR = 0.02  # least spread of a logarithm: in a run that stands still, two pe
 _SIGMA = 1.4826  # of a normal distribution, in median absolute deviations
 
 
-class Guard(NamedTuple):
+class SpikeGuardState(NamedTuple):
     """What the guard remembers; part of the checkpoint.
 
     recent_2W: float32, logarithms of loss and gradient norm of the last W steps that were taken. taken: int32 scalar,
@@ -22,20 +22,20 @@ class Guard(NamedTuple):
     """
 
     recent_2W: jax.Array
-    taken: jax.Array
-    row: jax.Array
+    num_steps: jax.Array
+    consecutive_skips: jax.Array
     skipped: jax.Array
 
 
-def new_guard(train: config.Train) -> Guard | None:
+def new_guard(train: config.Train) -> SpikeGuardState | None:
     """The guard before the first step; None where `train.spike` is off."""
-    if train.spike == "off":
+    if train.spike_action == "off":
         return None
     zero = jnp.zeros((), jnp.int32)
-    return Guard(jnp.zeros((2, train.spike_window), jnp.float32), zero, zero, zero)
+    return SpikeGuardState(jnp.zeros((2, train.spike_window), jnp.float32), zero, zero, zero)
 
 
-def judge(guard: Guard, loss: jax.Array, grad_norm: jax.Array, factor: float) -> tuple[jax.Array, Guard]:
+def check_step(guard: SpikeGuardState, loss: jax.Array, grad_norm: jax.Array, factor: float) -> tuple[jax.Array, SpikeGuardState]:
     """Whether to take a step with this loss and gradient norm (bool scalar), and the guard after it.
 
     A step is a spike if one of the two is no finite number or, once W steps were taken, if the logarithm of one lies
@@ -50,12 +50,12 @@ def judge(guard: Guard, loss: jax.Array, grad_norm: jax.Array, factor: float) ->
         median_2 = jnp.median(guard.recent_2W, axis=1)
         spread_2 = _SIGMA * jnp.median(jnp.abs(guard.recent_2W - median_2[:, None]), axis=1)
         high = jnp.any(now_2 > median_2 + factor * jnp.maximum(spread_2, _FLOOR))
-        good &= (guard.taken < window) | ~high
-    recent_2W = jnp.where(good, guard.recent_2W.at[:, guard.taken % window].set(now_2), guard.recent_2W)
+        good &= (guard.num_steps < window) | ~high
+    recent_2W = jnp.where(good, guard.recent_2W.at[:, guard.num_steps % window].set(now_2), guard.recent_2W)
     step = good.astype(jnp.int32)
-    return good, Guard(recent_2W, guard.taken + step, (guard.row + 1) * (1 - step), guard.skipped + 1 - step)
+    return good, SpikeGuardState(recent_2W, guard.num_steps + step, (guard.consecutive_skips + 1) * (1 - step), guard.skipped + 1 - step)
 
 
-def choose(good: jax.Array, new, old):
+def select_state(good: jax.Array, new, old):
     """The tree `new` if the step is taken, else `old`, bit for bit."""
     return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)

@@ -17,7 +17,7 @@ import numpy as np
 
 from v4jax import config as configs
 from v4jax.checkpoint.directory import save_config
-from v4jax.checkpoint.orbax import RunStore, finished_steps, newest_extras
+from v4jax.checkpoint.orbax import TrainCheckpointer, finished_steps, newest_extras
 from v4jax.config import Config
 from v4jax.core.check import UserError
 from v4jax.core.paths import local_path
@@ -26,7 +26,7 @@ from v4jax.data.needle import SOURCE as NEEDLE
 from v4jax.data.pipeline import make_dataset
 from v4jax.data.sources import load_documents
 from v4jax.data.tokenizer import Tokenizer
-from v4jax.parallel.distributed import barrier, gather, is_lead, peers, stop_asked
+from v4jax.parallel.distributed import barrier, all_gather_bytes, is_primary, peer_errors, preempted
 from v4jax.train import time_budget
 from v4jax.train.goodput import Goodput
 from v4jax.train.metrics import MetricsWriter, plot_loss, read_metrics
@@ -61,7 +61,7 @@ def train(config: Config, workdir: str, stop: StopSignals | None = None) -> dict
       KeyboardInterrupt: After SIGINT.
     """
     config, workdir = configs.validate(config), local_path(workdir, "workdir")
-    with peers(), contextlib.nullcontext(stop) if stop else StopSignals() as stop:
+    with peer_errors(), contextlib.nullcontext(stop) if stop else StopSignals() as stop:
         stop.shared, stop.last_words = jax.process_count() > 1, functools.partial(_where_it_stands, workdir)
         stop.check()
         try:
@@ -70,7 +70,7 @@ def train(config: Config, workdir: str, stop: StopSignals | None = None) -> dict
         except BaseException as error:
             if not _is_stop(error):
                 raise
-            if is_lead():
+            if is_primary():
                 print(_where_it_stands(workdir), flush=True)
             if not isinstance(error, Exception):
                 raise
@@ -98,19 +98,19 @@ class _Run:
         self.config = config = time_budget.resumed(config, workdir)
         self.workdir, self.stop = workdir, stop
         self._check_steps()
-        with spinner(f"{config.name}: loading the data", is_lead()):
+        with spinner(f"{config.name}: loading the data", is_primary()):
             self.tokenizer = None if config.data.source == NEEDLE else Tokenizer(config.data.tokenizer, add_bos=True)
             self.trainer = Trainer(config)
-            part, parts = self.trainer.share
+            part, parts = self.trainer.process_share
             mine = {"seed": config.train.seed, "process_index": part, "process_count": parts}
             self.data = make_dataset(config, self.tokenizer, "train", **mine)
             self.heldout = make_dataset(config, self.tokenizer, "heldout", **mine)
         if extras := newest_extras(workdir):
             iter(self.data).set_state(extras["data"])  # other data is refused before anything is written
-        self.store = RunStore(workdir, config, self.tokenizer, keep=config.train.keep_checkpoints)
+        self.store = TrainCheckpointer(workdir, config, self.tokenizer, keep=config.train.keep_checkpoints)
         self.began = time.time()
         self.steps = 0  # done by this process, those that a rollback undid too
-        self.measured: dict[int, float] = {}  # step -> held-out nats a token
+        self.heldout_losses: dict[int, float] = {}  # step -> held-out nats a token
         self.rollbacks: Counter[int] = Counter()  # step -> how often the run went back to it
         self.writer: MetricsWriter | None = None  # of the lead
         self.goodput = Goodput([])
@@ -131,24 +131,24 @@ class _Run:
             if done < self.config.train.steps:
                 return self._steps(state, iterator, done)
             # Stopped between the last checkpoint and the summary: no step was timed in this process.
-            self._open_records(done, {})
+            self._open_metrics(done, {})
             return self._finish(state, None)
 
     def _start(self) -> tuple[TrainState, object, int]:
         """Fresh state, or the newest checkpoint's with the data where it was."""
         iterator, step = iter(self.data), self.store.latest()
         if step is None:
-            with spinner(f"{self.config.name}: initializing the parameters", is_lead()):
+            with spinner(f"{self.config.name}: initializing the parameters", is_primary()):
                 return self.trainer.init(), iterator, 0
-        if is_lead():
+        if is_primary():
             print(f"{self.workdir}: going on from step {step} of {self.config.train.steps}", file=sys.stderr, flush=True)
-        with spinner(f"{self.config.name}: restoring the checkpoint", is_lead()):
+        with spinner(f"{self.config.name}: restoring the checkpoint", is_primary()):
             state, extras = self._restore(step)
         iterator.set_state(extras["data"])
-        if len(iterator.get_state()["former"]) > len(extras["data"]["former"]) and is_lead():
+        if len(iterator.get_state()["former"]) > len(extras["data"]["former"]) and is_primary():
             print(f"step {step}: reads other data from its first row on; checkpoints record which data it was before",
                   file=sys.stderr, flush=True)  # fmt: skip
-        self.measured = {int(at): value for at, value in extras["heldout"].items()}
+        self.heldout_losses = {int(at): value for at, value in extras["heldout"].items()}
         return state, iterator, step
 
     def _restore(self, step: int) -> tuple[TrainState, dict]:
@@ -167,11 +167,11 @@ class _Run:
         """From step `step` to the last, then the summary."""
         t, tokens = self.config.train, self.config.train.batch_size * self.config.data.seq_len
         waiting: list[tuple[int, dict[str, jax.Array]]] = []
-        if is_lead():
+        if is_primary():
             (self.workdir / "summary.json").unlink(missing_ok=True)  # of fewer steps; its presence means a finished run
-        self._open_records(step, {"started": self.began})
-        progress = Progress(self.config.name, step, t.steps, tokens, is_lead())
-        watchdog = Watchdog(t.hang_seconds, self.workdir / f"hang-{jax.process_index()}.txt", t.hang_exit)
+        self._open_metrics(step, {"started": self.began})
+        progress = Progress(self.config.name, step, t.steps, tokens, is_primary())
+        watchdog = Watchdog(t.hang_timeout_s, self.workdir / f"hang-{jax.process_index()}.txt", t.exit_on_hang)
         stopping = False
         with progress, watchdog, jax.transfer_guard("disallow"):
             if self._evaluation_due(step):  # the run was stopped before or during this evaluation
@@ -180,22 +180,22 @@ class _Run:
             measured, begun = time_budget.MEASURED if t.max_seconds and step == 0 else 0, time.monotonic()
             while step < t.steps:
                 step += 1
-                batch = self.trainer.place(next(iterator))
+                batch = self.trainer.shard_batch(next(iterator))
                 with progress.pause("compiling", line=True) if step == first else contextlib.nullcontext():
                     state, metrics = self.trainer.step(state, batch)
                 watchdog.started(step, metrics["loss"])
                 if step == first:
                     self.stop.deferred = True  # from here on there is something to save
-                    self.goodput.mark()
+                    self.goodput.start_timer()
                     compiled = time.monotonic()
                 waiting.append((step, metrics))
                 self.steps += 1
-                stopping |= self._stop_asked() | stop_asked(self.steps)
+                stopping |= self._stop_asked() | preempted(self.steps)
                 due = step == t.steps or step % t.checkpoint_every == 0
                 evaluate = self._evaluation_due(step)
                 if not (stopping or due or evaluate or step % t.log_every == 0 or step == measured):
                     continue
-                spikes = self._report(waiting, progress)
+                spikes = self._flush_metrics(waiting, progress)
                 waiting.clear()
                 if step == measured and self._fit_steps(step, begun, compiled, progress):
                     t, first = self.config.train, step + 1  # another program
@@ -210,12 +210,12 @@ class _Run:
                         self._measure(state, step, progress)
                         stopping |= self._stop_asked()
                     if due or stopping:
-                        extras = {"data": iterator.get_state(), "heldout": self.measured}
+                        extras = {"data": iterator.get_state(), "heldout": self.heldout_losses}
                         self.store.save(step, self.trainer.to_tree(state), extras)
                 if stopping:
                     break
                 if evaluate or due:
-                    self.goodput.mark()
+                    self.goodput.start_timer()
         self.store.wait()
         self.stop.deferred = False
         if stopping:
@@ -229,14 +229,14 @@ class _Run:
 
     def _evaluation_due(self, step: int) -> bool:
         t = self.config.train
-        return 0 < step < t.steps and t.eval_every > 0 and step % t.eval_every == 0 and step not in self.measured
+        return 0 < step < t.steps and t.eval_every > 0 and step % t.eval_every == 0 and step not in self.heldout_losses
 
     def _measure(self, state: TrainState, step: int, progress: Progress) -> None:
         """Evaluate and record; a stop signal leaves it to the process that resumes."""
         with progress.pause("evaluating"):
             measured = self._evaluate(state)
         if measured is not None:
-            self.measured[step] = measured[0]
+            self.heldout_losses[step] = measured[0]
             self._write(step, {"heldout_loss": measured[0]})
 
     def _spiked(self, state: TrainState, step: int, spikes: int, kept: bool) -> bool:
@@ -250,30 +250,30 @@ class _Run:
             return True
         if not kept or bool(jax.device_get(self.trainer.finite(state))):
             return False
-        if t.spike == "rollback":
+        if t.spike_action == "rollback":
             return True
-        raise UserError(f"the update of step {step} left values that are not finite: {self._cure()}")
+        raise UserError(f"the update of step {step} left values that are not finite: {self._advice()}")
 
     def _fit_steps(self, step: int, begun: float, compiled: float, progress: Progress) -> bool:
         """Take fewer steps where all would not end in time. The first step compiled from `begun` to `compiled`."""
         t, now = self.config.train, time.monotonic()
         seconds = (now - compiled) / step
         steps = time_budget.fit_steps(t, step, seconds, compiled - begun, now - self.opened, len(self.heldout))
-        steps = min(map(int, gather(str(steps).encode())))  # all processes take the same number
+        steps = min(map(int, all_gather_bytes(str(steps).encode())))  # all processes take the same number
         if steps == t.steps:
             return False
         self.config = time_budget.with_steps(self.config, steps)
         self.trainer = Trainer(self.config)
         progress.shorten(steps)
-        if is_lead():
+        if is_primary():
             save_config(self.workdir, self.config)
             print(f"a step takes {seconds:.2f} s: the run makes {steps} of {t.steps} steps, to end within "
                   f"{t.max_seconds:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
         return True
 
-    def _open_records(self, step: int, values: dict[str, float]) -> None:
+    def _open_metrics(self, step: int, values: dict[str, float]) -> None:
         """Metrics after step `step`, `values` first; those of steps that will be done again are forgotten."""
-        if not is_lead():
+        if not is_primary():
             return
         if self.writer:
             self.writer.close()
@@ -289,7 +289,7 @@ class _Run:
             self.writer.write(step, values)
             self.writer.flush()
 
-    def _report(self, waiting, progress: Progress) -> int:
+    def _flush_metrics(self, waiting, progress: Progress) -> int:
         """Write the metrics of the steps since the last report; returns how many spikes in a row there were last.
 
         A loss or gradient norm that is not finite, or too many spikes, end the run, unless the guard is there for them.
@@ -300,10 +300,10 @@ class _Run:
         for step, values in fetched:
             values = {name: float(value) for name, value in values.items()} | timing
             loss, spikes = values["loss"], int(values.get("skipped_row", 0))
-            if t.spike == "off" and not (math.isfinite(loss) and math.isfinite(values["grad_norm"])):
+            if t.spike_action == "off" and not (math.isfinite(loss) and math.isfinite(values["grad_norm"])):
                 raise UserError(f"the loss is {loss:.4g} and the gradient norm {values['grad_norm']:.4g} at step "
-                                f"{step}: {self._cure()}")  # fmt: skip
-            if spikes and is_lead():
+                                f"{step}: {self._advice()}")  # fmt: skip
+            if spikes and is_primary():
                 print(f"step {step} skipped: loss {loss:.4g}, gradient norm {values['grad_norm']:.4g}",
                       file=sys.stderr, flush=True)  # fmt: skip
             last = {"goodput": self.goodput.share()} if step == fetched[-1][0] else {}
@@ -312,12 +312,12 @@ class _Run:
         if self.writer:
             self.writer.flush()
         progress.update(step, loss)
-        if t.spike == "skip" and spikes >= t.spike_patience:
+        if t.spike_action == "skip" and spikes >= t.spike_patience:
             raise UserError(f"{spikes} steps in a row were skipped until step {step}, the last with a loss of "
-                            f"{loss:.4g} and a gradient norm of {values['grad_norm']:.4g}: {self._cure()}")  # fmt: skip
+                            f"{loss:.4g} and a gradient norm of {values['grad_norm']:.4g}: {self._advice()}")  # fmt: skip
         return spikes
 
-    def _cure(self) -> str:
+    def _advice(self) -> str:
         with contextlib.suppress(UserError):  # a save under way may still become the last one
             self.store.wait()
         step = self.store.latest()
@@ -330,13 +330,13 @@ class _Run:
         step = self.store.latest() or 0
         self.rollbacks[step] += 1
         if self.rollbacks[step] > _ROLLBACKS:
-            raise UserError(f"{_ROLLBACKS} times the run went back to step {step} and spiked again: {self._cure()}")
+            raise UserError(f"{_ROLLBACKS} times the run went back to step {step} and spiked again: {self._advice()}")
         with jax.transfer_guard("allow"):
             state = self._restore(step)[0] if step else self.trainer.init()
-            row = jax.device_put(np.int32(0), state.guard.row.sharding)
-        self.measured = {at: value for at, value in self.measured.items() if at <= step}
-        self._open_records(step, {"rolled_back_from": spiked})
-        if is_lead():
+            row = jax.device_put(np.int32(0), state.guard.consecutive_skips.sharding)
+        self.heldout_losses = {at: value for at, value in self.heldout_losses.items() if at <= step}
+        self._open_metrics(step, {"rolled_back_from": spiked})
+        if is_primary():
             print(f"went back from step {spiked} to {step}, with the data after it", file=sys.stderr, flush=True)
         return state._replace(guard=state.guard._replace(row=row)), step
 
@@ -344,7 +344,7 @@ class _Run:
         """Held-out nats a token and bits per byte; None if a stop signal came, which waits for a batch and not all."""
         totals = []
         for batch in self.heldout:
-            totals.append(self.trainer.evaluate(state, self.trainer.place(batch)))
+            totals.append(self.trainer.evaluate(state, self.trainer.shard_batch(batch)))
             jax.block_until_ready(totals[-2:-1])
             if self._stop_asked():
                 return None
@@ -354,16 +354,16 @@ class _Run:
     def _finish(self, state: TrainState, tokens_per_second: float | None) -> dict:
         """Held-out loss, plot and summary; the summary is written last, so that its presence means a finished run."""
         steps = self.config.train.steps
-        with spinner(f"{self.config.name}: measuring the held-out loss", is_lead()):
+        with spinner(f"{self.config.name}: measuring the held-out loss", is_primary()):
             evaluated = self._evaluate(state)
             marks = self._marks() if self.writer else {}
         if evaluated is None:
             self.stop.leave()
-        self.measured[steps], bits_per_byte = evaluated
+        self.heldout_losses[steps], bits_per_byte = evaluated
         if self.writer is None:
             barrier("summary")
             return json.loads((self.workdir / "summary.json").read_text(encoding="utf-8"))
-        measured = {"heldout_loss": self.measured[steps]}
+        measured = {"heldout_loss": self.heldout_losses[steps]}
         if self.tokenizer is not None:  # text: bits per byte can stand beside those of other models
             measured["heldout_bits_per_byte"] = bits_per_byte
         records = read_metrics(self.workdir / "metrics.jsonl")
@@ -383,7 +383,7 @@ class _Run:
             "tokens_per_second": tokens_per_second,
             "goodput": last.get("goodput"),
             "checkpoint": str(self.workdir),
-            "plot": str(plot_loss(self.workdir, self.measured)),
+            "plot": str(plot_loss(self.workdir, self.heldout_losses)),
         }
         partial = self.workdir / "summary.json.partial"
         partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -406,17 +406,17 @@ class _Run:
     def _finished(self) -> dict[str, object] | None:
         """The summary of a run that is finished, as its first process finds it; None if it must be made (again)."""
         data = b""
-        if is_lead() and (self.workdir / "loss.png").is_file():
+        if is_primary() and (self.workdir / "loss.png").is_file():
             with contextlib.suppress(OSError):
                 data = (self.workdir / "summary.json").read_bytes()
         here = {"checkpoint": str(self.workdir), "plot": str(self.workdir / "loss.png")}  # the directory may have moved
         try:
-            summary = json.loads(gather(data)[0]) | here
+            summary = json.loads(all_gather_bytes(data)[0]) | here
             lines = closing_lines(summary)
         except (ValueError, TypeError, KeyError, RecursionError):
             return None
         if summary.get("steps") != self.config.train.steps:
             return None
-        if is_lead():
+        if is_primary():
             print(f"the run is finished, nothing was done\n{lines}", flush=True)
         return summary

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from v4jax import config
-from v4jax.models.transformer import Transformer, fresh_chunk
-from v4jax.nn.state import Fresh
+from v4jax.models.transformer import Transformer, full_batch
+from v4jax.nn.state import NoCache
 
 Batch = dict[str, jax.Array]  # tokens_BT, targets_BT, targets2_BT, segments_BT, positions_BT (see data/packing.py)
 
@@ -27,25 +27,25 @@ def loss(model: Transformer, batch: Batch, train: config.Train) -> tuple[jax.Arr
 
     `load_E` has a row a layer, then one for the MTP layer where there is one.
     """
-    chunk = fresh_chunk(batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"])
-    x_BTXD, _, aux = model.hidden(chunk, model.fresh())
+    chunk = full_batch(batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"])
+    x_BTXD, _, aux = model.forward_hidden(chunk, model.no_cache())
     nll, count = cross_entropy(model.logits(x_BTXD), batch["targets_BT"])
     parts = {"loss": nll / jnp.maximum(count, 1)}
     balance, loads = aux["balance"].sum(), aux["load_E"]
-    if len(model.mtp) and train.mtp_weight > 0:
+    if len(model.mtp) and train.mtp_loss_weight > 0:
         next_BT = jnp.maximum(batch["targets_BT"], 0)
-        logits_BTV, _, mtp_aux = model.mtp_logits(x_BTXD, next_BT, chunk, Fresh())
+        logits_BTV, _, mtp_aux = model.mtp_logits(x_BTXD, next_BT, chunk, NoCache())
         nll2, count2 = cross_entropy(logits_BTV, batch["targets2_BT"])
         parts["mtp"] = nll2 / jnp.maximum(count2, 1)
         balance, loads = balance + mtp_aux["balance"], jnp.concatenate([loads, mtp_aux["load_E"][None]])
     parts |= {"balance": balance, "indexer": aux["indexer"].sum()}
-    weights = {"loss": 1.0, "mtp": train.mtp_weight, "balance": train.balance_weight, "indexer": train.indexer_weight}
+    weights = {"loss": 1.0, "mtp": train.mtp_loss_weight, "balance": train.balance_loss_weight, "indexer": train.indexer_loss_weight}
     total = sum(weights[name] * value for name, value in parts.items() if weights[name])
     return total, parts | {"load_E": loads}
 
 
 def heldout_nll(model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Sum of next-token nats over the batch's targets, and their number: MTP plays no part."""
-    chunk = fresh_chunk(batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"])
-    x_BTXD, _, _ = model.hidden(chunk, model.fresh())
+    chunk = full_batch(batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"])
+    x_BTXD, _, _ = model.forward_hidden(chunk, model.no_cache())
     return cross_entropy(model.logits(x_BTXD), batch["targets_BT"])

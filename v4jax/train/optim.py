@@ -10,8 +10,8 @@ import optax
 from jax.sharding import PartitionSpec
 
 from v4jax import config
-from v4jax.parallel.matrices import on_whole
-from v4jax.parallel.rules import active
+from v4jax.parallel.matrices import map_whole_matrices
+from v4jax.parallel.rules import current_rules
 
 # Logical matrices by the letters of a parameter: inputs, outputs. Letters that are neither (experts, gate or up,
 # output groups) count several matrices, each orthogonalised alone. Parameters not listed go to AdamW: embedding and
@@ -56,7 +56,7 @@ def _muon(train: config.Train, letters: dict[str, str]) -> optax.GradientTransfo
                 alike[letters[name], leaf.shape[-len(letters[name]) :]].append(name)
         out = dict(updates)
         for (axes, _), names in alike.items():
-            out.update(zip(names, orthogonalise(axes, [updates[name] for name in names]), strict=True))
+            out.update(zip(names, orthogonalize(axes, [updates[name] for name in names]), strict=True))
         return out
 
     return optax.chain(
@@ -67,14 +67,14 @@ def _muon(train: config.Train, letters: dict[str, str]) -> optax.GradientTransfo
     )
 
 
-def orthogonalise(letters: str, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+def orthogonalize(letters: str, leaves: Sequence[jax.Array]) -> list[jax.Array]:
     """Every matrix of some parameters made orthogonal by Newton-Schulz steps, then scaled to an RMS of 0.18.
 
     leaves: parameters of these letters, with a stack axis in front or without; their matrices are of one shape.
     On a mesh the devices share them, each works on whole ones. Elsewhere stacked layers come one after another: the
     temporaries of one layer are several times its size.
     """
-    sharding, sides = active(), "".join(MATRICES[letters])
+    sharding, sides = current_rules(), "".join(MATRICES[letters])
     counts = [letter for letter in letters if letter not in sides]
     order = [letters.index(letter) for letter in (*counts, *sides)]
     back = [order.index(axis) for axis in range(len(letters))]
@@ -89,7 +89,7 @@ def orthogonalise(letters: str, leaves: Sequence[jax.Array]) -> list[jax.Array]:
     if sharding is not None and sharding.mesh.size > 1:
         spec = [sharding.weight(letters)[i] for i in order]
         lies = [PartitionSpec(*(None,) * (leaf.ndim - len(spec)), *spec) for leaf in leaves]
-        leaves = on_whole(function, leaves, len(sides), sharding, lies)
+        leaves = map_whole_matrices(function, leaves, len(sides), sharding, lies)
     else:
         leaves = [jax.lax.map(function, leaf) if leaf.ndim > len(letters) else function(leaf) for leaf in leaves]
     return [turned(leaf, back) * (_UPDATE_RMS * math.sqrt(max(fans))) for leaf in leaves]

@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec
 
 from v4jax.config import Config
 from v4jax.core.check import UserError
-from v4jax.models.layout import from_flat, layers_of, named, rebuild, to_flat
+from v4jax.models.layout import from_layer_dict, layers_of, to_stacked_dict, from_stacked_dict, to_layer_dict
 from v4jax.models.transformer import Transformer
-from v4jax.nn.linear import low_precision
-from v4jax.parallel.rules import check_used, make_sharding, use
-from v4jax.train.guard import Guard, choose, judge, new_guard
+from v4jax.nn.linear import mark_low_precision
+from v4jax.parallel.rules import validate_used, make_mesh_rules, use_rules
+from v4jax.train.guard import SpikeGuardState, select_state, check_step, new_guard
 from v4jax.train.loss import Batch, heldout_nll, loss
 from v4jax.train.optim import make_optimizer, schedule, update_bias
 
@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
     fixed: dict[str, jax.Array]  # router biases and hash tables
     opt: Any
     step: jax.Array  # int32 scalar: steps done, skipped ones too
-    guard: Guard | None = None  # against loss spikes, where `train.spike` asks for one
+    guard: SpikeGuardState | None = None  # against loss spikes, where `train.spike` asks for one
 
 
 class Trainer:
@@ -50,38 +50,38 @@ class Trainer:
         train, streams = config.train, "streams" in config.train.offload
         self._new = lambda rngs: Transformer(config.model, rngs, train.scan, train.remat, streams)
         abstract = nnx.eval_shape(lambda: self._new(nnx.Rngs(0)))
-        low_precision(abstract, train.matmul, train.expert_weights)
-        self.runs = abstract.runs
+        mark_low_precision(abstract, train.matmul_precision, train.expert_weight_format)
+        self.runs = abstract.stack_specs
         self._graph, self._params, self._fixed = nnx.split(abstract, nnx.Param, ...)
         leaves = nnx.to_flat_state(self._params)
-        self._letters = {".".join(map(str, path)): leaf.letters for path, leaf in leaves}
-        self._optimizer = optimizer or make_optimizer(config.train, self._letters)
-        self.sharding = make_sharding(config.mesh, devices)
+        self._axes = {".".join(map(str, path)): leaf.letters for path, leaf in leaves}
+        self._optimizer = optimizer or make_optimizer(config.train, self._axes)
+        self.sharding = make_mesh_rules(config.mesh, devices)
         shapes = {".".join(map(str, path)): leaf.get_value().shape for path, leaf in leaves}
         self._place_on_mesh(shapes)
         self.model_loss = lambda params, fixed, batch: loss(self.model(params, fixed), batch, config.train)
         heldout = lambda state, batch: heldout_nll(self.model(state.params, state.fixed), batch)
         state, batch = self.state_sharding, self.batch_sharding
         self._rates = {"lr": schedule(train, train.lr), "adam_lr": schedule(train, train.adam_lr)}
-        self.step = self._jit(self._step, (state, batch), (state, self._whole), donate_argnums=0)
-        self.evaluate = self._jit(heldout, (state, batch), self._whole)
-        self.finite = self._jit(self._finite, (state,), self._whole)
+        self.step = self._jit(self._step, (state, batch), (state, self._replicated), donate_argnums=0)
+        self.evaluate = self._jit(heldout, (state, batch), self._replicated)
+        self.finite = self._jit(self._finite, (state,), self._replicated)
         # Taking stacks apart is work for the device; without stacks it only renames, and a jit would copy everything.
         self._flat = self._jit(self._to_flat, None, None) if train.scan else self._to_flat
 
     def _place_on_mesh(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Where state, batch and results lie; all None without a mesh."""
-        self._whole = self.batch_sharding = self.state_sharding = self._param_sharding = None
-        self.share = (0, 1)
+        self._replicated = self.batch_sharding = self.state_sharding = self._param_sharding = None
+        self.process_share = (0, 1)
         if self.sharding is None:
             return
-        check_used(self.sharding.layout, list(self._letters.values()))
-        self._whole = self.sharding.named(PartitionSpec())
+        validate_used(self.sharding.rules, list(self._axes.values()))
+        self._replicated = self.sharding.named(PartitionSpec())
         self.batch_sharding = self.sharding.named(self.sharding.activation("BT"))
-        self._param_sharding = self.sharding.parameters(self._letters, shapes)
-        self.share = self._share()
+        self._param_sharding = self.sharding.parameters(self._axes, shapes)
+        self.process_share = self._share()
         abstract = self.abstract()
-        self.state_sharding = self._over_state(abstract)
+        self.state_sharding = self._state_shardings(abstract)
         if "optimizer" in self.config.train.offload:
             moved = lambda sharding, leaf: sharding.with_memory_kind("pinned_host") if leaf.ndim else sharding
             opt = jax.tree.map(moved, self.state_sharding.opt, abstract.opt)
@@ -105,14 +105,14 @@ class Trainer:
         mine = [index for device, index in where.items() if device.process_index == jax.process_index()]
         return mine or list(where.values())  # devices of a topology that is only compiled for belong to nobody
 
-    def _over_state(self, state: TrainState) -> TrainState:
+    def _state_shardings(self, state: TrainState) -> TrainState:
         """A tree like `state` of shardings: an optimizer's array lies as the parameter whose name ends its path."""
 
         def of(path, leaf):
             name = getattr(path[-1], "key", None) if path else None
             if name in self._param_sharding and leaf.ndim:
                 return self._param_sharding[name]
-            return self._whole
+            return self._replicated
 
         return jax.tree_util.tree_map_with_path(of, state)
 
@@ -122,16 +122,16 @@ class Trainer:
             return jax.jit(function, **options)
 
         def traced(*args):
-            with use(self.sharding):
+            with use_rules(self.sharding):
                 return function(*args)
 
         return jax.jit(traced, in_shardings=inputs, out_shardings=outputs, **options)
 
-    def place(self, batch: dict[str, np.ndarray]) -> Batch:
+    def shard_batch(self, batch: dict[str, np.ndarray]) -> Batch:
         """This process' rows of a batch (its `share`), on the devices."""
         if self.sharding is None:
             return jax.device_put(batch)
-        rows, first = self.config.train.batch_size, self.share[0] * len(batch["tokens_BT"])
+        rows, first = self.config.train.batch_size, self.process_share[0] * len(batch["tokens_BT"])
 
         def array(mine):
             shape, sharding = (rows, mine.shape[1]), self.batch_sharding
@@ -145,7 +145,7 @@ class Trainer:
 
     def model(self, params: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> Transformer:
         """The module with these arrays in it."""
-        return nnx.merge(self._graph, rebuild(params, self._params), rebuild(fixed, self._fixed))
+        return nnx.merge(self._graph, from_stacked_dict(params, self._params), from_stacked_dict(fixed, self._fixed))
 
     def init(self) -> TrainState:
         """State before the first step, drawn from `train.seed`."""
@@ -153,7 +153,7 @@ class Trainer:
 
     def _build(self, key: jax.Array) -> TrainState:
         model = self._new(nnx.Rngs(key))
-        params, fixed = (named(tree) for tree in nnx.split(model, nnx.Param, ...)[1:])
+        params, fixed = (to_stacked_dict(tree) for tree in nnx.split(model, nnx.Param, ...)[1:])
         step, guard = jnp.zeros((), jnp.int32), new_guard(self.config.train)
         return TrainState(params, fixed, self._optimizer.init(params), step, guard)
 
@@ -170,7 +170,7 @@ class Trainer:
         tree = jax.eval_shape(lambda state: self._tree(state, self._to_flat), self.abstract())
         if self.sharding is None:
             return tree
-        letters = {name: self._letters.get(self._stacked_name(name), "") for name in tree["model"]}
+        letters = {name: self._axes.get(self._stacked_name(name), "") for name in tree["model"]}
         shapes = {name: leaf.shape for name, leaf in tree["model"].items()}
         model = self.sharding.parameters(letters, shapes)
         return _with(tree, self._tree(self.state_sharding, lambda *_: model))
@@ -192,7 +192,7 @@ class Trainer:
         raise ValueError(f"no layer {layer}")
 
     def _to_flat(self, params: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return to_flat(nnx.merge_state(rebuild(params, self._params), rebuild(fixed, self._fixed)), self.runs)
+        return to_layer_dict(nnx.merge_state(from_stacked_dict(params, self._params), from_stacked_dict(fixed, self._fixed)), self.runs)
 
     def from_tree(self, tree: dict[str, Any]) -> TrainState:
         """The inverse of `to_tree`."""
@@ -201,7 +201,7 @@ class Trainer:
         return self._jit(self._from_tree, None, self.state_sharding)(tree)
 
     def _from_tree(self, tree: dict[str, Any]) -> TrainState:
-        params, fixed = (named(from_flat(tree["model"], part, self.runs)) for part in (self._params, self._fixed))
+        params, fixed = (to_stacked_dict(from_layer_dict(tree["model"], part, self.runs)) for part in (self._params, self._fixed))
         guard = tree["guard"] if "guard" in tree else new_guard(self.config.train)
         return TrainState(params, fixed, tree["opt"], tree["step"], guard)
 
@@ -218,10 +218,10 @@ class Trainer:
         updated = state.step if guard is None else state.step - guard.skipped  # skipped steps do not move a schedule
         metrics |= {name: rate(updated) for name, rate in self._rates.items()}
         if guard is not None:
-            good, guard = judge(guard, metrics["loss"], metrics["grad_norm"], self.config.train.spike_factor)
+            good, guard = check_step(guard, metrics["loss"], metrics["grad_norm"], self.config.train.spike_factor)
             old = state.params, state.fixed, state.opt
-            params, fixed, opt = choose(good, (params, fixed, opt), old)
-            metrics |= {"skipped": guard.skipped, "skipped_row": guard.row}
+            params, fixed, opt = select_state(good, (params, fixed, opt), old)
+            metrics |= {"skipped": guard.skipped, "skipped_row": guard.consecutive_skips}
         return TrainState(params, fixed, opt, state.step + 1, guard), metrics
 
     def _finite(self, state: TrainState) -> jax.Array:
@@ -237,7 +237,7 @@ class Trainer:
             return array
         layers = layers_of(name, self.runs)
         load = loads_E[-1] if layers is None else loads_E[jnp.array(layers)].reshape(array.shape)
-        return update_bias(array, load, self.config.train.bias_rate)
+        return update_bias(array, load, self.config.train.bias_update_speed)
 
 
 def _with(tree, shardings):

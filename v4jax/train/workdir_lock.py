@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from v4jax.checkpoint.atomic import write_error
 from v4jax.core.check import UserError
 from v4jax.core.lock import Locked, take_lock
-from v4jax.parallel.distributed import gather, is_lead
+from v4jax.parallel.distributed import all_gather_bytes, is_primary
 
 LOCK_NAME = "train.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # Lustre mounted without `flock`, some object stores
@@ -30,7 +30,7 @@ def workdir_lock(workdir: str | os.PathLike) -> Iterator[None]:
       UserError: Another run owns the directory, or it cannot be written. All processes of a run raise it.
     """
     file, refusal = None, ""
-    if is_lead():
+    if is_primary():
         path = pathlib.Path(workdir) / LOCK_NAME
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def workdir_lock(workdir: str | os.PathLike) -> Iterator[None]:
             else:
                 refusal = str(write_error(path, error, "nothing was trained"))
     try:
-        refusals = [text.decode() for text in gather(refusal.encode()) if text]
+        refusals = [text.decode() for text in all_gather_bytes(refusal.encode()) if text]
         if refusals:
             raise UserError(refusals[0])
         yield

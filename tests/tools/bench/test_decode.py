@@ -8,16 +8,16 @@ import pytest
 
 from tests.golden import weights
 from v4jax import cli
-from v4jax.config import Cache, Config, Indexer, Moe, Serve
+from v4jax.config import Cache, Config, Indexer, MoE, Serve
 from v4jax.core.check import UserError
 from v4jax.tools import bench
 from v4jax.tools.bench import decode, generate, report
 
 MODEL = weights.config(
-    schedule=("csa",), indexer=Indexer(heads=16, head_dim=16, topk=20),
-    moe=Moe(experts=4, active=2, inner=16, hash_layers=0),
+    schedule=("csa",), indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=20),
+    moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=0),
 )  # fmt: skip
-CONFIG = Config(name="mine", model=MODEL, serve=Serve(prefill_chunk=16))
+CONFIG = Config(name="mine", model=MODEL, serve=Serve(max_num_batched_tokens=16))
 CONTEXTS = (20, 300)
 
 
@@ -33,7 +33,7 @@ def quick():
 
 def test_every_arm_is_measured_printed_and_drawn(tmp_path, capsys):
     files = {name: str(tmp_path / f"decode.{name}") for name in ("json", "plot")}
-    config, arms = dataclasses.replace(CONFIG, serve=Serve(precision="fp8")), decode.ARMS | decode.WEIGHTS
+    config, arms = dataclasses.replace(CONFIG, serve=Serve(quantization="fp8")), decode.ARMS | decode.WEIGHTS
     records = bench.run("decode", config=config, rounds=3, contexts=["300", "20"], **files)
     assert json.loads((tmp_path / "decode.json").read_text()) == records
     assert (tmp_path / "decode.plot").read_bytes().startswith(b"\x89PNG")
@@ -115,7 +115,7 @@ def test_the_interval_holds_the_median():
 
 def test_generate_reads_prompts_through_the_engine(monkeypatch, capsys):
     monkeypatch.setattr(generate, "DECODED", 4)
-    config = dataclasses.replace(CONFIG, cache=Cache(layout="fp8"))
+    config = dataclasses.replace(CONFIG, cache=Cache(kv_cache_dtype="fp8"))
     records = bench.run("generate", config=config, rounds=2, contexts=[20, 5])
     found = [(r["metric"], r["context"], r["unit"], r["precision"], r["rounds"]) for r in records]
     units = {"prefill_time": "s", "prefill_tokens_per_second": "1/s", "decode_time": "ms"}

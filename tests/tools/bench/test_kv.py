@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tests.golden import weights
-from v4jax.cache.spec import LAYOUTS
+from v4jax.cache.spec import KV_CACHE_DTYPES
 from v4jax.config import Config
 from v4jax.core.check import UserError
 from v4jax.tools import bench
@@ -20,13 +20,13 @@ def test_sizes_by_formula_and_from_live_arrays(tmp_path, capsys):
     tokens = [r for r in records if r["metric"] == "bytes_per_token"]
     sizes = {(r["config"], r["precision"], r["source"]): r["value"] for r in tokens}
     names = ("v4_flash", "v4_pro", "mine")
-    assert set(sizes) == {(name, layout, source) for name in names for layout in LAYOUTS
+    assert set(sizes) == {(name, layout, source) for name in names for layout in KV_CACHE_DTYPES
                           for source in ("formula", "measured")}  # fmt: skip
     for name in names:
-        for layout in LAYOUTS:
+        for layout in KV_CACHE_DTYPES:
             assert sizes[name, layout, "measured"] == sizes[name, layout, "formula"]
-    assert [int(sizes["v4_flash", layout, "measured"]) for layout in LAYOUTS[1:]] == [6880, 3850, 3514]
-    assert [int(sizes["v4_pro", layout, "measured"]) for layout in LAYOUTS[1:]] == [9848, 5511, 5031]
+    assert [int(sizes["v4_flash", layout, "measured"]) for layout in KV_CACHE_DTYPES[1:]] == [6880, 3850, 3514]
+    assert [int(sizes["v4_pro", layout, "measured"]) for layout in KV_CACHE_DTYPES[1:]] == [9848, 5511, 5031]
     assert all(r["suite"] == "kv" and r["unit"] == "B" for r in records)
     printed = capsys.readouterr().out
     assert "3,514.25" in printed and "5,031.44" in printed and "mine" in printed
@@ -36,7 +36,7 @@ def test_a_published_config_is_listed_once(capsys):
     from v4jax import config
 
     records = bench.run("kv", config=config.load("v4_flash"))
-    assert len(records) == 2 * len(LAYOUTS) * 3
+    assert len(records) == 2 * len(KV_CACHE_DTYPES) * 3
     assert capsys.readouterr().out.count("fp8_fp4") == 2
 
 

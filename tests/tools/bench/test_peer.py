@@ -7,12 +7,12 @@ import re
 import pytest
 
 from tests.golden import weights
-from v4jax.config import Config, Data, Moe
+from v4jax.config import Config, Data, MoE
 from v4jax.core.check import UserError
 from v4jax.tools import bench
 from v4jax.tools.bench import peer
 
-MODEL = weights.config(schedule=("csa",), moe=Moe(experts=4, active=2, inner=16, hash_layers=0), dtype="bfloat16")
+MODEL = weights.config(schedule=("csa",), moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=0), dtype="bfloat16")
 CONFIG = Config(name="mine", model=MODEL, data=Data(seq_len=16))
 
 

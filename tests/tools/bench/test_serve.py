@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from tests.golden import weights
-from v4jax.config import Cache, Config, Indexer, Moe, Serve
+from v4jax.config import Cache, Config, Indexer, MoE, Serve
 from v4jax.core.check import UserError
 from v4jax.tools import bench
 from v4jax.tools.bench import serve
 
 MODEL = weights.config(
-    schedule=("csa",), indexer=Indexer(heads=16, head_dim=16, topk=4),
-    moe=Moe(experts=4, active=2, inner=16, hash_layers=0),
+    schedule=("csa",), indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=4),
+    moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=0),
 )  # fmt: skip
-CONFIG = Config(name="mine", model=MODEL, serve=Serve(prefill_chunk=16, max_seq_len=64), cache=Cache(block=16))
+CONFIG = Config(name="mine", model=MODEL, serve=Serve(max_num_batched_tokens=16, max_model_len=64), cache=Cache(block_size=16))
 SIZES = {"MANY": 6, "PROMPT": 10, "NEW": 6, "BURST": 24, "BURST_NEW": 6, "SHARED": 2, "POOL": 3}
 
 
@@ -62,6 +62,6 @@ def test_requests_take_two_blocks_at_most():
 
 
 def test_a_config_that_is_too_short_is_one_line():
-    short = dataclasses.replace(CONFIG, serve=Serve(max_seq_len=20))
+    short = dataclasses.replace(CONFIG, serve=Serve(max_model_len=20))
     with pytest.raises(UserError, match="needs --config.serve.max_seq_len=32, and it is 20"):
         bench.run("serve", config=short)

@@ -7,10 +7,10 @@ from v4jax.tools import bench
 from v4jax.tools.bench import live, tiers
 
 MODEL = weights.config(
-    schedule=("csa",), indexer=config.Indexer(heads=16, head_dim=16, topk=20),
-    moe=config.Moe(experts=4, active=2, inner=16, hash_layers=0),
+    schedule=("csa",), indexer=config.Indexer(index_n_heads=16, index_head_dim=16, index_topk=20),
+    moe=config.MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=0),
 )  # fmt: skip
-CONFIG = config.Config(name="tiny", model=MODEL, serve=config.Serve(prefill_chunk=16))
+CONFIG = config.Config(name="tiny", model=MODEL, serve=config.Serve(max_num_batched_tokens=16))
 
 
 def test_the_suite_measures_what_it_says(monkeypatch, tmp_path, capsys):

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from tests.train.conftest import micro_config
-from v4jax.config import Moe, validate
+from v4jax.config import MoE, validate
 from v4jax.tools.bench import measure, train
 from v4jax.train.state import Trainer
 
@@ -15,7 +15,7 @@ from v4jax.train.state import Trainer
 @pytest.fixture
 def config():
     config = micro_config("unused", spike="rollback", remat=True)
-    moe = Moe(experts=4, active=2, inner=32, hash_layers=0)
+    moe = MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, num_hash_layers=0)
     model = dataclasses.replace(config.model, schedule=("swa",), mtp_layers=0, moe=moe)
     return dataclasses.replace(config, model=model)
 
@@ -24,7 +24,7 @@ def test_ratios_are_to_the_plain_step_of_the_same_round(config, monkeypatch, cap
     """Two of the ways are really compiled; their times are made up."""
     ways = train.options(config)
     assert all(validate(way).train.remat == ("remat" in name) for name, way in ways.items())
-    assert ways["mxfp4 experts"].train.expert_weights == "mxfp4" and ways["plain"].train.spike == "off"
+    assert ways["mxfp4 experts"].train.expert_weight_format == "mxfp4" and ways["plain"].train.spike_action == "off"
     chosen = ("plain", "sharded, one device")
     monkeypatch.setattr(train, "Trainer", functools.partial(Trainer, optimizer=optax.sgd(0.1)))  # quick to compile
     monkeypatch.setattr(train, "options", lambda config: {name: ways[name] for name in chosen})
@@ -34,4 +34,4 @@ def test_ratios_are_to_the_plain_step_of_the_same_round(config, monkeypatch, cap
     assert [(r["option"], r["metric"], r["value"], r["rounds"]) for r in records] == [
         ("plain", "step_ratio", 1.0, 3), ("sharded, one device", "step_ratio", 1.5, 3)]  # fmt: skip
     assert "| sharded, one device | 4.000 s | 1.50" in capsys.readouterr().out
-    assert measure.spread([1.5, 1.0, 2.0]) == pytest.approx(records[1]["spread"])
+    assert measure.relative_iqr([1.5, 1.0, 2.0]) == pytest.approx(records[1]["spread"])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from v4jax.core.qtensor import dequantise, quantise
+from v4jax.core.qtensor import dequantize, quantize
 
 SIDE = 128
 
@@ -25,12 +25,12 @@ class Tiles(NamedTuple):
 
 def tiles(x: jax.Array) -> Tiles:
     """Tiles of up to 128 numbers along the last axis."""
-    return Tiles(*quantise(_filled(x, -1), "fp8", min(SIDE, x.shape[-1])))
+    return Tiles(*quantize(_filled(x, -1), "fp8", min(SIDE, x.shape[-1])))
 
 
 def floats(t: Tiles, size: int) -> jax.Array:
     """float32 [..., size] of tiles of as many numbers."""
-    return dequantise(t.values, t.scales, "fp8")[..., :size]
+    return dequantize(t.values, t.scales, "fp8")[..., :size]
 
 
 def rows(x: jax.Array, axis: int = -1) -> jax.Array:
@@ -46,7 +46,7 @@ def blocks(w_DUF: jax.Array) -> Tiles:
     D, U, F = filled.shape
     d, f = (min(SIDE, size) for size in (w_DUF.shape[0], w_DUF.shape[2]))
     apart = filled.reshape(D // d, d, U, F // f, f).transpose(0, 2, 3, 1, 4)
-    return Tiles(*quantise(apart.reshape(D // d, U, F // f, d * f), "fp8", d * f))
+    return Tiles(*quantize(apart.reshape(D // d, U, F // f, d * f), "fp8", d * f))
 
 
 def whole(values: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
@@ -59,7 +59,7 @@ def whole(values: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
 def block_floats(w_DUF: jax.Array) -> jax.Array:
     """w rounded in blocks: float32, of its shape."""
     t = blocks(w_DUF)
-    return whole(dequantise(t.values, t.scales, "fp8"), w_DUF.shape)[: w_DUF.shape[0], :, : w_DUF.shape[2]]
+    return whole(dequantize(t.values, t.scales, "fp8"), w_DUF.shape)[: w_DUF.shape[0], :, : w_DUF.shape[2]]
 
 
 # --- with gradients, for products of other kinds ------------------------------------------------------------------

@@ -17,18 +17,18 @@ import jax
 import numpy as np
 from flax import nnx
 
-from v4jax.cache.spec import Layout
+from v4jax.cache.spec import KVCacheSpec
 from v4jax.config import Config, Model
 from v4jax.core.check import UserError
 from v4jax.core.tables import print_table
-from v4jax.models.quantised import quantise
+from v4jax.models.quantised import quantize_model
 from v4jax.models.transformer import Transformer
-from v4jax.nn.kept import Kept, Pool
-from v4jax.nn.memory import in_host
+from v4jax.nn.kept import PagedLayerCache, EntryPool
+from v4jax.nn.memory import is_host
 from v4jax.serve import programs
-from v4jax.serve.live import new_layer
-from v4jax.serve.programs import Heads, Live
-from v4jax.tools.bench.measure import alternate, timed
+from v4jax.serve.live import allocate_layer
+from v4jax.serve.programs import DecodeState, KVCaches
+from v4jax.tools.bench.measure import interleave, timed
 from v4jax.tools.bench.report import record, short, write
 
 ARMS = {
@@ -55,14 +55,14 @@ def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS, plot: s
     model = dataclasses.replace(config.model, mtp_layers=0, kv_qdq=False)
     contexts = _checked(model, contexts)
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
-    arms = _arms(model, max(contexts), config.serve.precision)
+    arms = _arms(model, max(contexts), config.serve.quantization)
     tokens = np.random.default_rng(0).integers(2, model.vocab_size, STEPS + 1)
     cells, quality = {}, {}
     for context in contexts:
         heads = [_heads(token, context - STEPS - 1 + i) for i, token in enumerate(tokens)]
         quality[context] = _quality(arms, heads)
         cells |= {(context, name): functools.partial(arm.seconds, heads) for name, arm in arms.items()}
-    seconds = alternate(cells, rounds)
+    seconds = interleave(cells, rounds)
     return _report(config.name, model, contexts, seconds, quality, load, plot)
 
 
@@ -70,9 +70,9 @@ def _checked(model: Model, contexts: Sequence[int]) -> list[int]:
     if "csa" not in model.schedule:
         raise UserError("suite 'decode' compares dense with sparse attention, and this model has no csa layer")
     for context in contexts:
-        if not STEPS < context <= model.max_positions:
+        if not STEPS < context <= model.max_position_embeddings:
             raise UserError(
-                f"context {context} cannot be measured; take {STEPS + 1} to model.max_positions {model.max_positions}"
+                f"context {context} cannot be measured; take {STEPS + 1} to model.max_positions {model.max_position_embeddings}"
             )
     if not contexts:
         raise UserError("no contexts to measure; give at least one")
@@ -86,20 +86,20 @@ class _Cache:
     """A cache of one layout, with entries for `tokens` tokens of one sequence."""
 
     def __init__(self, model: Model, layout: str, tokens: int):
-        sizes = Layout(model, layout)
+        sizes = KVCacheSpec(model, layout)
         blocks = -(-tokens // sizes.block)
-        layers = [new_layer(sizes, kind, blocks + 1, _RECORD + 1) for kind in model.schedule]
+        layers = [allocate_layer(sizes, kind, blocks + 1, _RECORD + 1) for kind in model.schedule]
         layers = [filled(kept, np.random.default_rng(i)) for i, kept in enumerate(layers)]
-        self.live = Live([[layer] for layer in layers], None)
+        self.live = KVCaches([[layer] for layer in layers], None)
         table_ZA = np.full((_RECORD + 1, blocks), -1, np.int32)
         table_ZA[_RECORD] = 1 + np.arange(blocks)  # in order, as the engine gives them to a lone sequence
         self.rows = jax.device_put((np.array([_RECORD], np.int32), table_ZA))
 
 
-def filled(kept: Kept, rng: np.random.Generator) -> Kept:
+def filled(kept: PagedLayerCache, rng: np.random.Generator) -> PagedLayerCache:
     """Every row of unit variance, as entries are after their norm; the same numbers in every layout."""
 
-    def fill(pool: Pool | None) -> Pool | None:
+    def fill(pool: EntryPool | None) -> EntryPool | None:
         pages, slots, width = pool.shape if pool else (0, 0, 0)
         for first in range(0, pages, _AT_ONCE):  # pages beyond the last are dropped
             rows = rng.standard_normal((_AT_ONCE, slots, width), np.float32)
@@ -107,13 +107,13 @@ def filled(kept: Kept, rng: np.random.Generator) -> Kept:
             pool = _write(pool, page, np.arange(slots, dtype=np.int32)[None], rows)
         return pool
 
-    where = lambda a: a.sharding if in_host(a) else None
-    kept = kept.records(lambda a: jax.device_put(rng.standard_normal(a.shape, np.float32).astype(a.dtype), where(a)))
-    return dataclasses.replace(kept, main=fill(kept.main), index=fill(kept.index))
+    where = lambda a: a.sharding if is_host(a) else None
+    kept = kept.map_state(lambda a: jax.device_put(rng.standard_normal(a.shape, np.float32).astype(a.dtype), where(a)))
+    return dataclasses.replace(kept, main=fill(kept.entries), index=fill(kept.index_keys))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write(pool: Pool, page: np.ndarray, slot: np.ndarray, rows: np.ndarray) -> Pool:
+def _write(pool: EntryPool, page: np.ndarray, slot: np.ndarray, rows: np.ndarray) -> EntryPool:
     return pool.write(page, slot, rows)
 
 
@@ -125,14 +125,14 @@ class _Arm:
     weights: list[jax.Array]
     cache: _Cache
 
-    def seconds(self, heads: list[Heads]) -> float:
+    def seconds(self, heads: list[DecodeState]) -> float:
         """Seconds of a step, the median of all but the first: that one fetches what the arm before threw out of the
         caches. Each is waited for, as an engine waits for its token, and a disturbance of the machine meets few."""
         first, *others = heads
         jax.block_until_ready(self._step(first))
         return statistics.median(timed(lambda each=each: self._step(each)) for each in others)
 
-    def _step(self, heads: Heads) -> jax.Array:
+    def _step(self, heads: DecodeState) -> jax.Array:
         args = (self.structure, self.weights, self.cache.live, heads, self.cache.rows, False)
         self.cache.live, _, logits_BTV = programs.decode(*args)
         return logits_BTV
@@ -143,27 +143,27 @@ def _random(model: Model) -> Transformer:
 
 
 def _arms(model: Model, tokens: int, precision: str) -> dict[str, _Arm]:
-    everything = dataclasses.replace(model.indexer, topk=model.max_positions)
+    everything = dataclasses.replace(model.indexer, topk=model.max_position_embeddings)
     kinds = {"sparse": model, "dense": dataclasses.replace(model, indexer=everything)}
     transformer = _random(model)
     weights = jax.tree.leaves(nnx.split(transformer)[1])
     structures = {}
     for kind, each in kinds.items():
         graphdef, variables = nnx.split(nnx.eval_shape(lambda each=each: Transformer(each, nnx.Rngs(0))))
-        structures[kind] = programs.structure(graphdef, jax.tree.structure(variables))
+        structures[kind] = programs.model_def(graphdef, jax.tree.structure(variables))
     caches = {layout: _Cache(model, layout, tokens) for layout in dict.fromkeys(layout for _, layout in ARMS.values())}
     arms = {name: _Arm(structures[kind], weights, caches[layout]) for name, (kind, layout) in ARMS.items()}
     if precision == "fp8":
-        graphdef, variables = nnx.split(quantise(transformer))
+        graphdef, variables = nnx.split(quantize_model(transformer))
         weights, tree = jax.tree.flatten(variables)
-        structure = programs.structure(graphdef, tree)
+        structure = programs.model_def(graphdef, tree)
         arms |= {name: _Arm(structure, weights, caches[layout]) for name, (_, layout) in WEIGHTS.items()}
     return arms
 
 
-def _heads(token: int, position: int) -> Heads:
+def _heads(token: int, position: int) -> DecodeState:
     each = lambda value: np.full(_RECORD + 1, value, np.int32)
-    return jax.device_put(Heads(each(token), each(position), np.zeros((_RECORD + 1, 0), np.int32)))
+    return jax.device_put(DecodeState(each(token), each(position), np.zeros((_RECORD + 1, 0), np.int32)))
 
 
 # --- report --------------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def fit(contexts: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
     return float(fixed), float(slope)
 
 
-def _quality(arms: dict[str, _Arm], heads: list[Heads]) -> dict[tuple[str, str], tuple[float, float]]:
+def _quality(arms: dict[str, _Arm], heads: list[DecodeState]) -> dict[tuple[str, str], tuple[float, float]]:
     """Mean KL over the steps, in nats, from the second of each pair to the first, and the share of equal tokens."""
     pairs = [pair for pair in _QUALITY if {*pair} <= {*arms}]
     out, names = {}, dict.fromkeys(name for pair in pairs for name in pair)
@@ -225,7 +225,7 @@ def _report(
     header = [f"KL, same token: {one} to {other}" for one, other in pairs]
     print_table(title, ["context", *arms, *map("/".join, speedups), *header], rows)
     records += _trend(contexts, middle, at)
-    print(f"dense: every compressed entry, sparse: the top {model.indexer.topk}; {model.dtype} products; "
+    print(f"dense: every compressed entry, sparse: the top {model.indexer.index_topk}; {model.dtype} products; "
           f"medians of {len(next(iter(ms.values())))} x {STEPS} steps, arms in turn; {os.cpu_count()} CPU threads, "
           f"load average {'unknown' if load is None else load}.\n"
           "Weights and entries are random numbers, entries of unit variance; what FP8 costs a trained model is told by"

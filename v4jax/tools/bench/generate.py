@@ -21,7 +21,7 @@ from v4jax.core.tables import print_table
 from v4jax.models.transformer import Transformer
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
-from v4jax.tools.bench.measure import alternate
+from v4jax.tools.bench.measure import interleave
 from v4jax.tools.bench.report import record
 
 CONTEXTS = (256, 1024, 4096, 16_384)
@@ -36,7 +36,7 @@ def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS) -> list
     for lengths that cannot be measured.
     """
     contexts = sorted(set(contexts))
-    most = config.model.max_positions - DECODED
+    most = config.model.max_position_embeddings - DECODED
     if not contexts or not 0 < contexts[0] <= contexts[-1] <= most:
         raise UserError(f"suite 'generate' needs contexts from 1 to {most} tokens; give them as --contexts=256,1024")
     model = dataclasses.replace(config.model, mtp_layers=0)
@@ -48,10 +48,10 @@ def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS) -> list
     def request(length: int):
         return lambda: _times(engine, rng.integers(2, model.vocab_size, length).tolist())
 
-    chunk = serve.prefill_chunk
+    chunk = serve.max_num_batched_tokens
     for length in contexts:  # programs depend on the sizes of the chunks alone: some whole ones, and what the end takes
         request(min(length, 2 * chunk + length % chunk))()
-    taken = alternate({length: request(length) for length in contexts}, rounds)
+    taken = interleave({length: request(length) for length in contexts}, rounds)
     return _report(config, taken)
 
 
@@ -62,9 +62,9 @@ def _random(model: Model) -> Transformer:
 def _times(engine: Engine, prompt: list[int]) -> tuple[float, float]:
     """Seconds to the first token, and a token after it."""
     start, stamps = time.perf_counter(), []
-    engine.add("request", prompt, SamplingParams(max_tokens=DECODED, temperature=0.0))
+    engine.add_request("request", prompt, SamplingParams(max_tokens=DECODED, temperature=0.0))
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        read = progress.add_task(f"{len(prompt):,} tokens", total=-(-len(prompt) // engine.limits.prefill_chunk))
+        read = progress.add_task(f"{len(prompt):,} tokens", total=-(-len(prompt) // engine.limits.max_num_batched_tokens))
         while engine.busy:
             drawn = engine.step()
             stamps += [time.perf_counter()] * len(drawn)
@@ -73,7 +73,7 @@ def _times(engine: Engine, prompt: list[int]) -> tuple[float, float]:
 
 
 def _report(config: Config, taken: dict[int, list[tuple[float, float]]]) -> list[dict]:
-    at = {"config": config.name, "concurrency": 1, "precision": config.cache.layout}
+    at = {"config": config.name, "concurrency": 1, "precision": config.cache.kv_cache_dtype}
     rows, records = [], []
     for length, times in taken.items():
         first, later = [a for a, _ in times], [1e3 * b for _, b in times]
@@ -86,7 +86,7 @@ def _report(config: Config, taken: dict[int, list[tuple[float, float]]]) -> list
             record("generate", "prefill_tokens_per_second", speed, "1/s", **where),
             record("generate", "decode_time", later, "ms", **where),
         ]
-    what = f"{config.name}, {config.model.dtype}, cache layout {config.cache.layout}"
+    what = f"{config.name}, {config.model.dtype}, cache layout {config.cache.kv_cache_dtype}"
     unit = 1 if sys.platform == "darwin" else 1024
     peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     records.append(record("generate", "peak_memory", [peak], "B", **at, context=max(taken)))

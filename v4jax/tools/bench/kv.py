@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from v4jax.cache.entries import new_pool
-from v4jax.cache.spec import LAYOUTS, Layout
+from v4jax.cache.spec import KV_CACHE_DTYPES, KVCacheSpec
 from v4jax.config import Config, load
 from v4jax.core.check import UserError
 from v4jax.core.tables import print_table
@@ -26,27 +26,27 @@ def run(config: Config) -> list[dict]:
     for each in configs.values():
         if set(each.model.schedule) == {"swa"}:
             raise UserError(f"{each.name} has window layers alone and keeps no entries; choose another --config")
-        plain = Layout(each.model, "bf16").token_bytes
-        for name in LAYOUTS:
-            layout = Layout(each.model, name)
+        plain = KVCacheSpec(each.model, "bf16").token_bytes
+        for name in KV_CACHE_DTYPES:
+            layout = KVCacheSpec(each.model, name)
             formula, measured = layout.token_bytes, measured_token_bytes(layout)
             rows.append([
                 each.name, name, layout.entry_bytes, layout.key_bytes if "csa" in each.model.schedule else "",
                 f"{formula:,.2f}", f"{measured:,.2f}", f"{formula / plain:.0%}",
-                f"{formula * _MEGATOKEN / 2**30:.2f} GiB", f"{layout.record_bytes() / 2**20:.2f} MiB",
+                f"{formula * _MEGATOKEN / 2**30:.2f} GiB", f"{layout.state_bytes() / 2**20:.2f} MiB",
             ])  # fmt: skip
             at = {"config": each.name, "precision": name}
             records += [
                 record("kv", "bytes_per_token", [formula], "B", source="formula", **at),
                 record("kv", "bytes_per_token", [measured], "B", source="measured", **at),
-                record("kv", "record_bytes", [layout.record_bytes()], "B", source="formula", **at),
+                record("kv", "record_bytes", [layout.state_bytes()], "B", source="formula", **at),
             ]
     header = ["config", "layout", "B/entry", "B/key", "B/token", "measured", "of bf16", "2^20 tokens", "a sequence"]
     print_table("KV cache: entries and indexer keys by token; window rows and tails by sequence", header, rows)
     return records
 
 
-def measured_token_bytes(layout: Layout) -> float:
+def measured_token_bytes(layout: KVCacheSpec) -> float:
     """Bytes of every array of pools that are really allocated for all layers of the model, by the tokens they hold."""
     pools = []
     for kind in layout.model.schedule:

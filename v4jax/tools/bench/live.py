@@ -19,19 +19,19 @@ import numpy as np
 from flax import nnx
 
 from v4jax import checkpoint as store
-from v4jax.cache.spec import Layout
+from v4jax.cache.spec import KVCacheSpec
 from v4jax.config import Cache, Config, Model, Serve, load
 from v4jax.core.check import UserError
 from v4jax.core.tables import print_table
 from v4jax.models.transformer import Transformer
-from v4jax.nn.csa import picks
-from v4jax.nn.hot import counted
-from v4jax.nn.memory import in_host
+from v4jax.nn.csa import use_gather
+from v4jax.nn.hot import read_counters
+from v4jax.nn.memory import is_host
 from v4jax.serve import LLM, SamplingParams, programs
-from v4jax.serve.live import new_layer
-from v4jax.serve.programs import Heads, Live
+from v4jax.serve.live import allocate_layer
+from v4jax.serve.programs import DecodeState, KVCaches
 from v4jax.tools.bench.decode import filled
-from v4jax.tools.bench.measure import alternate, timed
+from v4jax.tools.bench.measure import interleave, timed
 from v4jax.tools.bench.report import record, short, write
 
 PUBLISHED, LENGTHS, SLOTS = "v4_flash", (16_384, 131_072, 1_048_576), 1024
@@ -67,13 +67,13 @@ def run(
 
 
 def _checked(model: Model, contexts: Sequence[int]) -> list[int]:
-    layout = Layout(model, _FORMAT)
+    layout = KVCacheSpec(model, _FORMAT)
     for context in contexts:
         entries = -(-context // layout.block) * layout.entries("csa")
-        if not (STEPS < context <= model.max_positions and picks(entries, model.indexer.topk, 1)):
+        if not (STEPS < context <= model.max_position_embeddings and use_gather(entries, model.indexer.index_topk, 1)):
             raise UserError(
-                f"context {context} cannot be measured; take more than topk {model.indexer.topk} entries hold, and at "
-                f"most model.max_positions {model.max_positions}"
+                f"context {context} cannot be measured; take more than topk {model.indexer.index_topk} entries hold, and at "
+                f"most model.max_positions {model.max_position_embeddings}"
             )
     if not contexts:
         raise UserError("no contexts to measure; give at least one")
@@ -95,23 +95,23 @@ def memory(model: Model) -> dict[tuple[int, str], Bytes]:
     """Bytes of the cache of one sequence, by context and arm: bf16, fp8, and live: fp8 with `SLOTS` copies a layer."""
     arms = {"bf16": ("bf16", 0), _FORMAT: (_FORMAT, 0), "live": (_FORMAT, SLOTS)}
     return {
-        (context, arm): _bytes(Layout(model, name, 0, hot), context)
+        (context, arm): _bytes(KVCacheSpec(model, name, 0, hot), context)
         for context in LENGTHS
         for arm, (name, hot) in arms.items()
     }
 
 
-def _bytes(layout: Layout, context: int) -> Bytes:
+def _bytes(layout: KVCacheSpec, context: int) -> Bytes:
     """Every layer is allocated, counted and let go, for all of them together may be more than there is memory."""
     blocks = -(-context // layout.block)
     device = np.zeros((2, blocks), np.int32).nbytes + 2 * 2 * 4  # table of pages, and heads
     entries = host = 0
     for kind in layout.model.schedule:
-        kept = new_layer(layout, kind, blocks + 1, 2)  # page 0 and record 0 belong to nobody
-        here = lambda part: sum(leaf.nbytes for leaf in jax.tree.leaves(part) if not in_host(leaf))
-        host += sum(leaf.nbytes for leaf in jax.tree.leaves(kept) if in_host(leaf))
-        entries += here((kept.main, kept.index, kept.hot))
-        device += here((kept.ring_ZSH, kept.tails))
+        kept = allocate_layer(layout, kind, blocks + 1, 2)  # page 0 and record 0 belong to nobody
+        here = lambda part: sum(leaf.nbytes for leaf in jax.tree.leaves(part) if not is_host(leaf))
+        host += sum(leaf.nbytes for leaf in jax.tree.leaves(kept) if is_host(leaf))
+        entries += here((kept.entries, kept.index_keys, kept.device_cache))
+        device += here((kept.window_ring_ZSH, kept.compressor_state))
     return Bytes(device + entries, entries, host)
 
 
@@ -153,27 +153,27 @@ class _Arm:
 
     structure: object
     weights: list[jax.Array]
-    live: Live
+    live: KVCaches
     rows: tuple[jax.Array, jax.Array]
 
-    def step(self, heads: Heads) -> jax.Array:
+    def step(self, heads: DecodeState) -> jax.Array:
         self.live, _, logits_BTV = programs.decode(self.structure, self.weights, self.live, heads, self.rows, False)
         return logits_BTV
 
-    def seconds(self, heads: list[Heads]) -> float:
+    def seconds(self, heads: list[DecodeState]) -> float:
         """Seconds a step, over all but the first."""
         jax.block_until_ready(self.step(heads[0]))
         return timed(lambda: [self.step(each) for each in heads[1:]][-1]) / (len(heads) - 1)
 
 
 def _arm(model: Model, graph: tuple, context: int, hot: int) -> _Arm:
-    layout = Layout(model, _FORMAT, 0, hot)
+    layout = KVCacheSpec(model, _FORMAT, 0, hot)
     blocks = -(-context // layout.block)
-    layers = [new_layer(layout, kind, ROWS * blocks + 1, ROWS + 1) for kind in model.schedule]
+    layers = [allocate_layer(layout, kind, ROWS * blocks + 1, ROWS + 1) for kind in model.schedule]
     layers = [[filled(kept, np.random.default_rng(i))] for i, kept in enumerate(layers)]
     table_ZA = np.full((ROWS + 1, blocks), -1, np.int32)
     table_ZA[1:] = 1 + np.arange(ROWS * blocks).reshape(ROWS, blocks)
-    return _Arm(*graph, Live(layers, None), jax.device_put((np.arange(1, ROWS + 1, dtype=np.int32), table_ZA)))
+    return _Arm(*graph, KVCaches(layers, None), jax.device_put((np.arange(1, ROWS + 1, dtype=np.int32), table_ZA)))
 
 
 def _random(model: Model) -> Transformer:
@@ -185,17 +185,17 @@ def _speed(config: Config, rounds: int, contexts: Sequence[int]) -> list[dict]:
     model = dataclasses.replace(config.model, mtp_layers=0, kv_qdq=False)
     graphdef, variables = nnx.split(_random(model))
     weights, tree = jax.tree.flatten(variables)
-    graph, slots = (programs.structure(graphdef, tree), weights), max(SLOTS, ROWS * model.indexer.topk)
+    graph, slots = (programs.model_def(graphdef, tree), weights), max(SLOTS, ROWS * model.indexer.index_topk)
     tokens = np.random.default_rng(0).integers(2, model.vocab_size, (STEPS + 1, ROWS + 1), np.int32)
     rows, records = [], []
     for context in contexts:
         arms = {name: _arm(model, graph, context, hot) for name, hot in (("device", 0), ("live", slots))}
         place = lambda i, context=context: np.full(ROWS + 1, context - STEPS - 1 + i, np.int32)
         empty = np.zeros((ROWS + 1, 0), np.int32)
-        heads = [jax.device_put(Heads(token, place(i), empty)) for i, token in enumerate(tokens)]
+        heads = [jax.device_put(DecodeState(token, place(i), empty)) for i, token in enumerate(tokens)]
         same = all(np.array_equal(*(np.asarray(arm.step(each)) for arm in arms.values())) for each in heads)
         before = _counts(arms["live"].live)
-        taken = alternate({name: functools.partial(arm.seconds, heads) for name, arm in arms.items()}, rounds)
+        taken = interleave({name: functools.partial(arm.seconds, heads) for name, arm in arms.items()}, rounds)
         found, fetched = _counts(arms["live"].live) - before
         rate = found / (found + fetched)
         ratio = [here / live for here, live in zip(taken["device"], taken["live"], strict=True)]
@@ -219,10 +219,10 @@ def _speed(config: Config, rounds: int, contexts: Sequence[int]) -> list[dict]:
     return records
 
 
-def _counts(live: Live) -> np.ndarray:
+def _counts(live: KVCaches) -> np.ndarray:
     """Picks found on the device and fetched, over all layers."""
     kept = [kept for run in live.layers for kept in run if kept.hot is not None]
-    return sum(counted(np.asarray(each.hot.count_5)) for each in kept)
+    return sum(read_counters(np.asarray(each.hot.count_5)) for each in kept)
 
 
 # --- hit rates -----------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def hit_rates(checkpoint: str) -> dict[int, tuple[float, bool]]:
     a prompt and writes those.
     """
     model = store.load(checkpoint)
-    k, limits = model.config.indexer.topk, dataclasses.asdict(Serve(max_batch=1, max_seq_len=TEXT, prefill_chunk=256))
+    k, limits = model.config.indexer.topk, dataclasses.asdict(Serve(max_num_seqs=1, max_model_len=TEXT, max_num_batched_tokens=256))
     sampling = SamplingParams(max_tokens=TEXT - 1, temperature=1.0, seed=0, ignore_eos=True)
     first = [model.config.bos_id or 0]
     [text] = LLM(model, cache=Cache(), **limits).generate([first], sampling)
@@ -243,7 +243,7 @@ def hit_rates(checkpoint: str) -> dict[int, tuple[float, bool]]:
     out, answers = {}, []
     for slots in (k * 2**power for power in range(6)):
         if slots < TEXT // model.config.csa_ratio:
-            llm = LLM(model, cache=Cache(hot=slots), **limits)
+            llm = LLM(model, cache=Cache(device_entries=slots), **limits)
             [answer] = llm.generate([prompt], dataclasses.replace(sampling, max_tokens=ASKED))
             answers.append(answer.token_ids)
             out[slots] = llm.stats()["hot_hit_rate"], answers[0] == answer.token_ids
@@ -251,13 +251,13 @@ def hit_rates(checkpoint: str) -> dict[int, tuple[float, bool]]:
 
 
 def _show_hits(name: str, model: Model, hits: dict[int, tuple[float, bool]]) -> list[dict]:
-    entries = TEXT // model.csa_ratio
+    entries = TEXT // model.compress_rate_csa
     rows, records = [], []
     for slots, (rate, same) in hits.items():
         rows.append([f"{slots:,}", f"{slots / entries:.0%}", f"{rate:.1%}", "yes" if same else "no"])
         at = {"config": name, "context": TEXT, "concurrency": 1, "slots": slots}
         records.append(record("live", "hit_rate", [rate], "share", source="trained", same_tokens=same, **at))
-    title = f"{name}, trained: {ASKED} tokens of its own text after {TEXT - ASKED:,}, topk {model.indexer.topk}"
+    title = f"{name}, trained: {ASKED} tokens of its own text after {TEXT - ASKED:,}, topk {model.indexer.index_topk}"
     print_table(title, ["copies a layer", "of all entries", "picks found on the device", "same tokens"], rows)
     return records
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 
-def alternate(arms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def interleave(arms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each arm, measured in turn, `rounds` times, so that a drift of the machine meets all alike.
 
     An arm is a function that does its work once and returns the seconds it took; it has been warmed up.
@@ -29,7 +29,7 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def spread(values: list[float]) -> float:
+def relative_iqr(values: list[float]) -> float:
     """Half the distance between the quartiles, as a fraction of the median; 0 where all are equal."""
     low, middle, high = min(values), statistics.median(values), max(values)
     if len(values) > 2:

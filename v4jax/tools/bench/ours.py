@@ -13,7 +13,7 @@ from flax import nnx
 
 from v4jax import checkpoint
 from v4jax.config import Config
-from v4jax.models.layout import named
+from v4jax.models.layout import to_stacked_dict
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
 from v4jax.tools.bench import measure
@@ -21,7 +21,7 @@ from v4jax.tools.bench.train import as_batch
 from v4jax.train.state import Trainer, TrainState
 
 
-class Ours:
+class V4JaxRunner:
     """`config.model` with random weights, which are written to `directory` in Hugging Face format and read from it."""
 
     def __init__(self, config: Config, directory: str):
@@ -45,7 +45,7 @@ class Ours:
     def generate(self, prompt: list[int], count: int) -> tuple[float, float]:
         """Seconds to the first token, and a token after it, through the engine that `LLM` runs."""
         start, stamps = time.perf_counter(), []
-        self._engine.add("request", prompt, SamplingParams(max_tokens=count, temperature=0.0))
+        self._engine.add_request("request", prompt, SamplingParams(max_tokens=count, temperature=0.0))
         while self._engine.busy:
             tokens = self._engine.step()
             stamps += [time.perf_counter()] * len(tokens)
@@ -53,7 +53,7 @@ class Ours:
 
     def prepare_training(self, tokens_BT: np.ndarray) -> None:
         """Make `step` train on rows of T + 1 tokens. The last thing to do: the weights move into the training state."""
-        params, fixed = (named(part) for part in nnx.split(self._model, nnx.Param, ...)[1:])
+        params, fixed = (to_stacked_dict(part) for part in nnx.split(self._model, nnx.Param, ...)[1:])
         opt = jax.jit(self._optimizer.init)(params)
         self._state, self._batch = TrainState(params, fixed, opt, jnp.zeros((), jnp.int32)), as_batch(tokens_BT)
         del self._model, self._engine

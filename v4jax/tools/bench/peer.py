@@ -14,11 +14,11 @@ import numpy as np
 
 from v4jax.config import Config
 from v4jax.core.tables import print_table
-from v4jax.tools.bench.measure import alternate
-from v4jax.tools.bench.ours import Ours
+from v4jax.tools.bench.measure import interleave
+from v4jax.tools.bench.ours import V4JaxRunner
 from v4jax.tools.bench.remote import Ask, remote
 from v4jax.tools.bench.report import record
-from v4jax.tools.bench.theirs import Theirs
+from v4jax.tools.bench.theirs import TransformersRunner
 
 PREFILL, DECODED, ROWS = (2048, 8192), 32, 4
 OURS, THEIRS = "v4jax", "transformers"
@@ -38,8 +38,8 @@ def run(config: Config, rounds: int) -> list[dict]:
     seconds: dict[tuple[str, int], dict[str, list[float]]] = {}
     with (
         tempfile.TemporaryDirectory() as weights,
-        remote(THEIRS, Theirs) as theirs,  # first, because torch may be missing
-        remote(OURS, Ours, config, weights, heap=True) as ours,
+        remote(THEIRS, TransformersRunner) as theirs,  # first, because torch may be missing
+        remote(OURS, V4JaxRunner, config, weights, heap=True) as ours,
     ):
         theirs("load", weights)
         arms = {OURS: ours, THEIRS: theirs}
@@ -57,7 +57,7 @@ def run(config: Config, rounds: int) -> list[dict]:
         for arm in arms.values():
             arm("prepare_training", rows)
             arm("step")
-        seconds["train", length] = alternate({name: lambda arm=arm: arm("step") for name, arm in arms.items()}, rounds)
+        seconds["train", length] = interleave({name: lambda arm=arm: arm("step") for name, arm in arms.items()}, rounds)
     return _report(config, seconds, limits)
 
 
@@ -78,7 +78,7 @@ def _generation(arms: dict[str, Ask], tokens, length: int, rounds: int, warm: li
         prompts = iter(others)
         return lambda: arm("generate", next(prompts), DECODED)
 
-    return alternate({name: timed(arm) for name, arm in arms.items()}, rounds)
+    return interleave({name: timed(arm) for name, arm in arms.items()}, rounds)
 
 
 def _report(config: Config, seconds, limits) -> list[dict]:

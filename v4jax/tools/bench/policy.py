@@ -12,17 +12,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from v4jax.cache.manifest import Form, Key
-from v4jax.cache.prefix import chain
-from v4jax.cache.shelf import Shelf
-from v4jax.cache.spec import Layout
+from v4jax.cache.manifest import BlockSchema, BlockKey
+from v4jax.cache.prefix import block_hashes
+from v4jax.cache.shelf import TierIndex
+from v4jax.cache.spec import KVCacheSpec
 from v4jax.config import Config
 from v4jax.core.tables import print_table
 from v4jax.tools.bench.report import record
 from v4jax.tools.bench.tiers import ANSWER, BURST, CONVERSATIONS, turns
 
 SEEDS = 5
-_FORMS = {kind: Form(kind, ()) for kind in ("block", "record")}
+_FORMS = {kind: BlockSchema(kind, ()) for kind in ("block", "record")}
 _ROOT, _PLENTY = bytes(16), 1 << 60
 # (policy of host and disk, whether only what two requests asked for goes there)
 ARMS = {"lru": ("lru", False), "lru; asked for twice": ("lru", True), "s3fifo": ("s3fifo", False)}
@@ -31,8 +31,8 @@ _TIERS = ("device", "host", "disk")
 
 def run(config: Config) -> list[dict]:
     """One table: blocks found, by tier, policy and room, beside what an infinite cache finds. Means over seeds."""
-    layout = Layout(config.model, config.cache.layout, config.cache.block)
-    sizes = {"block": layout.page_bytes, "record": layout.record_bytes()}
+    layout = KVCacheSpec(config.model, config.cache.kv_cache_dtype, config.cache.block_size)
+    sizes = {"block": layout.block_bytes, "record": layout.state_bytes()}
     blocks = 6 * CONVERSATIONS
     each = (sizes["block"] * blocks + sizes["record"] * 2 * CONVERSATIONS) // 20  # a twentieth of all that there is
     device = max(blocks // 16, 8 * BURST + 2) * sizes["block"] + CONVERSATIONS // 8 * sizes["record"]
@@ -64,7 +64,7 @@ def run(config: Config) -> list[dict]:
     return records
 
 
-def _rates(layout: Layout, sizes, budgets, policy: str, twice: bool) -> list[dict[str, float]]:
+def _rates(layout: KVCacheSpec, sizes, budgets, policy: str, twice: bool) -> list[dict[str, float]]:
     """Share of the blocks asked for that each tier had, by seed."""
     return [_replay(layout.block, sizes, budgets, policy, twice, seed) for seed in range(SEEDS)]
 
@@ -75,17 +75,17 @@ class _Tiers:
     def __init__(self, sizes: dict[str, int], budgets: Sequence[int], policy: str):
         self._sizes = sizes
         policies = ("lru", policy, policy)
-        self.shelves = [Shelf(budget, policy) for budget, policy in zip(budgets, policies, strict=True) if budget]
+        self.shelves = [TierIndex(budget, policy) for budget, policy in zip(budgets, policies, strict=True) if budget]
 
-    def put(self, shelf: Shelf, key: Key, parent: bytes) -> None:
+    def put(self, shelf: TierIndex, key: BlockKey, parent: bytes) -> None:
         size = self._sizes[key.kind]
         if key in shelf or size > shelf.budget:
             return
-        while not shelf.fits(size):
-            shelf.remove(shelf.oldest())
+        while not shelf.has_room(size):
+            shelf.remove(shelf.next_victim())
         shelf.add(key, parent, size)
 
-    def reach(self, shelves: Sequence[Shelf], names: list[bytes]) -> int:
+    def reach(self, shelves: Sequence[TierIndex], names: list[bytes]) -> int:
         """Most blocks in a row that are there and end at a record."""
         best = 0
         for count, name in enumerate(names, 1):
@@ -104,7 +104,7 @@ def _replay(block: int, sizes, budgets, policy: str, twice: bool, seed: int) -> 
         for conversation, new in burst:
             prompt = [*history.get(conversation, ()), *new]
             history[conversation] = [*prompt, *rng.integers(2, 1 << 17, ANSWER).tolist()]
-            names = chain(_ROOT, history[conversation][:-1], block)  # the last token drawn is not read
+            names = block_hashes(_ROOT, history[conversation][:-1], block)  # the last token drawn is not read
             usable = names[: (len(prompt) - 1) // block]
             asked.update(usable)
             goal, least = tiers.reach(tiers.shelves, usable), tiers.reach([device], usable)
@@ -144,5 +144,5 @@ def _compute(tiers: _Tiers, names: list[bytes], kept: set[int], wanted) -> None:
     device.touch([_key("block", name) for name in names])
 
 
-def _key(kind: str, name: bytes) -> Key:
+def _key(kind: str, name: bytes) -> BlockKey:
     return _FORMS[kind].key(name)

@@ -15,7 +15,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from v4jax.core.check import UserError
-from v4jax.core.memory import keep_heap
+from v4jax.core.memory import tune_malloc
 
 Ask = Callable[..., Any]  # (name of a method, its arguments) to its result
 
@@ -65,7 +65,7 @@ def _ask(process: SpawnProcess, pipe: Connection, what: str | Callable, *args):
 def _serve(pipe: Connection, heap: bool) -> None:
     """The other process: make the object, then call its methods until the pipe is closed."""
     if heap:
-        keep_heap()
+        tune_malloc()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the first one ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
     served = None

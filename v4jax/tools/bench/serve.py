@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from flax import nnx
 
-from v4jax.cache.spec import Layout
+from v4jax.cache.spec import KVCacheSpec
 from v4jax.config import Config, Model
 from v4jax.core.check import UserError
 from v4jax.core.tables import print_table
 from v4jax.models.transformer import Transformer
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
-from v4jax.tools.bench.measure import alternate
+from v4jax.tools.bench.measure import interleave
 from v4jax.tools.bench.report import record
 
 MANY = 16  # requests at once, against one
@@ -52,10 +52,10 @@ def run(config: Config, rounds: int) -> list[dict]:
     UserError if the config's max_seq_len is too short.
     """
     model = dataclasses.replace(config.model, mtp_layers=0)
-    block = Layout(model, config.cache.layout, config.cache.block).block
+    block = KVCacheSpec(model, config.cache.kv_cache_dtype, config.cache.block_size).block
     need = max(_BLOCKS * block, PROMPT + NEW)
-    if config.serve.max_seq_len < need:
-        raise UserError(f"suite 'serve' needs --config.serve.max_seq_len={need}, and it is {config.serve.max_seq_len}")
+    if config.serve.max_model_len < need:
+        raise UserError(f"suite 'serve' needs --config.serve.max_seq_len={need}, and it is {config.serve.max_model_len}")
     serve = dataclasses.replace(config.serve, max_batch=MANY, speculative_tokens=0)
     tokens = max(POOL * _BLOCKS * block, MANY * -(-(PROMPT + NEW) // block) * block)
     engine = Engine(_random(model), serve, dataclasses.replace(config.cache, tokens=tokens, prefix=True))
@@ -64,9 +64,9 @@ def run(config: Config, rounds: int) -> list[dict]:
     arms = {count: lambda count=count: _serve(engine, [_asked(p, NEW) for p in prompts(count)]) for count in (1, MANY)}
     for arm in arms.values():
         arm()
-    taken = alternate(arms, rounds)
-    at = {"config": config.name, "precision": config.cache.layout}
-    what = f"{config.name}, {model.dtype}, cache layout {config.cache.layout}, {os.cpu_count()} CPU threads"
+    taken = interleave(arms, rounds)
+    at = {"config": config.name, "precision": config.cache.kv_cache_dtype}
+    what = f"{config.name}, {model.dtype}, cache layout {config.cache.kv_cache_dtype}, {os.cpu_count()} CPU threads"
     return [*_throughput(taken, at, what), *_burst(engine, _requests(model, block, rng), at)]
 
 
@@ -83,7 +83,7 @@ def _serve(engine: Engine, requests: list[_Request]) -> list[_Answer]:
     start, answers = time.perf_counter(), [_Answer() for _ in requests]
     for id, request in enumerate(requests):
         engine.check(request.prompt, request.sampling, f"request {id}")
-        engine.add(id, request.prompt, request.sampling, request.salt)
+        engine.add_request(id, request.prompt, request.sampling, request.salt)
     while engine.busy:
         for drawn in engine.step():
             answers[drawn.id].tokens += drawn.sampled.token_B[drawn.row, : drawn.count].tolist()
@@ -146,11 +146,11 @@ def _burst(engine: Engine, requests: list[_Request], at: dict) -> list[dict]:
     alone = [_serve(engine, [dataclasses.replace(each, salt=f"alone {i}")])[0] for i, each in enumerate(requests)]
     before = engine.stats()
     answers = _serve(engine, requests)
-    engine.schedulers[0].check()  # raises if any book is wrong
+    engine.schedulers[0].check_invariants()  # raises if any book is wrong
     stats = engine.stats()
     count = {name: int(stats[name] - before[name]) for name in ("preemptions", "hits", "evictions")}
     equal = sum(one.tokens == other.tokens for one, other in zip(answers, alone, strict=True))
-    leaked = engine.schedulers[0].blocks.capacity - int(stats["pages_free"] + stats["pages_cached"])
+    leaked = engine.schedulers[0].block_pool.capacity - int(stats["pages_free"] + stats["pages_cached"])
     values = {
         "burst_equal_answers": (equal, "requests"),
         "burst_leaked_pages": (leaked, "pages"),
@@ -166,5 +166,5 @@ def _burst(engine: Engine, requests: list[_Request], at: dict) -> list[dict]:
     print_table(f"{len(requests)} requests at once into a cache that holds {POOL}", ["what", "value"], rows)
     if equal < len(requests):
         print("Where answers differ, rounding has decided between two tokens; see --config.serve.batch_invariant=true.")
-    where = at | {"concurrency": len(requests), "context": _BLOCKS * engine.layout.block}
+    where = at | {"concurrency": len(requests), "context": _BLOCKS * engine.kv_cache_spec.block}
     return [record("serve", name, [value], unit, **where) for name, (value, unit) in values.items()]

@@ -11,7 +11,7 @@ import numpy as np
 from v4jax.core.check import UserError
 
 
-class Theirs:
+class TransformersRunner:
     """The same model as its users have it: float32 torch, eager attention, as many threads as cores."""
 
     def __init__(self):

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from flax import nnx
 
-from v4jax.cache.spec import Layout
+from v4jax.cache.spec import KVCacheSpec
 from v4jax.config import Config, Model, load
 from v4jax.core.check import UserError
 from v4jax.core.tables import print_table
@@ -26,7 +26,7 @@ from v4jax.models.transformer import Transformer
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
 from v4jax.tools.bench import live
-from v4jax.tools.bench.measure import alternate
+from v4jax.tools.bench.measure import interleave
 from v4jax.tools.bench.report import record, write
 
 CONTEXTS = (4096, 32_768)
@@ -44,7 +44,7 @@ def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS, plot: s
     """
     contexts = sorted(set(contexts))
     model = dataclasses.replace(config.model, mtp_layers=0)
-    most = model.max_positions - ANSWER
+    most = model.max_position_embeddings - ANSWER
     if not contexts or not 0 < contexts[0] <= contexts[-1] <= most:
         raise UserError(f"suite 'tiers' needs contexts from 1 to {most} tokens; give them as --contexts=4096,32768")
     transformer, cache = _random(model), dataclasses.replace(config.cache, deadline=10.0)
@@ -84,7 +84,7 @@ def _restarts(config, model, serve, cache, rounds: int, contexts: Sequence[int])
         for length in contexts:  # the first time fills the disk and compiles, the second compiles what reads it
             recompute(length), restart(length), restart(length)
         arms = {(what.__name__, length): what for length in contexts for what in (recompute, restart)}
-        taken = alternate(
+        taken = interleave(
             {(name, length): lambda a=arm, n=length: a(n) for (name, length), arm in arms.items()}, rounds
         )
     at = {"config": config.name, "concurrency": 1, "precision": cache.layout}
@@ -109,7 +109,7 @@ def _restarts(config, model, serve, cache, rounds: int, contexts: Sequence[int])
 def _first(engine: Engine, prompt: list[int], answers: dict[int, list[list[int]]], salt: str = "") -> float:
     """Seconds to the first token; the answer joins those of its length."""
     start, seconds, tokens = time.perf_counter(), None, []
-    engine.add("request", prompt, _GREEDY, salt)
+    engine.add_request("request", prompt, _GREEDY, salt)
     while engine.busy:
         for drawn in engine.step():
             seconds = seconds or time.perf_counter() - start
@@ -123,9 +123,9 @@ def _first(engine: Engine, prompt: list[int], answers: dict[int, list[list[int]]
 
 def _trace(config, model, serve, cache, conversations: int) -> list[dict]:
     """Bursts of turns of conversations that share beginnings, more of them than device and host hold."""
-    layout = Layout(model.config, cache.layout, cache.block)
+    layout = KVCacheSpec(model.config, cache.layout, cache.block)
     blocks = 6 * conversations  # what all conversations come to, about
-    page, kept = layout.page_bytes, layout.record_bytes()
+    page, kept = layout.block_bytes, layout.state_bytes()
     serve = dataclasses.replace(serve, max_batch=BURST, max_seq_len=8 * layout.block)
     records_kept = max(conversations // 8, 4)
     device = (1 + BURST + records_kept) * kept + max(blocks // 16, 8 * BURST + 2) * page
@@ -215,7 +215,7 @@ def _play(
         start = time.perf_counter()
         for conversation, new in burst:
             history[conversation] = [*history.get(conversation, ()), *new]
-            engine.add(conversation, history[conversation], _GREEDY, str((number, conversation)) if salted else "")
+            engine.add_request(conversation, history[conversation], _GREEDY, str((number, conversation)) if salted else "")
             count += len(history[conversation]) + ANSWER
         answers = {conversation: [] for conversation, _ in burst}
         while engine.busy:

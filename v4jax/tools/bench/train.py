@@ -12,7 +12,7 @@ import numpy as np
 from v4jax.config import Config, Mesh
 from v4jax.core.tables import print_table
 from v4jax.models.flops import count_parameters
-from v4jax.tools.bench.measure import alternate, machine, spread, timed
+from v4jax.tools.bench.measure import interleave, machine, relative_iqr, timed
 from v4jax.tools.bench.report import record
 from v4jax.train.loss import loss
 from v4jax.train.state import Trainer
@@ -46,7 +46,7 @@ def _parts(config: Config, rounds: int, at: dict) -> list[dict]:
     }
     for arm in arms.values():
         arm()
-    limits, taken = machine(), alternate(arms, rounds)
+    limits, taken = machine(), interleave(arms, rounds)
     median = {name: statistics.median(values) for name, values in taken.items()}
     # Two operations a parameter and token forward, twice that backward; attention over the context is left out.
     flops = 6 * count_parameters(config.model).active * rows * length
@@ -69,7 +69,7 @@ def _parts(config: Config, rounds: int, at: dict) -> list[dict]:
 
 def options(config: Config) -> dict[str, Config]:
     """The config as it is without options, then with one at a time; on a mesh it is one device's."""
-    train, alone, mesh = config.train, Mesh(), Mesh(layout="fsdp")
+    train, alone, mesh = config.train, Mesh(), Mesh(rules="fsdp")
     bare = dict(remat=False, offload=(), matmul="plain", expert_weights="plain", spike="off")
     made = lambda mesh=alone, **changes: dataclasses.replace(
         config, mesh=mesh, train=dataclasses.replace(train, **bare | changes)
@@ -83,7 +83,7 @@ def options(config: Config) -> dict[str, Config]:
         "remat, streams in host memory": made(mesh, remat=True, offload=("streams",)),
         "fp8 products": made(matmul="fp8"),
     }
-    if config.model.hidden_size % 32 == config.model.moe.inner % 32 == 0:
+    if config.model.hidden_size % 32 == config.model.moe.moe_intermediate_size % 32 == 0:
         ways["mxfp4 experts"] = made(expert_weights="mxfp4")
     return ways
 
@@ -96,7 +96,7 @@ def _options(config: Config, rounds: int, at: dict) -> list[dict]:
 
     def arm(way):
         trainer = Trainer(way, devices=jax.devices()[:1])
-        state, placed = trainer.init(), trainer.place(batch)
+        state, placed = trainer.init(), trainer.shard_batch(batch)
 
         def step():
             nonlocal state
@@ -106,10 +106,10 @@ def _options(config: Config, rounds: int, at: dict) -> list[dict]:
         step()
         return lambda: timed(step)
 
-    taken = alternate({name: arm(way) for name, way in options(config).items()}, rounds)
+    taken = interleave({name: arm(way) for name, way in options(config).items()}, rounds)
     ratios = {name: [a / b for a, b in zip(values, taken["plain"], strict=True)] for name, values in taken.items()}
     table = [[name, f"{statistics.median(taken[name]):.3f} s", f"{statistics.median(ratios[name]):.2f}",
-              f"{spread(ratios[name]):.0%}"] for name in ratios]  # fmt: skip
+              f"{relative_iqr(ratios[name]):.0%}"] for name in ratios]  # fmt: skip
     header = ["step", "time", "ratio", "spread"]
     print_table(f"{config.name}: a step, and its time against the plain one", header, table)
     return [record("train", "step_ratio", values, "1", option=name, **at) for name, values in ratios.items()]
