@@ -9,11 +9,11 @@ import zipfile
 import pytest
 
 from v4jax import config as config_lib
-from v4jax.cache.policy import POLICIES
-from v4jax.cache.spec import KV_CACHE_DTYPES
+from v4jax.cache.offload.eviction import POLICIES
+from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES
 from v4jax.config import Config, ConfigError, Data, Model, from_dict, load, preset_names, to_dict, validate
 from v4jax.core.config_limits import CHOICES, RANGES
-from v4jax.models.quantised import PRECISIONS
+from v4jax.models.quantize import PRECISIONS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

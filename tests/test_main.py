@@ -7,22 +7,22 @@ import sys
 import pytest
 
 import v4jax
-from tests.serve import small
+from tests.serve import engine_harness
 from v4jax.data.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MOMENTS = [
     "v4jax.cli", "jax", "numpy.lib._index_tricks_impl", "flax.nnx", "v4jax.serve.llm",  # imports
     "v4jax.checkpoint:load:0", "v4jax.serve.engine:Engine.reset:0",
-    "v4jax.serve.programs:prefill:0", "v4jax.serve.programs:decode:0",  # in the engine's thread, before it compiles
+    "v4jax.serve.model_steps:prefill:0", "v4jax.serve.model_steps:decode:0",  # in the engine's thread, before it compiles
 ]  # fmt: skip
-GENERATING = "v4jax.serve.programs:decode:5"
+GENERATING = "v4jax.serve.model_steps:decode:5"
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("interrupted") / "model"
-    v4jax.save(small.draw_model(0), path, tokenizer=Tokenizer())
+    v4jax.save(engine_harness.draw_model(0), path, tokenizer=Tokenizer())
     return path
 
 

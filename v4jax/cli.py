@@ -1,6 +1,6 @@
 """The command line: `v4jax <command> [flags]`, one thin function a command.
 
-A command is a function here and a row of `COMMANDS`, which says what flags it takes; `core/flags.py` parses them. What
+A command is a function here and a row of `COMMANDS`, which says what flags it takes; `cli_flags.py` parses them. What
 commands work with is imported when they run, because help and mistakes must not wait for jax. Nothing global is
 touched, so `main` can be called from Python.
 """
@@ -20,11 +20,11 @@ from absl import flags
 
 import v4jax
 from v4jax import config as config_lib
-from v4jax.cli_flags import CACHE_FLAGS, SAMPLING_FLAGS, SERVE_FLAGS, STORED
+from v4jax.engine_flags import CACHE_FLAGS, SAMPLING_FLAGS, SERVE_FLAGS, STORED
 from v4jax.core import compilation_cache, completion
-from v4jax.core.check import UserError, printable
-from v4jax.core.flags import Command, Flag, command_help, config_lines, explicit_flags, did_you_mean, parse
-from v4jax.core.memory import tune_malloc
+from v4jax.core.errors import UserError, printable
+from v4jax.engine_flags import Command, Flag, command_help, config_lines, explicit_flags, did_you_mean, parse
+from v4jax.core.malloc import tune_malloc
 from v4jax.core.timing import GenerationTimer
 from v4jax.evals import SUITES as EVALS
 from v4jax.tools.bench import SUITES as BENCHES

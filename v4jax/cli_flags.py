@@ -1,102 +1,324 @@
-"""The flags of `v4jax generate`: one row for each option of `LLM`, its cache and `SamplingParams`.
+"""The flags of a command: how they are declared, explained and parsed, with typed overrides of a config among them.
 
-A row holds the help text and what the type of the option does not say. Types come from the fields of `config.Serve` and
-`config.Cache`, so a new field is one new row, and a test fails while the row is missing.
+Parsed into a private `FlagValues`, so that nothing global is touched. Only the standard library and absl are imported
+until a config is read: help and mistakes must not wait for jax.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
-import typing
-from collections.abc import Mapping
+import difflib
+import inspect
+import re
+import shlex
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 from absl import flags
 
-from v4jax import config
-from v4jax.core.flags import Flag, define_size
+from v4jax import config as config_lib
+from v4jax.core.errors import UserError
+from v4jax.core.paths import local_path
 
-STORED = "the checkpoint's"  # default of what `LLM` takes from the checkpoint where it is not given
-_DEFINE = {
-    int: flags.DEFINE_integer,
-    float: flags.DEFINE_float,
-    bool: flags.DEFINE_bool,
-    str: flags.DEFINE_string,
-}
+_PATHS = ("workdir", "checkpoint", "source", "target", "prompt_file", "kv_dir", "json", "plot")  # flags that are paths
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """Help of one option. least: lower bound of a number; choices: all values of a string; size: a number of bytes."""
+@dataclass(frozen=True)
+class Flag:
+    """One flag of a command: how absl defines it, and the line `--help` prints."""
 
+    name: str
     help: str
-    least: int | None = None
-    choices: tuple[str, ...] = ()
-    size: bool = False
-    flag: str = ""  # name of the flag, where it is not the name of the field
+    define: Callable = flags.DEFINE_string
+    default: object = None
+    options: dict = field(default_factory=dict)  # bounds, enum values, required
+    shown: str = ""  # the default as `--help` says it, where `default` does not
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """All values of an enumeration; () for other flags."""
+        return tuple(self.options.get("enum_values", ()))
+
+    @property
+    def form(self) -> str:
+        """How a value is written, for `--help`."""
+        if self.values:
+            return "|".join(self.values)
+        return _FORMS.get(self.define, "...")
 
 
-SERVE = {
-    "max_batch": Row("requests that decode together, on each device", least=1),
-    "max_seq_len": Row("most tokens of a request, prompt included", least=1),
-    "prefill_chunk": Row("most tokens of a prompt that are read between two decode steps", least=1),
-    "speculative_tokens": Row("tokens that the MTP layer drafts in each step", least=0),
-    "batch_invariant": Row("bits of an answer do not depend on what else runs"),
-    "precision": Row("precision of the large matrices", choices=("model", "fp8")),
+@dataclass(frozen=True)
+class Command:
+    """`run(values, config)`: `values` is the parsed FlagValues, `config` a Config, or None where none was named."""
+
+    run: Callable[[flags.FlagValues, config_lib.Config | None], None]
+    summary: str
+    example: str
+    flags: tuple[Flag, ...]
+    has_config: bool = False
+    default_config: str | None = None
+
+
+class _Size(flags.ArgumentParser):
+    """Bytes: a whole number, or a number with a unit."""
+
+    syntactic_help = "a number of bytes such as 512MiB, 2GiB or 1.5TB"
+
+    def parse(self, argument: str | int) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", str(argument).strip())
+        if match is None or (match[3] and not match[2]):
+            raise ValueError(f"{argument!r} is not {self.syntactic_help}")
+        return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))
+
+
+def define_size(name: str, default: int | None, help: str, flag_values: flags.FlagValues, **options) -> None:
+    """An absl flag of bytes."""
+    flags.DEFINE(_Size(), name, default, help, flag_values, **options)
+
+
+def explicit_flags(values: flags.FlagValues, *names: str) -> dict:
+    """The flags among `names` that were typed; the callee's own defaults stand for the others."""
+    return {name: values[name].value for name in names if values[name].present}
+
+
+_FORMS = {
+    flags.DEFINE_integer: "N",
+    flags.DEFINE_multi_integer: "N",
+    flags.DEFINE_float: "X",
+    flags.DEFINE_bool: "true|false",
+    flags.DEFINE_list: "A,B,...",
+    define_size: "BYTES",
 }
-CACHE = {
-    "layout": Row("format of the KV cache", choices=("model", "bf16", "fp8", "fp8_fp4")),
-    "block": Row("tokens of a block; 0: the least multiple of the compression ratios from 256 on", least=0),
-    "tokens": Row("room of the KV cache in tokens; 0: max_batch sequences of max_seq_len", least=0),
-    "prefix": Row("reuse blocks of earlier requests with the same beginning"),
-    "records": Row("records kept for prefix reuse", least=0),
-    "record_every": Row("blocks between two records of a prompt; 0: only at its end", least=0),
-    "device": Row("accelerator memory for the KV cache, such as 2GiB", size=True),
-    "hot": Row("entries a CSA layer kept on the device, the rest in host memory; 0: all", least=0),
-    "host": Row("host memory for what leaves the device, such as 64GiB", size=True),
-    "disk": Row("disk space for it in --kv_dir, such as 1TiB", size=True),
-    "directory": Row("directory that keeps it over restarts; one engine at a time", flag="kv_dir"),
-    "policy": Row("eviction from a full host or disk", choices=("s3fifo", "lru")),
-    "admission": Row("blocks that move to host and disk: all, or those asked for twice", choices=("all", "second")),
-    "deadline": Row("seconds without progress after which a request stops waiting for host and disk"),
-}
+_WIDTH = 30  # columns of a flag in `--help`; a longer one has a line of its own
 
 
-def _flags(fields_of: type, rows: Mapping[str, Row], prefix: str = "") -> dict[str, Flag]:
-    """A flag for each field of a config dataclass that has a row, by the name of the field."""
-    hints, unset = typing.get_type_hints(fields_of), fields_of()
-    return {
-        name: _flag(row.flag or prefix + name, row, hints[name], getattr(unset, name)) for name, row in rows.items()
-    }
+def command_help(name: str, command: Command) -> str:
+    """What `v4jax name --help` prints."""
+    rows = []
+    if command.has_config:
+        default = f" (default: {command.default_config})" if command.default_config else ""
+        rows += [
+            ("--config=NAME", f"a preset (below), or FILE.py[:arg]{default}"),
+            ("--config.FIELD=VALUE", "set one field, such as --config.train.steps=200"),
+            ("--show_config", f"list every field with its value and end: v4jax {name} --config=NAME --show_config"),
+        ]
+    rows += [(f"--{flag.name}={flag.form}", _explained(flag)) for flag in command.flags]
+    lines = [_row(left, right) for left, right in rows]
+    if command.has_config:
+        presets = config_lib.preset_summaries()
+        lines += ["", "presets:", *(_row(preset, summary) for preset, summary in presets.items())]
+    return "\n".join([f"v4jax {name}: {command.summary}", "", f"  {command.example}", "", *lines])
 
 
-def _flag(name: str, row: Row, kind: type, default: object) -> Flag:
-    options = {}
-    if row.size:
-        define = define_size
-    elif row.choices:
-        define, options = flags.DEFINE_enum, {"enum_values": list(row.choices)}
-    else:
-        define = _DEFINE[kind]
-        if row.least is not None:
-            options = {"lower_bound": row.least}
-    shown = STORED if default == "" else f"{STORED}, else {str(default).lower() if kind is bool else default}"
-    return Flag(name, row.help, define, options=options, shown=shown)
+def _row(left: str, right: str) -> str:
+    gap = " " * (_WIDTH - len(left)) if len(left) < _WIDTH else "\n" + " " * (_WIDTH + 2)
+    return f"  {left}{gap}{right}"
 
 
-SERVE_FLAGS = _flags(config.Serve, SERVE)
-CACHE_FLAGS = _flags(config.Cache, CACHE, prefix="kv_")
-SAMPLING_FLAGS = (
-    Flag("max_tokens", "most tokens to add", flags.DEFINE_integer, options={"lower_bound": 1}, shown="16"),
-    Flag("temperature", "randomness; 0 always takes the likeliest token", flags.DEFINE_float,
-         options={"lower_bound": 0.0}, shown="1.0"),
-    Flag("top_k", "sample among the k likeliest tokens; 0: all", flags.DEFINE_integer,
-         options={"lower_bound": 0}, shown="0"),
-    Flag("top_p", "sample among the fewest tokens that hold this probability", flags.DEFINE_float,
-         options={"lower_bound": 0.0, "upper_bound": 1.0}, shown="1.0"),
-    Flag("min_p", "drop tokens below this fraction of the likeliest one's probability", flags.DEFINE_float,
-         options={"lower_bound": 0.0, "upper_bound": 1.0}, shown="0.0"),
-    Flag("seed", "the same seed gives the same text", flags.DEFINE_integer, shown="a new one every time"),
-    Flag("stop", "end at this string; may be repeated", flags.DEFINE_multi_string, ()),
-    Flag("stop_token_ids", "end at these token ids, such as 5,7", flags.DEFINE_list),
-    Flag("ignore_eos", "go on after the end of the document", flags.DEFINE_bool, shown="false"),
-)  # fmt: skip
+def _explained(flag: Flag) -> str:
+    """Help of a flag with its default."""
+    if flag.options.get("required"):
+        return f"{flag.help} (required)"
+    default = flag.shown or ("" if flag.default in (None, ()) else str(flag.default))
+    return flag.help + (f" (default: {default})" if default else "")
+
+
+def config_lines(config: config_lib.Config) -> list[str]:
+    """Every field as the argument that sets it to its value, with the comment of the field in `v4jax/config.py`."""
+    comments = dict(_comments(type(config)))
+    lines = []
+    for path, value in _leaves(config_lib.to_dict(config)):
+        argument = shlex.quote(f"--config.{path}={_typed(value)}")
+        lines.append(f"{argument:<44}  # {comments[path]}" if path in comments else argument)
+    return lines
+
+
+def config_paths() -> list[str]:
+    """Dotted paths of all fields."""
+    return [path for path, _ in _leaves(config_lib.to_dict(config_lib.Config()))]
+
+
+def _typed(value: object) -> str:
+    """A value as it is typed after `--config.FIELD=`."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _comments(group: type, prefix: str = "") -> Iterable[tuple[str, str]]:
+    """(dotted path, comment) of the fields of a config dataclass and of its groups, read from its source."""
+    groups = {field.name: field.default_factory for field in dataclasses.fields(group)}
+    name, words = "", []
+    for line in [*inspect.getsource(group).splitlines(), "    end: "]:
+        match = re.fullmatch(r"    (\w+): [^#]*?(?:  # (.*))?", line)
+        if match is None:
+            further = re.fullmatch(r"    # +(.*)", line)
+            words += [further[1]] if further and words else []
+            continue
+        if words:
+            yield prefix + name, " ".join(words)
+        name, words = match[1], [match[2]] if match[2] and match[1] in groups else []
+        if dataclasses.is_dataclass(groups.get(name)):
+            yield from _comments(groups[name], f"{prefix}{name}.")
+
+
+def _comments(group: type, prefix: str = "") -> Iterable[tuple[str, str]]:
+    """(dotted path, comment) of the fields of a config dataclass and of its groups, read from its source."""
+    groups = {field.name: field.default_factory for field in dataclasses.fields(group)}
+    for line in inspect.getsource(group).splitlines():
+        match = re.fullmatch(r"    (\w+): [^#]*?(?:  # (.*))?", line)
+        if match and dataclasses.is_dataclass(groups.get(match[1])):
+            yield from _comments(groups[match[1]], f"{prefix}{match[1]}.")
+        elif match and match[1] in groups and match[2]:
+            yield prefix + match[1], match[2]
+
+
+def parse(name: str, command: Command, argv: list[str]) -> tuple[flags.FlagValues, config_lib.Config | None]:
+    """Flags and config of a command; every mistake becomes a UserError of one line."""
+    values = flags.FlagValues()
+    for flag in command.flags:
+        options = {key: value for key, value in flag.options.items() if key != "required"}
+        flag.define(flag.name, flag.default, help=flag.help, flag_values=values, **options)
+    config_dict = None
+    if command.has_config:
+        flags.DEFINE_bool(_SHOW, False, help="list the fields", flag_values=values)
+    try:
+        if command.has_config:
+            config_dict, argv = _define_config(command, argv, values)
+        extra = values(["v4jax", *argv])[1:]
+    except flags.UnrecognizedFlagError as error:
+        known = [flag.name for flag in command.flags] + (["config"] if command.has_config else [])
+        raise UserError(
+            f"{name} has no flag --{error.flagname}{did_you_mean(error.flagname, known, '--')}; see v4jax {name} --help"
+        ) from error
+    except flags.IllegalFlagValueError as error:
+        raise UserError(_illegal_value(values, str(error))) from error
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    if extra:
+        raise UserError(f"unexpected argument {extra[0]!r}; flags are written --name=value")
+    for flag in command.flags:
+        if command.has_config and values[_SHOW].value:
+            break  # nothing will run
+        if flag.options.get("required") and values[flag.name].value in (None, ""):
+            raise UserError(f"{name} needs --{flag.name}: {flag.help}")
+    for name in set(_PATHS) & {flag.name for flag in command.flags}:
+        paths = values[name].value
+        for path in [paths] if isinstance(paths, str) else paths or ():
+            local_path(path, f"--{name}")
+    if config_dict is None:
+        return values, None
+    return values, config_lib.validate(config_lib.from_dict(config_lib.Config, config_dict.to_dict()))
+
+
+def _define_config(command: Command, argv: list[str], values: flags.FlagValues):
+    """Take `--config` out of `argv` and define a typed flag for every `--config.field` in it.
+
+    Returns (ConfigDict that parsing will fill, or None without a config; the arguments left to parse).
+    """
+    spec, rest = command.default_config, []
+    arguments = iter(argv)
+    for argument in arguments:
+        if re.fullmatch(r"--?config(=.*)?", argument):
+            spec = argument.partition("=")[2] if "=" in argument else next(arguments, "")
+        else:
+            rest.append(argument)
+    if spec is None:
+        if overrides := [argument for argument in rest if _OVERRIDE.fullmatch(argument)]:
+            raise UserError(f"{overrides[0]} changes a config, but none is named; add --config=NAME")
+        return None, rest
+    if not spec:
+        raise UserError(f"--config needs a name: {', '.join(config_lib.preset_names())}, or FILE.py")
+    if "://" in spec:  # "tiny:/x" is the preset tiny with the argument "/x"
+        local_path(spec, "--config")
+    base = config_lib.to_dict(config_lib.load(spec))
+
+    rest = _spell_out(base, rest)
+
+    from ml_collections import config_dict, config_flags  # a fifth of a second that help and mistakes do without
+
+    config = config_dict.ConfigDict(base)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
+    return config, rest
+
+
+_SHOW = "show_config"
+_OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
+
+
+def _spell_out(base: dict, argv: list[str]) -> list[str]:
+    """Bring every override into the form `--config.field=value`, and check that the field exists.
+
+    The last of several overrides of a field holds. Tuples may be typed as `swa,csa`; config_flags alone would read
+    `('swa', 'csa')` only, and join the tuples of repeated overrides.
+    """
+    leaves = dict(_leaves(base))
+    others, overrides = [], {}
+    arguments = iter(argv)
+    for argument in arguments:
+        match = _OVERRIDE.fullmatch(argument)
+        if not match:
+            others.append(argument)
+            continue
+        negated, path, value = match.groups()
+        if path not in leaves:
+            raise UserError(_unknown_field(path, list(leaves)))
+        if negated and (value is not None or not isinstance(leaves[path], bool)):
+            raise UserError(f"{argument} has no meaning; write --config.{path}=VALUE")
+        if value is None and isinstance(leaves[path], bool):
+            value = "false" if negated else "true"
+        elif value is None and (value := next(arguments, None)) is None:
+            raise UserError(f"--config.{path} needs a value, such as --config.{path}={leaves[path]}")
+        overrides[path] = repr(_tuple_of(value)) if isinstance(leaves[path], tuple) else value
+    return others + [f"--config.{path}={value}" for path, value in overrides.items()]
+
+
+def _leaves(values: dict, prefix: str = "") -> Iterable[tuple[str, object]]:
+    """Every (dotted path, value) of a nested dict."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _tuple_of(text: str) -> tuple:
+    """`a,b` and `('a', 'b')` alike."""
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _unknown_field(path: str, leaves: list[str]) -> str:
+    """One line for a field that does not exist, with the nearest one that does."""
+    inside = [leaf for leaf in leaves if leaf.startswith(path + ".")]
+    if inside:
+        return f"config field {path!r} is a group; set a field of it, such as --config.{inside[0]}=..."
+    parent, _, last = path.rpartition(".")
+    siblings = {leaf.rpartition(".")[2]: leaf for leaf in leaves if leaf.rpartition(".")[0] == parent}
+    near = [siblings[key] for key in difflib.get_close_matches(last, siblings, n=1)]
+    near = near or [leaf for leaf in leaves if leaf.rpartition(".")[2] == last]
+    near = near or difflib.get_close_matches(path, leaves, n=1)
+    if not near:
+        return f"unknown config field {path!r}; groups: {', '.join(sorted({x.partition('.')[0] for x in leaves}))}"
+    best = max(near, key=lambda leaf: difflib.SequenceMatcher(None, path, leaf).ratio())
+    return f"unknown config field {path!r}; did you mean --config.{best}?"
+
+
+def _illegal_value(values: flags.FlagValues, message: str) -> str:
+    """absl's message, or a plainer one where absl quotes Python's conversion error."""
+    python_says = "(invalid literal|could not convert|Non-boolean)"
+    match = re.fullmatch(rf"flag --([^=]+)=(.*): .*{python_says}.*", message, re.DOTALL)
+    if not match:
+        return message
+    wanted = values[match[1]].parser.syntactic_help or "true or false"
+    return f"--{match[1]}={match[2]} is not {wanted}"
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a message about an unknown word: "; did you mean ...?", or nothing if no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""

@@ -17,7 +17,7 @@ import typing
 from dataclasses import dataclass, field
 
 from v4jax.core import config_limits
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.core.paths import local_path
 
 
@@ -185,14 +185,14 @@ class Serve:
     max_num_batched_tokens: int = 512  # most tokens of a prompt that are read between two decode steps
     num_speculative_tokens: int = 0  # drafted by the MTP layer and verified in each step
     batch_invariant: bool = False  # a request's tokens do not depend on what else runs, on chunks or on prefix hits
-    quantization: str = "model"  # of the large matrices: as they are, or fp8 (see models/quantised.py)
+    quantization: str = "model"  # of the large matrices: as they are, or fp8 (see models/quantize.py)
 
 
 @dataclass(frozen=True)
 class Cache:
     """The KV cache of one engine."""
 
-    kv_cache_dtype: str = "model"  # model, bf16, fp8, fp8_fp4 (see cache/spec.py)
+    kv_cache_dtype: str = "model"  # model, bf16, fp8, fp8_fp4 (see cache/kv_cache_spec.py)
     block_size: int = 0  # tokens of a page; 0: the least multiple of the compression ratios from 256 on
     kv_cache_tokens: int = 0  # room for this many tokens of all sequences together; 0: for max_batch of the longest
     enable_prefix_caching: bool = True  # find the blocks of earlier requests that began alike
@@ -203,7 +203,7 @@ class Cache:
     host_bytes: int = 0  # bytes of host memory for what leaves the device; 0: none
     disk_bytes: int = 0  # bytes of files in `directory` for it; 0: none
     disk_dir: str = ""
-    eviction_policy: str = "s3fifo"  # what goes first from a full host or disk: s3fifo, lru (see cache/policy.py)
+    eviction_policy: str = "s3fifo"  # what goes first from a full host or disk: s3fifo, lru (see cache/offload/eviction.py)
     admission_policy: str = "all"  # what moves to host and disk: all, or second: what more than one request asked for
     load_timeout_s: float = 0.5  # seconds without progress after which a request no longer waits for host and disk
 

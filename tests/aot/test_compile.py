@@ -11,8 +11,8 @@ import pytest
 
 from v4jax import config as config_lib
 from v4jax.config import Mesh
-from v4jax.tools import compiled
-from v4jax.tools.estimate import Workload, default_mesh, estimate
+from v4jax.tools import aot
+from v4jax.tools.cost_model import Workload, default_mesh, estimate
 from v4jax.tools.topology import parse
 
 PLACE = parse("v5e:2x2")
@@ -30,7 +30,7 @@ def one_layer(kind: str) -> config_lib.Config:
 def check(config: config_lib.Config, mesh: Mesh | None, work: Workload, travels: str, near: float, **where):
     """near: what small arrays on whole tiles may add to the bytes of arguments."""
     mesh = mesh or default_mesh(config, PLACE, work)
-    result = compiled.compile_step(config, PLACE, mesh, work, **where)
+    result = aot.compile_step(config, PLACE, mesh, work, **where)
     closed = estimate(config, PLACE, mesh, work).device_bytes
     held = sum(closed[part] for part in (("weights", "optimizer") if work.mode == "train" else ("weights", "kv")))
     assert result.device_bytes["arguments"] == pytest.approx(held, rel=near)
@@ -41,7 +41,7 @@ def check(config: config_lib.Config, mesh: Mesh | None, work: Workload, travels:
         assert 0.5 < peak / (result.device_bytes["arguments"] + result.device_bytes["temporaries"]) <= 1.01
     assert 0 < sum(result.device_bytes.values()) < result.limit == PLACE.device_memory
     assert result.collectives.get(travels, 0) > 0, result.collectives
-    metrics = {record["metric"] for record in compiled.records(result, {"source": "compiled"})}
+    metrics = {record["metric"] for record in aot.records(result, {"source": "compiled"})}
     assert {"device_bytes", "device_bytes_limit", "collective_bytes", "fits"} <= metrics
 
 
@@ -61,7 +61,7 @@ def test_decoding_with_entries_in_host_memory_copies_no_pool():
     for hot in (0, 4 * topk):
         one = dataclasses.replace(config, cache=dataclasses.replace(config.cache, hot=hot, layout="fp8"))
         mesh = default_mesh(one, PLACE, work)
-        pools[hot] = compiled.compile_step(one, PLACE, mesh, work, "buffers")
+        pools[hot] = aot.compile_step(one, PLACE, mesh, work, "buffers")
         closed = estimate(one, PLACE, mesh, work)
         assert pools[hot].host_bytes["arguments"] >= (closed.host_bytes - 4 * 2 * 2**30) / 4
     near, far = pools.values()

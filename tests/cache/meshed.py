@@ -1,6 +1,6 @@
 """Two processes with four devices each that share blocks; a test starts it twice. Argument: a directory.
 
-Blocks are arrays over all eight devices, made from what belongs under their names (`tests.cache.stored`).
+Blocks are arrays over all eight devices, made from what belongs under their names (`tests.cache.block_fixtures`).
 """
 
 import os
@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tests.cache.stored import BLOCK, RECORD, ROOT, chain, payload
-from v4jax.cache.disk import DiskTier, Elsewhere
+from tests.cache.block_fixtures import BLOCK, RECORD, ROOT, chain, payload
+from v4jax.cache.offload.disk_tier import DiskTier, Elsewhere
 from v4jax.cache.parts import pack, part_of, unpack
 from v4jax.cache.sharded import Sharded
 from v4jax.parallel import distributed

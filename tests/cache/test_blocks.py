@@ -3,14 +3,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from v4jax.cache import prefix
-from v4jax.cache.blocks import BlockPool
+from v4jax.cache import block_hash
+from v4jax.cache.block_pool import BlockPool
 
-SEED = prefix.hash_seed(b"weights")
+SEED = block_hash.hash_seed(b"weights")
 
 
 def names(*tokens):
-    return prefix.block_hashes(SEED, tokens, 1)
+    return block_hash.block_hashes(SEED, tokens, 1)
 
 
 def fill(blocks, *tokens, records=()):
@@ -47,7 +47,7 @@ def test_what_a_sequence_left_is_found_up_to_the_last_record():
     assert blocks.match_prefix(chain) == (3, record) and record in (7, 8)
     assert blocks.match_prefix(names(1, 2, 9, 4)) == (1, ({7, 8} - {record}).pop())
     assert blocks.match_prefix(names(9)) == blocks.match_prefix([]) == (0, None)
-    assert blocks.match_prefix(prefix.block_hashes(prefix.hash_seed(b"weights", salt="a"), [1, 2, 3, 4], 1)) == (0, None)
+    assert blocks.match_prefix(block_hash.block_hashes(block_hash.hash_seed(b"weights", salt="a"), [1, 2, 3, 4], 1)) == (0, None)
     blocks.free(pages)
     assert blocks.match_prefix(chain) == (3, record)
     assert blocks.num_available(chain[:3]) == 8 - 3

@@ -12,10 +12,10 @@ import sys
 
 import pytest
 
-from tests.cache.stored import BLOCK, RECORD, chain, is_right, item, items
-from v4jax.cache.disk import DiskTier
-from v4jax.cache.faults import FaultyFiles, failing
-from v4jax.core.check import UserError
+from tests.cache.block_fixtures import BLOCK, RECORD, chain, is_right, item, items
+from v4jax.cache.offload.disk_tier import DiskTier
+from tests.cache.faulty_files import FaultyFiles, failing
+from v4jax.core.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PLENTY = 1 << 30
@@ -175,7 +175,7 @@ def test_a_real_file_system_that_is_full(tmp_path):
     command = ["unshare", "--map-root-user", "--mount"]
     if shutil.which("unshare") is None or run(*command, "mount", "-t", "tmpfs", "none", str(tmp_path)).returncode:
         pytest.skip("this system lets its users mount no file system")
-    done = run(*command, sys.executable, "-m", "tests.cache.filled", str(tmp_path), cwd=ROOT)
+    done = run(*command, sys.executable, "-m", "tests.cache.full_disk_worker", str(tmp_path), cwd=ROOT)
     assert done.stdout == "done\n", done.stderr
 
 
@@ -262,7 +262,7 @@ def test_swapped_files_are_misses(disk):
 
 
 def test_writers_killed_at_fifty_moments_leave_nothing_torn(tmp_path):
-    done = run(sys.executable, "-m", "tests.cache.killed", str(tmp_path / "kv"), "50", "0", cwd=ROOT)
+    done = run(sys.executable, "-m", "tests.cache.crash_worker", str(tmp_path / "kv"), "50", "0", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["found"] > 100
     assert not list((tmp_path / "kv").glob("*.partial"))
@@ -280,7 +280,7 @@ def test_a_partial_file_is_swept(disk):
 
 OWN = """
 import sys, time
-from v4jax.cache.disk import Disk
+from v4jax.cache.offload.disk_tier import Disk
 disk = Disk(sys.argv[1], 1 << 20, "lru")
 print("mine", flush=True)
 time.sleep(60)

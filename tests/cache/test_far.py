@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from tests.golden import weights
-from v4jax.cache.entries import new_pool
-from v4jax.cache.far import new_host_entry_pool, pinned_zeros
-from v4jax.cache.spec import KV_CACHE_DTYPES, entry_format
-from v4jax.core.check import UserError
-from v4jax.nn import hot as hot_lib
-from v4jax.nn.hot import read_counters
-from v4jax.nn.kept import PagedLayerCache
-from v4jax.nn.memory import is_host
+from v4jax.cache.pools import new_pool
+from v4jax.cache.host_pool import new_host_entry_pool, pinned_zeros
+from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES, entry_format
+from v4jax.core.errors import UserError
+from v4jax.cache import entry_cache as hot_lib
+from v4jax.cache.entry_cache import read_counters
+from v4jax.cache.paged_cache import PagedLayerCache
+from v4jax.parallel.host_memory import is_host
 
 PAGES, SLOTS = 3, 8
 SMALL = dataclasses.replace(weights.config(), head_dim=40)  # 32 numbers and 8 rotary ones

@@ -3,8 +3,16 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.cache.stored import BLOCK, RECORD, ROOT, chain, item
-from v4jax.cache.manifest import CorruptBlockError, BlockSchema, BlockKey, checksum, encode_header, decode_payload, parse_filename
+from tests.cache.block_fixtures import BLOCK, RECORD, ROOT, chain, item
+from v4jax.cache.offload.block_file import (
+    CorruptBlockError,
+    BlockSchema,
+    BlockKey,
+    checksum,
+    encode_header,
+    decode_payload,
+    parse_filename,
+)
 
 NAME, OTHER = chain("a", 2)
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tests.cache.stored import BLOCK, RECORD, item, name, payload
-from v4jax.cache.disk import DiskTier
-from v4jax.cache.manifest import CorruptBlockError, BlockSchema, decode_schema
+from tests.cache.block_fixtures import BLOCK, RECORD, item, name, payload
+from v4jax.cache.offload.disk_tier import DiskTier
+from v4jax.cache.offload.block_file import CorruptBlockError, BlockSchema, decode_schema
 from v4jax.cache.parts import covered, pack, part_of, recut, unpack
 
 WHOLE = BlockSchema("block", (("main", "bfloat16", (4, 16)), ("index", "uint8", (8,)), ("scale", "float32", ())))

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from tests.cache import meshed
-from tests.cache.stored import BLOCK, RECORD, ROOT, chain, name, payload
+from tests.cache.block_fixtures import BLOCK, RECORD, ROOT, chain, name, payload
 from tests.cache.test_parts import half
-from v4jax.cache.disk import DiskTier, Elsewhere
-from v4jax.cache.faults import FaultyFiles, failing
+from v4jax.cache.offload.disk_tier import DiskTier, Elsewhere
+from tests.cache.faulty_files import FaultyFiles, failing
 from v4jax.cache.parts import recut
 from v4jax.cache.sharded import Sharded
-from v4jax.cache.tiers import HostTier
+from v4jax.cache.offload.host_tier import HostTier
 
 PROJECT = pathlib.Path(__file__).resolve().parents[2]
 PLENTY = 1 << 30

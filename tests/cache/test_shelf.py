@@ -2,9 +2,9 @@ import random
 
 import pytest
 
-from tests.cache.stored import BLOCK, RECORD, ROOT, chain
-from v4jax.cache.manifest import BlockKey
-from v4jax.cache.shelf import TierIndex
+from tests.cache.block_fixtures import BLOCK, RECORD, ROOT, chain
+from v4jax.cache.offload.block_file import BlockKey
+from v4jax.cache.offload.tier_index import TierIndex
 
 
 def put(shelf, names, *boundaries, size=1):

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from tests.golden import weights
 from v4jax import config
-from v4jax.cache.spec import KV_CACHE_DTYPES, KVCacheSpec, block_size, validate_block_size, entry_format
+from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES, KVCacheSpec, block_size, validate_block_size, entry_format
 from v4jax.config import Indexer
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 FLASH, PRO = (config.load(name).model for name in ("v4_flash", "v4_pro"))
 SMALL = weights.config()  # head_dim 16 with 8 rotary, indexer 16, ratios 4 and 16, window 8, one layer of each kind

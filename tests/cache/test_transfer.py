@@ -7,12 +7,12 @@ import time
 import numpy as np
 import pytest
 
-from tests.cache.stored import BLOCK, RECORD, ROOT, chain, is_right, item, items, payload
-from v4jax.cache.disk import DiskTier
-from v4jax.cache.faults import FaultyFiles, failing, slow
-from v4jax.cache.manifest import checksum
-from v4jax.cache.tiers import HostTier
-from v4jax.cache.transfer import LoadJob, OffloadManager
+from tests.cache.block_fixtures import BLOCK, RECORD, ROOT, chain, is_right, item, items, payload
+from v4jax.cache.offload.disk_tier import DiskTier
+from tests.cache.faulty_files import FaultyFiles, failing, slow
+from v4jax.cache.offload.block_file import checksum
+from v4jax.cache.offload.host_tier import HostTier
+from v4jax.cache.offload.manager import LoadJob, OffloadManager
 
 PLENTY, LONG = 1 << 30, 60.0
 

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax.checkpoint import RunStore, checksums, export, hf, mapping
+from v4jax.checkpoint import RunStore, checksums, export, hf, param_mapping
 from v4jax.checkpoint.model_io import open_checkpoint
 from v4jax.config import Config, Data, Indexer, Model, MoE, Serve
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 _LEAF = {"w": jnp.arange(3000, dtype=jnp.float32).reshape(60, 50) ** 0.5, "b": jnp.full((7,), 2.5, jnp.bfloat16)}
 TREE = {"model": {"embed.table": _LEAF["w"]}, "opt": (jnp.int32(3), _LEAF, [-_LEAF["w"]]), "step": jnp.uint32(20)}
@@ -39,7 +39,7 @@ def weights(model: Model) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     draw = lambda tensor: rng.standard_normal(tensor.shape, np.float32)
     index = lambda tensor: rng.integers(0, model.moe.n_routed_experts, tensor.shape).astype(np.int32)
-    return {name: (index if t.role == "index" else draw)(t) for name, t in mapping.tensors(model).items()}
+    return {name: (index if t.role == "index" else draw)(t) for name, t in param_mapping.tensors(model).items()}
 
 
 def make(kind: str, path: pathlib.Path) -> None:

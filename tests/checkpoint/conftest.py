@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from v4jax.checkpoint import mapping, model_io
+from v4jax.checkpoint import param_mapping, model_io
 from v4jax.config import HyperConnection, Indexer, Model, MoE, RoPE
-from v4jax.models.layout import from_layer_dict
+from v4jax.models.layer_stacks import from_layer_dict
 from v4jax.models.transformer import Transformer
 
 
@@ -31,7 +31,7 @@ def random_flat():
     def make(model: Model, dtype) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(0)
         flat = {}
-        for name, tensor in mapping.tensors(model).items():
+        for name, tensor in param_mapping.tensors(model).items():
             if tensor.role == "index":
                 flat[name] = rng.integers(0, model.moe.n_routed_experts, tensor.shape).astype(np.int32)
             else:

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from v4jax.checkpoint import atomic
-from v4jax.core.check import UserError
+from v4jax.core import atomic
+from v4jax.core.errors import UserError
 
 
 def _write(path, *names, text="new"):

@@ -13,7 +13,7 @@ from v4jax.checkpoint.convert import convert
 from v4jax.checkpoint.orbax import TrainCheckpointer
 from v4jax.checkpoint.safetensors import SafetensorsDir
 from v4jax.checkpoint.step import StepItem, read_sums
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 
 def _damage_chunk(item) -> None:

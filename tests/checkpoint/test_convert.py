@@ -15,7 +15,7 @@ from v4jax.checkpoint import hf, load_config
 from v4jax.checkpoint import safetensors as st
 from v4jax.checkpoint.convert import convert
 from v4jax.checkpoint.model_io import open_checkpoint
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.data.tokenizer import Tokenizer
 
 

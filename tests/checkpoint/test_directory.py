@@ -9,7 +9,7 @@ import pytest
 from v4jax import checkpoint
 from v4jax import config as config_lib
 from v4jax.checkpoint import directory
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 
 class Words:

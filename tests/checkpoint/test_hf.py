@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from v4jax.checkpoint import hf, mapping
+from v4jax.checkpoint import hf, param_mapping
 from v4jax.checkpoint import safetensors as st
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_released_names_are_written(saved):
                  "layers.1.attn.indexer.compressor.ape", "layers.0.attn.kv_norm.weight", "mtp.0.e_proj.weight",
                  "mtp.0.hc_head_scale", "mtp.0.ffn.shared_experts.w2.weight", "mtp.0.enorm.weight"):  # fmt: skip
         assert name in names
-    assert len(names) == sum(len(list(t.pieces())) for t in mapping.tensors(saved[1]).values())
+    assert len(names) == sum(len(list(t.pieces())) for t in param_mapping.tensors(saved[1]).values())
     assert st.SafetensorsDir(saved[0]).dtype("layers.0.ffn.gate.tid2eid") == np.int64
 
 

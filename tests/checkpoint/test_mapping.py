@@ -4,12 +4,12 @@ import math
 
 import numpy as np
 
-from v4jax.checkpoint import mapping
+from v4jax.checkpoint import param_mapping
 from v4jax.config import Indexer, Model, MoE
 
 
 def test_shapes_of_the_tiny_model(tiny):
-    shapes = mapping.shapes(tiny)
+    shapes = param_mapping.shapes(tiny)
     assert shapes["embed.table"] == (128, 64) and shapes["head.weight"] == (64, 128)
     assert shapes["head_mhc.fn"] == (4, 4, 64) and shapes["layers.0.attn_mhc.fn"] == (24, 4, 64)
     assert shapes["layers.0.attn.q_up"] == (24, 4, 32) and shapes["layers.0.attn.o_down"] == (2, 64, 16)
@@ -24,7 +24,7 @@ def test_shapes_of_the_tiny_model(tiny):
 
 def test_every_spelling_is_exactly_invertible(tiny):
     rng = np.random.default_rng(0)
-    for tensor in mapping.tensors(tiny).values():
+    for tensor in param_mapping.tensors(tiny).values():
         flat = rng.integers(0, 2**16, tensor.shape).astype(np.uint16)  # any bits, those of NaN included
         for spelling in range(tensor.spellings):
             back = np.zeros_like(flat)
@@ -36,7 +36,7 @@ def test_every_spelling_is_exactly_invertible(tiny):
 
 
 def test_layout_of_the_pieces(tiny):
-    tensors = mapping.tensors(tiny)
+    tensors = param_mapping.tensors(tiny)
     flat = np.arange(math.prod((8, 2, 64, 32)), dtype=np.int32).reshape(8, 2, 64, 32)
     pieces = {piece.name: piece.to_hf(flat) for piece in tensors["layers.3.ffn.experts.gate_up"].pieces()}
     assert len(pieces) == 16
@@ -55,7 +55,7 @@ def test_layout_of_the_pieces(tiny):
 
 
 def test_names_are_unique(tiny):
-    names = [piece.name for tensor in mapping.tensors(tiny).values() for piece in tensor.pieces()]
+    names = [piece.name for tensor in param_mapping.tensors(tiny).values() for piece in tensor.pieces()]
     assert len(names) == len(set(names))
 
 
@@ -65,7 +65,7 @@ def test_backbone_of_flash_has_the_published_size():
         schedule=("swa", "swa") + ("csa", "hca") * 20 + ("csa",), num_nextn_predict_layers=0, indexer=Indexer(index_topk=512), moe=MoE()
     )
     count = {}
-    for name, tensor in mapping.tensors(flash).items():
+    for name, tensor in param_mapping.tensors(flash).items():
         if tensor.role != "index":
             part = "experts" if ".experts." in name else "embed" if name == "embed.table" else "other"
             count[part] = count.get(part, 0) + math.prod(tensor.shape)

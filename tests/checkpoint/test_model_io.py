@@ -18,12 +18,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import v4jax
 from v4jax import checkpoint
-from v4jax.checkpoint import export, hf, mapping
+from v4jax.checkpoint import export, hf, param_mapping
 from v4jax.checkpoint import safetensors as st
 from v4jax.checkpoint.model_io import ModelTensors
-from v4jax.checkpoint.tensors import LazyTensors
+from v4jax.checkpoint.lazy_tensors import LazyTensors
 from v4jax.config import Config, Data, MoE, Serve
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -77,7 +77,7 @@ def test_types_follow_the_roles(tmp_path, hf_dir, format):
     exact, narrow = v4jax.load(tmp_path / "m"), v4jax.load(tmp_path / "m", dtype="bfloat16")
     assert (exact.config.dtype, narrow.config.dtype) == ("float32", "bfloat16")
     before, after = ModelTensors(exact), ModelTensors(narrow)
-    for name, tensor in mapping.tensors(exact.config).items():
+    for name, tensor in param_mapping.tensors(exact.config).items():
         wanted = before[name].astype(ml_dtypes.bfloat16) if tensor.role == "matrix" else before[name]
         assert after[name].dtype == wanted.dtype and np.array_equal(after[name], wanted), name
     v4jax.save(narrow, tmp_path / "n", format=format)
@@ -134,7 +134,7 @@ def test_one_array_at_a_time(tmp_path, tiny, random_flat, monkeypatch):
 
     monkeypatch.setattr(export, "_BATCH_BYTES", 1)
     config = Config(model=model, data=Data(seq_len=64), serve=Serve(max_model_len=512))
-    export.write_orbax(tmp_path / "m", config, Source(mapping.tensors(model)))
+    export.write_orbax(tmp_path / "m", config, Source(param_mapping.tensors(model)))
     assert len(most) == len(flat) and max(most) <= 2
     assert np.array_equal(ModelTensors(v4jax.load(tmp_path / "m"))["head.weight"], flat["head.weight"])
 

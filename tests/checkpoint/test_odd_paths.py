@@ -61,7 +61,7 @@ def test_a_step_without_an_index_is_not_finished(tmp_path, monkeypatch):
 def test_what_was_not_written_right_never_takes_the_name(tmp_path, monkeypatch):
     """A disk that stores other bytes than it was given: the target stays as it was."""
     from v4jax.checkpoint import export, safetensors
-    from v4jax.core.check import UserError
+    from v4jax.core.errors import UserError
 
     bit_flips.make("huggingface", tmp_path / "huggingface")
     before = bit_flips.read("huggingface", tmp_path / "huggingface")

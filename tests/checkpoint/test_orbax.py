@@ -22,8 +22,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from v4jax.checkpoint import RunStore, load_config, model_io
 from v4jax.checkpoint.orbax import OrbaxTensors, finished_steps
 from v4jax.config import Config, Data, Model, Serve
-from v4jax.core.check import UserError
-from v4jax.models.layout import from_layer_dict, to_layer_dict
+from v4jax.core.errors import UserError
+from v4jax.models.layer_stacks import from_layer_dict, to_layer_dict
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from v4jax.checkpoint import atomic
+from v4jax.core import atomic
 from v4jax.checkpoint import safetensors as st
 from v4jax.core import dtypes
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 
 def _entries(tensors):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import v4jax
-from v4jax.checkpoint import hf, mapping
+from v4jax.checkpoint import hf, param_mapping
 from v4jax.checkpoint import safetensors as st
 from v4jax.models import hf_config
 
@@ -184,7 +184,7 @@ def test_state_dict_is_covered_once(tiny):
     """Every transformers tensor is claimed by exactly one flat tensor."""
     state = _random_hf(tiny, torch.float32).state_dict()
     claimed = []
-    for tensor in mapping.tensors(dataclasses.replace(tiny, mtp_layers=0)).values():
+    for tensor in param_mapping.tensors(dataclasses.replace(tiny, mtp_layers=0)).values():
         spelling = next(s for s in range(tensor.spellings) if tensor.first(s) in state)
         claimed += [piece.name for piece in tensor.pieces(spelling)]
     assert sorted(claimed) == sorted(state)

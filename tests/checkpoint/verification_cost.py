@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from tests.checkpoint import bit_flips
-from v4jax.checkpoint import export, hf, mapping
+from v4jax.checkpoint import export, hf, param_mapping
 from v4jax.checkpoint.model_io import open_checkpoint
 
 _ROUNDS = 5
@@ -35,7 +35,7 @@ def main(directory: pathlib.Path, gigabytes: float) -> None:
     moe = dataclasses.replace(config.model.moe, experts=8, inner=inner)
     model = dataclasses.replace(config.model, hidden_size=1024, moe=moe, dtype="bfloat16")
     rng, flat = np.random.default_rng(0), {}
-    for name, tensor in mapping.tensors(model).items():
+    for name, tensor in param_mapping.tensors(model).items():
         if tensor.role == "index":
             flat[name] = rng.integers(0, moe.n_routed_experts, tensor.shape).astype(np.int32)
         else:

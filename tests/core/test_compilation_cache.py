@@ -10,7 +10,7 @@ import zlib
 import pytest
 
 from v4jax.core import compilation_cache
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 PROGRAM = """
 import sys

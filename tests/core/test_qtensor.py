@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from v4jax.core import qtensor
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.core.qtensor import group_size
 
 CODES = np.arange(256, dtype=np.uint8)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from v4jax.core.check import UserError, printable
+from v4jax.core.errors import UserError, printable
 from v4jax.core.untrusted_json import LARGE, JsonError, parse, read_object
 
 DEEP = 200_000

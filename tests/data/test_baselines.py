@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from v4jax.data.baselines import XZ_PRESET, _smooth, _xz_given, baselines, trigram
+from v4jax.data.compression_baselines import XZ_PRESET, _smooth, _xz_given, baselines, trigram
 from v4jax.data.corpus import Corpus, Document, load_corpus
 
 

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from v4jax.core.check import UserError
-from v4jax.data.build import clean_play
+from v4jax.core.errors import UserError
+from v4jax.data.build_corpus import clean_play
 from v4jax.data.corpus import ASSETS, load_corpus
 
 

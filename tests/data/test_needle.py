@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from v4jax.config import Config, Data, Model, Train
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.data.needle import KEY, NEEDLE, QUESTION, VALUE, TokenRanges, NeedleRows, haystack
 from v4jax.data.pipeline import make_dataset
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from v4jax.config import Config, Data, Model, Train
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.data.corpus import load_corpus
 from v4jax.data.pipeline import make_dataset
 from v4jax.data.tokenizer import Tokenizer, token_bytes

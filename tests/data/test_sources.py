@@ -3,7 +3,7 @@ import json
 import pytest
 
 from v4jax.config import Data
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.data.corpus import Document
 from v4jax.data.sources import hold_out, load_documents
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from v4jax.config import Model
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.data.corpus import load_corpus
 from v4jax.data.tokenizer import SPECIALS, Detokenizer, Tokenizer, load_tokenizer, token_bytes, write_atomic
 

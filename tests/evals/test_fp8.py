@@ -9,8 +9,8 @@ from flax import nnx
 
 from tests.golden import weights
 from v4jax import config, evals
-from v4jax.core.check import UserError
-from v4jax.evals import fp8
+from v4jax.core.errors import UserError
+from v4jax.evals import kv_quant
 from v4jax.models.transformer import Transformer
 
 MODEL = weights.config(schedule=("csa", "hca"), indexer=weights.Indexer(index_n_heads=16, index_head_dim=32, index_topk=3))
@@ -23,7 +23,7 @@ def case():
 
 def test_the_reference_reads_what_the_forward_computes_up_to_its_rounding(case):
     net, ids = case
-    logits = jax.jit(fp8._logits, static_argnums=2)
+    logits = jax.jit(kv_quant._logits, static_argnums=2)
     full = np.asarray(weights.full(net, ids)[0])
     np.testing.assert_allclose(logits(net, ids, "model"), full, rtol=0, atol=1e-4 * full.std())
     gap = {name: np.abs(np.asarray(logits(net, ids, name)) - full).mean() for name in ("bf16", "fp8", "fp8_fp4")}
@@ -32,7 +32,7 @@ def test_the_reference_reads_what_the_forward_computes_up_to_its_rounding(case):
 
 def test_kl_and_recall(case):
     net, ids = case
-    kl, same, change, kept, picked = (np.asarray(a) for a in fp8.compare(net, ids, "fp8_fp4"))
+    kl, same, change, kept, picked = (np.asarray(a) for a in kv_quant.compare(net, ids, "fp8_fp4"))
     assert kl.shape == (2, 40) and (kl > -1e-6).all() and kl.max() > 1e-6
     assert same.shape == (2, 40) and change.shape == (2, 39)
     choices = sum((t + 1) // MODEL.compress_rate_csa > 3 for t in range(40))
@@ -44,17 +44,17 @@ def test_the_quickstarts_preset_loses_nothing_to_a_cache_in_fewer_bits(layout):
     """It is trained as it is served: its forward rounds as these caches do, whatever its weights are."""
     model = config.load("tiny").model
     net = Transformer(dataclasses.replace(model, vocab_size=64), nnx.Rngs(0))
-    kl, same, _, kept, picked = (np.asarray(a) for a in fp8.compare(net, weights.tokens(net.config, (1, 96)), layout))
+    kl, same, _, kept, picked = (np.asarray(a) for a in kv_quant.compare(net, weights.tokens(net.config, (1, 96)), layout))
     assert np.abs(kl).max() < 1e-6 and same.all() and kept.tolist() == picked.tolist() and picked[0] > 0
 
 
 def test_bounds_are_read_and_judged(monkeypatch, tmp_path):
-    assert fp8._bounds("top1=0.5,kl_mean=1")["top1"] == 0.5 and fp8._bounds("")["kl_p99"] == 2e-2
+    assert kv_quant._bounds("top1=0.5,kl_mean=1")["top1"] == 0.5 and kv_quant._bounds("")["kl_p99"] == 2e-2
     for wrong in ("top2=1", "top1", "top1=x"):
         with pytest.raises(UserError, match="is not NAME=NUMBER"):
-            fp8._bounds(wrong)
+            kv_quant._bounds(wrong)
     record = {"metric": "top1", "value": 0.4, "bound": 0.99, "holds": False}
-    monkeypatch.setattr(fp8, "run", lambda checkpoint, layout="fp8": [record])
+    monkeypatch.setattr(kv_quant, "run", lambda checkpoint, layout="fp8": [record])
     out = tmp_path / "x.json"
     with pytest.raises(UserError, match=r"beyond its bounds: top1 0.4 \(bound 0.99\)"):
         evals.run("fp8", "DIR", json=str(out))

@@ -6,7 +6,7 @@ import pytest
 
 from v4jax import config as config_lib
 from v4jax.checkpoint import directory
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.evals.heldout import config_of
 
 

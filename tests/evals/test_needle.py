@@ -8,10 +8,10 @@ import pytest
 from tests.golden import weights
 from v4jax import checkpoint, evals
 from v4jax.config import Config, Data, Indexer, Serve
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.data.needle import KEY, QUESTION, VALUE, TokenRanges
 from v4jax.evals import needle
-from v4jax.evals.bounds import read
+from v4jax.evals.thresholds import read
 
 MODEL = weights.config(schedule=("csa",), kv_qdq=True, indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=4))
 ALPHABET = TokenRanges.of(MODEL)

@@ -35,7 +35,7 @@ _MOST = 1000 + 16  # characters of a message
 def run_case(number: int, seed: int, good: pathlib.Path, scratch: pathlib.Path) -> dict:
     """Make one file hostile, read it, and say what came of it."""
     from tests.fuzz.seeds import KINDS
-    from v4jax.core.check import UserError
+    from v4jax.core.errors import UserError
 
     rng = random.Random(f"{seed}/{number}")
     [kind] = rng.choices(KINDS, [kind.weight for kind in KINDS])

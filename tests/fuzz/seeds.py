@@ -18,13 +18,13 @@ import numpy as np
 import tokenizers
 
 import v4jax
-from tests.cache.stored import BLOCK, chain, items
+from tests.cache.block_fixtures import BLOCK, chain, items
 from tests.fuzz.mutate import mutate_bytes, mutate_json, mutate_path, to_text
 from v4jax import checkpoint
-from v4jax.cache import manifest
-from v4jax.cache.disk import DiskTier, Elsewhere
+from v4jax.cache.offload import block_file
+from v4jax.cache.offload.disk_tier import DiskTier, Elsewhere
 from v4jax.cache.parts import covered
-from v4jax.checkpoint import convert, export, hf, mapping
+from v4jax.checkpoint import convert, export, hf, param_mapping
 from v4jax.checkpoint.generation_config import read_generation_config
 from v4jax.config import Config, Data, HyperConnection, Indexer, Model, MoE, RoPE, Serve
 from v4jax.data.sources import load_documents
@@ -49,7 +49,7 @@ def make(root: pathlib.Path) -> None:
     """Write one good tree of all kinds."""
     rng = np.random.default_rng(0)
     flat = {}
-    for name, tensor in mapping.tensors(MODEL).items():
+    for name, tensor in param_mapping.tensors(MODEL).items():
         dtype = np.float32 if tensor.role == "f32" else ml_dtypes.bfloat16
         is_index = tensor.role == "index"
         flat[name] = np.zeros(tensor.shape, np.int32) if is_index else rng.standard_normal(tensor.shape).astype(dtype)
@@ -194,16 +194,16 @@ def _mutate_block(rng: random.Random, path: pathlib.Path) -> str:
     """A block file whose digests and sums are right, about another group table."""
     if rng.random() < 0.3:
         return mutate_path(rng, path)
-    key, parent = manifest.parse_filename(path.name)
+    key, parent = block_file.parse_filename(path.name)
     boxed = [[*row, [[0, 1]] * len(row[2])] for row in BLOCK.table]
     rows = json.loads(json.dumps(rng.choice((BLOCK.table, boxed))))
     table = to_text(mutate_json(rng, rows))
     if rng.random() < 0.1:
         table = mutate_bytes(rng, table)
-    form = manifest.BlockSchema("block", BLOCK.table)
+    form = block_file.BlockSchema("block", BLOCK.table)
     form.__dict__["packed"], form.__dict__["nbytes"] = table, rng.choice((0, BLOCK.nbytes, 2**40))
-    name = manifest.BlockKey("block", key.block_hash, form.digest)
-    data = bytearray(manifest.encode_header(form, key.block_hash, parent, 0) + bytes(64))
+    name = block_file.BlockKey("block", key.block_hash, form.digest)
+    data = bytearray(block_file.encode_header(form, key.block_hash, parent, 0) + bytes(64))
     if rng.random() < 0.2:
         data[12:16] = struct.pack("<I", rng.choice((0, 2**31, 2**32 - 1, len(table) + 1)))
     path.unlink()

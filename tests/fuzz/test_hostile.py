@@ -14,7 +14,7 @@ from tests.fuzz.hostile import fuzz
 from v4jax import checkpoint
 from v4jax.checkpoint import convert
 from v4jax.config import Data
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.data.sources import load_documents
 from v4jax.data.tokenizer import load_tokenizer
 from v4jax.models import hf_config

@@ -16,7 +16,7 @@ def tables() -> dict[str, dict[str, str]]:
     from tests.parallel.meshes import MESHES
     from v4jax import config
     from v4jax.parallel.rules import validate_used, make_mesh_rules
-    from v4jax.tools.estimate import parameter_shapes
+    from v4jax.tools.cost_model import parameter_shapes
 
     letters, shapes = parameter_shapes(config.load("v4_1t").model)
     out = {}

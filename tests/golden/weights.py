@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from v4jax.checkpoint import mapping
+from v4jax.checkpoint import param_mapping
 from v4jax.config import HyperConnection, Indexer, Model, MoE, RoPE
-from v4jax.models.layout import from_layer_dict
+from v4jax.models.layer_stacks import from_layer_dict
 from v4jax.models.transformer import Transformer, full_batch, continuation_batch
 
 # Axis of the inputs in the flat layout [in..., out...], where it is not the first one.
@@ -50,7 +50,7 @@ def random_flat(model: Model, seed: int) -> dict[str, np.ndarray]:
     """Every flat tensor of a model: float32, hash tables int32 with distinct experts."""
     rng = np.random.RandomState(seed)
     flat = {}
-    for name, tensor in mapping.tensors(model).items():
+    for name, tensor in param_mapping.tensors(model).items():
         normal = rng.standard_normal(tensor.shape)
         if tensor.role == "index":
             rows = [rng.permutation(model.moe.n_routed_experts)[: tensor.shape[1]] for _ in range(tensor.shape[0])]

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v4jax.core.check import UserError
-from v4jax.kernels.experts import experts, swiglu
-from v4jax.kernels.experts.blocks import block_rows
+from v4jax.core.errors import UserError
+from v4jax.kernels.grouped_mlp import experts, swiglu
+from v4jax.kernels.grouped_mlp.xla_blocked import block_rows
 
 FAST = ["blocks", "ragged"]
 LIMIT = 0.7  # within reach of the random values, so that both clamps act

@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from v4jax.kernels import fp8
-from v4jax.kernels.experts import experts
-from v4jax.kernels.fp8.rounding import block_floats, rows
+from v4jax.kernels import fp8_dot
+from v4jax.kernels.grouped_mlp import experts
+from v4jax.kernels.fp8_dot.quantize import block_floats, rows
 
 B, T, D, U, F = 2, 130, 150, 2, 129  # one whole tile or block on each axis, and the rest
 
@@ -59,7 +59,7 @@ def arrays():
 @pytest.mark.parametrize("impl", ["ref", "tiled", None])
 def test_the_three_products_are_those_of_the_loops(arrays, impl):
     (x, w, dy), wanted = arrays
-    products = jax.jit(lambda x, w, dy: with_gradients(lambda x, w: fp8.dot(x, w, impl), dy, x, w))
+    products = jax.jit(lambda x, w, dy: with_gradients(lambda x, w: fp8_dot.dot(x, w, impl), dy, x, w))
     for got, want in zip(products(x, w, dy), wanted, strict=True):
         assert got.shape == want.shape and got.dtype == jnp.float32
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
@@ -67,7 +67,7 @@ def test_the_three_products_are_those_of_the_loops(arrays, impl):
 
 def test_rounding_is_that_of_the_loops_bit_for_bit(arrays):
     (x, w, dy), _ = arrays
-    twice = lambda x: fp8.with_rows(rows(x).astype(jnp.bfloat16)).astype(jnp.float32)  # bfloat16 holds them too
+    twice = lambda x: fp8_dot.with_rows(rows(x).astype(jnp.bfloat16)).astype(jnp.float32)  # bfloat16 holds them too
     got = jax.jit(lambda x, w, dy: (block_floats(w), rows(x), twice(x), rows(dy, 1)))(x, w, dy)
     for one, other in zip(got, (in_blocks(w), along(x, 2), along(x, 2), along(dy, 1)), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -75,7 +75,7 @@ def test_rounding_is_that_of_the_loops_bit_for_bit(arrays):
 
 def test_products_of_short_axes_need_no_filling():
     x, w = jnp.ones((1, 3, 8)), jnp.full((8, 1, 5), 0.375)
-    for y in jax.jit(lambda x, w: (fp8.dot(x, w), fp8.dot(x, w, "tiled")))(x, w):
+    for y in jax.jit(lambda x, w: (fp8_dot.dot(x, w), fp8_dot.dot(x, w, "tiled")))(x, w):
         np.testing.assert_array_equal(y, np.full((1, 3, 1, 5), 3.0))
 
 
@@ -84,7 +84,7 @@ def test_experts_round_what_meets_their_matrices():
     plain products by what FP8 loses."""
     rng, E, K = np.random.default_rng(1), 3, 2
     drawn = (rng.normal(0, 0.1, (E, *shape)).astype(np.float32) for shape in ((40, 2, 24), (24, 1, 40)))
-    gate_up, down = (jax.jit(jax.vmap(fp8.weights))(w).swapaxes(1, 2) for w in drawn)
+    gate_up, down = (jax.jit(jax.vmap(fp8_dot.weights))(w).swapaxes(1, 2) for w in drawn)
     x, dy = rng.normal(size=(2, 12, 40)).astype(np.float32)
     picks = jnp.array([rng.permutation(E)[:K] for _ in range(12)], jnp.int32)
     share = jnp.asarray(rng.uniform(0.2, 1, (12, K)), jnp.float32)

@@ -3,9 +3,9 @@
 import jax
 import pytest
 
-from v4jax.core.check import UserError
-from v4jax.kernels.experts import api
-from v4jax.kernels.select import select
+from v4jax.core.errors import UserError
+from v4jax.kernels.grouped_mlp import api
+from v4jax.kernels.dispatch import select
 
 KNOWN, BEST = ("ref", "fast", "plain"), {"cpu": "fast", "tpu": "plain"}
 

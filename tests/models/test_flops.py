@@ -7,9 +7,9 @@ import pytest
 
 from tests.golden import weights
 from v4jax import config
-from v4jax.checkpoint import mapping
+from v4jax.checkpoint import param_mapping
 from v4jax.config import MoE
-from v4jax.models.flops import count_parameters
+from v4jax.models.param_count import count_parameters
 
 # In billions, to the digits that were published or derived from the released files (spec 1.2).
 PUBLISHED = {
@@ -63,7 +63,7 @@ def test_mtp_by_arithmetic(name):
 def test_shapes_are_those_of_the_released_files(name):
     """Weights of a checkpoint, tensor by tensor, add up to the same number (hash tables are no parameters)."""
     m = config.load(name).model
-    sizes = [t for t in mapping.tensors(m).values() if t.role != "index"]
+    sizes = [t for t in param_mapping.tensors(m).values() if t.role != "index"]
     counts = count_parameters(m)
     assert sum(math.prod(t.shape) for t in sizes) == counts.total + counts.by_group["mtp"]
 

@@ -8,9 +8,9 @@ from flax import nnx
 from tests.golden import weights
 from tests.nn import reference
 from v4jax.config import HyperConnection, Indexer, MoE, RoPE
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.models.transformer import full_batch
-from v4jax.nn.state import NoCache
+from v4jax.nn.kv_cache_interface import NoCache
 
 CONFIGS = {
     "usual": weights.config(),

@@ -7,7 +7,7 @@ import pytest
 
 from v4jax import config
 from v4jax.config import Config, Data, HyperConnection, Indexer, Model, MoE, RoPE, validate
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.models import hf_config
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import v4jax
 from tests.golden import weights
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.nn import csa, indexer
 
 

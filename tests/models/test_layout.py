@@ -7,9 +7,9 @@ from flax import nnx
 
 from tests.golden import weights
 from v4jax import config
-from v4jax.checkpoint import mapping
-from v4jax.core.check import UserError
-from v4jax.models.layout import LayerStack, from_layer_dict, stacks, to_layer_dict
+from v4jax.checkpoint import param_mapping
+from v4jax.core.errors import UserError
+from v4jax.models.layer_stacks import LayerStack, from_layer_dict, stacks, to_layer_dict
 
 LONG = weights.config(schedule=("swa", "swa", "csa", "hca", "csa", "hca"), moe=config.MoE(8, 2, 16, num_hash_layers=2))
 
@@ -44,7 +44,7 @@ def test_flat_names_are_those_of_checkpoints_and_come_back(scan):
     net = weights.build(model, flat, scan)
     assert (len(net.stack_specs) < len(model.schedule)) == scan
     back = to_layer_dict(nnx.state(net), net.stack_specs)
-    assert set(back) == set(mapping.tensors(model)) == set(flat)
+    assert set(back) == set(param_mapping.tensors(model)) == set(flat)
     for name, array in back.items():
         np.testing.assert_array_equal(array, flat[name], err_msg=name)
     again = from_layer_dict(back, nnx.state(net), net.stack_specs)

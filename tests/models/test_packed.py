@@ -8,7 +8,7 @@ import numpy as np
 
 from tests.golden import weights
 from v4jax.models.transformer import full_batch
-from v4jax.nn.state import NoCache
+from v4jax.nn.kv_cache_interface import NoCache
 
 MODEL = weights.config(mtp_layers=1)
 LENGTHS = (21, 16, 3, 7)  # across windows of every kind, exactly one window, below the smallest one, between

@@ -8,10 +8,10 @@ import pytest
 from flax import nnx
 
 import v4jax
-from tests.serve import small
-from v4jax.core.check import UserError
+from tests.serve import engine_harness
+from v4jax.core.errors import UserError
 from v4jax.core.qtensor import QTensor, quantize_blocks
-from v4jax.models import quantised
+from v4jax.models import quantize
 from v4jax.serve import LLM, SamplingParams
 
 STAY = {"table", "weight", "bias", "scale", "base", "fn", "sink", "ape", "gate"}  # "kv" is of two kinds
@@ -19,12 +19,12 @@ STAY = {"table", "weight", "bias", "scale", "base", "fn", "sink", "ape", "gate"}
 
 @pytest.fixture(scope="module")
 def model():
-    return small.draw_model(0)
+    return engine_harness.draw_model(0)
 
 
 @pytest.fixture(scope="module")
 def narrow(model):
-    return quantised.quantize_model(model)
+    return quantize.quantize_model(model)
 
 
 def leaves(model):
@@ -83,7 +83,7 @@ def test_the_large_matrices_are_narrow_and_nothing_else(model, narrow):
 
 
 def test_the_model_computes_with_the_narrow_numbers(narrow):
-    tokens = np.random.default_rng(2).integers(3, small.MODEL.vocab_size, (2, 40)).astype(np.int32)
+    tokens = np.random.default_rng(2).integers(3, engine_harness.MODEL.vocab_size, (2, 40)).astype(np.int32)
     run = jax.jit(lambda model, tokens: model(tokens))
     expected, got = run(widened(narrow), tokens), run(narrow, tokens)
     np.testing.assert_allclose(got, expected, atol=1e-5 * float(jnp.std(expected)))

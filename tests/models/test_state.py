@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.golden import weights
 from v4jax.config import Indexer, MoE, RoPE
 from v4jax.models.transformer import continuation_batch
-from v4jax.nn.kept import new_paged_layer_cache
+from v4jax.cache.paged_cache import new_paged_layer_cache
 
 LENGTH, WIDTH = 45, 11  # of a row; of a call with several tokens (more than a window of SWA or CSA, less than of HCA)
 CONFIGS = {

@@ -9,7 +9,7 @@ from flax import nnx
 from tests.golden import weights
 from tests.nn import reference
 from v4jax.models.transformer import full_batch
-from v4jax.nn.state import NoCache, WindowKV
+from v4jax.nn.kv_cache_interface import NoCache, WindowKV
 
 MODEL = weights.config(window=8)
 

@@ -11,7 +11,7 @@ from tests.nn import reference
 from v4jax.models.transformer import full_batch
 from v4jax.nn.compressor import Compressor
 from v4jax.nn.rope import frequencies
-from v4jax.nn.state import NoCache
+from v4jax.nn.kv_cache_interface import NoCache
 
 
 def _compressor(kind, size, **changes):

@@ -9,9 +9,9 @@ import pytest
 
 from v4jax import config
 from v4jax.config import ShardingRules, Mesh
-from v4jax.core.check import UserError
-from v4jax.kernels.experts import experts
-from v4jax.nn import spread
+from v4jax.core.errors import UserError
+from v4jax.kernels.grouped_mlp import experts
+from v4jax.nn import expert_parallel
 from v4jax.parallel.rules import MeshRules, make_mesh_rules
 
 B, T, D, E, F, K = 8, 8, 16, 8, 12, 2
@@ -45,7 +45,7 @@ def alone(uneven: bool):
 def test_spread_experts_are_experts(name, uneven):
     sharding = make_mesh_rules(MESHES[name])
     *dense, picks = arguments(uneven)
-    function = lambda x, w, g, d: spread.ep_experts(sharding, x, picks, w, g, d, 1.0)
+    function = lambda x, w, g, d: expert_parallel.ep_experts(sharding, x, picks, w, g, d, 1.0)
     got = jax.jit(lambda *a: (function(*a), jax.vjp(function, *a)[1](jnp.cos(a[0]))))(*dense)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(alone(uneven)), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
@@ -55,7 +55,7 @@ def test_spread_experts_round_to_fp8_as_experts_do():
     """But for the routing weights, which apply after the second product here and before it there."""
     sharding = make_mesh_rules(MESHES["expert, fsdp"])
     *dense, picks = arguments(True)
-    function = lambda x, w, g, d: spread.ep_experts(sharding, x, picks, w, g, d, 1.0, True)
+    function = lambda x, w, g, d: expert_parallel.ep_experts(sharding, x, picks, w, g, d, 1.0, True)
     got = jax.jit(lambda *a: (function(*a), jax.vjp(function, *a)[1](jnp.cos(a[0]))))(*dense)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(alone(True)), strict=True):
         error = np.linalg.norm(one - other) / np.linalg.norm(other)  # of all: single numbers may cross the clamp
@@ -66,7 +66,7 @@ def test_uneven_routing_takes_several_rounds():
     """Else the test above would not show that a full round drops nothing."""
     picks = arguments(True)[-1]
     here = np.bincount(np.asarray(picks).reshape(-1), minlength=E).reshape(4, 2).sum(1)
-    assert here.max() > 2 * spread._CAPACITY_FACTOR * picks.size / 4
+    assert here.max() > 2 * expert_parallel._CAPACITY_FACTOR * picks.size / 4
 
 
 def test_tokens_of_nobody_stay():
@@ -78,8 +78,8 @@ def test_tokens_of_nobody_stay():
     rows, matrices = sharding.activation("BTD"), (sharding.weight("EUDF"), sharding.weight("EFD"))
 
     def one(x, w, gate_up, down, picks):
-        rounds, _ = spread._dispatch_plan(sharding, lambda *a: a[0], picks, gate_up.shape[0])
-        return spread._forward(sharding, 1.0, False, x, w, gate_up, down, picks), rounds
+        rounds, _ = expert_parallel._dispatch_plan(sharding, lambda *a: a[0], picks, gate_up.shape[0])
+        return expert_parallel._forward(sharding, 1.0, False, x, w, gate_up, down, picks), rounds
 
     mapped = jax.shard_map(
         one, mesh=sharding.mesh, in_specs=(rows, rows, *matrices, rows), out_specs=(rows, jax.P()), check_vma=False
@@ -99,14 +99,14 @@ def test_tokens_of_nobody_stay():
 def test_layouts_that_tokens_cannot_follow_are_refused(layout, says):
     mesh = make_mesh_rules(Mesh("tensor", data=4)).mesh
     with pytest.raises(UserError, match=says):
-        spread.validate_ep(MeshRules(mesh, layout))
+        expert_parallel.validate_ep(MeshRules(mesh, layout))
 
 
 def test_every_layout_of_the_house_can_be_followed():
     for name in config.sharding_names():
         layout = config.load_sharding(name)
         mesh = make_mesh_rules(Mesh("pod", expert=2, tensor=2)).mesh
-        spread.validate_ep(MeshRules(mesh, layout))
+        expert_parallel.validate_ep(MeshRules(mesh, layout))
 
 
 def ragged_by_the_book(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
@@ -126,8 +126,8 @@ def ragged_by_the_book(operand, output, input_offsets, send_sizes, output_offset
 def test_offsets_of_the_ragged_way_are_right(monkeypatch):
     """XLA:CPU has no ragged_all_to_all, so its documentation stands in; uneven routing, several rounds."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_the_book)
-    monkeypatch.setattr(spread, "_RAGGED", {"cpu": True})
+    monkeypatch.setattr(expert_parallel, "_RAGGED", {"cpu": True})
     sharding = make_mesh_rules(MESHES["expert, fsdp"])
     *dense, picks = arguments(True)
-    got = jax.jit(lambda *a: spread.ep_experts(sharding, a[0], picks, *a[1:], 1.0))(*dense)
+    got = jax.jit(lambda *a: expert_parallel.ep_experts(sharding, a[0], picks, *a[1:], 1.0))(*dense)
     np.testing.assert_allclose(got, alone(True)[0], atol=2e-5)

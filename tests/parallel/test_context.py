@@ -8,9 +8,9 @@ import pytest
 
 from tests.parallel.test_training import small
 from v4jax.config import Mesh
-from v4jax.core.check import UserError
-from v4jax.tools.compiled import collective_bytes
-from v4jax.train.state import Trainer
+from v4jax.core.errors import UserError
+from v4jax.tools.aot import collective_bytes
+from v4jax.train.trainer import Trainer
 
 TOKENS, PARTS = 256, 8
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.parallel.distributed import ProcessInfo, first_host, rendezvous, initialize, detect_process
 
 ROOT = pathlib.Path(__file__).parents[2]

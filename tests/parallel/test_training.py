@@ -13,7 +13,7 @@ from tests.parallel.meshes import MESHES
 from tests.train.conftest import micro_config
 from v4jax import config as config_lib
 from v4jax.config import Mesh
-from v4jax.train.state import Trainer
+from v4jax.train.trainer import Trainer
 
 STEPS = 10
 FULL = "pod, rows split"  # this mesh trains all layer kinds, the others one CSA layer: compiling is all their time

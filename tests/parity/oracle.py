@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import transformers
 
-from v4jax.checkpoint import mapping
+from v4jax.checkpoint import param_mapping
 from v4jax.config import Model
 from v4jax.models import hf_config
 
@@ -16,7 +16,7 @@ def network(model: Model, flat: dict[str, np.ndarray]):
     config = transformers.AutoConfig.for_model(**hf_config.to_hf(model))
     net = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     state, placed = net.state_dict(), set()
-    for name, tensor in mapping.tensors(model).items():
+    for name, tensor in param_mapping.tensors(model).items():
         if name.startswith("mtp."):  # transformers has no MTP
             continue
         spelling = next(s for s in range(tensor.spellings) if tensor.first(s) in state)

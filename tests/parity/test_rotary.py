@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers", minversion="5.23", reason="tr
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding  # noqa: E402
 
 from tests.models.test_hf_config import FLASH, released  # noqa: E402
-from v4jax.core.check import UserError  # noqa: E402
+from v4jax.core.errors import UserError  # noqa: E402
 from v4jax.models import hf_config  # noqa: E402
 from v4jax.nn.rope import frequencies  # noqa: E402
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import v4jax
-from tests.serve import small
+from tests.serve import engine_harness
 from v4jax import config
 from v4jax.checkpoint.convert import convert
 from v4jax.data.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ LIMITS = {"max_batch": 4, "max_seq_len": 576, "prefill_chunk": 64}
 def run(tmp_path_factory):
     """A v4jax directory as a training run leaves it."""
     path = tmp_path_factory.mktemp("text") / "run"
-    v4jax.save(small.draw_model(0), path, "orbax", Tokenizer(add_bos=True), config.Config(model=small.MODEL))
+    v4jax.save(engine_harness.draw_model(0), path, "orbax", Tokenizer(add_bos=True), config.Config(model=engine_harness.MODEL))
     return path
 
 
@@ -108,5 +108,5 @@ def test_generation_config_sets_the_defaults(exported, tmp_path):
     assert default.token_ids[:40] == greedy.token_ids and len(default.token_ids) > 40
     assert len(default.prompt_token_ids) + len(default.token_ids) <= 576
     (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"top_p": 2}))
-    with pytest.raises(v4jax.core.check.UserError, match="generation_config.json: top_p must be .*; mend the file"):
+    with pytest.raises(v4jax.core.errors.UserError, match="generation_config.json: top_p must be .*; mend the file"):
         LLM(tmp_path / "m")

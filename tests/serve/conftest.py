@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.serve import device, small
+from tests.serve import fake_device, engine_harness
 from v4jax.data.tokenizer import Tokenizer
 from v4jax.serve.engine import Engine
 
@@ -12,13 +12,13 @@ ROOM = 64  # tokens of the reference's one shape; later tokens do not reach earl
 
 @pytest.fixture(scope="session")
 def model():
-    return small.draw_model(0)
+    return engine_harness.draw_model(0)
 
 
 @pytest.fixture(scope="session")
 def plain(model):
     """An engine that all modules share. What it has cached is whatever ran before; see `small.new_books`."""
-    return Engine(model, small.LIMITS)
+    return Engine(model, engine_harness.LIMITS)
 
 
 @pytest.fixture(scope="session")
@@ -41,5 +41,5 @@ def full_logits(model):
 @pytest.fixture
 def endless(monkeypatch):
     """A model that never stops by itself."""
-    sample = device.sample
-    monkeypatch.setattr(device, "sample", lambda salt, tokens: 1 + sample(salt, tokens) % 4)
+    sample = fake_device.sample
+    monkeypatch.setattr(fake_device, "sample", lambda salt, tokens: 1 + sample(salt, tokens) % 4)

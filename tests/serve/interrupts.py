@@ -29,8 +29,8 @@ import jax
 import numpy as np
 
 import v4jax
-from tests.serve.small import LIMITS, MODEL, Request, check_settled, draw_model, drive
-from tests.serve.tiered import LONG, small_books, tiered
+from tests.serve.engine_harness import LIMITS, MODEL, Request, check_settled, draw_model, drive
+from tests.serve.offload_harness import LONG, small_books, tiered
 from v4jax import config
 from v4jax.data.tokenizer import Tokenizer
 from v4jax.serve import LLM, SamplingParams

@@ -7,8 +7,8 @@ import socket
 import subprocess
 import sys
 
-from tests.serve import apart
-from tests.serve.small import LIMITS, tokens_of
+from tests.serve import two_process_worker
+from tests.serve.engine_harness import LIMITS, tokens_of
 from v4jax import config
 from v4jax.checkpoint import save
 from v4jax.serve.engine import Engine
@@ -23,7 +23,7 @@ def both(*arguments):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"  # the last one counts
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "JAX_COORDINATOR_ADDRESS": address,
                                 "JAX_NUM_PROCESSES": "2"}  # fmt: skip
-    command = [sys.executable, "-m", "tests.serve.apart", *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.serve.two_process_worker", *map(str, arguments)]
     children = [
         subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, text=True)
         for i in (0, 1)
@@ -38,7 +38,7 @@ def both(*arguments):
 
 
 def test_what_processes_let_go_comes_back_and_stays_over_a_restart(model, plain, tmp_path):
-    expected = tokens_of(plain, apart.prompts(), apart.GREEDY)
+    expected = tokens_of(plain, two_process_worker.prompts(), two_process_worker.GREEDY)
     save(model, tmp_path / "model")  # no process is to hold all of it
     [read, again], its = both(tmp_path / "model", tmp_path / "kv", "rr")
     assert [read, again] == its  # one's books say what the other's tiers gave
@@ -55,6 +55,6 @@ def test_what_processes_let_go_comes_back_and_stays_over_a_restart(model, plain,
     assert {path.name for path in (tmp_path / "kv").iterdir()} == {"0", "1"}
     cache = config.Cache(disk_bytes=1 << 30, disk_dir=str(tmp_path / "kv" / "1"), load_timeout_s=60.0)
     engine = Engine(model, LIMITS, cache)  # names of blocks are those of one device
-    assert tokens_of(engine, apart.prompts(), apart.GREEDY) == expected
+    assert tokens_of(engine, two_process_worker.prompts(), two_process_worker.GREEDY) == expected
     assert engine.stats()["restored_blocks"] == 4
     engine.close(60.0)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.serve.small import LIMITS, MODEL, check_settled, draw_model, new_books, tokens_of
+from tests.serve.engine_harness import LIMITS, MODEL, check_settled, draw_model, new_books, tokens_of
 from v4jax import config
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.models.transformer import Transformer
-from v4jax.nn.kept import PagedLayerCache
-from v4jax.serve import programs
+from v4jax.cache.paged_cache import PagedLayerCache
+from v4jax.serve import model_steps
 from v4jax.serve.engine import Engine, chunk_sizes
 from v4jax.serve.sampling import SamplerOutput, SamplingParams
 
@@ -87,7 +87,7 @@ def test_without_a_seed_every_answer_is_another(engine):
 
 def test_nothing_is_compiled_again_for_the_same_buckets(model, engine):
     """Other prompts, lengths, values of the same options, prefix hits, preemption; and another engine."""
-    compiled = {name: value for name, value in vars(programs).items() if hasattr(value, "_cache_size")}
+    compiled = {name: value for name, value in vars(model_steps).items() if hasattr(value, "_cache_size")}
     assert {"prefill", "decode", "draw", "logits", "copy", "draft"} <= set(compiled)
     every_size = [RNG.integers(3, MODEL.vocab_size, size).tolist() for size in chunk_sizes(LIMITS.max_num_batched_tokens)]
     for prompts in ([*PROMPTS, LONG[:300]], PROMPTS[:1], PROMPTS[:2], every_size):
@@ -139,10 +139,10 @@ def test_shapes_are_few(model, monkeypatch):
         B = len(logits_BTV)
         return heads, (SamplerOutput(np.full((B, 1), 7), np.full((B, 1), True)), np.full(B, 1))
 
-    monkeypatch.setattr(programs, "logits", lambda *args: np.zeros((1, 1, 1)))
-    monkeypatch.setattr(programs, "copy", lambda structure, live, *args: live)
+    monkeypatch.setattr(model_steps, "logits", lambda *args: np.zeros((1, 1, 1)))
+    monkeypatch.setattr(model_steps, "copy", lambda structure, live, *args: live)
     for name, fake in [("prefill", prefill), ("decode", decode), ("draw", draw)]:
-        monkeypatch.setattr(programs, name, fake)
+        monkeypatch.setattr(model_steps, name, fake)
     limited = Engine(model, config.Serve(max_num_seqs=6, max_model_len=400, max_num_batched_tokens=100))
     tokens_of(limited, [[5] * n for n in (1, 16, 17, 65, 100, 230)], dataclasses.replace(GREEDY, max_tokens=20))
     assert chunks == [

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.serve.small import BLOCK, LIMITS, MODEL, check_settled, draw_model, new_books, tokens_of
+from tests.serve.engine_harness import BLOCK, LIMITS, MODEL, check_settled, draw_model, new_books, tokens_of
 from v4jax import config
-from v4jax.core.check import UserError
-from v4jax.nn.kept import PagedLayerCache
-from v4jax.serve import programs
+from v4jax.core.errors import UserError
+from v4jax.cache.paged_cache import PagedLayerCache
+from v4jax.serve import model_steps
 from v4jax.serve.engine import Engine, validate_limits, chunk_sizes
 from v4jax.serve.sampling import SamplingParams
 
@@ -35,7 +35,7 @@ def test_greedy_tokens_are_the_argmax_of_the_full_forward(engine, full_logits):
 
 
 def test_nothing_is_compiled_again_whatever_the_context(engine):
-    compiled = (programs.prefill, programs.decode, programs.logits, programs.sample_tokens, programs.copy_state)
+    compiled = (model_steps.prefill, model_steps.decode, model_steps.logits, model_steps.sample_tokens, model_steps.copy_state)
     for prompts in (PROMPTS, [PROMPTS[0]], PROMPTS[:2], [[5] * 300, [6] * 65, [7] * 15]):
         tokens_of(engine, prompts, GREEDY)
     before = [program._cache_size() for program in compiled]
@@ -55,8 +55,8 @@ def test_nothing_crosses_to_or_from_the_device_unasked(engine):
 
 
 def test_the_device_is_one_step_ahead_and_no_more(engine, monkeypatch):
-    sent, decode = [], programs.decode
-    monkeypatch.setattr(programs, "decode", lambda *args: sent.append(0) or decode(*args))
+    sent, decode = [], model_steps.decode
+    monkeypatch.setattr(model_steps, "decode", lambda *args: sent.append(0) or decode(*args))
     engine.add(0, [5], dataclasses.replace(GREEDY, max_tokens=4))
     counts = []
     while engine.busy:

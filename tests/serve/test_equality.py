@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.serve.companies import BASES, GREEDY, MOST, SAMPLED, Solo, books, check, companies, crowded, few, staying
-from tests.serve.small import LIMITS, MODEL, Request, draw_model, drive, new_books
-from v4jax.serve import programs
+from tests.serve.request_mixes import BASES, GREEDY, MOST, SAMPLED, Solo, books, check, companies, crowded, few, staying
+from tests.serve.engine_harness import LIMITS, MODEL, Request, draw_model, drive, new_books
+from v4jax.serve import model_steps
 from v4jax.serve.engine import Engine
-from v4jax.serve.sequence import RequestStatus
+from v4jax.serve.request import RequestStatus
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ class Drafted:
     def __call__(self, asked, right=0.7):
         whole = [dataclasses.replace(a.sampling, max_tokens=MOST) for a in asked]
         known = [[*a.prompt, *self.solo(Request(a.prompt, s)).tokens] for a, s in zip(asked, whole, strict=True)]
-        draft = programs.propose_draft
+        draft = model_steps.propose_draft
 
         def foretell(*args):
             mtp, heads = draft(*args)
@@ -109,7 +109,7 @@ class Drafted:
             return mtp, heads._replace(draft_ZK=jax.device_put(draft_ZK))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(programs, "draft", foretell)
+            patch.setattr(model_steps, "draft", foretell)
             return drive(self.engine, asked)
 
 
@@ -133,8 +133,8 @@ def test_speculation_changes_nothing(drafted, speculating, solo, asked, books):
 def test_right_drafts_save_steps(drafted, speculating, solo, monkeypatch, right, least, most, sampling):
     asked = [Request(BASES[0][:9], sampling)]
     alone = [solo(request) for request in asked]
-    steps, decode = [], programs.decode
-    monkeypatch.setattr(programs, "decode", lambda *args: steps.append(0) or decode(*args))
+    steps, decode = [], model_steps.decode
+    monkeypatch.setattr(model_steps, "decode", lambda *args: steps.append(0) or decode(*args))
     new_books(speculating)
     assert drafted(asked, right) == alone
     assert least <= 1 + len(steps) <= most  # the first token comes with the prompt

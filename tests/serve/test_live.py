@@ -10,13 +10,13 @@ import pytest
 
 from tests.compiler import FUSED
 from tests.golden import weights
-from tests.serve.companies import BASES, SAMPLED, crowded
-from tests.serve.small import LIMITS, MODEL, Request, compiled, drive, new_books
-from tests.serve.tiered import one_by_one, small_books, tiered
+from tests.serve.request_mixes import BASES, SAMPLED, crowded
+from tests.serve.engine_harness import LIMITS, MODEL, Request, compiled, drive, new_books
+from tests.serve.offload_harness import one_by_one, small_books, tiered
 from v4jax import config
-from v4jax.cache.spec import KVCacheSpec
-from v4jax.core.check import UserError
-from v4jax.nn.memory import is_host
+from v4jax.cache.kv_cache_spec import KVCacheSpec
+from v4jax.core.errors import UserError
+from v4jax.parallel.host_memory import is_host
 from v4jax.serve.engine import Engine, validate_limits
 
 LEAST = LIMITS.max_num_seqs * MODEL.indexer.index_topk  # what a step may pick: nearly all of it changes all the time

@@ -9,10 +9,10 @@ from flax import nnx
 from prometheus_client import CollectorRegistry
 
 import v4jax
-from tests.serve import small
+from tests.serve import engine_harness
 from v4jax import checkpoint, config
 from v4jax.checkpoint.generation_config import GenerationConfig
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.data.tokenizer import Detokenizer, Tokenizer
 from v4jax.serve import LLM, SamplingParams
 from v4jax.serve import llm as llm_module
@@ -20,7 +20,7 @@ from v4jax.serve.llm import split_at_stop
 from v4jax.serve.metrics import EngineCollector
 
 PROMPTS = ["To be, or not", [7, 300, 12], "¿Qué?", np.array([9])]
-LIMITS = {name: getattr(small.LIMITS, name) for name in ("max_batch", "max_seq_len", "prefill_chunk")}
+LIMITS = {name: getattr(engine_harness.LIMITS, name) for name in ("max_batch", "max_seq_len", "prefill_chunk")}
 
 
 def greedy(**options):
@@ -190,7 +190,7 @@ def test_a_stream_that_is_left_frees_what_it_held(llm, outputs):
 
 def test_what_ends_early_holds_nothing(llm, outputs):
     llm.generate(PROMPTS, greedy(stop_token_ids=[outputs[0].token_ids[4]]))
-    small.check_settled(llm.engine)
+    engine_harness.check_settled(llm.engine)
 
 
 def test_streams_may_run_side_by_side_and_be_left(llm, outputs):
@@ -205,7 +205,7 @@ def test_streams_may_run_side_by_side_and_be_left(llm, outputs):
     for index, piece in second:
         found[1 + index].append(piece)
     assert ["".join(pieces) for pieces in found.values()] == [out.text for out in outputs[:3]]
-    small.check_settled(llm.engine)
+    engine_harness.check_settled(llm.engine)
 
 
 def test_stats_count_sequences_pages_and_hits(llm):

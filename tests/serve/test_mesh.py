@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.serve import small
-from tests.serve.small import BLOCK, Request, check_settled, drive, tokens_of
+from tests.serve import engine_harness
+from tests.serve.engine_harness import BLOCK, Request, check_settled, drive, tokens_of
 from v4jax import config
-from v4jax.core.check import UserError
-from v4jax.serve import places
+from v4jax.core.errors import UserError
+from v4jax.serve import data_parallel
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
 
 DEVICES = 2
-LIMITS = dataclasses.replace(small.LIMITS, max_batch=2, prefill_chunk=16)  # few programs
+LIMITS = dataclasses.replace(engine_harness.LIMITS, max_batch=2, prefill_chunk=16)  # few programs
 CACHE = config.Cache(kv_cache_tokens=768)
 RNG = np.random.default_rng(0)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
@@ -24,7 +24,7 @@ SAMPLED = SamplingParams(temperature=0.9, top_p=0.9, seed=3, max_tokens=12, logp
 
 
 def on(layout="serve", count=DEVICES, **axes):
-    return places.data_parallel_group(config.Mesh(layout, **axes), jax.devices()[:count])
+    return data_parallel.data_parallel_group(config.Mesh(layout, **axes), jax.devices()[:count])
 
 
 @pytest.fixture(scope="module")

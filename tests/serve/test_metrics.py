@@ -5,8 +5,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from tests.serve.small import new_books, tokens_of
-from tests.serve.tiered import tiered
+from tests.serve.engine_harness import new_books, tokens_of
+from tests.serve.offload_harness import tiered
 from v4jax.serve import SamplingParams, metrics
 from v4jax.serve.metrics import EngineCollector
 

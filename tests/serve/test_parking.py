@@ -22,15 +22,15 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.serve.companies import BASES, GREEDY, Solo, check, companies, crowded, few, staying
-from tests.serve.small import BLOCK, LIMITS, MODEL, Request, draw_model, drive
-from tests.serve.tiered import LONG, one_by_one, parked, small_books, tiered
+from tests.serve.request_mixes import BASES, GREEDY, Solo, check, companies, crowded, few, staying
+from tests.serve.engine_harness import BLOCK, LIMITS, MODEL, Request, draw_model, drive
+from tests.serve.offload_harness import LONG, one_by_one, parked, small_books, tiered
 from v4jax import config
-from v4jax.cache.faults import FaultyFiles, failing
-from v4jax.cache.spec import KV_CACHE_DTYPES
-from v4jax.core.check import UserError
+from tests.cache.faulty_files import FaultyFiles, failing
+from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES
+from v4jax.core.errors import UserError
 from v4jax.models.transformer import Transformer
-from v4jax.serve import bay, programs
+from v4jax.serve import device_connector, model_steps
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
 
@@ -61,9 +61,9 @@ def test_what_was_evicted_comes_back(model, alone, tmp_path, tiers):
     room = {"host": {"host": 1 << 30}, "disk": {"directory": tmp_path}, "both": {"directory": tmp_path, "host": 40_000}}
     with tiered(model, **room[tiers]) as engine:
         assert one_by_one(engine, CHATS) == alone and engine.stats()["restored_blocks"] == 0
-        compiled = [program._cache_size() for program in (programs.prefill, programs.decode, programs.sample_tokens)]
+        compiled = [program._cache_size() for program in (model_steps.prefill, model_steps.decode, model_steps.sample_tokens)]
         assert one_by_one(engine, CHATS) == alone
-        assert compiled == [program._cache_size() for program in (programs.prefill, programs.decode, programs.sample_tokens)]
+        assert compiled == [program._cache_size() for program in (model_steps.prefill, model_steps.decode, model_steps.sample_tokens)]
         stats = parked(engine)
         assert stats["hits"] == stats["restored_blocks"] == 2 * len(CHATS)
         assert stats["transfer_saved"] == 3 * len(CHATS) and stats["transfer_dropped"] == 0
@@ -153,7 +153,7 @@ def test_whatever_shapes_the_contents_is_in_the_key(model):
     def key(model, layout="model", block=0, **limits):
         cache = config.Cache(kv_cache_dtype=layout, block_size=block, kv_cache_tokens=256)
         engine = Engine(model, dataclasses.replace(LIMITS, **limits), cache)
-        return engine._seed, bay.block_schema(engine._kv_caches, "block").digest, bay.block_schema(engine._kv_caches, "record").digest
+        return engine._seed, device_connector.block_schema(engine._kv_caches, "block").digest, device_connector.block_schema(engine._kv_caches, "record").digest
 
     def other(**changes):
         """The same weights under another config."""
@@ -266,7 +266,7 @@ def test_no_memory_for_copies_costs_time_only(model, alone, monkeypatch):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of pinned memory")
 
     with tiered(model, host=1 << 30) as engine:
-        monkeypatch.setattr(bay, "take", refuse)
+        monkeypatch.setattr(device_connector, "take", refuse)
         assert one_by_one(engine, CHATS) == alone
         stats = parked(engine)
         assert stats["transfer_dropped"] >= 3 * len(CHATS) and stats["transfer_saved"] == stats["host_blocks"] == 0
@@ -298,7 +298,7 @@ def test_pieces_evicted_between_fetch_and_admission_are_fetched_again(model, alo
 
 def test_an_engine_killed_under_load_leaves_what_its_restart_finds(model, alone, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.serve.killed", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.serve.crash_worker", str(tmp_path)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
     try:
         answered = json.loads(child.stdout.readline())
@@ -338,7 +338,7 @@ def test_what_is_not_finite_is_not_stored(tmp_path):
 @pytest.mark.parametrize("layout", ["model", "fp8_fp4"])
 def test_copies_off_the_device_and_back_keep_every_bit_of_every_leaf(model, layout):
     engine = Engine(model, dataclasses.replace(LIMITS, speculative_tokens=1), config.Cache(kv_cache_dtype=layout, kv_cache_tokens=2048))
-    rng, kinds = np.random.default_rng(0), bay.leaf_kinds(engine._kv_caches)
+    rng, kinds = np.random.default_rng(0), device_connector.leaf_kinds(engine._kv_caches)
 
     def rubbish(leaf):
         raw = rng.integers(0, 256, (*leaf.shape, leaf.dtype.itemsize), np.uint8)
@@ -349,11 +349,11 @@ def test_copies_off_the_device_and_back_keep_every_bit_of_every_leaf(model, layo
     source, before = bits(one), bits(two)
     for kind in ("block", "record"):
         numbers = np.array([3, 1, 4], np.int32)
-        payloads = bay.pack_blocks(one, kinds, kind, numbers)
-        assert {payload.nbytes for payload in payloads} == {bay.block_schema(one, kind).nbytes}
-        two = bay.unpack_blocks(two, kinds, kind, np.array([2, 5, 2**31 - 1], np.int32), payloads)
-    assert bay.block_schema(one, "block").nbytes == engine.kv_cache_spec.block_bytes
-    assert bay.block_schema(one, "record").nbytes == engine.kv_cache_spec.state_bytes(3, mtp=True)
+        payloads = device_connector.pack_blocks(one, kinds, kind, numbers)
+        assert {payload.nbytes for payload in payloads} == {device_connector.block_schema(one, kind).nbytes}
+        two = device_connector.unpack_blocks(two, kinds, kind, np.array([2, 5, 2**31 - 1], np.int32), payloads)
+    assert device_connector.block_schema(one, "block").nbytes == engine.kv_cache_spec.block_bytes
+    assert device_connector.block_schema(one, "record").nbytes == engine.kv_cache_spec.state_bytes(3, mtp=True)
     for have, had, other in zip(bits(two), before, source, strict=True):
         had[[2, 5]] = other[[3, 1]]
         assert np.array_equal(have, had)
@@ -384,7 +384,7 @@ def test_the_devices_budget_bounds_all_arrays_of_the_cache(model):
 def test_the_log_says_what_each_tier_holds(model, tmp_path, caplog):
     with caplog.at_level("INFO"), tiered(model, tmp_path, host=1 << 20, disk=1 << 30):
         pass
-    [line] = [record.message for record in caplog.records if record.name == "v4jax.serve.parking"]
+    [line] = [record.message for record in caplog.records if record.name == "v4jax.serve.kv_connector"]
     assert line == "cache: device 3,072 tokens, host up to 32,768 (0 are there), disk up to 22,369,536 (0 are there)"
 
 

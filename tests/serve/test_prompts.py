@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.serve.prompts import Parsed, parse
 
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.serve import interrupts, small
-from tests.serve.small import LIMITS, Request, check_settled, draw_model, drive
-from tests.serve.tiered import LONG, small_books, tiered
+from tests.serve import interrupts, engine_harness
+from tests.serve.engine_harness import LIMITS, Request, check_settled, draw_model, drive
+from tests.serve.offload_harness import LONG, small_books, tiered
 from v4jax import config
-from v4jax.serve import LLM, SamplingParams, bay, places, programs
+from v4jax.serve import LLM, SamplingParams, device_connector, data_parallel, model_steps
 from v4jax.serve.engine import Engine
 
 OPTIONS = {name: getattr(LIMITS, name) for name in ("max_batch", "max_seq_len", "prefill_chunk")}
@@ -71,7 +71,7 @@ def test_engine_an_error_of_a_program_reaches_the_caller_and_the_next_call_works
     llm, answers, monkeypatch, where, after
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(programs, where, failing(getattr(programs, where), after=after))
+        patch.setattr(model_steps, where, failing(getattr(model_steps, where), after=after))
         with pytest.raises(Injected, match="RESOURCE_EXHAUSTED") as error:
             llm.generate([*PROMPTS, LONG_PROMPT], GREEDY)
         assert error.value.__cause__ is error.value.__context__ is None  # nothing masks it
@@ -81,7 +81,7 @@ def test_engine_an_error_of_a_program_reaches_the_caller_and_the_next_call_works
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
 def test_engine_any_exception_on_the_way_back_reaches_the_caller(llm, answers, monkeypatch, error):
     with monkeypatch.context() as patch:
-        patch.setattr(places.DataParallelGroup, "get", lambda *_: (_ for _ in ()).throw(error("while results are fetched")))
+        patch.setattr(data_parallel.DataParallelGroup, "get", lambda *_: (_ for _ in ()).throw(error("while results are fetched")))
         with pytest.raises(error, match="while results are fetched"):
             llm.generate(PROMPTS, GREEDY)
     works(llm, answers)
@@ -93,7 +93,7 @@ def test_engine_two_callers_of_a_failed_step_both_raise(llm, answers, monkeypatc
     for stream in streams:
         next(stream)
     with monkeypatch.context() as patch:
-        patch.setattr(programs, "decode", failing(programs.decode, times=10**9))
+        patch.setattr(model_steps, "decode", failing(model_steps.decode, times=10**9))
         for stream in streams:
             with pytest.raises(Injected):
                 for _ in stream:
@@ -108,7 +108,7 @@ def test_engine_a_failing_wipe_ends_in_a_sound_engine(monkeypatch, answers):
     model.embed.table = nnx.Param(model.embed.table[...].at[damaged].set(jnp.nan))
     with LLM(model, **OPTIONS) as llm:
         with monkeypatch.context() as patch:
-            patch.setattr(programs, "wipe", failing(programs.zero_state))
+            patch.setattr(model_steps, "wipe", failing(model_steps.zero_state))
             with pytest.raises(Injected):
                 llm.generate([*PROMPTS, [damaged]], GREEDY)
         works(llm, answers)
@@ -117,7 +117,7 @@ def test_engine_a_failing_wipe_ends_in_a_sound_engine(monkeypatch, answers):
 
 def test_engine_a_reset_that_fails_is_tried_again(llm, answers, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(programs, "decode", failing(programs.decode))
+        patch.setattr(model_steps, "decode", failing(model_steps.decode))
         patch.setattr(Engine, "_allocate", failing(Engine._allocate, times=2))
         for _ in range(2):  # the second call meets the second reset
             with pytest.raises(Injected):
@@ -130,7 +130,7 @@ def test_engine_drops_what_the_device_cached_and_counts_on(llm, answers, monkeyp
     before = llm.stats()
     assert before["pages_cached"] > 0
     with monkeypatch.context() as patch:
-        patch.setattr(programs, "decode", failing(programs.decode))
+        patch.setattr(model_steps, "decode", failing(model_steps.decode))
         with pytest.raises(Injected):
             llm.generate([[5]], GREEDY)
     after = llm.stats()
@@ -152,7 +152,7 @@ def test_engine_tiers_survive_an_error_between_them_and_the_device(model, plain,
         held = engine.stats()["host_blocks"]
         assert held == 2
         with monkeypatch.context() as patch:
-            patch.setattr(bay, where, failing(getattr(bay, where), times=10**9))
+            patch.setattr(device_connector, where, failing(getattr(device_connector, where), times=10**9))
             with pytest.raises(Injected) if where == "give" else contextlib.nullcontext():
                 tokens(asked[2])
         while engine.busy:
@@ -166,12 +166,12 @@ def test_engine_tiers_survive_an_error_between_them_and_the_device(model, plain,
 
 def test_engine_on_a_mesh_is_reset_too(model, plain, monkeypatch):
     asked = [Request(prompt, GREEDY) for prompt in PROMPTS]
-    small.new_books(plain)
+    engine_harness.new_books(plain)
     want = [answer.tokens for answer in drive(plain, asked)]
     limits = dataclasses.replace(LIMITS, max_batch=2, prefill_chunk=16)
-    engine = Engine(model, limits, config.Cache(kv_cache_tokens=768), places.data_parallel_group(config.Mesh("serve"), jax.devices()[:2]))
+    engine = Engine(model, limits, config.Cache(kv_cache_tokens=768), data_parallel.data_parallel_group(config.Mesh("serve"), jax.devices()[:2]))
     with monkeypatch.context() as patch:
-        patch.setattr(programs, "decode", failing(programs.decode, after=True, skip=1))
+        patch.setattr(model_steps, "decode", failing(model_steps.decode, after=True, skip=1))
         with pytest.raises(Injected):
             drive(engine, asked)
     for id in range(len(asked)):
@@ -183,10 +183,10 @@ def test_engine_of_several_processes_says_that_an_error_is_final(model, monkeypa
     engine = Engine(model, LIMITS)
     engine.add_request(0, [5], GREEDY)
     with monkeypatch.context() as patch:
-        patch.setattr(programs, "prefill", failing(programs.prefill))
+        patch.setattr(model_steps, "prefill", failing(model_steps.prefill))
         with pytest.raises(Injected):
             engine.step()
-    monkeypatch.setattr(places.DataParallelGroup, "processes", [0, 1])
+    monkeypatch.setattr(data_parallel.DataParallelGroup, "processes", [0, 1])
     for call in (engine.step, engine.stats, lambda: engine.busy, lambda: engine.add_request(1, [5], GREEDY)):
         with pytest.raises(Exception, match="failed in one of its 2 processes") as error:
             call()

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from tests.serve.small import BLOCK, LIMITS, MODEL, Request, drive, new_books
+from tests.serve.engine_harness import BLOCK, LIMITS, MODEL, Request, drive, new_books
 from v4jax import config
-from v4jax.cache import prefix
-from v4jax.cache.spec import KV_CACHE_DTYPES
+from v4jax.cache import block_hash
+from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
 
@@ -41,7 +41,7 @@ def change(engine, touch):
 
 def boundary(engine):
     """(names, pages, record) that the last whole block of the prompt stands on."""
-    names = prefix.block_hashes(prefix.hash_seed(engine._seed, salt=""), PROMPT, BLOCK)
+    names = block_hash.block_hashes(block_hash.hash_seed(engine._seed, salt=""), PROMPT, BLOCK)
     blocks = engine.schedulers[0].blocks
     return names, [blocks._page[name] for name in names], blocks._record[names[-1]]
 
@@ -88,7 +88,7 @@ def test_pages_and_a_record_are_all_it_takes(model, kept, uninterrupted):
     names, pages, record = boundary(kept)
     source, rng = leaves(kept), np.random.default_rng(0)
     engine = Engine(model, LIMITS)
-    blocks, seed = engine.schedulers[0].block_pool, prefix.hash_seed(engine._seed, salt="")
+    blocks, seed = engine.schedulers[0].block_pool, block_hash.hash_seed(engine._seed, salt="")
     given = blocks.allocate(5)
     moved = [given[4], given[2]]
     blocks.cache_block(seed, names[0], moved[0])

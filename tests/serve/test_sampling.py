@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.serve.sampling import SamplingFlags, SamplingParams, make_sampling_tensors, sample
 
 SAMPLE = functools.partial(jax.jit, static_argnums=3)(sample)

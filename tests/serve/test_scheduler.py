@@ -5,8 +5,8 @@ What happens when pages run out: test_scheduler_pages.py.
 
 import pytest
 
-from tests.serve.device import World, decoded, solo
-from v4jax.serve.sequence import RequestStatus
+from tests.serve.fake_device import World, decoded, solo
+from v4jax.serve.request import RequestStatus
 
 
 def run(world, steps):

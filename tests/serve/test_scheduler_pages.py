@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.serve.device import World, decoded
-from v4jax.core.check import UserError
-from v4jax.serve.sequence import RequestStatus
+from tests.serve.fake_device import World, decoded
+from v4jax.core.errors import UserError
+from v4jax.serve.request import RequestStatus
 
 
 def until(world, condition, ahead):

@@ -4,8 +4,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.serve.device import World
-from v4jax.core.check import UserError
+from tests.serve.fake_device import World
+from v4jax.core.errors import UserError
 
 
 class Serving(RuleBasedStateMachine):

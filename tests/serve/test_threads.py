@@ -9,13 +9,13 @@ import threading
 import numpy as np
 import pytest
 
-from tests.serve import small
-from v4jax.core.check import UserError
+from tests.serve import engine_harness
+from v4jax.core.errors import UserError
 from v4jax.data.tokenizer import Detokenizer
 from v4jax.serve import LLM, SamplingParams
 from v4jax.serve.engine import Engine
 
-OPTIONS = {name: getattr(small.LIMITS, name) for name in ("max_batch", "max_seq_len", "prefill_chunk")}
+OPTIONS = {name: getattr(engine_harness.LIMITS, name) for name in ("max_batch", "max_seq_len", "prefill_chunk")}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 ENDLESS = dataclasses.replace(GREEDY, max_tokens=500)
 THREADS = 20
@@ -46,8 +46,8 @@ def test_generate_from_many_threads_gives_the_answers_of_one(llm, monkeypatch):
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         for answers, want in zip(pool.map(ask, PROMPTS), alone, strict=True):
             assert answers == [want, want]
-    assert max(rows) == small.LIMITS.max_num_seqs and sum(rows) > 2 * len(rows)
-    small.check_settled(llm.engine)
+    assert max(rows) == engine_harness.LIMITS.max_num_seqs and sum(rows) > 2 * len(rows)
+    engine_harness.check_settled(llm.engine)
 
 
 def test_stream_and_stats_from_many_threads(llm):
@@ -57,12 +57,12 @@ def test_stream_and_stats_from_many_threads(llm):
         texts = [""] * len(prompts)
         for index, piece in llm.stream(prompts, GREEDY):
             texts[index] += piece
-            assert llm.stats()["running"] <= small.LIMITS.max_num_seqs
+            assert llm.stats()["running"] <= engine_harness.LIMITS.max_num_seqs
         return texts
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         assert list(pool.map(read, PROMPTS)) == want
-    small.check_settled(llm.engine)
+    engine_harness.check_settled(llm.engine)
 
 
 def test_streams_left_in_every_way_free_what_they_held(llm):
@@ -80,7 +80,7 @@ def test_streams_left_in_every_way_free_what_they_held(llm):
     other.join()
     assert llm.stats()["pages_in_use"] == llm.stats()["running"] == llm.stats()["waiting"] == 0
     assert tokens(llm.generate(PROMPTS[0], GREEDY)) == want
-    small.check_settled(llm.engine)
+    engine_harness.check_settled(llm.engine)
 
 
 def test_an_error_of_one_caller_is_no_others(llm, monkeypatch):
@@ -123,7 +123,7 @@ def test_close_while_others_generate_ends_them_with_one_line(model, tokenizer):
     for thread in threads:
         thread.join(60)
     assert errors == ["this LLM is closed; make a new one to generate"] * 5
-    small.check_settled(llm.engine)
+    engine_harness.check_settled(llm.engine)
     for call in (lambda: llm.generate([[5]], GREEDY), lambda: next(llm.stream([[5]], GREEDY))):
         with pytest.raises(UserError, match="this LLM is closed; make a new one to generate"):
             call()

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from v4jax.core.check import UserError
-from v4jax.tools import buffers
+from v4jax.core.errors import UserError
+from v4jax.tools import xla_dump
 
 SIDE = 256
 
@@ -31,7 +31,7 @@ def leave(directory: str):
 
 def test_buffers_are_those_of_the_finished_program(tmp_path):
     memory = write(str(tmp_path), late=False).memory_analysis()
-    found = buffers.read(str(tmp_path))
+    found = xla_dump.read(str(tmp_path))
     assert found.device_bytes["arguments"] == memory.argument_size_in_bytes == 4 * SIDE**2
     assert found.device_bytes["temporaries"] == pytest.approx(
         memory.temp_size_in_bytes + memory.output_size_in_bytes, rel=0.05
@@ -41,14 +41,14 @@ def test_buffers_are_those_of_the_finished_program(tmp_path):
 
 
 def test_a_compile_is_ended_when_the_buffers_are_placed():
-    found, seconds = buffers.placed(write)
+    found, seconds = xla_dump.placed(write)
     assert found.device_bytes["arguments"] == 4 * SIDE**2 and seconds > 0
 
 
 def test_what_a_compile_refuses_is_refused_here(tmp_path):
     with pytest.raises(UserError, match="no such layout"):
-        buffers.placed(refuse)
+        xla_dump.placed(refuse)
     with pytest.raises(UserError, match="ended with status 3 before it had placed"):
-        buffers.placed(leave)
+        xla_dump.placed(leave)
     with pytest.raises(UserError, match="does not hold"):
-        buffers.read(str(tmp_path))
+        xla_dump.read(str(tmp_path))

@@ -10,10 +10,10 @@ import pytest
 from v4jax import config as config_lib
 from v4jax.cli import main
 from v4jax.config import Mesh
-from v4jax.core.check import UserError
-from v4jax.models.flops import count_parameters
-from v4jax.tools import compiled, plan
-from v4jax.tools.estimate import (
+from v4jax.core.errors import UserError
+from v4jax.models.param_count import count_parameters
+from v4jax.tools import aot, plan
+from v4jax.tools.cost_model import (
     Collectives,
     Workload,
     abstract_sharding,
@@ -23,7 +23,7 @@ from v4jax.tools.estimate import (
     state_bytes,
 )
 from v4jax.tools.topology import CHIPS, listed, parse
-from v4jax.train.state import Trainer
+from v4jax.train.trainer import Trainer
 
 
 def values(records, metric, **where):
@@ -92,9 +92,9 @@ def test_exit_status_says_whether_it_fits(capsys):
 
 def test_a_program_that_the_compiler_refuses_does_not_fit(monkeypatch, capsys):
     def refuse(*_):
-        raise compiled.NoRoom("the compiler finds no room on v5p:2x2x1: RESOURCE_EXHAUSTED")
+        raise aot.NoRoom("the compiler finds no room on v5p:2x2x1: RESOURCE_EXHAUSTED")
 
-    monkeypatch.setattr(compiled, "compile_step", refuse)
+    monkeypatch.setattr(aot, "compile_step", refuse)
     assert main(["plan", "--config=tiny", "--topology=v5p:2x2x1"]) == 3
     assert "compiled, compiler: does not fit" in capsys.readouterr().out
 
@@ -269,12 +269,12 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   %r = f32[] all-reduce(%b), to_apply=%sum
 }
 """
-    assert compiled.collective_bytes(text) == {"all-gather": 5 * 64 + 64, "all-reduce": 4}
+    assert aot.collective_bytes(text) == {"all-gather": 5 * 64 + 64, "all-reduce": 4}
     counted = text.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
-    assert compiled.collective_bytes(counted) == {"all-gather": 64, "all-reduce": 4}  # nobody knows how often
+    assert aot.collective_bytes(counted) == {"all-gather": 64, "all-reduce": 4}  # nobody knows how often
     condition = """%c (p: (s32[], /*index=1*/f32[4])) -> pred[] {
   %n = s32[]{:T(128)} constant(7)
   ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
 }
 """
-    assert compiled.collective_bytes(condition + counted) == {"all-gather": 7 * 64 + 64, "all-reduce": 4}
+    assert aot.collective_bytes(condition + counted) == {"all-gather": 7 * 64 + 64, "all-reduce": 4}

@@ -10,11 +10,11 @@ from flax import nnx
 
 from v4jax import config as config_lib
 from v4jax.config import Mesh
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.models.transformer import Transformer
-from v4jax.serve import programs
-from v4jax.tools import steps
-from v4jax.tools.estimate import Workload
+from v4jax.serve import model_steps
+from v4jax.tools import aot_steps
+from v4jax.tools.cost_model import Workload
 
 DEVICES, ROWS = 2, 2
 
@@ -32,7 +32,7 @@ def test_rows_decode_as_on_one_device(tiny, copies):
     """copies: with the entries in host memory, and room for so many times what a step picks; or all on the device."""
     hot = dataclasses.replace(tiny.cache, hot=copies * ROWS * tiny.model.indexer.topk)
     work = Mesh("serve"), Workload("decode", 256, DEVICES * ROWS), jax.devices()[:DEVICES]
-    step = steps.serve(dataclasses.replace(tiny, cache=hot), *work)
+    step = aot_steps.serve(dataclasses.replace(tiny, cache=hot), *work)
     graphdef, variables = nnx.split(nnx.eval_shape(lambda: Transformer(tiny.model, nnx.Rngs(0))))
     weights, live, heads, (_, table) = step.arguments
     zeros = lambda tree: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
@@ -45,8 +45,8 @@ def test_rows_decode_as_on_one_device(tiny, copies):
     rows = (np.tile(np.arange(1, 1 + ROWS, dtype=np.int32), DEVICES), np.tile(pages, (DEVICES, 1)))
     copy = lambda tree: jax.tree.map(jnp.array, tree)
     put = lambda tree, abstract: jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), copy(tree), abstract)
-    structure, kept = programs.model_def(graphdef, jax.tree.structure(variables)), zeros(live)
-    alone = zeros(steps.serve(tiny, *work).arguments[1])
+    structure, kept = model_steps.model_def(graphdef, jax.tree.structure(variables)), zeros(live)
+    alone = zeros(aot_steps.serve(tiny, *work).arguments[1])
     part = lambda tree, i: jax.tree.map(lambda a: jnp.array(np.split(np.asarray(a), DEVICES)[i]), tree)
     own = [part(alone, i) for i in range(DEVICES)]
     kept, abstract = put(kept, live), step.arguments
@@ -57,7 +57,7 @@ def test_rows_decode_as_on_one_device(tiny, copies):
         )
         expected = []
         for i in range(DEVICES):
-            own[i], _, one = programs.decode(structure, weights, own[i], part(heads, i), part(rows, i), False)
+            own[i], _, one = model_steps.decode(structure, weights, own[i], part(heads, i), part(rows, i), False)
             expected.append(one)
         np.testing.assert_allclose(logits, np.concatenate(expected), atol=1e-5)
     assert np.ptp(logits) > 0.01
@@ -71,4 +71,4 @@ def test_rows_decode_as_on_one_device(tiny, copies):
 ])  # fmt: skip
 def test_steps_that_cannot_be_are_one_line(tiny, mesh, rows, says):
     with pytest.raises(UserError, match=says):
-        steps.serve(tiny, mesh, Workload("decode", 256, rows), jax.devices()[:4])
+        aot_steps.serve(tiny, mesh, Workload("decode", 256, rows), jax.devices()[:4])

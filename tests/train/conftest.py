@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from v4jax.config import Config, Data, Indexer, Model, MoE, Train
-from v4jax.train.state import Trainer
+from v4jax.train.trainer import Trainer
 
 WORDS = "the king and his fool went over the hill to see the storm come in from the sea".split()
 

@@ -11,11 +11,11 @@ import pytest
 from tests.train.conftest import SgdTrainer, one_layer, with_train
 from v4jax.checkpoint.orbax import TrainCheckpointer, finished_steps
 from v4jax.config import Train, validate
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.data.pipeline import make_dataset
 from v4jax.data.tokenizer import Tokenizer
 from v4jax.train import loop
-from v4jax.train.guard import check_step, new_guard
+from v4jax.train.spike_guard import check_step, new_guard
 from v4jax.train.metrics import read_metrics
 
 STEP = jax.jit(check_step, static_argnums=3)

@@ -16,11 +16,11 @@ import pytest
 
 from tests.train.conftest import SgdTrainer, one_layer, with_train
 from v4jax.checkpoint.orbax import finished_steps, newest_extras
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.data.tokenizer import Tokenizer
 from v4jax.train import loop
 from v4jax.train.metrics import read_metrics
-from v4jax.train.state import Trainer
+from v4jax.train.trainer import Trainer
 from v4jax.train.stop_signals import StopSignals
 from v4jax.train.workdir_lock import LOCK_NAME
 

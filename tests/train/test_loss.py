@@ -9,7 +9,7 @@ import pytest
 
 from tests.train.conftest import with_train
 from v4jax.train.loss import cross_entropy, loss
-from v4jax.train.state import Trainer
+from v4jax.train.trainer import Trainer
 
 
 def test_cross_entropy_equals_log_softmax_and_skips_missing_targets():

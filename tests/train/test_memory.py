@@ -10,8 +10,8 @@ import pytest
 from tests.parallel.test_training import batches, small
 from v4jax.checkpoint.orbax import TrainCheckpointer
 from v4jax.config import Mesh, validate
-from v4jax.core.check import UserError
-from v4jax.train.state import Trainer
+from v4jax.core.errors import UserError
+from v4jax.train.trainer import Trainer
 
 MESH = Mesh(rules="fsdp")
 

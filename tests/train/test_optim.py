@@ -11,7 +11,7 @@ import pytest
 from tests.train.conftest import micro_config
 from v4jax.config import Train
 from v4jax.train.optim import MATRICES, make_optimizer, schedule, update_bias
-from v4jax.train.state import Trainer
+from v4jax.train.trainer import Trainer
 
 TRAIN = Train(steps=100, warmup=0, lr=1.0, adam_lr=1.0, weight_decay=0.0, clip_norm=1e9, final_lr=1.0)
 

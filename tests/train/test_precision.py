@@ -15,10 +15,10 @@ from v4jax.checkpoint.convert import convert
 from v4jax.checkpoint.model_io import open_checkpoint
 from v4jax.checkpoint.orbax import TrainCheckpointer
 from v4jax.config import validate
-from v4jax.core.check import UserError
-from v4jax.kernels import fp8
+from v4jax.core.errors import UserError
+from v4jax.kernels import fp8_dot
 from v4jax.nn import qdq
-from v4jax.train.state import Trainer
+from v4jax.train.trainer import Trainer
 
 STEPS, CLOSE = 20, 0.05  # nats by which FP8 and FP4 may move the loss of a step; it falls by more than 1
 GRID = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -96,7 +96,7 @@ def test_fp8_blocks_hold_fp4_numbers_without_loss():
     scales[0, 0, 0] = scales[1:32, 0, 0] = 2.0**7
     w = jnp.asarray(values * scales, jnp.float32)
     np.testing.assert_array_equal(jax.jit(qdq.mxfp4)(w[:, 0]), w[:, 0])
-    np.testing.assert_array_equal(jax.jit(fp8.weights)(w), w)
+    np.testing.assert_array_equal(jax.jit(fp8_dot.weights)(w), w)
 
 
 @pytest.mark.parametrize("change, complaint", [

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from v4jax.cache.manifest import Box, BlockSchema
+from v4jax.cache.offload.block_file import Box, BlockSchema
 
 
 def part_of(whole: BlockSchema, arrays: Sequence[jax.Array]) -> BlockSchema:

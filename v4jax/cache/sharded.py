@@ -33,10 +33,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from v4jax.cache.disk import Elsewhere
-from v4jax.cache.manifest import KINDS, BlockSchema, BlockKey, checksum
+from v4jax.cache.offload.disk_tier import Elsewhere
+from v4jax.cache.offload.block_file import KINDS, BlockSchema, BlockKey, checksum
 from v4jax.cache.parts import covered, recut
-from v4jax.cache.tiers import StoredBlock, Tier
+from v4jax.cache.offload.host_tier import StoredBlock, Tier
 
 _HAVE, _GONE, _READ, _MISSED = range(4)  # what a process reports of a key
 _REPORT = struct.Struct("<BB16s16s")

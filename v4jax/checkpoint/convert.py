@@ -13,10 +13,10 @@ import numpy as np
 import rich.progress as rp
 
 from v4jax.checkpoint import directory
-from v4jax.checkpoint.companions import companions_of
+from v4jax.checkpoint.extra_files import companions_of
 from v4jax.checkpoint.model_io import check_format, open_checkpoint, write
-from v4jax.checkpoint.tensors import LazyTensors
-from v4jax.core.check import UserError
+from v4jax.checkpoint.lazy_tensors import LazyTensors
+from v4jax.core.errors import UserError
 
 _REPORT_SECONDS = 10.0
 

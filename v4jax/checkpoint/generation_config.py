@@ -7,7 +7,7 @@ import os
 import pathlib
 from dataclasses import dataclass, field
 
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.core.untrusted_json import read_object
 
 GENERATION_NAME = "generation_config.json"

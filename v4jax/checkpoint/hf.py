@@ -18,14 +18,14 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 
-from v4jax.checkpoint import checksums, mapping
-from v4jax.checkpoint.atomic import replace_directory, write_text
-from v4jax.checkpoint.companions import Companions
+from v4jax.checkpoint import checksums, param_mapping
+from v4jax.core.atomic import replace_directory, write_text
+from v4jax.checkpoint.extra_files import Companions
 from v4jax.checkpoint.safetensors import INDEX_NAME, Entry, SafetensorsDir, write_safetensors
-from v4jax.checkpoint.tensors import FLOAT32, LazyTensors, described, memory_dtype, report, tokenizer_files
+from v4jax.checkpoint.lazy_tensors import FLOAT32, LazyTensors, described, memory_dtype, report, tokenizer_files
 from v4jax.config import Model
 from v4jax.core import dtypes
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.models import hf_config
 
 _FLOATS = ("F32", "BF16", "F16", "F64")
@@ -66,7 +66,7 @@ class HfTensors(LazyTensors):
     """Flat name -> array, read and converted at each access; nothing is kept. Made by `read_hf`."""
 
     def __init__(self, store: SafetensorsDir, model: Model, block: tuple[int, int], dtype: np.dtype | None):
-        super().__init__(mapping.tensors(model))
+        super().__init__(param_mapping.tensors(model))
         self._store, self._model, self._dtype = store, model, dtype
         self._block = block
         self._spelling = _match(store, model, self._tensors, block)
@@ -99,7 +99,7 @@ class HfTensors(LazyTensors):
             piece.put(out, self._piece(tensor, piece, dtype))
         return out[leading]
 
-    def _piece(self, tensor: mapping.ParamInfo, piece: mapping.TensorPiece, dtype: np.dtype) -> np.ndarray:
+    def _piece(self, tensor: param_mapping.ParamInfo, piece: param_mapping.TensorPiece, dtype: np.dtype) -> np.ndarray:
         """One checkpoint tensor, dequantised and cast; `piece.shape`."""
         info = self._store.info(piece.name)
         array = self._store.read(piece.name)
@@ -207,8 +207,8 @@ def _block_size(values: dict, source: str) -> tuple[int, int]:
 
 
 def _has_mtp(store: SafetensorsDir) -> bool:
-    names = [name for name in store.names() if _is_draft(name) and not mapping.IGNORED.fullmatch(name)]
-    return bool(names) and not any(mapping.FOREIGN_DRAFT.fullmatch(name) for name in names)
+    names = [name for name in store.names() if _is_draft(name) and not param_mapping.IGNORED.fullmatch(name)]
+    return bool(names) and not any(param_mapping.FOREIGN_DRAFT.fullmatch(name) for name in names)
 
 
 def _is_draft(name: str) -> bool:
@@ -247,7 +247,7 @@ def _match(store: SafetensorsDir, model: Model, tensors: dict, block: tuple[int,
     drafts = model.num_nextn_predict_layers > 0
     unexpected = [
         name for name in store.names()
-        if name not in used and not mapping.IGNORED.fullmatch(name)
+        if name not in used and not param_mapping.IGNORED.fullmatch(name)
         and not (_is_draft(name) and (not drafts or _later_draft(name)))
     ]  # fmt: skip
     report(
@@ -260,7 +260,7 @@ def _match(store: SafetensorsDir, model: Model, tensors: dict, block: tuple[int,
     return spelling
 
 
-def _spelling_of(store: SafetensorsDir, tensor: mapping.ParamInfo) -> int | None:
+def _spelling_of(store: SafetensorsDir, tensor: param_mapping.ParamInfo) -> int | None:
     """The spelling a checkpoint uses for a tensor, known by its first piece, or by one of the next if it is missing."""
     known = range(tensor.spellings)
     found = next((s for s in known if tensor.first(s) in store), None)
@@ -270,7 +270,7 @@ def _spelling_of(store: SafetensorsDir, tensor: mapping.ParamInfo) -> int | None
     return next((s for s in known if any(piece.name in store for piece in some(s))), None)
 
 
-def _check_piece(store: SafetensorsDir, tensor: mapping.ParamInfo, piece: mapping.TensorPiece, block: tuple[int, int]) -> str:
+def _check_piece(store: SafetensorsDir, tensor: param_mapping.ParamInfo, piece: param_mapping.TensorPiece, block: tuple[int, int]) -> str:
     """What is wrong with the stored shape, type or scale of a piece; empty if nothing."""
     info = store.info(piece.name)
     if tensor.role == "index":
@@ -337,7 +337,7 @@ def _expert_ids(table: np.ndarray, experts: int, info) -> np.ndarray:
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-def _file_dtype(tensor: mapping.ParamInfo, given: np.dtype, wanted: np.dtype | None) -> np.dtype:
+def _file_dtype(tensor: param_mapping.ParamInfo, given: np.dtype, wanted: np.dtype | None) -> np.dtype:
     return np.dtype(np.int64) if tensor.role == "index" else memory_dtype(tensor.role, given, wanted)
 
 
@@ -345,5 +345,5 @@ def _is_weights(name: str) -> bool:
     return name.endswith(".safetensors") or name == INDEX_NAME
 
 
-def _loader(fetch: Callable, name: str, piece: mapping.TensorPiece, stored: np.dtype) -> Callable[[], np.ndarray]:
+def _loader(fetch: Callable, name: str, piece: param_mapping.TensorPiece, stored: np.dtype) -> Callable[[], np.ndarray]:
     return lambda: piece.to_hf(fetch(name)).astype(stored, copy=False)

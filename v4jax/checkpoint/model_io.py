@@ -15,18 +15,18 @@ import jax
 import numpy as np
 from flax import nnx
 
-from v4jax.checkpoint import directory, mapping
+from v4jax.checkpoint import directory, param_mapping
 from v4jax.checkpoint.export import write_orbax
 from v4jax.checkpoint.hf import read_hf, write_hf
 from v4jax.checkpoint.orbax import OrbaxTensors
-from v4jax.checkpoint.tensors import LazyTensors
+from v4jax.checkpoint.lazy_tensors import LazyTensors
 from v4jax.config import Config, Model
 from v4jax.core import dtypes
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.core.qtensor import QTensor
 from v4jax.models import hf_config
-from v4jax.models.layout import LayerStack
-from v4jax.models.quantised import check_precision, quantize_weight
+from v4jax.models.layer_stacks import LayerStack
+from v4jax.models.quantize import check_precision, quantize_weight
 from v4jax.models.transformer import Transformer
 
 # (letters of the axes, such as "EUDF", shape) -> where an array goes. The axis of stacked layers is called "*".
@@ -44,8 +44,8 @@ def load(
     """The model of a Hugging Face directory, a v4jax directory, or a run's workdir (its newest checkpoint).
 
     dtype: "float32" or "bfloat16" for the matrices and the activations; None keeps the stored types. scan: hold
-    repeated layers stacked (see models/layout.py). placement: the sharding of each array; of sharded ones only the
-    local shards are read. precision: "fp8" quantises each large matrix as it comes (models/quantised.py), for
+    repeated layers stacked (see models/layer_stacks.py). placement: the sharding of each array; of sharded ones only the
+    local shards are read. precision: "fp8" quantises each large matrix as it comes (models/quantize.py), for
     inference; such a model cannot be saved. verify: compare what is read with the checksums that v4jax wrote. Arrays
     are read one after another, so the host holds one of them beside the model. Raises UserError.
     """
@@ -134,7 +134,7 @@ class ModelTensors(LazyTensors):
     """The arrays of a model in memory by flat name; layers are taken out of their stack only when read."""
 
     def __init__(self, model: Transformer):
-        super().__init__(mapping.tensors(model.config))
+        super().__init__(param_mapping.tensors(model.config))
         self._arrays = {}
         for _, variable, names, stacked in _arrays(nnx.state(model), model.stack_specs):
             if isinstance(variable[...], QTensor):

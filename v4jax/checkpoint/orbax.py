@@ -1,7 +1,7 @@
 """Checkpoints in orbax: the numbered steps of a training run. An exported model (export.py) is one step of weights.
 
 Every step holds items, one orbax tree each, stored flat: {name: array}. The item `model` goes by the flat per-layer
-names of models/layout.py, so that a step written from stacked layers fits an unrolled model; the leaves of other items,
+names of models/layer_stacks.py, so that a step written from stacked layers fits an unrolled model; the leaves of other items,
 such as an optimizer's state, are named by their place in the tree. `extras` is JSON. `checksums` covers all of these.
 
 A step is written to a temporary name and renamed when it is complete, so whatever stops a writer, the steps that have
@@ -27,15 +27,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from v4jax.checkpoint import checksums, mapping
-from v4jax.checkpoint.alias import plain_path
-from v4jax.checkpoint.atomic import require_space, write_error
+from v4jax.checkpoint import checksums, param_mapping
+from v4jax.checkpoint.path_alias import plain_path
+from v4jax.core.atomic import require_space, write_error
 from v4jax.checkpoint.directory import CONFIG_NAME, read_config, save_config
 from v4jax.checkpoint.step import WEIGHTS, StepItem, damaged, finished_steps, is_finished, read_sums, steps_path
-from v4jax.checkpoint.tensors import LazyTensors, memory_dtype, report
+from v4jax.checkpoint.lazy_tensors import LazyTensors, memory_dtype, report
 from v4jax.config import Config, Model
 from v4jax.core import untrusted_json
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.nn import qdq
 from v4jax.parallel.distributed import barrier, is_primary
 
@@ -237,7 +237,7 @@ class OrbaxTensors(LazyTensors):
         mxfp4: bool = False,
         verify: bool = True,
     ):
-        super().__init__(mapping.tensors(model))
+        super().__init__(param_mapping.tensors(model))
         steps = finished_steps(path)
         if not steps:
             raise UserError(f"{path} has no finished checkpoint; train until the first one is saved, or copy it again")

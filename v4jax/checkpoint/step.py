@@ -16,9 +16,9 @@ import numpy as np
 import tensorstore
 
 from v4jax.checkpoint import checksums
-from v4jax.checkpoint.alias import plain_path
+from v4jax.checkpoint.path_alias import plain_path
 from v4jax.core import untrusted_json
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 STEPS_NAME = "checkpoints"
 WEIGHTS = "model"

@@ -16,7 +16,7 @@ import time
 import warnings
 import zlib
 
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 OFF = "off"
 # jaxlib 0.12 dies of a segmentation fault while it serializes some programs (twice in long test runs). Until a later

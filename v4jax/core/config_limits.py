@@ -13,7 +13,7 @@ import math
 import types
 import typing
 
-from v4jax.core.check import printable
+from v4jax.core.errors import printable
 
 MAX_LAYERS = 1024
 _MAX_TEXT = 4096  # characters

@@ -10,7 +10,7 @@ import math
 import ml_dtypes
 import numpy as np
 
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 # code -> (numpy type, bits of one element in a file). F4 takes a whole byte in memory and half a byte in a file.
 _TABLE = {

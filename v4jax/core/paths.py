@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib has made "gs:/bucket" of "gs://bucket"
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 # format -> (largest value, least amax of a group): spec 2.4. FP4's floor gives the least scale, 2^-126.
 _RANGE = {"fp8": (448.0, 1e-4), "fp4": (6.0, 6 * 2.0**-126)}

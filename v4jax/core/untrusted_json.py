@@ -15,7 +15,7 @@ import re
 import stat
 from collections.abc import Iterator
 
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 SMALL = 16 << 20  # bytes: configs and metadata; published ones stay below 2 MB
 LARGE = 64 << 20  # bytes: tokenizers, tensor headers and indices; published ones stay below 40 MB

@@ -1,7 +1,7 @@
 """The embedded corpus: Shakespeare's plays and the King James Bible, public domain, 105 documents, 9.4 MB.
 
 `assets/corpus.jsonl.xz` holds one JSON object a line, {"name", "text"}; `assets/provenance.json` says where each came
-from, which are held out and what the file must hash to. `v4jax/data/build.py` makes both.
+from, which are held out and what the file must hash to. `v4jax/data/build_corpus.py` makes both.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import lzma
 import pathlib
 from dataclasses import dataclass
 
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
 

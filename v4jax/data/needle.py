@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from v4jax import config
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.data.packing import empty_row
 
 SOURCE = config.SOURCES[1]  # what config.data.source says for it

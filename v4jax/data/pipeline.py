@@ -9,8 +9,8 @@ import grain
 import numpy as np
 
 from v4jax.config import Config
-from v4jax.core.check import UserError
-from v4jax.data import identity
+from v4jax.core.errors import UserError
+from v4jax.data import fingerprint
 from v4jax.data.needle import SOURCE as NEEDLE
 from v4jax.data.needle import NeedleRows
 from v4jax.data.packing import PackedRows
@@ -24,7 +24,7 @@ _HELDOUT_NEEDLES = 64
 class BatchIterator:
     """Endless or one-pass batches; its state is a row and fits any batch size.
 
-    The state also holds the identity of the data (`data/identity.py`). A state of other data is refused, or, where
+    The state also holds the identity of the data (`data/fingerprint.py`). A state of other data is refused, or, where
     `data.on_change` is "restart", the new data is read from its first row and the former identity is kept in
     `former`: [{"rows": rows that were read of it, **identity}].
     """
@@ -53,13 +53,13 @@ class BatchIterator:
         """Go on from a state, also one of another batch size. Raises UserError if it belongs to other data."""
         old, new = state["identity"], self._batches.identity
         self._former = list(state["former"])
-        if not identity.changed(old, new):
+        if not fingerprint.changed(old, new):
             self._start_at(state["row"])
         elif self._batches.restart:
             self._former.append({"rows": state["row"], **old})
             self._start_at(0)
         else:
-            raise identity.refusal(old, new)
+            raise fingerprint.refusal(old, new)
 
 
 @dataclass(frozen=True)
@@ -142,13 +142,13 @@ def make_dataset(
     targets_N = rows.targets(chosen)
     num_bytes = int(token_bytes(tokenizer)[targets_N].sum())
     known = {
-        "documents": identity.of_documents(corpus.train),
-        "heldout": identity.of_documents(corpus.heldout),
+        "documents": fingerprint.of_documents(corpus.train),
+        "heldout": fingerprint.of_documents(corpus.heldout),
         "tokens": rows.digest(),
         "seq_len": config.data.seq_len,
         "align": config.model.alignment,
         "seed": seed,
-        "order": identity.of_order(order),
+        "order": fingerprint.of_order(order),
     }
     return BatchDataset(
         _batched(order, rows, size, mine), rows, batches, len(targets_N), num_bytes, size, known,
@@ -163,7 +163,7 @@ def _needle_batches(config: Config, split: str, seed: int, mine: slice) -> Batch
         order, batches = grain.MapDataset.range(_ENDLESS), None
     else:
         order, batches = _one_pass(np.arange(config.train.eval_rows or _HELDOUT_NEEDLES), size)
-    known = {"documents": NEEDLE, "tokens": identity.of_row(rows[0]), "seq_len": data.seq_len,
+    known = {"documents": NEEDLE, "tokens": fingerprint.of_row(rows[0]), "seq_len": data.seq_len,
              "questions": data.questions, "seed": seed}  # fmt: skip
     return BatchDataset(
         _batched(order, rows, size, mine), rows, batches, 0, 0, size, known, data.on_change == "restart"

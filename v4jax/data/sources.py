@@ -8,7 +8,7 @@ import pathlib
 
 from v4jax.config import SOURCES, Data
 from v4jax.core import untrusted_json
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.core.paths import local_path
 from v4jax.data.corpus import Corpus, Document, load_corpus
 

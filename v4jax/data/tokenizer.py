@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 
 from v4jax import config
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.data import tokenizer_file
 from v4jax.data.corpus import ASSETS
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 import tokenizers
 
 from v4jax.core import untrusted_json
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 MAX_ID = (1 << 24) - 1
 _MAX_TOKEN = 8192  # characters of one token; published ones have up to 1,024

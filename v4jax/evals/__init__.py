@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 
-from v4jax.core.check import UserError
-from v4jax.core.tables import write_json
+from v4jax.core.errors import UserError
+from v4jax.core.reporting import write_json
 
 SUITES = ("fp8", "needle", "perplexity")
 _TOLD = 4  # broken bounds that the last line names; the table shows all

@@ -7,7 +7,7 @@ import dataclasses
 from v4jax import checkpoint as store
 from v4jax import config as configs
 from v4jax.checkpoint import directory
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 
 def config_of(checkpoint: str, data: str = "", heldout: str = "") -> configs.Config:

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from v4jax import checkpoint as store
-from v4jax.core.check import UserError
-from v4jax.core.tables import print_table
+from v4jax.core.errors import UserError
+from v4jax.core.reporting import print_table
 from v4jax.data.pipeline import make_dataset
 from v4jax.data.tokenizer import load_tokenizer
 from v4jax.evals.heldout import config_of

@@ -15,7 +15,7 @@ import sys
 
 from v4jax.config import ConfigError, HyperConnection, Indexer, Model, MoE, RoPE, check_values
 from v4jax.core import untrusted_json
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 MODEL_TYPE = "deepseek_v4"
 _LAYER_TYPES = {

@@ -9,15 +9,15 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from v4jax import config
-from v4jax.core.check import UserError
-from v4jax.models.layout import stacks
-from v4jax.nn.block import DecoderLayer
+from v4jax.core.errors import UserError
+from v4jax.models.layer_stacks import stacks
+from v4jax.nn.decoder_layer import DecoderLayer
 from v4jax.nn.embed import Embed, LMHead
-from v4jax.nn.kept import FloatPool, new_paged_layer_cache
+from v4jax.cache.paged_cache import FloatPool, new_paged_layer_cache
 from v4jax.nn.mhc import HyperHead
 from v4jax.nn.mtp import MTP
 from v4jax.nn.norm import RMSNorm
-from v4jax.nn.state import ForwardBatch, NoCache, LayerCache, CacheSlots
+from v4jax.nn.kv_cache_interface import ForwardBatch, NoCache, LayerCache, CacheSlots
 from v4jax.parallel.rules import constrain
 
 _STREAMS = "streams"
@@ -32,7 +32,7 @@ KVCacheList = list[list[LayerCache]]  # one list a stack, one Past a layer of it
 
 
 class Transformer(nnx.Module):
-    """The backbone and its MTP layer. `scan` stacks and scans repeated layers (see `models/layout.py`).
+    """The backbone and its MTP layer. `scan` stacks and scans repeated layers (see `models/layer_stacks.py`).
 
     remat: gradients keep the streams between layers alone and compute the inside of each layer anew. offload: and they
     keep them in host memory.

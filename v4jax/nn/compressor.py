@@ -8,7 +8,7 @@ from v4jax import config
 from v4jax.nn.linear import param, einsum, normal_param
 from v4jax.nn.norm import RMSNorm
 from v4jax.nn.rope import angles, frequencies, rotate
-from v4jax.nn.state import ForwardBatch, LayerCache, CompressionWindows
+from v4jax.nn.kv_cache_interface import ForwardBatch, LayerCache, CompressionWindows
 
 
 class Compressor(nnx.Module):

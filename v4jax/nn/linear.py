@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from v4jax.kernels import fp8
+from v4jax.kernels import fp8_dot
 
 # Letters of the matrices that are released in FP8 (spec 9.1) and multiplied in it (9.3: not the first output matrix).
 FP8_WEIGHT_AXES = {"DQ", "QNH", "DH", "GRD", "QJL", "DUF", "FD", "DO", "EUDF", "EFD"}
@@ -65,5 +65,5 @@ def _project_fp8(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     inner = len([letter for letter in left if letter in right])
     U = w.shape[inner] if right[inner] == "U" else 1
     D = math.prod(w.shape[:inner])
-    y_BTUF = fp8.dot(x.reshape(x.shape[0], -1, D), w.reshape(D, U, -1))
+    y_BTUF = fp8_dot.dot(x.reshape(x.shape[0], -1, D), w.reshape(D, U, -1))
     return y_BTUF.reshape(*x.shape[: x.ndim - inner], *w.shape[inner:])

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
-from v4jax.kernels import fp8
-from v4jax.kernels.experts import experts, swiglu
+from v4jax.kernels import fp8_dot
+from v4jax.kernels.grouped_mlp import experts, swiglu
 from v4jax.nn import qdq
 from v4jax.nn.linear import is_fp8, is_mxfp4, einsum, normal_param
 from v4jax.nn.router import Router, balance_loss
-from v4jax.nn.spread import ep_experts
-from v4jax.nn.state import ForwardBatch
+from v4jax.nn.expert_parallel import ep_experts
+from v4jax.nn.kv_cache_interface import ForwardBatch
 from v4jax.parallel.rules import current_rules
 
 
@@ -36,7 +36,7 @@ class ExpertWeights(nnx.Module):
         if is_mxfp4(self.gate_up):
             both = map(qdq.mxfp4, both)
         if is_fp8(self.gate_up):  # which holds what FP4 can, if scales within a block differ by up to 2^14 (spec 8.4)
-            one = lambda w_DF: fp8.weights(w_DF[:, None])[:, 0]
+            one = lambda w_DF: fp8_dot.weights(w_DF[:, None])[:, 0]
             both = (jax.vmap(one)(w.reshape(-1, *w.shape[-2:])).reshape(w.shape) for w in both)
         return tuple(both)
 

@@ -6,7 +6,7 @@ from flax import nnx
 
 from v4jax import config
 from v4jax.nn.linear import Buffer, normal_param
-from v4jax.parallel.tokens import shard_local
+from v4jax.parallel.context_parallel import shard_local
 
 
 class Router(nnx.Module):

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 PORT = 29_400  # of the coordinator where neither the launcher nor the user names one
 _GONE = re.compile("Gloo|connection|peer|UNAVAILABLE|DEADLINE_EXCEEDED|heartbeat|coordination", re.I)

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from v4jax import config
 from v4jax.config import MESH_AXES
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 
 def sizes(mesh: config.Mesh, layout: config.ShardingRules, devices: int) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from v4jax import config
 from v4jax.config import MESH_AXES
 from v4jax.core.axes import ACTIVATION, LOGICAL, SPECIAL, logical
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.parallel.mesh import make_mesh
 
 _ACTIVE: contextvars.ContextVar[MeshRules | None] = contextvars.ContextVar("sharding", default=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from v4jax.cache import prefix
+from v4jax.cache import block_hash
 from v4jax.serve.scheduler import Scheduler
 
 
@@ -24,7 +24,7 @@ def select_rank(
     if len(schedulers) == 1:
         return schedulers[0]
     block = schedulers[0].block_size
-    names = [] if seed is None else prefix.block_hashes(seed, prompt[:-1], block)
+    names = [] if seed is None else block_hash.block_hashes(seed, prompt[:-1], block)
     held = below(names) if below is not None and names else [0] * len(schedulers)
 
     def cost(scheduler: Scheduler, held: int) -> tuple[int, int]:

@@ -32,17 +32,18 @@ import numpy as np
 from flax import nnx
 
 from v4jax import config
-from v4jax.cache import prefix
-from v4jax.cache.blocks import BlockPool
-from v4jax.cache.spec import KVCacheSpec
-from v4jax.core.check import UserError
-from v4jax.models.quantised import quantize_model
+from v4jax.cache import block_hash
+from v4jax.cache.block_pool import BlockPool
+from v4jax.cache.kv_cache_spec import KVCacheSpec
+from v4jax.core.errors import UserError
+from v4jax.models.quantize import quantize_model
 from v4jax.models.transformer import Transformer
-from v4jax.serve import balance, identity, live, parking, places, programs
-from v4jax.serve.programs import DecodeState, KVCaches
+from v4jax.serve import balance, kv_connector, data_parallel, model_steps
+from v4jax.cache import weights_digest, allocate
+from v4jax.serve.model_steps import DecodeState, KVCaches
 from v4jax.serve.sampling import SamplerOutput, SamplingParams, make_sampling_tensors
 from v4jax.serve.scheduler import Scheduler
-from v4jax.serve.sequence import SchedulerOutput, PrefillChunk, Request, RequestStatus
+from v4jax.serve.request import SchedulerOutput, PrefillChunk, Request, RequestStatus
 
 _ENDED = (RequestStatus.FINISHED, RequestStatus.ABORTED, RequestStatus.ERROR)
 _LEAST_CHUNK = 16  # tokens
@@ -95,12 +96,12 @@ class Engine:
 
     def __init__(
         self, model: Transformer, limits: config.Serve, cache: config.Cache | None = None,
-        on: places.DataParallelGroup | None = None,
+        on: data_parallel.DataParallelGroup | None = None,
     ):  # fmt: skip
         self.model, self.limits, cache = model.config, limits, cache or config.Cache()
-        self.dp_group = on or places.data_parallel_group(None)
+        self.dp_group = on or data_parallel.data_parallel_group(None)
         validate_limits(self.model, limits, cache)
-        places.validate_engine(self.dp_group, self.model, limits, cache)
+        data_parallel.validate_engine(self.dp_group, self.model, limits, cache)
         if any(run.repeats > 1 for run in model.stack_specs):
             raise UserError("the engine cannot run layers that are held stacked; load the model with scan=False")
         if limits.quantization == "fp8":
@@ -108,7 +109,7 @@ class Engine:
         graphdef, variables = nnx.split(model)
         # A flat list of arrays, because JAX walks lists natively and nnx's trees in Python, every step.
         weights, tree = jax.tree.flatten(variables)
-        self._model_def = programs.model_def(graphdef, tree, self.dp_group.sharding)
+        self._model_def = model_steps.model_def(graphdef, tree, self.dp_group.sharding)
         self._weights = self._model_def.placed(weights)
         self.kv_cache_spec = KVCacheSpec(self.model, cache.kv_cache_dtype, cache.block_size, cache.device_entries)
         block, slots, k = self.kv_cache_spec.block, limits.max_num_seqs, limits.num_speculative_tokens
@@ -129,9 +130,9 @@ class Engine:
         if cache.device_entries:
             _log.info(
                 "cache: CSA entries of %s tokens in host memory (%s bytes), %s of a layer on the device",
-                *(f"{n:,}" for n in ((pages - 1) * block, live.memory_stats(self._kv_caches)["kv_host_bytes"], cache.device_entries)),
+                *(f"{n:,}" for n in ((pages - 1) * block, allocate.memory_stats(self._kv_caches)["kv_host_bytes"], cache.device_entries)),
             )
-        self.kv_connector = parking.build(self._kv_caches, self.dp_group, cache, self.kv_cache_spec)
+        self.kv_connector = kv_connector.build(self._kv_caches, self.dp_group, cache, self.kv_cache_spec)
         if self.kv_connector is not None:
             self.kv_connector.attach(self.schedulers)
 
@@ -177,7 +178,7 @@ class Engine:
         slots, k, scheduler = self.limits.max_num_seqs, self.limits.num_speculative_tokens, self.schedulers[0]
         with jax.transfer_guard("allow"):
             room = (self._most_pages, self._records, scheduler.rollback_tokens + k)
-            one = lambda kind: self.dp_group.replicate(live.allocate_layer(self.kv_cache_spec, kind, *room))
+            one = lambda kind: self.dp_group.replicate(allocate.allocate_layer(self.kv_cache_spec, kind, *room))
             self._kv_caches = KVCaches([[one(kind) for kind in run] for run in self._kinds], one("swa") if k else None)
             heads = DecodeState(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
             self._decode_state = self.dp_group.replicate(heads)
@@ -200,7 +201,7 @@ class Engine:
         """Seed of the names of blocks: all that their contents depend on besides the tokens."""
         # Where bits are promised, blocks from another run are of use only if the same programs computed them.
         bits = (jax.__version__, jax.default_backend()) if self.limits.batch_invariant else ()
-        return prefix.hash_seed(identity.weights_digest(variables), self.model, self.kv_cache_spec.name, self.kv_cache_spec.block, *bits)
+        return block_hash.hash_seed(weights_digest.weights_digest(variables), self.model, self.kv_cache_spec.name, self.kv_cache_spec.block, *bits)
 
     # --- requests --------------------------------------------------------------------------------------------------
 
@@ -233,7 +234,7 @@ class Engine:
     def _add(self, id: Hashable, prompt: list[int], sampling: SamplingParams, salt: str) -> None:
         if sampling.seed is None:
             sampling = dataclasses.replace(sampling, seed=secrets.randbits(64))
-        seed = self._seed and prefix.hash_seed(self._seed, salt=salt)
+        seed = self._seed and block_hash.hash_seed(self._seed, salt=salt)
         below = self.kv_connector and self.kv_connector.num_offloaded_blocks
         home = balance.select_rank(self.schedulers, prompt, sampling.max_tokens, seed, below)
         home.add_request(id, prompt, sampling.max_tokens, seed=seed)
@@ -304,7 +305,7 @@ class Engine:
         put, some = self.dp_group.shard_rows, lambda name: [plan and getattr(plan, name) or () for plan in plans]
         for pairs in zip_longest(*some("copies"), fillvalue=(0, 0)):
             source_D, target_D = np.array(pairs, np.int32).T.copy()
-            self._kv_caches = programs.copy_state(self._model_def, self._kv_caches, *put((source_D, target_D)))
+            self._kv_caches = model_steps.copy_state(self._model_def, self._kv_caches, *put((source_D, target_D)))
         self._set_tables(some("sequences"))
         reads = [plan and plan.prefill for plan in plans]
         finite, first = self._prefill(reads) if any(reads) else (None, None)
@@ -340,7 +341,7 @@ class Engine:
                 known = read.request.tokens[read.start : read.start + read.count + 1]
                 tokens_DT[device, : len(known)] = known
                 scalars_3D[:, device] = read.start, read.count, read.request.state_slot
-        self._kv_caches, x_D1XD, finite_D = programs.prefill(
+        self._kv_caches, x_D1XD, finite_D = model_steps.prefill(
             self._model_def, self._weights, self._kv_caches, *self.dp_group.shard_rows((tokens_DT, *scalars_3D)), self._device_tables
         )
         ended = [read if read and read.last else None for read in reads]
@@ -349,7 +350,7 @@ class Engine:
         place = [(read.request.state_slot, read.start + read.count) if read else (0, 0) for read in ended]
         record_D, position_D = np.array(place, np.int32).T.copy()
         options = self._options([[read.request.id] if read else [] for read in ended], 1)
-        logits_DTV = programs.logits(self._model_def, self._weights, x_D1XD)
+        logits_DTV = model_steps.logits(self._model_def, self._weights, x_D1XD)
         return finite_D, self._sample(logits_DTV, self.dp_group.shard_rows((record_D, position_D)), options, x_D1XD)
 
     def _options(self, ids: list[list[Hashable]], size: int):
@@ -368,19 +369,19 @@ class Engine:
             self._batch, self._device_batch = batch, (self.dp_group.shard_rows(record_DB.reshape(-1)), options)
         record_B, options = self._device_batch
         rows = (record_B, self._device_tables)
-        self._kv_caches, x_BTXD, logits_BTV = programs.decode(
+        self._kv_caches, x_BTXD, logits_BTV = model_steps.decode(
             self._model_def, self._weights, self._kv_caches, self._decode_state, rows, self.limits.batch_invariant
         )
         return self._sample(logits_BTV, (record_B, None), options, x_BTXD)
 
     def _sample(self, logits_BTV, place, options, x_BTXD):
         """Tokens of the positions just read, and drafts of what follows them."""
-        self._decode_state, drawn = programs.sample_tokens(
+        self._decode_state, drawn = model_steps.sample_tokens(
             self._model_def, logits_BTV, self._decode_state, place, *options, self.limits.batch_invariant
         )
         if self._kv_caches.mtp is not None:
             sampled, count_B = drawn
-            mtp, self._decode_state = programs.propose_draft(
+            mtp, self._decode_state = model_steps.propose_draft(
                 self._model_def,
                 self._weights,
                 self._kv_caches.mtp,
@@ -427,14 +428,14 @@ class Engine:
         record_D[device], pages_DA[device] = sequence.state_slot, self._table(sequence)
         pages_DA[device, : sequence.num_cached_blocks] = -1
         if self.schedulers[device].fail_request(sequence.id):
-            self._kv_caches = programs.zero_state(self._model_def, self._kv_caches, *self.dp_group.shard_rows((record_D, pages_DA)))
+            self._kv_caches = model_steps.zero_state(self._model_def, self._kv_caches, *self.dp_group.shard_rows((record_D, pages_DA)))
 
     def stats(self) -> dict[str, float]:
         """Counts of sequences, pages and prefix hits, of the cache's bytes (`live.stats`), and of the tiers; of all
         devices together."""
         self._recover()
         below = {} if self.kv_connector is None else self.kv_connector.stats()
-        return balance.merge_stats(self.schedulers) | live.memory_stats(self._kv_caches) | below
+        return balance.merge_stats(self.schedulers) | allocate.memory_stats(self._kv_caches) | below
 
 
 def chunk_sizes(longest: int) -> list[int]:
@@ -451,4 +452,4 @@ def chunk_sizes(longest: int) -> list[int]:
 def validate_limits(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
     """Raise UserError for limits that cannot be kept."""
     config.check_serving(model, limits, cache)
-    live.check(model, limits, cache)
+    allocate.check(model, limits, cache)

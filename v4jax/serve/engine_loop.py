@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 import jax
 
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.serve.engine import SampledTokens, Engine
 from v4jax.serve.sampling import SamplingParams
 

@@ -13,12 +13,12 @@ import jax
 
 from v4jax import checkpoint, config
 from v4jax.checkpoint.generation_config import GENERATION_NAME, GenerationConfig, read_generation_config
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.data.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 from v4jax.models.transformer import Transformer
-from v4jax.serve import places
+from v4jax.serve import data_parallel
 from v4jax.serve import prompts as prompt_forms
-from v4jax.serve.ends import Ends, find_ends, warn_of_bos
+from v4jax.serve.stop_tokens import Ends, find_ends, warn_of_bos
 from v4jax.serve.engine import SampledTokens, Engine, validate_limits
 from v4jax.serve.engine_loop import EngineLoop
 from v4jax.serve.outputs import CompletionOutput, RequestOutput
@@ -88,8 +88,8 @@ class LLM:
             warn_of_bos(stored.model, tokenizer)
         serve, cache = _limits(stored, limits), cache or stored.cache
         validate_limits(stored.model, serve, cache)
-        on = places.data_parallel_group(mesh)
-        places.validate_engine(on, stored.model, serve, cache)
+        on = data_parallel.data_parallel_group(mesh)
+        data_parallel.validate_engine(on, stored.model, serve, cache)
         if not isinstance(model, Transformer):  # last: reading weights may take minutes
             model = checkpoint.load(model, dtype=dtype, precision=serve.quantization, placement=on.placement)
         self.tokenizer, self.engine = tokenizer, Engine(model, serve, cache, on)

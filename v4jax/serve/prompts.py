@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.serve.sampling import is_int, shown
 
 Prompt = str | Sequence[int] | Mapping[str, object]

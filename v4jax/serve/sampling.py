@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 _GREEDY_BELOW = 1e-5  # a temperature under this is 0, as in vLLM: dividing by it would overflow
 _MAX_TEMPERATURE = 100.0  # logits over more than this are all but equal: the value is a mistake

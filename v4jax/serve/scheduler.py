@@ -40,10 +40,10 @@ from collections import deque
 from collections.abc import Collection, Hashable, Mapping
 from collections.abc import Sequence as Tokens
 
-from v4jax.cache import prefix
-from v4jax.cache.blocks import BlockPool
-from v4jax.core.check import UserError
-from v4jax.serve.sequence import DecodeRow, SchedulerOutput, PrefillChunk, Request, RequestStatus
+from v4jax.cache import block_hash
+from v4jax.cache.block_pool import BlockPool
+from v4jax.core.errors import UserError
+from v4jax.serve.request import DecodeRow, SchedulerOutput, PrefillChunk, Request, RequestStatus
 
 _PREFETCH_REQUESTS = 2  # waiting sequences whose blocks are fetched from the tiers below the device
 _LIVE = (RequestStatus.PREFILL, RequestStatus.RUNNING, RequestStatus.PREEMPTED)
@@ -373,7 +373,7 @@ class Scheduler:
         if sequence.hash_seed is not None:
             parent, done = (sequence.block_hashes or [sequence.hash_seed])[-1], len(sequence.block_hashes) * self.block_size
             if len(sequence.tokens) - done >= self.block_size:
-                sequence.block_hashes += prefix.block_hashes(parent, sequence.tokens[done:], self.block_size)
+                sequence.block_hashes += block_hash.block_hashes(parent, sequence.tokens[done:], self.block_size)
         return sequence.block_hashes
 
     @property

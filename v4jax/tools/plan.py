@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 
 from v4jax.config import MESH_AXES, Config, Mesh
-from v4jax.core.check import UserError
-from v4jax.core.tables import print_table, write_json
-from v4jax.models.flops import count_parameters
-from v4jax.tools.estimate import CostEstimate, Workload, default_mesh, estimate, smallest_topology
+from v4jax.core.errors import UserError
+from v4jax.core.reporting import print_table, write_json
+from v4jax.models.param_count import count_parameters
+from v4jax.tools.cost_model import CostEstimate, Workload, default_mesh, estimate, smallest_topology
 from v4jax.tools.topology import TPUS, Topology, parse, size
 
 DOES_NOT_FIT = 3  # exit status of `v4jax plan` for a plan that fits no topology it was given
@@ -65,20 +65,20 @@ def run(
     else:
         _print(config, place, mesh, work, found, least)
     if not analytic and place.chip.name in TPUS:
-        from v4jax.tools import compiled
+        from v4jax.tools import aot
 
         results = {}
         for name, one in _arms(config, work).items():
             of_arm = at | ({} if mode == "train" else {"hot": one.cache.device_entries}) | {"source": "compiled"}
             try:
-                results[name] = compiled.compile_step(one, place, mesh, work, stage)
-            except compiled.NoRoom as error:
+                results[name] = aot.compile_step(one, place, mesh, work, stage)
+            except aot.NoRoom as error:
                 print(f"compiled, {name}: does not fit; {error}")
                 records.append({"suite": "plan", "metric": "fits", "value": 0, "unit": "1", "stage": stage} | of_arm)
                 continue
-            records += compiled.records(results[name], of_arm)
+            records += aot.records(results[name], of_arm)
         if results:
-            compiled.show(results, place)
+            aot.show(results, place)
     elif not analytic:
         print(f"programs for {place.chip.name} are not compiled ahead of time: the numbers are the closed form's")
     print(UNKNOWN)

@@ -22,7 +22,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 GB, GIB = 10**9, 2**30
 

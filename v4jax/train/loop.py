@@ -19,9 +19,9 @@ from v4jax import config as configs
 from v4jax.checkpoint.directory import save_config
 from v4jax.checkpoint.orbax import TrainCheckpointer, finished_steps, newest_extras
 from v4jax.config import Config
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.core.paths import local_path
-from v4jax.data.baselines import baselines
+from v4jax.data.compression_baselines import baselines
 from v4jax.data.needle import SOURCE as NEEDLE
 from v4jax.data.pipeline import make_dataset
 from v4jax.data.sources import load_documents
@@ -31,7 +31,7 @@ from v4jax.train import time_budget
 from v4jax.train.goodput import Goodput
 from v4jax.train.metrics import MetricsWriter, plot_loss, read_metrics
 from v4jax.train.progress import Progress, closing_lines, spinner
-from v4jax.train.state import Trainer, TrainState
+from v4jax.train.trainer import Trainer, TrainState
 from v4jax.train.stop_signals import StopSignals
 from v4jax.train.watchdog import Watchdog
 from v4jax.train.workdir_lock import workdir_lock

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from v4jax import config
 from v4jax.models.transformer import Transformer, full_batch
-from v4jax.nn.state import NoCache
+from v4jax.nn.kv_cache_interface import NoCache
 
 Batch = dict[str, jax.Array]  # tokens_BT, targets_BT, targets2_BT, segments_BT, positions_BT (see data/packing.py)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from v4jax.core import untrusted_json
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 
 _MOST = 1 << 30  # bytes of a file: millions of records
 _EVENTS = ("started", "rolled_back_from")  # marks of the run's history: a curve of them says nothing

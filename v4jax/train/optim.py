@@ -10,7 +10,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from v4jax import config
-from v4jax.parallel.matrices import map_whole_matrices
+from v4jax.parallel.matrix_exchange import map_whole_matrices
 from v4jax.parallel.rules import current_rules
 
 # Logical matrices by the letters of a parameter: inputs, outputs. Letters that are neither (experts, gate or up,

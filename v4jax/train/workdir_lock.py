@@ -10,8 +10,8 @@ import socket
 import sys
 from collections.abc import Iterator
 
-from v4jax.checkpoint.atomic import write_error
-from v4jax.core.check import UserError
+from v4jax.core.atomic import write_error
+from v4jax.core.errors import UserError
 from v4jax.core.lock import Locked, take_lock
 from v4jax.parallel.distributed import all_gather_bytes, is_primary
 

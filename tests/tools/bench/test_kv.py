@@ -6,9 +6,9 @@ import json
 import pytest
 
 from tests.golden import weights
-from v4jax.cache.spec import KV_CACHE_DTYPES
+from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES
 from v4jax.config import Config
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.tools import bench
 
 CONFIG = Config(name="mine", model=weights.config())

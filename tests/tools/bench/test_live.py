@@ -3,24 +3,24 @@ import dataclasses
 import pytest
 
 from tests.golden import weights
-from tests.serve import small
+from tests.serve import engine_harness
 from v4jax import config
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.tools import bench
-from v4jax.tools.bench import live
+from v4jax.tools.bench import host_kv
 
 MODEL = dataclasses.replace(
-    small.MODEL, schedule=("csa",), mtp_layers=0, moe=dataclasses.replace(small.MODEL.moe, hash_layers=0)
+    engine_harness.MODEL, schedule=("csa",), mtp_layers=0, moe=dataclasses.replace(engine_harness.MODEL.moe, hash_layers=0)
 )
 CONFIG = config.Config(name="tiny", model=MODEL)
 
 
 def test_the_suite_measures_what_it_says(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(live, "load", lambda name: CONFIG)
-    monkeypatch.setattr(live, "LENGTHS", (2048, 4096))
-    monkeypatch.setattr(live, "SLOTS", 16)
-    monkeypatch.setattr(live, "ROWS", 2)
-    monkeypatch.setattr(live, "_random", lambda model: weights.build(model, weights.random_flat(model, 0)))
+    monkeypatch.setattr(host_kv, "load", lambda name: CONFIG)
+    monkeypatch.setattr(host_kv, "LENGTHS", (2048, 4096))
+    monkeypatch.setattr(host_kv, "SLOTS", 16)
+    monkeypatch.setattr(host_kv, "ROWS", 2)
+    monkeypatch.setattr(host_kv, "_random", lambda model: weights.build(model, weights.random_flat(model, 0)))
     records = bench.run("live", config=CONFIG, rounds=1, contexts=["300"], json=str(tmp_path / "records.json"))
     value = {(record["metric"], record.get("context"), record.get("arm")): record["value"] for record in records}
     assert value["same_bits", 300, None] == 1 and 0 <= value["hit_rate", 300, None] < 1
@@ -34,11 +34,11 @@ def test_the_suite_measures_what_it_says(monkeypatch, tmp_path, capsys):
 
 
 def test_hit_rates_of_a_trained_model_are_shown_and_drawn(tmp_path, capsys):
-    records = live._show_hits("trained", MODEL, {16: (0.5, True), 32: (0.75, True)})
+    records = host_kv._show_hits("trained", MODEL, {16: (0.5, True), 32: (0.75, True)})
     assert [(record["slots"], record["value"]) for record in records] == [(16, 0.5), (32, 0.75)]
     assert "| 32             | 6%             | 75.0%" in capsys.readouterr().out
-    sizes = {(1024 << i, arm): live.Bytes(10 << i, 5 << i, 1) for i in range(2) for arm in ("bf16", "fp8", "live")}
-    live._plot(str(tmp_path / "plot.png"), sizes, {16: (0.5, True), 32: (0.75, True)})
+    sizes = {(1024 << i, arm): host_kv.Bytes(10 << i, 5 << i, 1) for i in range(2) for arm in ("bf16", "fp8", "live")}
+    host_kv._plot(str(tmp_path / "plot.png"), sizes, {16: (0.5, True), 32: (0.75, True)})
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
 
 

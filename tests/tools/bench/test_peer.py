@@ -8,9 +8,9 @@ import pytest
 
 from tests.golden import weights
 from v4jax.config import Config, Data, MoE
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.tools import bench
-from v4jax.tools.bench import peer
+from v4jax.tools.bench import vs_transformers
 
 MODEL = weights.config(schedule=("csa",), moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=0), dtype="bfloat16")
 CONFIG = Config(name="mine", model=MODEL, data=Data(seq_len=16))
@@ -21,8 +21,8 @@ CONFIG = Config(name="mine", model=MODEL, data=Data(seq_len=16))
     reason="the other arm is transformers: install the extra `parity`",
 )
 def test_both_arms_run_the_same_model(monkeypatch, capfd):
-    monkeypatch.setattr(peer, "PREFILL", (9, 16))
-    monkeypatch.setattr(peer, "DECODED", 3)
+    monkeypatch.setattr(vs_transformers, "PREFILL", (9, 16))
+    monkeypatch.setattr(vs_transformers, "DECODED", 3)
     records = bench.run("peer", config=CONFIG, rounds=1)
     printed = capfd.readouterr().out
     difference = re.search("largest logit difference (.*) of the logit spread", printed)[1]

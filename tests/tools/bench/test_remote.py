@@ -12,8 +12,8 @@ import sys
 import pytest
 
 from v4jax import config
-from v4jax.core.check import UserError
-from v4jax.tools.bench.remote import remote
+from v4jax.core.errors import UserError
+from v4jax.tools.bench.subprocess_runner import remote
 
 
 def test_calls_run_elsewhere_and_errors_come_back_as_one_line():
@@ -58,7 +58,7 @@ def test_a_bug_keeps_its_traceback_and_death_is_told(capfd):
 def test_it_ends_with_its_parent_in_the_middle_of_a_call(end):
     code = (
         "import importlib\n"
-        "from v4jax.tools.bench.remote import remote\n"
+        "from v4jax.tools.bench.subprocess_runner import remote\n"
         "with remote('arm', importlib.import_module, 'time') as ask:\n"
         "    print('ready', ask('time') > 0, flush=True)\n"
         "    ask('sleep', 600)\n"

@@ -8,7 +8,7 @@ import pytest
 
 from tests.golden import weights
 from v4jax.config import Cache, Config, Indexer, MoE, Serve
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.tools import bench
 from v4jax.tools.bench import serve
 

@@ -2,9 +2,9 @@ import pytest
 
 from tests.golden import weights
 from v4jax import config
-from v4jax.core.check import UserError
+from v4jax.core.errors import UserError
 from v4jax.tools import bench
-from v4jax.tools.bench import live, tiers
+from v4jax.tools.bench import host_kv, tiers
 
 MODEL = weights.config(
     schedule=("csa",), indexer=config.Indexer(index_n_heads=16, index_head_dim=16, index_topk=20),
@@ -20,8 +20,8 @@ def test_the_suite_measures_what_it_says(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tiers, "SYSTEMS", 1)
     monkeypatch.setattr(tiers, "CONVERSATIONS", 3)
     monkeypatch.setattr(tiers, "load", lambda name: CONFIG)
-    monkeypatch.setattr(live, "LENGTHS", (2048,))
-    monkeypatch.setattr(live, "SLOTS", 20)
+    monkeypatch.setattr(host_kv, "LENGTHS", (2048,))
+    monkeypatch.setattr(host_kv, "SLOTS", 20)
     plot = tmp_path / "plot.png"
     records = bench.run(
         "tiers", config=CONFIG, rounds=1, contexts=["300"], json=str(tmp_path / "records.json"), plot=str(plot)

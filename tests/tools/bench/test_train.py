@@ -9,7 +9,7 @@ import pytest
 from tests.train.conftest import micro_config
 from v4jax.config import MoE, validate
 from v4jax.tools.bench import measure, train
-from v4jax.train.state import Trainer
+from v4jax.train.trainer import Trainer
 
 
 @pytest.fixture

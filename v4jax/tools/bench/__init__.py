@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Sequence
 
 from v4jax.config import Config, load
-from v4jax.core.check import UserError
-from v4jax.core.tables import write_json
+from v4jax.core.errors import UserError
+from v4jax.core.reporting import write_json
 
 SUITES = ("decode", "generate", "kv", "live", "peer", "policy", "serve", "tiers", "train")
 _WITH_CONTEXTS, _WITH_PLOT = ("decode", "generate", "live", "tiers"), ("decode", "live", "tiers")
@@ -39,7 +39,7 @@ def run(
     for path in filter(None, (json, plot)):
         if not pathlib.Path(path).parent.is_dir():  # told now: some suites run for an hour
             raise UserError(f"there is no directory for {path}; create it first")
-    from v4jax.tools.bench import decode, generate, kv, live, peer, policy, serve, tiers, train
+    from v4jax.tools.bench import decode, generate, kv, host_kv, vs_transformers, eviction, serve, tiers, train
 
     config = config or load("small")
     lengths = {"contexts": _lengths(contexts)} if contexts else {}
@@ -47,9 +47,9 @@ def run(
         "decode": lambda: decode.run(config, rounds, plot=plot, **lengths),
         "generate": lambda: generate.run(config, rounds, **lengths),
         "kv": lambda: kv.run(config),
-        "live": lambda: live.run(config, rounds, checkpoint=checkpoint, plot=plot, **lengths),
-        "peer": lambda: peer.run(config, rounds),
-        "policy": lambda: policy.run(config),
+        "live": lambda: host_kv.run(config, rounds, checkpoint=checkpoint, plot=plot, **lengths),
+        "peer": lambda: vs_transformers.run(config, rounds),
+        "policy": lambda: eviction.run(config),
         "serve": lambda: serve.run(config, rounds),
         "tiers": lambda: tiers.run(config, rounds, plot=plot, **lengths),
         "train": lambda: train.run(config, rounds),

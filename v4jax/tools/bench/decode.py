@@ -17,17 +17,17 @@ import jax
 import numpy as np
 from flax import nnx
 
-from v4jax.cache.spec import KVCacheSpec
+from v4jax.cache.kv_cache_spec import KVCacheSpec
 from v4jax.config import Config, Model
-from v4jax.core.check import UserError
-from v4jax.core.tables import print_table
-from v4jax.models.quantised import quantize_model
+from v4jax.core.errors import UserError
+from v4jax.core.reporting import print_table
+from v4jax.models.quantize import quantize_model
 from v4jax.models.transformer import Transformer
-from v4jax.nn.kept import PagedLayerCache, EntryPool
-from v4jax.nn.memory import is_host
-from v4jax.serve import programs
-from v4jax.serve.live import allocate_layer
-from v4jax.serve.programs import DecodeState, KVCaches
+from v4jax.cache.paged_cache import PagedLayerCache, EntryPool
+from v4jax.parallel.host_memory import is_host
+from v4jax.serve import model_steps
+from v4jax.cache.allocate import allocate_layer
+from v4jax.serve.model_steps import DecodeState, KVCaches
 from v4jax.tools.bench.measure import interleave, timed
 from v4jax.tools.bench.report import record, short, write
 
@@ -134,7 +134,7 @@ class _Arm:
 
     def _step(self, heads: DecodeState) -> jax.Array:
         args = (self.structure, self.weights, self.cache.live, heads, self.cache.rows, False)
-        self.cache.live, _, logits_BTV = programs.decode(*args)
+        self.cache.live, _, logits_BTV = model_steps.decode(*args)
         return logits_BTV
 
 
@@ -150,13 +150,13 @@ def _arms(model: Model, tokens: int, precision: str) -> dict[str, _Arm]:
     structures = {}
     for kind, each in kinds.items():
         graphdef, variables = nnx.split(nnx.eval_shape(lambda each=each: Transformer(each, nnx.Rngs(0))))
-        structures[kind] = programs.model_def(graphdef, jax.tree.structure(variables))
+        structures[kind] = model_steps.model_def(graphdef, jax.tree.structure(variables))
     caches = {layout: _Cache(model, layout, tokens) for layout in dict.fromkeys(layout for _, layout in ARMS.values())}
     arms = {name: _Arm(structures[kind], weights, caches[layout]) for name, (kind, layout) in ARMS.items()}
     if precision == "fp8":
         graphdef, variables = nnx.split(quantize_model(transformer))
         weights, tree = jax.tree.flatten(variables)
-        structure = programs.model_def(graphdef, tree)
+        structure = model_steps.model_def(graphdef, tree)
         arms |= {name: _Arm(structure, weights, caches[layout]) for name, (_, layout) in WEIGHTS.items()}
     return arms
 

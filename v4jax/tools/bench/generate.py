@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from v4jax.config import Config, Model
-from v4jax.core.check import UserError
-from v4jax.core.tables import print_table
+from v4jax.core.errors import UserError
+from v4jax.core.reporting import print_table
 from v4jax.models.transformer import Transformer
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams

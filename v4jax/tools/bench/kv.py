@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import jax
 
-from v4jax.cache.entries import new_pool
-from v4jax.cache.spec import KV_CACHE_DTYPES, KVCacheSpec
+from v4jax.cache.pools import new_pool
+from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES, KVCacheSpec
 from v4jax.config import Config, load
-from v4jax.core.check import UserError
-from v4jax.core.tables import print_table
+from v4jax.core.errors import UserError
+from v4jax.core.reporting import print_table
 from v4jax.tools.bench.report import record
 
 PUBLISHED = ("v4_flash", "v4_pro")

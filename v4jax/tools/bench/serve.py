@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from flax import nnx
 
-from v4jax.cache.spec import KVCacheSpec
+from v4jax.cache.kv_cache_spec import KVCacheSpec
 from v4jax.config import Config, Model
-from v4jax.core.check import UserError
-from v4jax.core.tables import print_table
+from v4jax.core.errors import UserError
+from v4jax.core.reporting import print_table
 from v4jax.models.transformer import Transformer
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams

@@ -18,14 +18,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from flax import nnx
 
-from v4jax.cache.spec import KVCacheSpec
+from v4jax.cache.kv_cache_spec import KVCacheSpec
 from v4jax.config import Config, Model, load
-from v4jax.core.check import UserError
-from v4jax.core.tables import print_table
+from v4jax.core.errors import UserError
+from v4jax.core.reporting import print_table
 from v4jax.models.transformer import Transformer
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
-from v4jax.tools.bench import live
+from v4jax.tools.bench import host_kv
 from v4jax.tools.bench.measure import interleave
 from v4jax.tools.bench.report import record, write
 
@@ -49,8 +49,8 @@ def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS, plot: s
         raise UserError(f"suite 'tiers' needs contexts from 1 to {most} tokens; give them as --contexts=4096,32768")
     transformer, cache = _random(model), dataclasses.replace(config.cache, deadline=10.0)
     serve = dataclasses.replace(config.serve, speculative_tokens=0)
-    sizes = live.memory(load(live.PUBLISHED).model)
-    records = live.show_memory(sizes) + _restarts(config, transformer, serve, cache, rounds, contexts)
+    sizes = host_kv.memory(load(host_kv.PUBLISHED).model)
+    records = host_kv.show_memory(sizes) + _restarts(config, transformer, serve, cache, rounds, contexts)
     records += _trace(config, transformer, serve, cache, CONVERSATIONS)
     if plot:
         _plot(plot, sizes, records)
@@ -232,12 +232,12 @@ def _play(
 # --- a picture -----------------------------------------------------------------------------------------------------
 
 
-def _plot(path: str, sizes: dict[tuple[int, str], live.Bytes], records: list[dict]) -> None:
+def _plot(path: str, sizes: dict[tuple[int, str], host_kv.Bytes], records: list[dict]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     memory, restart, trace = figure.subplots(1, 3)
-    live.draw_memory(memory, sizes)
+    host_kv.draw_memory(memory, sizes)
     found = lambda metric, arm: [r for r in records if r["metric"] == metric and r.get("arm") == arm]
     for i, (arm, name) in enumerate({"recompute": "read anew", "restart": "from a warm disk"}.items()):
         taken = found("first_token", arm)

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 
 from v4jax.config import Config, Mesh
-from v4jax.core.tables import print_table
-from v4jax.models.flops import count_parameters
+from v4jax.core.reporting import print_table
+from v4jax.models.param_count import count_parameters
 from v4jax.tools.bench.measure import interleave, machine, relative_iqr, timed
 from v4jax.tools.bench.report import record
 from v4jax.train.loss import loss
-from v4jax.train.state import Trainer
+from v4jax.train.trainer import Trainer
 
 
 def run(config: Config, rounds: int) -> list[dict]:

@@ -1,0 +1,71 @@
+"""Engines with tiers below the device, and so few pages that nearly everything has to move."""
+
+import contextlib
+
+from tests.serve.engine_harness import LIMITS, check_settled, drive, new_books
+from v4jax import config
+from v4jax.cache.offload.disk_tier import DiskTier
+from tests.cache.faulty_files import FaultyFiles
+from v4jax.serve import kv_connector
+from v4jax.serve.engine import Engine
+
+LONG = 60.0  # seconds: no test waits so long
+
+
+def small_books(engine, pages=3, **books):
+    """New books of a few pages, three of which hold any one request."""
+    new_books(engine, pages=pages, **books)
+    if engine.parking is not None:
+        engine.parking.attach(engine.schedulers)
+
+
+@contextlib.contextmanager
+def tiered(
+    model,
+    directory=None,
+    *,
+    host=0,
+    disk=1 << 30,
+    files=None,
+    deadline=LONG,
+    limits=LIMITS,
+    pages=3,
+    layout="model",
+    admission="all",
+    hot=0,
+    **books,
+):
+    """An engine that is closed at the end. files: the file system of its disk tier."""
+    with_disk = {"directory": str(directory), "disk": disk} if directory is not None else {}
+    cache = config.Cache(host_bytes=host, load_timeout_s=deadline, kv_cache_dtype=layout, admission_policy=admission, device_entries=hot, **with_disk)
+    opened = kv_connector.DiskTier
+    kv_connector.DiskTier = lambda *args, **kwargs: DiskTier(*args, files=files or FaultyFiles(), **kwargs)
+    try:
+        engine = Engine(model, limits, cache)
+    finally:
+        kv_connector.DiskTier = opened
+    small_books(engine, pages, **books)
+    try:
+        yield engine
+    finally:
+        engine.close(LONG)
+
+
+def parked(engine):
+    """Stats when everything that can move down has."""
+    check_settled(engine)
+    assert engine.parking.flush(engine._live, LONG)
+    for tier in engine.parking.transfer.tiers.values():
+        tier.check()
+    assert not any(bay.moving for bay in engine.parking.bays)
+    return engine.stats()
+
+
+def one_by_one(engine, requests):
+    """Answers of requests that come one after the other."""
+    answers = []
+    for request in requests:
+        answers += drive(engine, [request])
+        if engine.parking is not None:
+            parked(engine)
+    return answers

@@ -1,0 +1,173 @@
+"""The house rules that a machine can check: floors, top level, file length, no trace of one machine."""
+
+import ast
+import pathlib
+import re
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+FLOORS = {
+    "config": 0, "core": 0,
+    "parallel": 1, "kernels": 1,
+    "nn": 2, "engram": 2,
+    "models": 3,
+    "cache": 4, "checkpoint": 4, "data": 4,
+    "train": 5, "serve": 5,
+    "evals": 6, "tools": 6,
+    "cli_flags": 7, "cli": 8, "__main__": 9,
+}  # fmt: skip
+SAME_FLOOR = {("config", "core")}  # a config's mistakes are core.check.UserError
+TOP_LEVEL = {"pyproject.toml", "README.md", "v4jax", "configs", "tests", "launch", "notebooks"}
+MAX_LINES = 500
+TEXT = {".py", ".toml", ".md", ".sh", ".txt", ".json", ".jsonl", ".yaml", ".yml", ".ipynb", ".cfg", ".ini", ""}
+
+# Written in pieces, so that this file is not its own breach.
+MACHINE = re.compile("|".join([
+    r"(?<![\w.])/" + r"(work|root|home|Users|opt|mnt)/\w",
+    "pypi" + r"\.org", "files\\.python" + "hosted", "download\\.py" + "torch", r"--(extra-)?index" + "-url",
+    r"--find" + "-links",
+]))  # fmt: skip
+
+
+def imported_packages(path: pathlib.Path, package: tuple[str, ...]) -> list[tuple[int, str]]:
+    """(line, dotted module) of every import, at top level or inside functions; relative ones made absolute.
+
+    `from v4jax import nn` and `from v4jax.nn import mhc` both count as a module below `v4jax`. `package` is the
+    dotted name of the folder that holds `path`, in parts.
+    """
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            base += [node.module] if node.module else []
+            found += [(node.lineno, ".".join([*base, alias.name])) for alias in node.names]
+    return found
+
+
+def floor_breaches(root: pathlib.Path) -> list[str]:
+    """Imports that go up or sideways between the packages of `root`/v4jax, and foreign imports in `root`/configs."""
+    breaches = []
+    for path in sorted((root / "v4jax").rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        home = parts[1]
+        if home == "__init__":
+            home = "config"  # what `import v4jax` runs must stay on the ground floor
+        if home not in FLOORS:
+            breaches.append(f"{path.relative_to(root)}: {home} has no floor")
+            continue
+        for line, module in imported_packages(path, parts[:-1]):
+            names = module.split(".")
+            target = names[1] if names[0] == "v4jax" and len(names) > 1 else None
+            if target not in FLOORS or target in (home, "config") or (home, target) in SAME_FLOOR:
+                continue
+            if FLOORS[target] >= FLOORS[home]:
+                breaches.append(
+                    f"{path.relative_to(root)}:{line}: {home} ({FLOORS[home]}) imports {target} ({FLOORS[target]})"
+                )
+    for path in sorted((root / "configs").glob("*.py")):
+        for line, module in imported_packages(path, ("configs",)):
+            if module != "v4jax.config" and not module.startswith("v4jax.config."):
+                breaches.append(f"{path.relative_to(root)}:{line}: configs import only v4jax.config, not {module}")
+    return breaches
+
+
+def top_level_breaches(files: list[str]) -> list[str]:
+    names = {file.split("/")[0] for file in files}
+    return sorted(name for name in names if name not in TOP_LEVEL and not name.startswith("."))
+
+
+def length_breaches(root: pathlib.Path, files: list[str]) -> list[str]:
+    lengths = {
+        file: len((root / file).read_text(encoding="utf-8").splitlines())
+        for file in files
+        if file.endswith((".py", ".sh"))
+    }
+    return [f"{file}: {length} lines" for file, length in lengths.items() if length > MAX_LINES]
+
+
+def machine_breaches(root: pathlib.Path, files: list[str]) -> list[str]:
+    """Lines of text files that name a path of one machine or the address of a package registry."""
+    breaches = []
+    for file in files:
+        if pathlib.PurePath(file).suffix in TEXT:
+            lines = (root / file).read_text(encoding="utf-8").splitlines()
+            breaches += [
+                f"{file}:{number}: {line.strip()[:80]}" for number, line in enumerate(lines, 1) if MACHINE.search(line)
+            ]
+    return breaches
+
+
+@pytest.fixture(scope="module")
+def files() -> list[str]:
+    """Files of the project: tracked ones and new ones that git does not ignore."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout, so there is no list of the project's files")
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [file for file in listed if (ROOT / file).is_file()]
+
+
+def test_packages_import_only_from_lower_floors():
+    assert floor_breaches(ROOT) == []
+
+
+def test_every_package_has_a_floor():
+    packages = {path.name for path in (ROOT / "v4jax").iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert packages <= set(FLOORS)
+
+
+def test_top_level_is_the_agreed_one(files):
+    assert top_level_breaches(files) == []
+
+
+def test_files_are_short(files):
+    assert length_breaches(ROOT, files) == []
+
+
+def test_no_file_names_a_machine_or_a_registry(files):
+    assert machine_breaches(ROOT, files) == []
+
+
+@pytest.mark.parametrize("path, source, complaint", [
+    ("v4jax/nn/a.py", "from v4jax.models import forward", "nn (2) imports models (3)"),
+    ("v4jax/nn/b.py", "def f():\n    import v4jax.serve.engine", "nn (2) imports serve (5)"),
+    ("v4jax/train/c.py", "from v4jax import serve", "train (5) imports serve (5)"),
+    ("v4jax/serve/deep/d.py", "from ...train import loop", "serve (5) imports train (5)"),
+    ("v4jax/core/e.py", "from ..nn.norm import Norm", "core (0) imports nn (2)"),
+    ("v4jax/__init__.py", "from v4jax.serve import LLM", "config (0) imports serve (5)"),
+    ("v4jax/attic/f.py", "x = 1", "attic has no floor"),
+    ("configs/g.py", "import jax", "not jax"),
+    ("configs/h.py", "from v4jax import nn", "not v4jax.nn"),
+])  # fmt: skip
+def test_floor_checker_sees_a_planted_breach(tmp_path, path, source, complaint):
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(source)
+    breaches = floor_breaches(tmp_path)
+    assert len(breaches) == 1 and path in breaches[0] and complaint in breaches[0]
+
+
+@pytest.mark.parametrize("path, source", [
+    ("v4jax/nn/a.py", "from v4jax.core import axes\nfrom v4jax.kernels import moe\nimport v4jax.config\nimport jax"),
+    ("v4jax/nn/b.py", "from . import norm\nfrom .rope import rotate\nfrom ..core.check import UserError"),
+    ("v4jax/config.py", "from v4jax.core.errors import UserError"),
+    ("v4jax/cli.py", "import v4jax\nfrom v4jax.train import loop\nfrom v4jax.serve import LLM"),
+    ("configs/c.py", "from v4jax.config import Config\nfrom v4jax import config\nimport v4jax.config"),
+])  # fmt: skip
+def test_floor_checker_lets_good_imports_pass(tmp_path, path, source):
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(source)
+    assert floor_breaches(tmp_path) == []
+
+
+def test_other_checkers_see_planted_breaches(tmp_path):
+    (tmp_path / "long.py").write_text("x = 1\n" * (MAX_LINES + 1))
+    note = ["see /" + "ho" + "me/me/run", "see https://py" + "pi.org/simple", "fine: runs/tiny, a/wo" + "rk/b"]
+    (tmp_path / "note.md").write_text("\n".join(note))
+    assert length_breaches(tmp_path, ["long.py", "note.md"]) == [f"long.py: {MAX_LINES + 1} lines"]
+    assert [breach[:9] for breach in machine_breaches(tmp_path, ["long.py", "note.md"])] == ["note.md:1", "note.md:2"]
+    assert top_level_breaches(["v4jax/cli.py", "scripts/x.py", ".ci/run", "notes.txt"]) == ["notes.txt", "scripts"]

@@ -1,0 +1,79 @@
+"""The cache of an engine: all of it on the device, or two parts in host memory (`cache.hot`): the CSA layers' entries,
+of which steps read a few, and the tails of the HCA layers, which a step adds one row to and seldom reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from v4jax import config
+from v4jax.cache.pools import new_pool
+from v4jax.cache.host_pool import new_host_entry_pool, pinned_zeros
+from v4jax.cache.kv_cache_spec import KVCacheSpec
+from v4jax.core.errors import UserError
+from v4jax.nn.csa import use_gather
+from v4jax.cache.entry_cache import read_counters
+from v4jax.cache.paged_cache import PagedLayerCache, new_paged_layer_cache
+from v4jax.parallel.host_memory import is_host
+
+_HOST_PARTS = {"csa": "main", "hca": "tails"}  # part of a layer's state that lies in host memory, where `hot` says so
+
+
+def allocate_layer(layout: KVCacheSpec, kind: str, pages: int, records: int, slack: int = 0, host=None) -> PagedLayerCache:
+    """Empty state of one layer of this kind. host: as in `new_far`; None: pinned memory beside the device that the
+    rest is on. Raises UserError as these do."""
+    model, far = layout.model, _HOST_PARTS.get(kind) if layout.hot else None
+    size = (pages, layout.entries(kind), layout.name) if kind != "swa" else ()
+    pool = lambda part: None if part == far else new_pool(model, part, *size)
+    kept = new_paged_layer_cache(model, kind, records, pool, jnp.dtype(model.dtype), slack)
+    if far and host is None:
+        [device] = kept.window_ring_ZSH.devices()
+        host = functools.partial(pinned_zeros, device)
+    if far == "main":
+        main, hot = new_host_entry_pool(model, *size, layout.hot, host)
+        return dataclasses.replace(kept, main=main, hot=hot)
+    if far == "tails":
+        return dataclasses.replace(kept, tails={name: host(a.shape, a.dtype) for name, a in kept.compressor_state.items()})
+    return kept
+
+
+def memory_stats(live) -> dict[str, float]:
+    """`kv_bytes`: of all arrays on the device; `kv_host_bytes`: of those in host memory. If there are such, of the
+    picks of decode steps, over the layers: how many were found on the device and were fetched, and bytes fetched."""
+    held = {False: 0, True: 0}
+    for array in jax.tree.leaves(live):
+        held[is_host(array)] += array.nbytes
+    kept = [one for one in jax.tree.leaves(live, is_leaf=lambda a: isinstance(a, PagedLayerCache)) if one.hot is not None]
+    counts = {"kv_bytes": held[False], "kv_host_bytes": held[True]}
+    if not kept:
+        return counts
+    hits, misses = sum(read_counters(n) for n in jax.device_get([one.hot.count_5 for one in kept])).tolist()
+    return counts | {
+        "hot_hits": hits, "hot_misses": misses, "hot_hit_rate": hits / max(hits + misses, 1),
+        "hot_fetched_bytes": misses * kept[0].main.row_bytes,
+    }  # fmt: skip
+
+
+def check(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
+    """Raise UserError if entries cannot live in host memory, or if that would be of no use."""
+    if not cache.device_entries:
+        return
+    if "csa" not in model.schedule:
+        raise UserError("cache hot is for the picked entries of csa layers, and this model has none: set it to 0")
+    rows = 1 if limits.batch_invariant else limits.max_num_seqs
+    queries, k = 1 + limits.num_speculative_tokens, model.indexer.index_topk
+    if cache.device_entries < rows * queries * k:
+        raise UserError(
+            f"cache hot of {cache.device_entries} entries is less than a step may pick: {rows} sequences x {queries} tokens x "
+            f"topk {k}; give at least {rows * queries * k}, or lower max_batch"
+        )
+    layout = KVCacheSpec(model, cache.kv_cache_dtype, cache.block_size)
+    blocks = -(-(limits.max_model_len + limits.num_speculative_tokens) // layout.block)
+    if not use_gather(blocks * layout.entries("csa"), k, queries):
+        raise UserError(
+            f"cache hot is of no use with max_seq_len {limits.max_model_len}, where each step reads all entries of a "
+            "row: set it to 0"
+        )

@@ -1,0 +1,110 @@
+"""Pools in host memory, whose rows the device fetches one by one.
+
+A row is one run of 32-bit words, all its planes side by side: one piece to fetch, of the only width that XLA:TPU reads
+and writes in host memory in place (see `nn.memory`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from v4jax import config
+from v4jax.cache import kv_cache_spec
+from v4jax.cache.pools import zeros
+from v4jax.core.errors import UserError
+from v4jax.cache.entry_cache import DeviceEntryCache, new_device_entry_cache
+from v4jax.cache.paged_cache import EntryPool
+from v4jax.parallel.host_memory import host_gather, host_compute
+from v4jax.nn.kv_cache_interface import pytree
+
+_WORD = 4
+
+
+@pytree
+class HostEntryPool(EntryPool):
+    """A pool of any rows, as words: uint32 [pages, slots, words], in host memory."""
+
+    words: jax.Array
+    row: kv_cache_spec.EntryFormat = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Pages, rows of a page, numbers of a row."""
+        return (*self.words.shape[:2], self.row.width)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in host memory."""
+        return self.words.shape[-1] * _WORD
+
+    def encode(self, rows: jax.Array) -> HostEntryPool:
+        planes = jax.tree.leaves(zeros(self.row, 0, 0).encode(rows))
+        return HostEntryPool(jnp.concatenate([_to_words(plane) for plane in planes], axis=-1), self.row)
+
+    def decode(self, compute: jnp.dtype) -> jax.Array:
+        return self._unpacked().decode(compute)
+
+    def fetch(self, page: jax.Array, slot: jax.Array) -> EntryPool:
+        """The stored bits of rows at page and slot, on the device: a pool of arrays [..., n]."""
+        return HostEntryPool(host_gather(self.words, page, slot), self.row)._unpacked()
+
+    def _unpacked(self) -> EntryPool:
+        leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: zeros(self.row, 0, 0)))
+        planes, first = [], 0
+        for leaf in leaves:
+            end = first + -(-leaf.shape[-1] * leaf.dtype.itemsize // _WORD)
+            planes.append(_from_words(self.words[..., first:end], leaf.shape[-1], leaf.dtype))
+            first = end
+        return jax.tree.unflatten(tree, planes)
+
+
+def new_host_entry_pool(
+    model: config.Model, pages: int, slots: int, layout: str, copies: int, host: Callable[..., jax.Array]
+) -> tuple[HostEntryPool, DeviceEntryCache]:
+    """Empty pool of one layer's main entries, and room on the device for `copies` of them.
+
+    host: makes zeros of a shape and dtype in host memory, such as those of `pinned`. Raises UserError as `spec.row`.
+    """
+    row = kv_cache_spec.entry_format(model, "main", layout)
+    words = host((pages, slots, row.words), jnp.uint32)
+    return HostEntryPool(words, row), new_device_entry_cache(zeros(row, 1, 1 + copies), pages, slots)
+
+
+def pinned_zeros(device: jax.Device, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Zeros in the host memory of a device, made by the host: the device may not have room for them. dtype: of 4 bytes.
+
+    Raises UserError where there is no such memory or not enough of it.
+    """
+    if "pinned_host" not in {memory.kind for memory in device.addressable_memories()}:
+        raise UserError(f"{device.platform} devices here have no pinned_host memory to keep entries in: set hot to 0")
+    make = functools.partial(jax.lax.full, shape, 0, dtype)
+    where = SingleDeviceSharding(device, memory_kind="pinned_host")
+    try:
+        return jax.block_until_ready(jax.jit(lambda: host_compute(make)(), out_shardings=where)())
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        raise UserError(
+            f"the host has no {_WORD * math.prod(shape):,} bytes of pinned memory for a layer's share of the cache; "
+            "lower the cache's device or tokens"
+        ) from error
+
+
+def _to_words(plane: jax.Array) -> jax.Array:
+    """Arrays [..., n] of 1, 2 or 4 bytes a number as uint32 [..., words], the last one padded."""
+    each = _WORD // plane.dtype.itemsize
+    if each > 1:
+        plane = jnp.pad(plane, [(0, 0)] * (plane.ndim - 1) + [(0, -plane.shape[-1] % each)])
+        plane = plane.reshape(*plane.shape[:-1], -1, each)
+    return jax.lax.bitcast_convert_type(plane, jnp.uint32)
+
+
+def _from_words(words: jax.Array, count: int, dtype: jnp.dtype) -> jax.Array:
+    """The first `count` numbers of what `_to_words` made of an array."""
+    plane = jax.lax.bitcast_convert_type(words, dtype)
+    return plane.reshape(*words.shape[:-1], -1)[..., :count]

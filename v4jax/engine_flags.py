@@ -1,0 +1,102 @@
+"""The flags of `v4jax generate`: one row for each option of `LLM`, its cache and `SamplingParams`.
+
+A row holds the help text and what the type of the option does not say. Types come from the fields of `config.Serve` and
+`config.Cache`, so a new field is one new row, and a test fails while the row is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+
+from absl import flags
+
+from v4jax import config
+from v4jax.engine_flags import Flag, define_size
+
+STORED = "the checkpoint's"  # default of what `LLM` takes from the checkpoint where it is not given
+_DEFINE = {
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_bool,
+    str: flags.DEFINE_string,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Help of one option. least: lower bound of a number; choices: all values of a string; size: a number of bytes."""
+
+    help: str
+    least: int | None = None
+    choices: tuple[str, ...] = ()
+    size: bool = False
+    flag: str = ""  # name of the flag, where it is not the name of the field
+
+
+SERVE = {
+    "max_batch": Row("requests that decode together, on each device", least=1),
+    "max_seq_len": Row("most tokens of a request, prompt included", least=1),
+    "prefill_chunk": Row("most tokens of a prompt that are read between two decode steps", least=1),
+    "speculative_tokens": Row("tokens that the MTP layer drafts in each step", least=0),
+    "batch_invariant": Row("bits of an answer do not depend on what else runs"),
+    "precision": Row("precision of the large matrices", choices=("model", "fp8")),
+}
+CACHE = {
+    "layout": Row("format of the KV cache", choices=("model", "bf16", "fp8", "fp8_fp4")),
+    "block": Row("tokens of a block; 0: the least multiple of the compression ratios from 256 on", least=0),
+    "tokens": Row("room of the KV cache in tokens; 0: max_batch sequences of max_seq_len", least=0),
+    "prefix": Row("reuse blocks of earlier requests with the same beginning"),
+    "records": Row("records kept for prefix reuse", least=0),
+    "record_every": Row("blocks between two records of a prompt; 0: only at its end", least=0),
+    "device": Row("accelerator memory for the KV cache, such as 2GiB", size=True),
+    "hot": Row("entries a CSA layer kept on the device, the rest in host memory; 0: all", least=0),
+    "host": Row("host memory for what leaves the device, such as 64GiB", size=True),
+    "disk": Row("disk space for it in --kv_dir, such as 1TiB", size=True),
+    "directory": Row("directory that keeps it over restarts; one engine at a time", flag="kv_dir"),
+    "policy": Row("eviction from a full host or disk", choices=("s3fifo", "lru")),
+    "admission": Row("blocks that move to host and disk: all, or those asked for twice", choices=("all", "second")),
+    "deadline": Row("seconds without progress after which a request stops waiting for host and disk"),
+}
+
+
+def _flags(fields_of: type, rows: Mapping[str, Row], prefix: str = "") -> dict[str, Flag]:
+    """A flag for each field of a config dataclass that has a row, by the name of the field."""
+    hints, unset = typing.get_type_hints(fields_of), fields_of()
+    return {
+        name: _flag(row.flag or prefix + name, row, hints[name], getattr(unset, name)) for name, row in rows.items()
+    }
+
+
+def _flag(name: str, row: Row, kind: type, default: object) -> Flag:
+    options = {}
+    if row.size:
+        define = define_size
+    elif row.choices:
+        define, options = flags.DEFINE_enum, {"enum_values": list(row.choices)}
+    else:
+        define = _DEFINE[kind]
+        if row.least is not None:
+            options = {"lower_bound": row.least}
+    shown = STORED if default == "" else f"{STORED}, else {str(default).lower() if kind is bool else default}"
+    return Flag(name, row.help, define, options=options, shown=shown)
+
+
+SERVE_FLAGS = _flags(config.Serve, SERVE)
+CACHE_FLAGS = _flags(config.Cache, CACHE, prefix="kv_")
+SAMPLING_FLAGS = (
+    Flag("max_tokens", "most tokens to add", flags.DEFINE_integer, options={"lower_bound": 1}, shown="16"),
+    Flag("temperature", "randomness; 0 always takes the likeliest token", flags.DEFINE_float,
+         options={"lower_bound": 0.0}, shown="1.0"),
+    Flag("top_k", "sample among the k likeliest tokens; 0: all", flags.DEFINE_integer,
+         options={"lower_bound": 0}, shown="0"),
+    Flag("top_p", "sample among the fewest tokens that hold this probability", flags.DEFINE_float,
+         options={"lower_bound": 0.0, "upper_bound": 1.0}, shown="1.0"),
+    Flag("min_p", "drop tokens below this fraction of the likeliest one's probability", flags.DEFINE_float,
+         options={"lower_bound": 0.0, "upper_bound": 1.0}, shown="0.0"),
+    Flag("seed", "the same seed gives the same text", flags.DEFINE_integer, shown="a new one every time"),
+    Flag("stop", "end at this string; may be repeated", flags.DEFINE_multi_string, ()),
+    Flag("stop_token_ids", "end at these token ids, such as 5,7", flags.DEFINE_list),
+    Flag("ignore_eos", "go on after the end of the document", flags.DEFINE_bool, shown="false"),
+)  # fmt: skip

@@ -1,0 +1,170 @@
+"""Expert products in blocks of equal rows, one expert a block: static shapes, no token dropped, XLA:CPU's path.
+
+Rows (token, pick) are sorted by expert and each expert's run is padded to whole blocks, so a block needs one expert's
+weights and two dense products. A loop walks the blocks in use (their number is data, their shape is not). Against
+`ragged_dot`, which XLA:CPU computes as E masked full products, this does the work of the chosen experts only.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from v4jax.kernels.grouped_mlp.swiglu import swiglu
+from v4jax.kernels.fp8_dot import gradient_rows, with_rows
+from v4jax.kernels.fp8_dot.quantize import rows as tiled
+
+_LARGEST = 128  # rows of a block
+
+
+def experts(x_BD, picks_BK, weights_BK, gate_up_EUDF, down_EFD, *, limit, fp8=False):
+    """See `api.experts`; float32 accumulation, float32 result [B, D]."""
+    if x_BD.shape[0] == 1:
+        return _single(x_BD, picks_BK, weights_BK, gate_up_EUDF, down_EFD, limit, fp8)
+    plan = _plan(picks_BK, gate_up_EUDF.shape[0])
+    return _experts(x_BD, weights_BK, gate_up_EUDF, down_EFD, plan, limit, fp8)
+
+
+def _single(x_1D, picks_1K, weights_1K, gate_up_EUDF, down_EFD, limit, fp8):
+    """One token: its experts in turn, without the sorting of rows, which would take a quarter of the time."""
+
+    def one(pick):
+        expert, weight = pick
+        gate_up = _both(gate_up_EUDF, expert, x_1D)
+        h = swiglu(gradient_rows(gate_up) if fp8 else gate_up, limit) * weight
+        h = (with_rows(h) if fp8 else h).astype(x_1D.dtype)
+        return _dot("RF,FD->RD", h, _matrix(down_EFD, expert, x_1D))
+
+    return jax.lax.map(one, (picks_1K[0], weights_1K[0])).sum(0)
+
+
+def block_rows(rows: int, experts: int) -> int:
+    """Rows of a block: a power of two near the mean load, `_LARGEST` at most: padding stays a fraction of the work."""
+    mean = max(1, rows // experts)
+    return min(_LARGEST, 1 << (mean - 1).bit_length())
+
+
+def _plan(picks_BK, E):
+    """Where every (token, pick) row lies: (expert of each block, blocks in use, row of each slot, slot of each row)."""
+    rows = picks_BK.size
+    size = block_rows(rows, E)
+    blocks = -(-rows // size) + min(E, rows)
+    expert_R = picks_BK.reshape(-1)
+    order = jnp.argsort(expert_R, stable=True).astype(jnp.int32)
+    counts_E = jnp.bincount(expert_R, length=E)
+    blocks_E = -(-counts_E // size)
+    block_end_E = jnp.cumsum(blocks_E)
+    expert_of_block = jnp.minimum(jnp.searchsorted(block_end_E, jnp.arange(blocks), side="right"), E - 1)
+    sorted_expert = expert_R[order]
+    within = jnp.arange(rows) - (jnp.cumsum(counts_E) - counts_E)[sorted_expert]
+    slot_sorted = ((block_end_E - blocks_E)[sorted_expert] * size + within).astype(jnp.int32)
+    slot_of_row = jnp.zeros(rows, jnp.int32).at[order].set(slot_sorted, unique_indices=True)
+    row_of_slot = jnp.full(blocks * size, rows, jnp.int32).at[slot_sorted].set(order, unique_indices=True)
+    return expert_of_block.astype(jnp.int32), block_end_E[-1].astype(jnp.int32), row_of_slot, slot_of_row
+
+
+def _slots(x_BD, weights_BK, plan):
+    """Inputs and routing weights in slot order, zero where a slot holds no row."""
+    _, _, row_of_slot, _ = plan
+    K, empty = weights_BK.shape[1], row_of_slot == weights_BK.size
+    x = jnp.where(empty[:, None], 0, x_BD[jnp.minimum(row_of_slot // K, x_BD.shape[0] - 1)])
+    w = jnp.where(empty, 0, weights_BK.reshape(-1)[jnp.minimum(row_of_slot, weights_BK.size - 1)])
+    return x, w
+
+
+def _narrow(a, fp8):
+    """`a` as it meets the matrices: float32, rounded in tiles of the last axis if `fp8`."""
+    return tiled(a) if fp8 else a
+
+
+def _matrix(w_E, place, like):
+    """One expert's matrix in the type of `like`; place: the expert, of gate and up also which."""
+    return w_E[place].astype(like.dtype)
+
+
+def _both(w_EUDF, expert, x_RD):
+    """Both first products of one expert: float32 [R, 2, F]."""
+    return jnp.stack([_dot("RD,DF->RF", x_RD, _matrix(w_EUDF, (expert, u), x_RD)) for u in range(2)], 1)
+
+
+def _side_by_side(w_EUDF, like):
+    """[E, D, 2 F]: one product for both halves is faster than two, and worth the copy where blocks are large."""
+    E, U, D, F = w_EUDF.shape
+    return w_EUDF.astype(like.dtype).swapaxes(1, 2).reshape(E, D, U * F)
+
+
+def _dot(spec, a, b):
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _experts(x_BD, weights_BK, gate_up_EUDF, down_EFD, plan, limit, fp8):
+    return _forward(x_BD, weights_BK, gate_up_EUDF, down_EFD, plan, limit, fp8)[0]
+
+
+def _forward(x_BD, weights_BK, gate_up_EUDF, down_EFD, plan, limit, fp8):
+    expert_of_block, in_use, row_of_slot, slot_of_row = plan
+    D, F, size = x_BD.shape[1], down_EFD.shape[1], row_of_slot.size // expert_of_block.size
+    x, w = _slots(x_BD, weights_BK, plan)
+    if size == _LARGEST:
+        both_EDG = _side_by_side(gate_up_EUDF, x)
+        first = lambda e, x: _dot("RD,DG->RG", x, both_EDG[e]).reshape(size, 2, F)
+    else:
+        first = lambda e, x: _both(gate_up_EUDF, e, x)
+
+    def block(i, carry):
+        gate_up_all, y_all = carry
+        rows = lambda a: jax.lax.dynamic_slice_in_dim(a, i * size, size)
+        e = expert_of_block[i]
+        gate_up = first(e, rows(x))
+        h = _narrow(swiglu(gate_up, limit) * rows(w)[:, None], fp8).astype(x.dtype)
+        y = _dot("RF,FD->RD", h, _matrix(down_EFD, e, x))
+        put = lambda a, v: jax.lax.dynamic_update_slice_in_dim(a, v, i * size, axis=0)
+        return put(gate_up_all, gate_up), put(y_all, y)
+
+    empty = lambda *width: jnp.zeros((row_of_slot.size, *width), jnp.float32)
+    gate_up, y = jax.lax.fori_loop(0, in_use, block, (empty(2, F), empty(D)))
+    out = y[slot_of_row].reshape(*weights_BK.shape, D).sum(1)
+    return out, (x_BD, weights_BK, gate_up_EUDF, down_EFD, plan, gate_up)
+
+
+def _backward(limit, fp8, saved, dout_BD):
+    """Products transposed, block by block; a block's expert repeats in runs, so its gradient is added in place."""
+    x_BD, weights_BK, gate_up_EUDF, down_EFD, plan, gate_up = saved
+    expert_of_block, in_use, row_of_slot, slot_of_row = plan
+    D, F, size = x_BD.shape[1], down_EFD.shape[1], row_of_slot.size // expert_of_block.size
+    x, w = _slots(x_BD, weights_BK, plan)
+    empty = row_of_slot == weights_BK.size
+    dy = jnp.where(empty[:, None], 0, dout_BD[jnp.minimum(row_of_slot // weights_BK.shape[1], x_BD.shape[0] - 1)])
+    dy = dy.astype(x.dtype)
+    both_EDG = _side_by_side(gate_up_EUDF, x)
+
+    def block(i, carry):
+        dx_all, dw_all, dgate_up, ddown = carry
+        rows = lambda a: jax.lax.dynamic_slice_in_dim(a, i * size, size)
+        e = expert_of_block[i]
+        h, pull = jax.vjp(lambda g: swiglu(g, limit), rows(gate_up))
+        dh = _dot("RD,FD->RF", rows(dy), _matrix(down_EFD, e, x))
+        (dg,) = pull(dh * rows(w)[:, None])
+        dg = _narrow(dg, fp8).reshape(size, 2 * F).astype(x.dtype)
+        dx = _dot("RG,DG->RD", dg, both_EDG[e])
+        weighted = _narrow(h * rows(w)[:, None], fp8).astype(x.dtype)
+        dgate_up = dgate_up.at[e].add(_dot("RD,RG->DG", rows(x), dg))
+        ddown = ddown.at[e].add(_dot("RF,RD->FD", weighted, rows(dy)))
+        put = lambda a, v: jax.lax.dynamic_update_slice_in_dim(a, v, i * size, axis=0)
+        return put(dx_all, dx), put(dw_all, jnp.sum(h * dh, -1)), dgate_up, ddown
+
+    E, slots = gate_up_EUDF.shape[0], row_of_slot.size
+    zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
+    dx, dw, dgate_up, ddown = jax.lax.fori_loop(
+        0, in_use, block, (zeros(slots, D), zeros(slots), zeros(E, D, 2 * F), zeros(E, F, D))
+    )
+    dx_BD = dx[slot_of_row].reshape(*weights_BK.shape, D).sum(1)
+    dweights_BK = dw[slot_of_row].reshape(weights_BK.shape)
+    return (
+        dx_BD.astype(x_BD.dtype), dweights_BK.astype(weights_BK.dtype),
+        dgate_up.reshape(E, D, 2, F).swapaxes(1, 2).astype(gate_up_EUDF.dtype), ddown.astype(down_EFD.dtype), None,
+    )  # fmt: skip
+
+
+_experts.defvjp(_forward, _backward)

@@ -1,0 +1,105 @@
+"""How layers lie in memory, and the flat per-layer names that checkpoints use.
+
+`stacks` groups consecutive layers into runs of a repeated pattern. A run that repeats is held stacked (every array
+with a leading axis) and scanned, so a program for 61 layers is as long as one for 4; a run of one is held as it is.
+Small models are quicker unrolled: a scan copies each layer's weights out of the stack, which a decode step would feel.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from v4jax import config
+from v4jax.core.errors import UserError
+
+LayerKind = tuple[str, bool]  # attention kind, hash routing
+
+
+class LayerStack(NamedTuple):
+    """Layers first .. first + repeats * len(kinds) - 1: `kinds` in turn, `repeats` times."""
+
+    first: int
+    kinds: tuple[LayerKind, ...]
+    repeats: int
+
+    def layer(self, position: int, repeat: int) -> int:
+        """Index in the model of one layer of the stack."""
+        return self.first + repeat * len(self.kinds) + position
+
+
+def stacks(model: config.Model, scan: bool) -> list[LayerStack]:
+    """The runs that cover the schedule: the longest repeated pattern of one or two layers wherever one begins."""
+    kinds = [(kind, i < model.moe.num_hash_layers) for i, kind in enumerate(model.schedule)]
+    runs, i = [], 0
+    while i < len(kinds):
+        best = LayerStack(i, (kinds[i],), 1)
+        for period in (1, 2) if scan else ():
+            pattern = kinds[i : i + period]
+            repeats = 1
+            while kinds[i + repeats * period : i + (repeats + 1) * period] == pattern:
+                repeats += 1
+            if repeats > 1 and repeats * period > best.repeats * len(best.kinds):
+                best = LayerStack(i, tuple(pattern), repeats)
+        runs.append(best)
+        i += best.repeats * len(best.kinds)
+    return runs
+
+
+def to_layer_dict(tree: nnx.State, runs: list[LayerStack]) -> dict[str, jax.Array]:
+    """In-memory tree to {"layers.3.attn.kv": array, ...}, stacked runs taken apart."""
+    flat = {}
+    for path, array in _leaves(tree).items():
+        if path[0] != "stacks":
+            flat[".".join(path)] = array
+            continue
+        run, position, name = runs[int(path[1])], int(path[2]), ".".join(path[3:])
+        for repeat in range(run.repeats):
+            flat[f"layers.{run.layer(position, repeat)}.{name}"] = array[repeat] if run.repeats > 1 else array
+    return flat
+
+
+def from_layer_dict(flat: Mapping[str, jax.Array], abstract: nnx.State, runs: list[LayerStack]) -> nnx.State:
+    """{"layers.3.attn.kv": array, ...} to the tree that `abstract` describes; a missing name raises UserError."""
+
+    def array(name):
+        if name not in flat:
+            raise UserError(f"parameter {name} is missing; give all parameters of this very model")
+        return flat[name]
+
+    def find(path):
+        path = tuple(str(p) for p in path)
+        if path[0] != "stacks":
+            return array(".".join(path))
+        run, position, name = runs[int(path[1])], int(path[2]), ".".join(path[3:])
+        layers = [array(f"layers.{run.layer(position, repeat)}.{name}") for repeat in range(run.repeats)]
+        return jnp.stack(layers) if run.repeats > 1 else layers[0]
+
+    found = {path: variable.replace(find(path)) for path, variable in nnx.to_flat_state(abstract)}
+    return nnx.from_flat_state(found)
+
+
+def to_stacked_dict(tree: nnx.State) -> dict[str, jax.Array]:
+    """{"stacks.0.1.attn.kv": array, ...}: the tree as a flat dict, stacked runs left stacked."""
+    return {".".join(path): array for path, array in _leaves(tree).items()}
+
+
+def from_stacked_dict(arrays: Mapping[str, jax.Array], abstract: nnx.State) -> nnx.State:
+    """The inverse of `named`, for the tree that `abstract` describes."""
+    leaves = nnx.to_flat_state(abstract)
+    return nnx.from_flat_state({path: leaf.replace(arrays[".".join(map(str, path))]) for path, leaf in leaves})
+
+
+def layers_of(name: str, runs: list[LayerStack]) -> list[int] | None:
+    """Layers whose arrays the stacked array `name` holds, in order; None outside the backbone."""
+    path = name.split(".")
+    if path[0] != "stacks":
+        return None
+    run = runs[int(path[1])]
+    return [run.layer(int(path[2]), repeat) for repeat in range(run.repeats)]
+
+
+def _leaves(tree: nnx.State) -> dict[tuple[str, ...], jax.Array]:
+    return {tuple(str(p) for p in path): variable[...] for path, variable in nnx.to_flat_state(tree)}

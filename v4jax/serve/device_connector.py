@@ -1,0 +1,315 @@
+"""Between the books of one device and the tiers below it: what is let go moves down, what is asked for comes up.
+
+Down: a block that is idle, and the record behind it, are copied to the tiers when there is room on the way, at the
+latest when they are evicted: their arrays are read before the next plan writes to them. Only what is idle moves: it was
+computed by a request that did not fail. Up: when a request waits, the pieces of its prefix that the device lacks are
+read and verified by other threads; when it can be admitted, they are put into the books and the arrays as if they had
+never left, and the scheduler finds them there. A request waits for that no longer than the deadline, and reads its
+prompt itself if it must.
+
+In a run of several processes each keeps the books of all devices, and has tiers for its own. What of a prompt came up,
+and whether a request still waits, the process of the request's device says, and all are told at the same step
+(`Parking.agree`), so that the books of all stay equal.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from collections.abc import Sequence as Names
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from v4jax.cache.block_pool import BlockPool
+from v4jax.cache.offload.block_file import BlockSchema
+from v4jax.cache.offload.host_tier import StoredBlock
+from v4jax.cache.offload.manager import LoadJob, OffloadManager
+from v4jax.cache.paged_cache import PagedLayerCache
+from v4jax.parallel.host_memory import host_gather, host_scatter
+from v4jax.serve.model_steps import KVCaches
+from v4jax.serve.scheduler import Scheduler
+from v4jax.serve.request import Request, RequestStatus
+
+_BATCH = 8  # blocks or records copied by one call, if more than one
+_REMEMBERED = 1 << 20  # names of blocks
+
+
+class StoreOp(NamedTuple):
+    kind: str
+    parent: bytes
+    name: bytes
+    number: int
+
+
+class LoadOp(NamedTuple):
+    kind: str
+    number: int
+    item: StoredBlock
+
+
+@dataclass(eq=False)
+class PendingLoad:
+    """What is done for one request that waits. fetching: by this process. boundary: blocks that it can begin behind,
+    once that is known."""
+
+    job: LoadJob
+    fetching: bool
+    again: bool = False  # it is the second one, after pieces were evicted meanwhile
+    num_loaded: int | None = None
+
+
+class DeviceKVConnector:
+    """One device of an engine. `attach` joins it to the device's scheduler and books, which call it then, as `Parking`
+    does.
+
+    live: the device's state; None for a device of another process, whose books alone are kept here. forms: of a block
+    and a record. second: only what a second request asked for moves down. told: `Parking.agree` says what came up.
+    """
+
+    def __init__(
+        self, live: KVCaches | None, transfer: OffloadManager, forms: Mapping[str, BlockSchema], *, second: bool = False,
+        told: bool = False,
+    ):  # fmt: skip
+        self.here, self.transfer, self.schemas, self._told = live is not None, transfer, forms, told
+        if self.here:
+            [device] = jax.tree.leaves(live)[0].devices()
+            self._kinds, self._pinned = leaf_kinds(live), pinned_sharding(device)
+            self._device = SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
+        self._moves: list[StoreOp | LoadOp] = []  # in the order in which the books were changed
+        self._backlog: dict[str, dict[bytes, StoreOp]] = {"block": {}, "record": {}}
+        self._second, self._asked = second, OrderedDict()  # by name: whether more than one request asked for it
+        self._visits: dict[Request, PendingLoad | None] = {}
+        self._awaited: PendingLoad | None = None
+        self._blocks: BlockPool | None = None
+        self.num_restored = 0
+
+    def attach(self, scheduler: Scheduler) -> None:
+        """Serve this scheduler and its books from now on; what was to move for others is dropped."""
+        for visit in self._visits.values():
+            if visit is not None:
+                visit.job.cancelled = True
+        scheduler.kv_connector, scheduler.block_pool.on_idle, self._blocks = self, self.on_block_idle, scheduler.block_pool
+        self._moves, self._backlog, self._visits, self._awaited = [], {"block": {}, "record": {}}, {}, None
+
+    # --- called by the books ---------------------------------------------------------------------------------------
+
+    def on_block_idle(self, kind: str, parent: bytes, name: bytes, number: int, leaves: bool) -> None:
+        """A block became idle, or a record behind an idle block ready; leaves: it is evicted now."""
+        if not self.here:
+            return
+        save = StoreOp(kind, parent, name, number)
+        if leaves:
+            self._backlog[kind].pop(name, None)
+            self._moves.append(save)
+        else:
+            self._backlog[kind][name] = save
+
+    # --- called by the scheduler -----------------------------------------------------------------------------------
+
+    def prefetch(self, sequence: Request, names: Names[bytes]) -> None:
+        """A request waits that can begin with these blocks: begin to fetch what the device lacks of them."""
+        for other in [other for other in self._visits if other.status is not RequestStatus.WAITING]:
+            if (visit := self._visits.pop(other)) is not None:
+                visit.job.cancelled = True
+        if sequence not in self._visits:
+            self._visits[sequence] = self._look(names)
+            for name in names if self._second else ():
+                self._asked[name] = name in self._asked
+                self._asked.move_to_end(name)
+            while len(self._asked) > _REMEMBERED:
+                self._asked.popitem(last=False)
+
+    def _look(self, names: Names[bytes], again: bool = False) -> PendingLoad | None:
+        found, _ = self._blocks.match_prefix(names)
+        if found == len(names):
+            return None
+        here = {kind: frozenset(n for n in names if self._blocks.lookup(kind, n)) for kind in ("block", "record")}
+        job = LoadJob(tuple(names), here["block"], here["record"], found)
+        fetching = self.here and self.transfer.load(job)
+        return PendingLoad(job, fetching, again) if fetching or self._told else None
+
+    @property
+    def pending(self) -> list[PendingLoad]:
+        """Of the requests that wait, in the order in which all processes met them."""
+        return [visit for visit in self._visits.values() if visit is not None and visit.num_loaded is None]
+
+    def load_status(self, visit: PendingLoad) -> int | None:
+        """What `visit.boundary` is to be, by what was fetched here; None as long as that is not known."""
+        if visit.fetching and not visit.job.done.is_set():
+            return 0 if self.transfer.expired(visit.job) else None
+        return visit.job.num_loaded
+
+    def is_loading(self, sequence: Request, names: Names[bytes]) -> bool:
+        """Whether admission is to wait; if not, what was fetched can be found now, as far as there is room for it."""
+        visit, self._awaited = self._visits.get(sequence), None
+        if visit is None:
+            self._visits.pop(sequence, None)
+            return False
+        if not self._told:
+            visit.num_loaded = self.load_status(visit)
+        if visit.num_loaded is None:
+            self._awaited = visit
+            return True
+        if not self._install(visit, sequence.hash_seed) and not visit.again:
+            self._visits[sequence] = self._look(names, again=True)
+            return self.is_loading(sequence, names)
+        del self._visits[sequence]
+        return False
+
+    def _install(self, visit: PendingLoad, seed: bytes) -> bool:
+        """Put what was fetched into the books, to be copied before the next plan; False if some of it is gone again."""
+        blocks, job, names = self._blocks, visit.job, visit.job.block_hashes[: visit.num_loaded]
+        if not names:
+            return True
+        lacking = [name for name in names if not blocks.lookup("block", name)]
+        record_here = blocks.lookup("record", names[-1])
+        # What was on the device when the fetch began was not fetched.
+        if job.resident_blocks & set(lacking) or (not record_here and names[-1] in job.resident_snapshots):
+            return False
+        record = None if record_here else blocks.reserve_snapshot(names[-1])
+        if not record_here and record is None:
+            return True  # all records are in use: no reason to try again at once
+        held = blocks.touch([name for name in names if name not in set(lacking)])
+        new = blocks.allocate(len(lacking))
+        if new is not None:
+            pages = {**dict(zip(lacking, new, strict=True))}
+            for parent, name in itertools.pairwise([seed, *names]):
+                if name in pages:
+                    blocks.cache_block(parent, name, pages[name])
+                    if self.here:
+                        self._moves.append(LoadOp("block", pages[name], job.blocks[name]))
+        if record is not None:
+            self._moves += [LoadOp("record", record, job.record)] if self.here and new is not None else []
+            blocks.commit_snapshot(names[-1], record, valid=new is not None)
+        blocks.free([blocks.lookup("block", name) for name in names] if new is not None else held)
+        self.num_restored += len(new or ())
+        return True
+
+    # --- called by `Parking` ----------------------------------------------------------------------------------------
+
+    @property
+    def num_idle(self) -> int:
+        """Blocks and records that could move down."""
+        return sum(map(len, self._backlog.values()))
+
+    @property
+    def has_transfers(self) -> bool:
+        """Whether `carry_out` has anything to do."""
+        return bool(self._moves or self.num_idle)
+
+    def run_transfers(self, live: KVCaches, idle: bool = True) -> KVCaches:
+        """The live state after all that the books changed; to be called before the next plan is sent.
+
+        idle: nothing waits for the device, so that any number of blocks may be copied that could also wait.
+        """
+        moves, self._moves = self._moves, []
+        for (sort, kind), run in itertools.groupby(moves, lambda move: (type(move), move.kind)):
+            if sort is LoadOp:
+                live = self._restore(live, kind, list(run))
+            else:
+                self._save(live, kind, list(run))
+        for kind, backlog in self._backlog.items():
+            room = self.transfer.num_free(self.schemas[kind])
+            run = [backlog[name] for name in itertools.islice(backlog, room if idle else min(room, _BATCH))]
+            for save in run:
+                del backlog[save.name]
+            self._save(live, kind, [save for save in run if self._blocks.lookup(kind, save.name) == save.number])
+        return live
+
+    def _save(self, live: KVCaches, kind: str, saves: list[StoreOp]) -> None:
+        form = self.schemas[kind]
+        saves = [save for save in saves if self.transfer.should_store(form.key(save.name))]
+        if self._second:
+            saves = [save for save in saves if self._asked.get(save.name)]
+        room = self.transfer.num_free(form)
+        self.transfer.record_dropped(len(saves[room:]))
+        for batch in _batches(saves[:room]):
+            numbers = np.zeros(_BATCH if len(batch) > 1 else 1, np.int32)
+            numbers[: len(batch)] = [save.number for save in batch]
+            try:
+                payloads = pack_blocks(live, self._kinds, kind, jax.device_put(numbers, self._device))[: len(batch)]
+                payloads = jax.device_put(payloads, self._pinned) if self._pinned else payloads
+            except RuntimeError:  # no memory for a copy
+                self.transfer.record_dropped(len(batch))
+                continue
+            for save, payload in zip(batch, payloads, strict=True):
+                self.transfer.store(form, save.name, save.parent, payload)
+
+    def _restore(self, live: KVCaches, kind: str, restores: list[LoadOp]) -> KVCaches:
+        for batch in _batches(restores):
+            size = _BATCH if len(batch) > 1 else 1
+            numbers = np.full(size, np.iinfo(np.int32).max, np.int32)  # what is padded goes nowhere
+            numbers[: len(batch)] = [restore.number for restore in batch]
+            payloads = jax.device_put([restore.item.payload for restore in batch], self._device)
+            payloads += payloads[-1:] * (size - len(batch))
+            live = unpack_blocks(live, self._kinds, kind, jax.device_put(numbers, self._device), payloads)
+        return live
+
+    def wait_for_load(self) -> bool:
+        """Give the threads time if admission waits for them; whether it does."""
+        if self._awaited is not None and self._awaited.fetching:
+            self._awaited.job.done.wait(0.01)
+        return self._awaited is not None
+
+
+def pinned_sharding(device: jax.Device) -> SingleDeviceSharding | None:
+    """Host memory that the device can copy to by itself; None if it has none."""
+    has = "pinned_host" in {memory.kind for memory in device.addressable_memories()}
+    return SingleDeviceSharding(device, memory_kind="pinned_host") if has else None
+
+
+# --- programs ----------------------------------------------------------------------------------------------------
+
+
+def leaf_kinds(live: KVCaches) -> tuple[str, ...]:
+    """Of every leaf: "block" if its rows are pages, "record" if they are records, "hot" if it belongs to copies."""
+    parts = {"main": "block", "index": "block", "hot": "hot"}
+    kind = lambda path: next((parts[name] for key in path if (name := getattr(key, "name", None)) in parts), "record")
+    return tuple(kind(path) for path, _ in jax.tree_util.tree_leaves_with_path(live))
+
+
+def block_schema(live: KVCaches, kind: str) -> BlockSchema:
+    """What one block or record is made of: a row of every array that has such rows."""
+    leaves = zip(jax.tree_util.tree_leaves_with_path(live), leaf_kinds(live), strict=True)
+    rows = [(jax.tree_util.keystr(path), leaf) for (path, leaf), its in leaves if its == kind]
+    return BlockSchema(kind, tuple((name, leaf.dtype.name, tuple(leaf.shape[1:])) for name, leaf in rows))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def pack_blocks(live: KVCaches, kinds: tuple[str, ...], kind: str, number_N: jax.Array) -> list[jax.Array]:
+    """The bytes of so many blocks or records, each an array uint8 [bytes], so that one copy moves it."""
+    count = number_N.shape[0]
+    rows = [host_gather(leaf, number_N) for leaf, its in zip(jax.tree.leaves(live), kinds, strict=True) if its == kind]
+    data = jnp.concatenate([jax.lax.bitcast_convert_type(row, jnp.uint8).reshape(count, -1) for row in rows], axis=1)
+    return [data[i] for i in range(count)]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), donate_argnums=0)
+def unpack_blocks(live: KVCaches, kinds: tuple[str, ...], kind: str, number_N: jax.Array, payloads: list[jax.Array]) -> KVCaches:
+    """The live state with such bytes in the rows number_N; numbers out of range are dropped."""
+    leaves, tree = jax.tree.flatten(live)
+    data, start = jnp.stack(payloads), 0
+    for i, (leaf, its) in enumerate(zip(leaves, kinds, strict=True)):
+        if its == kind:
+            shape, width = (len(payloads), *leaf.shape[1:]), leaf.dtype.itemsize
+            end = start + math.prod(leaf.shape[1:]) * width
+            rows = data[:, start:end].reshape(*shape, width) if width > 1 else data[:, start:end].reshape(shape)
+            new = jax.lax.bitcast_convert_type(rows, leaf.dtype)
+            leaves[i] = host_scatter(leaf, new, number_N)
+            start = end
+    live = jax.tree.unflatten(tree, leaves)
+    if kind == "record":
+        return live
+    return jax.tree.map(lambda kept: kept.recopied(number_N), live, is_leaf=lambda a: isinstance(a, PagedLayerCache))
+
+
+def _batches(things: list) -> list[list]:
+    return [things[i : i + _BATCH] for i in range(0, len(things), _BATCH)]

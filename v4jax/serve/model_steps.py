@@ -1,0 +1,231 @@
+"""The programs that the engine compiles: read a prompt, decode, draw, draft, copy a record.
+
+Each takes the weights and the live state and gives the state back updated in place (it is donated). Shapes are static
+and few: prompt chunks and batches are rounded up, contexts of any length share one program, because what reads the
+past walks its pages only as far as they are filled. Rows beyond the batch read and write record 0, which belongs to
+nobody, and no page (which is how the model knows them: `Chunk.real_BT`).
+
+A program is written for one device. For a model on a mesh it runs on all devices at once, within `shard_map`: there
+the first axis of every array but the weights' holds the rows of all devices (`serve.places`), hence the arrays of one
+element, [1], where a device does one thing of a kind, such as reading one chunk. Tokens travel to the experts; nothing
+else does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from v4jax.models.transformer import KVCacheList, Transformer, continuation_batch
+from v4jax.cache.paged_cache import PagedLayerCache
+from v4jax.parallel.host_memory import host_gather, host_scatter
+from v4jax.nn.kv_cache_interface import CacheSlots
+from v4jax.parallel.rules import MeshRules, use_rules
+from v4jax.serve.data_parallel import row_spec as rows_of
+from v4jax.serve.sampling import SamplingTensors, SamplingFlags, sample
+
+
+class KVCaches(NamedTuple):
+    """What the model keeps on the device: the layers' states, and the MTP layer's if the engine speculates."""
+
+    layers: KVCacheList
+    mtp: PagedLayerCache | None
+
+
+class DecodeState(NamedTuple):
+    """Where each record stands: its newest token (not yet read), the place of that token, and the tokens drafted after
+    it: int32 [records], [records], [records, speculative tokens]."""
+
+    token_Z: jax.Array
+    position_Z: jax.Array
+    draft_ZK: jax.Array
+
+
+class ModelDef:
+    """A model without its arrays, and its mesh, if it is on one; compared by identity: hashing the graph itself would
+    cost a step milliseconds."""
+
+    def __init__(self, graphdef, tree, sharding: MeshRules | None = None):
+        self._graphdef, self._tree, self.sharding = graphdef, tree, sharding
+
+    def model(self, weights: list[jax.Array]) -> Transformer:
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._tree, weights))
+
+    def placed(self, weights: list[jax.Array]) -> list[jax.Array]:
+        """The weights where they belong; those that are there already stay as they are."""
+        if self.sharding is None:
+            return weights
+        return [jax.device_put(a, self.sharding.named(spec)) for a, spec in zip(weights, self.specs(), strict=True)]
+
+    def specs(self) -> list[PartitionSpec]:
+        """How each of the weights is split over the mesh."""
+        variables = jax.tree.unflatten(self._tree, range(self._tree.num_leaves))
+        leaves = jax.tree.leaves(variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+        return [self.sharding.weight(leaf.letters) for leaf in leaves for _ in jax.tree.leaves(leaf)]
+
+
+model_def = functools.lru_cache(maxsize=16)(ModelDef)  # models of equal structure share their programs
+
+
+def _jit_step(weights: bool = True, donate: tuple[int, ...] = (), static: tuple[int, ...] = ()):
+    """Compiles a function of (structure, ...), on the structure's mesh if it has one. weights: they come next, as a
+    list. donate, static: by place among all arguments."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def run(structure, *args):
+            if structure.sharding is None:
+                return function(structure, *args)
+            return _on_mesh(functools.partial(function, structure), structure, args, weights, static)
+
+        return jax.jit(run, static_argnums=(0, *static), donate_argnums=donate)
+
+    return decorate
+
+
+def _on_mesh(function, structure: ModelDef, args: tuple, weights: bool, static: tuple[int, ...]):
+    sharding, split = structure.sharding, rows_of(structure.sharding)
+    moving = [i for i in range(len(args)) if i + 1 not in static]
+    specs = [structure.specs() if weights and i == 0 else split for i in moving]
+
+    def one(*parts):
+        given = list(args)
+        for i, part in zip(moving, parts, strict=True):
+            given[i] = part
+        with use_rules(dataclasses.replace(sharding, inside=True)):
+            return function(*given)
+
+    mapped = jax.shard_map(one, mesh=sharding.mesh, in_specs=tuple(specs), out_specs=split, check_vma=False)
+    return mapped(*(args[i] for i in moving))
+
+
+@_jit_step(donate=(2,))
+def prefill(structure, weights, live: KVCaches, tokens_1T: jax.Array, start_1, count_1, record_1, table_ZA):
+    """Read tokens_1T[0, :count] (T + 1 of them, the last one only to be drafted from) at `start` of one row.
+
+    The live state, the streams [1, 1, X, D] of the last token read, and whether they are finite, [1]: what is not
+    spreads to every later token through the window. start_1, count_1, record_1 int32 [1]; a count of 0 reads nothing,
+    for record 0.
+    """
+    model = structure.model(weights)
+    chunk = continuation_batch(tokens_1T[:, :-1], start_1, count_1, CacheSlots(record_1, table_ZA[record_1]))
+    x_BTXD, layers, _ = model.hidden(chunk, live.layers)
+    mtp = live.mtp
+    if mtp is not None:
+        _, _, mtp = model.draft(x_BTXD, tokens_1T[:, 1:], chunk, mtp)
+    x_11XD = jax.lax.dynamic_slice_in_dim(x_BTXD, count_1[0] - 1, 1, axis=1)
+    return KVCaches(layers, mtp), x_11XD, jnp.isfinite(x_11XD).all((1, 2, 3))
+
+
+@_jit_step(donate=(2,), static=(5,))
+def decode(structure, weights, live: KVCaches, heads: DecodeState, rows, invariant: bool):
+    """Read each row's newest token, and its drafts: the live state, the streams, float32 logits [B, T, V].
+
+    rows: (record_B, table_ZA). invariant: row by row, so that the bits of a row do not depend on the batch.
+    """
+    model, (record_B, table_ZA) = structure.model(weights), rows
+    if not invariant:
+        layers, x_BTXD, logits_BTV = _read(model, live.layers, heads, record_B, table_ZA)
+        return KVCaches(layers, live.mtp), x_BTXD, logits_BTV
+
+    def one(layers, record):
+        layers, x_BTXD, logits_BTV = _read(model, layers, heads, record[None], table_ZA)
+        return layers, (x_BTXD[0], logits_BTV[0])
+
+    layers, (x_BTXD, logits_BTV) = jax.lax.scan(one, live.layers, record_B)
+    return KVCaches(layers, live.mtp), x_BTXD, logits_BTV
+
+
+def _read(model: Transformer, layers: KVCacheList, heads: DecodeState, record_B, table_ZA):
+    tokens_BT = jnp.concatenate([heads.token_Z[record_B][:, None], heads.draft_ZK[record_B]], axis=1)
+    chunk = continuation_batch(tokens_BT, heads.position_Z[record_B], None, CacheSlots(record_B, table_ZA[record_B]))
+    x_BTXD, layers, _ = model.forward_hidden(chunk, layers)
+    return layers, x_BTXD, model.logits(x_BTXD)
+
+
+@_jit_step()
+def logits(structure, weights, x_BTXD: jax.Array) -> jax.Array:
+    """Float32 logits [B, T, V]."""
+    return structure.model(weights).logits(x_BTXD)
+
+
+# Apart from `decode`, so that a batch with other sampling options does not compile the model again.
+@_jit_step(weights=False, donate=(2,), static=(5, 6))
+def sample_tokens(structure, logits_BTV: jax.Array, heads: DecodeState, place, options: SamplingTensors, plan: SamplingFlags, invariant: bool):
+    """Draw a token for every position read, and move each row behind those that its drafts foretold.
+
+    place: (record_B, position_B of the first token drawn or None: after each row's newest). Gives the heads, the
+    `Sampled` arrays [B, T, ...] and count_B of their tokens that count. What a row draws at a position depends on what
+    precedes it alone, so a draft that equals the token drawn is as good as no draft at all: the tokens are those of
+    plain decoding, whatever their distribution. invariant: row by row, as in `decode`.
+    """
+    record_B, position_B = place
+    B, T, V = logits_BTV.shape
+    if position_B is None:
+        position_B = heads.position_Z[record_B] + 1
+    each = lambda a: jnp.repeat(a, T, axis=0)
+    position_BT = position_B[:, None] + jnp.arange(T)
+    rows = (logits_BTV.reshape(B * T, V), jax.tree.map(each, options), position_BT.reshape(-1))
+    if invariant:
+        one = lambda row: sample(*jax.tree.map(lambda a: a[None], row), plan)
+        sampled = jax.tree.map(lambda a: a[:, 0], jax.lax.map(one, rows))
+    else:
+        sampled = sample(*rows, plan)
+    sampled = jax.tree.map(lambda a: a.reshape(B, T, *a.shape[1:]), sampled)
+    right_BK = sampled.token_B[:, :-1] == heads.draft_ZK[record_B][:, : T - 1]
+    more_B = jnp.cumprod(right_BK, axis=1).sum(1).astype(jnp.int32)
+    newest_B = jnp.take_along_axis(sampled.token_B, more_B[:, None], axis=1)[:, 0]
+    heads = heads._replace(
+        token_Z=heads.token_Z.at[record_B].set(newest_B),
+        # Padding rows stay at the beginning: readers walk as far as the row furthest on.
+        position_Z=heads.position_Z.at[record_B].set(jnp.where(record_B > 0, position_B + more_B, 0)),
+    )
+    return heads, (sampled, more_B + 1)
+
+
+@_jit_step(donate=(2, 3))
+def propose_draft(structure, weights, mtp: PagedLayerCache, heads: DecodeState, x_BTXD, drawn, record_B):
+    """Tokens that may follow each row's newest one, by the MTP layer: its state, and the heads with the drafts.
+
+    x_BTXD: streams of the positions read last. drawn: (token_BT drawn there, count_B of them that count). Beyond one
+    token the layer goes on from its own streams, for which it was not trained.
+    """
+    model, (token_BT, count_B) = structure.model(weights), drawn
+    place = CacheSlots(record_B, jnp.where(record_B > 0, record_B, -1)[:, None])  # a window has no pages: these are not read
+    start_B = heads.position_Z[record_B] - count_B
+    chunk = continuation_batch(token_BT, start_B, None, place)
+    logits_BTV, x_BTXD, mtp = model.draft(x_BTXD, token_BT, chunk, mtp)
+    at = lambda a: jnp.take_along_axis(a, (count_B - 1).reshape(-1, *[1] * (a.ndim - 1)), axis=1)
+    logits_BTV, x_BTXD, drafts = at(logits_BTV), at(x_BTXD), []
+    for more in range(heads.draft_ZK.shape[1]):
+        if more:
+            chunk = continuation_batch(drafts[-1], start_B + count_B + more - 1, None, place)
+            logits_BTV, x_BTXD, mtp = model.draft(x_BTXD, drafts[-1], chunk, mtp)
+        drafts.append(jnp.argmax(logits_BTV, -1).astype(jnp.int32))
+    return mtp, heads._replace(draft_ZK=heads.draft_ZK.at[record_B].set(jnp.concatenate(drafts, axis=1)))
+
+
+@_jit_step(weights=False, donate=(1,))
+def copy_state(structure, live: KVCaches, source_1: jax.Array, target_1: jax.Array) -> KVCaches:
+    """One record to another, int32 [1]."""
+
+    def one(kept: PagedLayerCache) -> PagedLayerCache:
+        return kept.map_state(lambda a: host_scatter(a, host_gather(a, source_1), target_1))
+
+    return jax.tree.map(one, live, is_leaf=lambda a: isinstance(a, PagedLayerCache))
+
+
+@_jit_step(weights=False, donate=(1,))
+def zero_state(structure, live: KVCaches, record_1: jax.Array, page_1A: jax.Array) -> KVCaches:
+    """Zeros in a record and in pages (int32, -1 for none): masks hide what is stale, but 0 * NaN is NaN."""
+
+    def one(kept: PagedLayerCache) -> PagedLayerCache:
+        return kept.map_state(lambda a: host_scatter(a, 0, record_1)).zero_blocks(page_1A[0])
+
+    return jax.tree.map(one, live, is_leaf=lambda a: isinstance(a, PagedLayerCache))

@@ -1,0 +1,81 @@
+"""Which token ids end a text, where several files of a checkpoint name some."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from v4jax import config
+from v4jax.checkpoint.generation_config import GenerationConfig
+from v4jax.core.errors import UserError
+from v4jax.data.tokenizer import Tokenizer
+from v4jax.serve.sampling import is_int, shown
+
+_log = logging.getLogger(__name__)
+
+
+class Ends(NamedTuple):
+    """ids: any of them ends a text. eos_id: the one of them that vLLM calls the eos token, None if there is none."""
+
+    ids: frozenset[int]
+    eos_id: int | None
+
+
+def find_ends(
+    model: config.Model,
+    generation: GenerationConfig,
+    tokenizer: Tokenizer | None,
+    given: int | Iterable[int] | None = None,
+) -> Ends:
+    """The ids that end a text.
+
+    The rule is vLLM's: the ids of generation_config.json, or, where it names none, those of the model's config, and
+    with them the eos of the tokenizer. A file that says null in the place of ids says that nothing ends a text, and
+    then the eos of the tokenizer does not either. Logs one warning where the three disagree.
+
+    Args:
+        given: the ids that the user names; they alone count then, and an empty list means that nothing ends a text.
+
+    Raises:
+        UserError: `given` is no id and no list of ids.
+    """
+    own = None if tokenizer is None else tokenizer.eos_id
+    if given is not None:
+        ids = _given(given)
+        return Ends(frozenset(ids), own if own in ids else next(iter(ids), None))
+    ids = model.eos_ids if generation.eos_ids is None else generation.eos_ids
+    ends = Ends(frozenset(ids), None)
+    if ids:
+        eos_id = ids[0] if own is None else own
+        ends = Ends(frozenset((*ids, eos_id)), eos_id)
+    if set(ids) != set(model.eos_ids) or (own is not None and own not in ids):
+        named = [] if generation.eos_ids is None else [f"generation_config.json names {_list(generation.eos_ids)}"]
+        named.append(f"the model's config {_list(model.eos_ids)}")
+        named += [] if own is None else [f"the tokenizer {own}"]
+        _log.warning(
+            "the files disagree on what ends a text: %s; generation ends at %s (the first of these, and the "
+            "tokenizer's unless the first is null); pass eos_id= to LLM to choose", ", ".join(named), _list(ends.ids),
+        )  # fmt: skip
+    return ends
+
+
+def warn_of_bos(model: config.Model, tokenizer: Tokenizer | None) -> None:
+    """Log one warning where the tokenizer and the model's config name two ids of bos; the tokenizer's counts."""
+    if tokenizer is not None and None not in (tokenizer.bos_id, model.bos_id) and tokenizer.bos_id != model.bos_id:
+        _log.warning(
+            "the files disagree on bos: the tokenizer names %d, the model's config %d; the tokenizer's begins a text; "
+            "pass bos_id= to LLM to choose", tokenizer.bos_id, model.bos_id,
+        )  # fmt: skip
+
+
+def _given(given: int | Iterable[int]) -> tuple[int, ...]:
+    is_list = isinstance(given, (list, tuple, set, frozenset))
+    ids = tuple(given) if is_list else (given,)
+    if not all(is_int(i) and i >= 0 for i in ids):
+        raise UserError(f"eos_id must be a token id or a list of them, got {shown(given)}")
+    return tuple(map(int, ids))
+
+
+def _list(ids: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(ids))) or "none"

@@ -1,0 +1,354 @@
+"""The closed form of a plan: what a model needs on a topology, from shapes and rules alone.
+
+Bytes of state are exact, from the same rules that split it in a run. Activations, traffic and work are sums over the
+terms named in the docstrings; `plan` says what they leave out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from v4jax import config as configs
+from v4jax.cache.kv_cache_spec import KVCacheSpec
+from v4jax.config import MESH_AXES, Config, Mesh
+from v4jax.core.errors import UserError
+from v4jax.models.param_count import count_parameters, parameter_table
+from v4jax.models.layer_stacks import stacks
+from v4jax.nn.linear import FP8_WEIGHT_AXES
+from v4jax.parallel.matrix_exchange import replica_axes, group_small
+from v4jax.parallel.mesh import sizes
+from v4jax.parallel.rules import MeshRules, validate_rules
+from v4jax.tools.topology import GIB, Topology, listed
+from v4jax.train.optim import MATRICES, NEWTON_SCHULZ_STEPS
+
+_HOST_RUNTIME_BYTES = 2 * GIB  # of host memory a chip, for programs and transfer buffers: an allowance, not a measurement
+MODES = ("train", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is planned: the mode, tokens of a row (context), and rows (train: the batch, else sequences at once)."""
+
+    mode: str
+    context: int
+    rows: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one step computes."""
+        return self.rows if self.mode == "decode" else self.rows * self.context
+
+
+@dataclass(frozen=True)
+class CostEstimate:
+    """One plan. device_bytes and traffic are by part, links by network and part, of one device and one step."""
+
+    device_bytes: dict[str, float]
+    host_bytes: float
+    flops: float  # of all devices together, without recomputation
+    device_flops: float  # of one device, with it
+    traffic: dict[str, float]
+    links: dict[str, dict[str, float]]  # bytes sent, by the network that carries them (`Chip.links`) and part
+    seconds: dict[str, float]  # compute, memory, and each of the networks: the step takes at least the longest
+    mfu: float
+
+    @property
+    def collectives(self) -> dict[str, float]:
+        """Bytes sent by part, over both networks."""
+        fast, slow = self.links.values()
+        return {part: fast[part] + slow[part] for part in fast}
+
+
+class Collectives:
+    """Bytes that one device sends, by the network that carries them and by part.
+
+    The devices of a mesh are numbered axis by axis, and `domain` of them that follow each other share the fast network.
+    Of a group of devices along some axes, `inside` are in one domain, and the group has members in `domains`.
+    """
+
+    def __init__(self, sharding: MeshRules, topology: Topology):
+        self.sharding, self.domain = sharding, topology.domain
+        self.links = {name: defaultdict(float) for name in topology.chip.links}
+
+    def group(self, axes: Sequence[str]) -> tuple[int, int]:
+        """(inside, domains) of the group along these axes."""
+        inside = stride = 1
+        for axis in reversed(MESH_AXES):
+            size = self.sharding.mesh.shape[axis]
+            if axis in axes:
+                inside *= math.gcd(size, max(1, self.domain // stride))
+            stride *= size
+        return inside, self.sharding.size(axes) // inside
+
+    def gather(self, part: str, size: float, axes: Sequence[str]) -> None:
+        """An all-gather of a result of `size` bytes, or the reduce-scatter that goes the other way.
+
+        A domain sends its share to each other domain once, spread over the network cards of its members, as NCCL's
+        rings do; the rest goes over the fast network.
+        """
+        inside, domains = self.group(axes)
+        slow = size * (1 - 1 / domains) / inside
+        self._add(part, size * (1 - 1 / (inside * domains)) - slow, slow)
+
+    def exchange(self, part: str, size: float, axes: Sequence[str]) -> None:
+        """An all-to-all of `size` bytes of a device, which go to all of the group alike."""
+        inside, domains = self.group(axes)
+        slow = size * (1 - 1 / domains)
+        self._add(part, size * (1 - 1 / (inside * domains)) - slow, slow)
+
+    def _add(self, part: str, fast: float, slow: float) -> None:
+        for link, sent in zip(self.links.values(), (fast, slow), strict=True):
+            link[part] += sent
+
+
+def default_mesh(config: Config, topology: Topology, work: Workload) -> Mesh:
+    """`config.mesh` if it names a layout; else experts over up to 64 devices in training, over all in serving.
+
+    Training takes `pod`: rows split over experts and fsdp, and the tokens of a row where devices outnumber rows.
+    Serving takes `serve`.
+    """
+    if config.mesh.rules:
+        return config.mesh
+    per_slice = topology.devices // topology.slices
+    if work.mode != "train":
+        expert = math.gcd(per_slice, config.model.moe.n_routed_experts)
+        return Mesh("serve", slice=topology.slices, data=per_slice // expert, expert=expert)
+    parts = math.gcd(per_slice, max(work.rows // topology.slices, 1))
+    expert = math.gcd(parts, config.model.moe.n_routed_experts, 64)
+    return Mesh("pod", slice=topology.slices, expert=expert, fsdp=parts // expert, context=per_slice // parts)
+
+
+def abstract_sharding(mesh: Mesh, devices: int) -> MeshRules:
+    """The rules of a mesh on devices that need not exist."""
+    layout = configs.load_sharding(mesh.rules)
+    validate_rules(layout)
+    return MeshRules(AbstractMesh(sizes(mesh, layout, devices), MESH_AXES), layout)
+
+
+def parameter_shapes(model: configs.Model) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """Letters and shape of every trained parameter by its name; hash tables and router biases weigh nothing."""
+    rows = {".".join(path): row for path, row in parameter_table(model).items() if row[2]}
+    return {name: letters for name, (letters, _, _) in rows.items()}, {name: row[1] for name, row in rows.items()}
+
+
+def state_bytes(config: Config, sharding: MeshRules) -> tuple[dict[str, float], float]:
+    """Bytes of one device, exact: weights, gradients and optimizer state in float32, as rules and shapes split them;
+    and of its share of host memory, where `train.offload` puts the optimizer (what comes back is then an estimate)."""
+    letters, shapes = parameter_shapes(config.model)
+    where = sharding.parameters(letters, shapes)
+    numbers = {name: math.prod(where[name].shard_shape(shape)) for name, shape in shapes.items()}
+    # Muon keeps one moment, AdamW two.
+    moments = {name: 4 * count * (1 if letters[name] in MATRICES else 2) for name, count in numbers.items()}
+    weights, optimizer, host = 4 * sum(numbers.values()), sum(moments.values()), 0
+    if "optimizer" in config.train.offload:  # on the device while it is used: one parameter's, as it was and will be
+        optimizer, host = 2 * max(moments.values()), optimizer
+    return {"weights": weights, "gradients": weights, "optimizer": optimizer}, host
+
+
+def attention_flops(model: configs.Model, context: float) -> float:
+    """Operations of one token that sees `context` tokens: both products with window, picked and visible entries, and
+    the indexer's scores; 2 a multiply-add."""
+    heads, total = 4 * model.num_attention_heads * model.head_dim, 0.0
+    for kind in model.schedule:
+        seen = min(model.sliding_window, context)
+        if kind == "csa":
+            entries = context / model.compress_rate_csa
+            seen += min(model.indexer.index_topk, entries)
+            total += 2 * model.indexer.index_n_heads * model.indexer.index_head_dim * entries
+        elif kind == "hca":
+            seen += context / model.compress_rate_hca
+        total += heads * seen
+    return total
+
+
+def estimate(config: Config, topology: Topology, mesh: Mesh, work: Workload) -> CostEstimate:
+    """The plan of one mode. Raises UserError where mesh, model and batch do not fit each other."""
+    if work.mode not in MODES:
+        raise UserError(f"no mode {work.mode!r}; one of {', '.join(MODES)}")
+    sharding = abstract_sharding(mesh, topology.devices)
+    build = _train if work.mode == "train" else _serve
+    sent = Collectives(sharding, topology)
+    parts, traffic, host = build(config, topology, sharding, work, sent)
+    counts = count_parameters(config.model)
+    mean = work.context if work.mode == "decode" else work.context / 2
+    attention = attention_flops(config.model, mean)
+    once = 2 * counts.active + attention  # forward, one token
+    times = 3 if work.mode == "train" else 1  # and twice that backward
+    again = 1 if work.mode == "train" and config.train.remat else 0
+    flops = times * once * work.tokens
+    device_flops = (times + again) * once * work.tokens / topology.devices
+    optimizer = _muon(config, sharding, sent) if work.mode == "train" else 0.0
+    share8 = _narrow_flops(config) / once if work.mode == "train" else 0.0
+    slow = (1 - share8) / topology.chip.flops + share8 / (topology.chip.flops8 or topology.chip.flops)
+    seconds = {
+        "compute": (device_flops * slow + optimizer / topology.chip.flops) * topology.chip.devices,
+        "memory": sum(traffic.values()) / (topology.chip.bandwidth / topology.chip.devices),
+    }
+    for link, speed in zip(sent.links, (topology.chip.network, topology.chip.slow_network), strict=True):
+        seconds[link] = sum(sent.links[link].values()) / (speed / topology.chip.devices)
+    bound = max(seconds.values())
+    mfu = flops / (bound * topology.chips * topology.chip.flops)
+    return CostEstimate(parts, host, flops, device_flops + optimizer, traffic, sent.links, seconds, mfu)
+
+
+def _narrow_flops(config: Config) -> float:
+    """Of a token's forward pass, the operations whose operands are in FP8: dense products (routed experts round what
+    they multiply, and multiply it as it was)."""
+    if config.train.matmul_precision != "fp8":
+        return 0.0
+    rows = parameter_table(config.model).items()
+    dense = FP8_WEIGHT_AXES - {"EUDF", "EFD"}
+    return 2 * sum(math.prod(shape) for path, (letters, shape, _) in rows if letters in dense and path[0] != "mtp")
+
+
+# Counted in the programs that tests/golden/compiled.json records: float32 copies of the rows that travel, alive at once
+# in the backward pass for each layer that is computed anew; copies of the logits; and of the vocabulary's two matrices.
+_ROW_COPIES, _LOGITS, _VOCABULARY = 4.5, 2, 2
+
+
+def _train(config: Config, topology: Topology, sharding: MeshRules, work: Workload, sent: Collectives):
+    """Training: state as it lies; kept streams (with remat between units of layers), the inside of a unit; logits."""
+    m, (parts, host) = config.model, state_bytes(config, sharding)
+    moments = host or parts["optimizer"]
+    tokens = work.tokens / _token_shards(sharding, work)
+    width = jnp.dtype(m.dtype).itemsize
+    D, F, K = m.hidden_size, m.moe.moe_intermediate_size, m.moe.num_experts_per_tok
+    tensor = sharding.size(sharding.axes("weights", "expert_mlp"))
+    streams = tokens * m.mhc.hc_mult * D * width
+    inside = _ROW_COPIES * 1.5 * tokens * K * D * 4
+    runs = stacks(m, config.train.scan)
+    units, longest = sum(run.repeats for run in runs), max(len(run.kinds) for run in runs)
+    kept = units * streams + longest * inside if config.train.remat else m.num_hidden_layers * inside
+    if "streams" in config.train.offload:  # on the device: those that come and those that are used
+        kept, host = kept - max(units - 2, 0) * streams, host + units * streams
+    vocabulary = sharding.size(sharding.axes("weights", "vocab"))
+    logits = _LOGITS * tokens * m.vocab_size / vocabulary * 4
+    # Experts of a layer with their hidden size gathered, forward and as gradients; embedding and head likewise.
+    expert_parts = sharding.size(sharding.axes("weights", "expert")) * tensor
+    layer = 3 * D * F * m.moe.n_routed_experts / expert_parts * width
+    whole = _VOCABULARY * D * m.vocab_size / vocabulary * 4
+    split = sharding.size(sharding.axes("weights", "expert_embed"))
+    plain = config.train.matmul_precision == config.train.expert_weight_format == "plain"
+    rounded = 0 if plain else layer / width * 4 / split  # a layer's own part of the experts once more, in float32
+    parts |= {"activations": kept + logits, "gathered": 2 * layer + whole + rounded}
+    passes = 3 if config.train.remat else 2
+    traffic = {
+        "weights": passes * m.num_hidden_layers * layer, "optimizer": 2 * (parts["weights"] + moments),
+        "gradients": 2 * parts["gradients"], "activations": passes * m.num_hidden_layers * (inside + streams) + 2 * logits,
+    }  # fmt: skip
+    travel, split_axes = sharding.axes("weights", "expert"), sharding.axes("weights", "expert_embed")
+    dense = (count_parameters(m).total - count_parameters(m).by_group["routed experts"]) * width / tensor
+    dense_axes = sharding.axes("weights", "embed")
+    journeys = 2 * passes + 1  # there and back at each pass, and there once more: the backward pass computes rows anew
+    replicas = [axis for axis in _token_axes(sharding) if axis not in (*travel, *split_axes)]
+    sent.gather("all-gather", passes * m.num_hidden_layers * layer, split_axes)
+    sent.gather("all-gather", passes * dense, dense_axes)
+    sent.gather("reduce-scatter", m.num_hidden_layers * layer, split_axes)
+    sent.gather("reduce-scatter", dense, dense_axes)
+    sent.gather("all-reduce", 2 * m.num_hidden_layers * layer / split, replicas)
+    sent.exchange("all-to-all", m.num_hidden_layers * tokens * K * D * width * journeys, travel)
+    return parts, traffic, topology.chip.host * (_HOST_RUNTIME_BYTES + topology.chip.devices * host)
+
+
+def _muon(config: Config, sharding: MeshRules, sent: Collectives) -> float:
+    """Operations of one device that orthogonalize matrices (`parallel/matrix_exchange.py`). `sent` gets the bytes, in float32,
+    by which parts of a matrix come together on one device and lie as before, and replicas get each other's results."""
+    letters, shapes = parameter_shapes(config.model)
+    where, alike = sharding.parameters(letters, shapes), defaultdict(list)
+    for name in letters:
+        if letters[name] in MATRICES:
+            alike[letters[name], shapes[name][-len(letters[name]) :]].append(name)
+    operations = 0.0
+    for (axes, shape), names in alike.items():
+        sides = [[axes.index(letter) for letter in side] for side in MATRICES[axes]]
+        fans = sorted(math.prod(shape[axis] for axis in side) for side in sides)
+        spec, copies = sharding.weight(axes), replica_axes(sharding, sharding.weight(axes))
+        split = [_names(spec, axis) for axis in itertools.chain(*sides)]
+        sharers, groups = math.prod(map(sharding.size, split)), sharding.size(copies)
+        counts = [math.prod(where[name].shard_shape(shapes[name])) * sharers // math.prod(fans) for name in names]
+        turn = sharers * groups  # matrices of one round
+        rounds = sum(-(-sum(counts[i] for i in group) // turn) for group in group_small(counts, turn))
+        operations += rounds * NEWTON_SCHULZ_STEPS * (4 * fans[0] ** 2 * fans[1] + 2 * fans[0] ** 3)
+        size = rounds * 4 * math.prod(fans)
+        for along in split:
+            sent.exchange("matrices", 2 * size, along)
+        sent.gather("matrices", groups * size, copies)
+    return operations
+
+
+def _names(spec: PartitionSpec, axis: int) -> tuple[str, ...]:
+    """Mesh axes that split one axis of an array."""
+    names = spec[axis] if axis < len(spec) else None
+    return (names,) if isinstance(names, str) else names or ()
+
+
+def _serve(config: Config, topology: Topology, sharding: MeshRules, work: Workload, sent: Collectives):
+    """Serving: weights in the model's dtype, the cache of all rows in `cache.layout`, one chunk's activations."""
+    m, layout = config.model, KVCacheSpec(config.model, config.cache.kv_cache_dtype, config.cache.block_size, config.cache.device_entries)
+    width = jnp.dtype(m.dtype).itemsize
+    letters, shapes = parameter_shapes(m)
+    where = sharding.parameters(letters, shapes)
+    weights = sum(width * math.prod(where[name].shard_shape(shape)) for name, shape in shapes.items())
+    # A device has a page and a record to spare, and pages are whole.
+    rows, pages = work.rows / topology.devices, -(-work.context // layout.block)
+    kv = (1 + rows * pages) * layout.block_bytes + (1 + rows) * layout.state_bytes() + layout.device_cache_bytes
+    # Decoding reads a token of every row at once, a prefill the rows of a device one by one, and each chunk by chunk.
+    chunk = min(work.context, config.serve.max_num_batched_tokens)
+    tokens, steps = (max(1.0, rows), 1) if work.mode == "decode" else (chunk, rows * -(-work.context // chunk))
+    activations = tokens * (4 * 4 * m.mhc.hc_mult * m.hidden_size + 12 * m.num_attention_heads * m.head_dim + 4 * m.vocab_size)
+    parts = {"weights": weights, "kv": kv, "activations": activations}
+    experts = count_parameters(m).by_group["routed experts"] * width / topology.devices
+    # Of the experts, by a step's tokens, picked evenly.
+    met = 1 - (1 - m.moe.num_experts_per_tok / m.moe.n_routed_experts) ** (tokens * topology.devices)
+    read = weights - experts * (1 - met)
+    entry, key, each = layout.entry_bytes, layout.key_bytes if "csa" in m.schedule else 0, 0.0
+    for kind in m.schedule:
+        if kind == "csa":
+            each += work.context / m.compress_rate_csa * key + min(m.indexer.index_topk, work.context / m.compress_rate_csa) * entry
+        elif kind == "hca":
+            each += work.context / m.compress_rate_hca * entry
+        each += m.sliding_window * m.head_dim * width
+    traffic = {"weights": steps * read, "kv": rows * each if work.mode == "decode" else steps * each / 2,
+               "activations": 2 * steps * activations}  # fmt: skip
+    numbers = steps * m.num_hidden_layers * tokens * m.hidden_size
+    sent.exchange("all-to-all", numbers * m.moe.num_experts_per_tok * width * 2, sharding.axes("weights", "expert"))
+    sent.gather("all-reduce", numbers * 4 * 2 * 2, sharding.axes("weights", "expert_mlp"))
+    far = (1 + rows * pages) * layout.host_block_bytes + (1 + rows) * layout.host_state_bytes()
+    host = topology.chip.host * (_HOST_RUNTIME_BYTES + topology.chip.devices * far)
+    return parts, traffic, host
+
+
+def _token_shards(sharding: MeshRules, work: Workload) -> int:
+    """Parts that the tokens of a step are split into; UserError where they do not divide."""
+    for name, size, letter in (("rows", work.rows, "B"), ("context", work.context, "T")):
+        axes = sharding.activation(letter)[0] or ()
+        number = sharding.size((axes,) if isinstance(axes, str) else axes)
+        if size % number:
+            raise UserError(f"{size} {name} cannot be split into the {number} parts of this mesh; choose another mesh")
+    return sharding.size(_token_axes(sharding))
+
+
+def _token_axes(sharding: MeshRules) -> tuple[str, ...]:
+    """Mesh axes that split the tokens of a step."""
+    return sharding.axes("activations", "batch") + sharding.axes("activations", "token")
+
+
+def smallest_topology(config: Config, topology: Topology, work: Workload, reserve: float) -> tuple[Topology, CostEstimate] | None:
+    """The smallest listed topology of the same chip on which the closed form fits, or None."""
+    for candidate in listed(topology.chip):
+        try:
+            plain = dataclasses.replace(config, mesh=Mesh())
+            found = estimate(plain, candidate, default_mesh(plain, candidate, work), work)
+        except UserError:
+            continue
+        if sum(found.device_bytes.values()) <= candidate.device_memory * (1 - reserve):
+            return candidate, found
+    return None

@@ -1,0 +1,248 @@
+"""Training state and the compiled step, on one device or on a mesh of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from v4jax.config import Config
+from v4jax.core.errors import UserError
+from v4jax.models.layer_stacks import from_layer_dict, layers_of, to_stacked_dict, from_stacked_dict, to_layer_dict
+from v4jax.models.transformer import Transformer
+from v4jax.nn.linear import mark_low_precision
+from v4jax.parallel.rules import validate_used, make_mesh_rules, use_rules
+from v4jax.train.spike_guard import SpikeGuardState, select_state, check_step, new_guard
+from v4jax.train.loss import Batch, heldout_nll, loss
+from v4jax.train.optim import make_optimizer, schedule, update_bias
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes, as pytrees of arrays keyed by `models.layout.named` names."""
+
+    params: dict[str, jax.Array]
+    fixed: dict[str, jax.Array]  # router biases and hash tables
+    opt: Any
+    step: jax.Array  # int32 scalar: steps done, skipped ones too
+    guard: SpikeGuardState | None = None  # against loss spikes, where `train.spike` asks for one
+
+
+class Trainer:
+    """The parts of a run that do not change: model structure, optimizer, sharding and compiled functions.
+
+    With a layout in `config.mesh` the state lies on the mesh of `devices` (default: all), the batch is split over it,
+    and every function is one program for all of them. Raises UserError for a mesh that does not fit the model.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        optimizer: optax.GradientTransformation | None = None,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        self.config = config
+        train, streams = config.train, "streams" in config.train.offload
+        self._new = lambda rngs: Transformer(config.model, rngs, train.scan, train.remat, streams)
+        abstract = nnx.eval_shape(lambda: self._new(nnx.Rngs(0)))
+        mark_low_precision(abstract, train.matmul_precision, train.expert_weight_format)
+        self.runs = abstract.stack_specs
+        self._graph, self._params, self._fixed = nnx.split(abstract, nnx.Param, ...)
+        leaves = nnx.to_flat_state(self._params)
+        self._axes = {".".join(map(str, path)): leaf.letters for path, leaf in leaves}
+        self._optimizer = optimizer or make_optimizer(config.train, self._axes)
+        self.sharding = make_mesh_rules(config.mesh, devices)
+        shapes = {".".join(map(str, path)): leaf.get_value().shape for path, leaf in leaves}
+        self._place_on_mesh(shapes)
+        self.model_loss = lambda params, fixed, batch: loss(self.model(params, fixed), batch, config.train)
+        heldout = lambda state, batch: heldout_nll(self.model(state.params, state.fixed), batch)
+        state, batch = self.state_sharding, self.batch_sharding
+        self._rates = {"lr": schedule(train, train.lr), "adam_lr": schedule(train, train.adam_lr)}
+        self.step = self._jit(self._step, (state, batch), (state, self._replicated), donate_argnums=0)
+        self.evaluate = self._jit(heldout, (state, batch), self._replicated)
+        self.finite = self._jit(self._finite, (state,), self._replicated)
+        # Taking stacks apart is work for the device; without stacks it only renames, and a jit would copy everything.
+        self._flat = self._jit(self._to_flat, None, None) if train.scan else self._to_flat
+
+    def _place_on_mesh(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Where state, batch and results lie; all None without a mesh."""
+        self._replicated = self.batch_sharding = self.state_sharding = self._param_sharding = None
+        self.process_share = (0, 1)
+        if self.sharding is None:
+            return
+        validate_used(self.sharding.rules, list(self._axes.values()))
+        self._replicated = self.sharding.named(PartitionSpec())
+        self.batch_sharding = self.sharding.named(self.sharding.activation("BT"))
+        self._param_sharding = self.sharding.parameters(self._axes, shapes)
+        self.process_share = self._share()
+        abstract = self.abstract()
+        self.state_sharding = self._state_shardings(abstract)
+        if "optimizer" in self.config.train.offload:
+            moved = lambda sharding, leaf: sharding.with_memory_kind("pinned_host") if leaf.ndim else sharding
+            opt = jax.tree.map(moved, self.state_sharding.opt, abstract.opt)
+            self.state_sharding = self.state_sharding._replace(opt=opt)
+
+    def _share(self) -> tuple[int, int]:
+        """(i, n): this process feeds part i of n equal parts of the batch's rows. Raises UserError for uneven ones."""
+        shape = (self.config.train.batch_size, self.config.data.seq_len)
+        for size, letter, name in zip(shape, "BT", ("train.batch_size", "data.seq_len"), strict=True):
+            axes = self.sharding.activation(letter)[0] or ()
+            parts = self.sharding.size((axes,) if isinstance(axes, str) else axes)
+            if size % parts:
+                raise UserError(f"{name} {size} is not a multiple of the {parts} parts that the mesh splits it into")
+        mine = {index[0].indices(shape[0])[:2] for index in self._local_indices(shape)}
+        first, last = min(start for start, _ in mine), max(stop for _, stop in mine)
+        return first // (last - first), shape[0] // (last - first)
+
+    def _local_indices(self, shape: tuple[int, int]):
+        """Index of this process' part of the batch on each of its devices."""
+        where = self.batch_sharding.devices_indices_map(shape)
+        mine = [index for device, index in where.items() if device.process_index == jax.process_index()]
+        return mine or list(where.values())  # devices of a topology that is only compiled for belong to nobody
+
+    def _state_shardings(self, state: TrainState) -> TrainState:
+        """A tree like `state` of shardings: an optimizer's array lies as the parameter whose name ends its path."""
+
+        def of(path, leaf):
+            name = getattr(path[-1], "key", None) if path else None
+            if name in self._param_sharding and leaf.ndim:
+                return self._param_sharding[name]
+            return self._replicated
+
+        return jax.tree_util.tree_map_with_path(of, state)
+
+    def _jit(self, function, inputs, outputs, **options):
+        """`jax.jit`, on a mesh with the rules in force while it is traced."""
+        if self.sharding is None:
+            return jax.jit(function, **options)
+
+        def traced(*args):
+            with use_rules(self.sharding):
+                return function(*args)
+
+        return jax.jit(traced, in_shardings=inputs, out_shardings=outputs, **options)
+
+    def shard_batch(self, batch: dict[str, np.ndarray]) -> Batch:
+        """This process' rows of a batch (its `share`), on the devices."""
+        if self.sharding is None:
+            return jax.device_put(batch)
+        rows, first = self.config.train.batch_size, self.process_share[0] * len(batch["tokens_BT"])
+
+        def array(mine):
+            shape, sharding = (rows, mine.shape[1]), self.batch_sharding
+            local = lambda index: mine[slice(*(i - first for i in index[0].indices(rows)[:2])), index[1]]
+            places = sharding.addressable_devices_indices_map(shape).items()
+            # Transfers that are said, as the loop's guard wants them; `make_array_from_callback` counts as implicit.
+            parts = [jax.device_put(local(index), device) for device, index in places]
+            return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+        return {name: array(mine) for name, mine in batch.items()}
+
+    def model(self, params: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> Transformer:
+        """The module with these arrays in it."""
+        return nnx.merge(self._graph, from_stacked_dict(params, self._params), from_stacked_dict(fixed, self._fixed))
+
+    def init(self) -> TrainState:
+        """State before the first step, drawn from `train.seed`."""
+        return self._jit(self._build, None, self.state_sharding)(jax.random.key(self.config.train.seed))
+
+    def _build(self, key: jax.Array) -> TrainState:
+        model = self._new(nnx.Rngs(key))
+        params, fixed = (to_stacked_dict(tree) for tree in nnx.split(model, nnx.Param, ...)[1:])
+        step, guard = jnp.zeros((), jnp.int32), new_guard(self.config.train)
+        return TrainState(params, fixed, self._optimizer.init(params), step, guard)
+
+    def abstract(self) -> TrainState:
+        """Shapes and dtypes of the state, on a mesh with shardings; nothing computed."""
+        return _with(jax.eval_shape(self._build, jax.random.key(0)), self.state_sharding)
+
+    def to_tree(self, state: TrainState) -> dict[str, Any]:
+        """What a checkpoint holds: the model under its per-layer names (any layout reads it), the rest as it is."""
+        return self._tree(state, self._flat)
+
+    def abstract_tree(self) -> dict[str, Any]:
+        """`to_tree` of `abstract`; on a mesh with the shardings that reading a checkpoint should give."""
+        tree = jax.eval_shape(lambda state: self._tree(state, self._to_flat), self.abstract())
+        if self.sharding is None:
+            return tree
+        letters = {name: self._axes.get(self._stacked_name(name), "") for name in tree["model"]}
+        shapes = {name: leaf.shape for name, leaf in tree["model"].items()}
+        model = self.sharding.parameters(letters, shapes)
+        return _with(tree, self._tree(self.state_sharding, lambda *_: model))
+
+    def _tree(self, state: TrainState, flat: Callable) -> dict[str, Any]:
+        model = flat(state.params, state.fixed)
+        return {"model": model, "opt": state.opt, "step": state.step, "guard": state.guard}
+
+    def _stacked_name(self, name: str) -> str:
+        """Name in memory of the array that holds `name` of the flat per-layer names."""
+        head, _, rest = name.partition(".")
+        if head != "layers":
+            return name
+        layer, _, rest = rest.partition(".")
+        for i, run in enumerate(self.runs):
+            past = int(layer) - run.first
+            if past < run.repeats * len(run.kinds):
+                return f"stacks.{i}.{past % len(run.kinds)}.{rest}"
+        raise ValueError(f"no layer {layer}")
+
+    def _to_flat(self, params: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return to_layer_dict(nnx.merge_state(from_stacked_dict(params, self._params), from_stacked_dict(fixed, self._fixed)), self.runs)
+
+    def from_tree(self, tree: dict[str, Any]) -> TrainState:
+        """The inverse of `to_tree`."""
+        if self.sharding is None:
+            return self._from_tree(tree)
+        return self._jit(self._from_tree, None, self.state_sharding)(tree)
+
+    def _from_tree(self, tree: dict[str, Any]) -> TrainState:
+        params, fixed = (to_stacked_dict(from_layer_dict(tree["model"], part, self.runs)) for part in (self._params, self._fixed))
+        guard = tree["guard"] if "guard" in tree else new_guard(self.config.train)
+        return TrainState(params, fixed, tree["opt"], tree["step"], guard)
+
+    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        if "optimizer" in self.config.train.offload:  # its sharding brings it back to the host
+            state = state._replace(opt=jax.device_put(state.opt, jax.memory.Space.Device))
+        objective = lambda params: self.model_loss(params, state.fixed, batch)
+        (_, parts), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        updates, opt = self._optimizer.update(grads, state.opt, state.params)
+        loads = parts.pop("load_E")
+        fixed = {name: self._balanced(name, array, loads) for name, array in state.fixed.items()}
+        metrics = parts | {"grad_norm": optax.tree.norm(grads), "max_load": jnp.max(loads.max(1) / loads.mean(1))}
+        params, guard = optax.apply_updates(state.params, updates), state.guard
+        updated = state.step if guard is None else state.step - guard.skipped  # skipped steps do not move a schedule
+        metrics |= {name: rate(updated) for name, rate in self._rates.items()}
+        if guard is not None:
+            good, guard = check_step(guard, metrics["loss"], metrics["grad_norm"], self.config.train.spike_factor)
+            old = state.params, state.fixed, state.opt
+            params, fixed, opt = select_state(good, (params, fixed, opt), old)
+            metrics |= {"skipped": guard.skipped, "skipped_row": guard.consecutive_skips}
+        return TrainState(params, fixed, opt, state.step + 1, guard), metrics
+
+    def _finite(self, state: TrainState) -> jax.Array:
+        """Whether every parameter and all of the optimizer's state are finite numbers: bool scalar."""
+        leaves = jax.tree.leaves((state.params, state.fixed, state.opt))
+        leaves = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        if "optimizer" in self.config.train.offload:
+            leaves = jax.device_put(leaves, jax.memory.Space.Device)
+        return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+    def _balanced(self, name: str, array: jax.Array, loads_E: jax.Array) -> jax.Array:
+        if not name.endswith("router.bias"):
+            return array
+        layers = layers_of(name, self.runs)
+        load = loads_E[-1] if layers is None else loads_E[jnp.array(layers)].reshape(array.shape)
+        return update_bias(array, load, self.config.train.bias_update_speed)
+
+
+def _with(tree, shardings):
+    """Abstract arrays with shardings; shardings None: as they are."""
+    if shardings is None:
+        return tree
+    abstract = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.tree.map(abstract, tree, shardings)
