@@ -25,7 +25,7 @@ from v4jax.config import Config, Model, Moe
 
 
 def get_config(arg=""):
-    model = Model(schedule=("swa", "csa", "hca"), moe=Moe(hash_layers=1))
+    model = Model(schedule=("swa", "csa", "hca"), moe=Moe(num_hash_layers=1))
     return Config(name=arg or "mine", model=model)
 """
 
@@ -174,11 +174,11 @@ def test_prompts_come_from_stdin_and_may_be_empty(calls, monkeypatch, argv, prom
 
 
 def test_every_option_of_the_engine_reaches_it(calls):
-    argv = ["--speculative_tokens=2", "--batch_invariant", "--tokenizer=t.json", "--kv_layout=bf16", "--kv_block=512",
+    argv = ["--num_speculative_tokens=2", "--batch_invariant", "--tokenizer=t.json", "--kv_layout=bf16", "--kv_block=512",
             "--nokv_prefix", "--kv_records=3", "--kv_deadline=2", "--stop_token_ids=7", "--ignore_eos"]  # fmt: skip
     assert cli.main(["generate", "--checkpoint=DIR", "--prompt=a", *argv]) == 0
     cache = Cache(kv_cache_dtype="bf16", block_size=512, enable_prefix_caching=False, num_state_snapshots=3, load_timeout_s=2.0)
-    options = {"speculative_tokens": 2, "batch_invariant": True, "tokenizer": "t.json", "cache": cache}
+    options = {"num_speculative_tokens": 2, "batch_invariant": True, "tokenizer": "t.json", "cache": cache}
     assert calls[0] == ("LLM", ("DIR",), options)
     assert calls[1][2].items() >= {"stop_token_ids": [7], "ignore_eos": True}.items()
 
@@ -256,7 +256,7 @@ def test_mistakes_are_one_line(capsys, argv, says):
     ("train.lr=nan", "train.lr is nan, and must be a finite number"),
     ("cache.policy=foo", "cache.policy is 'foo'; one of s3fifo, lru"),
     ("cache.disk=100", "cache.disk and cache.directory go together"),
-    ("serve.prefill_chunk=0", "serve.prefill_chunk must be at least 1"),
+    ("serve.max_num_batched_tokens=0", "serve.max_num_batched_tokens must be at least 1"),
     ("serve.precision=fp7", "serve.precision is 'fp7'; one of model, fp8"),
     ("data.source=\x1b[2J", "data.source is '\\x1b[2J', and must be a line"),
 ])  # fmt: skip
@@ -359,7 +359,7 @@ def test_a_config_is_found_beside_its_file(capsys, config, monkeypatch):
 COMPLETIONS = [
     ("v4jax ", {"train", "generate", "convert", "plan", "bench", "eval", "completion", "--help", "--version"}),
     ("v4jax tr", {"train"}), ("v4jax train --config=ti", {"tiny"}), ("v4jax train --wor", {"--workdir="}),
-    ("v4jax train --config.train.hang_s", {"--config.train.hang_seconds="}), ("v4jax bench --suite=tr", {"train"}),
+    ("v4jax train --config.train.hang_s", {"--config.train.hang_timeout_s="}), ("v4jax bench --suite=tr", {"train"}),
     ("v4jax generate --prompt=x --kv_policy=", {"s3fifo", "lru"}), ("v4jax generate --checkpoint=ru", set()),
     ("v4jax generate --co", {"--compilation_cache=", "--coordinator="}),
 ]  # fmt: skip

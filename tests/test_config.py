@@ -39,7 +39,7 @@ def test_argument_reaches_get_config(tmp_path):
     path = tmp_path / "wide.py"
     path.write_text(
         "from v4jax.config import Config, Model, Moe\n\ndef get_config(arg=''):\n"
-        "    return Config(model=Model(schedule=('swa',), hidden_size=int(arg), moe=Moe(hash_layers=0)))\n"
+        "    return Config(model=Model(schedule=('swa',), hidden_size=int(arg), moe=Moe(num_hash_layers=0)))\n"
     )
     assert load(f"{path}:77").model.hidden_size == 77
 
@@ -66,18 +66,18 @@ def test_lists_become_tuples():
 @pytest.mark.parametrize("part, change, says", [
     ("model", {"schedule": ()}, "model.schedule is empty"),
     ("model", {"schedule": ("swa", "mla")}, "'mla'; layers are one of swa, csa, hca"),
-    ("model", {"rope_dim": 7}, "model.rope_dim 7 must be even"),
+    ("model", {"qk_rope_head_dim": 7}, "model.qk_rope_head_dim 7 must be even"),
     ("model", {"o_groups": 5}, "model.o_groups 5"),
-    ("model", {"csa_ratio": 1}, "model.csa_ratio must be at least 2, got 1"),
-    ("model", {"hca_ratio": 0}, "model.hca_ratio must be at least 1, got 0"),
+    ("model", {"compress_rate_csa": 1}, "model.compress_rate_csa must be at least 2, got 1"),
+    ("model", {"compress_rate_hca": 0}, "model.compress_rate_hca must be at least 1, got 0"),
     ("model", {"dtype": "float64"}, "'float64'"),
-    ("model", {"mtp_layers": 2}, "model.mtp_layers"),
+    ("model", {"num_nextn_predict_layers": 2}, "model.num_nextn_predict_layers"),
     ("model", {"modalities": ("text", "image")}, "model.modalities has 'image'; this version reads text only"),
     ("model", {"modalities": ()}, "model.modalities is empty"),
     ("model", {"engram_layers": (1, 14)}, "this version has no Engram"),
     ("train", {"steps": 0}, "train.steps must be at least 1, got 0"),
     ("data", {"seq_len": 13}, "data.seq_len 13 must be a multiple"),
-    ("serve", {"max_seq_len": 10**9}, "serve.max_seq_len"),
+    ("serve", {"max_model_len": 10**9}, "serve.max_model_len"),
 ])  # fmt: skip
 def test_impossible_values_are_one_line(part, change, says):
     tiny = load("tiny")
@@ -89,9 +89,9 @@ def test_impossible_values_are_one_line(part, change, says):
 
 def test_ratios_need_not_divide_each_other():
     """A row of both kinds is cut where both ratios end; the ratio of a kind without layers has no effect."""
-    model = dataclasses.replace(load("tiny").model, csa_ratio=4, hca_ratio=6)
+    model = dataclasses.replace(load("tiny").model, compress_rate_csa=4, compress_rate_hca=6)
     assert model.alignment == 12
-    only_hca = dataclasses.replace(model, schedule=("swa", "hca"), csa_ratio=1, hca_ratio=7)
+    only_hca = dataclasses.replace(model, schedule=("swa", "hca"), compress_rate_csa=1, compress_rate_hca=7)
     assert only_hca.alignment == 7
     for one in (model, only_hca):
         validate(dataclasses.replace(load("tiny"), model=one, data=Data(seq_len=84)))

@@ -48,7 +48,7 @@ class Indexer:
 
 @dataclass(frozen=True)
 class MoE:
-    """Mixture of experts (spec 3). The first `hash_layers` layers choose experts by token id."""
+    """Mixture of experts (spec 3). The first `num_hash_layers` layers choose experts by token id."""
 
     n_routed_experts: int = 256
     num_experts_per_tok: int = 6
@@ -140,7 +140,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Train:
-    """Optimisation (spec 8.1, 8.3). Learning rates are peaks of a warm-up and cosine schedule."""
+    """Optimization (spec 8.1, 8.3). Learning rates are peaks of a warm-up and cosine schedule."""
 
     steps: int = 1000
     max_seconds: float = 0.0  # fewer steps (half at least) where these would take longer; 0: never (time_budget.py)
@@ -194,7 +194,7 @@ class Cache:
 
     kv_cache_dtype: str = "model"  # model, bf16, fp8, fp8_fp4 (see cache/kv_cache_spec.py)
     block_size: int = 0  # tokens of a page; 0: the least multiple of the compression ratios from 256 on
-    kv_cache_tokens: int = 0  # room for this many tokens of all sequences together; 0: for max_batch of the longest
+    kv_cache_tokens: int = 0  # room for this many tokens of all sequences together; 0: for max_num_seqs of the longest
     enable_prefix_caching: bool = True  # find the blocks of earlier requests that began alike
     num_state_snapshots: int = 16  # checkpoint records kept for that, one at each prompt's and output's last block boundary
     snapshot_interval_blocks: int = 0  # and one every so many blocks of a prompt
@@ -216,7 +216,7 @@ class Mesh:
     """Devices by axis. The layout's `fill` axis, where it is left at 1, takes the devices that the others leave."""
 
     rules: str = ""  # of configs/mesh, or a file; "": one device
-    slice: int = 1  # whole slices (pods), joined by the data-centre network
+    slice: int = 1  # whole slices (pods), joined by the data-center network
     data: int = 1
     fsdp: int = 1
     expert: int = 1
@@ -309,7 +309,7 @@ def load(spec: str) -> Config:
 
 def load_sharding(name: str) -> ShardingRules:
     """Read a rule table by its name in configs/mesh, or by file path. Raises ConfigError as `load` does."""
-    return _function(name, _preset_dir() / "mesh", "get_layout", "mesh layout")()
+    return _function(name, _preset_dir() / "mesh", "get_sharding", "mesh layout")()
 
 
 def _function(name: str, directory: pathlib.Path, function: str, what: str):
@@ -381,12 +381,12 @@ def check_serving(model: Model, serve: Serve, cache: Cache) -> None:
     """Raise ConfigError for limits of an engine and a cache that contradict each other or the model."""
     check_values(serve, "serve.")
     check_values(cache, "cache.")
-    _require(serve.max_model_len <= model.max_position_embeddings, f"serve.max_seq_len {serve.max_model_len} exceeds "
-             f"model.max_positions {model.max_position_embeddings}")  # fmt: skip
-    _require(not serve.num_speculative_tokens or model.num_nextn_predict_layers, "serve.speculative_tokens needs a model with an MTP "
+    _require(serve.max_model_len <= model.max_position_embeddings, f"serve.max_model_len {serve.max_model_len} exceeds "
+             f"model.max_position_embeddings {model.max_position_embeddings}")  # fmt: skip
+    _require(not serve.num_speculative_tokens or model.num_nextn_predict_layers, "serve.num_speculative_tokens needs a model with an MTP "
              "layer, and this one has none; set it to 0")  # fmt: skip
     _require(not (serve.num_speculative_tokens and serve.batch_invariant), "serve.batch_invariant and "
-             "serve.speculative_tokens exclude each other: drafts change the shapes computed")  # fmt: skip
+             "serve.num_speculative_tokens exclude each other: drafts change the shapes computed")  # fmt: skip
     _require(bool(cache.disk_bytes) == bool(cache.disk_dir), "cache.disk and cache.directory go together: a cache on disk "
              "needs its size and its place (--kv_disk=64GiB --kv_dir=DIR)")  # fmt: skip
     _require(cache.enable_prefix_caching or not (cache.host_bytes or cache.disk_bytes), "cache.host and cache.disk hold blocks that requests "
@@ -400,23 +400,23 @@ def _validate_model(m: Model) -> None:
     _require(m.num_attention_heads % m.o_groups == 0, f"model.heads {m.num_attention_heads} is not a multiple of model.o_groups {m.o_groups}")
     _require(
         m.qk_rope_head_dim % 2 == 0 and m.qk_rope_head_dim <= m.head_dim,
-        f"model.rope_dim {m.qk_rope_head_dim} must be even and at most head_dim",
+        f"model.qk_rope_head_dim {m.qk_rope_head_dim} must be even and at most head_dim",
     )
     _require(
         m.qk_rope_head_dim <= m.indexer.index_head_dim or "csa" not in m.schedule,
-        f"model.indexer.head_dim {m.indexer.index_head_dim} is below model.rope_dim {m.qk_rope_head_dim}",
+        f"model.indexer.head_dim {m.indexer.index_head_dim} is below model.qk_rope_head_dim {m.qk_rope_head_dim}",
     )
-    _require(m.compress_rate_csa >= 2 or "csa" not in m.schedule, f"model.csa_ratio must be at least 2, got {m.compress_rate_csa}")
-    _require(m.compress_rate_hca >= 1 or "hca" not in m.schedule, f"model.hca_ratio must be at least 1, got {m.compress_rate_hca}")
+    _require(m.compress_rate_csa >= 2 or "csa" not in m.schedule, f"model.compress_rate_csa must be at least 2, got {m.compress_rate_csa}")
+    _require(m.compress_rate_hca >= 1 or "hca" not in m.schedule, f"model.compress_rate_hca must be at least 1, got {m.compress_rate_hca}")
     _require(1 <= m.moe.num_experts_per_tok <= m.moe.n_routed_experts, f"model.moe.active {m.moe.num_experts_per_tok} must lie in 1..{m.moe.n_routed_experts}")
-    _require(0 <= m.moe.num_hash_layers <= m.num_hidden_layers, f"model.moe.hash_layers {m.moe.num_hash_layers} exceeds {m.num_hidden_layers} layers")
+    _require(0 <= m.moe.num_hash_layers <= m.num_hidden_layers, f"model.moe.num_hash_layers {m.moe.num_hash_layers} exceeds {m.num_hidden_layers} layers")
     for kind in m.modalities:
         _require(kind in MODALITIES, f"model.modalities has {kind!r}; this version reads {', '.join(MODALITIES)} only")
     _require(m.modalities != (), "model.modalities is empty; a model reads at least text")
     _require(not m.engram_layers, f"model.engram_layers is {m.engram_layers}; this version has no Engram, leave it ()")
     if m.kv_qdq:
         L = m.indexer.index_head_dim
-        _require(m.head_dim > m.qk_rope_head_dim and L & (L - 1) == 0, "model.kv_qdq needs head_dim above rope_dim, and "
+        _require(m.head_dim > m.qk_rope_head_dim and L & (L - 1) == 0, "model.kv_qdq needs head_dim above qk_rope_head_dim, and "
                  f"indexer.head_dim {L} to be a power of two")  # fmt: skip
 
 

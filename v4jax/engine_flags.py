@@ -36,20 +36,20 @@ class Row:
 
 
 SERVE = {
-    "max_batch": Row("requests that decode together, on each device", least=1),
-    "max_seq_len": Row("most tokens of a request, prompt included", least=1),
-    "prefill_chunk": Row("most tokens of a prompt that are read between two decode steps", least=1),
-    "speculative_tokens": Row("tokens that the MTP layer drafts in each step", least=0),
+    "max_num_seqs": Row("requests that decode together, on each device", least=1),
+    "max_model_len": Row("most tokens of a request, prompt included", least=1),
+    "max_num_batched_tokens": Row("most tokens of a prompt that are read between two decode steps", least=1),
+    "num_speculative_tokens": Row("tokens that the MTP layer drafts in each step", least=0),
     "batch_invariant": Row("bits of an answer do not depend on what else runs"),
     "precision": Row("precision of the large matrices", choices=("model", "fp8")),
 }
 CACHE = {
     "layout": Row("format of the KV cache", choices=("model", "bf16", "fp8", "fp8_fp4")),
     "block": Row("tokens of a block; 0: the least multiple of the compression ratios from 256 on", least=0),
-    "tokens": Row("room of the KV cache in tokens; 0: max_batch sequences of max_seq_len", least=0),
+    "tokens": Row("room of the KV cache in tokens; 0: max_num_seqs sequences of max_model_len", least=0),
     "prefix": Row("reuse blocks of earlier requests with the same beginning"),
     "records": Row("records kept for prefix reuse", least=0),
-    "record_every": Row("blocks between two records of a prompt; 0: only at its end", least=0),
+    "snapshot_interval_blocks": Row("blocks between two records of a prompt; 0: only at its end", least=0),
     "device": Row("accelerator memory for the KV cache, such as 2GiB", size=True),
     "hot": Row("entries a CSA layer kept on the device, the rest in host memory; 0: all", least=0),
     "host": Row("host memory for what leaves the device, such as 64GiB", size=True),

@@ -3,6 +3,6 @@
 from v4jax.config import ShardingRules
 
 
-def get_layout() -> ShardingRules:
+def get_sharding() -> ShardingRules:
     """The rule table."""
     return ShardingRules("data", fill="data", activations=(("batch", ("slice", "data")),))

@@ -6,7 +6,7 @@ One axis of every matrix is split: the hidden size where it has one, else the ax
 from v4jax.config import ShardingRules
 
 
-def get_layout() -> ShardingRules:
+def get_sharding() -> ShardingRules:
     """The rule table."""
     return ShardingRules(
         "fsdp",

@@ -6,7 +6,7 @@
 from v4jax.config import ShardingRules
 
 
-def get_layout() -> ShardingRules:
+def get_sharding() -> ShardingRules:
     """The rule table."""
     return ShardingRules(
         "pod",

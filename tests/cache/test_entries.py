@@ -19,8 +19,8 @@ from v4jax.cache.paged_cache import FloatPool
 
 PAGES, SLOTS = 3, 4
 SMALL = dataclasses.replace(weights.config(), head_dim=40)  # 32 numbers and 8 rotary ones
-quantise = jax.jit(qtensor.quantize, static_argnums=(1, 2))
-dequantise = jax.jit(qtensor.dequantize, static_argnames=("format", "impl"))
+quantize = jax.jit(qtensor.quantize, static_argnums=(1, 2))
+dequantize = jax.jit(qtensor.dequantize, static_argnames=("format", "impl"))
 write = jax.jit(lambda pool, page, slot, rows: pool.write(page, slot, rows), donate_argnums=0)
 read = jax.jit(lambda pool, page, slot, dtype=jnp.float32: pool.take(page, slot, dtype), static_argnums=3)
 read_pages = jax.jit(lambda pool, pages: pool.pages(pages).decoded(jnp.float32))
@@ -33,7 +33,7 @@ def stored(kind: str, layout: str, rows: np.ndarray) -> np.ndarray:
     if not form.group:
         return rows.astype(jnp.dtype(form.format)).astype(np.float32)
     split = form.width - form.rotary
-    values = dequantise(*quantise(rows[..., :split], form.format, form.group), form.format, impl="cast")
+    values = dequantize(*quantize(rows[..., :split], form.format, form.group), form.format, impl="cast")
     rotary = rows[..., split:].astype(ml_dtypes.bfloat16).astype(np.float32)
     return np.concatenate([values, rotary], axis=-1)
 

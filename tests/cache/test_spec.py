@@ -36,7 +36,7 @@ def test_records_of_the_published_shape():
 def test_other_shapes_are_padded_to_words():
     assert entry_format(SMALL, "main", "fp8").planes == {"values": (8, "uint8"), "rotary": (8, "uint16"),
                                                 "scales": (4, "uint8")}  # fmt: skip
-    odd = dataclasses.replace(SMALL, head_dim=38, rope_dim=2)  # 36 + 4 + 1 scale
+    odd = dataclasses.replace(SMALL, head_dim=38, qk_rope_head_dim=2)  # 36 + 4 + 1 scale
     assert entry_format(odd, "main", "fp8").planes["scales"] == (4, "uint8") and entry_format(odd, "main", "fp8").nbytes == 44
     wide = dataclasses.replace(SMALL, head_dim=208)  # 200 numbers in 4 groups of 50
     assert (entry_format(wide, "main", "fp8").group, entry_format(wide, "main", "fp8").nbytes) == (50, 200 + 16 + 4)
@@ -68,22 +68,22 @@ def test_blocks_of_the_shipped_configs(name):
 
 @given(csa=st.integers(2, 40), factor=st.integers(1, 9), wanted=st.integers(1, 1000))
 def test_block_is_the_least_common_multiple_that_is_enough(csa, factor, wanted):
-    model = dataclasses.replace(SMALL, csa_ratio=csa, hca_ratio=csa * factor)
+    model = dataclasses.replace(SMALL, compress_rate_csa=csa, compress_rate_hca=csa * factor)
     block = block_size(model, wanted)
     assert block == min(n for n in range(csa * factor, wanted + csa * factor, csa * factor) if n >= wanted)
     assert validate_block_size(model, block) == KVCacheSpec(model, block=block).block == block
 
 
 def test_only_ratios_in_use_count():
-    model = dataclasses.replace(SMALL, schedule=("swa", "csa"), csa_ratio=3, hca_ratio=300)
+    model = dataclasses.replace(SMALL, schedule=("swa", "csa"), compress_rate_csa=3, compress_rate_hca=300)
     assert block_size(model) == 258 and validate_block_size(model, 6) == 6
     assert block_size(dataclasses.replace(SMALL, schedule=("swa",))) == 256
 
 
 @pytest.mark.parametrize("block, complaint", [
-    (200, "cache block of 200 tokens is not a multiple of model.hca_ratio 128; take 256"),
-    (130, "cache block of 130 tokens is not a multiple of model.csa_ratio 4; take 256"),
-    (-128, "model.csa_ratio 4; take 128"),
+    (200, "cache block of 200 tokens is not a multiple of model.compress_rate_hca 128; take 256"),
+    (130, "cache block of 130 tokens is not a multiple of model.compress_rate_csa 4; take 256"),
+    (-128, "model.compress_rate_csa 4; take 128"),
 ])  # fmt: skip
 def test_a_block_that_a_ratio_does_not_divide(block, complaint):
     with pytest.raises(UserError, match=complaint):
@@ -93,8 +93,8 @@ def test_a_block_that_a_ratio_does_not_divide(block, complaint):
 def test_layouts_that_cannot_be():
     with pytest.raises(UserError, match="unknown cache layout 'int8'; one of model, bf16, fp8, fp8_fp4"):
         KVCacheSpec(FLASH, "int8")
-    with pytest.raises(UserError, match="rope_dim is all 16; take bf16"):
-        KVCacheSpec(dataclasses.replace(SMALL, rope_dim=16), "fp8")
+    with pytest.raises(UserError, match="qk_rope_head_dim is all 16; take bf16"):
+        KVCacheSpec(dataclasses.replace(SMALL, qk_rope_head_dim=16), "fp8")
     odd = dataclasses.replace(SMALL, indexer=Indexer(index_n_heads=2, index_head_dim=15, index_topk=3))
     with pytest.raises(UserError, match="indexer.head_dim 15 is odd; take fp8"):
         KVCacheSpec(odd, "fp8_fp4")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax.checkpoint import RunStore, checksums, export, hf, param_mapping
+from v4jax.checkpoint import TrainCheckpointer, checksums, export, hf, param_mapping
 from v4jax.checkpoint.model_io import open_checkpoint
 from v4jax.config import Config, Data, Indexer, Model, MoE, Serve
 from v4jax.core.errors import UserError
@@ -45,7 +45,7 @@ def weights(model: Model) -> dict[str, np.ndarray]:
 def make(kind: str, path: pathlib.Path) -> None:
     """A checkpoint of a kind: "run" with the steps 10 and 20, "orbax" or "huggingface"."""
     if kind == "run":
-        with RunStore(path, config(), keep=2) as store:
+        with TrainCheckpointer(path, config(), keep=2) as store:
             for step in (10, 20):
                 store.save(step, TREE, EXTRAS)
                 store.wait()
@@ -58,7 +58,7 @@ def make(kind: str, path: pathlib.Path) -> None:
 def read(kind: str, path: pathlib.Path) -> tuple[Config, dict[str, bytes]]:
     """The config and everything else that a resume or a load takes from a checkpoint, as bytes by name."""
     if kind == "run":
-        with RunStore(path, config(), keep=2) as store:
+        with TrainCheckpointer(path, config(), keep=2) as store:
             abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), TREE)
             tree, extras = store.restore(store.latest(), abstract)
         leaves = {jax.tree_util.keystr(place): np.asarray(leaf).tobytes()

@@ -1,4 +1,4 @@
-"""Hugging Face directories without Hugging Face: round trips, quantised weights, and what users get wrong."""
+"""Hugging Face directories without Hugging Face: round trips, quantized weights, and what users get wrong."""
 
 import dataclasses
 import json
@@ -104,7 +104,7 @@ def test_without_mtp_tensors_there_is_no_mtp(saved):
 
     _rewrite(path, drop)
     got, tensors = hf.read_hf(path)
-    assert got == dataclasses.replace(model, mtp_layers=0)
+    assert got == dataclasses.replace(model, num_nextn_predict_layers=0)
     assert list(tensors) == [name for name in flat if not name.startswith("mtp.")]
 
 
@@ -122,7 +122,7 @@ def test_model_prefix_is_accepted(saved, same_bits):
     same_bits(hf.read_hf(path)[1], flat)
 
 
-# --- quantised ---------------------------------------------------------------------------------------------------
+# --- quantized ---------------------------------------------------------------------------------------------------
 
 
 def test_fp8_golden():

@@ -115,7 +115,7 @@ def test_shards_are_read_where_they_go(tmp_path, hf_dir, same_bits, format, scan
 
 def test_one_array_at_a_time(tmp_path, tiny, random_flat, monkeypatch):
     """Of the tensors on their way to disk, those of two batches are in memory at most."""
-    model = dataclasses.replace(tiny, schedule=("swa",), mtp_layers=0)
+    model = dataclasses.replace(tiny, schedule=("swa",), num_nextn_predict_layers=0)
     flat = random_flat(model, np.float32)
     born, most = [], []
 
@@ -144,7 +144,7 @@ def test_a_run_is_a_checkpoint(tmp_path, longer, random_flat, same_bits):
     config = Config("run", dataclasses.replace(longer, dtype="float32"), Data(seq_len=64), serve=Serve(max_model_len=256))
     flat = random_flat(longer, np.float32)
     older = {name: array * 0 for name, array in flat.items()}
-    with checkpoint.RunStore(tmp_path, config, Tokenizer(), keep=2) as store:
+    with checkpoint.TrainCheckpointer(tmp_path, config, Tokenizer(), keep=2) as store:
         with pytest.raises(UserError, match="has no finished checkpoint; train until the first one is saved"):
             v4jax.load(tmp_path)
         for step, arrays in ((3, older), (12, flat)):
@@ -171,7 +171,7 @@ def test_tokenizers_travel(tmp_path, hf_dir):
 def test_config_of_a_bare_model(tmp_path, hf_dir):
     source = hf_dir(np.float32)
     config = checkpoint.load_config(source)
-    assert (config.name, config.model, config.serve.max_seq_len) == ("hf", hf.read_hf(source)[0], 512)
+    assert (config.name, config.model, config.serve.max_model_len) == ("hf", hf.read_hf(source)[0], 512)
     given = Config("mine", data=Data(seq_len=96, source="needle"), serve=Serve(max_model_len=128))
     v4jax.save(v4jax.load(source), tmp_path / "m", format="orbax", config=given)
     assert checkpoint.load_config(tmp_path / "m") == dataclasses.replace(given, model=config.model)
@@ -249,7 +249,7 @@ def test_targets_that_are_something_else(tmp_path, hf_dir, build, longer, random
 
 def test_a_run_is_never_replaced(tmp_path, longer, random_flat, build):
     config = Config("run", longer, Data(seq_len=64), serve=Serve(max_model_len=256))
-    with checkpoint.RunStore(tmp_path / "run", config, keep=1) as store:
+    with checkpoint.TrainCheckpointer(tmp_path / "run", config, keep=1) as store:
         store.save(1, {"model": {"a": jnp.ones(2)}, "opt": jnp.ones(2)}, {})
     with pytest.raises(UserError, match="run is a training run; choose an empty or a new directory"):
         v4jax.save(build(longer, random_flat(longer, np.float32)), tmp_path / "run", format="orbax")

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from tests.checkpoint import bit_flips
-from v4jax.checkpoint import RunStore
+from v4jax.checkpoint import TrainCheckpointer
 from v4jax.checkpoint.convert import convert
 from v4jax.config import Data
 from v4jax.data.sources import load_documents
@@ -21,7 +21,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES, ids=[f"name{i}" for i in range(len(NAMES))])
 def test_a_run_in_it_is_saved_and_restored(tmp_path, name):
     path = tmp_path / name / name
-    with RunStore(path, bit_flips.config(), keep=2) as store:
+    with TrainCheckpointer(path, bit_flips.config(), keep=2) as store:
         store.save(20, bit_flips.TREE, bit_flips.EXTRAS)
     bit_flips.read("run", path)
     assert os.listdir(path / "checkpoints") == ["20"]
@@ -51,7 +51,7 @@ def test_data_in_it_is_found(tmp_path, name):
 def test_a_step_without_an_index_is_not_finished(tmp_path, monkeypatch):
     """Orbax skips its last step in silence where a path looks like a pattern; the step must not take its name then."""
     monkeypatch.setattr("v4jax.checkpoint.orbax.plain_path", lambda path: path)
-    store = RunStore(tmp_path / "br[ack]et", bit_flips.config(), keep=2)
+    store = TrainCheckpointer(tmp_path / "br[ack]et", bit_flips.config(), keep=2)
     store.save(20, {"model": {"a": jax.numpy.ones(3)}}, {})
     with pytest.raises(Exception, match="wrote no index of the arrays"):
         store.wait()

@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from v4jax.checkpoint import RunStore, load_config, model_io
+from v4jax.checkpoint import TrainCheckpointer, load_config, model_io
 from v4jax.checkpoint.orbax import OrbaxTensors, finished_steps
 from v4jax.config import Config, Data, Model, Serve
 from v4jax.core.errors import UserError
@@ -62,7 +62,7 @@ def _abstract(tree):
 @pytest.fixture
 def saved(tmp_path, config):
     """A run with the finished steps 1 and 2."""
-    with RunStore(tmp_path / "run", config, keep=2) as store:
+    with TrainCheckpointer(tmp_path / "run", config, keep=2) as store:
         for step in (1, 2):
             store.save(step, _tree(step), {"step": step})
             store.wait()
@@ -72,10 +72,10 @@ def saved(tmp_path, config):
 def test_state_comes_back_exactly(tmp_path, config):
     extras = {"data": {"next": 17, "seed": 2**63 + 1}, "losses": [0.1, 1e-30], "none": None}
     tree = _tree()
-    with RunStore(tmp_path / "a run %20", config, keep=2) as store, jax.transfer_guard("disallow"):
+    with TrainCheckpointer(tmp_path / "a run %20", config, keep=2) as store, jax.transfer_guard("disallow"):
         assert store.latest() is None
         store.save(7, tree, extras)
-    with RunStore(tmp_path / "a run %20", config, keep=2) as store:
+    with TrainCheckpointer(tmp_path / "a run %20", config, keep=2) as store:
         tree, found = store.restore(store.latest(), _abstract(_tree()))
     _same(tree, _tree())
     assert found == extras
@@ -83,7 +83,7 @@ def test_state_comes_back_exactly(tmp_path, config):
 
 
 def test_the_newest_are_kept(tmp_path, config):
-    with RunStore(tmp_path, config, keep=2) as store:
+    with TrainCheckpointer(tmp_path, config, keep=2) as store:
         for step in (10, 20, 30):
             store.save(step, _tree(step), {})
         store.save(30, _tree(99), {})  # saved already
@@ -100,7 +100,7 @@ def test_arrays_may_be_donated_at_once(tmp_path, config):
     """Saving goes on in the background while the next step overwrites its inputs, and after a restore as well."""
     change = jax.jit(lambda x: jax.tree.map(lambda a: a + 1, x), donate_argnums=0)
     x = {"embed.table": jnp.zeros((2000, 500))}
-    with RunStore(tmp_path, config, keep=9) as store:
+    with TrainCheckpointer(tmp_path, config, keep=9) as store:
         for step in (1, 2):
             store.save(step, {"model": x}, {})
             for _ in range(3):
@@ -113,12 +113,12 @@ def test_arrays_may_be_donated_at_once(tmp_path, config):
 
 
 def test_layers_stacked_or_not_share_a_checkpoint(tmp_path, config, build, random_flat):
-    model = dataclasses.replace(config.model, schedule=("swa", "csa", "hca", "csa", "hca"), mtp_layers=0)
+    model = dataclasses.replace(config.model, schedule=("swa", "csa", "hca", "csa", "hca"), num_nextn_predict_layers=0)
     config = dataclasses.replace(config, model=model)
     stacked = build(model, random_flat(model, np.float32), scan=True)
     assert len(stacked.runs) < model.layers
     flat = jax.jit(lambda state: to_layer_dict(state, stacked.runs))(nnx.state(stacked))
-    with RunStore(tmp_path, config, keep=1) as store:
+    with TrainCheckpointer(tmp_path, config, keep=1) as store:
         with pytest.raises(ValueError, match="layout.to_flat"):
             store.save(1, {"model": {"stacks.0.0.attn.kv": flat["embed.table"]}}, {})
         store.save(1, {"model": flat}, {})
@@ -134,7 +134,7 @@ def test_shards_go_where_they_are_wanted(tmp_path, config):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     place = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
     value = np.arange(64 * 6, dtype=np.float32).reshape(64, 6)
-    with RunStore(tmp_path, config, keep=1) as store:
+    with TrainCheckpointer(tmp_path, config, keep=1) as store:
         store.save(1, {"model": {"a": jax.device_put(value, place("x", "y"))}}, {})
         store.wait()
         for spec in (("y",), (None, "y"), (), (("x", "y"),)):
@@ -148,9 +148,9 @@ def test_shards_go_where_they_are_wanted(tmp_path, config):
 _CHILD = """
 import pathlib, sys
 import jax.numpy as jnp
-from v4jax.checkpoint import RunStore, load_config
+from v4jax.checkpoint import TrainCheckpointer, load_config
 path = pathlib.Path(sys.argv[1])
-with RunStore(path, load_config(path), keep=2) as store:
+with TrainCheckpointer(path, load_config(path), keep=2) as store:
     for step in range(100, 10_000):
         tree = {name: jnp.full((300, 1000), step, jnp.float32) for name in "abcd"}
         store.save(step, {"model": tree}, {"step": step})
@@ -159,7 +159,7 @@ with RunStore(path, load_config(path), keep=2) as store:
 
 @pytest.mark.parametrize("delay", [0.0, 0.03])
 def test_sigkill_leaves_a_good_checkpoint(tmp_path, config, delay):
-    RunStore(tmp_path, config, keep=2).close()
+    TrainCheckpointer(tmp_path, config, keep=2).close()
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     child = subprocess.Popen([sys.executable, "-c", _CHILD, tmp_path], env=env)
     try:
@@ -170,7 +170,7 @@ def test_sigkill_leaves_a_good_checkpoint(tmp_path, config, delay):
     finally:
         os.kill(child.pid, signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
-    with RunStore(tmp_path, config, keep=2) as store:
+    with TrainCheckpointer(tmp_path, config, keep=2) as store:
         step = store.latest()
         assert step >= 103
         leaf = jax.ShapeDtypeStruct((300, 1000), np.float32)
@@ -187,7 +187,7 @@ def test_an_unfinished_step_is_skipped_and_removed(saved, config):
     (half / "_CHECKPOINT_METADATA").unlink()
     shutil.copytree(half, saved / "checkpoints" / "4.orbax-checkpoint-tmp")
     assert finished_steps(saved) == [1, 2]
-    with RunStore(saved, config, keep=2) as store:
+    with TrainCheckpointer(saved, config, keep=2) as store:
         assert store.latest() == 2
         assert sorted(os.listdir(saved / "checkpoints")) == ["1", "2"]
         store.save(3, _tree(3), {})
@@ -203,7 +203,7 @@ def small_files():
 
 
 def test_full_disk_is_seen_before_writing(saved, config, monkeypatch, capfd):
-    with RunStore(saved, config, keep=1) as store:
+    with TrainCheckpointer(saved, config, keep=1) as store:
         usage = shutil.disk_usage(saved)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=200_000))
         with pytest.raises(UserError, match="cannot write .*: No space left on device; .* are good") as error:
@@ -219,7 +219,7 @@ def test_full_disk_is_seen_before_writing(saved, config, monkeypatch, capfd):
 def test_a_disk_that_fills_up_leaves_the_previous_checkpoint(saved, config, small_files, limit, capfd):
     """The error comes from save or wait, without orbax's log, and the store goes on."""
     noise = {"embed.table": jnp.asarray(np.random.default_rng(0).standard_normal(50_000, np.float32))}
-    with RunStore(saved, config, keep=1) as store:
+    with TrainCheckpointer(saved, config, keep=1) as store:
         small_files(limit)
         with pytest.raises(UserError, match="cannot write .*checkpoints: File too large; free some space") as error:
             store.save(3, {"model": noise}, {"step": 3})
@@ -240,7 +240,7 @@ def test_damage_is_named_or_harmless(tmp_path, saved, config, damage):
     step = saved / "checkpoints" / "2"
     names = [file.relative_to(step) for file in step.rglob("*") if file.is_file()]
     harmed = 0
-    with RunStore(saved, config, keep=2) as store:
+    with TrainCheckpointer(saved, config, keep=2) as store:
         for name in names:
             if name == pathlib.Path("_CHECKPOINT_METADATA"):
                 continue  # without it the step counts as unfinished, see above
@@ -262,7 +262,7 @@ def test_damage_is_named_or_harmless(tmp_path, saved, config, damage):
 
 
 def test_another_tree_is_refused(saved, config):
-    with RunStore(saved, config, keep=2) as store:
+    with TrainCheckpointer(saved, config, keep=2) as store:
         tree = _abstract(_tree())
         wrong = {**tree, "model": {"embed.table": jnp.zeros((5, 2)), "head.weight": jnp.zeros(2)}}
         with pytest.raises(UserError, match=r"missing: head.weight; unexpected: norm.scale; "
@@ -282,10 +282,10 @@ def test_a_run_of_another_model_is_refused(saved, config):
     other = dataclasses.replace(config.model, indexer=dataclasses.replace(config.model.indexer, topk=4))
     before = (saved / "v4jax.json").read_text()
     with pytest.raises(UserError, match="holds a run with model.indexer.topk = 3, not 4; use its config"):
-        RunStore(saved, dataclasses.replace(config, model=other), keep=2)
+        TrainCheckpointer(saved, dataclasses.replace(config, model=other), keep=2)
     assert (saved / "v4jax.json").read_text() == before
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=123))
-    RunStore(saved, longer, keep=2).close()
+    TrainCheckpointer(saved, longer, keep=2).close()
     assert load_config(saved).train.steps == 123
 
 
@@ -299,7 +299,7 @@ def test_weights_of_another_model_are_refused(saved, config):
 def test_a_place_that_cannot_be_written(tmp_path, config):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write .*; choose a directory that can be written"):
-        RunStore(tmp_path / "file" / "run", config, keep=2)
+        TrainCheckpointer(tmp_path / "file" / "run", config, keep=2)
 
 
 def test_commits_are_recorded_by_orbax(saved):

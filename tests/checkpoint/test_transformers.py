@@ -130,7 +130,7 @@ def test_we_read_what_transformers_saves(tmp_path, tiny, weights, shard):
     net.save_pretrained(tmp_path, max_shard_size=shard)
     got, tensors = hf.read_hf(tmp_path)
     assert (tmp_path / st.INDEX_NAME).exists() == (shard == "200KB")
-    assert got == dataclasses.replace(model, mtp_layers=0)  # transformers drops MTP
+    assert got == dataclasses.replace(model, num_nextn_predict_layers=0)  # transformers drops MTP
     _check_against_state(tensors, net.state_dict())
 
 
@@ -184,7 +184,7 @@ def test_state_dict_is_covered_once(tiny):
     """Every transformers tensor is claimed by exactly one flat tensor."""
     state = _random_hf(tiny, torch.float32).state_dict()
     claimed = []
-    for tensor in param_mapping.tensors(dataclasses.replace(tiny, mtp_layers=0)).values():
+    for tensor in param_mapping.tensors(dataclasses.replace(tiny, num_nextn_predict_layers=0)).values():
         spelling = next(s for s in range(tensor.spellings) if tensor.first(s) in state)
         claimed += [piece.name for piece in tensor.pieces(spelling)]
     assert sorted(claimed) == sorted(state)

@@ -58,7 +58,7 @@ def test_every_path_of_the_library(tmp_path, monkeypatch):
     for attempt in [
         lambda: checkpoint.load("gs://b/r"), lambda: checkpoint.load_config("gs://b/r"),
         lambda: model_io.open_checkpoint("gs://b/r"), lambda: directory.save_config("gs://b/r", tiny),
-        lambda: checkpoint.RunStore("gs://b/r", tiny, keep=1), lambda: train(tiny, "gs://b/r"),
+        lambda: checkpoint.TrainCheckpointer("gs://b/r", tiny, keep=1), lambda: train(tiny, "gs://b/r"),
         lambda: find_files("gs://b/*.txt"), lambda: atomic.replace_directory("gs://b/r", "x", bool).__enter__(),
         lambda: config.validate(dataclasses.replace(tiny, cache=config.Cache(disk_bytes=1 << 30, disk_dir="gs://b/kv"))),
     ]:  # fmt: skip

@@ -71,7 +71,7 @@ def make(root: pathlib.Path) -> None:
     (root / "hf" / "generation_config.json").write_text(json.dumps({
         "bos_token_id": 0, "eos_token_id": [1], "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 20,
     }))  # fmt: skip
-    with checkpoint.RunStore(root / "run", CONFIG, keep=1) as store:
+    with checkpoint.TrainCheckpointer(root / "run", CONFIG, keep=1) as store:
         store.save(1, _state(), {"rows": 3, "measured": {"1": 2.5}})
     (root / "data").mkdir()
     records = [{"text": f"line {i}: {TEXTS[0]}", "meta": {"id": i, "score": 0.5}} for i in range(60)]
@@ -166,7 +166,7 @@ def tokenize(path: pathlib.Path) -> None:
 
 
 def resume(path: pathlib.Path) -> None:
-    with checkpoint.RunStore(path, CONFIG, keep=1) as store:
+    with checkpoint.TrainCheckpointer(path, CONFIG, keep=1) as store:
         step = store.latest()
         if step is not None:
             store.restore(step, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), _state()))

@@ -37,7 +37,7 @@ def test_many_matrices_equal_the_reference_one_by_one(n, iters, eps):
 
 
 def test_rows_come_first_and_columns_last():
-    """With few iterations the columns are normalised, the rows are not: the order is visible."""
+    """With few iterations the columns are normalized, the rows are not: the order is visible."""
     got = np.asarray(run(jnp.asarray(LOGITS)[..., None], iters=2, eps=0.0)[..., 0])
     np.testing.assert_allclose(got.sum(0), 1, atol=1e-6)
     assert np.abs(got.sum(1) - 1).max() > 1e-3

@@ -15,12 +15,12 @@ from v4jax.nn.kv_cache_interface import NoCache
 CONFIGS = {
     "usual": weights.config(),
     "no yarn, one group": weights.config(
-        schedule=("hca", "csa"), o_groups=1, rope=RoPE(), window=5, hca_ratio=12,
+        schedule=("hca", "csa"), o_groups=1, rope=RoPE(), window=5, compress_rate_hca=12,
         mhc=HyperConnection(hc_mult=2, hc_sinkhorn_iters=3),
         moe=MoE(6, 3, 16, num_hash_layers=0, routed_scaling_factor=2.5, swiglu_limit=0.5),
     ),
     "whole head turns": weights.config(
-        schedule=("csa", "hca"), rope_dim=16, csa_ratio=2, hca_ratio=6, window=3,
+        schedule=("csa", "hca"), qk_rope_head_dim=16, compress_rate_csa=2, compress_rate_hca=6, window=3,
         indexer=Indexer(20, 16, 4), moe=MoE(4, 4, 8, num_hash_layers=1),
     ),
 }  # fmt: skip
@@ -40,7 +40,7 @@ def test_forward_is_the_specification(name):
 
 @pytest.fixture(scope="module")
 def one_layer():
-    model = weights.config(schedule=("swa",), mtp_layers=1)
+    model = weights.config(schedule=("swa",), num_nextn_predict_layers=1)
     return weights.build(model, weights.random_flat(model, 0))
 
 
@@ -81,7 +81,7 @@ def test_a_representation_is_one_short_line(one_layer):
 
 
 def test_mtp_is_the_specification():
-    model = weights.config(schedule=("swa",), mtp_layers=1)
+    model = weights.config(schedule=("swa",), num_nextn_predict_layers=1)
     flat, ids = weights.random_flat(model, 2), weights.tokens(model, (2, 31))
 
     @jax.jit

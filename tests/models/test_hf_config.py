@@ -96,7 +96,7 @@ ODD = Model(  # every field away from its default
     rope=RoPE(9999.5, 123456.5, 7.5, 77, 31.5, 1.5), indexer=Indexer(16, 24, 9),
     moe=MoE(9, 3, 11, 1, 2, 1.75, 8.5), mhc=HyperConnection(3, 11, 2e-6),
 )  # fmt: skip
-NO_YARN = dataclasses.replace(ODD, kv_qdq=False, mtp_layers=1, rope=RoPE(1e4, 2e5, 1.0, 77, 31.5, 1.5))
+NO_YARN = dataclasses.replace(ODD, kv_qdq=False, num_nextn_predict_layers=1, rope=RoPE(1e4, 2e5, 1.0, 77, 31.5, 1.5))
 
 
 def test_released_flash_and_pro():
@@ -139,7 +139,7 @@ def test_reading_a_directory_or_a_file(tmp_path):
 def test_ratio_labels_and_rates():
     """128 labels an HCA layer even where its rate is overridden."""
     assert hf_config.from_hf(released(compress_rate_hca=16, compress_rate_csa=2)) == dataclasses.replace(
-        FLASH, hca_ratio=16, csa_ratio=2
+        FLASH, compress_rate_hca=16, compress_rate_csa=2
     )
     rates = {"compressed_sparse_attention": 8, "heavily_compressed_attention": 64}
     assert hf_config.from_hf(released(compress_rates=rates)).compress_rate_hca == 64
@@ -295,14 +295,14 @@ def test_transformers_reads_and_rewrites_the_same_model(tmp_path, v4_config, mod
     (tmp_path / "config.json").write_text(json.dumps(hf_config.to_hf(model)))
     theirs = v4_config.from_pretrained(tmp_path)
     assert theirs.layer_types == [hf_config._TYPE_OF_KIND[kind] for kind in model.schedule]
-    assert theirs.mlp_layer_types.count("hash_moe") == model.moe.hash_layers
+    assert theirs.mlp_layer_types.count("hash_moe") == model.moe.num_hash_layers
     assert theirs.compress_rates == {
-        "compressed_sparse_attention": model.csa_ratio,
-        "heavily_compressed_attention": model.hca_ratio,
+        "compressed_sparse_attention": model.compress_rate_csa,
+        "heavily_compressed_attention": model.compress_rate_hca,
     }
-    assert theirs.qk_rope_head_dim == model.rope_dim and theirs.num_nextn_predict_layers == model.mtp_layers
+    assert theirs.qk_rope_head_dim == model.qk_rope_head_dim and theirs.num_nextn_predict_layers == model.num_nextn_predict_layers
     assert theirs.rope_parameters["main"]["rope_theta"] == model.rope.theta
-    assert theirs.rope_parameters["compress"]["rope_theta"] == model.rope.compress_theta
+    assert theirs.rope_parameters["compress"]["rope_theta"] == model.rope.compress_rope_theta
     theirs.save_pretrained(tmp_path / "again")
     assert hf_config.read(tmp_path / "again") == model
 

@@ -25,21 +25,21 @@ def test_runs_of_the_released_schedules():
 
 
 @pytest.mark.parametrize("schedule", ["s", "sc", "sscchh", "schchc", "chchsss", "cscscsh"])
-@pytest.mark.parametrize("hash_layers", [0, 1])
-def test_runs_cover_the_schedule_in_order(schedule, hash_layers):
+@pytest.mark.parametrize("num_hash_layers", [0, 1])
+def test_runs_cover_the_schedule_in_order(schedule, num_hash_layers):
     kinds = tuple({"s": "swa", "c": "csa", "h": "hca"}[letter] for letter in schedule)
-    model = weights.config(schedule=kinds, moe=config.MoE(8, 2, 16, num_hash_layers=hash_layers))
+    model = weights.config(schedule=kinds, moe=config.MoE(8, 2, 16, num_hash_layers=num_hash_layers))
     for scan in (True, False):
         covered = [
             (run.layer(position, repeat), kind)
             for run in stacks(model, scan) for repeat in range(run.repeats) for position, kind in enumerate(run.kinds)
         ]  # fmt: skip
-        assert covered == [(i, (kind, i < hash_layers)) for i, kind in enumerate(kinds)]
+        assert covered == [(i, (kind, i < num_hash_layers)) for i, kind in enumerate(kinds)]
 
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_flat_names_are_those_of_checkpoints_and_come_back(scan):
-    model = weights.config(schedule=LONG.schedule, moe=LONG.moe, mtp_layers=1)
+    model = weights.config(schedule=LONG.schedule, moe=LONG.moe, num_nextn_predict_layers=1)
     flat = weights.random_flat(model, 0)
     net = weights.build(model, flat, scan)
     assert (len(net.stack_specs) < len(model.schedule)) == scan

@@ -91,7 +91,7 @@ def test_the_model_computes_with_the_narrow_numbers(narrow):
 
 def test_llm_with_narrow_weights_equals_the_widened_model(tmp_path, model, narrow):
     v4jax.save(model, tmp_path / "hf")
-    options = dict(max_batch=1, max_seq_len=256, prefill_chunk=16)
+    options = dict(max_num_seqs=1, max_model_len=256, max_num_batched_tokens=16)
     greedy = SamplingParams(max_tokens=8, temperature=0.0)
     of = lambda llm: llm.generate([[5, 6, 7]], greedy)[0].token_ids
     from_disk = LLM(tmp_path / "hf", precision="fp8", **options)

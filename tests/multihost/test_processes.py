@@ -109,7 +109,7 @@ def test_two_processes_generate_on_one_mesh_what_one_device_does(whole):
     prompts = [f"--prompt={' '.join(WORDS[i:])}" for i in range(4)]
     said = []
     for processes, devices, mesh in ((1, 1, []), (2, 2, ["--mesh=serve"])):
-        options = [*mesh, "--max_tokens=12", "--max_batch=1", "--max_seq_len=256", "--temperature=0"]
+        options = [*mesh, "--max_tokens=12", "--max_num_seqs=1", "--max_model_len=256", "--temperature=0"]
         said.append(finished(launch(processes, devices, ["generate", f"--checkpoint={whole}", *prompts, *options])))
     said = [[line for line in output.splitlines() if not OWN_LINES.search(line)] for output in said]
     assert said[0] == said[1] and len(said[0]) >= 8

@@ -48,7 +48,7 @@ def test_entries_are_the_specification(kind, ratio, size, length=37):
 
 def test_an_entry_by_hand():
     """Ratio 2 with overlap, two channels, a norm of ones: which half of which token enters, with which bias."""
-    model, module, _ = _compressor("csa", 2, csa_ratio=2, rope_dim=2)
+    model, module, _ = _compressor("csa", 2, compress_rate_csa=2, qk_rope_head_dim=2)
     put = lambda array: nnx.Param(jnp.asarray(array, jnp.float32))
     kv = np.zeros((12, 4))
     kv[0, :2], kv[1, 2:] = [1, 10], [1, 10]  # channel 0 of x feeds the "previous" half, channel 1 the "current" one
@@ -68,7 +68,7 @@ def test_an_entry_by_hand():
 
 
 def test_an_entry_reads_its_window_and_the_one_before_alone():
-    _, module, _ = _compressor("csa", 16, csa_ratio=4)
+    _, module, _ = _compressor("csa", 16, compress_rate_csa=4)
     x = np.random.RandomState(2).standard_normal((1, 16, 12)).astype(np.float32)
     before = _run(module, x)[0]
     for token in range(16):
@@ -80,12 +80,12 @@ def test_an_entry_reads_its_window_and_the_one_before_alone():
 
 
 def test_no_window_no_entry():
-    _, module, _ = _compressor("csa", 16, csa_ratio=4)
+    _, module, _ = _compressor("csa", 16, compress_rate_csa=4)
     assert _run(module, np.ones((2, 3, 12), np.float32))[0].shape == (2, 0, 16)
 
 
 def test_pooling_is_float32_whatever_the_input():
-    _, module, _ = _compressor("hca", 16, hca_ratio=8)
+    _, module, _ = _compressor("hca", 16, compress_rate_hca=8)
     x = jnp.asarray(np.random.RandomState(3).standard_normal((1, 16, 12)), jnp.bfloat16)
     entries, windows = _run(module, x)
     wide, _ = _run(module, x.astype(jnp.float32))

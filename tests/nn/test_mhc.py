@@ -58,7 +58,7 @@ def test_coefficients_are_the_specification(streams):
 
 
 def test_coefficients_do_not_see_the_size_of_the_streams():
-    """The streams are normalised for the coefficients; without it, tenfold streams would move them."""
+    """The streams are normalized for the coefficients; without it, tenfold streams would move them."""
     module = HyperConnection(MODEL, nnx.Rngs(0))
     module.scale = nnx.Param(jnp.full(3, 5.0))
     x = jnp.asarray(np.random.RandomState(1).standard_normal((1, 3, 4, 16)), jnp.float32)

@@ -86,8 +86,8 @@ def test_rules_without_meaning_are_errors(layout, says):
 
 
 def test_clashes_and_unused_rules_are_errors():
-    with pytest.raises(UserError, match="'fsdp' splits both 'embed' and 'q_rank' of a parameter DQ"):
-        validate_used(ShardingRules("l", "fsdp", weights=(("embed", ("fsdp",)), ("q_rank", ("fsdp",)))), ["DQ"])
+    with pytest.raises(UserError, match="'fsdp' splits both 'embed' and 'q_lora_rank' of a parameter DQ"):
+        validate_used(ShardingRules("l", "fsdp", weights=(("embed", ("fsdp",)), ("q_lora_rank", ("fsdp",)))), ["DQ"])
     with pytest.raises(UserError, match="no parameter of this model follows the rule 'index_heads'"):
         validate_used(ShardingRules("l", "tensor", weights=(("index_heads", ("tensor",)),)), ["DQ", "D"])
     with pytest.raises(UserError, match="mesh.tensor is 2, but no rule of layout 'fsdp' uses it"):

@@ -23,8 +23,8 @@ def small(mesh: Mesh | None = None, full: bool = False, **train) -> config_lib.C
     """A model whose axes eight devices divide: a CSA layer, and if `full` also HCA, and a window layer in MTP."""
     config = micro_config("unused", **{"batch_size": 8, "steps": 20, "lr": 2e-3, "adam_lr": 2e-3, **train})
     moe = dataclasses.replace(config.model.moe, experts=8)
-    moe = dataclasses.replace(moe, hash_layers=int(full))
-    kinds = {"schedule": ("csa", "hca")} if full else {"schedule": ("csa",), "mtp_layers": 0}
+    moe = dataclasses.replace(moe, num_hash_layers=int(full))
+    kinds = {"schedule": ("csa", "hca")} if full else {"schedule": ("csa",), "num_nextn_predict_layers": 0}
     model = dataclasses.replace(config.model, moe=moe, **kinds)
     return dataclasses.replace(config, model=model, mesh=mesh or Mesh())
 

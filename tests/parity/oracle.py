@@ -23,7 +23,7 @@ def network(model: Model, flat: dict[str, np.ndarray]):
         for piece in tensor.pieces(spelling):
             state[piece.name].copy_(torch.from_numpy(piece.to_hf(flat[name])))
             placed.add(piece.name)
-    assert placed == set(state), f"left as initialised: {sorted(set(state) - placed)}"
+    assert placed == set(state), f"left as initialized: {sorted(set(state) - placed)}"
     return net
 
 

@@ -19,7 +19,7 @@ transformers = pytest.importorskip(
 TEXTS = [
     "To be, or not to be", "", " leading space\n\ttabs", "\u00bfQu\u00e9? \U0001f600 \u4f60", "x" * 40, "a<eos>b<bos>",
 ]  # fmt: skip
-LIMITS = {"max_batch": 4, "max_seq_len": 576, "prefill_chunk": 64}
+LIMITS = {"max_num_seqs": 4, "max_model_len": 576, "max_num_batched_tokens": 64}
 
 
 @pytest.fixture(scope="module")

@@ -79,16 +79,16 @@ class Answer:
         return Answer(self.tokens[:count], self.logprobs[:count])
 
 
-def new_books(engine, pages=None, records=16, chunk=None, record_every=0):
+def new_books(engine, pages=None, records=16, chunk=None, snapshot_interval_blocks=0):
     """Forget all that the engine has cached; its arrays keep what they hold, so whatever is read unwritten is wrong."""
     assert not engine.busy
-    old, slots = engine.schedulers[0], engine.limits.max_batch
+    old, slots = engine.schedulers[0], engine.limits.max_num_seqs
     room = engine._live.layers[-1][-1].main.shape[0]
     assert pages is None or pages < room
     blocks = BlockPool(pages + 1 if pages else room, range(slots + 1, slots + 1 + records))
     engine.schedulers[0] = Scheduler(
-        blocks, slots, old.block, chunk or (old.block if old.replay else engine.limits.prefill_chunk),
-        record_every=record_every,
+        blocks, slots, old.block, chunk or (old.block if old.replay else engine.limits.max_num_batched_tokens),
+        snapshot_interval_blocks=snapshot_interval_blocks,
         lookahead=old.lookahead, replay=old.replay,
     )  # fmt: skip
 

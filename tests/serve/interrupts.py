@@ -85,7 +85,7 @@ def struck_after(seconds, signum):
 @contextlib.contextmanager
 def small_llm(model):
     """An LLM with a host tier and few pages."""
-    limits = {name: getattr(LIMITS, name) for name in ("max_batch", "max_seq_len", "prefill_chunk")}
+    limits = {name: getattr(LIMITS, name) for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens")}
     cache = config.Cache(host_bytes=1 << 24, load_timeout_s=LONG)
     with LLM(model, tokenizer=Tokenizer(), cache=cache, **limits) as llm:
         small_books(llm.engine)
@@ -170,7 +170,7 @@ def command(model, count, seed=0):
         code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); print(flush=True); "
         code += "from v4jax.__main__ import run; run()"
         argv = [sys.executable, "-c", code, "generate", f"--checkpoint={checkpoint}", "--prompt=a", "--max_tokens=50",
-                "--max_seq_len=576", "--kv_disk=1GiB", f"--kv_dir={directory}/kv"]  # fmt: skip
+                "--max_model_len=576", "--kv_disk=1GiB", f"--kv_dir={directory}/kv"]  # fmt: skip
         seconds = None
         for _ in range(1 + count):
             with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -57,7 +57,7 @@ def companies(draw, logprobs=(None,)):
 
 # Three pages hold any one request.
 books = st.fixed_dictionaries({
-    "pages": st.integers(3, 5), "records": st.sampled_from([0, 1, 2, 16]), "record_every": st.integers(0, 1),
+    "pages": st.integers(3, 5), "records": st.sampled_from([0, 1, 2, 16]), "snapshot_interval_blocks": st.integers(0, 1),
 })  # fmt: skip
 
 

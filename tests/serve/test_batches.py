@@ -94,7 +94,7 @@ def test_nothing_is_compiled_again_for_the_same_buckets(model, engine):
         tokens_of(engine, prompts, GREEDY)
     before = {name: program._cache_size() for name, program in compiled.items()}
     longer = SamplingParams(temperature=0.0, max_tokens=30, top_k=3)
-    new_books(engine, record_every=1)
+    new_books(engine, snapshot_interval_blocks=1)
     tokens_of(engine, [LONG, LONG[:530], [5] * 14, LONG[7:510]], longer)
     assert engine.stats()["hits"]
     new_books(engine, pages=2)
@@ -127,7 +127,7 @@ def test_padding_rows_stay_at_the_beginning(engine):
 def test_shapes_are_few(model, monkeypatch):
     chunks, batches = [], []
 
-    def prefill(structure, weights, live, tokens_1T, start_1, count_1, record_1, tables):
+    def prefill(structure, weights, live, tokens_1T, start_1, count_1, state_slot_1, tables):
         chunks.append((tokens_1T.shape[1] - 1, int(start_1[0]), int(count_1[0])))
         return live, None, np.array([True])
 
@@ -194,7 +194,7 @@ def test_a_request_that_goes_wrong_while_it_decodes_leaves_nothing_behind(engine
     check_settled(broken)
     for kept in jax.tree.leaves(broken._kv_caches, is_leaf=lambda leaf: isinstance(leaf, PagedLayerCache)):
         # Records beyond the slots are copied to before they are read.
-        slots = [array[: 1 + LIMITS.max_num_seqs] for array in (kept.ring_ZSH, *kept.tails.values())]
+        slots = [array[: 1 + LIMITS.max_num_seqs] for array in (kept.window_ring_ZSH, *kept.tails.values())]
         assert all(np.isfinite(a).all() for a in jax.tree.leaves((slots, kept.main, kept.index)))
     assert tokens_of(broken, others, GREEDY) == expected
 

@@ -66,7 +66,7 @@ def test_the_device_is_one_step_ahead_and_no_more(engine, monkeypatch):
 
 
 def test_every_leaf_belongs_to_a_page_or_to_a_record(model):
-    engine = Engine(model, dataclasses.replace(LIMITS, speculative_tokens=1))
+    engine = Engine(model, dataclasses.replace(LIMITS, num_speculative_tokens=1))
     pages = 1 + engine.schedulers[0].block_pool.capacity
     records = 1 + LIMITS.max_num_seqs + 16
     assert pages != records
@@ -76,7 +76,7 @@ def test_every_leaf_belongs_to_a_page_or_to_a_record(model):
         for leaf in jax.tree.leaves((one.main, one.index)):
             assert leaf.shape[0] == pages
             by_axis["pages"] += leaf.nbytes
-        for leaf in jax.tree.leaves((one.ring_ZSH, one.tails)):
+        for leaf in jax.tree.leaves((one.window_ring_ZSH, one.tails)):
             assert leaf.shape[0] == records
             by_axis["records"] += leaf.nbytes
     assert all(isinstance(one, PagedLayerCache) for one in kept) and sum(by_axis.values()) == engine.stats()["kv_bytes"]
@@ -109,7 +109,7 @@ def test_logits_that_are_not_finite_end_that_request_alone(engine):
 
 @pytest.mark.parametrize("prompt, words", [
     ([], "at least one token"), ([5, 2048], "token id 2048; the model's ids are 0 to 2047"), ([-1], "token id -1"),
-    ([5] * 553, "553 tokens, which with max_tokens 24 exceeds max_seq_len 576"),
+    ([5] * 553, "553 tokens, which with max_tokens 24 exceeds max_model_len 576"),
 ], ids=["empty", "above", "below", "long"])  # fmt: skip
 def test_requests_that_cannot_run_are_one_line(engine, prompt, words):
     with pytest.raises(UserError) as error:
@@ -125,9 +125,9 @@ def test_what_the_pool_cannot_hold_is_one_line(model):
 
 
 @pytest.mark.parametrize("limits, cache, words", [
-    ({"speculative_tokens": 1, "batch_invariant": True}, {}, "exclude each other"),
-    ({"max_seq_len": 5000}, {}, "exceeds model.max_positions"), ({"max_batch": 0}, {}, "max_batch must be at least 1"),
-    ({}, {"layout": "fp7"}, "cache.layout is 'fp7'"), ({}, {"block": 30}, "not a multiple of model.csa_ratio 4"),
+    ({"num_speculative_tokens": 1, "batch_invariant": True}, {}, "exclude each other"),
+    ({"max_model_len": 5000}, {}, "exceeds model.max_position_embeddings"), ({"max_num_seqs": 0}, {}, "max_num_seqs must be at least 1"),
+    ({}, {"layout": "fp7"}, "cache.layout is 'fp7'"), ({}, {"block": 30}, "not a multiple of model.compress_rate_csa 4"),
     ({}, {"records": -1}, "cache.records must be at least 0, got -1"),
 ])  # fmt: skip
 def test_limits_that_cannot_be_kept_are_one_line(model, limits, cache, words):
@@ -136,9 +136,9 @@ def test_limits_that_cannot_be_kept_are_one_line(model, limits, cache, words):
 
 
 def test_a_model_without_the_layer_cannot_speculate(model):
-    plain = dataclasses.replace(MODEL, mtp_layers=0)
+    plain = dataclasses.replace(MODEL, num_nextn_predict_layers=0)
     with pytest.raises(UserError, match="needs a model with an MTP layer"):
-        validate_limits(plain, dataclasses.replace(LIMITS, speculative_tokens=1), config.Cache())
+        validate_limits(plain, dataclasses.replace(LIMITS, num_speculative_tokens=1), config.Cache())
 
 
 def test_prompt_chunks_come_in_few_sizes():

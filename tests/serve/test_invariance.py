@@ -23,7 +23,7 @@ def as_users_have_them():
 
 @pytest.fixture(scope="module")
 def invariant(model, as_users_have_them):
-    return Engine(model, dataclasses.replace(LIMITS, max_batch=2, batch_invariant=True))
+    return Engine(model, dataclasses.replace(LIMITS, max_num_seqs=2, batch_invariant=True))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_invariant_engines_share_no_decoded_block(invariant, solo_bits):
 
 
 def test_invariant_engines_read_prompts_in_blocks_whatever_they_are_told(model, invariant):
-    told = Engine(model, dataclasses.replace(LIMITS, max_batch=2, batch_invariant=True, prefill_chunk=7))
+    told = Engine(model, dataclasses.replace(LIMITS, max_num_seqs=2, batch_invariant=True, max_num_batched_tokens=7))
     asked = [Request(BASES[0][:300], dataclasses.replace(SAMPLED, logprobs=2))]
     new_books(invariant)
     assert drive(told, asked) == drive(invariant, asked)

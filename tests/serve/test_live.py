@@ -22,7 +22,7 @@ from v4jax.serve.engine import Engine, validate_limits
 LEAST = LIMITS.max_num_seqs * MODEL.indexer.index_topk  # what a step may pick: nearly all of it changes all the time
 BITS = dataclasses.replace(SAMPLED, logprobs=4)
 TWO = dataclasses.replace(
-    MODEL, schedule=("csa", "hca"), mtp_layers=0, moe=dataclasses.replace(MODEL.moe, hash_layers=0)
+    MODEL, schedule=("csa", "hca"), num_nextn_predict_layers=0, moe=dataclasses.replace(MODEL.moe, num_hash_layers=0)
 )
 
 
@@ -83,13 +83,13 @@ def test_blocks_that_return_from_lower_tiers_are_not_taken_for_what_lay_there_be
 
 
 @pytest.mark.parametrize("options, queries", [
-    (dict(speculative_tokens=2, max_batch=1), 3), (dict(batch_invariant=True, max_batch=2), 1),
+    (dict(num_speculative_tokens=2, max_num_seqs=1), 3), (dict(batch_invariant=True, max_num_seqs=2), 1),
 ])  # fmt: skip
 def test_drafts_and_invariance_keep_every_bit(options, queries):
     """With as few copies as there can be: topk for each query of a step."""
-    drafting = dataclasses.replace(TWO, mtp_layers=1)
+    drafting = dataclasses.replace(TWO, num_nextn_predict_layers=1)
     model = weights.build(drafting, weights.random_flat(drafting, 0))
-    limits, answers = dataclasses.replace(LIMITS, prefill_chunk=16, **options), []
+    limits, answers = dataclasses.replace(LIMITS, max_num_batched_tokens=16, **options), []
     for hot in (0, queries * TWO.indexer.index_topk):
         engine = Engine(model, limits, config.Cache(kv_cache_dtype="fp8_fp4", device_entries=hot))
         new_books(engine, pages=2)
@@ -103,10 +103,10 @@ def test_drafts_and_invariance_keep_every_bit(options, queries):
 
 @pytest.mark.parametrize("options, limits, complaint", [
     (dict(hot=-1), {}, "cache.hot must be at least 0, got -1"),
-    (dict(hot=LEAST - 1), {}, "4 sequences x 1 tokens x topk 4; give at least 16, or lower max_batch"),
-    (dict(hot=LEAST), dict(max_batch=5), "5 sequences x 1 tokens x topk 4; give at least 20"),
+    (dict(hot=LEAST - 1), {}, "4 sequences x 1 tokens x topk 4; give at least 16, or lower max_num_seqs"),
+    (dict(hot=LEAST), dict(max_num_seqs=5), "5 sequences x 1 tokens x topk 4; give at least 20"),
     (dict(hot=3), dict(batch_invariant=True), "1 sequences x 1 tokens x topk 4; give at least 4"),
-    (dict(hot=LEAST, block=16), dict(max_seq_len=16), "of no use with max_seq_len 16"),
+    (dict(hot=LEAST, block=16), dict(max_model_len=16), "of no use with max_model_len 16"),
     (dict(hot=LEAST, device=1000), {}, "one block of 256 tokens and the hot entries take"),
 ])  # fmt: skip
 def test_copies_that_cannot_be_are_one_line(layers, options, limits, complaint):

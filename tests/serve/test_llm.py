@@ -20,7 +20,7 @@ from v4jax.serve.llm import split_at_stop
 from v4jax.serve.metrics import EngineCollector
 
 PROMPTS = ["To be, or not", [7, 300, 12], "¿Qué?", np.array([9])]
-LIMITS = {name: getattr(engine_harness.LIMITS, name) for name in ("max_batch", "max_seq_len", "prefill_chunk")}
+LIMITS = {name: getattr(engine_harness.LIMITS, name) for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens")}
 
 
 def greedy(**options):
@@ -261,7 +261,7 @@ def test_cuts_between_tokens_do_not_matter_to_stop_strings():
     ([[5, 2048]], "prompt 0 has token id 2048"), ([[-1]], "prompt 0 has token id -1"),
     ([-1], "prompt 0 has token id -1"),
     ({"prompt_token_ids": []}, "prompt 0 is empty"), ({"prompt_token_ids": [2048]}, "prompt 0 has token id 2048"),
-    ([[5] * 553], "exceeds max_seq_len 576"), (["a", 3], "prompt 1 is 3; a prompt is a string, a list of token ids"),
+    ([[5] * 553], "exceeds max_model_len 576"), (["a", 3], "prompt 1 is 3; a prompt is a string, a list of token ids"),
     ({"prompt": "a\ud800"}, "prompt 0 holds the lone surrogate U+D800 at character 1"), (5, "5 is no prompt"),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("method", ["generate", "stream"])
@@ -330,12 +330,12 @@ def test_bos_and_eos_can_be_given(model, llm, outputs, tokenizer):
 
 def test_representations_are_short(model, llm):
     assert repr(model).startswith("Transformer(") and "float32, 3 layers: 1 swa, 1 csa, 1 hca" in repr(model)
-    assert repr(llm) == f"LLM({model!r}, max_batch=4, max_seq_len=576)" and len(repr(llm)) < 200
+    assert repr(llm) == f"LLM({model!r}, max_num_seqs=4, max_model_len=576)" and len(repr(llm)) < 200
 
 
 def test_drafts_proposed_and_accepted_are_counted(model, tokenizer, outputs, llm):
     assert "spec_decode_num_drafts" not in llm.stats()
-    speculating = LLM(model, tokenizer=tokenizer, speculative_tokens=2, **LIMITS)
+    speculating = LLM(model, tokenizer=tokenizer, num_speculative_tokens=2, **LIMITS)
     params = [greedy(max_tokens=24), greedy(max_tokens=1)]
     outs = speculating.generate(PROMPTS[:2], params)
     assert outs[0].token_ids == outputs[0].token_ids
@@ -360,14 +360,14 @@ def test_token_ids_do_without_a_tokenizer(model, outputs):
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"dtype": "float32"}, "dtype applies"), ({"max_batch": 0}, "max_batch must be at least 1"),
-    ({"prefill_chunk": 0}, "prefill_chunk must be"), ({"max_seq_len": 5000}, "exceeds model.max_positions 4096"),
+    ({"dtype": "float32"}, "dtype applies"), ({"max_num_seqs": 0}, "max_num_seqs must be at least 1"),
+    ({"max_num_batched_tokens": 0}, "max_num_batched_tokens must be"), ({"max_model_len": 5000}, "exceeds model.max_position_embeddings 4096"),
     ({"tokenizer": "no/such/file"}, "no tokenizer no/such/file"), ({"tokenizer": 5}, "tokenizer is 5; give a v4jax"),
     ({"cache": {"layout": "fp8"}}, "cache is .*; give a CacheConfig"), ({"mesh": "serve"}, "give a MeshConfig"),
-    ({"speculative_token": 1}, "LLM has no option 'speculative_token'; did you mean 'speculative_tokens'"),
-    ({"speculative_tokens": 1, "batch_invariant": True}, "exclude each other"),
+    ({"speculative_token": 1}, "LLM has no option 'speculative_token'; did you mean 'num_speculative_tokens'"),
+    ({"num_speculative_tokens": 1, "batch_invariant": True}, "exclude each other"),
     ({"cache": config.Cache(kv_cache_dtype="fp16")}, "cache.layout is 'fp16'; one of"),
-    ({"cache": config.Cache(block_size=12)}, "block of 12 tokens is not a multiple of model.hca_ratio 8"),
+    ({"cache": config.Cache(block_size=12)}, "block of 12 tokens is not a multiple of model.compress_rate_hca 8"),
 ], ids=str)  # fmt: skip
 def test_bad_limits_are_one_line(model, options, words):
     with pytest.raises(UserError, match=words):
@@ -382,12 +382,12 @@ def test_what_is_no_model_is_one_line(wrong):
 
 def test_options_reach_the_engine(model):
     cache = v4jax.CacheConfig(layout="fp8", tokens=512, records=3)
-    llm = LLM(model, cache=cache, batch_invariant=True, max_seq_len=576)
-    assert llm.engine.limits == dataclasses.replace(config.Serve(), batch_invariant=True, max_seq_len=576)
+    llm = LLM(model, cache=cache, batch_invariant=True, max_model_len=576)
+    assert llm.engine.limits == dataclasses.replace(config.Serve(), batch_invariant=True, max_model_len=576)
     assert (llm.engine.kv_cache_spec.name, llm.stats()["pages_free"], llm.stats()["records_spare"]) == ("fp8", 2, 3)
     with pytest.raises(UserError, match="needs 3 pages of 256 tokens, but the cache has 2"):
         llm.generate([[5] * 550], greedy())
-    assert LLM(model, speculative_tokens=1).engine.limits.num_speculative_tokens == 1
+    assert LLM(model, num_speculative_tokens=1).engine.limits.num_speculative_tokens == 1
 
 
 def test_a_directory_brings_its_tokenizer_and_limits(monkeypatch, model, tokenizer):
@@ -397,7 +397,7 @@ def test_a_directory_brings_its_tokenizer_and_limits(monkeypatch, model, tokeniz
     monkeypatch.setattr(checkpoint, "load_config", lambda path: stored)
     monkeypatch.setattr(llm_module, "load_tokenizer", lambda path, model: tokenizer)
     monkeypatch.setattr(llm_module, "read_generation_config", lambda path: GenerationConfig())
-    llm = LLM("DIR", dtype="bfloat16", max_batch=2)
+    llm = LLM("DIR", dtype="bfloat16", max_num_seqs=2)
     assert (
         read == [("DIR", {"dtype": "bfloat16", "precision": "model", "placement": None})] and llm.tokenizer is tokenizer
     )

@@ -16,7 +16,7 @@ from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
 
 DEVICES = 2
-LIMITS = dataclasses.replace(engine_harness.LIMITS, max_batch=2, prefill_chunk=16)  # few programs
+LIMITS = dataclasses.replace(engine_harness.LIMITS, max_num_seqs=2, max_num_batched_tokens=16)  # few programs
 CACHE = config.Cache(kv_cache_tokens=768)
 RNG = np.random.default_rng(0)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
@@ -116,10 +116,10 @@ def test_a_bad_request_ends_alone(model, meshed):
 
 
 def test_drafts_and_weights_in_8_bits(model):
-    limits = dataclasses.replace(LIMITS, max_batch=1, precision="fp8")
+    limits = dataclasses.replace(LIMITS, max_num_seqs=1, precision="fp8")
     prompts = [prompt(n) for n in (9, 70, 20)]
     one = tokens_of(Engine(model, limits, CACHE), prompts, GREEDY)
-    drafting = dataclasses.replace(limits, speculative_tokens=2)
+    drafting = dataclasses.replace(limits, num_speculative_tokens=2)
     assert tokens_of(Engine(model, drafting, CACHE, on()), prompts, GREEDY) == one
 
 

@@ -161,15 +161,15 @@ def test_whatever_shapes_the_contents_is_in_the_key(model):
         return nnx.merge(nnx.graphdef(abstract), nnx.state(model))
 
     base = key(model)
-    assert base == key(other(), max_batch=1, max_seq_len=300, prefill_chunk=5)
+    assert base == key(other(), max_num_seqs=1, max_model_len=300, max_num_batched_tokens=5)
     for changed in [
         *[key(model, layout) for layout in KV_CACHE_DTYPES if layout != "model"],
-        key(model, block=512), key(model, batch_invariant=True), key(model, speculative_tokens=1),
+        key(model, block=512), key(model, batch_invariant=True), key(model, num_speculative_tokens=1),
         key(other(rope=dataclasses.replace(MODEL.rope, theta=MODEL.rope.rope_theta + 1))),
         key(other(indexer=dataclasses.replace(MODEL.indexer, topk=3))),
     ]:  # fmt: skip
         assert changed != base
-    assert key(model, speculative_tokens=1)[2] != key(model, speculative_tokens=2)[2] != base[2]
+    assert key(model, num_speculative_tokens=1)[2] != key(model, num_speculative_tokens=2)[2] != base[2]
 
 
 def test_a_tenants_blocks_are_its_own(model, alone, tmp_path):
@@ -337,7 +337,7 @@ def test_what_is_not_finite_is_not_stored(tmp_path):
 
 @pytest.mark.parametrize("layout", ["model", "fp8_fp4"])
 def test_copies_off_the_device_and_back_keep_every_bit_of_every_leaf(model, layout):
-    engine = Engine(model, dataclasses.replace(LIMITS, speculative_tokens=1), config.Cache(kv_cache_dtype=layout, kv_cache_tokens=2048))
+    engine = Engine(model, dataclasses.replace(LIMITS, num_speculative_tokens=1), config.Cache(kv_cache_dtype=layout, kv_cache_tokens=2048))
     rng, kinds = np.random.default_rng(0), device_connector.leaf_kinds(engine._kv_caches)
 
     def rubbish(leaf):

@@ -21,7 +21,7 @@ from v4jax import config
 from v4jax.serve import LLM, SamplingParams, device_connector, data_parallel, model_steps
 from v4jax.serve.engine import Engine
 
-OPTIONS = {name: getattr(LIMITS, name) for name in ("max_batch", "max_seq_len", "prefill_chunk")}
+OPTIONS = {name: getattr(LIMITS, name) for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens")}
 LONG_PROMPT = np.random.default_rng(1).integers(3, 2048, 300).tolist()  # a block of it is kept, with a record
 PROMPTS = [[5, 6, 7], LONG_PROMPT, [9] * 20]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -168,7 +168,7 @@ def test_engine_on_a_mesh_is_reset_too(model, plain, monkeypatch):
     asked = [Request(prompt, GREEDY) for prompt in PROMPTS]
     engine_harness.new_books(plain)
     want = [answer.tokens for answer in drive(plain, asked)]
-    limits = dataclasses.replace(LIMITS, max_batch=2, prefill_chunk=16)
+    limits = dataclasses.replace(LIMITS, max_num_seqs=2, max_num_batched_tokens=16)
     engine = Engine(model, limits, config.Cache(kv_cache_tokens=768), data_parallel.data_parallel_group(config.Mesh("serve"), jax.devices()[:2]))
     with monkeypatch.context() as patch:
         patch.setattr(model_steps, "decode", failing(model_steps.decode, after=True, skip=1))

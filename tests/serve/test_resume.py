@@ -23,7 +23,7 @@ PROMPT = np.random.default_rng(0).integers(3, MODEL.vocab_size, 2 * BLOCK + 3).t
 ASKED = [Request(PROMPT, SamplingParams(temperature=0.0, max_tokens=24, logprobs=4))]
 
 # Leaves of the small model's cache, by what they belong to.
-RINGS = [f".layers[{i}][0].ring_ZSH" for i in range(3)]
+RINGS = [f".layers[{i}][0].window_ring_ZSH" for i in range(3)]
 TAILS = [".layers[1][0].tails['main']", ".layers[1][0].tails['index']", ".layers[2][0].tails['main']"]
 POOLS = [".layers[1][0].main", ".layers[1][0].index", ".layers[2][0].main"]
 
@@ -62,11 +62,11 @@ def kept(plain, uninterrupted):
 
 @pytest.mark.parametrize("layout", KV_CACHE_DTYPES)
 def test_every_leaf_belongs_to_a_page_or_to_a_record(model, layout):
-    engine = Engine(model, dataclasses.replace(LIMITS, speculative_tokens=2), config.Cache(kv_cache_dtype=layout))
+    engine = Engine(model, dataclasses.replace(LIMITS, num_speculative_tokens=2), config.Cache(kv_cache_dtype=layout))
     pages = 1 + engine.schedulers[0].block_pool.capacity
     assert len({pages, RECORDS}) == 2  # so that the leading axis tells them apart
     named = leaves(engine)
-    records = [*RINGS, *TAILS, ".mtp.ring_ZSH"]
+    records = [*RINGS, *TAILS, ".mtp.window_ring_ZSH"]
     assert {name for name, leaf in named.items() if leaf.shape[0] == RECORDS} == set(records)
     for name in named.keys() - records:
         pool, plane = re.fullmatch(r"(.*\.(?:main|index))(\..*)", name).groups()

@@ -43,7 +43,7 @@ def test_one_prompt_is_read_at_a_time_while_the_others_decode(endless):
     (11, {"chunk": 3, "block": 4}, [(0, 3), (3, 3), (6, 2), (8, 1), (9, 2)]),
     (8, {"chunk": 16, "block": 4}, [(0, 4), (4, 4)]),  # a prompt asked again must find a record before its end
     (3, {"chunk": 16, "block": 4}, [(0, 3)]),
-    (14, {"chunk": 16, "block": 2, "record_every": 3}, [(0, 6), (6, 6), (12, 2)]),
+    (14, {"chunk": 16, "block": 2, "snapshot_interval_blocks": 3}, [(0, 6), (6, 6), (12, 2)]),
 ])  # fmt: skip
 def test_chunks_end_at_multiples_and_at_the_last_boundary(prompt, options, expected):
     world = World(pages=20, **options)
@@ -56,7 +56,7 @@ def test_chunks_end_at_multiples_and_at_the_last_boundary(prompt, options, expec
 
 def test_records_are_kept_at_the_last_boundary_and_periodically():
     for every, records in [(0, 1), (2, 3)]:
-        world = World(pages=20, records=9, record_every=every)
+        world = World(pages=20, records=9, snapshot_interval_blocks=every)
         world.add(0, list(range(11)), 1)
         world.drain()
         assert world.scheduler.stats()["records_kept"] == records

@@ -13,7 +13,7 @@ class Serving(RuleBasedStateMachine):
 
     @initialize(
         pages=st.integers(9, 14), records=st.integers(0, 5), slots=st.integers(1, 4), block=st.integers(1, 3),
-        chunk=st.integers(1, 6), lookahead=st.integers(0, 2), late=st.integers(0, 2), record_every=st.integers(0, 2),
+        chunk=st.integers(1, 6), lookahead=st.integers(0, 2), late=st.integers(0, 2), snapshot_interval_blocks=st.integers(0, 2),
         replay=st.booleans(), random_seed=st.integers(0, 99),
     )  # fmt: skip
     def start(self, lookahead, late, **options):

@@ -20,7 +20,7 @@ from v4jax.serve.sampling import SamplingParams
 
 TOKENS = 512  # room on a device: one conversation
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
-LIMITS = {"max_batch": 1, "prefill_chunk": 64, "max_seq_len": 576}
+LIMITS = {"max_num_seqs": 1, "max_num_batched_tokens": 64, "max_model_len": 576}
 
 
 def prompts():

@@ -22,8 +22,8 @@ DEVICES, ROWS = 2, 2
 @pytest.fixture(scope="module")
 def tiny():
     config = config_lib.load("tiny")
-    moe = dataclasses.replace(config.model.moe, hash_layers=0)
-    model = dataclasses.replace(config.model, schedule=("csa",), mtp_layers=0, moe=moe)
+    moe = dataclasses.replace(config.model.moe, num_hash_layers=0)
+    model = dataclasses.replace(config.model, schedule=("csa",), num_nextn_predict_layers=0, moe=moe)
     return dataclasses.replace(config, model=model)
 
 

@@ -40,7 +40,7 @@ def config(text_file):
 
 def one_layer(config: Config) -> Config:
     """`config` with one layer of one kind: for tests of the loop, which is the same for every model."""
-    model = dataclasses.replace(config.model, schedule=("swa",), mtp_layers=0)
+    model = dataclasses.replace(config.model, schedule=("swa",), num_nextn_predict_layers=0)
     return dataclasses.replace(config, model=model)
 
 

@@ -46,14 +46,14 @@ def gradients(config, batch):
 
 def of_kinds(config, *schedule, **changes):
     """Fewer layers compile sooner."""
-    moe = dataclasses.replace(config.model.moe, hash_layers=0)
+    moe = dataclasses.replace(config.model.moe, num_hash_layers=0)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, schedule=schedule, moe=moe, **changes))
 
 
 def test_indexer_learns_from_its_loss_alone(config, batch):
-    config = of_kinds(config, "csa", mtp_layers=0)
-    without = gradients(with_train(config, indexer_weight=0.0), batch)
-    only = gradients(with_train(config, indexer_weight=1.0, mtp_weight=0.0, balance_weight=0.0), batch)
+    config = of_kinds(config, "csa", num_nextn_predict_layers=0)
+    without = gradients(with_train(config, indexer_loss_weight=0.0), batch)
+    only = gradients(with_train(config, indexer_loss_weight=1.0, mtp_loss_weight=0.0, balance_loss_weight=0.0), batch)
     indexer = [name for name in without if ".indexer." in name]
     assert indexer and all(without[name] == 0 for name in indexer)
     assert all(only[name] > 0 for name in indexer)
@@ -73,7 +73,7 @@ def test_padding_changes_nothing(config, batch):
 
 def test_mtp_predicts_the_token_after_the_next(config, batch):
     """With the second targets masked, the MTP layer gets no gradient."""
-    config = of_kinds(with_train(config, balance_weight=0.0), "swa")
+    config = of_kinds(with_train(config, balance_loss_weight=0.0), "swa")
     none = gradients(config, batch | {"targets2_BT": np.full((2, 32), -1, np.int32)})
     some = gradients(config, batch)
     assert none["mtp.0.hidden_proj"] == 0 and some["mtp.0.hidden_proj"] > 0

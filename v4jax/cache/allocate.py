@@ -23,7 +23,7 @@ _HOST_PARTS = {"csa": "main", "hca": "tails"}  # part of a layer's state that li
 
 
 def allocate_layer(layout: KVCacheSpec, kind: str, pages: int, records: int, slack: int = 0, host=None) -> PagedLayerCache:
-    """Empty state of one layer of this kind. host: as in `new_far`; None: pinned memory beside the device that the
+    """Empty state of one layer of this kind. host: as in `new_host_entry_pool`; None: pinned memory beside the device that the
     rest is on. Raises UserError as these do."""
     model, far = layout.model, _HOST_PARTS.get(kind) if layout.hot else None
     size = (pages, layout.entries(kind), layout.name) if kind != "swa" else ()
@@ -68,12 +68,12 @@ def check(model: config.Model, limits: config.Serve, cache: config.Cache) -> Non
     if cache.device_entries < rows * queries * k:
         raise UserError(
             f"cache hot of {cache.device_entries} entries is less than a step may pick: {rows} sequences x {queries} tokens x "
-            f"topk {k}; give at least {rows * queries * k}, or lower max_batch"
+            f"topk {k}; give at least {rows * queries * k}, or lower max_num_seqs"
         )
     layout = KVCacheSpec(model, cache.kv_cache_dtype, cache.block_size)
     blocks = -(-(limits.max_model_len + limits.num_speculative_tokens) // layout.block)
     if not use_gather(blocks * layout.entries("csa"), k, queries):
         raise UserError(
-            f"cache hot is of no use with max_seq_len {limits.max_model_len}, where each step reads all entries of a "
+            f"cache hot is of no use with max_model_len {limits.max_model_len}, where each step reads all entries of a "
             "row: set it to 0"
         )

@@ -29,8 +29,8 @@ from v4jax.cache.paged_cache import new_paged_layer_cache
 KV_CACHE_DTYPES = ("model", "bf16", "fp8", "fp8_fp4")
 _FORMATS = {"fp8": {"main": "fp8", "index": "fp8"}, "fp8_fp4": {"main": "fp8", "index": "fp4"}}
 _GROUP = {"main": qdq.ENTRY_GROUP, "index": qdq.KEY_GROUP}
-_WORD = 4  # bytes that a quantised row is padded to a multiple of
-_PLACE, _COUNTS = 4, 20  # bytes of the number of a row in `nn.hot.Hot`, and of its counters
+_WORD = 4  # bytes that a quantized row is padded to a multiple of
+_PLACE, _COUNTS = 4, 20  # bytes of the number of a row in `nn.hot.DeviceEntryCache`, and of its counters
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class EntryFormat:
         """
         if not self.group:
             return {"rows": (self.width, "uint16" if self.format == "bfloat16" else self.format)}
-        quantised = self.width - self.rotary
-        values, scales = quantised // (2 if self.format == "fp4" else 1), quantised // self.group
+        quantized = self.width - self.rotary
+        values, scales = quantized // (2 if self.format == "fp4" else 1), quantized // self.group
         scales += -(values + 2 * self.rotary + scales) % _WORD
         rotary = {"rotary": (self.rotary, "uint16")} if self.rotary else {}
         return {"values": (values, "uint8"), **rotary, "scales": (scales, "uint8")}
@@ -83,7 +83,7 @@ def entry_format(model: config.Model, kind: str, layout: str) -> EntryFormat:
         return EntryFormat(width, model.dtype if layout == "model" else "bfloat16")
     format = _FORMATS[layout][kind]
     if width == rotary:
-        raise UserError(f"layout {layout} quantises what is not rotary, and model.rope_dim is all {width}; take bf16")
+        raise UserError(f"layout {layout} quantizes what is not rotary, and model.qk_rope_head_dim is all {width}; take bf16")
     if format == "fp4" and width % 2:
         raise UserError(f"layout {layout} packs pairs, and model.indexer.head_dim {width} is odd; take fp8")
     return EntryFormat(width, format, group_size(width - rotary, _GROUP[kind]), rotary)
@@ -173,7 +173,7 @@ class KVCacheSpec:
 
         def kept(kind: str) -> int:
             past = self._record(kind, slack)
-            return _bytes(past.ring_ZSH if self.hot and kind == "hca" else past)
+            return _bytes(past.window_ring_ZSH if self.hot and kind == "hca" else past)
 
         kinds = [*self.model.schedule, *(["swa"] if mtp else [])]
         sizes = {kind: kept(kind) for kind in set(kinds)}

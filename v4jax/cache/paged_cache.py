@@ -91,7 +91,7 @@ class PendingEntries:
 @pytree
 class PendingState:
     """Rows [B, N, W] on their way to a tail in host memory: to slots slot_BN of record_BN (out of range: nowhere). They
-    are written there when `New` is, and for the same reason. read: true, and comes out of what was read of the tail."""
+    are written there when `PendingEntries` is, and for the same reason. read: true, and comes out of what was read of the tail."""
 
     rows_BNW: jax.Array
     record_BN: jax.Array
@@ -101,7 +101,7 @@ class PendingState:
 
 @pytree
 class PagedEntryReader:
-    """A `View` of the pages that a table names. hot: copies through which a decode step reads picked rows; new: entries
+    """A `EntryReader` of the pages that a table names. hot: copies through which a decode step reads picked rows; new: entries
     that are not in those pages yet."""
 
     entries: EntryPool
@@ -171,7 +171,7 @@ class PagedEntryReader:
 class PagedLayerCache:
     """What outlives a call.
 
-    ring_ZSH: for each record the last `window` rows (and a few more, so that speculation can go back), token t in slot
+    window_ring_ZSH: for each record the last `window` rows (and a few more, so that speculation can go back), token t in slot
     t mod size. tails: per compressor the projected rows of the last one (HCA) or two (CSA) windows, and a few more,
     float32 [records, size, W], token t in slot t mod size. main, index: pools of entries and indexer keys. hot: where
     `main` lies in host memory, copies of it; new: what is to be written there, late: to a tail "main" in host memory,
@@ -188,23 +188,23 @@ class PagedLayerCache:
 
     def update_window(self, kv_BTH: jax.Array, chunk: ForwardBatch, size: int) -> tuple[WindowKV, PagedLayerCache]:
         """The ring with the call's tokens in it, if it has room beside `size`; else its last rows, then the call's."""
-        (_, slots, _), T, record_B = self.window_ring_ZSH.shape, kv_BTH.shape[1], chunk.slots.state_slot_B
+        (_, slots, _), T, state_slot_B = self.window_ring_ZSH.shape, kv_BTH.shape[1], chunk.slots.state_slot_B
         if T <= slots - size + 1:
-            ring_ZSH = _write_few(self.window_ring_ZSH, kv_BTH, chunk)
+            window_ring_ZSH = _write_few(self.window_ring_ZSH, kv_BTH, chunk)
             last_B1 = chunk.seq_index_BT[:, -1:]
             order = last_B1 - (last_B1 - jnp.arange(slots)) % slots
-            rows = WindowKV(ring_ZSH[record_B], jnp.where(order >= 0, order, NO_TOKEN))
+            rows = WindowKV(window_ring_ZSH[state_slot_B], jnp.where(order >= 0, order, NO_TOKEN))
         else:
-            ring_BSH, past_order = self.window_ring_ZSH[record_B], chunk.start_B[:, None] - size + jnp.arange(size)
+            ring_BSH, past_order = self.window_ring_ZSH[state_slot_B], chunk.start_B[:, None] - size + jnp.arange(size)
             past = jnp.take_along_axis(ring_BSH, (past_order % slots)[..., None], axis=1)
             order = jnp.concatenate([jnp.where(past_order >= 0, past_order, NO_TOKEN), chunk.seq_index_BT], axis=1)
             rows = WindowKV(jnp.concatenate([past, kv_BTH.astype(past.dtype)], axis=1), order)
-            ring_ZSH = self.window_ring_ZSH.at[record_B].set(_ring_after(ring_BSH, kv_BTH, chunk))
-        return rows, dataclasses.replace(self, ring_ZSH=ring_ZSH)
+            window_ring_ZSH = self.window_ring_ZSH.at[state_slot_B].set(_ring_after(ring_BSH, kv_BTH, chunk))
+        return rows, dataclasses.replace(self, window_ring_ZSH=window_ring_ZSH)
 
     def compression_windows(self, name: str, rows_BTW: jax.Array, chunk: ForwardBatch, ratio: int, overlap: bool) -> tuple[CompressionWindows, PagedLayerCache]:
         """Windows that end inside the call, pieced together from the tail and the call's rows."""
-        tail_ZSW, record_B, back = self.compressor_state[name], chunk.slots.state_slot_B, int(overlap)
+        tail_ZSW, state_slot_B, back = self.compressor_state[name], chunk.slots.state_slot_B, int(overlap)
         (_, slots, _), T = tail_ZSW.shape, rows_BTW.shape[1]
         count = (ratio - 1 + T) // ratio
         first_B = chunk.start_B // ratio
@@ -216,10 +216,10 @@ class PagedLayerCache:
             tail_BSW, late = _read_far(tail_ZSW, rows_BTW, chunk, complete.any() if few else None)
         elif few:
             tail_ZSW = _write_few(tail_ZSW, rows_BTW, chunk)
-            tail_BSW = tail_ZSW[record_B]
+            tail_BSW = tail_ZSW[state_slot_B]
         else:
-            tail_BSW = tail_ZSW[record_B]
-            tail_ZSW = tail_ZSW.at[record_B].set(_ring_after(tail_BSW, rows_BTW, chunk))
+            tail_BSW = tail_ZSW[state_slot_B]
+            tail_ZSW = tail_ZSW.at[state_slot_B].set(_ring_after(tail_BSW, rows_BTW, chunk))
         if few:
             both, source = tail_BSW, order % slots
         else:
@@ -238,9 +238,9 @@ class PagedLayerCache:
         self, kv_BCH: jax.Array, index_BCL: jax.Array | None, windows: CompressionWindows, chunk: ForwardBatch, ratio: int
     ) -> PagedLayerCache:
         """Write complete entries at their index; the others go out of range and are dropped."""
-        table_BA, (pages, slots, _) = chunk.slots.block_table_BA, self.entries.shape
-        number = jnp.minimum(windows.index_BC // slots, table_BA.shape[1] - 1)
-        page_BC = jnp.where(windows.complete_BC, jnp.take_along_axis(table_BA, number, axis=1), pages)
+        block_table_BA, (pages, slots, _) = chunk.slots.block_table_BA, self.entries.shape
+        number = jnp.minimum(windows.index_BC // slots, block_table_BA.shape[1] - 1)
+        page_BC = jnp.where(windows.complete_BC, jnp.take_along_axis(block_table_BA, number, axis=1), pages)
         slot_BC = windows.index_BC % slots
         if self.device_cache is None:
 
@@ -267,8 +267,8 @@ class PagedLayerCache:
         """The pages of the rows, every row `times` times, read as `dtype`."""
         if self.entries is None:
             return None
-        table_BA = chunk.slots.block_table_BA
-        rows = jax.tree.map(lambda a: jnp.repeat(a, times, axis=0) if times > 1 else a, (self.pending_entries, table_BA))
+        block_table_BA = chunk.slots.block_table_BA
+        rows = jax.tree.map(lambda a: jnp.repeat(a, times, axis=0) if times > 1 else a, (self.pending_entries, block_table_BA))
         return PagedEntryReader(self.entries, self.index_keys, self.device_cache, *rows, dtype)
 
     def with_reader(self, view: PagedEntryReader | None) -> PagedLayerCache:
@@ -278,7 +278,7 @@ class PagedLayerCache:
     def map_state(self, change: Callable[[jax.Array], jax.Array]) -> PagedLayerCache:
         """With `change` applied to every array of records."""
         tails = {name: change(tail) for name, tail in self.compressor_state.items()}
-        return dataclasses.replace(self, ring_ZSH=change(self.window_ring_ZSH), tails=tails)
+        return dataclasses.replace(self, window_ring_ZSH=change(self.window_ring_ZSH), tails=tails)
 
     def zero_blocks(self, page_A: jax.Array) -> PagedLayerCache:
         """With zeros in these pages, int32; those out of range are passed over."""
@@ -345,10 +345,10 @@ def _in_place(write, arrays, needed: jax.Array):
 
 def _slots(chunk: ForwardBatch, slots: int) -> jax.Array:
     """Where the call's rows belong in a ring, int32 [B, T]: order mod slots, or `slots` for padding."""
-    real_BT = chunk.seq_index_BT >= 0
+    valid_BT = chunk.seq_index_BT >= 0
     if chunk.num_valid_B is not None:
-        real_BT &= chunk.seq_index_BT < (chunk.start_B + chunk.num_valid_B)[:, None]
-    return jnp.where(real_BT, chunk.seq_index_BT % slots, slots)
+        valid_BT &= chunk.seq_index_BT < (chunk.start_B + chunk.num_valid_B)[:, None]
+    return jnp.where(valid_BT, chunk.seq_index_BT % slots, slots)
 
 
 def _write_few(rings_ZSH: jax.Array, rows_BTH: jax.Array, chunk: ForwardBatch) -> jax.Array:
@@ -377,17 +377,17 @@ def _read_far(
     wanted: of a few rows, whether any window will be read, else nothing is fetched; the tails are then with these rows
     in them. None: of many rows, and the tails as they were.
     """
-    (_, slots, _), record_B = tail_ZSW.shape, chunk.slots.state_slot_B
+    (_, slots, _), state_slot_B = tail_ZSW.shape, chunk.slots.state_slot_B
     if wanted is None:
-        tail_BSW = host_gather(tail_ZSW, record_B)
+        tail_BSW = host_gather(tail_ZSW, state_slot_B)
         new = _ring_after(tail_BSW, rows_BTW, chunk)
         slot_BN = jnp.broadcast_to(jnp.arange(slots), new.shape[:2])
     else:
-        tail_BSW = jnp.zeros((record_B.shape[0], *tail_ZSW.shape[1:]), tail_ZSW.dtype)
-        fetch = lambda _, tail_BSW: host_gather(tail_ZSW, record_B)
+        tail_BSW = jnp.zeros((state_slot_B.shape[0], *tail_ZSW.shape[1:]), tail_ZSW.dtype)
+        fetch = lambda _, tail_BSW: host_gather(tail_ZSW, state_slot_B)
         tail_BSW = jax.lax.fori_loop(0, wanted.astype(jnp.int32), fetch, tail_BSW)
         new, slot_BN = rows_BTW.astype(tail_ZSW.dtype), _slots(chunk, slots)
     first = jax.lax.bitcast_convert_type(tail_BSW[0, 0, 0], jnp.uint32)
     if wanted is not None:
-        tail_BSW = tail_BSW.at[jnp.arange(record_B.shape[0])[:, None], slot_BN].set(new, mode="drop")
-    return tail_BSW, PendingState(new, jnp.broadcast_to(record_B[:, None], slot_BN.shape), slot_BN, (first | 1) > 0)
+        tail_BSW = tail_BSW.at[jnp.arange(state_slot_B.shape[0])[:, None], slot_BN].set(new, mode="drop")
+    return tail_BSW, PendingState(new, jnp.broadcast_to(state_slot_B[:, None], slot_BN.shape), slot_BN, (first | 1) > 0)

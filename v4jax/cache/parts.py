@@ -1,6 +1,6 @@
 """Which part of a block's arrays a process of several holds, and how parts become arrays of another mesh.
 
-A part is a form with boxes (`manifest.Form`): it says what a process holds, not how its devices share that, so that
+A part is a form with boxes (`manifest.BlockSchema`): it says what a process holds, not how its devices share that, so that
 processes that hold the same of a block write the same bytes under the same key, and one that holds all of it writes
 what an engine without a mesh writes. Parts of any cut give any other part that they cover.
 """

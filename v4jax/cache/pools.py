@@ -1,4 +1,4 @@
-"""Pools of one layer's main entries or indexer keys, in every layout (see `nn.kept.Pool` for what a pool is).
+"""Pools of one layer's main entries or indexer keys, in every layout (see `nn.kept.EntryPool` for what a pool is).
 
 The planes of a pool are arrays [pages, entries of a page, ...] that lie apart, never interleaved in records: what a
 reader takes of a plane is contiguous. Those of 16 bits and less are unsigned integers, so that a write in place costs
@@ -42,7 +42,7 @@ class Bf16Pool(EntryPool):
 class QuantizedPool(EntryPool):
     """A pool of rows in 8 or 4 bits: planes of values and of scales, and a pool of the rotary ends, if any.
 
-    Only rows that are asked for are dequantised.
+    Only rows that are asked for are dequantized.
     """
 
     values: jax.Array
@@ -86,7 +86,7 @@ class QuantizedPool(EntryPool):
 def new_pool(model: config.Model, kind: str, pages: int, entries_per_page: int, layout: str) -> EntryPool:
     """Empty pool of one layer's main entries (kind "main") or indexer keys ("index"); rows read as zeros.
 
-    layout: one of `spec.LAYOUTS`. Raises UserError as `spec.row` does.
+    layout: one of `spec.KV_CACHE_DTYPES`. Raises UserError as `spec.row` does.
     """
     return zeros(kv_cache_spec.entry_format(model, kind, layout), pages, entries_per_page)
 

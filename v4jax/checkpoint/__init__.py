@@ -4,7 +4,7 @@ import importlib
 
 # No name here is also a module's: importing a module would replace the function of its name.
 _HOMES = {
-    "RunStore": "orbax",
+    "TrainCheckpointer": "orbax",
     "load": "model_io",
     "load_config": "model_io",
     "save": "model_io",

@@ -127,5 +127,5 @@ def _warn_of_changes(file: pathlib.Path, values: dict) -> None:
 def config_of_model(model: Model, name: str) -> Config:
     """A validated Config around a bare model, its other parts at their defaults or what the model allows."""
     aligned = -(-Data.seq_len // model.alignment) * model.alignment
-    serve = replace(Serve(), max_seq_len=min(Serve.max_model_len, model.max_position_embeddings))
+    serve = replace(Serve(), max_model_len=min(Serve.max_model_len, model.max_position_embeddings))
     return config_lib.validate(Config(name=name, model=model, data=Data(seq_len=aligned), serve=serve))

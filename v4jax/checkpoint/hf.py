@@ -1,7 +1,7 @@
 """Hugging Face `deepseek_v4` directories: config.json and safetensors <-> Model and flat tensors.
 
 Written are the released names (spec 9.1), which transformers converts while loading; read are those, transformers'
-own save files and plain dumps of its modules. FP8 weights with block scales and packed FP4 experts are dequantised.
+own save files and plain dumps of its modules. FP8 weights with block scales and packed FP4 experts are dequantized.
 Number formats follow the roles of tensors, see tensors.py.
 """
 
@@ -47,7 +47,7 @@ def read_hf(path: str | os.PathLike, dtype=None, verify: bool = True) -> tuple[M
 
     dtype: "float32" or "bfloat16" for the matrices; None keeps the stored type (float16 becomes float32, which holds
     it exactly; FP8 and FP4 become bfloat16, which holds them exactly too). Without MTP tensors the model has
-    mtp_layers=0. All names and shapes are checked here, before any data is read. verify: compare tensors with the
+    num_nextn_predict_layers=0. All names and shapes are checked here, before any data is read. verify: compare tensors with the
     checksums that `write_hf` left in the files; files of others have none. Raises UserError.
     """
     values, source = hf_config.load_json(path)
@@ -56,7 +56,7 @@ def read_hf(path: str | os.PathLike, dtype=None, verify: bool = True) -> tuple[M
     if verify:
         checksums.warn_of_changes(store.path, store.file_digests())
     if not _has_mtp(store):
-        model = replace(model, mtp_layers=0)
+        model = replace(model, num_nextn_predict_layers=0)
     return model, HfTensors(
         store, model, _block_size(values, source), None if dtype is None else dtypes.weight_dtype(dtype)
     )
@@ -100,7 +100,7 @@ class HfTensors(LazyTensors):
         return out[leading]
 
     def _piece(self, tensor: param_mapping.ParamInfo, piece: param_mapping.TensorPiece, dtype: np.dtype) -> np.ndarray:
-        """One checkpoint tensor, dequantised and cast; `piece.shape`."""
+        """One checkpoint tensor, dequantized and cast; `piece.shape`."""
         info = self._store.info(piece.name)
         array = self._store.read(piece.name)
         if tensor.role == "index":
@@ -156,7 +156,7 @@ def write_hf(
         write_safetensors(directory, entries, max_shard_bytes, checksums.of_files(directory, files))
 
 
-# --- quantised weights -------------------------------------------------------------------------------------------
+# --- quantized weights -------------------------------------------------------------------------------------------
 
 
 def dequantize_fp8(values: np.ndarray, scale: np.ndarray, block: tuple[int, int] = (128, 128)) -> np.ndarray:
@@ -189,7 +189,7 @@ def _fp8_table() -> np.ndarray:
 
 
 def _scale_name(store: SafetensorsDir, weight: str) -> str | None:
-    """The scale that goes with a quantised weight; `weight_scale_inv` is a multiplier too, despite its name."""
+    """The scale that goes with a quantized weight; `weight_scale_inv` is a multiplier too, despite its name."""
     stem = weight.removesuffix("weight")
     return next((stem + name for name in ("scale", "weight_scale_inv") if stem + name in store), None)
 

@@ -99,7 +99,7 @@ class SafetensorsDir:
         """
         info = self.info(name)
         index = index if isinstance(index, tuple) else (index,)
-        ranges, kept = _normalise(name, info.shape, index)
+        ranges, kept = _normalize(name, info.shape, index)
         dtype = dtypes.numpy_dtype(info.code)
         verify = self._verify and info.digest is not None
         with _open(info.file) as file:
@@ -117,7 +117,7 @@ class SafetensorsDir:
         return out.reshape([out.shape[axis] for axis in kept] + list(info.shape[len(ranges) :]))
 
 
-def _normalise(name: str, shape: tuple[int, ...], index: tuple) -> tuple[list[range], list[int]]:
+def _normalize(name: str, shape: tuple[int, ...], index: tuple) -> tuple[list[range], list[int]]:
     """Ranges of the indexed axes, and which of those axes the result keeps (ints drop theirs)."""
     if len(index) > len(shape):
         raise IndexError(f"{name} has {len(shape)} axes, index has {len(index)}")

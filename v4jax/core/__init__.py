@@ -1,1 +1,1 @@
-"""Floor 0: names, dtypes, quantised tensors and checks that everything else is written in."""
+"""Floor 0: names, dtypes, quantized tensors and checks that everything else is written in."""

@@ -33,8 +33,8 @@ LETTERS = {
 
 LOGICAL = {
     "V": "vocab", "D": "embed", "O": "embed_out", "X": "stream", "Y": "stream_out", "M": "coefficient",
-    "N": "heads", "H": "head_dim", "W": "kv_width", "P": "pool", "Q": "q_rank", "G": "o_group", "I": "o_group_in",
-    "R": "o_rank", "J": "index_heads", "L": "index_dim", "E": "expert", "F": "mlp", "U": "gate_up", "K": "picks",
+    "N": "heads", "H": "head_dim", "W": "kv_width", "P": "pool", "Q": "q_lora_rank", "G": "o_group", "I": "o_group_in",
+    "R": "o_lora_rank", "J": "index_heads", "L": "index_dim", "E": "expert", "F": "mlp", "U": "gate_up", "K": "picks",
     "S": "scale",
 }  # fmt: skip
 
@@ -51,5 +51,5 @@ ACTIVATION = {"B": "batch", "T": "token", "V": "vocab"}  # of activations; their
 
 
 def logical(letters: str) -> tuple[str, ...]:
-    """Logical axis names of a parameter, from its letters: `logical("DQ") == ("embed", "q_rank")`."""
+    """Logical axis names of a parameter, from its letters: `logical("DQ") == ("embed", "q_lora_rank")`."""
     return tuple(SPECIAL.get(letters, {}).get(letter, LOGICAL[letter]) for letter in letters)

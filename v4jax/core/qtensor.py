@@ -43,7 +43,7 @@ def quantize(x: jax.Array, format: str, group: int) -> tuple[jax.Array, jax.Arra
 def dequantize(
     values: jax.Array, scales: jax.Array, format: str, dtype=jnp.float32, impl: str | None = None
 ) -> jax.Array:
-    """Numbers [..., n] in `dtype`, float32 or bfloat16 (both hold them exactly), of what `quantise` returned.
+    """Numbers [..., n] in `dtype`, float32 or bfloat16 (both hold them exactly), of what `quantize` returned.
 
     The group size follows from the shapes. impl: "cast" converts by the compiler's own types, "bits" by integer
     operations, which XLA:CPU does up to five times faster; None takes "bits" on CPU and "cast" elsewhere.

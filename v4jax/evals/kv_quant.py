@@ -1,7 +1,7 @@
 """What storing the KV cache in fewer bits costs in quality: held-out text read through both caches, same weights.
 
 Every token is read with the entries before it taken back out of the cache, as in serving. Bounds: the mean and the
-99th percentile of KL(reference || quantised) in nats a token, the share of tokens whose likeliest next token stays, the
+99th percentile of KL(reference || quantized) in nats a token, the share of tokens whose likeliest next token stays, the
 change of perplexity, and how many of the indexer's picks stay.
 """
 

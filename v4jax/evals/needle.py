@@ -1,4 +1,4 @@
-"""Needles in haystacks of any length, asked for through the engine: from exact entries, and from quantised ones.
+"""Needles in haystacks of any length, asked for through the engine: from exact entries, and from quantized ones.
 
 A model trained on `data.source=needle` reads a haystack (see `data/needle.py`) and is asked for the value of one key;
 it answers right or not. Both arms are sparse and have the same weights and questions. The reference keeps its entries
@@ -90,9 +90,9 @@ def found(model: Transformer, layout: str, stacks: list[Haystack], depths: int) 
     llm = LLM(
         model,
         cache=configs.Cache(kv_cache_dtype=layout, kv_cache_tokens=context + 2 * _REQUESTS * room),
-        max_batch=_REQUESTS,
-        max_seq_len=context + QUESTION + VALUE,
-        prefill_chunk=_CHUNK,
+        max_num_seqs=_REQUESTS,
+        max_model_len=context + QUESTION + VALUE,
+        max_num_batched_tokens=_CHUNK,
     )
     right = [_ask(llm, stack, TokenRanges.of(model.config).ask) for stack in stacks]
     return np.concatenate([part.reshape(depths, -1) for part in right], axis=1)

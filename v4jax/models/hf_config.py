@@ -46,15 +46,15 @@ _INTEGERS = {
     "hidden_size": "hidden_size",
     "num_attention_heads": "heads",
     "head_dim": "head_dim",
-    "q_lora_rank": "q_rank",
+    "q_lora_rank": "q_lora_rank",
     "o_groups": "o_groups",
-    "o_lora_rank": "o_rank",
+    "o_lora_rank": "o_lora_rank",
     "sliding_window": "window",
-    "max_position_embeddings": "max_positions",
+    "max_position_embeddings": "max_position_embeddings",
 }
 _MOE_INTEGERS = {"n_routed_experts": "experts", "num_experts_per_tok": "active", "moe_intermediate_size": "inner"}
 _INDEXER_INTEGERS = {"index_n_heads": "heads", "index_head_dim": "head_dim", "index_topk": "topk"}
-_MHC_INTEGERS = {"hc_mult": "streams", "hc_sinkhorn_iters": "sinkhorn_iters"}
+_MHC_INTEGERS = {"hc_mult": "streams", "hc_sinkhorn_iters": "hc_sinkhorn_iters"}
 _YARN_FIELDS = ("yarn_original", "yarn_beta_fast", "yarn_beta_slow")
 _MOST = 1e15  # larger integers are slips; each field has a tighter bound of its own
 _OWN_FIELDS = ("dtype", "kv_qdq", "rope")
@@ -93,15 +93,15 @@ def from_hf(values: dict, source: str = "config.json") -> Model:
         if name in values and values[name] != value:
             fields.fail(f"{name} is {values[name]!r}; v4jax supports {value!r} only")
     schedule = _schedule(fields)
-    hash_layers = _hash_layers(fields, len(schedule))
-    csa_ratio, hca_ratio = _rates(fields, schedule)
+    num_hash_layers = _hash_layers(fields, len(schedule))
+    compress_rate_csa, compress_rate_hca = _rates(fields, schedule)
     own = fields.own("v4jax", values.get("v4jax", {}), _OWN_FIELDS)
     model = Model(
         **{ours: fields.integer(theirs) for theirs, ours in _INTEGERS.items()},
         schedule=schedule,
         qk_rope_head_dim=_rope_dim(fields),
-        compress_rate_csa=csa_ratio,
-        compress_rate_hca=hca_ratio,
+        compress_rate_csa=compress_rate_csa,
+        compress_rate_hca=compress_rate_hca,
         rms_norm_eps=fields.number("rms_norm_eps"),
         num_nextn_predict_layers=_mtp_layers(fields),
         initializer_range=fields.number("initializer_range", 0.02),
@@ -113,7 +113,7 @@ def from_hf(values: dict, source: str = "config.json") -> Model:
         indexer=Indexer(**{ours: fields.integer(theirs) for theirs, ours in _INDEXER_INTEGERS.items()}),
         moe=MoE(
             **{ours: fields.integer(theirs) for theirs, ours in _MOE_INTEGERS.items()},
-            num_hash_layers=hash_layers,
+            num_hash_layers=num_hash_layers,
             routed_scaling_factor=fields.number("routed_scaling_factor"),
             swiglu_limit=fields.number("swiglu_limit"),
         ),
@@ -346,7 +346,7 @@ def _rotary_dim(fields: _Fields, factor) -> int:
 
 
 def _rotary_factor(model: Model) -> float:
-    """Fraction f with int(head_dim * f) == rope_dim, as transformers computes it back."""
+    """Fraction f with int(head_dim * f) == qk_rope_head_dim, as transformers computes it back."""
     factor = model.qk_rope_head_dim / model.head_dim
     return factor if int(model.head_dim * factor) == model.qk_rope_head_dim else math.nextafter(factor, 1.0)
 
@@ -356,23 +356,23 @@ def _rope(fields: _Fields, own: dict) -> RoPE:
 
     Raises UserError where transformers rotates otherwise than spec 2.3, or not at all.
     """
-    theta, compress_theta = fields.number("rope_theta", 10_000.0), fields.number("compress_rope_theta", 160_000.0)
+    theta, compress_rope_theta = fields.number("rope_theta", 10_000.0), fields.number("compress_rope_theta", 160_000.0)
     given = fields.values.get("rope_scaling") or fields.values.get("rope_parameters") or {}
     if not isinstance(given, dict):
         fields.fail(f"rope_parameters is {given!r}, which is no object")
     if isinstance(given.get("main"), dict) and isinstance(given.get("compress"), dict):
         main, compress = given["main"], given["compress"]
-        compress_theta = fields.check_number("rope_theta", compress.get("rope_theta", theta))
+        compress_rope_theta = fields.check_number("rope_theta", compress.get("rope_theta", theta))
         theta = fields.check_number("rope_theta", main.get("rope_theta", theta))
         if _rope_type(main) != "default":
             fields.fail(f"rope type of 'main' is {_rope_type(main)!r}; V4 scales compressed layers only")
         _check_shares(fields, (main, compress))
     else:
         compress = {"attention_factor": 1.0} | given
-    for base in (theta, compress_theta):
+    for base in (theta, compress_rope_theta):
         if not 1 < base < 1e30:
             fields.fail(f"rope_theta is {base!r}; it must lie between 1 and 1e30")
-    return RoPE(rope_theta=theta, compress_rope_theta=compress_theta, **_yarn(fields, compress, own))
+    return RoPE(rope_theta=theta, compress_rope_theta=compress_rope_theta, **_yarn(fields, compress, own))
 
 
 def _check_shares(fields: _Fields, parts: tuple[dict, ...]) -> None:

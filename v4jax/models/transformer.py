@@ -80,7 +80,7 @@ class Transformer(nnx.Module):
         The same function trains (`self.fresh()` as state), prefills in any chunking, and decodes.
         """
         x_BTXD = constrain(self.embed.embed_streams(chunk.tokens_BT), "BTXD")
-        aux, new_state = [], []
+        aux, contiguous_caches = [], []
         pattern = lambda x, blocks, pasts: _stack_body(checkpoint_name(x, _STREAMS), blocks, pasts, chunk)
         if self.remat:
             pattern = jax.checkpoint(pattern, policy=_ON_HOST if self.offload else None)
@@ -91,9 +91,9 @@ class Transformer(nnx.Module):
             else:
                 step = lambda x, layer: pattern(x, *layer)
                 x_BTXD, (past, out) = jax.lax.scan(step, x_BTXD, (list(blocks), pasts))
-            new_state.append(past)
+            contiguous_caches.append(past)
             aux.append(out)
-        return x_BTXD, new_state, _by_layer(aux)
+        return x_BTXD, contiguous_caches, _by_layer(aux)
 
     def logits(self, x_BTXD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of the streams after the last layer."""
@@ -131,16 +131,16 @@ def full_batch(
     tokens_BT: jax.Array, positions_BT: jax.Array | None = None, segments_BT: jax.Array | None = None
 ) -> ForwardBatch:
     """A chunk that is the whole history; packed documents bring their positions and segment numbers."""
-    order_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    return ForwardBatch(tokens_BT, order_BT if positions_BT is None else positions_BT, order_BT, segments_BT)
+    seq_index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    return ForwardBatch(tokens_BT, seq_index_BT if positions_BT is None else positions_BT, seq_index_BT, segments_BT)
 
 
 def continuation_batch(
     tokens_BT: jax.Array, start_B: jax.Array, count_B: jax.Array | None = None, place: CacheSlots | None = None
 ) -> ForwardBatch:
     """The next tokens of rows that have seen `start_B`; of each row the first `count_B` are real (None: all)."""
-    order_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-    return ForwardBatch(tokens_BT, order_BT, order_BT, None, count_B, place)
+    seq_index_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+    return ForwardBatch(tokens_BT, seq_index_BT, seq_index_BT, None, count_B, place)
 
 
 def _checked(tokens_BT, vocab_size: int) -> jax.Array | np.ndarray:

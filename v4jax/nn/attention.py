@@ -1,6 +1,6 @@
 """Attention of a V4 layer (spec 2.3): shared key-value head, low-rank queries, sliding window, sinks.
 
-`WindowAttention` is the whole of a pure sliding-window layer. CSA and HCA layers extend it by two methods: `compress`
+`SlidingWindowAttention` is the whole of a pure sliding-window layer. CSA and HCA layers extend it by two methods: `compress`
 (what they add to the past) and `remote` (which compressed entries a block of queries reads).
 """
 
@@ -86,7 +86,7 @@ class SlidingWindowAttention(nnx.Module):
         """Further arrays [B, T, ...] that `remote` needs of its queries: none in a window layer."""
         return ()
 
-    def attend_compressed(self, q_BTNH: jax.Array, extra, order_BT, segments_BT, view: EntryReader) -> tuple[SoftmaxPartial, IndexerTrace | None, EntryReader]:
+    def attend_compressed(self, q_BTNH: jax.Array, extra, seq_index_BT, segments_BT, view: EntryReader) -> tuple[SoftmaxPartial, IndexerTrace | None, EntryReader]:
         """Attention of a block of queries over the compressed entries of `view`, how the indexer chose them, and the
         view after that."""
         raise NotImplementedError("a window layer keeps no entries")
@@ -128,30 +128,30 @@ class SlidingWindowAttention(nnx.Module):
         def one(queries, rows: WindowKV, entries):
             (q_BTNH, *extra), B = queries, queries[0].shape[0]
             empty = jax.tree.map(jnp.zeros_like, jax.tree.map(lambda a: a[:, : m.sliding_window], rows))
-            empty = dataclasses.replace(empty, order_BS=jnp.full((B, m.sliding_window), NO_TOKEN, jnp.int32))
+            empty = dataclasses.replace(empty, seq_index_BS=jnp.full((B, m.sliding_window), NO_TOKEN, jnp.int32))
             join = lambda *both: jnp.concatenate(both, axis=1)
             near = jax.tree.map(join, split.halo_left(rows, m.sliding_window, empty), rows)
-            chunk = ForwardBatch(rows.order_BS, rows.order_BS, rows.order_BS, rows.segments_BS)
+            chunk = ForwardBatch(rows.seq_index_BS, rows.seq_index_BS, rows.seq_index_BS, rows.segments_BS)
             return self._attend(q_BTNH, tuple(extra), near, chunk, NoCache(split.all_gather(entries)))[:2]
 
         return split.run(one, (q_BTNH, *extra), rows, entries)
 
     def _attend_tile(self, queries, rows: WindowKV, view: EntryReader | None) -> tuple[jax.Array, jax.Array, EntryReader | None]:
         """One softmax over the window's rows, the compressed entries and the sink (steps 9 to 11)."""
-        q_BTNH, order_BT, segments_BT, *extra = queries
-        ago_BTS = order_BT[:, :, None] - rows.order_BS[:, None, :]
+        q_BTNH, seq_index_BT, segments_BT, *extra = queries
+        ago_BTS = seq_index_BT[:, :, None] - rows.seq_index_BS[:, None, :]
         seen_BTS = (ago_BTS >= 0) & (ago_BTS < self.model.sliding_window)
         if segments_BT is not None:
             seen_BTS &= segments_BT[:, :, None] == rows.segments_BS[:, None, :]
         part, scored = attend(q_BTNH, rows.kv_BSH, seen_BTS)[0], None
         if view is not None and view.size:  # a fresh call may be shorter than one compression window
-            far, scored, view = self.attend_compressed(q_BTNH, extra, order_BT, segments_BT, view)
+            far, scored, view = self.attend_compressed(q_BTNH, extra, seq_index_BT, segments_BT, view)
             part = part.merge(far)
         sink_N1 = self.sink[...].astype(jnp.float32)[:, None]
         peak = jnp.maximum(part.max_BTN1, jax.lax.stop_gradient(sink_N1))
         shrink = jnp.exp(part.max_BTN1 - peak)
         total = part.sum_BTN1 * shrink + jnp.exp(sink_N1 - peak)
-        loss_BT = jnp.zeros(order_BT.shape, jnp.float32)
+        loss_BT = jnp.zeros(seq_index_BT.shape, jnp.float32)
         if scored is not None:
             mass_BTC = jnp.sum(scored.p_BTNC * (jnp.exp(far.max_BTN1 - peak) / total), axis=2)
             loss_BT = index_loss(scored.scores_BTC, scored.mask_BTC, mass_BTC)

@@ -16,7 +16,7 @@ class Compressor(nnx.Module):
 
     def __init__(self, model: config.Model, kind: str, letter: str, size: int, rngs: nnx.Rngs):
         self.ratio, self.overlap, self.size = model.compress_rate(kind), kind == "csa", size
-        self.rope, self.rope_dim = model.rope, model.qk_rope_head_dim
+        self.rope, self.qk_rope_head_dim = model.rope, model.qk_rope_head_dim
         width = size * (2 if self.overlap else 1)
         self.kv = normal_param(rngs, "DW", (model.hidden_size, width), model.initializer_range)
         self.gate = normal_param(rngs, "DW", (model.hidden_size, width), model.initializer_range)
@@ -36,8 +36,8 @@ class Compressor(nnx.Module):
         return jax.lax.cond(windows.complete_BC.any(), lambda: self._entries(windows, x_BTD.dtype), skip), windows, past
 
     def _entries(self, windows: CompressionWindows, dtype: jnp.dtype) -> jax.Array:
-        """Pooled, normalised and rotated: [B, C, size]."""
-        cos_sin = angles(windows.position_BC, frequencies(self.rope, self.rope_dim, compressed=True))
+        """Pooled, normalized and rotated: [B, C, size]."""
+        cos_sin = angles(windows.position_BC, frequencies(self.rope, self.qk_rope_head_dim, compressed=True))
         return rotate(self.norm(self._pool(windows).astype(dtype)), cos_sin)
 
     def _pool(self, windows: CompressionWindows) -> jax.Array:

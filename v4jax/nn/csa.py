@@ -37,20 +37,20 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
     def indexer_queries(self, x_BTD: jax.Array, low_BTQ: jax.Array, cos_sin) -> tuple[jax.Array, ...]:
         return self.indexer.queries(jax.lax.stop_gradient(x_BTD), jax.lax.stop_gradient(low_BTQ), cos_sin)
 
-    def attend_compressed(self, q_BTNH: jax.Array, extra, order_BT, segments_BT, view: EntryReader) -> tuple[SoftmaxPartial, IndexerTrace | None, EntryReader]:
+    def attend_compressed(self, q_BTNH: jax.Array, extra, seq_index_BT, segments_BT, view: EntryReader) -> tuple[SoftmaxPartial, IndexerTrace | None, EntryReader]:
         q_BTJL, w_BTJ = extra
-        readable = self.entry_mask(order_BT, segments_BT, view)
+        readable = self.entry_mask(seq_index_BT, segments_BT, view)
         k = min(self.model.indexer.index_topk, view.size)
         if view.size == k > self.piece:  # a dense model, for comparison: nothing is left to choose
-            return super().attend_compressed(q_BTNH, extra, order_BT, segments_BT, view)
-        if not use_gather(view.size, k, order_BT.shape[1]):
+            return super().attend_compressed(q_BTNH, extra, seq_index_BT, segments_BT, view)
+        if not use_gather(view.size, k, seq_index_BT.shape[1]):
             mask_BTC = readable(0, view.size)
             scores_BTC = score(q_BTJL, w_BTJ, view.read_index_keys(0, view.size))
             if view.size > k:
                 mask_BTC &= _topk_mask(jnp.where(mask_BTC, scores_BTC, -jnp.inf), k)
             part, p_BTNC = attend(q_BTNH, view.read_entries(0, view.size), mask_BTC)
             return part, IndexerTrace(scores_BTC, mask_BTC, p_BTNC), view
-        picks_BTK = topk_search(q_BTJL, w_BTJ, view, readable, self.num_visible(order_BT), k, self.indexer.coded)
+        picks_BTK = topk_search(q_BTJL, w_BTJ, view, readable, self.num_visible(seq_index_BT), k, self.indexer.coded)
         mask_BTK = picks_BTK >= 0
         rows_BTKH, after = view.gather_entries(picks_BTK)
         part, p_BTNK = attend(q_BTNH, rows_BTKH, mask_BTK)

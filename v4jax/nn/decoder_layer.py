@@ -34,10 +34,10 @@ class DecoderLayer(nnx.Module):
         x_BTXD = hc_post(x_BTXD, y_BTD, write, mix)
         read, write, mix = self.ffn_mhc(x_BTXD)
         y_BTD, balance, load_E = self.ffn(self.ffn_norm(hc_pre(x_BTXD, read)), chunk)
-        real_BT = jnp.ones_like(index_BT) if chunk.segments_BT is None else chunk.segments_BT > 0
+        valid_BT = jnp.ones_like(index_BT) if chunk.segments_BT is None else chunk.segments_BT > 0
         aux = {
             "balance": balance,
-            "indexer": jnp.sum(index_BT * real_BT) / jnp.maximum(real_BT.sum(), 1),
+            "indexer": jnp.sum(index_BT * valid_BT) / jnp.maximum(valid_BT.sum(), 1),
             "load_E": load_E,
         }
         return hc_post(x_BTXD, y_BTD, write, mix), past, aux

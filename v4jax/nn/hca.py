@@ -34,29 +34,29 @@ class HeavilyCompressedAttention(SlidingWindowAttention):
         kv_BCH, windows, past = self.compressor(x_BTD, chunk, past, "main")
         return qdq.entries(kv_BCH, self.model.qk_rope_head_dim) if self.model.kv_qdq else kv_BCH, windows, past
 
-    def attend_compressed(self, q_BTNH: jax.Array, extra, order_BT, segments_BT, view: EntryReader) -> tuple[SoftmaxPartial, None, EntryReader]:
-        readable = self.entry_mask(order_BT, segments_BT, view)
+    def attend_compressed(self, q_BTNH: jax.Array, extra, seq_index_BT, segments_BT, view: EntryReader) -> tuple[SoftmaxPartial, None, EntryReader]:
+        readable = self.entry_mask(seq_index_BT, segments_BT, view)
         if view.size <= _MAX_SINGLE_PASS:
             return attend(q_BTNH, view.read_entries(0, view.size), readable(0, view.size))[0], None, view
-        size = self.piece if order_BT.shape[1] > MAX_DECODE_QUERIES else _FEW_PIECE
+        size = self.piece if seq_index_BT.shape[1] > MAX_DECODE_QUERIES else _FEW_PIECE
         read = lambda i: attend(q_BTNH, view.read_entries(i * size, size), readable(i * size, size))[0]
-        last = -(-self.num_visible(order_BT) // size)
+        last = -(-self.num_visible(seq_index_BT) // size)
         return jax.lax.fori_loop(1, last, lambda i, part: part.joined(read(i)), read(0)), None, view
 
-    def entry_mask(self, order_BT: jax.Array, segments_BT: jax.Array | None, view: EntryReader):
+    def entry_mask(self, seq_index_BT: jax.Array, segments_BT: jax.Array | None, view: EntryReader):
         """(first, count) to bool [B, T, count]: entries that are complete for a query and of its own document."""
 
         def mask(first, count):
-            mask_BTC = causal_mask(order_BT, self.compressor.ratio, first, count)
+            mask_BTC = causal_mask(seq_index_BT, self.compressor.ratio, first, count)
             if segments_BT is not None:
                 mask_BTC &= segments_BT[:, :, None] == entry_segments(view, first, count)[:, None, :]
             return mask_BTC
 
         return mask
 
-    def num_visible(self, order_BT: jax.Array) -> jax.Array:
+    def num_visible(self, seq_index_BT: jax.Array) -> jax.Array:
         """Entries that the last query sees: no reader looks further."""
-        return (order_BT.max() + 1) // self.compressor.ratio
+        return (seq_index_BT.max() + 1) // self.compressor.ratio
 
 
 def entry_segments(view: EntryReader, first, count: int) -> jax.Array:

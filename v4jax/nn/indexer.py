@@ -73,7 +73,7 @@ def topk_search(
     which keeps the rule. No gradient.
 
     readable(first, count) gives the mask of a piece, bool [B, T, count]; entries from `limit` (int32) on are visible to
-    nobody and are not looked at. coded: see `View.keys`.
+    nobody and are not looked at. coded: see `EntryReader.keys`.
     """
     B, T, _, L = q_BTJL.shape
     q_BTJL, w_BTJ = jax.lax.stop_gradient((q_BTJL, w_BTJ))
@@ -129,6 +129,6 @@ def _score_tiled(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BCL: jax.Array) -> ja
     return jax.lax.map(one, (tiles(q_BTJL), tiles(w_BTJ), row)).reshape(B, T, -1)
 
 
-def causal_mask(order_BT: jax.Array, ratio: int, first: jax.Array | int, count: int) -> jax.Array:
+def causal_mask(seq_index_BT: jax.Array, ratio: int, first: jax.Array | int, count: int) -> jax.Array:
     """Entry i is visible to query t when i < (t + 1) // ratio (spec 2.5): bool [B, T, count], entries from `first`."""
-    return first + jnp.arange(count) < ((order_BT + 1) // ratio)[..., None]
+    return first + jnp.arange(count) < ((seq_index_BT + 1) // ratio)[..., None]

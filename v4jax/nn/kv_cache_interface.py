@@ -1,16 +1,16 @@
 """What a layer keeps of the tokens it has seen, and the one interface through which attention reads it.
 
-Attention never knows where its past lies. It asks a `Past` for the rows of the sliding window and for the compression
-windows that a call completes, gives it the new entries, and reads the entries through a `View`: by index, in runs of
+Attention never knows where its past lies. It asks a `LayerCache` for the rows of the sliding window and for the compression
+windows that a call completes, gives it the new entries, and reads the entries through a `EntryReader`: by index, in runs of
 consecutive ones or picked one by one. Two implementations here:
 
-* `Fresh`: the call is the whole history (training, scoring). Nothing outlives the call.
-* `Kept`: arrays that outlive the call (generation). What is of fixed size a row (window, compressor tails) lies in
-  numbered *records*, the entries lie in numbered *pages*; `Chunk.place` says which ones a row of the batch owns. Rows
+* `NoCache`: the call is the whole history (training, scoring). Nothing outlives the call.
+* `PagedLayerCache`: arrays that outlive the call (generation). What is of fixed size a row (window, compressor tails) lies in
+  numbered *records*, the entries lie in numbered *pages*; `ForwardBatch.place` says which ones a row of the batch owns. Rows
   may differ in length. A decode step touches the window, the picked entries and the indexer keys, nothing else.
 
-Both are pytrees and are passed in and out of the forward explicitly. `Kept` is in `cache/paged_cache.py`, pools of pages that
-quantise are in `cache/`.
+Both are pytrees and are passed in and out of the forward explicitly. `PagedLayerCache` is in `cache/paged_cache.py`, pools of pages that
+quantize are in `cache/`.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def pytree(cls):
 
 @pytree
 class CacheSlots:
-    """Where the rows of a batch lie in a `Kept` state.
+    """Where the rows of a batch lie in a `PagedLayerCache` state.
 
-    record_B int32: record of each row. table_BA int32: page of each run of tokens, in order; -1 where a row has none:
+    state_slot_B int32: record of each row. block_table_BA int32: page of each run of tokens, in order; -1 where a row has none:
     nothing is written there, and what is read there is page 0 and visible to nobody.
     """
 
@@ -54,7 +54,7 @@ class CacheSlots:
 class ForwardBatch:
     """The tokens of one call.
 
-    tokens_BT int32; positions_BT int32 (rotary position: inside the document); order_BT int32 (place in the row's
+    tokens_BT int32; positions_BT int32 (rotary position: inside the document); seq_index_BT int32 (place in the row's
     history, which decides who sees whom); segments_BT int32 or None (document of each token, 0 = padding);
     count_B int32 or None (tokens of each row that are real; the rest is padding on the right, None = all);
     place or None (row b has record b and page b alone).
@@ -75,13 +75,13 @@ class ForwardBatch:
     @property
     def valid_BT(self) -> jax.Array | None:
         """Which tokens are real: not padding, and of a row that has a page, or it is nobody's; None: all are."""
-        real_BT = None
+        valid_BT = None
         if self.num_valid_B is not None:
-            real_BT = jnp.arange(self.tokens_BT.shape[1]) < self.num_valid_B[:, None]
+            valid_BT = jnp.arange(self.tokens_BT.shape[1]) < self.num_valid_B[:, None]
         if self.cache_slots is not None:
             owned_B1 = self.cache_slots.block_table_BA[:, :1] >= 0
-            real_BT = jnp.broadcast_to(owned_B1, self.tokens_BT.shape) if real_BT is None else real_BT & owned_B1
-        return real_BT
+            valid_BT = jnp.broadcast_to(owned_B1, self.tokens_BT.shape) if valid_BT is None else valid_BT & owned_B1
+        return valid_BT
 
     @property
     def slots(self) -> CacheSlots:
@@ -92,10 +92,10 @@ class ForwardBatch:
 
 @pytree
 class WindowKV:
-    """Keys (= values) of single tokens: kv_BSH, their order_BS, and segments_BS where documents are packed."""
+    """Keys (= values) of single tokens: kv_BSH, their seq_index_BS, and segments_BS where documents are packed."""
 
     kv_BSH: jax.Array
-    order_BS: jax.Array
+    seq_index_BS: jax.Array
     segments_BS: jax.Array | None = None
 
     def padded(self, count: int) -> WindowKV:
@@ -103,7 +103,7 @@ class WindowKV:
         after = ((0, 0), (0, count))
         segments = None if self.segments_BS is None else jnp.pad(self.segments_BS, after)
         return WindowKV(
-            jnp.pad(self.kv_BSH, (*after, (0, 0))), jnp.pad(self.order_BS, after, constant_values=NO_TOKEN), segments
+            jnp.pad(self.kv_BSH, (*after, (0, 0))), jnp.pad(self.seq_index_BS, after, constant_values=NO_TOKEN), segments
         )
 
 
@@ -164,7 +164,7 @@ class LayerCache(Protocol):
 
 @pytree
 class DenseEntries:
-    """A `View` of contiguous arrays: kv_BCH, indexer keys index_BCL (CSA), and segments_BC where packed."""
+    """A `EntryReader` of contiguous arrays: kv_BCH, indexer keys index_BCL (CSA), and segments_BC where packed."""
 
     kv_BCH: jax.Array
     index_BCL: jax.Array | None = None

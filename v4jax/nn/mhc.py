@@ -17,14 +17,14 @@ def _mean(n: int) -> np.ndarray:
     return np.full(n, -np.log(max(n - 1, 0.02)))
 
 
-def _coefficients(x_BTXD: jax.Array, fn_MXD: jax.Array, norm_eps: float) -> jax.Array:
+def _coefficients(x_BTXD: jax.Array, fn_MXD: jax.Array, rms_norm_eps: float) -> jax.Array:
     """`(fn vec(X)) * rsqrt(mean(vec(X)^2) + eps)`: float32 [M, B, T].
 
     Coefficients lead, so that the little arithmetic on them runs over tokens. So they do in fn: XLA:CPU is 4 times
     slower on the weight gradient of a product with few output columns than on one with few rows.
     """
     x = x_BTXD.astype(jnp.float32)
-    inverse_rms_BT = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=(-2, -1)) + norm_eps)
+    inverse_rms_BT = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=(-2, -1)) + rms_norm_eps)
     # Streams and hidden size as one axis V = X D, or XLA orders them anew and copies the weight at every call.
     fn_MV, x_BTV = fn_MXD.astype(jnp.float32).reshape(fn_MXD.shape[0], -1), x.reshape(*x.shape[:2], -1)
     if x.shape[0] * x.shape[1] <= _FEW_TOKENS:
@@ -37,7 +37,7 @@ class HyperConnection(nnx.Module):
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         n = model.mhc.hc_mult
-        self.streams, self.iters, self.eps, self.norm_eps = n, model.mhc.hc_sinkhorn_iters, model.mhc.hc_eps, model.rms_norm_eps
+        self.streams, self.iters, self.eps, self.rms_norm_eps = n, model.mhc.hc_sinkhorn_iters, model.mhc.hc_eps, model.rms_norm_eps
         # Start near a plain residual network (spec 4.5): read the mean of the streams, write with 1, mix by about I.
         read, write, mix = _mean(n), np.zeros(n), 4.0 * np.eye(n)
         self.fn = normal_param(rngs, "MXD", (2 * n + n * n, n, model.hidden_size), model.initializer_range)
@@ -47,7 +47,7 @@ class HyperConnection(nnx.Module):
     def __call__(self, x_BTXD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """read_XBT, write_XBT and the doubly stochastic mix_XYBT, all float32."""
         n = self.streams
-        m = _coefficients(x_BTXD, self.fn[...], self.norm_eps)
+        m = _coefficients(x_BTXD, self.fn[...], self.rms_norm_eps)
         scale, base = self.scale[...].astype(jnp.float32), self.base[...].astype(jnp.float32)[:, None, None]
         read = jax.nn.sigmoid(m[:n] * scale[0] + base[:n]) + self.eps
         write = 2 * jax.nn.sigmoid(m[n : 2 * n] * scale[1] + base[n : 2 * n])
@@ -60,14 +60,14 @@ class HyperHead(nnx.Module):
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         n = model.mhc.hc_mult
-        self.eps, self.norm_eps = model.mhc.hc_eps, model.rms_norm_eps
+        self.eps, self.rms_norm_eps = model.mhc.hc_eps, model.rms_norm_eps
         self.fn = normal_param(rngs, "YXD", (n, n, model.hidden_size), model.initializer_range)
         self.base = param("X", _mean(n))
         self.scale = param("S", np.full(1, 0.1))
 
     def __call__(self, x_BTXD: jax.Array) -> jax.Array:
         """x_BTXD to x_BTD, in the same dtype."""
-        m = _coefficients(x_BTXD, self.fn[...], self.norm_eps)
+        m = _coefficients(x_BTXD, self.fn[...], self.rms_norm_eps)
         read = jax.nn.sigmoid(
             m * self.scale[...].astype(jnp.float32) + self.base[...].astype(jnp.float32)[:, None, None]
         )

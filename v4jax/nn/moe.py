@@ -55,17 +55,17 @@ class MoE(nnx.Module):
         """y_BTD, the balance loss (float32 scalar) and the load of each expert, tokens [E]."""
         picks_BTK, weights_BTK, scores_BTE = self.router(x_BTD, chunk.tokens_BT)
         matrices, narrow = self.experts.matrices(), is_fp8(self.experts.gate_up)
-        taken_BTK, real_BT = picks_BTK, chunk.valid_BT
-        if real_BT is not None:  # nobody reads what padding gives: no expert computes it, and it does not travel
-            taken_BTK = jnp.where(real_BT[..., None], picks_BTK, scores_BTE.shape[-1])
+        taken_BTK, valid_BT = picks_BTK, chunk.valid_BT
+        if valid_BT is not None:  # nobody reads what padding gives: no expert computes it, and it does not travel
+            taken_BTK = jnp.where(valid_BT[..., None], picks_BTK, scores_BTE.shape[-1])
         if (sharding := current_rules()) is not None:
             routed = ep_experts(sharding, x_BTD, taken_BTK, weights_BTK, *matrices, self.limit, narrow)
         else:
             flat = lambda a: a.reshape(-1, a.shape[-1])
             routed = experts(flat(x_BTD), flat(taken_BTK), flat(weights_BTK), *matrices, limit=self.limit, fp8=narrow)
             routed = routed.reshape(x_BTD.shape)
-        if real_BT is not None:
-            routed = jnp.where(real_BT[..., None], routed, 0)
+        if valid_BT is not None:
+            routed = jnp.where(valid_BT[..., None], routed, 0)
         h = swiglu(einsum("BTD,DUF->BTUF", x_BTD, self.shared.gate_up, self.dtype), self.limit).astype(self.dtype)
         shared = einsum("BTF,FD->BTD", h, self.shared.down, self.dtype)
         y_BTD = (routed + shared.astype(jnp.float32)).astype(x_BTD.dtype)

@@ -14,9 +14,9 @@ from v4jax.core.qtensor import dequantize, group_size, quantize
 ENTRY_GROUP, KEY_GROUP = 64, 32  # most numbers that share a scale
 
 
-def entries(kv: jax.Array, rope_dim: int) -> jax.Array:
+def entries(kv: jax.Array, qk_rope_head_dim: int) -> jax.Array:
     """Main entries or window rows [..., H]: FP8 in groups of up to 64, all but the rotary channels at the end."""
-    plain = kv.shape[-1] - rope_dim
+    plain = kv.shape[-1] - qk_rope_head_dim
     return jnp.concatenate([_rounded(kv[..., :plain], "fp8", group_size(plain, ENTRY_GROUP)), kv[..., plain:]], axis=-1)
 
 

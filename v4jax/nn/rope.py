@@ -1,4 +1,4 @@
-"""Rotary embedding: adjacent pairs, last `rope_dim` channels, YaRN on compressed layers only (spec 2.3)."""
+"""Rotary embedding: adjacent pairs, last `qk_rope_head_dim` channels, YaRN on compressed layers only (spec 2.3)."""
 
 import functools
 import math

@@ -9,7 +9,7 @@ prompt itself if it must.
 
 In a run of several processes each keeps the books of all devices, and has tiers for its own. What of a prompt came up,
 and whether a request still waits, the process of the request's device says, and all are told at the same step
-(`Parking.agree`), so that the books of all stay equal.
+(`KVConnector.agree`), so that the books of all stay equal.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ class PendingLoad:
 
 
 class DeviceKVConnector:
-    """One device of an engine. `attach` joins it to the device's scheduler and books, which call it then, as `Parking`
+    """One device of an engine. `attach` joins it to the device's scheduler and books, which call it then, as `KVConnector`
     does.
 
     live: the device's state; None for a device of another process, whose books alone are kept here. forms: of a block
-    and a record. second: only what a second request asked for moves down. told: `Parking.agree` says what came up.
+    and a record. second: only what a second request asked for moves down. told: `KVConnector.agree` says what came up.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class DeviceKVConnector:
         self.num_restored += len(new or ())
         return True
 
-    # --- called by `Parking` ----------------------------------------------------------------------------------------
+    # --- called by `KVConnector` ----------------------------------------------------------------------------------------
 
     @property
     def num_idle(self) -> int:

@@ -119,7 +119,7 @@ class Engine:
         self._most_pages = pages = self._pages(cache, self._records)
         longest = block if limits.batch_invariant else limits.max_num_batched_tokens
         self.schedulers = [
-            Scheduler(BlockPool(pages, kept), slots, block, longest, record_every=cache.snapshot_interval_blocks, lookahead=k,
+            Scheduler(BlockPool(pages, kept), slots, block, longest, snapshot_interval_blocks=cache.snapshot_interval_blocks, lookahead=k,
                       replay=limits.batch_invariant) for _ in range(self.dp_group.count)
         ]  # fmt: skip
         self._sizes = [longest] if limits.batch_invariant else chunk_sizes(longest)
@@ -148,7 +148,7 @@ class Engine:
             parts, lower = (f"{parts} and the hot entries", "records or hot") if cache.device_entries else (parts, "records")
             raise UserError(
                 f"a cache of {cache.kv_cache_memory_bytes:,} bytes on the device is too small: {parts} take {least:,}; give it "
-                f"more, or lower max_batch or the cache's {lower}"
+                f"more, or lower max_num_seqs or the cache's {lower}"
             )
         return self.kv_cache_spec.blocks_for(cache.kv_cache_memory_bytes - fixed)
 
@@ -215,8 +215,8 @@ class Engine:
             raise UserError(f"{name} has token id {bad}; the model's ids are 0 to {self.model.vocab_size - 1}")
         if len(prompt) + sampling.max_tokens > limit:
             raise UserError(
-                f"{name} has {len(prompt)} tokens, which with max_tokens {sampling.max_tokens} exceeds max_seq_len"
-                f" {limit}; shorten one of them or raise max_seq_len (the model takes up to {self.model.max_position_embeddings})"
+                f"{name} has {len(prompt)} tokens, which with max_tokens {sampling.max_tokens} exceeds max_model_len"
+                f" {limit}; shorten one of them or raise max_model_len (the model takes up to {self.model.max_position_embeddings})"
             )
         self.schedulers[0].check_fits(len(prompt), sampling.max_tokens)
 
@@ -348,10 +348,10 @@ class Engine:
         if not any(ended):
             return finite_D, None
         place = [(read.request.state_slot, read.start + read.count) if read else (0, 0) for read in ended]
-        record_D, position_D = np.array(place, np.int32).T.copy()
+        state_slot_D, position_D = np.array(place, np.int32).T.copy()
         options = self._options([[read.request.id] if read else [] for read in ended], 1)
         logits_DTV = model_steps.logits(self._model_def, self._weights, x_D1XD)
-        return finite_D, self._sample(logits_DTV, self.dp_group.shard_rows((record_D, position_D)), options, x_D1XD)
+        return finite_D, self._sample(logits_DTV, self.dp_group.shard_rows((state_slot_D, position_D)), options, x_D1XD)
 
     def _options(self, ids: list[list[Hashable]], size: int):
         """Sampling options of `size` rows on each device."""
@@ -367,12 +367,12 @@ class Engine:
                 record_DB[device, : len(here)] = [slot for slot, _ in here]
             options = self._options([[id for _, id in here] for here in batch], size)
             self._batch, self._device_batch = batch, (self.dp_group.shard_rows(record_DB.reshape(-1)), options)
-        record_B, options = self._device_batch
-        rows = (record_B, self._device_tables)
+        state_slot_B, options = self._device_batch
+        rows = (state_slot_B, self._device_tables)
         self._kv_caches, x_BTXD, logits_BTV = model_steps.decode(
             self._model_def, self._weights, self._kv_caches, self._decode_state, rows, self.limits.batch_invariant
         )
-        return self._sample(logits_BTV, (record_B, None), options, x_BTXD)
+        return self._sample(logits_BTV, (state_slot_B, None), options, x_BTXD)
 
     def _sample(self, logits_BTV, place, options, x_BTXD):
         """Tokens of the positions just read, and drafts of what follows them."""
@@ -423,12 +423,12 @@ class Engine:
 
     def _fail(self, device: int, sequence: Request) -> None:
         """End a request whose logits are not finite; what it alone wrote is wiped before others may get it."""
-        record_D = np.zeros(self.dp_group.count, np.int32)
+        state_slot_D = np.zeros(self.dp_group.count, np.int32)
         pages_DA = np.full((self.dp_group.count, self._table_width), -1, np.int32)
-        record_D[device], pages_DA[device] = sequence.state_slot, self._table(sequence)
+        state_slot_D[device], pages_DA[device] = sequence.state_slot, self._table(sequence)
         pages_DA[device, : sequence.num_cached_blocks] = -1
         if self.schedulers[device].fail_request(sequence.id):
-            self._kv_caches = model_steps.zero_state(self._model_def, self._kv_caches, *self.dp_group.shard_rows((record_D, pages_DA)))
+            self._kv_caches = model_steps.zero_state(self._model_def, self._kv_caches, *self.dp_group.shard_rows((state_slot_D, pages_DA)))
 
     def stats(self) -> dict[str, float]:
         """Counts of sequences, pages and prefix hits, of the cache's bytes (`live.stats`), and of the tiers; of all

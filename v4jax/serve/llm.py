@@ -36,8 +36,8 @@ class LLM:
     its path; by default the directory's own; without one, prompts must be token ids. dtype: "float32" or "bfloat16",
     for a directory only. cache: a CacheConfig. mesh: a MeshConfig, such as MeshConfig("serve"): over all devices of all
     processes, experts split and each device with a batch and a cache of its own, of the sizes given here; all processes
-    then make the same calls, and get the same. Other options are fields of `config.Serve`: max_batch, max_seq_len
-    (prompt and new tokens), prefill_chunk, speculative_tokens, batch_invariant, precision ("fp8": the large matrices
+    then make the same calls, and get the same. Other options are fields of `config.Serve`: max_num_seqs, max_model_len
+    (prompt and new tokens), max_num_batched_tokens, num_speculative_tokens, batch_invariant, precision ("fp8": the large matrices
     in 8 bits). What is not given comes from the checkpoint's config. Raises UserError.
 
     What begins a text: what the post-processor of tokenizer.json adds, as in transformers; with bos_id that id alone.
@@ -93,7 +93,7 @@ class LLM:
         if not isinstance(model, Transformer):  # last: reading weights may take minutes
             model = checkpoint.load(model, dtype=dtype, precision=serve.quantization, placement=on.placement)
         self.tokenizer, self.engine = tokenizer, Engine(model, serve, cache, on)
-        self._description = f"{model!r}, max_batch={serve.max_num_seqs}, max_seq_len={serve.max_model_len}"
+        self._description = f"{model!r}, max_num_seqs={serve.max_num_seqs}, max_model_len={serve.max_model_len}"
         self._loop = EngineLoop(self.engine)
         self._counting, self._tokens = threading.Lock(), {"prompt_tokens": 0, "generation_tokens": 0}
 
@@ -142,7 +142,7 @@ class LLM:
         """What the engine counts: sequences waiting and running, pages and records, prefix hits, bytes of the cache;
         prompt_tokens and generation_tokens of the requests that have ended.
 
-        With speculative_tokens also spec_decode_num_drafts, the decode steps of requests, and
+        With num_speculative_tokens also spec_decode_num_drafts, the decode steps of requests, and
         spec_decode_num_draft_tokens and spec_decode_num_accepted_tokens, the tokens proposed and accepted in them.
 
         With CSA entries in host memory (`cache.hot`) also hot_hits and hot_misses: picks of decode steps that were on
@@ -371,5 +371,5 @@ def _limits(stored: config.Config, given: dict) -> config.Serve:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"options: {', '.join(known)}"
             raise UserError(f"LLM has no option {name!r}; {hint}")
-    limits = dataclasses.replace(stored.serve, max_seq_len=min(stored.serve.max_model_len, stored.model.max_position_embeddings))
+    limits = dataclasses.replace(stored.serve, max_model_len=min(stored.serve.max_model_len, stored.model.max_position_embeddings))
     return dataclasses.replace(limits, **{name: value for name, value in given.items() if value is not None})

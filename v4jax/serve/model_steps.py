@@ -3,7 +3,7 @@
 Each takes the weights and the live state and gives the state back updated in place (it is donated). Shapes are static
 and few: prompt chunks and batches are rounded up, contexts of any length share one program, because what reads the
 past walks its pages only as far as they are filled. Rows beyond the batch read and write record 0, which belongs to
-nobody, and no page (which is how the model knows them: `Chunk.real_BT`).
+nobody, and no page (which is how the model knows them: `ForwardBatch.valid_BT`).
 
 A program is written for one device. For a model on a mesh it runs on all devices at once, within `shard_map`: there
 the first axis of every array but the weights' holds the rows of all devices (`serve.places`), hence the arrays of one
@@ -106,15 +106,15 @@ def _on_mesh(function, structure: ModelDef, args: tuple, weights: bool, static: 
 
 
 @_jit_step(donate=(2,))
-def prefill(structure, weights, live: KVCaches, tokens_1T: jax.Array, start_1, count_1, record_1, table_ZA):
+def prefill(structure, weights, live: KVCaches, tokens_1T: jax.Array, start_1, count_1, state_slot_1, block_table_ZA):
     """Read tokens_1T[0, :count] (T + 1 of them, the last one only to be drafted from) at `start` of one row.
 
     The live state, the streams [1, 1, X, D] of the last token read, and whether they are finite, [1]: what is not
-    spreads to every later token through the window. start_1, count_1, record_1 int32 [1]; a count of 0 reads nothing,
+    spreads to every later token through the window. start_1, count_1, state_slot_1 int32 [1]; a count of 0 reads nothing,
     for record 0.
     """
     model = structure.model(weights)
-    chunk = continuation_batch(tokens_1T[:, :-1], start_1, count_1, CacheSlots(record_1, table_ZA[record_1]))
+    chunk = continuation_batch(tokens_1T[:, :-1], start_1, count_1, CacheSlots(state_slot_1, block_table_ZA[state_slot_1]))
     x_BTXD, layers, _ = model.hidden(chunk, live.layers)
     mtp = live.mtp
     if mtp is not None:
@@ -127,24 +127,24 @@ def prefill(structure, weights, live: KVCaches, tokens_1T: jax.Array, start_1, c
 def decode(structure, weights, live: KVCaches, heads: DecodeState, rows, invariant: bool):
     """Read each row's newest token, and its drafts: the live state, the streams, float32 logits [B, T, V].
 
-    rows: (record_B, table_ZA). invariant: row by row, so that the bits of a row do not depend on the batch.
+    rows: (state_slot_B, block_table_ZA). invariant: row by row, so that the bits of a row do not depend on the batch.
     """
-    model, (record_B, table_ZA) = structure.model(weights), rows
+    model, (state_slot_B, block_table_ZA) = structure.model(weights), rows
     if not invariant:
-        layers, x_BTXD, logits_BTV = _read(model, live.layers, heads, record_B, table_ZA)
+        layers, x_BTXD, logits_BTV = _read(model, live.layers, heads, state_slot_B, block_table_ZA)
         return KVCaches(layers, live.mtp), x_BTXD, logits_BTV
 
     def one(layers, record):
-        layers, x_BTXD, logits_BTV = _read(model, layers, heads, record[None], table_ZA)
+        layers, x_BTXD, logits_BTV = _read(model, layers, heads, record[None], block_table_ZA)
         return layers, (x_BTXD[0], logits_BTV[0])
 
-    layers, (x_BTXD, logits_BTV) = jax.lax.scan(one, live.layers, record_B)
+    layers, (x_BTXD, logits_BTV) = jax.lax.scan(one, live.layers, state_slot_B)
     return KVCaches(layers, live.mtp), x_BTXD, logits_BTV
 
 
-def _read(model: Transformer, layers: KVCacheList, heads: DecodeState, record_B, table_ZA):
-    tokens_BT = jnp.concatenate([heads.token_Z[record_B][:, None], heads.draft_ZK[record_B]], axis=1)
-    chunk = continuation_batch(tokens_BT, heads.position_Z[record_B], None, CacheSlots(record_B, table_ZA[record_B]))
+def _read(model: Transformer, layers: KVCacheList, heads: DecodeState, state_slot_B, block_table_ZA):
+    tokens_BT = jnp.concatenate([heads.token_Z[state_slot_B][:, None], heads.draft_ZK[state_slot_B]], axis=1)
+    chunk = continuation_batch(tokens_BT, heads.position_Z[state_slot_B], None, CacheSlots(state_slot_B, block_table_ZA[state_slot_B]))
     x_BTXD, layers, _ = model.forward_hidden(chunk, layers)
     return layers, x_BTXD, model.logits(x_BTXD)
 
@@ -160,15 +160,15 @@ def logits(structure, weights, x_BTXD: jax.Array) -> jax.Array:
 def sample_tokens(structure, logits_BTV: jax.Array, heads: DecodeState, place, options: SamplingTensors, plan: SamplingFlags, invariant: bool):
     """Draw a token for every position read, and move each row behind those that its drafts foretold.
 
-    place: (record_B, position_B of the first token drawn or None: after each row's newest). Gives the heads, the
-    `Sampled` arrays [B, T, ...] and count_B of their tokens that count. What a row draws at a position depends on what
+    place: (state_slot_B, position_B of the first token drawn or None: after each row's newest). Gives the heads, the
+    `SamplerOutput` arrays [B, T, ...] and count_B of their tokens that count. What a row draws at a position depends on what
     precedes it alone, so a draft that equals the token drawn is as good as no draft at all: the tokens are those of
     plain decoding, whatever their distribution. invariant: row by row, as in `decode`.
     """
-    record_B, position_B = place
+    state_slot_B, position_B = place
     B, T, V = logits_BTV.shape
     if position_B is None:
-        position_B = heads.position_Z[record_B] + 1
+        position_B = heads.position_Z[state_slot_B] + 1
     each = lambda a: jnp.repeat(a, T, axis=0)
     position_BT = position_B[:, None] + jnp.arange(T)
     rows = (logits_BTV.reshape(B * T, V), jax.tree.map(each, options), position_BT.reshape(-1))
@@ -178,27 +178,27 @@ def sample_tokens(structure, logits_BTV: jax.Array, heads: DecodeState, place, o
     else:
         sampled = sample(*rows, plan)
     sampled = jax.tree.map(lambda a: a.reshape(B, T, *a.shape[1:]), sampled)
-    right_BK = sampled.token_B[:, :-1] == heads.draft_ZK[record_B][:, : T - 1]
+    right_BK = sampled.token_B[:, :-1] == heads.draft_ZK[state_slot_B][:, : T - 1]
     more_B = jnp.cumprod(right_BK, axis=1).sum(1).astype(jnp.int32)
     newest_B = jnp.take_along_axis(sampled.token_B, more_B[:, None], axis=1)[:, 0]
     heads = heads._replace(
-        token_Z=heads.token_Z.at[record_B].set(newest_B),
+        token_Z=heads.token_Z.at[state_slot_B].set(newest_B),
         # Padding rows stay at the beginning: readers walk as far as the row furthest on.
-        position_Z=heads.position_Z.at[record_B].set(jnp.where(record_B > 0, position_B + more_B, 0)),
+        position_Z=heads.position_Z.at[state_slot_B].set(jnp.where(state_slot_B > 0, position_B + more_B, 0)),
     )
     return heads, (sampled, more_B + 1)
 
 
 @_jit_step(donate=(2, 3))
-def propose_draft(structure, weights, mtp: PagedLayerCache, heads: DecodeState, x_BTXD, drawn, record_B):
+def propose_draft(structure, weights, mtp: PagedLayerCache, heads: DecodeState, x_BTXD, drawn, state_slot_B):
     """Tokens that may follow each row's newest one, by the MTP layer: its state, and the heads with the drafts.
 
     x_BTXD: streams of the positions read last. drawn: (token_BT drawn there, count_B of them that count). Beyond one
     token the layer goes on from its own streams, for which it was not trained.
     """
     model, (token_BT, count_B) = structure.model(weights), drawn
-    place = CacheSlots(record_B, jnp.where(record_B > 0, record_B, -1)[:, None])  # a window has no pages: these are not read
-    start_B = heads.position_Z[record_B] - count_B
+    place = CacheSlots(state_slot_B, jnp.where(state_slot_B > 0, state_slot_B, -1)[:, None])  # a window has no pages: these are not read
+    start_B = heads.position_Z[state_slot_B] - count_B
     chunk = continuation_batch(token_BT, start_B, None, place)
     logits_BTV, x_BTXD, mtp = model.draft(x_BTXD, token_BT, chunk, mtp)
     at = lambda a: jnp.take_along_axis(a, (count_B - 1).reshape(-1, *[1] * (a.ndim - 1)), axis=1)
@@ -208,7 +208,7 @@ def propose_draft(structure, weights, mtp: PagedLayerCache, heads: DecodeState, 
             chunk = continuation_batch(drafts[-1], start_B + count_B + more - 1, None, place)
             logits_BTV, x_BTXD, mtp = model.draft(x_BTXD, drafts[-1], chunk, mtp)
         drafts.append(jnp.argmax(logits_BTV, -1).astype(jnp.int32))
-    return mtp, heads._replace(draft_ZK=heads.draft_ZK.at[record_B].set(jnp.concatenate(drafts, axis=1)))
+    return mtp, heads._replace(draft_ZK=heads.draft_ZK.at[state_slot_B].set(jnp.concatenate(drafts, axis=1)))
 
 
 @_jit_step(weights=False, donate=(1,))
@@ -222,10 +222,10 @@ def copy_state(structure, live: KVCaches, source_1: jax.Array, target_1: jax.Arr
 
 
 @_jit_step(weights=False, donate=(1,))
-def zero_state(structure, live: KVCaches, record_1: jax.Array, page_1A: jax.Array) -> KVCaches:
+def zero_state(structure, live: KVCaches, state_slot_1: jax.Array, page_1A: jax.Array) -> KVCaches:
     """Zeros in a record and in pages (int32, -1 for none): masks hide what is stale, but 0 * NaN is NaN."""
 
     def one(kept: PagedLayerCache) -> PagedLayerCache:
-        return kept.map_state(lambda a: host_scatter(a, 0, record_1)).zero_blocks(page_1A[0])
+        return kept.map_state(lambda a: host_scatter(a, 0, state_slot_1)).zero_blocks(page_1A[0])
 
     return jax.tree.map(one, live, is_leaf=lambda a: isinstance(a, PagedLayerCache))

@@ -87,7 +87,7 @@ class DecodeRow(NamedTuple):
 class SchedulerOutput:
     """One call of the device: copy records (from, to; none is both), then prefill and decode, in any order.
 
-    The tables are to be made of `Sequence.pages` before the scheduler is called again.
+    The tables are to be made of `Request.pages` before the scheduler is called again.
     """
 
     step_id: int

@@ -1,4 +1,4 @@
-"""Which sequences run next: continuous batching as a state machine over `cache.Blocks`, without any device.
+"""Which sequences run next: continuous batching as a state machine over `cache.BlockPool`, without any device.
 
 `step` plans one call of the device, `commit` tells what came of it. First come, first served: the waiting sequence
 that arrived first is admitted when a slot is free and pages for its tokens and one block more can be had; one sequence
@@ -8,11 +8,11 @@ reads its prompt and the tokens that it had as one prompt. The oldest is never m
 does not fit alone is refused at `add`, so everything ends.
 
 **Replay.** Reading a token as part of a prompt and decoding it differ in the last bits. Where that matters, `replay`
-makes a preempted sequence decode its tokens anew (`Sequence.repeats` says that the next one is known already), and
+makes a preempted sequence decode its tokens anew (`Request.repeats` says that the next one is known already), and
 shares no block that decoding wrote.
 
 **One step ahead.** `step` may be called once before the last plan is committed; plans run and are committed in order.
-A plan is made from lengths, not from the values of tokens: `Sequence.ahead` counts the decode steps under way, each of
+A plan is made from lengths, not from the values of tokens: `Request.ahead` counts the decode steps under way, each of
 which adds 1 to 1 + lookahead tokens, so a sequence's position lies in a known range. Three rules make that safe:
 
 * Pages are allocated for the upper end of the range (never beyond what max_tokens allows; the device must write rows
@@ -63,8 +63,8 @@ class PendingOutput:
 class Scheduler:
     """Sequences on `slots` records 1 to slots, over the pages and kept records of `blocks`.
 
-    block_tokens: tokens of a block. prefill_chunk: most tokens of one prompt in a plan; chunks end at its multiples,
-    and at the last block boundary before the prompt's end. record_every: blocks between further records (0: none).
+    block_tokens: tokens of a block. max_num_batched_tokens: most tokens of one prompt in a plan; chunks end at its multiples,
+    and at the last block boundary before the prompt's end. snapshot_interval_blocks: blocks between further records (0: none).
     lookahead: tokens that a decode step may add beyond one. slack: tokens behind its boundary that a record may hold.
     replay: see above.
     """
@@ -74,15 +74,15 @@ class Scheduler:
         blocks: BlockPool,
         slots: int,
         block_tokens: int,
-        prefill_chunk: int,
+        max_num_batched_tokens: int,
         *,
-        record_every: int = 0,
+        snapshot_interval_blocks: int = 0,
         lookahead: int = 0,
         slack: int | None = None,
         replay: bool = False,
     ):
-        self.block_pool, self.block_size, self.max_num_batched_tokens = blocks, block_tokens, prefill_chunk
-        self.snapshot_interval_blocks, self.num_lookahead_tokens, self.deterministic_replay = record_every, lookahead, replay
+        self.block_pool, self.block_size, self.max_num_batched_tokens = blocks, block_tokens, max_num_batched_tokens
+        self.snapshot_interval_blocks, self.num_lookahead_tokens, self.deterministic_replay = snapshot_interval_blocks, lookahead, replay
         self.rollback_tokens = 2 * lookahead if slack is None else slack
         self.requests: dict[Hashable, Request] = {}  # all that hold anything or wait
         self._waiting: list[Request] = []  # by arrival, and all arrived after all active ones
@@ -93,7 +93,7 @@ class Scheduler:
         self._step_id = self._committed = self._preemptions = 0
         self._drafts = self._accepted = 0  # decode steps of requests, and tokens drafted that they accepted
         self.arrivals = 0  # requests so far
-        self.kv_connector = None  # a `serve.bay.Bay`, if there are tiers below the device
+        self.kv_connector = None  # a `serve.bay.DeviceKVConnector`, if there are tiers below the device
 
     def reset(self) -> None:
         """Drop all requests and all that the blocks hold, whatever state an exception left them in; counts stay."""

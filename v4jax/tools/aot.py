@@ -170,7 +170,7 @@ def show(results: dict[str, CompiledReport], topology: Topology) -> None:
 
 
 def collective_bytes(text: str) -> dict[str, float]:
-    """Bytes of the results of each kind of collective in optimised HLO, a loop's body counted once a trip.
+    """Bytes of the results of each kind of collective in optimized HLO, a loop's body counted once a trip.
 
     Trips come from `known_trip_count`, or from the one constant that the loop's condition compares with. A loop whose
     trips are data counts as not run: of those that send, these are the further rounds of experts that are too busy.

@@ -66,7 +66,7 @@ def serve(config: Config, mesh: Mesh, work: Workload, devices: Sequence[jax.Devi
             f"{work.rows} rows cannot be split over {sharding.mesh.size} devices; take a multiple, or --analytic"
         )
     rows = work.rows // sharding.mesh.size
-    limits = dataclasses.replace(config.serve, max_batch=rows, max_seq_len=work.context, speculative_tokens=0)
+    limits = dataclasses.replace(config.serve, max_num_seqs=rows, max_model_len=work.context, num_speculative_tokens=0)
     allocate.check(config.model, limits, config.cache)
     graphdef, variables = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
     leaves, _ = jax.tree.flatten(variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
@@ -103,8 +103,8 @@ def serve(config: Config, mesh: Mesh, work: Workload, devices: Sequence[jax.Devi
     def run(weights, state, *inputs):
         if decode:
             return model_steps.decode(structure, weights, state, *inputs, False)
-        tokens_DT, scalars_3D, table_ZA = inputs
-        return model_steps.prefill(structure, weights, state, tokens_DT, *scalars_3D, table_ZA)
+        tokens_DT, scalars_3D, block_table_ZA = inputs
+        return model_steps.prefill(structure, weights, state, tokens_DT, *scalars_3D, block_table_ZA)
 
     # The state's places are told, or what is in host memory would be written to a copy. The engine holds weights that a
     # program does not use, such as those of the MTP layer, all the same.

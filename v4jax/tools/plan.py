@@ -34,8 +34,8 @@ def run(
     """Print the plan and return its records.
 
     topology: as `tools.topology.parse` reads it, or several with commas between, to compare in closed form. context:
-    tokens of a row (default: data.seq_len in training, else serve.max_seq_len). concurrency: rows (default:
-    train.batch_size or serve.max_batch). analytic: the closed form alone. stage: how far TPU programs are compiled,
+    tokens of a row (default: data.seq_len in training, else serve.max_model_len). concurrency: rows (default:
+    train.batch_size or serve.max_num_seqs). analytic: the closed form alone. stage: how far TPU programs are compiled,
     "program" or "buffers" (`tools.compiled`). Serving with `cache.hot` is compiled without it too, to compare.
     Raises UserError for what cannot be planned. A program that the compiler refuses for want of memory is a plan that
     does not fit: it is told so, and has one record, `fits` of 0.

@@ -1,7 +1,7 @@
 """Chips and how many of them make a topology: the numbers a plan divides by.
 
 Sources, read in November 2026. TPUs: the "System architecture" tables of the Cloud TPU documentation (pages v5e, v6e,
-v5p and tpu7x of docs.cloud.google.com/tpu/docs): peak bf16, HBM capacity and bandwidth, ICI and data-centre network a
+v5p and tpu7x of docs.cloud.google.com/tpu/docs): peak bf16, HBM capacity and bandwidth, ICI and data-center network a
 chip, RAM of a 4-chip VM. GPUs: NVIDIA's figures of A100 80GB SXM, H100 SXM, H200 SXM, DGX B200 and GB200 NVL72, and
 AMD's of MI300X, from others who quote them (the systems of the MLPerf inference results,
 glennklockwood.com/garden/processors): dense rates, half of the sparse ones; of DGX B200 an eighth of 1,440 GB and 64

@@ -26,7 +26,7 @@ _SETTLED = 6  # looks, half a second apart, that find not a byte more: then a fi
 class Buffers:
     """Of one device: bytes of arguments and of temporaries on it (with constants and with results that take no
     argument's place), the same in host memory, the largest array among the temporaries of both (bytes, type), and the
-    optimised program as text."""
+    optimized program as text."""
 
     device_bytes: dict[str, int]
     host_bytes: dict[str, int]

@@ -224,7 +224,7 @@ class _Run:
         return self._finish(state, progress.tokens_per_second)
 
     def _stop_asked(self) -> bool:
-        """Whether a signal asked this process, alone in its run, to stop; several agree by `stop_asked` on a step."""
+        """Whether a signal asked this process, alone in its run, to stop; several agree by `preempted` on a step."""
         return self.stop.asked is not None and not self.stop.shared
 
     def _evaluation_due(self, step: int) -> bool:

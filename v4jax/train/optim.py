@@ -14,7 +14,7 @@ from v4jax.parallel.matrix_exchange import map_whole_matrices
 from v4jax.parallel.rules import current_rules
 
 # Logical matrices by the letters of a parameter: inputs, outputs. Letters that are neither (experts, gate or up,
-# output groups) count several matrices, each orthogonalised alone. Parameters not listed go to AdamW: embedding and
+# output groups) count several matrices, each orthogonalized alone. Parameters not listed go to AdamW: embedding and
 # head by the report, norms, mHC bases and scales, and (unnamed in it, the only sensible choice) sinks and ape.
 MATRICES = {
     "DQ": ("D", "Q"), "QNH": ("Q", "NH"), "DH": ("D", "H"), "GIR": ("I", "R"), "GRD": ("GR", "D"), "DW": ("D", "W"),

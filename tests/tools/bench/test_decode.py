@@ -127,7 +127,7 @@ def test_generate_reads_prompts_through_the_engine(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("suite, options, words", [
-    ("decode", {"contexts": [10]}, "context 10 cannot be measured; take 17 to model.max_positions 4096"),
+    ("decode", {"contexts": [10]}, "context 10 cannot be measured; take 17 to model.max_position_embeddings 4096"),
     ("decode", {"contexts": [5000]}, "context 5000 cannot be measured"),
     ("decode", {"contexts": ["4k"]}, "--contexts=4k are not numbers"),
     ("decode", {"checkpoint": "DIR"}, "drop --checkpoint"),

@@ -10,7 +10,7 @@ from v4jax.tools import bench
 from v4jax.tools.bench import host_kv
 
 MODEL = dataclasses.replace(
-    engine_harness.MODEL, schedule=("csa",), mtp_layers=0, moe=dataclasses.replace(engine_harness.MODEL.moe, hash_layers=0)
+    engine_harness.MODEL, schedule=("csa",), num_nextn_predict_layers=0, moe=dataclasses.replace(engine_harness.MODEL.moe, num_hash_layers=0)
 )
 CONFIG = config.Config(name="tiny", model=MODEL)
 

@@ -63,5 +63,5 @@ def test_requests_take_two_blocks_at_most():
 
 def test_a_config_that_is_too_short_is_one_line():
     short = dataclasses.replace(CONFIG, serve=Serve(max_model_len=20))
-    with pytest.raises(UserError, match="needs --config.serve.max_seq_len=32, and it is 20"):
+    with pytest.raises(UserError, match="needs --config.serve.max_model_len=32, and it is 20"):
         bench.run("serve", config=short)

@@ -1,4 +1,4 @@
-"""A stored block or record as bytes: what lies in a file of the disk tier, and how it is recognised and verified.
+"""A stored block or record as bytes: what lies in a file of the disk tier, and how it is recognized and verified.
 
 Little-endian: magic (8 bytes), version and kind (2 each), length of the group table (4), name, parent and form (16
 each), length of the payload and its xxh3-64 (8 each), xxh3-64 of all that and the table (8); then the table, JSON

@@ -52,7 +52,7 @@ def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS, plot: s
     One engine's worth of cache, for the longest context, serves all; its entries are drawn at random. Arms and contexts
     are measured in turn, `rounds` times. Raises UserError for contexts that cannot be measured.
     """
-    model = dataclasses.replace(config.model, mtp_layers=0, kv_qdq=False)
+    model = dataclasses.replace(config.model, num_nextn_predict_layers=0, kv_qdq=False)
     contexts = _checked(model, contexts)
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     arms = _arms(model, max(contexts), config.serve.quantization)
@@ -72,7 +72,7 @@ def _checked(model: Model, contexts: Sequence[int]) -> list[int]:
     for context in contexts:
         if not STEPS < context <= model.max_position_embeddings:
             raise UserError(
-                f"context {context} cannot be measured; take {STEPS + 1} to model.max_positions {model.max_position_embeddings}"
+                f"context {context} cannot be measured; take {STEPS + 1} to model.max_position_embeddings {model.max_position_embeddings}"
             )
     if not contexts:
         raise UserError("no contexts to measure; give at least one")
@@ -91,9 +91,9 @@ class _Cache:
         layers = [allocate_layer(sizes, kind, blocks + 1, _RECORD + 1) for kind in model.schedule]
         layers = [filled(kept, np.random.default_rng(i)) for i, kept in enumerate(layers)]
         self.live = KVCaches([[layer] for layer in layers], None)
-        table_ZA = np.full((_RECORD + 1, blocks), -1, np.int32)
-        table_ZA[_RECORD] = 1 + np.arange(blocks)  # in order, as the engine gives them to a lone sequence
-        self.rows = jax.device_put((np.array([_RECORD], np.int32), table_ZA))
+        block_table_ZA = np.full((_RECORD + 1, blocks), -1, np.int32)
+        block_table_ZA[_RECORD] = 1 + np.arange(blocks)  # in order, as the engine gives them to a lone sequence
+        self.rows = jax.device_put((np.array([_RECORD], np.int32), block_table_ZA))
 
 
 def filled(kept: PagedLayerCache, rng: np.random.Generator) -> PagedLayerCache:

@@ -73,7 +73,7 @@ def _checked(model: Model, contexts: Sequence[int]) -> list[int]:
         if not (STEPS < context <= model.max_position_embeddings and use_gather(entries, model.indexer.index_topk, 1)):
             raise UserError(
                 f"context {context} cannot be measured; take more than topk {model.indexer.index_topk} entries hold, and at "
-                f"most model.max_positions {model.max_position_embeddings}"
+                f"most model.max_position_embeddings {model.max_position_embeddings}"
             )
     if not contexts:
         raise UserError("no contexts to measure; give at least one")
@@ -171,9 +171,9 @@ def _arm(model: Model, graph: tuple, context: int, hot: int) -> _Arm:
     blocks = -(-context // layout.block)
     layers = [allocate_layer(layout, kind, ROWS * blocks + 1, ROWS + 1) for kind in model.schedule]
     layers = [[filled(kept, np.random.default_rng(i))] for i, kept in enumerate(layers)]
-    table_ZA = np.full((ROWS + 1, blocks), -1, np.int32)
-    table_ZA[1:] = 1 + np.arange(ROWS * blocks).reshape(ROWS, blocks)
-    return _Arm(*graph, KVCaches(layers, None), jax.device_put((np.arange(1, ROWS + 1, dtype=np.int32), table_ZA)))
+    block_table_ZA = np.full((ROWS + 1, blocks), -1, np.int32)
+    block_table_ZA[1:] = 1 + np.arange(ROWS * blocks).reshape(ROWS, blocks)
+    return _Arm(*graph, KVCaches(layers, None), jax.device_put((np.arange(1, ROWS + 1, dtype=np.int32), block_table_ZA)))
 
 
 def _random(model: Model) -> Transformer:
@@ -182,7 +182,7 @@ def _random(model: Model) -> Transformer:
 
 def _speed(config: Config, rounds: int, contexts: Sequence[int]) -> list[dict]:
     """Both arms read the same forced tokens; before they are timed their logits are compared, bit by bit."""
-    model = dataclasses.replace(config.model, mtp_layers=0, kv_qdq=False)
+    model = dataclasses.replace(config.model, num_nextn_predict_layers=0, kv_qdq=False)
     graphdef, variables = nnx.split(_random(model))
     weights, tree = jax.tree.flatten(variables)
     graph, slots = (model_steps.model_def(graphdef, tree), weights), max(SLOTS, ROWS * model.indexer.index_topk)
@@ -242,7 +242,7 @@ def hit_rates(checkpoint: str) -> dict[int, tuple[float, bool]]:
     prompt = [*first, *text.token_ids][: TEXT - ASKED]
     out, answers = {}, []
     for slots in (k * 2**power for power in range(6)):
-        if slots < TEXT // model.config.csa_ratio:
+        if slots < TEXT // model.config.compress_rate_csa:
             llm = LLM(model, cache=Cache(device_entries=slots), **limits)
             [answer] = llm.generate([prompt], dataclasses.replace(sampling, max_tokens=ASKED))
             answers.append(answer.token_ids)

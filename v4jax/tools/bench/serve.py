@@ -49,14 +49,14 @@ def run(config: Config, rounds: int) -> list[dict]:
 
     The model has random weights. One engine does all; its cache holds `POOL` requests of the burst. Every answer of the
     burst is compared with the answer to the same request alone, which finds nothing in the prefix cache. Raises
-    UserError if the config's max_seq_len is too short.
+    UserError if the config's max_model_len is too short.
     """
-    model = dataclasses.replace(config.model, mtp_layers=0)
+    model = dataclasses.replace(config.model, num_nextn_predict_layers=0)
     block = KVCacheSpec(model, config.cache.kv_cache_dtype, config.cache.block_size).block
     need = max(_BLOCKS * block, PROMPT + NEW)
     if config.serve.max_model_len < need:
-        raise UserError(f"suite 'serve' needs --config.serve.max_seq_len={need}, and it is {config.serve.max_model_len}")
-    serve = dataclasses.replace(config.serve, max_batch=MANY, speculative_tokens=0)
+        raise UserError(f"suite 'serve' needs --config.serve.max_model_len={need}, and it is {config.serve.max_model_len}")
+    serve = dataclasses.replace(config.serve, max_num_seqs=MANY, num_speculative_tokens=0)
     tokens = max(POOL * _BLOCKS * block, MANY * -(-(PROMPT + NEW) // block) * block)
     engine = Engine(_random(model), serve, dataclasses.replace(config.cache, tokens=tokens, prefix=True))
     rng = np.random.default_rng(0)

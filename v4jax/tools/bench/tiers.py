@@ -43,12 +43,12 @@ def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS, plot: s
     The model has random weights. Raises UserError for contexts that cannot be measured.
     """
     contexts = sorted(set(contexts))
-    model = dataclasses.replace(config.model, mtp_layers=0)
+    model = dataclasses.replace(config.model, num_nextn_predict_layers=0)
     most = model.max_position_embeddings - ANSWER
     if not contexts or not 0 < contexts[0] <= contexts[-1] <= most:
         raise UserError(f"suite 'tiers' needs contexts from 1 to {most} tokens; give them as --contexts=4096,32768")
     transformer, cache = _random(model), dataclasses.replace(config.cache, deadline=10.0)
-    serve = dataclasses.replace(config.serve, speculative_tokens=0)
+    serve = dataclasses.replace(config.serve, num_speculative_tokens=0)
     sizes = host_kv.memory(load(host_kv.PUBLISHED).model)
     records = host_kv.show_memory(sizes) + _restarts(config, transformer, serve, cache, rounds, contexts)
     records += _trace(config, transformer, serve, cache, CONVERSATIONS)
@@ -65,7 +65,7 @@ def _random(model: Model) -> Transformer:
 
 
 def _restarts(config, model, serve, cache, rounds: int, contexts: Sequence[int]) -> list[dict]:
-    serve = dataclasses.replace(serve, max_batch=1, max_seq_len=contexts[-1] + ANSWER)
+    serve = dataclasses.replace(serve, max_num_seqs=1, max_model_len=contexts[-1] + ANSWER)
     rng, answers = np.random.default_rng(0), {length: [] for length in contexts}
     prompts = {length: rng.integers(2, model.config.vocab_size, length).tolist() for length in contexts}
     with tempfile.TemporaryDirectory(prefix="v4jax-tiers-") as directory:
@@ -126,7 +126,7 @@ def _trace(config, model, serve, cache, conversations: int) -> list[dict]:
     layout = KVCacheSpec(model.config, cache.layout, cache.block)
     blocks = 6 * conversations  # what all conversations come to, about
     page, kept = layout.block_bytes, layout.state_bytes()
-    serve = dataclasses.replace(serve, max_batch=BURST, max_seq_len=8 * layout.block)
+    serve = dataclasses.replace(serve, max_num_seqs=BURST, max_model_len=8 * layout.block)
     records_kept = max(conversations // 8, 4)
     device = (1 + BURST + records_kept) * kept + max(blocks // 16, 8 * BURST + 2) * page
     host = blocks // 5 * page + 2 * conversations // 5 * kept

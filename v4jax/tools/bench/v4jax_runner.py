@@ -25,7 +25,7 @@ class V4JaxRunner:
     """`config.model` with random weights, which are written to `directory` in Hugging Face format and read from it."""
 
     def __init__(self, config: Config, directory: str):
-        others = dict(balance_weight=0.0, indexer_weight=0.0, mtp_weight=0.0)
+        others = dict(balance_loss_weight=0.0, indexer_loss_weight=0.0, mtp_loss_weight=0.0)
         train = dataclasses.replace(config.train, **others)
         self._optimizer = optax.adamw(1e-4)
         self._trainer = Trainer(dataclasses.replace(config, train=train), self._optimizer)

@@ -30,8 +30,8 @@ def run(config: Config, rounds: int) -> list[dict]:
     Both train with AdamW on all parameters, cross-entropy alone; both prefill whole prompts and decode greedily with
     their caches. Times are medians of `rounds` rounds, the long prefill of at most 2. Raises UserError.
     """
-    model = dataclasses.replace(config.model, dtype="float32", mtp_layers=0, kv_qdq=False)
-    serve = dataclasses.replace(config.serve, max_batch=1, max_seq_len=2 * max(PREFILL))
+    model = dataclasses.replace(config.model, dtype="float32", num_nextn_predict_layers=0, kv_qdq=False)
+    serve = dataclasses.replace(config.serve, max_num_seqs=1, max_model_len=2 * max(PREFILL))
     config = dataclasses.replace(config, model=model, serve=serve)
     rng = np.random.default_rng(0)
     tokens = lambda rows, length: rng.integers(2, model.vocab_size, (rows, length))
