@@ -127,7 +127,7 @@ def _plan(values: flags.FlagValues, config: config_lib.Config) -> None:
     from v4jax.tools import plan
 
     if explicit_flags(values, "kv_hot"):
-        config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, hot=values.kv_hot))
+        config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, device_entries=values.kv_hot))
     options = ("mode", "context", "concurrency", "analytic", "stage", "json")
     records = plan.run(config, values.topology, **explicit_flags(values, *options))
     if not plan.fits_anywhere(records, config):

@@ -19,13 +19,13 @@ def fill(blocks, *tokens, records=()):
     publish(blocks, names(*tokens), pages)
     for i in records:
         name = names(*tokens)[i]
-        blocks.ready(name, blocks.keep(name))
+        blocks.commit_snapshot(name, blocks.reserve_snapshot(name))
     return pages
 
 
 def publish(blocks, chain, pages):
     parents = [SEED, *chain[:-1]]
-    return [blocks.publish(*block) for block in zip(parents, chain, pages, strict=True)]
+    return [blocks.cache_block(*block) for block in zip(parents, chain, pages, strict=True)]
 
 
 def test_pages_are_given_out_once_and_never_page_0():
@@ -202,8 +202,8 @@ def test_breaking_the_rules_is_an_error_and_changes_nothing():
     lambda blocks: blocks._free.append(blocks._free[-1]),
     lambda blocks: blocks._idle.move_to_end(next(iter(blocks._idle))),
     lambda blocks: blocks._page.popitem(),
-    lambda blocks: blocks._spare.pop(),
-    lambda blocks: blocks._unready.add(names(1)[0]),
+    lambda blocks: blocks._free_slots.pop(),
+    lambda blocks: blocks._uncommitted.add(names(1)[0]),
     lambda blocks: blocks._references.__setitem__(1, -1),
     lambda blocks: blocks._references.__setitem__(next(iter(blocks._idle)), 1),
 ])  # fmt: skip

@@ -22,8 +22,8 @@ SMALL = dataclasses.replace(weights.config(), head_dim=40)  # 32 numbers and 8 r
 quantize = jax.jit(qtensor.quantize, static_argnums=(1, 2))
 dequantize = jax.jit(qtensor.dequantize, static_argnames=("format", "impl"))
 write = jax.jit(lambda pool, page, slot, rows: pool.write(page, slot, rows), donate_argnums=0)
-read = jax.jit(lambda pool, page, slot, dtype=jnp.float32: pool.take(page, slot, dtype), static_argnums=3)
-read_pages = jax.jit(lambda pool, pages: pool.pages(pages).decoded(jnp.float32))
+read = jax.jit(lambda pool, page, slot, dtype=jnp.float32: pool.gather(page, slot, dtype), static_argnums=3)
+read_pages = jax.jit(lambda pool, pages: pool.gather_blocks(pages).decode(jnp.float32))
 CASES = [(kind, layout) for layout in KV_CACHE_DTYPES for kind in ("main", "index")]
 
 

@@ -39,7 +39,7 @@ def test_a_pool_in_host_memory_reads_as_one_on_the_device(layout):
     def run(pool):
         pool = pool.write(page, slot, rows)
         there = np.array([[2, 0], [1, 1]], np.int32)
-        return pool, pool.take(*EVERY, jnp.float32), pool.pages(there).decoded(jnp.float32)
+        return pool, pool.gather(*EVERY, jnp.float32), pool.gather_blocks(there).decode(jnp.float32)
 
     far, _ = new_host_entry_pool(SMALL, PAGES, SLOTS, layout, 4, WORDS)
     there, *read = run(far)
@@ -61,24 +61,24 @@ class Copies:
         self.clock, self.held, self.asked, self.fetched = 0, {}, 0, 0  # held: entry to the step that last asked for it
         self.ask = jax.jit(self._ask, donate_argnums=0)
         self.change = jax.jit(self._change, donate_argnums=0)
-        self.wipe = jax.jit(lambda kept, page_A: kept.wiped(page_A), donate_argnums=0)
+        self.wipe = jax.jit(lambda kept, page_A: kept.zero_blocks(page_A), donate_argnums=0)
 
     def _ask(self, kept, page, slot, wanted):
-        hot, row = kept.hot.holding(kept.main, page, slot, wanted)
+        hot, row = kept.device_cache.fetch(kept.entries, page, slot, wanted)
         copied = jax.tree.map(lambda a: a[0, row], hot.rows)
         zeros = jax.tree.map(jnp.zeros_like, copied)
-        right = jax.tree.map(lambda far, no: jnp.where(wanted[..., None], far, no), kept.main.fetch(page, slot), zeros)
-        return dataclasses.replace(kept, hot=hot), copied, right
+        right = jax.tree.map(lambda far, no: jnp.where(wanted[..., None], far, no), kept.entries.fetch(page, slot), zeros)
+        return dataclasses.replace(kept, device_cache=hot), copied, right
 
     def _change(self, kept, page, slot, rows):
-        found = kept.hot.found(page, slot)
-        hot = kept.hot.without(page, slot, found)
-        return dataclasses.replace(kept, main=kept.main.write(page, slot, rows), hot=hot)
+        found = kept.device_cache.lookup(page, slot)
+        hot = kept.device_cache.invalidate(page, slot, found)
+        return dataclasses.replace(kept, entries=kept.entries.write(page, slot, rows), device_cache=hot)
 
     def step(self, picks, wanted):
         ptr = self.kept.entries.words.unsafe_buffer_pointer()
         self.kept, copied, right = self.ask(self.kept, picks // SLOTS, picks % SLOTS, wanted)
-        assert self.kept.main.words.unsafe_buffer_pointer() == ptr and is_host(self.kept.main.words)
+        assert self.kept.entries.words.unsafe_buffer_pointer() == ptr and is_host(self.kept.entries.words)
         assert all(np.array_equal(*pair) for pair in zip(bits(copied), bits(right), strict=True))
         entries, self.clock = set(picks[wanted].tolist()), self.clock + 1
         before, after = dict(self.held), self.entries()
@@ -87,7 +87,7 @@ class Copies:
         gone = [before[entry] for entry in set(before) - after]
         assert not gone or max(gone) <= min(self.held.values())  # least recent use
         self.asked, self.fetched = self.asked + int(wanted.sum()), self.fetched + len(entries - set(before))
-        assert read_counters(np.asarray(self.kept.hot.count_5)).tolist() == [self.asked - self.fetched, self.fetched]
+        assert read_counters(np.asarray(self.kept.device_cache.counters_5)).tolist() == [self.asked - self.fetched, self.fetched]
 
     def forget(self, entries):
         self.held = {entry: when for entry, when in self.held.items() if entry not in entries}

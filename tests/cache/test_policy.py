@@ -24,10 +24,10 @@ steps = st.lists(
 def put(shelf, key, parent, size):
     """What had to go."""
     gone = []
-    while not shelf.fits(size):
+    while not shelf.has_room(size):
         needed = {entry.parent if k.kind == "block" else k.name for k, entry in shelf.entries.items()}
-        gone.append(shelf.oldest())
-        assert gone[-1] in shelf and shelf.oldest() == gone[-1]  # asked twice, it is the same
+        gone.append(shelf.next_victim())
+        assert gone[-1] in shelf and shelf.next_victim() == gone[-1]  # asked twice, it is the same
         assert gone[-1].kind == "record" or gone[-1].name not in needed  # children leave before parents
         shelf.remove(gone[-1])
     shelf.add(key, parent, size)

@@ -46,7 +46,7 @@ class Group:
 
     def sync(self):
         found = list(self._pool.map(lambda one: one.sync(), self.all))
-        assert all(one._have == self.all[0]._have and one._leaving == self.all[0]._leaving for one in self.all)
+        assert all(one._have == self.all[0]._have and one._retiring == self.all[0]._retiring for one in self.all)
         return found
 
     def put(self, name, form=BLOCK, parent=ROOT, by=None):

@@ -16,9 +16,9 @@ def put(shelf, names, *boundaries, size=1):
 
 def emptied(shelf):
     order = []
-    while (key := shelf.oldest()) is not None:
+    while (key := shelf.next_victim()) is not None:
         shelf.remove(key)
-        shelf.check()
+        shelf.check_invariants()
         order.append(key)
     assert not shelf.entries and not shelf.used
     return order

@@ -36,14 +36,14 @@ def make(tmp_path):
 
 def save(transfer, stored, wait=True):
     for one in stored:
-        transfer.save(one.form, one.name, one.parent, one.payload)
+        transfer.store(one.form, one.name, one.parent, one.payload)
         assert not wait or transfer.flush(LONG)
 
 
 def fetched(transfer, names, blocks_here=(), records_here=(), least=0):
     """The job when it is done, or None if there was nothing to fetch."""
     job = LoadJob(tuple(names), frozenset(blocks_here), frozenset(records_here), least)
-    if not transfer.fetch(job):
+    if not transfer.load(job):
         return None
     assert job.done.wait(LONG)
     assert all(map(is_right, job.blocks.values())) and (job.record is None or is_right(job.record))
@@ -53,7 +53,7 @@ def fetched(transfer, names, blocks_here=(), records_here=(), least=0):
 def settled(transfer):
     assert transfer.flush(LONG)
     for tier in transfer.tiers.values():
-        tier.check()
+        tier.check_invariants()
     stats = transfer.stats()
     assert stats["queue_saves"] == stats["queue_writes"] == transfer._loose_bytes == 0 and not transfer._coming
     return stats
@@ -96,7 +96,7 @@ def test_what_is_still_on_its_way_down_can_come_up(make):
     transfer = make(host=0, files=FaultyFiles(lambda operation, path: gate.wait(LONG)))
     save(transfer, items(names, 3), wait=False)
     assert fetched(transfer, names).num_loaded == 3 and transfer.stats()["queue_writes"] == 4
-    assert not transfer.wants(BLOCK.key(names[0])) and transfer.wants(BLOCK.key(ROOT))
+    assert not transfer.should_store(BLOCK.key(names[0])) and transfer.should_store(BLOCK.key(ROOT))
     gate.set()
     assert settled(transfer)["disk_blocks"] == 3
 
@@ -167,8 +167,8 @@ def test_a_disk_that_hangs_is_given_up_and_the_breaker_opens(make):
     jobs = []
     for some in names[:3]:  # the third waits behind readers that hang
         jobs.append(job := LoadJob(tuple(some), frozenset(), frozenset(), 0))
-        assert transfer.fetch(job) and not transfer.late(job)
-        while not transfer.late(job):
+        assert transfer.load(job) and not transfer.expired(job)
+        while not transfer.expired(job):
             time.sleep(0.01)
         assert job.num_loaded == 0
     assert fetched(transfer, names[3]) is None  # not even tried
@@ -190,7 +190,7 @@ def test_what_is_on_the_host_does_not_wait_for_a_disk_that_hangs(make):
         save(transfer, items(some, 2))
     files.fault = lambda operation, path: gate.wait(LONG) if operation == "read" else None
     jobs = [LoadJob(tuple(some), frozenset(), frozenset(), 0) for some in names[:2]]
-    assert all(map(transfer.fetch, jobs))
+    assert all(map(transfer.load, jobs))
     assert fetched(transfer, names[3]).num_loaded == 2 and not any(job.done.is_set() for job in jobs)
     gate.set()
     assert all(job.done.wait(LONG) for job in jobs)
@@ -203,10 +203,10 @@ def test_queues_are_bounded_when_the_disk_is_slow(make):
     transfer = make(host=0, files=FaultyFiles(slow(0.005, "write")), room=4 * RECORD.nbytes)
     most = 0
     for name in chain("a", 80):
-        if transfer.room(BLOCK):
-            transfer.save(BLOCK, name, ROOT, payload(BLOCK, name))
+        if transfer.num_free(BLOCK):
+            transfer.store(BLOCK, name, ROOT, payload(BLOCK, name))
         else:
-            transfer.dropped(1)
+            transfer.record_dropped(1)
         most = max(most, sum(transfer._coming.values()), transfer._loose_bytes)
     stats = settled(transfer)
     assert most <= 4 * RECORD.nbytes and stats["transfer_dropped"] > 0
@@ -218,9 +218,9 @@ def test_what_the_host_holds_waits_for_a_slow_disk_beyond_the_queue(make):
     transfer = make(files=FaultyFiles(lambda operation, path: gate.wait(LONG)), room=1)
     names = chain("a", 40)
     for one in items(names, 40):
-        while not transfer.room(one.form):
+        while not transfer.num_free(one.form):
             time.sleep(0.001)
-        transfer.save(one.form, one.name, one.parent, one.payload)
+        transfer.store(one.form, one.name, one.parent, one.payload)
     gate.set()
     stats = settled(transfer)
     assert stats["disk_blocks"] == 40 and stats["transfer_dropped"] == 0
@@ -235,7 +235,7 @@ class Refused:
 
 def test_a_copy_that_fails_is_dropped(make):
     transfer, names = make(), chain("a", 2)
-    transfer.save(BLOCK, names[0], ROOT, Refused())
+    transfer.store(BLOCK, names[0], ROOT, Refused())
     save(transfer, items(names)[1:])
     stats = settled(transfer)
     assert stats["transfer_dropped"] == 1 and stats["host_blocks"] == 1
@@ -265,11 +265,11 @@ def test_transfer_an_interrupted_save_takes_no_room(make):
     class Interrupting:
         put = staticmethod(lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
 
-    before, saves, transfer._saves = transfer.room(BLOCK), transfer._saves, Interrupting
+    before, saves, transfer._saves = transfer.num_free(BLOCK), transfer._saves, Interrupting
     with pytest.raises(KeyboardInterrupt):
         save(transfer, items([name]))
     transfer._saves = saves
-    assert transfer.room(BLOCK) == before
+    assert transfer.num_free(BLOCK) == before
     save(transfer, items([name]))
     settled(transfer)
 
@@ -290,7 +290,7 @@ def test_what_leaves_the_host_unwritten_is_written_then(make):
     files.fault = failing()
     transfer.disk._writes.worked()  # as if the pause were over
     save(transfer, items(names)[2:])
-    assert {key.name for key in transfer.disk._shelf.entries} == set(names)
+    assert {key.block_hash for key in transfer.disk._index.entries} == set(names)
     settled(transfer)
 
 
@@ -310,7 +310,7 @@ def test_eviction_races_with_loads(make, seed):
             for _ in range(40):
                 names = rng.choice(chains)
                 if rng.random() < 0.5:
-                    save(transfer, [one for one in items(names, 2, 4) if transfer.wants(one.key)], wait=False)
+                    save(transfer, [one for one in items(names, 2, 4) if transfer.should_store(one.key)], wait=False)
                 else:
                     job = fetched(transfer, names)
                     assert job is None or job.num_loaded in (0, 2, 4)

@@ -130,4 +130,4 @@ def test_edited_config_is_said_once_and_taken(tmp_path, caplog):
         assert [record.message for record in caplog.records] == [
             f"{file} is not as v4jax wrote it: if nobody edited it, it is damaged; copy it again"
         ]
-        assert load_config(tmp_path / kind).model.rope.theta == 20000
+        assert load_config(tmp_path / kind).model.rope.rope_theta == 20000

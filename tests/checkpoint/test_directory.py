@@ -76,12 +76,12 @@ def test_a_damaged_config_is_named(tmp_path, change, complaint):
 def test_paths_in_a_checkpoint_are_not_followed(tmp_path):
     """Who publishes a checkpoint chooses neither where an engine writes nor what is read."""
     tiny = config_lib.load("tiny")
-    cache = dataclasses.replace(tiny.cache, disk=1 << 20, directory=str(tmp_path / "elsewhere"), records=7)
+    cache = dataclasses.replace(tiny.cache, disk_bytes=1 << 20, disk_dir=str(tmp_path / "elsewhere"), num_state_snapshots=7)
     data = dataclasses.replace(tiny.data, source="/etc/passwd", heldout="/etc/group", tokenizer="/etc/hosts")
-    mesh = dataclasses.replace(tiny.mesh, layout=str(tmp_path / "code.py"))
+    mesh = dataclasses.replace(tiny.mesh, rules=str(tmp_path / "code.py"))
     directory.save_config(tmp_path, dataclasses.replace(tiny, data=data, cache=cache, mesh=mesh))
     loaded = checkpoint.load_config(tmp_path)
-    assert (loaded.cache.directory, loaded.cache.disk, loaded.cache.records) == ("", 0, 7)
+    assert (loaded.cache.disk_dir, loaded.cache.disk_bytes, loaded.cache.num_state_snapshots) == ("", 0, 7)
     assert (loaded.data.source, loaded.data.heldout, loaded.data.tokenizer) == ("", "", "auto")
     assert loaded.mesh == config_lib.Mesh() and loaded.model == tiny.model
     assert "passwd" not in repr(loaded) and str(tmp_path) not in repr(loaded)

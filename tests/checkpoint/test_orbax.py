@@ -116,8 +116,8 @@ def test_layers_stacked_or_not_share_a_checkpoint(tmp_path, config, build, rando
     model = dataclasses.replace(config.model, schedule=("swa", "csa", "hca", "csa", "hca"), num_nextn_predict_layers=0)
     config = dataclasses.replace(config, model=model)
     stacked = build(model, random_flat(model, np.float32), scan=True)
-    assert len(stacked.runs) < model.layers
-    flat = jax.jit(lambda state: to_layer_dict(state, stacked.runs))(nnx.state(stacked))
+    assert len(stacked.stack_specs) < model.num_hidden_layers
+    flat = jax.jit(lambda state: to_layer_dict(state, stacked.stack_specs))(nnx.state(stacked))
     with TrainCheckpointer(tmp_path, config, keep=1) as store:
         with pytest.raises(ValueError, match="layout.to_flat"):
             store.save(1, {"model": {"stacks.0.0.attn.kv": flat["embed.table"]}}, {})
@@ -279,7 +279,7 @@ def test_another_tree_is_refused(saved, config):
 
 
 def test_a_run_of_another_model_is_refused(saved, config):
-    other = dataclasses.replace(config.model, indexer=dataclasses.replace(config.model.indexer, topk=4))
+    other = dataclasses.replace(config.model, indexer=dataclasses.replace(config.model.indexer, index_topk=4))
     before = (saved / "v4jax.json").read_text()
     with pytest.raises(UserError, match="holds a run with model.indexer.topk = 3, not 4; use its config"):
         TrainCheckpointer(saved, dataclasses.replace(config, model=other), keep=2)

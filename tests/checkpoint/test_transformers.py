@@ -34,7 +34,7 @@ def _random_hf(model, dtype):
     torch.manual_seed(0)
     for tensor in net.state_dict().values():
         if tensor.dtype == torch.int64:
-            tensor.random_(0, model.moe.experts)
+            tensor.random_(0, model.moe.n_routed_experts)
         else:
             tensor.normal_()
     return net
@@ -172,7 +172,7 @@ def test_a_loaded_model_computes_the_same(tmp_path, tiny):
             if tensor.is_floating_point():  # activations of order one
                 tensor.mul_(tensor.shape[-1] ** -0.5 if tensor.ndim > 1 else 0.1).add_(1.0 if "norm" in name else 0.0)
             else:
-                tensor.copy_(torch.stack([torch.randperm(tiny.moe.experts)[: tiny.moe.active] for _ in tensor]))
+                tensor.copy_(torch.stack([torch.randperm(tiny.moe.n_routed_experts)[: tiny.moe.num_experts_per_tok] for _ in tensor]))
         tokens = torch.randint(0, tiny.vocab_size, (2, 45))
         wanted = net(tokens).logits.numpy()
     net.save_pretrained(tmp_path)

@@ -32,7 +32,7 @@ def main(directory: pathlib.Path, gigabytes: float) -> None:
     """Write both formats, then read them in turn."""
     config = bit_flips.config()
     inner = 32 * round(gigabytes * 1e9 / (3 * 3 * 8 * 2 * 1024 * 32))  # bfloat16; 3 layers of 8 experts hold almost all
-    moe = dataclasses.replace(config.model.moe, experts=8, inner=inner)
+    moe = dataclasses.replace(config.model.moe, n_routed_experts=8, moe_intermediate_size=inner)
     model = dataclasses.replace(config.model, hidden_size=1024, moe=moe, dtype="bfloat16")
     rng, flat = np.random.default_rng(0), {}
     for name, tensor in param_mapping.tensors(model).items():

@@ -82,7 +82,7 @@ def test_the_two_models_differ_where_published():
 
 def test_active_counts_a_tokens_own_experts():
     dense = weights.config(moe=MoE(n_routed_experts=4, num_experts_per_tok=4, moe_intermediate_size=16, num_hash_layers=1))
-    sparse = dataclasses.replace(dense, moe=dataclasses.replace(dense.moe, active=1))
+    sparse = dataclasses.replace(dense, moe=dataclasses.replace(dense.moe, num_experts_per_tok=1))
     one = 3 * dense.hidden_size * 16
     a, b = count_parameters(dense), count_parameters(sparse)
     assert a.total == b.total and a.active - b.active == 3 * one * dense.num_hidden_layers

@@ -15,12 +15,12 @@ from v4jax.nn.kv_cache_interface import NoCache
 CONFIGS = {
     "usual": weights.config(),
     "no yarn, one group": weights.config(
-        schedule=("hca", "csa"), o_groups=1, rope=RoPE(), window=5, compress_rate_hca=12,
+        schedule=("hca", "csa"), o_groups=1, rope=RoPE(), sliding_window=5, compress_rate_hca=12,
         mhc=HyperConnection(hc_mult=2, hc_sinkhorn_iters=3),
         moe=MoE(6, 3, 16, num_hash_layers=0, routed_scaling_factor=2.5, swiglu_limit=0.5),
     ),
     "whole head turns": weights.config(
-        schedule=("csa", "hca"), qk_rope_head_dim=16, compress_rate_csa=2, compress_rate_hca=6, window=3,
+        schedule=("csa", "hca"), qk_rope_head_dim=16, compress_rate_csa=2, compress_rate_hca=6, sliding_window=3,
         indexer=Indexer(20, 16, 4), moe=MoE(4, 4, 8, num_hash_layers=1),
     ),
 }  # fmt: skip
@@ -87,7 +87,7 @@ def test_mtp_is_the_specification():
     @jax.jit
     def run(net, ids):
         chunk = full_batch(ids[:, :-1])
-        x = net.hidden(chunk, net.fresh())[0]
+        x = net.forward_hidden(chunk, net.no_cache())[0]
         return net.mtp_logits(x, ids[:, 1:], chunk, NoCache())[0]
 
     want = [reference.mtp(model, flat, reference.forward(model, flat, row[:-1])[2], row[1:]) for row in ids]

@@ -18,7 +18,7 @@ ROW = 96
 @jax.jit
 def run(net, ids, positions, segments):
     chunk = full_batch(ids, positions, segments)
-    x, _, aux = net.hidden(chunk, net.fresh())
+    x, _, aux = net.forward_hidden(chunk, net.no_cache())
     mtp, _, _ = net.mtp_logits(x, jnp.roll(ids, -1, 1), chunk, NoCache())
     return net.logits(x), mtp, aux
 

@@ -94,11 +94,11 @@ def test_llm_with_narrow_weights_equals_the_widened_model(tmp_path, model, narro
     options = dict(max_num_seqs=1, max_model_len=256, max_num_batched_tokens=16)
     greedy = SamplingParams(max_tokens=8, temperature=0.0)
     of = lambda llm: llm.generate([[5, 6, 7]], greedy)[0].token_ids
-    from_disk = LLM(tmp_path / "hf", precision="fp8", **options)
-    assert of(from_disk) == of(LLM(model, precision="fp8", **options)) == of(LLM(widened(narrow), **options))
+    from_disk = LLM(tmp_path / "hf", quantization="fp8", **options)
+    assert of(from_disk) == of(LLM(model, quantization="fp8", **options)) == of(LLM(widened(narrow), **options))
     assert any(leaf.dtype == jnp.uint8 for leaf in from_disk.engine._weights)
     with pytest.raises(UserError, match="serve.precision is 'fp4'; one of model, fp8"):
-        LLM(model, precision="fp4")
+        LLM(model, quantization="fp4")
 
 
 def test_a_narrow_model_is_not_saved(tmp_path, narrow):

@@ -18,10 +18,10 @@ LENGTH, WIDTH = 45, 11  # of a row; of a call with several tokens (more than a w
 CONFIGS = {
     "usual": weights.config(),
     "other": weights.config(
-        schedule=("hca", "csa"), o_groups=1, rope=RoPE(), window=5, compress_rate_csa=3, compress_rate_hca=12,
+        schedule=("hca", "csa"), o_groups=1, rope=RoPE(), sliding_window=5, compress_rate_csa=3, compress_rate_hca=12,
         indexer=Indexer(index_n_heads=20, index_head_dim=8, index_topk=2), moe=MoE(6, 3, 16, num_hash_layers=0, swiglu_limit=0.5),
     ),
-    "long window": weights.config(schedule=("csa", "hca", "swa"), window=24, compress_rate_csa=2, compress_rate_hca=6),
+    "long window": weights.config(schedule=("csa", "hca", "swa"), sliding_window=24, compress_rate_csa=2, compress_rate_hca=6),
 }  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def test_mtp_keeps_its_own_past():
     @jax.jit
     def run(net, ids, start_B, state, past):
         chunk = continuation_batch(ids[:, :-1], start_B)
-        x, state, _ = net.hidden(chunk, state)
+        x, state, _ = net.forward_hidden(chunk, state)
         logits, past, _ = net.mtp_logits(x, ids[:, 1:], chunk, past)
         return logits, state, past
 

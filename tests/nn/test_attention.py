@@ -11,7 +11,7 @@ from tests.nn import reference
 from v4jax.models.transformer import full_batch
 from v4jax.nn.kv_cache_interface import NoCache, WindowKV
 
-MODEL = weights.config(window=8)
+MODEL = weights.config(sliding_window=8)
 
 
 def attend(attn, x):

@@ -43,7 +43,7 @@ def test_reading_is_a_weighted_sum_in_float32():
 @pytest.mark.parametrize("streams", [2, 4])
 def test_coefficients_are_the_specification(streams):
     """Read, write and mix around a sublayer that returns its input squared (spec 4.1, 4.2)."""
-    model = dataclasses.replace(MODEL, mhc=dataclasses.replace(MODEL.mhc, streams=streams, eps=1e-3))
+    model = dataclasses.replace(MODEL, mhc=dataclasses.replace(MODEL.mhc, hc_mult=streams, hc_eps=1e-3))
     rng = np.random.RandomState(0)
     coefficients = streams * streams + 2 * streams
     w = {"fn": rng.standard_normal((coefficients, streams, 16)), "base": rng.standard_normal(coefficients),
@@ -86,7 +86,7 @@ def test_a_new_connection_is_nearly_a_plain_residual():
 @pytest.mark.parametrize("streams", [1, 2, 4])
 def test_untrained_streams_are_read_as_their_mean(streams):
     """Up to the few per mille that `fn` and the 0.98 of a single stream leave."""
-    model = dataclasses.replace(MODEL, mhc=dataclasses.replace(MODEL.mhc, streams=streams))
+    model = dataclasses.replace(MODEL, mhc=dataclasses.replace(MODEL.mhc, hc_mult=streams))
     x = np.ones((1, 3, streams, 16), np.float32)
     read, write, mix = call(HyperConnection(model, nnx.Rngs(0)), x)
     np.testing.assert_allclose(read.sum(0), 1, atol=0.03)

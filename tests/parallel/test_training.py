@@ -22,7 +22,7 @@ FULL = "pod, rows split"  # this mesh trains all layer kinds, the others one CSA
 def small(mesh: Mesh | None = None, full: bool = False, **train) -> config_lib.Config:
     """A model whose axes eight devices divide: a CSA layer, and if `full` also HCA, and a window layer in MTP."""
     config = micro_config("unused", **{"batch_size": 8, "steps": 20, "lr": 2e-3, "adam_lr": 2e-3, **train})
-    moe = dataclasses.replace(config.model.moe, experts=8)
+    moe = dataclasses.replace(config.model.moe, n_routed_experts=8)
     moe = dataclasses.replace(moe, num_hash_layers=int(full))
     kinds = {"schedule": ("csa", "hca")} if full else {"schedule": ("csa",), "num_nextn_predict_layers": 0}
     model = dataclasses.replace(config.model, moe=moe, **kinds)

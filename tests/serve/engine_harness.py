@@ -83,7 +83,7 @@ def new_books(engine, pages=None, records=16, chunk=None, snapshot_interval_bloc
     """Forget all that the engine has cached; its arrays keep what they hold, so whatever is read unwritten is wrong."""
     assert not engine.busy
     old, slots = engine.schedulers[0], engine.limits.max_num_seqs
-    room = engine._live.layers[-1][-1].main.shape[0]
+    room = engine._kv_caches.layers[-1][-1].main.shape[0]
     assert pages is None or pages < room
     blocks = BlockPool(pages + 1 if pages else room, range(slots + 1, slots + 1 + records))
     engine.schedulers[0] = Scheduler(
@@ -100,7 +100,7 @@ def drive(engine, requests):
         for id, request in enumerate(requests):
             if request.join == step:
                 engine.check(request.prompt, request.sampling, f"prompt {id}")
-                engine.add(id, request.prompt, request.sampling, request.salt)
+                engine.add_request(id, request.prompt, request.sampling, request.salt)
             elif request.leave is not None and max(request.leave, request.join + 1) == step:
                 getattr(engine, request.how)(id)
         for drawn in engine.step():
@@ -127,10 +127,10 @@ def check_settled(engine):
     stats = engine.stats()
     assert stats["waiting"] == stats["running"] == stats["pages_in_use"] == 0 and not engine.busy
     for scheduler in engine.schedulers:
-        scheduler.check()
+        scheduler.check_invariants()
         one = scheduler.stats()
-        assert one["pages_free"] + one["pages_cached"] == scheduler.blocks.capacity
-        assert not any(scheduler.blocks._pins.values())
+        assert one["pages_free"] + one["pages_cached"] == scheduler.block_pool.capacity
+        assert not any(scheduler.block_pool._pins.values())
 
 
 def tokens_of(engine, prompts, sampling):

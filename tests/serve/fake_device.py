@@ -144,7 +144,7 @@ class World:
                 assert self.flight, "something waits, but nothing runs"
                 self.commit()
             self.check()
-        self.settled()
+        self.commit()
 
     # --- what must always hold -------------------------------------------------------------------------------------
 

@@ -53,9 +53,9 @@ def guards():
 def sound(engine):
     """Raise AssertionError for anything leaked, in the engine's books or on the way to the tiers."""
     check_settled(engine)
-    assert engine.parking.transfer.flush(LONG)
-    assert not engine.parking.transfer._coming
-    engine.parking.transfer.host.check()
+    assert engine.kv_connector.transfer.flush(LONG)
+    assert not engine.kv_connector.transfer._coming
+    engine.kv_connector.transfer.host.check_invariants()
 
 
 @contextlib.contextmanager
@@ -151,7 +151,7 @@ def step(engine, count, seed=0):
             tally["in time"] += 1  # threads of the tiers make runs differ
         tally["resets"] += engine.broken
         for id in range(len(requests)):
-            engine.cancel(id)
+            engine.abort_request(id)
         while engine.busy:
             engine.step()
         sound(engine)

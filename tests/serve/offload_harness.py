@@ -15,8 +15,8 @@ LONG = 60.0  # seconds: no test waits so long
 def small_books(engine, pages=3, **books):
     """New books of a few pages, three of which hold any one request."""
     new_books(engine, pages=pages, **books)
-    if engine.parking is not None:
-        engine.parking.attach(engine.schedulers)
+    if engine.kv_connector is not None:
+        engine.kv_connector.attach(engine.schedulers)
 
 
 @contextlib.contextmanager
@@ -54,10 +54,10 @@ def tiered(
 def parked(engine):
     """Stats when everything that can move down has."""
     check_settled(engine)
-    assert engine.parking.flush(engine._live, LONG)
-    for tier in engine.parking.transfer.tiers.values():
-        tier.check()
-    assert not any(bay.moving for bay in engine.parking.bays)
+    assert engine.kv_connector.flush(engine._kv_caches, LONG)
+    for tier in engine.kv_connector.transfer.tiers.values():
+        tier.check_invariants()
+    assert not any(bay.has_transfers for bay in engine.kv_connector.device_connectors)
     return engine.stats()
 
 
@@ -66,6 +66,6 @@ def one_by_one(engine, requests):
     answers = []
     for request in requests:
         answers += drive(engine, [request])
-        if engine.parking is not None:
+        if engine.kv_connector is not None:
             parked(engine)
     return answers

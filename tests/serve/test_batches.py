@@ -106,7 +106,7 @@ def test_nothing_is_compiled_again_for_the_same_buckets(model, engine):
 
 def test_tables_and_options_cross_only_when_they_change(engine, monkeypatch):
     moved, put = [], jax.device_put
-    engine.add("a", PROMPTS[0], GREEDY)
+    engine.add_request("a", PROMPTS[0], GREEDY)
     for _ in range(4):
         engine.step()
     monkeypatch.setattr(jax, "device_put", lambda *args: moved.append(args) or put(*args))
@@ -121,7 +121,7 @@ def test_tables_and_options_cross_only_when_they_change(engine, monkeypatch):
 def test_padding_rows_stay_at_the_beginning(engine):
     """Readers walk as far as the row furthest on, and three requests run as four rows."""
     tokens_of(engine, PROMPTS[:3], GREEDY)
-    assert int(engine._heads.position_Z[0]) == 0
+    assert int(engine._decode_state.position_Z[0]) == 0
 
 
 def test_shapes_are_few(model, monkeypatch):
@@ -161,7 +161,7 @@ def test_shapes_are_few(model, monkeypatch):
 @pytest.mark.parametrize("steps", [0, 1, 2, 6, 9])
 @pytest.mark.parametrize("how", ["cancel", "finish"])
 def test_ending_early_frees_its_pages(engine, steps, how):
-    engine.add("a", LONG[:300], GREEDY)
+    engine.add_request("a", LONG[:300], GREEDY)
     for _ in range(steps):
         engine.step()
     assert (engine.stats()["pages_in_use"] > 0) == (steps > 0)
@@ -194,8 +194,8 @@ def test_a_request_that_goes_wrong_while_it_decodes_leaves_nothing_behind(engine
     check_settled(broken)
     for kept in jax.tree.leaves(broken._kv_caches, is_leaf=lambda leaf: isinstance(leaf, PagedLayerCache)):
         # Records beyond the slots are copied to before they are read.
-        slots = [array[: 1 + LIMITS.max_num_seqs] for array in (kept.window_ring_ZSH, *kept.tails.values())]
-        assert all(np.isfinite(a).all() for a in jax.tree.leaves((slots, kept.main, kept.index)))
+        slots = [array[: 1 + LIMITS.max_num_seqs] for array in (kept.window_ring_ZSH, *kept.compressor_state.values())]
+        assert all(np.isfinite(a).all() for a in jax.tree.leaves((slots, kept.entries, kept.index_keys)))
     assert tokens_of(broken, others, GREEDY) == expected
 
 

@@ -46,7 +46,7 @@ def test_nothing_is_compiled_again_whatever_the_context(engine):
 
 
 def engine_model(engine):
-    return engine._structure.model(engine._weights)
+    return engine._model_def.model(engine._weights)
 
 
 def test_nothing_crosses_to_or_from_the_device_unasked(engine):
@@ -57,7 +57,7 @@ def test_nothing_crosses_to_or_from_the_device_unasked(engine):
 def test_the_device_is_one_step_ahead_and_no_more(engine, monkeypatch):
     sent, decode = [], model_steps.decode
     monkeypatch.setattr(model_steps, "decode", lambda *args: sent.append(0) or decode(*args))
-    engine.add(0, [5], dataclasses.replace(GREEDY, max_tokens=4))
+    engine.add_request(0, [5], dataclasses.replace(GREEDY, max_tokens=4))
     counts = []
     while engine.busy:
         if engine.step():

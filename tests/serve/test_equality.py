@@ -53,9 +53,9 @@ def test_a_request_preempted_in_any_phase_of_compression_answers_as_alone(plain,
 def test_a_request_preempted_while_it_reads_its_prompt_answers_as_alone(plain, solo, chunk):
     new_books(plain, pages=2, chunk=chunk)
     asked, states = crowded(length=200), []
-    leave = plain.schedulers[0]._leave
-    plain.schedulers[0]._leave = lambda sequence, state: (
-        states.append((sequence.state, state)) or leave(sequence, state)
+    leave = plain.schedulers[0]._retire
+    plain.schedulers[0]._retire = lambda sequence, state: (
+        states.append((sequence.status, state)) or leave(sequence, state)
     )
     answers = drive(plain, asked)
     assert states[0] == (RequestStatus.PREFILL, RequestStatus.PREEMPTED)
@@ -101,11 +101,11 @@ class Drafted:
         def foretell(*args):
             mtp, heads = draft(*args)
             draft_ZK, position_Z = (np.array(a) for a in jax.device_get((heads.draft_ZK, heads.position_Z)))
-            for sequence in self.engine.schedulers[0].sequences.values():
-                next = int(position_Z[sequence.slot]) + 1
+            for sequence in self.engine.schedulers[0].requests.values():
+                next = int(position_Z[sequence.state_slot]) + 1
                 for k in range(draft_ZK.shape[1]):
                     truth = known[sequence.id][next + k : next + k + 1]
-                    draft_ZK[sequence.slot, k] = truth[0] if truth and self.rng.random() < right else 3
+                    draft_ZK[sequence.state_slot, k] = truth[0] if truth and self.rng.random() < right else 3
             return mtp, heads._replace(draft_ZK=jax.device_put(draft_ZK))
 
         with pytest.MonkeyPatch.context() as patch:

@@ -213,7 +213,7 @@ def test_stats_count_sequences_pages_and_hits(llm):
     llm.generate([[11] * 300] * 2, greedy(max_tokens=1))
     after = llm.stats()
     assert after["hits"] == before["hits"] + 1 and after["queries"] == before["queries"] + 2
-    assert after["kv_bytes"] == sum(a.nbytes for a in jax.tree.leaves(llm.engine._live))
+    assert after["kv_bytes"] == sum(a.nbytes for a in jax.tree.leaves(llm.engine._kv_caches))
     assert {"waiting", "running", "preemptions", "pages_free", "hit_rate", "hit_ceiling"} <= set(after)
 
 
@@ -381,7 +381,7 @@ def test_what_is_no_model_is_one_line(wrong):
 
 
 def test_options_reach_the_engine(model):
-    cache = v4jax.CacheConfig(layout="fp8", tokens=512, records=3)
+    cache = v4jax.CacheConfig(kv_cache_dtype="fp8", kv_cache_tokens=512, num_state_snapshots=3)
     llm = LLM(model, cache=cache, batch_invariant=True, max_model_len=576)
     assert llm.engine.limits == dataclasses.replace(config.Serve(), batch_invariant=True, max_model_len=576)
     assert (llm.engine.kv_cache_spec.name, llm.stats()["pages_free"], llm.stats()["records_spare"]) == ("fp8", 2, 3)

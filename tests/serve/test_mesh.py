@@ -116,7 +116,7 @@ def test_a_bad_request_ends_alone(model, meshed):
 
 
 def test_drafts_and_weights_in_8_bits(model):
-    limits = dataclasses.replace(LIMITS, max_num_seqs=1, precision="fp8")
+    limits = dataclasses.replace(LIMITS, max_num_seqs=1, quantization="fp8")
     prompts = [prompt(n) for n in (9, 70, 20)]
     one = tokens_of(Engine(model, limits, CACHE), prompts, GREEDY)
     drafting = dataclasses.replace(limits, num_speculative_tokens=2)
@@ -147,7 +147,7 @@ def test_what_one_device_let_go_comes_back_on_any(meshed, model, plain, tmp_path
 def pools(engine):
     """Pages of each device."""
     return [
-        shard.data for leaf in jax.tree.leaves(engine._live.layers[-1][-1].main) for shard in leaf.addressable_shards
+        shard.data for leaf in jax.tree.leaves(engine._kv_caches.layers[-1][-1].main) for shard in leaf.addressable_shards
     ]
 
 

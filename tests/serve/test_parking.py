@@ -165,8 +165,8 @@ def test_whatever_shapes_the_contents_is_in_the_key(model):
     for changed in [
         *[key(model, layout) for layout in KV_CACHE_DTYPES if layout != "model"],
         key(model, block=512), key(model, batch_invariant=True), key(model, num_speculative_tokens=1),
-        key(other(rope=dataclasses.replace(MODEL.rope, theta=MODEL.rope.rope_theta + 1))),
-        key(other(indexer=dataclasses.replace(MODEL.indexer, topk=3))),
+        key(other(rope=dataclasses.replace(MODEL.rope, rope_theta=MODEL.rope.rope_theta + 1))),
+        key(other(indexer=dataclasses.replace(MODEL.indexer, index_topk=3))),
     ]:  # fmt: skip
         assert changed != base
     assert key(model, num_speculative_tokens=1)[2] != key(model, num_speculative_tokens=2)[2] != base[2]
@@ -285,7 +285,7 @@ def test_pieces_evicted_between_fetch_and_admission_are_fetched_again(model, alo
 
         def once(visit, seed):
             engine.kv_connector.device_connectors[0]._install = bring_in
-            visit.job.blocks_here = frozenset(visit.job.names)  # as if they had been on the device when it began
+            visit.job.resident_blocks = frozenset(visit.job.block_hashes)  # as if they had been on the device when it began
             return bring_in(visit, seed)
 
         engine.kv_connector.device_connectors[0]._install = once

@@ -30,19 +30,19 @@ POOLS = [".layers[1][0].main", ".layers[1][0].index", ".layers[2][0].main"]
 
 def leaves(engine):
     """Arrays of the cache by name."""
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(engine._live)}
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(engine._kv_caches)}
 
 
 def change(engine, touch):
     """Put touch(name, array) in the place of every array of the cache; it may write to the numpy array it gets."""
     new = lambda path, leaf: jax.device_put(touch(jax.tree_util.keystr(path), np.array(leaf)))
-    engine._live = jax.tree_util.tree_map_with_path(new, engine._live)
+    engine._kv_caches = jax.tree_util.tree_map_with_path(new, engine._kv_caches)
 
 
 def boundary(engine):
     """(names, pages, record) that the last whole block of the prompt stands on."""
     names = block_hash.block_hashes(block_hash.hash_seed(engine._seed, salt=""), PROMPT, BLOCK)
-    blocks = engine.schedulers[0].blocks
+    blocks = engine.schedulers[0].block_pool
     return names, [blocks._page[name] for name in names], blocks._record[names[-1]]
 
 

@@ -213,7 +213,7 @@ def test_ending_at_any_moment_frees_everything(endless, steps, under_way, how):
     else:
         ends = [row.names.index(name) + 1 for name in world.blocks._record]
         assert all(world.blocks.match_prefix(row.names[:end])[0] == end for end in ends), "a record that cannot be reached"
-    world.settled()
+    world.commit()
 
 
 @pytest.mark.parametrize("ahead", [0, 1])

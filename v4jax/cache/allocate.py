@@ -34,9 +34,9 @@ def allocate_layer(layout: KVCacheSpec, kind: str, pages: int, records: int, sla
         host = functools.partial(pinned_zeros, device)
     if far == "main":
         main, hot = new_host_entry_pool(model, *size, layout.hot, host)
-        return dataclasses.replace(kept, main=main, hot=hot)
+        return dataclasses.replace(kept, entries=main, device_cache=hot)
     if far == "tails":
-        return dataclasses.replace(kept, tails={name: host(a.shape, a.dtype) for name, a in kept.compressor_state.items()})
+        return dataclasses.replace(kept, compressor_state={name: host(a.shape, a.dtype) for name, a in kept.compressor_state.items()})
     return kept
 
 
@@ -50,7 +50,7 @@ def memory_stats(live) -> dict[str, float]:
     counts = {"kv_bytes": held[False], "kv_host_bytes": held[True]}
     if not kept:
         return counts
-    hits, misses = sum(read_counters(n) for n in jax.device_get([one.hot.count_5 for one in kept])).tolist()
+    hits, misses = sum(read_counters(n) for n in jax.device_get([one.hot.counters_5 for one in kept])).tolist()
     return counts | {
         "hot_hits": hits, "hot_misses": misses, "hot_hit_rate": hits / max(hits + misses, 1),
         "hot_fetched_bytes": misses * kept[0].main.row_bytes,

@@ -44,7 +44,7 @@ class EntryPool:
 
     def gather(self, page: jax.Array, slot: jax.Array, compute: jnp.dtype) -> jax.Array:
         """Rows [..., width] in dtype `compute` at page [...] and slot [...], which lie in range (else: some row)."""
-        return jax.tree.map(lambda a: host_gather(a, page, slot), self).decoded(compute)
+        return jax.tree.map(lambda a: host_gather(a, page, slot), self).decode(compute)
 
     def gather_blocks(self, page: jax.Array) -> EntryPool:
         """All rows of these pages, as a pool of arrays [..., slots, n]."""
@@ -158,7 +158,7 @@ class PagedEntryReader:
             return rows
         inside, number = self.pending_entries.at(index, self.entries.shape[0])
         row = jnp.arange(index.shape[0]).reshape(-1, *[1] * (index.ndim - 1))
-        new = jax.tree.map(lambda a: a[row, number], self.pending_entries.rows).decoded(self.dtype)
+        new = jax.tree.map(lambda a: a[row, number], self.pending_entries.rows).decode(self.dtype)
         return jnp.where(inside[..., None], new, rows)
 
     def _physical(self, pool: EntryPool, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -256,7 +256,7 @@ class PagedLayerCache:
 
         def forget(pools):  # encoded here as there, for the same bits: what is fused with what decides them
             index, hot, _ = pools
-            index, hot = index.write(page_BC, slot_BC, index_BCL), hot.without(page_BC, slot_BC, old_BC)
+            index, hot = index.write(page_BC, slot_BC, index_BCL), hot.invalidate(page_BC, slot_BC, old_BC)
             return index, hot, self.entries.encode(kv_BCH)
 
         index, hot, rows = _in_place(forget, (self.index_keys, self.device_cache, rows), windows.complete_BC.any())
@@ -300,14 +300,14 @@ class PagedLayerCache:
             page_BC = jnp.where(self.device_cache.entry_of_slot_S[0] < 0, new.page_BC, self.entries.shape[0])
             write = lambda main: jax.tree.map(lambda a, rows: host_scatter(a, rows, page_BC, new.slot_BC), main, new.rows)
             main = _in_place(write, self.entries, (page_BC < self.entries.shape[0]).any())
-            kept = dataclasses.replace(kept, main=main, new=None)
+            kept = dataclasses.replace(kept, entries=main, pending_entries=None)
         if self.pending_state is not None:
             late, _ = jax.lax.optimization_barrier((self.pending_state, first))
             tail_ZSW = self.compressor_state["main"]
             slot_BN = jnp.where(self.pending_state.read, late.slot_BN, tail_ZSW.shape[1])
             write = lambda tail_ZSW: host_scatter(tail_ZSW, late.rows_BNW, late.record_BN, slot_BN)
             tail_ZSW = _in_place(write, tail_ZSW, (slot_BN < tail_ZSW.shape[1]).any())
-            kept = dataclasses.replace(kept, tails=self.compressor_state | {"main": tail_ZSW}, late=None)
+            kept = dataclasses.replace(kept, compressor_state=self.compressor_state | {"main": tail_ZSW}, pending_state=None)
         return kept
 
 

@@ -62,7 +62,7 @@ class Sharded:
         self._exchange, self._lock = exchange, threading.Lock()
         self._out: list[tuple[int, BlockKey]] = []  # reports for the next sync
         self._have: defaultdict[BlockKey, set[int]] = defaultdict(set)  # agreed: who has its part
-        self._leaving: set[BlockKey] = set()  # agreed
+        self._retiring: set[BlockKey] = set()  # agreed
         self._came: dict[BlockKey, np.ndarray | None] = {}  # what this process has read, until all have
         self._answers: defaultdict[BlockKey, dict[int, bool]] = defaultdict(dict)  # agreed: who has read it
         self._count = Counter(read=0, missed=0, missed_elsewhere=0)
@@ -109,12 +109,12 @@ class Sharded:
 
     def __contains__(self, key: BlockKey) -> bool:
         """Whether all processes have it; key: of the whole. The same in all of them."""
-        return key not in self._leaving and len(self._have.get(key, ())) == self.count
+        return key not in self._retiring and len(self._have.get(key, ())) == self.count
 
     def put(self, whole: BlockSchema, name: bytes, parent: bytes, payload: np.ndarray) -> bool:
         """Store this process' part (`parts.pack`); False if no tier takes it, or if it is still on its way out."""
         part, key = self.parts[whole], whole.key(name)
-        if key in self._leaving:
+        if key in self._retiring:
             return False
         item = StoredBlock(part, name, parent, payload, checksum(payload))
         held = [tier.put(item)[0] for tier in self.tiers]
@@ -176,16 +176,16 @@ class Sharded:
             self._have[key].add(process)
         elif what == _GONE:
             self._have[key].discard(process)
-            self._leaving.add(key)
+            self._retiring.add(key)
         else:
             self._answers[key][process] = what == _READ
 
     def _let_go(self) -> None:
         """Drop the parts of what is leaving, unless they are being read; free what nobody has any more."""
-        for key in list(self._leaving):
+        for key in list(self._retiring):
             if not self._have[key]:
                 del self._have[key]
-                self._leaving.discard(key)
+                self._retiring.discard(key)
             elif self.index in self._have[key] and key not in self._came:
                 self._drop(key)
 
@@ -211,8 +211,8 @@ class Sharded:
         """Blocks and records that all, or not all, processes have or are to drop; counts of reads and of what went."""
         present = sum(key in self for key in self._have)
         return {
-            "present": present, "incomplete": len(self._have) - present - len(self._leaving),
-            "leaving": len(self._leaving), **self._count,
+            "present": present, "incomplete": len(self._have) - present - len(self._retiring),
+            "leaving": len(self._retiring), **self._count,
         }  # fmt: skip
 
     def check(self) -> None:

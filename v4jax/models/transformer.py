@@ -181,7 +181,7 @@ def _stack_body(x_BTXD, blocks, pasts, chunk):
     for block, past in zip(blocks, pasts, strict=True):
         x_BTXD, past, out = block(x_BTXD, chunk, past)
         x_BTXD = constrain(x_BTXD, "BTXD")
-        new.append(past.settled(x_BTXD))
+        new.append(past.commit(x_BTXD))
         aux.append(out)
     return x_BTXD, (new, aux)
 

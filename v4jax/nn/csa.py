@@ -50,7 +50,7 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
                 mask_BTC &= _topk_mask(jnp.where(mask_BTC, scores_BTC, -jnp.inf), k)
             part, p_BTNC = attend(q_BTNH, view.read_entries(0, view.size), mask_BTC)
             return part, IndexerTrace(scores_BTC, mask_BTC, p_BTNC), view
-        picks_BTK = topk_search(q_BTJL, w_BTJ, view, readable, self.num_visible(seq_index_BT), k, self.indexer.coded)
+        picks_BTK = topk_search(q_BTJL, w_BTJ, view, readable, self.num_visible(seq_index_BT), k, self.indexer.raw_fp8)
         mask_BTK = picks_BTK >= 0
         rows_BTKH, after = view.gather_entries(picks_BTK)
         part, p_BTNK = attend(q_BTNH, rows_BTKH, mask_BTK)

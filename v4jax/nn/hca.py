@@ -41,7 +41,7 @@ class HeavilyCompressedAttention(SlidingWindowAttention):
         size = self.piece if seq_index_BT.shape[1] > MAX_DECODE_QUERIES else _FEW_PIECE
         read = lambda i: attend(q_BTNH, view.read_entries(i * size, size), readable(i * size, size))[0]
         last = -(-self.num_visible(seq_index_BT) // size)
-        return jax.lax.fori_loop(1, last, lambda i, part: part.joined(read(i)), read(0)), None, view
+        return jax.lax.fori_loop(1, last, lambda i, part: part.merge(read(i)), read(0)), None, view
 
     def entry_mask(self, seq_index_BT: jax.Array, segments_BT: jax.Array | None, view: EntryReader):
         """(first, count) to bool [B, T, count]: entries that are complete for a query and of its own document."""

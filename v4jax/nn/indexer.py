@@ -28,7 +28,7 @@ class Indexer(nnx.Module):
         heads, dim = model.indexer.index_n_heads, model.indexer.index_head_dim
         self.rounded, self.dtype, self.scale = model.kv_qdq, jnp.dtype(model.dtype), dim**-0.5 * heads**-0.5
         # Only queries that FP4 holds lose nothing in a product with keys in e4m3.
-        self.coded = model.kv_qdq and jax.default_backend() in _CODED
+        self.raw_fp8 = model.kv_qdq and jax.default_backend() in _CODED
         self.q_up = normal_param(rngs, "QJL", (model.q_lora_rank, heads, dim), model.initializer_range)
         self.weight = normal_param(rngs, "DJ", (model.hidden_size, heads), model.initializer_range)
         self.compressor = Compressor(model, "csa", "L", dim, rngs)

@@ -308,7 +308,7 @@ def unpack_blocks(live: KVCaches, kinds: tuple[str, ...], kind: str, number_N: j
     live = jax.tree.unflatten(tree, leaves)
     if kind == "record":
         return live
-    return jax.tree.map(lambda kept: kept.recopied(number_N), live, is_leaf=lambda a: isinstance(a, PagedLayerCache))
+    return jax.tree.map(lambda kept: kept.invalidate_copies(number_N), live, is_leaf=lambda a: isinstance(a, PagedLayerCache))
 
 
 def _batches(things: list) -> list[list]:

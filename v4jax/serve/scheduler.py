@@ -239,7 +239,7 @@ class Scheduler:
         if self.block_pool.num_available(usable[:found]) < min(spare, most):
             return None
         if self.kv_connector is not None:
-            if self.kv_connector.awaits(sequence, usable):
+            if self.kv_connector.is_loading(sequence, usable):
                 return None
             found, record = self.block_pool.match_prefix(usable)
             need = self._pages(len(sequence.tokens)) - found

@@ -91,7 +91,7 @@ def _arms(config: Config, work: Workload) -> dict[str, Config]:
     """What is compiled, by the name of its column: with the live tier (`cache.hot`), the same without it as well."""
     if work.mode == "train" or not config.cache.device_entries:
         return {"compiler": config}
-    near = dataclasses.replace(config, cache=dataclasses.replace(config.cache, hot=0))
+    near = dataclasses.replace(config, cache=dataclasses.replace(config.cache, device_entries=0))
     return {"all on the device": near, f"live, {config.cache.device_entries:,} copies": config}
 
 
@@ -170,7 +170,7 @@ def _print(config: Config, topology: Topology, mesh, work: Workload, found: Cost
     title = (
         f"{config.name}: {number(counts.total)} parameters, {number(counts.active)} active; {work.mode} of "
         f"{work.rows} x {work.context} tokens on {topology.name} ({topology.chips} chips, {topology.devices} devices), "
-        f"layout {mesh.layout or 'none'} ({_axes(mesh)})"
+        f"layout {mesh.rules or 'none'} ({_axes(mesh)})"
     )
     print_table(title, ["bytes of a device", "closed form", "of memory"], rows)
     collectives = [[f"{link}: {part}", size(value)] for link, parts in found.links.items()

@@ -99,7 +99,7 @@ class HostTier:
             item = self._items.get(form.key(name))
         if item is None:
             return None
-        sound = item.sound
+        sound = item.is_intact
         with self._lock:
             self._count.update(bytes_out=form.nbytes) if sound else self._count.update(corrupt=1)
         if not sound:

@@ -109,7 +109,7 @@ def filled(kept: PagedLayerCache, rng: np.random.Generator) -> PagedLayerCache:
 
     where = lambda a: a.sharding if is_host(a) else None
     kept = kept.map_state(lambda a: jax.device_put(rng.standard_normal(a.shape, np.float32).astype(a.dtype), where(a)))
-    return dataclasses.replace(kept, main=fill(kept.entries), index=fill(kept.index_keys))
+    return dataclasses.replace(kept, entries=fill(kept.entries), index_keys=fill(kept.index_keys))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -143,7 +143,7 @@ def _random(model: Model) -> Transformer:
 
 
 def _arms(model: Model, tokens: int, precision: str) -> dict[str, _Arm]:
-    everything = dataclasses.replace(model.indexer, topk=model.max_position_embeddings)
+    everything = dataclasses.replace(model.indexer, index_topk=model.max_position_embeddings)
     kinds = {"sparse": model, "dense": dataclasses.replace(model, indexer=everything)}
     transformer = _random(model)
     weights = jax.tree.leaves(nnx.split(transformer)[1])

@@ -41,7 +41,7 @@ def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS) -> list
         raise UserError(f"suite 'generate' needs contexts from 1 to {most} tokens; give them as --contexts=256,1024")
     model = dataclasses.replace(config.model, num_nextn_predict_layers=0)
     limits = dict(max_num_seqs=1, max_model_len=contexts[-1] + DECODED, num_speculative_tokens=0)
-    serve, cache = dataclasses.replace(config.serve, **limits), dataclasses.replace(config.cache, prefix=False)
+    serve, cache = dataclasses.replace(config.serve, **limits), dataclasses.replace(config.cache, enable_prefix_caching=False)
     engine = Engine(_random(model), serve, cache)
     rng = np.random.default_rng(0)
 

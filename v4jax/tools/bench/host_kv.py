@@ -221,8 +221,8 @@ def _speed(config: Config, rounds: int, contexts: Sequence[int]) -> list[dict]:
 
 def _counts(live: KVCaches) -> np.ndarray:
     """Picks found on the device and fetched, over all layers."""
-    kept = [kept for run in live.layers for kept in run if kept.hot is not None]
-    return sum(read_counters(np.asarray(each.hot.count_5)) for each in kept)
+    kept = [kept for run in live.layers for kept in run if kept.device_cache is not None]
+    return sum(read_counters(np.asarray(each.hot.counters_5)) for each in kept)
 
 
 # --- hit rates -----------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def hit_rates(checkpoint: str) -> dict[int, tuple[float, bool]]:
     a prompt and writes those.
     """
     model = store.load(checkpoint)
-    k, limits = model.config.indexer.topk, dataclasses.asdict(Serve(max_num_seqs=1, max_model_len=TEXT, max_num_batched_tokens=256))
+    k, limits = model.config.indexer.index_topk, dataclasses.asdict(Serve(max_num_seqs=1, max_model_len=TEXT, max_num_batched_tokens=256))
     sampling = SamplingParams(max_tokens=TEXT - 1, temperature=1.0, seed=0, ignore_eos=True)
     first = [model.config.bos_id or 0]
     [text] = LLM(model, cache=Cache(), **limits).generate([first], sampling)

@@ -47,7 +47,7 @@ def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS, plot: s
     most = model.max_position_embeddings - ANSWER
     if not contexts or not 0 < contexts[0] <= contexts[-1] <= most:
         raise UserError(f"suite 'tiers' needs contexts from 1 to {most} tokens; give them as --contexts=4096,32768")
-    transformer, cache = _random(model), dataclasses.replace(config.cache, deadline=10.0)
+    transformer, cache = _random(model), dataclasses.replace(config.cache, load_timeout_s=10.0)
     serve = dataclasses.replace(config.serve, num_speculative_tokens=0)
     sizes = host_kv.memory(load(host_kv.PUBLISHED).model)
     records = host_kv.show_memory(sizes) + _restarts(config, transformer, serve, cache, rounds, contexts)
@@ -69,8 +69,8 @@ def _restarts(config, model, serve, cache, rounds: int, contexts: Sequence[int])
     rng, answers = np.random.default_rng(0), {length: [] for length in contexts}
     prompts = {length: rng.integers(2, model.config.vocab_size, length).tolist() for length in contexts}
     with tempfile.TemporaryDirectory(prefix="v4jax-tiers-") as directory:
-        on_disk = dataclasses.replace(cache, prefix=True, disk=_PLENTY, directory=directory)
-        cold, salts = Engine(model, serve, dataclasses.replace(cache, prefix=True)), map(str, itertools.count())
+        on_disk = dataclasses.replace(cache, enable_prefix_caching=True, disk_bytes=_PLENTY, disk_dir=directory)
+        cold, salts = Engine(model, serve, dataclasses.replace(cache, enable_prefix_caching=True)), map(str, itertools.count())
 
         def recompute(length: int) -> float:
             return _first(cold, prompts[length], answers, next(salts))  # what has another salt is not found
@@ -87,7 +87,7 @@ def _restarts(config, model, serve, cache, rounds: int, contexts: Sequence[int])
         taken = interleave(
             {(name, length): lambda a=arm, n=length: a(n) for (name, length), arm in arms.items()}, rounds
         )
-    at = {"config": config.name, "concurrency": 1, "precision": cache.layout}
+    at = {"config": config.name, "concurrency": 1, "precision": cache.kv_cache_dtype}
     rows, records = [], []
     for length in contexts:
         again, warm = taken["recompute", length], taken["restart", length]
@@ -123,7 +123,7 @@ def _first(engine: Engine, prompt: list[int], answers: dict[int, list[list[int]]
 
 def _trace(config, model, serve, cache, conversations: int) -> list[dict]:
     """Bursts of turns of conversations that share beginnings, more of them than device and host hold."""
-    layout = KVCacheSpec(model.config, cache.layout, cache.block)
+    layout = KVCacheSpec(model.config, cache.kv_cache_dtype, cache.block_size)
     blocks = 6 * conversations  # what all conversations come to, about
     page, kept = layout.block_bytes, layout.state_bytes()
     serve = dataclasses.replace(serve, max_num_seqs=BURST, max_model_len=8 * layout.block)
@@ -139,7 +139,7 @@ def _trace(config, model, serve, cache, conversations: int) -> list[dict]:
             "device, host, disk": {"host": host, "disk": _PLENTY, "directory": directory},
         }  # fmt: skip
         for name, options in below.items():
-            options = dataclasses.replace(cache, prefix=True, device=device, records=records_kept, **options)
+            options = dataclasses.replace(cache, enable_prefix_caching=True, kv_cache_memory_bytes=device, num_state_snapshots=records_kept, **options)
             engine = Engine(model, serve, options)
             anew = name == _ANEW
             _play(engine, turns(layout.block, 3, model.config.vocab_size, seed=1), {}, anew)  # compiles
@@ -153,7 +153,7 @@ def _trace(config, model, serve, cache, conversations: int) -> list[dict]:
                 f"{stats['hit_ceiling']:.0%}", f"{hits['host']:,.0f}", f"{hits['disk']:,.0f}",
                 f"{_resumable(stats):,.0f}", f"{_resumable(stats) / stats['kv_bytes'] * 1e9:,.0f}", f"{same:.1%}",
             ])  # fmt: skip
-            at = {"config": config.name, "arm": name, "concurrency": BURST, "precision": cache.layout}
+            at = {"config": config.name, "arm": name, "concurrency": BURST, "precision": cache.kv_cache_dtype}
             for metric, value, unit in [
                 ("tokens_per_second", read / seconds, "1/s"), ("hit_rate", stats["hit_rate"], "ratio"),
                 ("hit_ceiling", stats["hit_ceiling"], "ratio"), ("same_tokens", same, "ratio"),
