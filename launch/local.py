@@ -1,6 +1,6 @@
 """Run a v4jax command as N processes on this machine, joined over the loopback interface.
 
-    python launch/local.py -n 2 --devices=4 -- train --config=tiny --config.mesh.layout=fsdp --workdir=runs/two
+    python launch/local.py -n 2 --devices=4 -- train --config=tiny --config.mesh.rules=fsdp --workdir=runs/two
 
 For trying a multi-host run on one host, and for its tests: on CPUs every process gets `--devices` fake ones. Every line
 of output begins with the number of its process. If one process fails, the others are stopped, and its exit code is the

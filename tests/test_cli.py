@@ -242,7 +242,7 @@ def test_mistakes_are_one_line(capsys, argv, says):
     ("train.step=3", "did you mean --config.train.steps?"),
     ("trane.steps=3", "did you mean --config.train.steps?"),
     ("steps=3", "did you mean --config.train.steps?"),
-    ("model.moe.expert=3", "did you mean --config.model.moe.experts?"),
+    ("model.moe.expert=3", "did you mean --config.model.moe.n_routed_experts?"),
     ("qqq=3", "groups: cache, data, mesh, model"),
     ("train=3", "is a group"),
     ("train.steps=abc", "--config.train.steps=abc is not an integer"),
@@ -254,10 +254,10 @@ def test_mistakes_are_one_line(capsys, argv, says):
     ("model.schedule=", "model.schedule is empty"),
     ("train.steps=0", "train.steps must be at least 1"),
     ("train.lr=nan", "train.lr is nan, and must be a finite number"),
-    ("cache.policy=foo", "cache.policy is 'foo'; one of s3fifo, lru"),
-    ("cache.disk=100", "cache.disk and cache.directory go together"),
+    ("cache.eviction_policy=foo", "cache.eviction_policy is 'foo'; one of s3fifo, lru"),
+    ("cache.disk_bytes=100", "cache.disk_bytes and cache.disk_dir go together"),
     ("serve.max_num_batched_tokens=0", "serve.max_num_batched_tokens must be at least 1"),
-    ("serve.precision=fp7", "serve.precision is 'fp7'; one of model, fp8"),
+    ("serve.quantization=fp7", "serve.quantization is 'fp7'; one of model, fp8"),
     ("data.source=\x1b[2J", "data.source is '\\x1b[2J', and must be a line"),
 ])  # fmt: skip
 def test_wrong_overrides_are_one_line(capsys, config, override, says):

@@ -294,7 +294,7 @@ def preset_summaries() -> dict[str, str]:
 
 
 def sharding_names() -> list[str]:
-    """Names that `--config.mesh.layout=` accepts without a path."""
+    """Names that `--config.mesh.rules=` accepts without a path."""
     return _stems(_preset_dir() / "mesh")
 
 
@@ -352,14 +352,14 @@ def validate(config: Config) -> Config:
     train, data = config.train, config.data
     for name, path in [
         ("data.source", data.source), ("data.heldout", data.heldout), ("data.tokenizer", data.tokenizer),
-        ("cache.directory", config.cache.disk_dir), ("mesh.layout", config.mesh.rules),
+        ("cache.disk_dir", config.cache.disk_dir), ("mesh.rules", config.mesh.rules),
     ]:  # fmt: skip
         local_path(path, name)
     _require("streams" not in train.offload or train.remat, "train.offload names streams: set train.remat=true too")
     _require(not train.offload or config.mesh.rules, "train.offload needs a mesh, of one device if need be: set "
-             "mesh.layout=fsdp")  # fmt: skip
-    for name, size in [("hidden_size", config.model.hidden_size), ("moe.inner", config.model.moe.moe_intermediate_size)]:
-        _require(train.expert_weight_format == "plain" or size % 32 == 0, f"train.expert_weights=mxfp4 takes groups of 32, "
+             "mesh.rules=fsdp")  # fmt: skip
+    for name, size in [("hidden_size", config.model.hidden_size), ("moe.moe_intermediate_size", config.model.moe.moe_intermediate_size)]:
+        _require(train.expert_weight_format == "plain" or size % 32 == 0, f"train.expert_weight_format=mxfp4 takes groups of 32, "
                  f"and model.{name} is {size}")  # fmt: skip
     _require(
         data.seq_len % config.model.alignment == 0,
@@ -387,28 +387,28 @@ def check_serving(model: Model, serve: Serve, cache: Cache) -> None:
              "layer, and this one has none; set it to 0")  # fmt: skip
     _require(not (serve.num_speculative_tokens and serve.batch_invariant), "serve.batch_invariant and "
              "serve.num_speculative_tokens exclude each other: drafts change the shapes computed")  # fmt: skip
-    _require(bool(cache.disk_bytes) == bool(cache.disk_dir), "cache.disk and cache.directory go together: a cache on disk "
+    _require(bool(cache.disk_bytes) == bool(cache.disk_dir), "cache.disk_bytes and cache.disk_dir go together: a cache on disk "
              "needs its size and its place (--kv_disk=64GiB --kv_dir=DIR)")  # fmt: skip
-    _require(cache.enable_prefix_caching or not (cache.host_bytes or cache.disk_bytes), "cache.host and cache.disk hold blocks that requests "
-             "share: set cache.prefix to true, or drop them")  # fmt: skip
+    _require(cache.enable_prefix_caching or not (cache.host_bytes or cache.disk_bytes), "cache.host_bytes and cache.disk_bytes hold blocks that requests "
+             "share: set cache.enable_prefix_caching to true, or drop them")  # fmt: skip
 
 
 def _validate_model(m: Model) -> None:
     _require(len(m.schedule) > 0, "model.schedule is empty; give one of swa, csa, hca per layer")
     for kind in m.schedule:
         _require(kind in LAYER_KINDS, f"model.schedule has {kind!r}; layers are one of {', '.join(LAYER_KINDS)}")
-    _require(m.num_attention_heads % m.o_groups == 0, f"model.heads {m.num_attention_heads} is not a multiple of model.o_groups {m.o_groups}")
+    _require(m.num_attention_heads % m.o_groups == 0, f"model.num_attention_heads {m.num_attention_heads} is not a multiple of model.o_groups {m.o_groups}")
     _require(
         m.qk_rope_head_dim % 2 == 0 and m.qk_rope_head_dim <= m.head_dim,
         f"model.qk_rope_head_dim {m.qk_rope_head_dim} must be even and at most head_dim",
     )
     _require(
         m.qk_rope_head_dim <= m.indexer.index_head_dim or "csa" not in m.schedule,
-        f"model.indexer.head_dim {m.indexer.index_head_dim} is below model.qk_rope_head_dim {m.qk_rope_head_dim}",
+        f"model.indexer.index_head_dim {m.indexer.index_head_dim} is below model.qk_rope_head_dim {m.qk_rope_head_dim}",
     )
     _require(m.compress_rate_csa >= 2 or "csa" not in m.schedule, f"model.compress_rate_csa must be at least 2, got {m.compress_rate_csa}")
     _require(m.compress_rate_hca >= 1 or "hca" not in m.schedule, f"model.compress_rate_hca must be at least 1, got {m.compress_rate_hca}")
-    _require(1 <= m.moe.num_experts_per_tok <= m.moe.n_routed_experts, f"model.moe.active {m.moe.num_experts_per_tok} must lie in 1..{m.moe.n_routed_experts}")
+    _require(1 <= m.moe.num_experts_per_tok <= m.moe.n_routed_experts, f"model.moe.num_experts_per_tok {m.moe.num_experts_per_tok} must lie in 1..{m.moe.n_routed_experts}")
     _require(0 <= m.moe.num_hash_layers <= m.num_hidden_layers, f"model.moe.num_hash_layers {m.moe.num_hash_layers} exceeds {m.num_hidden_layers} layers")
     for kind in m.modalities:
         _require(kind in MODALITIES, f"model.modalities has {kind!r}; this version reads {', '.join(MODALITIES)} only")
@@ -417,13 +417,13 @@ def _validate_model(m: Model) -> None:
     if m.kv_qdq:
         L = m.indexer.index_head_dim
         _require(m.head_dim > m.qk_rope_head_dim and L & (L - 1) == 0, "model.kv_qdq needs head_dim above qk_rope_head_dim, and "
-                 f"indexer.head_dim {L} to be a power of two")  # fmt: skip
+                 f"indexer.index_head_dim {L} to be a power of two")  # fmt: skip
 
 
 def _validate_mesh(mesh: Mesh) -> None:
     for axis in MESH_AXES:
         size = getattr(mesh, axis)
-        _require(size == 1 or mesh.rules, f"mesh.{axis} is {size}, but no layout says what to split; set mesh.layout "
+        _require(size == 1 or mesh.rules, f"mesh.{axis} is {size}, but no layout says what to split; set mesh.rules "
                  f"to one of {', '.join(sharding_names())}")  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def test_layouts_that_cannot_be():
     with pytest.raises(UserError, match="qk_rope_head_dim is all 16; take bf16"):
         KVCacheSpec(dataclasses.replace(SMALL, qk_rope_head_dim=16), "fp8")
     odd = dataclasses.replace(SMALL, indexer=Indexer(index_n_heads=2, index_head_dim=15, index_topk=3))
-    with pytest.raises(UserError, match="indexer.head_dim 15 is odd; take fp8"):
+    with pytest.raises(UserError, match="indexer.index_head_dim 15 is odd; take fp8"):
         KVCacheSpec(odd, "fp8_fp4")
     assert KVCacheSpec(odd, "fp8").key_bytes == 16
     KVCacheSpec(dataclasses.replace(odd, schedule=("hca",)), "fp8_fp4")  # no keys, nothing to refuse

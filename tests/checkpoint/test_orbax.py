@@ -281,7 +281,7 @@ def test_another_tree_is_refused(saved, config):
 def test_a_run_of_another_model_is_refused(saved, config):
     other = dataclasses.replace(config.model, indexer=dataclasses.replace(config.model.indexer, index_topk=4))
     before = (saved / "v4jax.json").read_text()
-    with pytest.raises(UserError, match="holds a run with model.indexer.topk = 3, not 4; use its config"):
+    with pytest.raises(UserError, match="holds a run with model.indexer.index_topk = 3, not 4; use its config"):
         TrainCheckpointer(saved, dataclasses.replace(config, model=other), keep=2)
     assert (saved / "v4jax.json").read_text() == before
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=123))

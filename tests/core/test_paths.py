@@ -30,7 +30,7 @@ def test_a_file_url_is_refused_with_the_cure():
 @pytest.mark.parametrize("argv", [
     ["train", "--workdir=gs://b/r"], ["train", "--config.data.source=gs://b/x.txt"],
     ["train", "--config.data.heldout=s3://b/x.txt"], ["train", "--config.data.tokenizer=gs://b/t.json"],
-    ["train", "--config.mesh.layout=gs://b/l.py"], ["train", "--config=gs://b/c.py"],
+    ["train", "--config.mesh.rules=gs://b/l.py"], ["train", "--config=gs://b/c.py"],
     ["generate", "--checkpoint=gs://b/r", "--prompt=x"], ["generate", "--checkpoint=x", "--prompt_file=gs://b/p"],
     ["generate", "--checkpoint=x", "--prompt=x", "--kv_dir=gs://b/kv"],
     ["convert", "--source=hf://o/r", "--target=x"], ["convert", "--source=x", "--target=gs://b/r"],

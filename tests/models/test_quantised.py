@@ -97,7 +97,7 @@ def test_llm_with_narrow_weights_equals_the_widened_model(tmp_path, model, narro
     from_disk = LLM(tmp_path / "hf", quantization="fp8", **options)
     assert of(from_disk) == of(LLM(model, quantization="fp8", **options)) == of(LLM(widened(narrow), **options))
     assert any(leaf.dtype == jnp.uint8 for leaf in from_disk.engine._weights)
-    with pytest.raises(UserError, match="serve.precision is 'fp4'; one of model, fp8"):
+    with pytest.raises(UserError, match="serve.quantization is 'fp4'; one of model, fp8"):
         LLM(model, quantization="fp4")
 
 

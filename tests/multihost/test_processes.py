@@ -68,14 +68,14 @@ def losses(workdir: pathlib.Path) -> list[float]:
 def whole(text, tmp_path_factory):
     """The run of one process with eight devices."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    finished(launch(1, 8, command(text, workdir, "--config.mesh.layout=fsdp", "--config.mesh.data=2")))
+    finished(launch(1, 8, command(text, workdir, "--config.mesh.rules=fsdp", "--config.mesh.data=2")))
     return workdir
 
 
 def test_a_killed_run_of_two_processes_goes_on_as_four_on_another_mesh(text, whole, tmp_path):
     """2 x 4 devices with experts split over all; one process is killed; then 4 x 2 with `fsdp` give the same losses."""
     workdir = tmp_path / "cut"
-    process = launch(2, 4, command(text, workdir, "--config.mesh.layout=expert"))
+    process = launch(2, 4, command(text, workdir, "--config.mesh.rules=expert"))
     wait_for_records(process, workdir, 9)
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
     os.kill(int(children.split()[-1]), signal.SIGKILL)
@@ -86,14 +86,14 @@ def test_a_killed_run_of_two_processes_goes_on_as_four_on_another_mesh(text, who
     # A collective that breaks, or, where none does in half a minute, JAX's heartbeats.
     assert re.search("v4jax: another process of this run|JAX distributed service .* another task died", output), output
     assert not (workdir / "summary.json").exists()
-    finished(launch(4, 2, command(text, workdir, "--config.mesh.layout=fsdp")))
+    finished(launch(4, 2, command(text, workdir, "--config.mesh.rules=fsdp")))
     np.testing.assert_allclose(losses(workdir), losses(whole), rtol=2e-5)
 
 
 def test_ctrl_c_saves_a_run_of_two_processes(text, tmp_path):
     """The launcher passes the signal on to both; they agree on a step, save it, and end with the code of Ctrl-C."""
     workdir = tmp_path / "run"
-    endless = ["--config.mesh.layout=fsdp", "--config.train.steps=100000", "--config.train.checkpoint_every=100000"]
+    endless = ["--config.mesh.rules=fsdp", "--config.train.steps=100000", "--config.train.checkpoint_every=100000"]
     process = launch(2, 1, command(text, workdir, *endless))
     wait_for_records(process, workdir, 4)
     process.send_signal(signal.SIGINT)

@@ -127,8 +127,8 @@ def test_what_the_pool_cannot_hold_is_one_line(model):
 @pytest.mark.parametrize("limits, cache, words", [
     ({"num_speculative_tokens": 1, "batch_invariant": True}, {}, "exclude each other"),
     ({"max_model_len": 5000}, {}, "exceeds model.max_position_embeddings"), ({"max_num_seqs": 0}, {}, "max_num_seqs must be at least 1"),
-    ({}, {"layout": "fp7"}, "cache.layout is 'fp7'"), ({}, {"block": 30}, "not a multiple of model.compress_rate_csa 4"),
-    ({}, {"records": -1}, "cache.records must be at least 0, got -1"),
+    ({}, {"layout": "fp7"}, "cache.kv_cache_dtype is 'fp7'"), ({}, {"block": 30}, "not a multiple of model.compress_rate_csa 4"),
+    ({}, {"records": -1}, "cache.num_state_snapshots must be at least 0, got -1"),
 ])  # fmt: skip
 def test_limits_that_cannot_be_kept_are_one_line(model, limits, cache, words):
     with pytest.raises(UserError, match=words):

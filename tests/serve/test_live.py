@@ -102,7 +102,7 @@ def test_drafts_and_invariance_keep_every_bit(options, queries):
 
 
 @pytest.mark.parametrize("options, limits, complaint", [
-    (dict(hot=-1), {}, "cache.hot must be at least 0, got -1"),
+    (dict(hot=-1), {}, "cache.device_entries must be at least 0, got -1"),
     (dict(hot=LEAST - 1), {}, "4 sequences x 1 tokens x topk 4; give at least 16, or lower max_num_seqs"),
     (dict(hot=LEAST), dict(max_num_seqs=5), "5 sequences x 1 tokens x topk 4; give at least 20"),
     (dict(hot=3), dict(batch_invariant=True), "1 sequences x 1 tokens x topk 4; give at least 4"),

@@ -364,9 +364,9 @@ def test_copies_off_the_device_and_back_keep_every_bit_of_every_leaf(model, layo
 
 @pytest.mark.parametrize("options, complaint", [
     (dict(disk=1), "needs its size and its place"), (dict(directory="x"), "needs its size and its place"),
-    (dict(host=-1), "cache.host must be at least 0"), (dict(deadline=0), "cache.deadline must be at least"),
+    (dict(host=-1), "cache.host_bytes must be at least 0"), (dict(deadline=0), "cache.load_timeout_s must be at least"),
     (dict(admission="none"), "one of all, second"), (dict(policy="fifo"), "one of s3fifo, lru"),
-    (dict(host=1, prefix=False), "set cache.prefix to true"),
+    (dict(host=1, prefix=False), "set cache.enable_prefix_caching to true"),
     (dict(device=1000), "too small: 21 records and one block"),
 ])  # fmt: skip
 def test_tiers_that_cannot_be_are_one_line(model, options, complaint):

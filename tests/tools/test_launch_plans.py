@@ -77,5 +77,5 @@ def test_launch_examples_fit_their_hardware(path, tmp_path, capsys):
 
 def test_what_the_examples_were_does_not_fit():
     """So the test above can fail."""
-    flags = ["--config=v4_flash", "--config.mesh.layout=pod", "--config.mesh.expert=8", "--analytic"]
+    flags = ["--config=v4_flash", "--config.mesh.rules=pod", "--config.mesh.expert=8", "--analytic"]
     assert main(["plan", "--topology=h100:64", *flags]) == 3

@@ -226,7 +226,7 @@ def test_a_finished_run_stays_and_another_model_in_its_workdir_is_refused(small,
     with pytest.raises(UserError, match="a checkpoint of step 6, and train.steps is 5"):
         loop.train(with_train(small, steps=5), str(tmp_path / "run"))
     other = dataclasses.replace(small, model=dataclasses.replace(small.model, num_attention_heads=4))
-    with pytest.raises(UserError, match="model.heads"):
+    with pytest.raises(UserError, match="model.num_attention_heads"):
         loop.train(other, str(tmp_path / "run"))
     assert contents() == before
 

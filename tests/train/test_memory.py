@@ -57,5 +57,5 @@ def test_optimizer_and_streams_in_host_memory_give_the_same_losses_bit_for_bit(t
 def test_what_cannot_be_offloaded_is_said(change, complaint):
     with pytest.raises(UserError, match=complaint):
         validate(small(MESH, **change))
-    with pytest.raises(UserError, match="mesh.layout=fsdp"):
+    with pytest.raises(UserError, match="mesh.rules=fsdp"):
         validate(small(offload=("optimizer",)))

@@ -100,11 +100,11 @@ def test_fp8_blocks_hold_fp4_numbers_without_loss():
 
 
 @pytest.mark.parametrize("change, complaint", [
-    ({"matmul": "fp4"}, "train.matmul is 'fp4'; one of plain, fp8"),
-    ({"expert_weights": "fp8"}, "train.expert_weights is 'fp8'; one of plain, mxfp4"),
+    ({"matmul": "fp4"}, "train.matmul_precision is 'fp4'; one of plain, fp8"),
+    ({"expert_weights": "fp8"}, "train.expert_weight_format is 'fp8'; one of plain, mxfp4"),
 ])  # fmt: skip
 def test_unknown_formats_are_named(change, complaint):
     with pytest.raises(UserError, match=complaint):
         validate(small(**change))
-    with pytest.raises(UserError, match="groups of 32, and model.moe.inner is 16"):
+    with pytest.raises(UserError, match="groups of 32, and model.moe.moe_intermediate_size is 16"):
         validate(with_train(micro_config("unused"), expert_weights="mxfp4"))

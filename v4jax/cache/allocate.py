@@ -1,4 +1,4 @@
-"""The cache of an engine: all of it on the device, or two parts in host memory (`cache.hot`): the CSA layers' entries,
+"""The cache of an engine: all of it on the device, or two parts in host memory (`cache.device_entries`): the CSA layers' entries,
 of which steps read a few, and the tails of the HCA layers, which a step adds one row to and seldom reads."""
 
 from __future__ import annotations

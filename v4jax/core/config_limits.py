@@ -23,26 +23,26 @@ _TINY = 1e-30
 
 # Dotted name of a number field -> (least, most), both allowed.
 RANGES: dict[str, tuple[float, float]] = {
-    "model.vocab_size": (1, 2**24), "model.hidden_size": _SIZE, "model.heads": _SIZE, "model.head_dim": _SIZE,
+    "model.vocab_size": (1, 2**24), "model.hidden_size": _SIZE, "model.num_attention_heads": _SIZE, "model.head_dim": _SIZE,
     "model.qk_rope_head_dim": (2, 2**20), "model.q_lora_rank": _SIZE, "model.o_groups": _SIZE, "model.o_lora_rank": _SIZE,
-    "model.window": (1, 2**24), "model.compress_rate_csa": _SIZE, "model.compress_rate_hca": _SIZE, "model.max_position_embeddings": _COUNT,
+    "model.sliding_window": (1, 2**24), "model.compress_rate_csa": _SIZE, "model.compress_rate_hca": _SIZE, "model.max_position_embeddings": _COUNT,
     "model.rms_norm_eps": (_TINY, 1.0), "model.num_nextn_predict_layers": (0, 1), "model.bos_id": (0, 2**24), "model.eos_id": (0, 2**24),
-    "model.rope.theta": (1.0 + 1e-6, 1e30), "model.rope.compress_rope_theta": (1.0 + 1e-6, 1e30),
+    "model.rope.rope_theta": (1.0 + 1e-6, 1e30), "model.rope.compress_rope_theta": (1.0 + 1e-6, 1e30),
     "model.rope.yarn_factor": (1e-6, 1e12), "model.rope.yarn_original": (1, 2**40),
     "model.rope.yarn_beta_fast": (1e-6, 1e12), "model.rope.yarn_beta_slow": (1e-6, 1e12),
-    "model.indexer.heads": _SIZE, "model.indexer.head_dim": _SIZE, "model.indexer.topk": (1, 2**24),
-    "model.moe.experts": _SIZE, "model.moe.active": _SIZE, "model.moe.inner": _SIZE, "model.moe.shared": (0, 1024),
+    "model.indexer.index_n_heads": _SIZE, "model.indexer.index_head_dim": _SIZE, "model.indexer.index_topk": (1, 2**24),
+    "model.moe.n_routed_experts": _SIZE, "model.moe.num_experts_per_tok": _SIZE, "model.moe.moe_intermediate_size": _SIZE, "model.moe.n_shared_experts": (0, 1024),
     "model.moe.num_hash_layers": (0, MAX_LAYERS), "model.moe.routed_scaling_factor": (_TINY, 1e6),
     "model.moe.swiglu_limit": (_TINY, 1e30),
-    "model.mhc.streams": (1, 256), "model.mhc.hc_sinkhorn_iters": (1, 1000), "model.mhc.eps": (_TINY, 1.0),
+    "model.mhc.hc_mult": (1, 256), "model.mhc.hc_sinkhorn_iters": (1, 1000), "model.mhc.hc_eps": (_TINY, 1.0),
     "data.seq_len": _COUNT, "data.questions": _COUNT,
     "train.steps": _COUNT, "train.batch_size": _COUNT, "train.log_every": _COUNT, "train.checkpoint_every": _COUNT,
     "train.keep_checkpoints": _COUNT, "train.spike_window": _COUNT, "train.spike_patience": _COUNT,
     "train.seed": (-(2**63), 2**63 - 1), "train.momentum": (0.0, 1.0),
     "serve.max_num_seqs": _COUNT, "serve.max_model_len": _COUNT, "serve.max_num_batched_tokens": _COUNT,
     "serve.num_speculative_tokens": (0, 1024),
-    "cache.block": (0, 2**31 - 1), "cache.tokens": (0, 2**48), "cache.records": (0, 2**24), "cache.hot": (0, 2**40),
-    "cache.snapshot_interval_blocks": (0, 2**31 - 1), "cache.deadline": (1e-6, 1e6),
+    "cache.block_size": (0, 2**31 - 1), "cache.kv_cache_tokens": (0, 2**48), "cache.num_state_snapshots": (0, 2**24), "cache.device_entries": (0, 2**40),
+    "cache.snapshot_interval_blocks": (0, 2**31 - 1), "cache.load_timeout_s": (1e-6, 1e6),
     **{f"mesh.{axis}": (1, 2**20) for axis in ("slice", "data", "fsdp", "expert", "context", "tensor")},
 }  # fmt: skip
 
@@ -50,14 +50,14 @@ RANGES: dict[str, tuple[float, float]] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("bfloat16", "float32"),
     "data.on_change": ("refuse", "restart"),
-    "train.spike": ("off", "skip", "rollback"),
-    "train.matmul": ("plain", "fp8"),
-    "train.expert_weights": ("plain", "mxfp4"),
+    "train.spike_action": ("off", "skip", "rollback"),
+    "train.matmul_precision": ("plain", "fp8"),
+    "train.expert_weight_format": ("plain", "mxfp4"),
     "train.offload": ("optimizer", "streams"),
-    "serve.precision": ("model", "fp8"),
-    "cache.layout": ("model", "bf16", "fp8", "fp8_fp4"),
-    "cache.policy": ("s3fifo", "lru"),
-    "cache.admission": ("all", "second"),
+    "serve.quantization": ("model", "fp8"),
+    "cache.kv_cache_dtype": ("model", "bf16", "fp8", "fp8_fp4"),
+    "cache.eviction_policy": ("s3fifo", "lru"),
+    "cache.admission_policy": ("all", "second"),
 }
 
 

@@ -138,7 +138,7 @@ def to_hf(model: Model, weights_dtype: str | None = None) -> dict:
     """
     if model.moe.n_shared_experts != 1:
         raise UserError(
-            f"model.moe.shared is {model.moe.n_shared_experts}; Hugging Face deepseek_v4 has exactly one shared expert, "
+            f"model.moe.n_shared_experts is {model.moe.n_shared_experts}; Hugging Face deepseek_v4 has exactly one shared expert, "
             "save this model in the orbax format"
         )
     rope_factor = _rotary_factor(model)

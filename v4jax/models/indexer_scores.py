@@ -25,7 +25,7 @@ def indexer_scores(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
 
     Returns:
       float32 [B, T, C]: for each query the score of each of the T // compress_rate_csa entries, later ones included. The layer
-      reads the `indexer.topk` highest of those that are complete before the query.
+      reads the `indexer.index_topk` highest of those that are complete before the query.
 
     Raises:
       UserError: The model has no CSA layer, or its layers are stacked.

@@ -145,7 +145,7 @@ class LLM:
         With num_speculative_tokens also spec_decode_num_drafts, the decode steps of requests, and
         spec_decode_num_draft_tokens and spec_decode_num_accepted_tokens, the tokens proposed and accepted in them.
 
-        With CSA entries in host memory (`cache.hot`) also hot_hits and hot_misses: picks of decode steps that were on
+        With CSA entries in host memory (`cache.device_entries`) also hot_hits and hot_misses: picks of decode steps that were on
         the device and that were fetched, over the layers; their share hot_hit_rate, and hot_fetched_bytes. kv_bytes is
         what is on the device, kv_host_bytes the rest.
 

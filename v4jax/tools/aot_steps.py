@@ -56,7 +56,7 @@ def serve(config: Config, mesh: Mesh, work: Workload, devices: Sequence[jax.Devi
     """A step of `work.rows` sequences with room for `work.context` tokens each, split evenly over all devices.
 
     Mode "decode": one token of each sequence. Mode "prefill": on each device a chunk of one of its sequences. Weights
-    are in the model's dtype, the cache in `cache.layout` with a page and a record to spare, as the engine holds them.
+    are in the model's dtype, the cache in `cache.kv_cache_dtype` with a page and a record to spare, as the engine holds them.
     Raises UserError for rows that do not divide, and for meshes that no engine can be on (`serve.places`).
     """
     sharding = make_mesh_rules(mesh, devices)

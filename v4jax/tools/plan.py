@@ -36,7 +36,7 @@ def run(
     topology: as `tools.topology.parse` reads it, or several with commas between, to compare in closed form. context:
     tokens of a row (default: data.seq_len in training, else serve.max_model_len). concurrency: rows (default:
     train.batch_size or serve.max_num_seqs). analytic: the closed form alone. stage: how far TPU programs are compiled,
-    "program" or "buffers" (`tools.compiled`). Serving with `cache.hot` is compiled without it too, to compare.
+    "program" or "buffers" (`tools.compiled`). Serving with `cache.device_entries` is compiled without it too, to compare.
     Raises UserError for what cannot be planned. A program that the compiler refuses for want of memory is a plan that
     does not fit: it is told so, and has one record, `fits` of 0.
     """
@@ -88,7 +88,7 @@ def run(
 
 
 def _arms(config: Config, work: Workload) -> dict[str, Config]:
-    """What is compiled, by the name of its column: with the live tier (`cache.hot`), the same without it as well."""
+    """What is compiled, by the name of its column: with the live tier (`cache.device_entries`), the same without it as well."""
     if work.mode == "train" or not config.cache.device_entries:
         return {"compiler": config}
     near = dataclasses.replace(config, cache=dataclasses.replace(config.cache, device_entries=0))

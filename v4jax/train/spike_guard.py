@@ -28,7 +28,7 @@ class SpikeGuardState(NamedTuple):
 
 
 def new_guard(train: config.Train) -> SpikeGuardState | None:
-    """The guard before the first step; None where `train.spike` is off."""
+    """The guard before the first step; None where `train.spike_action` is off."""
     if train.spike_action == "off":
         return None
     zero = jnp.zeros((), jnp.int32)

@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
     fixed: dict[str, jax.Array]  # router biases and hash tables
     opt: Any
     step: jax.Array  # int32 scalar: steps done, skipped ones too
-    guard: SpikeGuardState | None = None  # against loss spikes, where `train.spike` asks for one
+    guard: SpikeGuardState | None = None  # against loss spikes, where `train.spike_action` asks for one
 
 
 class Trainer:

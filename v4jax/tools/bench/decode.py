@@ -35,7 +35,7 @@ ARMS = {
     "A0": ("dense", "bf16"), "A1": ("sparse", "bf16"), "A2": ("dense", "fp8"), "A3": ("sparse", "fp8"),
     "A3'": ("sparse", "fp8"),
 }  # fmt: skip
-WEIGHTS = {"A4": ("sparse", "fp8")}  # with serve.precision=fp8: A3 with weights in 8 bits too
+WEIGHTS = {"A4": ("sparse", "fp8")}  # with serve.quantization=fp8: A3 with weights in 8 bits too
 CONTEXTS = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
 STEPS = 16  # decode steps of a measurement, the last ones of the context
 _ARM, _CONTROL, _TOLERANCE = "A3", "A3'", 0.05
