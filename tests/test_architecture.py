@@ -17,9 +17,9 @@ FLOORS = {
     "cache": 4, "checkpoint": 4, "data": 4,
     "train": 5, "serve": 5,
     "evals": 6, "tools": 6,
-    "cli_flags": 7, "cli": 8, "__main__": 9,
+    "cli_flags": 7, "cli_completion": 8, "engine_flags": 8, "cli": 9, "__main__": 10,
 }  # fmt: skip
-SAME_FLOOR = {("config", "core")}  # a config's mistakes are core.check.UserError
+
 TOP_LEVEL = {"pyproject.toml", "README.md", "v4jax", "configs", "tests", "launch", "notebooks"}
 MAX_LINES = 500
 TEXT = {".py", ".toml", ".md", ".sh", ".txt", ".json", ".jsonl", ".yaml", ".yml", ".ipynb", ".cfg", ".ini", ""}

@@ -14,9 +14,9 @@ import pytest
 
 import v4jax
 from v4jax import cli
+from v4jax.cli_flags import parse
 from v4jax.config import Cache, Config, load, preset_names
 from v4jax.core.errors import UserError
-from v4jax.engine_flags import parse
 from v4jax.models.param_count import count_parameters
 from v4jax.train import stop_signals
 

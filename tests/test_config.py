@@ -9,8 +9,8 @@ import zipfile
 import pytest
 
 from v4jax import config as config_lib
-from v4jax.cache.offload.eviction import POLICIES
 from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES
+from v4jax.cache.offload.eviction import POLICIES
 from v4jax.config import Config, ConfigError, Data, Model, from_dict, load, preset_names, to_dict, validate
 from v4jax.core.config_limits import CHOICES, RANGES
 from v4jax.models.quantize import PRECISIONS

@@ -4,8 +4,8 @@ import dataclasses
 import inspect
 
 from v4jax import cli, config
-from v4jax.cache.offload.eviction import POLICIES
 from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES
+from v4jax.cache.offload.eviction import POLICIES
 from v4jax.engine_flags import CACHE, CACHE_FLAGS, SAMPLING_FLAGS, SERVE, SERVE_FLAGS
 from v4jax.models.quantize import PRECISIONS
 from v4jax.serve import LLM, SamplingParams

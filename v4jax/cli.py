@@ -20,12 +20,12 @@ from absl import flags
 
 import v4jax
 from v4jax import config as config_lib
-from v4jax.engine_flags import CACHE_FLAGS, SAMPLING_FLAGS, SERVE_FLAGS, STORED
-from v4jax.core import compilation_cache, completion
+from v4jax.cli_flags import Command, Flag, command_help, config_lines, did_you_mean, explicit_flags, parse
+from v4jax.core import compilation_cache
 from v4jax.core.errors import UserError, printable
-from v4jax.engine_flags import Command, Flag, command_help, config_lines, explicit_flags, did_you_mean, parse
 from v4jax.core.malloc import tune_malloc
 from v4jax.core.timing import GenerationTimer
+from v4jax.engine_flags import CACHE_FLAGS, SAMPLING_FLAGS, SERVE_FLAGS, STORED
 from v4jax.evals import SUITES as EVALS
 from v4jax.tools.bench import SUITES as BENCHES
 
@@ -342,7 +342,7 @@ def _dispatch(argv: list[str]) -> None:
     elif name in ("--help", "-h", "help"):
         print(_main_help())
     elif name == "completion":
-        print(completion.script(COMMANDS, rest), end="")
+        print(cli_completion.script(COMMANDS, rest), end="")
     elif name not in COMMANDS:
         raise UserError(f"no command {name!r}{did_you_mean(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
     elif {"--help", "-h"} & set(rest):

@@ -163,17 +163,6 @@ def _comments(group: type, prefix: str = "") -> Iterable[tuple[str, str]]:
             yield from _comments(groups[name], f"{prefix}{name}.")
 
 
-def _comments(group: type, prefix: str = "") -> Iterable[tuple[str, str]]:
-    """(dotted path, comment) of the fields of a config dataclass and of its groups, read from its source."""
-    groups = {field.name: field.default_factory for field in dataclasses.fields(group)}
-    for line in inspect.getsource(group).splitlines():
-        match = re.fullmatch(r"    (\w+): [^#]*?(?:  # (.*))?", line)
-        if match and dataclasses.is_dataclass(groups.get(match[1])):
-            yield from _comments(groups[match[1]], f"{prefix}{match[1]}.")
-        elif match and match[1] in groups and match[2]:
-            yield prefix + match[1], match[2]
-
-
 def parse(name: str, command: Command, argv: list[str]) -> tuple[flags.FlagValues, config_lib.Config | None]:
     """Flags and config of a command; every mistake becomes a UserError of one line."""
     values = flags.FlagValues()

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from absl import flags
 
 from v4jax import config
-from v4jax.engine_flags import Flag, define_size
+from v4jax.cli_flags import Flag, define_size
 
 STORED = "the checkpoint's"  # default of what `LLM` takes from the checkpoint where it is not given
 _DEFINE = {

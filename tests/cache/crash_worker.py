@@ -12,8 +12,8 @@ import sys
 import time
 
 from tests.cache.block_fixtures import ROOT, chain, is_right, item
-from v4jax.cache.offload.disk_tier import DiskTier
 from v4jax.cache.offload.block_file import BlockSchema
+from v4jax.cache.offload.disk_tier import DiskTier
 
 LARGE = BlockSchema("block", (("rows", "uint8", (1 << 18,)),))  # so that much of the time is spent in writing
 BUDGET = 20 * LARGE.nbytes

@@ -13,8 +13,8 @@ import sys
 import pytest
 
 from tests.cache.block_fixtures import BLOCK, RECORD, chain, is_right, item, items
-from v4jax.cache.offload.disk_tier import DiskTier
 from tests.cache.faulty_files import FaultyFiles, failing
+from v4jax.cache.offload.disk_tier import DiskTier
 from v4jax.core.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from tests.golden import weights
 from v4jax import config
-from v4jax.cache.pools import Bf16Pool, QuantizedPool, new_pool
 from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES, entry_format
-from v4jax.core import qtensor
 from v4jax.cache.paged_cache import FloatPool
+from v4jax.cache.pools import Bf16Pool, QuantizedPool, new_pool
+from v4jax.core import qtensor
 
 PAGES, SLOTS = 3, 4
 SMALL = dataclasses.replace(weights.config(), head_dim=40)  # 32 numbers and 8 rotary ones

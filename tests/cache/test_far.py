@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from tests.golden import weights
-from v4jax.cache.pools import new_pool
-from v4jax.cache.host_pool import new_host_entry_pool, pinned_zeros
-from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES, entry_format
-from v4jax.core.errors import UserError
 from v4jax.cache import entry_cache as hot_lib
 from v4jax.cache.entry_cache import read_counters
+from v4jax.cache.host_pool import new_host_entry_pool, pinned_zeros
+from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES, entry_format
 from v4jax.cache.paged_cache import PagedLayerCache
+from v4jax.cache.pools import new_pool
+from v4jax.core.errors import UserError
 from v4jax.parallel.host_memory import is_host
 
 PAGES, SLOTS = 3, 8

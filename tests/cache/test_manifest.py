@@ -5,12 +5,12 @@ import pytest
 
 from tests.cache.block_fixtures import BLOCK, RECORD, ROOT, chain, item
 from v4jax.cache.offload.block_file import (
-    CorruptBlockError,
-    BlockSchema,
     BlockKey,
+    BlockSchema,
+    CorruptBlockError,
     checksum,
-    encode_header,
     decode_payload,
+    encode_header,
     parse_filename,
 )
 

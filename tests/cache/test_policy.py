@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tests.cache.block_fixtures import BLOCK, RECORD, ROOT, chain, item, items
 from v4jax.cache.offload.disk_tier import DiskTier
 from v4jax.cache.offload.eviction import POLICIES, S3FIFOPolicy
-from v4jax.cache.offload.tier_index import TierIndex
 from v4jax.cache.offload.host_tier import HostTier
+from v4jax.cache.offload.tier_index import TierIndex
 
 BUDGET = 40
 TREE = [(form.key(name), parent if form is BLOCK else name)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.golden import weights
 from v4jax import config
-from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES, KVCacheSpec, block_size, validate_block_size, entry_format
+from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES, KVCacheSpec, block_size, entry_format, validate_block_size
 from v4jax.config import Indexer
 from v4jax.core.errors import UserError
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from v4jax.checkpoint import param_mapping, model_io
+from v4jax.checkpoint import model_io, param_mapping
 from v4jax.config import HyperConnection, Indexer, Model, MoE, RoPE
 from v4jax.models.layer_stacks import from_layer_dict
 from v4jax.models.transformer import Transformer

@@ -20,8 +20,8 @@ import v4jax
 from v4jax import checkpoint
 from v4jax.checkpoint import export, hf, param_mapping
 from v4jax.checkpoint import safetensors as st
-from v4jax.checkpoint.model_io import ModelTensors
 from v4jax.checkpoint.lazy_tensors import LazyTensors
+from v4jax.checkpoint.model_io import ModelTensors
 from v4jax.config import Config, Data, MoE, Serve
 from v4jax.core.errors import UserError
 from v4jax.data.tokenizer import Tokenizer, load_tokenizer

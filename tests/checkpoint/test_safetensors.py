@@ -8,9 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from v4jax.core import atomic
 from v4jax.checkpoint import safetensors as st
-from v4jax.core import dtypes
+from v4jax.core import atomic, dtypes
 from v4jax.core.errors import UserError
 
 

@@ -48,8 +48,8 @@ def test_every_path_of_the_command_line(argv, capsys, tmp_path, monkeypatch):
 
 def test_every_path_of_the_library(tmp_path, monkeypatch):
     from v4jax import checkpoint
-    from v4jax.core import atomic
     from v4jax.checkpoint import directory, model_io
+    from v4jax.core import atomic
     from v4jax.data.sources import find_files
     from v4jax.train.loop import train
 

@@ -6,7 +6,7 @@ import pytest
 
 from v4jax.config import Config, Data, Model, Train
 from v4jax.core.errors import UserError
-from v4jax.data.needle import KEY, NEEDLE, QUESTION, VALUE, TokenRanges, NeedleRows, haystack
+from v4jax.data.needle import KEY, NEEDLE, QUESTION, VALUE, NeedleRows, TokenRanges, haystack
 from v4jax.data.pipeline import make_dataset
 
 MODEL = Model(vocab_size=64, schedule=("swa", "csa", "hca"), compress_rate_hca=16, max_position_embeddings=4096)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import tokenizers
+from v4jax.cache.parts import covered
 
 import v4jax
 from tests.cache.block_fixtures import BLOCK, chain, items
@@ -23,7 +24,6 @@ from tests.fuzz.mutate import mutate_bytes, mutate_json, mutate_path, to_text
 from v4jax import checkpoint
 from v4jax.cache.offload import block_file
 from v4jax.cache.offload.disk_tier import DiskTier, Elsewhere
-from v4jax.cache.parts import covered
 from v4jax.checkpoint import convert, export, hf, param_mapping
 from v4jax.checkpoint.generation_config import read_generation_config
 from v4jax.config import Config, Data, HyperConnection, Indexer, Model, MoE, RoPE, Serve

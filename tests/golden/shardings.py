@@ -15,7 +15,7 @@ def tables() -> dict[str, dict[str, str]]:
     """{mesh: {parameter: shape and mesh axes of each array axis}}; needs eight devices."""
     from tests.parallel.meshes import MESHES
     from v4jax import config
-    from v4jax.parallel.rules import validate_used, make_mesh_rules
+    from v4jax.parallel.rules import make_mesh_rules, validate_used
     from v4jax.tools.cost_model import parameter_shapes
 
     letters, shapes = parameter_shapes(config.load("v4_1t").model)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.golden import make_logits, weights
+from v4jax.cache.allocate import contiguous_caches
 
 
 @pytest.mark.parametrize("name", weights.CASES)
@@ -16,7 +17,7 @@ def test_logits_are_those_of_transformers(name):
     np.testing.assert_array_equal(ids, weights.tokens(model, ids.shape, seed=make_logits.SEED))
     net = weights.build(model, weights.random_flat(model, make_logits.SEED))
     np.testing.assert_allclose(weights.full(net, ids)[0], want, rtol=0, atol=1e-4 * want.std())
-    state, parts = net.contiguous_caches(make_logits.ROWS, length), []
+    state, parts = contiguous_caches(net, make_logits.ROWS, length), []
     for start in range(0, length, 17):
         count = min(17, length - start)
         call = np.pad(ids[:, start : start + count], ((0, 0), (0, 17 - count)))

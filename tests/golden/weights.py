@@ -13,7 +13,7 @@ from flax import nnx
 from v4jax.checkpoint import param_mapping
 from v4jax.config import HyperConnection, Indexer, Model, MoE, RoPE
 from v4jax.models.layer_stacks import from_layer_dict
-from v4jax.models.transformer import Transformer, full_batch, continuation_batch
+from v4jax.models.transformer import Transformer, continuation_batch, full_batch
 
 # Axis of the inputs in the flat layout [in..., out...], where it is not the first one.
 _FAN_IN = {

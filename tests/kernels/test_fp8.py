@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from v4jax.kernels import fp8_dot
-from v4jax.kernels.grouped_mlp import experts
 from v4jax.kernels.fp8_dot.quantize import block_floats, rows
+from v4jax.kernels.grouped_mlp import experts
 
 B, T, D, U, F = 2, 130, 150, 2, 129  # one whole tile or block on each axis, and the rest
 

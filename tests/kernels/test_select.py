@@ -4,8 +4,8 @@ import jax
 import pytest
 
 from v4jax.core.errors import UserError
-from v4jax.kernels.grouped_mlp import api
 from v4jax.kernels.dispatch import select
+from v4jax.kernels.grouped_mlp import api
 
 KNOWN, BEST = ("ref", "fast", "plain"), {"cpu": "fast", "tpu": "plain"}
 

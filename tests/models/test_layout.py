@@ -7,6 +7,7 @@ from flax import nnx
 
 from tests.golden import weights
 from v4jax import config
+from v4jax.cache.allocate import contiguous_caches
 from v4jax.checkpoint import param_mapping
 from v4jax.core.errors import UserError
 from v4jax.models.layer_stacks import LayerStack, from_layer_dict, stacks, to_layer_dict
@@ -72,7 +73,7 @@ def test_scanned_layers_equal_unrolled_ones():
     np.testing.assert_allclose(y, x, rtol=0, atol=2e-5 * float(np.std(x)))
     for name in aux:
         np.testing.assert_allclose(aux_scanned[name], aux[name], rtol=1e-4, atol=1e-6, err_msg=name)
-    state, seen, parts = scanned.contiguous_caches(2, 37), np.zeros(2, np.int32), []
+    state, seen, parts = contiguous_caches(scanned, 2, 37), np.zeros(2, np.int32), []
     for start in range(0, 33, 11):
         logits, _, state = weights.step(scanned, ids[:, start : start + 11], seen + start, None, state)
         parts.append(logits)

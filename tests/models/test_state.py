@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.golden import weights
+from v4jax.cache.allocate import contiguous_caches
+from v4jax.cache.paged_cache import new_paged_layer_cache
 from v4jax.config import Indexer, MoE, RoPE
 from v4jax.models.transformer import continuation_batch
-from v4jax.cache.paged_cache import new_paged_layer_cache
 
 LENGTH, WIDTH = 45, 11  # of a row; of a call with several tokens (more than a window of SWA or CSA, less than of HCA)
 CONFIGS = {
@@ -58,7 +59,7 @@ def check(got, want):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_token_at_a_time(name):
     net, ids, want = case(name)
-    check(feed(net, ids, net.contiguous_caches(3, LENGTH), [[1] * 3] * LENGTH, 1)[0], want)
+    check(feed(net, ids, contiguous_caches(net, 3, LENGTH), [[1] * 3] * LENGTH, 1)[0], want)
 
 
 @st.composite
@@ -80,14 +81,14 @@ def ragged_calls(draw):
 @given(calls=ragged_calls())
 def test_any_split_of_ragged_rows(name, calls):
     net, ids, want = case(name)
-    check(feed(net, ids, net.contiguous_caches(3, LENGTH), calls, WIDTH)[0], want)
+    check(feed(net, ids, contiguous_caches(net, 3, LENGTH), calls, WIDTH)[0], want)
 
 
 @pytest.mark.parametrize("name", ["usual", "other"])
 def test_decode_after_prefill_and_rows_that_wait(name):
     """Prefill of different lengths, then single tokens with one row left out now and then."""
     net, ids, want = case(name)
-    first, state = feed(net, ids, net.contiguous_caches(3, LENGTH), [[11, 3, 0], [11, 0, 7]], WIDTH)
+    first, state = feed(net, ids, contiguous_caches(net, 3, LENGTH), [[11, 3, 0], [11, 0, 7]], WIDTH)
     turns = [[1, 1, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0]] * 5
     seen = np.array([len(row) for row in first], np.int32)
     for counts in turns:
@@ -102,7 +103,7 @@ def test_decode_after_prefill_and_rows_that_wait(name):
 def test_calls_without_counts():
     """`count_B=None`: every token of the call is real; a call longer than the window, then the rest."""
     net, ids, want = case("usual")
-    first, _, state = weights.step(net, ids[:, :26], np.zeros(3, np.int32), None, net.contiguous_caches(3, LENGTH))
+    first, _, state = weights.step(net, ids[:, :26], np.zeros(3, np.int32), None, contiguous_caches(net, 3, LENGTH))
     rest, _, _ = weights.step(net, ids[:, 26:], np.full(3, 26, np.int32), None, state)
     check(np.concatenate([first, rest], 1), want)
 
@@ -110,13 +111,13 @@ def test_calls_without_counts():
 def test_a_row_may_start_again():
     """A used state serves a new row from position 0: nothing of the old one shows."""
     net, ids, want = case("usual")
-    _, state = feed(net, ids[::-1], net.contiguous_caches(3, LENGTH), [[11, 11, 11], [11, 4, 11], [11, 11, 11]], WIDTH)
+    _, state = feed(net, ids[::-1], contiguous_caches(net, 3, LENGTH), [[11, 11, 11], [11, 4, 11], [11, 11, 11]], WIDTH)
     check(feed(net, ids, state, [[11, 2, 11], [11, 11, 3]], WIDTH)[0], want)
 
 
 def test_a_longer_state_changes_nothing():
     net, ids, want = case("usual")
-    check(feed(net, ids, net.contiguous_caches(3, 4 * LENGTH), [[11, 5, 9]] * 4, WIDTH)[0], want)
+    check(feed(net, ids, contiguous_caches(net, 3, 4 * LENGTH), [[11, 5, 9]] * 4, WIDTH)[0], want)
 
 
 def test_mtp_keeps_its_own_past():
@@ -130,7 +131,7 @@ def test_mtp_keeps_its_own_past():
         logits, past, _ = net.mtp_logits(x, ids[:, 1:], chunk, past)
         return logits, state, past
 
-    empty = lambda: (net.contiguous_caches(2, 40), new_paged_layer_cache(model, "swa", 2, 40, jnp.float32))
+    empty = lambda: (contiguous_caches(net, 2, 40), new_paged_layer_cache(model, "swa", 2, 40, jnp.float32))
     want = np.asarray(run(net, ids, np.zeros(2, np.int32), *empty())[0])
     got, carry = [], empty()
     for start in range(0, 33, 3):

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from v4jax.cli import COMMANDS
-from v4jax.engine_flags import parse
+from v4jax.cli_flags import parse
 from v4jax.parallel.distributed import ProcessInfo, detect_process
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"

@@ -10,8 +10,8 @@ from tests.golden import weights
 from tests.nn import reference
 from v4jax.models.transformer import full_batch
 from v4jax.nn.compressor import Compressor
-from v4jax.nn.rope import frequencies
 from v4jax.nn.kv_cache_interface import NoCache
+from v4jax.nn.rope import frequencies
 
 
 def _compressor(kind, size, **changes):

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tests.golden import weights
 from v4jax.models.transformer import full_batch
 from v4jax.nn import indexer
-from v4jax.nn.csa import _topk_mask
-from v4jax.nn.indexer import score, topk_search, causal_mask
-from v4jax.nn.kv_cache_interface import DenseEntries, NoCache
 from v4jax.nn.attention import index_loss
+from v4jax.nn.csa import _topk_mask
+from v4jax.nn.indexer import causal_mask, score, topk_search
+from v4jax.nn.kv_cache_interface import DenseEntries, NoCache
 
 # Few values, so that most are tied; minus zero is what negative weights make of inactive heads.
 TIED = st.lists(st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 0.0, 0.5, 2.0]), min_size=9, max_size=9)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from tests.golden import weights
 from tests.nn import reference
-from v4jax.nn.mhc import HyperHead, HyperConnection, hc_pre, hc_post
+from v4jax.nn.mhc import HyperConnection, HyperHead, hc_post, hc_pre
 
 MODEL = weights.config(hidden_size=16)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from v4jax import config
-from v4jax.config import ShardingRules, Mesh
+from v4jax.config import Mesh, ShardingRules
 from v4jax.core.errors import UserError
 from v4jax.kernels.grouped_mlp import experts
 from v4jax.nn import expert_parallel

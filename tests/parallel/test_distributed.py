@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from v4jax.core.errors import UserError
-from v4jax.parallel.distributed import ProcessInfo, first_host, rendezvous, initialize, detect_process
+from v4jax.parallel.distributed import ProcessInfo, detect_process, first_host, initialize, rendezvous
 
 ROOT = pathlib.Path(__file__).parents[2]
 SLURM = {"SLURM_JOB_ID": "70000", "SLURM_STEP_NODELIST": "gpu[007,009-10]", "SLURM_PROCID": "5", "SLURM_NODEID": "1",

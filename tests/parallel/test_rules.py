@@ -10,11 +10,11 @@ from jax.sharding import PartitionSpec as P
 
 from tests.golden import shardings
 from v4jax import config
-from v4jax.config import ConfigError, ShardingRules, Mesh
+from v4jax.config import ConfigError, Mesh, ShardingRules
 from v4jax.core.errors import UserError
 from v4jax.nn.linear import normal_param
 from v4jax.parallel.mesh import make_mesh, sizes
-from v4jax.parallel.rules import MeshRules, validate_rules, validate_used, constrain, make_mesh_rules, use_rules
+from v4jax.parallel.rules import MeshRules, constrain, make_mesh_rules, use_rules, validate_rules, validate_used
 
 FSDP = config.load_sharding("fsdp")
 

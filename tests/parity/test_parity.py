@@ -10,6 +10,7 @@ pytest.importorskip("transformers", minversion="5.23", reason="transformers with
 
 from tests.golden import weights  # noqa: E402
 from tests.parity import oracle  # noqa: E402
+from v4jax.cache.allocate import contiguous_caches
 from v4jax.config import HyperConnection, Indexer, MoE, RoPE  # noqa: E402
 
 NEW, WIDTH = 64, 16  # generated tokens; tokens of a prefill call
@@ -59,7 +60,7 @@ def test_logits_and_generation(name):
     want = [oracle.logits(other, row[None])[0] for row in rows]
     spread = np.std(np.concatenate(want))
 
-    state, seen, got = net.contiguous_caches(2, max(PROMPTS) + NEW), np.zeros(2, np.int32), [[], []]
+    state, seen, got = contiguous_caches(net, 2, max(PROMPTS) + NEW), np.zeros(2, np.int32), [[], []]
     while (left := np.array(PROMPTS) - seen).any():
         counts, call = np.minimum(left, WIDTH).astype(np.int32), np.zeros((2, WIDTH), np.int32)
         for row, count in enumerate(counts):

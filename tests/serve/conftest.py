@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.serve import fake_device, engine_harness
+from tests.serve import engine_harness, fake_device
 from v4jax.data.tokenizer import Tokenizer
 from v4jax.serve.engine import Engine
 

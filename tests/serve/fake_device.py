@@ -8,8 +8,8 @@ import zlib
 
 from v4jax.cache import block_hash
 from v4jax.cache.block_pool import BlockPool
-from v4jax.serve.scheduler import Scheduler
 from v4jax.serve.request import RequestStatus
+from v4jax.serve.scheduler import Scheduler
 
 STOP = 0
 VOCABULARY = 5

@@ -2,10 +2,10 @@
 
 import contextlib
 
+from tests.cache.faulty_files import FaultyFiles
 from tests.serve.engine_harness import LIMITS, check_settled, drive, new_books
 from v4jax import config
 from v4jax.cache.offload.disk_tier import DiskTier
-from tests.cache.faulty_files import FaultyFiles
 from v4jax.serve import kv_connector
 from v4jax.serve.engine import Engine
 

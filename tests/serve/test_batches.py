@@ -12,9 +12,9 @@ from flax import nnx
 
 from tests.serve.engine_harness import LIMITS, MODEL, check_settled, draw_model, new_books, tokens_of
 from v4jax import config
+from v4jax.cache.paged_cache import PagedLayerCache
 from v4jax.core.errors import UserError
 from v4jax.models.transformer import Transformer
-from v4jax.cache.paged_cache import PagedLayerCache
 from v4jax.serve import model_steps
 from v4jax.serve.engine import Engine, chunk_sizes
 from v4jax.serve.sampling import SamplerOutput, SamplingParams

@@ -10,10 +10,10 @@ from flax import nnx
 
 from tests.serve.engine_harness import BLOCK, LIMITS, MODEL, check_settled, draw_model, new_books, tokens_of
 from v4jax import config
-from v4jax.core.errors import UserError
 from v4jax.cache.paged_cache import PagedLayerCache
+from v4jax.core.errors import UserError
 from v4jax.serve import model_steps
-from v4jax.serve.engine import Engine, validate_limits, chunk_sizes
+from v4jax.serve.engine import Engine, chunk_sizes, validate_limits
 from v4jax.serve.sampling import SamplingParams
 
 RNG = np.random.default_rng(0)

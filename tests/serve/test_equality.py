@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.serve.request_mixes import BASES, GREEDY, MOST, SAMPLED, Solo, books, check, companies, crowded, few, staying
 from tests.serve.engine_harness import LIMITS, MODEL, Request, draw_model, drive, new_books
+from tests.serve.request_mixes import BASES, GREEDY, MOST, SAMPLED, Solo, books, check, companies, crowded, few, staying
 from v4jax.serve import model_steps
 from v4jax.serve.engine import Engine
 from v4jax.serve.request import RequestStatus

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 
 from tests.compiler import AS_USERS
-from tests.serve.request_mixes import BASES, SAMPLED, Solo, books, check, companies, crowded, few, staying
 from tests.serve.engine_harness import LIMITS, Request, compiled, drive, new_books
+from tests.serve.request_mixes import BASES, SAMPLED, Solo, books, check, companies, crowded, few, staying
 from v4jax.serve.engine import Engine
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from tests.compiler import FUSED
 from tests.golden import weights
-from tests.serve.request_mixes import BASES, SAMPLED, crowded
 from tests.serve.engine_harness import LIMITS, MODEL, Request, compiled, drive, new_books
 from tests.serve.offload_harness import one_by_one, small_books, tiered
+from tests.serve.request_mixes import BASES, SAMPLED, crowded
 from v4jax import config
 from v4jax.cache.kv_cache_spec import KVCacheSpec
 from v4jax.core.errors import UserError

@@ -22,11 +22,11 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.serve.request_mixes import BASES, GREEDY, Solo, check, companies, crowded, few, staying
+from tests.cache.faulty_files import FaultyFiles, failing
 from tests.serve.engine_harness import BLOCK, LIMITS, MODEL, Request, draw_model, drive
 from tests.serve.offload_harness import LONG, one_by_one, parked, small_books, tiered
+from tests.serve.request_mixes import BASES, GREEDY, Solo, check, companies, crowded, few, staying
 from v4jax import config
-from tests.cache.faulty_files import FaultyFiles, failing
 from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES
 from v4jax.core.errors import UserError
 from v4jax.models.transformer import Transformer

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.serve import interrupts, engine_harness
+from tests.serve import engine_harness, interrupts
 from tests.serve.engine_harness import LIMITS, Request, check_settled, draw_model, drive
 from tests.serve.offload_harness import LONG, small_books, tiered
 from v4jax import config
-from v4jax.serve import LLM, SamplingParams, device_connector, data_parallel, model_steps
+from v4jax.serve import LLM, SamplingParams, data_parallel, device_connector, model_steps
 from v4jax.serve.engine import Engine
 
 OPTIONS = {name: getattr(LIMITS, name) for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens")}

@@ -15,8 +15,8 @@ from v4jax.core.errors import UserError
 from v4jax.data.pipeline import make_dataset
 from v4jax.data.tokenizer import Tokenizer
 from v4jax.train import loop
-from v4jax.train.spike_guard import check_step, new_guard
 from v4jax.train.metrics import read_metrics
+from v4jax.train.spike_guard import check_step, new_guard
 
 STEP = jax.jit(check_step, static_argnums=3)
 

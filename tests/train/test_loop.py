@@ -20,8 +20,8 @@ from v4jax.core.errors import UserError
 from v4jax.data.tokenizer import Tokenizer
 from v4jax.train import loop
 from v4jax.train.metrics import read_metrics
-from v4jax.train.trainer import Trainer
 from v4jax.train.stop_signals import StopSignals
+from v4jax.train.trainer import Trainer
 from v4jax.train.workdir_lock import LOCK_NAME
 
 ROOT = pathlib.Path(__file__).parents[2]

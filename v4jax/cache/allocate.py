@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from v4jax import config
-from v4jax.cache.pools import new_pool
+from v4jax.cache.entry_cache import read_counters
 from v4jax.cache.host_pool import new_host_entry_pool, pinned_zeros
 from v4jax.cache.kv_cache_spec import KVCacheSpec
+from v4jax.cache.paged_cache import FloatPool, PagedLayerCache, new_paged_layer_cache
+from v4jax.cache.pools import new_pool
 from v4jax.core.errors import UserError
+from v4jax.models.transformer import KVCacheList, Transformer
 from v4jax.nn.csa import use_gather
-from v4jax.cache.entry_cache import read_counters
-from v4jax.cache.paged_cache import PagedLayerCache, new_paged_layer_cache
 from v4jax.parallel.host_memory import is_host
 
 _HOST_PARTS = {"csa": "main", "hca": "tails"}  # part of a layer's state that lies in host memory, where `hot` says so
@@ -40,20 +41,43 @@ def allocate_layer(layout: KVCacheSpec, kind: str, pages: int, records: int, sla
     return kept
 
 
+def contiguous_caches(model: Transformer, batch: int, tokens: int) -> KVCacheList:
+    """Allocate an unpaged float cache: row b of the batch owns state slot b and block b.
+
+    Args:
+      model: the model whose layers need a cache.
+      batch: rows of the batch.
+      tokens: the most tokens of a row.
+
+    Returns:
+      A cache of each layer, stacked like the model's layers (leading axis of repeats).
+    """
+    config, dtype = model.config, jnp.dtype(model.config.dtype)
+
+    def one(kind, repeats):
+        width = {"main": config.head_dim, "index": config.indexer.index_head_dim}
+        slots = max(1, tokens // config.compress_rate(kind)) if kind != "swa" else 0
+        pool = lambda part: FloatPool(jnp.zeros((batch, slots, width[part]), dtype))
+        cache = new_paged_layer_cache(config, kind, batch, pool, dtype)
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (repeats, *a.shape)), cache) if repeats > 1 else cache
+
+    return [[one(kind, stack.repeats) for kind, _ in stack.kinds] for stack in model.stack_specs]
+
+
 def memory_stats(live) -> dict[str, float]:
     """`kv_bytes`: of all arrays on the device; `kv_host_bytes`: of those in host memory. If there are such, of the
     picks of decode steps, over the layers: how many were found on the device and were fetched, and bytes fetched."""
     held = {False: 0, True: 0}
     for array in jax.tree.leaves(live):
         held[is_host(array)] += array.nbytes
-    kept = [one for one in jax.tree.leaves(live, is_leaf=lambda a: isinstance(a, PagedLayerCache)) if one.hot is not None]
+    kept = [one for one in jax.tree.leaves(live, is_leaf=lambda a: isinstance(a, PagedLayerCache)) if one.device_cache is not None]
     counts = {"kv_bytes": held[False], "kv_host_bytes": held[True]}
     if not kept:
         return counts
-    hits, misses = sum(read_counters(n) for n in jax.device_get([one.hot.counters_5 for one in kept])).tolist()
+    hits, misses = sum(read_counters(n) for n in jax.device_get([one.device_cache.counters_5 for one in kept])).tolist()
     return counts | {
         "hot_hits": hits, "hot_misses": misses, "hot_hit_rate": hits / max(hits + misses, 1),
-        "hot_fetched_bytes": misses * kept[0].main.row_bytes,
+        "hot_fetched_bytes": misses * kept[0].entries.row_bytes,
     }  # fmt: skip
 
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from v4jax.core.pytree import pytree
 from v4jax.parallel.host_memory import host_gather, host_scatter
-from v4jax.nn.kv_cache_interface import pytree
 
 _AT_ONCE = 128  # entries that one turn of the loop fetches: a step with none to fetch costs no turn
 _NONE = -1

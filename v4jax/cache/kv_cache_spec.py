@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from v4jax import config
+from v4jax.cache.paged_cache import new_paged_layer_cache
 from v4jax.core.errors import UserError
 from v4jax.core.qtensor import group_size
 from v4jax.nn import qdq
-from v4jax.cache.paged_cache import new_paged_layer_cache
 
 KV_CACHE_DTYPES = ("model", "bf16", "fp8", "fp8_fp4")
 _FORMATS = {"fp8": {"main": "fp8", "index": "fp8"}, "fp8_fp4": {"main": "fp8", "index": "fp4"}}
@@ -182,7 +182,7 @@ class KVCacheSpec:
     def host_state_bytes(self, slack: int = 0) -> int:
         """Bytes in host memory of one record over the layers: 0 where all of it lies on the device."""
         layers = self.model.schedule.count("hca") if self.hot else 0
-        return layers and layers * _bytes(self._record("hca", slack).tails)
+        return layers and layers * _bytes(self._record("hca", slack).compressor_state)
 
     def _record(self, kind: str, slack: int):
         dtype = jnp.dtype(self.model.dtype)

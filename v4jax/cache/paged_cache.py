@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from v4jax import config
-from v4jax.core.qtensor import QTensor
 from v4jax.cache.entry_cache import DeviceEntryCache
-from v4jax.parallel.host_memory import host_gather, is_host, host_scatter
-from v4jax.nn.kv_cache_interface import NO_TOKEN, ForwardBatch, WindowKV, CompressionWindows, identity_window, pytree
+from v4jax.core.pytree import pytree
+from v4jax.core.qtensor import QTensor
 from v4jax.nn.attention import MAX_DECODE_QUERIES
+from v4jax.nn.kv_cache_interface import NO_TOKEN, CompressionWindows, ForwardBatch, WindowKV, identity_window
+from v4jax.parallel.host_memory import host_gather, host_scatter, is_host
 
 
 class EntryPool:
@@ -129,7 +130,7 @@ class PagedEntryReader:
         wanted_BTK = (pick_BTK >= 0) & ~self.pending_entries.at(slot_BTK, self.entries.shape[0])[0]
         hot, row_BTK = self.device_cache.fetch(self.entries, *self._physical(self.entries, slot_BTK), wanted_BTK)
         rows = hot.rows.take(jnp.zeros_like(row_BTK), row_BTK, self.dtype)
-        return self._overlay_pending(rows, slot_BTK), dataclasses.replace(self, hot=hot)
+        return self._overlay_pending(rows, slot_BTK), dataclasses.replace(self, device_cache=hot)
 
     def gather_index_keys(self, pick_BTK):
         return self._gather(self.index_keys, jnp.maximum(pick_BTK, 0))
@@ -231,7 +232,7 @@ class PagedLayerCache:
         now, before = rows[:, back:], None
         if overlap:
             before = jnp.where((entry == 0)[..., None, None], identity_window(rows[:, :count]), rows[:, :count])
-        state = dataclasses.replace(self, tails=self.compressor_state | {name: tail_ZSW}, late=late)
+        state = dataclasses.replace(self, compressor_state=self.compressor_state | {name: tail_ZSW}, pending_state=late)
         return CompressionWindows(now, before, entry, entry * ratio, complete), state
 
     def append(
@@ -249,7 +250,7 @@ class PagedLayerCache:
                 return main.write(page_BC, slot_BC, kv_BCH), index and index.write(page_BC, slot_BC, index_BCL)
 
             main, index = _in_place(write, (self.entries, self.index_keys), windows.complete_BC.any())
-            return dataclasses.replace(self, main=main, index=index)
+            return dataclasses.replace(self, entries=main, index_keys=index)
         old_BC = self.device_cache.lookup(page_BC, slot_BC)
         rows = jax.eval_shape(self.entries.encode, kv_BCH)
         rows = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), rows)
@@ -261,7 +262,7 @@ class PagedLayerCache:
 
         index, hot, rows = _in_place(forget, (self.index_keys, self.device_cache, rows), windows.complete_BC.any())
         new = PendingEntries(rows, page_BC, slot_BC, windows.index_BC)
-        return dataclasses.replace(self, index=index, hot=hot, new=new)
+        return dataclasses.replace(self, index_keys=index, device_cache=hot, pending_entries=new)
 
     def reader(self, chunk: ForwardBatch, dtype: jnp.dtype, times: int = 1) -> PagedEntryReader | None:
         """The pages of the rows, every row `times` times, read as `dtype`."""
@@ -273,21 +274,21 @@ class PagedLayerCache:
 
     def with_reader(self, view: PagedEntryReader | None) -> PagedLayerCache:
         """With the copies that reading made."""
-        return self if self.device_cache is None else dataclasses.replace(self, hot=view.device_cache)
+        return self if self.device_cache is None else dataclasses.replace(self, device_cache=view.device_cache)
 
     def map_state(self, change: Callable[[jax.Array], jax.Array]) -> PagedLayerCache:
         """With `change` applied to every array of records."""
         tails = {name: change(tail) for name, tail in self.compressor_state.items()}
-        return dataclasses.replace(self, window_ring_ZSH=change(self.window_ring_ZSH), tails=tails)
+        return dataclasses.replace(self, window_ring_ZSH=change(self.window_ring_ZSH), compressor_state=tails)
 
     def zero_blocks(self, page_A: jax.Array) -> PagedLayerCache:
         """With zeros in these pages, int32; those out of range are passed over."""
         zeros = lambda pool: jax.tree.map(lambda a: host_scatter(a, 0, page_A), pool)
-        return dataclasses.replace(self, main=zeros(self.entries), index=zeros(self.index_keys)).invalidate_copies(page_A)
+        return dataclasses.replace(self, entries=zeros(self.entries), index_keys=zeros(self.index_keys)).invalidate_copies(page_A)
 
     def invalidate_copies(self, page_A: jax.Array) -> PagedLayerCache:
         """Without copies of these pages, to be called when they were written to."""
-        return self if self.device_cache is None else dataclasses.replace(self, hot=self.device_cache.invalidate_blocks(page_A))
+        return self if self.device_cache is None else dataclasses.replace(self, device_cache=self.device_cache.invalidate_blocks(page_A))
 
     def commit(self, done: jax.Array) -> PagedLayerCache:
         """What outlives the call: everything, and what is new where it belongs."""

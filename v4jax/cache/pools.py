@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 from v4jax import config
 from v4jax.cache import kv_cache_spec
+from v4jax.cache.paged_cache import EntryPool, FloatPool
+from v4jax.core.pytree import pytree
 from v4jax.core.qtensor import QTensor, dequantize, quantize
-from v4jax.cache.paged_cache import FloatPool, EntryPool
-from v4jax.nn.kv_cache_interface import pytree
 
 
 @pytree

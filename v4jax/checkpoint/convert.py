@@ -14,8 +14,8 @@ import rich.progress as rp
 
 from v4jax.checkpoint import directory
 from v4jax.checkpoint.extra_files import companions_of
-from v4jax.checkpoint.model_io import check_format, open_checkpoint, write
 from v4jax.checkpoint.lazy_tensors import LazyTensors
+from v4jax.checkpoint.model_io import check_format, open_checkpoint, write
 from v4jax.core.errors import UserError
 
 _REPORT_SECONDS = 10.0

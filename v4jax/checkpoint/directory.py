@@ -19,8 +19,8 @@ from dataclasses import replace
 
 from v4jax import config as config_lib
 from v4jax.checkpoint import checksums
-from v4jax.core.atomic import replace_text, write_error
 from v4jax.config import SOURCES, Config, Data, Mesh, Model, Serve
+from v4jax.core.atomic import replace_text, write_error
 from v4jax.core.errors import UserError
 from v4jax.core.paths import local_path
 from v4jax.core.untrusted_json import read_object

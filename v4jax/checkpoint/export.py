@@ -16,15 +16,24 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from v4jax.checkpoint import checksums
-from v4jax.checkpoint.path_alias import plain_path
-from v4jax.core.atomic import replace_directory, require_space, write_text
-from v4jax.checkpoint.extra_files import Companions
 from v4jax.checkpoint.directory import CONFIG_NAME, config_text
-from v4jax.checkpoint.orbax import ItemHandler, ItemSave, silence, system_error
-from v4jax.checkpoint.step import STEPS_NAME, WEIGHTS, StepItem, finished_steps, steps_path
+from v4jax.checkpoint.extra_files import Companions
 from v4jax.checkpoint.lazy_tensors import described, memory_dtype, tokenizer_files
+from v4jax.checkpoint.orbax import (
+    STEPS_NAME,
+    WEIGHTS,
+    ItemHandler,
+    ItemSave,
+    finished_steps,
+    silence,
+    steps_path,
+    system_error,
+)
+from v4jax.checkpoint.path_alias import plain_path
+from v4jax.checkpoint.step import STEPS_NAME, WEIGHTS, StepItem, finished_steps, steps_path
 from v4jax.config import Config
 from v4jax.core import dtypes
+from v4jax.core.atomic import replace_directory, require_space, write_text
 from v4jax.core.errors import UserError
 
 _CHUNK_BYTES = 64 * 1024 * 1024  # largest piece of an exported tensor that must be read whole

@@ -19,12 +19,12 @@ import ml_dtypes
 import numpy as np
 
 from v4jax.checkpoint import checksums, param_mapping
-from v4jax.core.atomic import replace_directory, write_text
 from v4jax.checkpoint.extra_files import Companions
-from v4jax.checkpoint.safetensors import INDEX_NAME, Entry, SafetensorsDir, write_safetensors
 from v4jax.checkpoint.lazy_tensors import FLOAT32, LazyTensors, described, memory_dtype, report, tokenizer_files
+from v4jax.checkpoint.safetensors import INDEX_NAME, Entry, SafetensorsDir, write_safetensors
 from v4jax.config import Model
 from v4jax.core import dtypes
+from v4jax.core.atomic import replace_directory, write_text
 from v4jax.core.errors import UserError
 from v4jax.models import hf_config
 

@@ -18,8 +18,8 @@ from flax import nnx
 from v4jax.checkpoint import directory, param_mapping
 from v4jax.checkpoint.export import write_orbax
 from v4jax.checkpoint.hf import read_hf, write_hf
-from v4jax.checkpoint.orbax import OrbaxTensors
 from v4jax.checkpoint.lazy_tensors import LazyTensors
+from v4jax.checkpoint.orbax import OrbaxTensors
 from v4jax.config import Config, Model
 from v4jax.core import dtypes
 from v4jax.core.errors import UserError

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from v4jax.core.atomic import require_space, write_all, write_text
 from v4jax.core import dtypes, untrusted_json
+from v4jax.core.atomic import require_space, write_all, write_text
 from v4jax.core.errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"

@@ -14,22 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4jax import checkpoint as store
+from v4jax.cache.allocate import allocate_layer
 from v4jax.cache.kv_cache_spec import KVCacheSpec, entry_format
 from v4jax.core.errors import UserError
 from v4jax.core.qtensor import dequantize, quantize
 from v4jax.core.reporting import print_table
 from v4jax.data.sources import load_documents
 from v4jax.data.tokenizer import load_tokenizer
-from v4jax.evals.thresholds import read as read_bounds
 from v4jax.evals.heldout import config_of
-from v4jax.models.transformer import Transformer, full_batch, continuation_batch
+from v4jax.evals.thresholds import read as read_bounds
+from v4jax.models.transformer import Transformer, continuation_batch, full_batch
 from v4jax.nn.csa import CompressedSparseAttention
-from v4jax.nn.indexer import score, causal_mask
+from v4jax.nn.indexer import causal_mask, score
+from v4jax.nn.kv_cache_interface import CacheSlots, NoCache
 from v4jax.nn.linear import einsum
 from v4jax.nn.mhc import hc_pre
 from v4jax.nn.rope import angles, frequencies
-from v4jax.nn.kv_cache_interface import NoCache, CacheSlots
-from v4jax.cache.allocate import allocate_layer
 
 REFERENCE = "bf16"
 # name -> (unit, bound, whether it is an upper one)

@@ -23,7 +23,7 @@ from v4jax import config as configs
 from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES, KVCacheSpec
 from v4jax.core.errors import UserError
 from v4jax.core.reporting import print_table
-from v4jax.data.needle import QUESTION, SOURCE, VALUE, TokenRanges, Haystack, haystack
+from v4jax.data.needle import QUESTION, SOURCE, VALUE, Haystack, TokenRanges, haystack
 from v4jax.evals.thresholds import read as read_bounds
 from v4jax.models.transformer import Transformer
 from v4jax.serve import LLM, SamplingParams

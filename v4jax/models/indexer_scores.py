@@ -9,10 +9,10 @@ from v4jax.core.errors import UserError
 from v4jax.models.transformer import Transformer, full_batch
 from v4jax.nn import qdq
 from v4jax.nn.indexer import score
+from v4jax.nn.kv_cache_interface import NoCache
 from v4jax.nn.linear import einsum
 from v4jax.nn.mhc import hc_pre
 from v4jax.nn.rope import angles, frequencies
-from v4jax.nn.kv_cache_interface import NoCache
 
 
 @jax.jit

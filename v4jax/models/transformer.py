@@ -13,11 +13,10 @@ from v4jax.core.errors import UserError
 from v4jax.models.layer_stacks import stacks
 from v4jax.nn.decoder_layer import DecoderLayer
 from v4jax.nn.embed import Embed, LMHead
-from v4jax.cache.paged_cache import FloatPool, new_paged_layer_cache
+from v4jax.nn.kv_cache_interface import CacheSlots, ForwardBatch, LayerCache, NoCache
 from v4jax.nn.mhc import HyperHead
 from v4jax.nn.mtp import MTP
 from v4jax.nn.norm import RMSNorm
-from v4jax.nn.kv_cache_interface import ForwardBatch, NoCache, LayerCache, CacheSlots
 from v4jax.parallel.rules import constrain
 
 _STREAMS = "streams"
@@ -80,7 +79,7 @@ class Transformer(nnx.Module):
         The same function trains (`self.fresh()` as state), prefills in any chunking, and decodes.
         """
         x_BTXD = constrain(self.embed.embed_streams(chunk.tokens_BT), "BTXD")
-        aux, contiguous_caches = [], []
+        aux, new_caches = [], []
         pattern = lambda x, blocks, pasts: _stack_body(checkpoint_name(x, _STREAMS), blocks, pasts, chunk)
         if self.remat:
             pattern = jax.checkpoint(pattern, policy=_ON_HOST if self.offload else None)
@@ -91,9 +90,9 @@ class Transformer(nnx.Module):
             else:
                 step = lambda x, layer: pattern(x, *layer)
                 x_BTXD, (past, out) = jax.lax.scan(step, x_BTXD, (list(blocks), pasts))
-            contiguous_caches.append(past)
+            new_caches.append(past)
             aux.append(out)
-        return x_BTXD, contiguous_caches, _by_layer(aux)
+        return x_BTXD, new_caches, _by_layer(aux)
 
     def logits(self, x_BTXD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of the streams after the last layer."""
@@ -112,19 +111,6 @@ class Transformer(nnx.Module):
     def no_cache(self) -> KVCacheList:
         """State of a call that is the whole history."""
         return [[NoCache() for _ in run.kinds] for run in self.stack_specs]
-
-    def contiguous_caches(self, batch: int, tokens: int) -> KVCacheList:
-        """Empty arrays for `batch` rows of at most `tokens` tokens: a record and a page a row."""
-        dtype = jnp.dtype(self.config.dtype)
-
-        def one(kind, repeats):
-            width = {"main": self.config.head_dim, "index": self.config.indexer.index_head_dim}
-            slots = max(1, tokens // self.config.compress_rate(kind)) if kind != "swa" else 0
-            pool = lambda part: FloatPool(jnp.zeros((batch, slots, width[part]), dtype))
-            past = new_paged_layer_cache(self.config, kind, batch, pool, dtype)
-            return jax.tree.map(lambda a: jnp.broadcast_to(a, (repeats, *a.shape)), past) if repeats > 1 else past
-
-        return [[one(kind, run.repeats) for kind, _ in run.kinds] for run in self.stack_specs]
 
 
 def full_batch(

@@ -14,20 +14,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
+from v4jax.core.pytree import pytree
 from v4jax.nn import qdq
-from v4jax.nn.linear import param, einsum, normal_param
-from v4jax.nn.norm import RMSNorm, rms
-from v4jax.nn.rope import angles, frequencies, rotate
 from v4jax.nn.kv_cache_interface import (
     NO_TOKEN,
-    ForwardBatch,
     DenseEntries,
-    NoCache,
-    LayerCache,
-    WindowKV,
     EntryReader,
-    pytree,
+    ForwardBatch,
+    LayerCache,
+    NoCache,
+    WindowKV,
 )
+from v4jax.nn.linear import einsum, normal_param, param
+from v4jax.nn.norm import RMSNorm, rms
+from v4jax.nn.rope import angles, frequencies, rotate
 from v4jax.parallel.context_parallel import ContextShards, active_context_shards
 
 _QUERY_TILE = 128  # queries of a block, rounded down to whole windows

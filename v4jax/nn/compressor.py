@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
-from v4jax.nn.linear import param, einsum, normal_param
+from v4jax.nn.kv_cache_interface import CompressionWindows, ForwardBatch, LayerCache
+from v4jax.nn.linear import einsum, normal_param, param
 from v4jax.nn.norm import RMSNorm
 from v4jax.nn.rope import angles, frequencies, rotate
-from v4jax.nn.kv_cache_interface import ForwardBatch, LayerCache, CompressionWindows
 
 
 class Compressor(nnx.Module):

@@ -6,10 +6,10 @@ from flax import nnx
 
 from v4jax import config
 from v4jax.nn import qdq
+from v4jax.nn.attention import IndexerTrace, SoftmaxPartial, attend
 from v4jax.nn.hca import HeavilyCompressedAttention
 from v4jax.nn.indexer import Indexer, score, score_picked, topk_search
-from v4jax.nn.kv_cache_interface import ForwardBatch, LayerCache, EntryReader
-from v4jax.nn.attention import SoftmaxPartial, IndexerTrace, attend
+from v4jax.nn.kv_cache_interface import EntryReader, ForwardBatch, LayerCache
 
 # Reading every entry through a mask costs products with all of them, gathering costs traffic per pick: with up to
 # this many entries a pick the mask is taken: an estimate for XLA:CPU, that no bench has measured yet.

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
+from v4jax.nn.attention import SlidingWindowAttention
 from v4jax.nn.csa import CompressedSparseAttention
 from v4jax.nn.hca import HeavilyCompressedAttention
-from v4jax.nn.mhc import HyperConnection, hc_pre, hc_post
+from v4jax.nn.kv_cache_interface import ForwardBatch, LayerCache
+from v4jax.nn.mhc import HyperConnection, hc_post, hc_pre
 from v4jax.nn.moe import MoE
 from v4jax.nn.norm import RMSNorm
-from v4jax.nn.kv_cache_interface import ForwardBatch, LayerCache
-from v4jax.nn.attention import SlidingWindowAttention
 
 ATTENTION = {"swa": SlidingWindowAttention, "csa": CompressedSparseAttention, "hca": HeavilyCompressedAttention}
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from v4jax.core.errors import UserError
 from v4jax.kernels.grouped_mlp import experts
-from v4jax.parallel.token_dispatch import TokenDispatcher
 from v4jax.parallel.rules import MeshRules
+from v4jax.parallel.token_dispatch import TokenDispatcher
 
 # Rows of a round, against the number that arrives if all experts are equally busy. Beyond it a second round begins: it
 # costs time, never tokens. An estimate: routing that the balance rules hold within a third of the mean needs one.

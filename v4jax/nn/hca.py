@@ -6,10 +6,10 @@ from flax import nnx
 
 from v4jax import config
 from v4jax.nn import qdq
+from v4jax.nn.attention import MAX_DECODE_QUERIES, SlidingWindowAttention, SoftmaxPartial, attend
 from v4jax.nn.compressor import Compressor
 from v4jax.nn.indexer import causal_mask
-from v4jax.nn.kv_cache_interface import ForwardBatch, LayerCache, EntryReader
-from v4jax.nn.attention import MAX_DECODE_QUERIES, SoftmaxPartial, SlidingWindowAttention, attend
+from v4jax.nn.kv_cache_interface import EntryReader, ForwardBatch, LayerCache
 
 _MAX_SINGLE_PASS = 1024  # up to this many entries are read in one go, more in pieces, as far as they are visible
 _FEW_PIECE = 1024  # entries of a piece where queries are few: their logits are small

@@ -7,11 +7,11 @@ from flax import nnx
 from v4jax import config
 from v4jax.core.qtensor import QTensor, scaled_dot
 from v4jax.nn import qdq
+from v4jax.nn.attention import MAX_DECODE_QUERIES
 from v4jax.nn.compressor import Compressor
+from v4jax.nn.kv_cache_interface import EntryReader
 from v4jax.nn.linear import einsum, normal_param
 from v4jax.nn.rope import rotate
-from v4jax.nn.kv_cache_interface import EntryReader
-from v4jax.nn.attention import MAX_DECODE_QUERIES
 
 _PIECE = 1024  # entries that are scored at once
 _FEW_PIECE = 256  # at least, in a decode step

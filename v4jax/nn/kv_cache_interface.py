@@ -15,27 +15,17 @@ quantize are in `cache/`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, dataclass_transform
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
+from v4jax.core.pytree import pytree
 from v4jax.core.qtensor import QTensor
 from v4jax.parallel.context_parallel import active_context_shards
 
 NO_TOKEN = -(2**30)  # order of a row that holds nothing: before every window
-
-
-@dataclass_transform(frozen_default=True)
-def pytree(cls):
-    """Frozen dataclass registered as a pytree; fields marked static are part of the structure."""
-    cls = dataclass(frozen=True)(cls)
-    static = [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]
-    dynamic = [f.name for f in dataclasses.fields(cls) if f.name not in static]
-    return jax.tree_util.register_dataclass(cls, dynamic, static)
 
 
 @pytree

@@ -7,7 +7,7 @@ from flax import nnx
 
 from v4jax import config
 from v4jax.kernels.sinkhorn import sinkhorn
-from v4jax.nn.linear import param, normal_param
+from v4jax.nn.linear import normal_param, param
 
 _FEW_TOKENS = 16  # up to here XLA:CPU is twice as fast with the weight as left operand, beyond with the tokens
 

@@ -8,10 +8,10 @@ from v4jax import config
 from v4jax.kernels import fp8_dot
 from v4jax.kernels.grouped_mlp import experts, swiglu
 from v4jax.nn import qdq
-from v4jax.nn.linear import is_fp8, is_mxfp4, einsum, normal_param
-from v4jax.nn.router import Router, balance_loss
 from v4jax.nn.expert_parallel import ep_experts
 from v4jax.nn.kv_cache_interface import ForwardBatch
+from v4jax.nn.linear import einsum, is_fp8, is_mxfp4, normal_param
+from v4jax.nn.router import Router, balance_loss
 from v4jax.parallel.rules import current_rules
 
 

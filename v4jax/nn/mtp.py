@@ -6,10 +6,10 @@ from flax import nnx
 
 from v4jax import config
 from v4jax.nn.decoder_layer import DecoderLayer
+from v4jax.nn.kv_cache_interface import ForwardBatch, LayerCache
 from v4jax.nn.linear import einsum, normal_param
 from v4jax.nn.mhc import HyperHead
 from v4jax.nn.norm import RMSNorm
-from v4jax.nn.kv_cache_interface import ForwardBatch, LayerCache
 
 
 class MTP(nnx.Module):

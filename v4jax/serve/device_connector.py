@@ -35,8 +35,8 @@ from v4jax.cache.offload.manager import LoadJob, OffloadManager
 from v4jax.cache.paged_cache import PagedLayerCache
 from v4jax.parallel.host_memory import host_gather, host_scatter
 from v4jax.serve.model_steps import KVCaches
-from v4jax.serve.scheduler import Scheduler
 from v4jax.serve.request import Request, RequestStatus
+from v4jax.serve.scheduler import Scheduler
 
 _BATCH = 8  # blocks or records copied by one call, if more than one
 _REMEMBERED = 1 << 20  # names of blocks
@@ -271,7 +271,7 @@ def pinned_sharding(device: jax.Device) -> SingleDeviceSharding | None:
 
 def leaf_kinds(live: KVCaches) -> tuple[str, ...]:
     """Of every leaf: "block" if its rows are pages, "record" if they are records, "hot" if it belongs to copies."""
-    parts = {"main": "block", "index": "block", "hot": "hot"}
+    parts = {"entries": "block", "index_keys": "block", "device_cache": "hot"}
     kind = lambda path: next((parts[name] for key in path if (name := getattr(key, "name", None)) in parts), "record")
     return tuple(kind(path) for path, _ in jax.tree_util.tree_leaves_with_path(live))
 

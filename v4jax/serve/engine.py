@@ -32,18 +32,17 @@ import numpy as np
 from flax import nnx
 
 from v4jax import config
-from v4jax.cache import block_hash
+from v4jax.cache import allocate, block_hash, weights_digest
 from v4jax.cache.block_pool import BlockPool
 from v4jax.cache.kv_cache_spec import KVCacheSpec
 from v4jax.core.errors import UserError
 from v4jax.models.quantize import quantize_model
 from v4jax.models.transformer import Transformer
-from v4jax.serve import balance, kv_connector, data_parallel, model_steps
-from v4jax.cache import weights_digest, allocate
+from v4jax.serve import balance, data_parallel, kv_connector, model_steps
 from v4jax.serve.model_steps import DecodeState, KVCaches
+from v4jax.serve.request import PrefillChunk, Request, RequestStatus, SchedulerOutput
 from v4jax.serve.sampling import SamplerOutput, SamplingParams, make_sampling_tensors
 from v4jax.serve.scheduler import Scheduler
-from v4jax.serve.request import SchedulerOutput, PrefillChunk, Request, RequestStatus
 
 _ENDED = (RequestStatus.FINISHED, RequestStatus.ABORTED, RequestStatus.ERROR)
 _LEAST_CHUNK = 16  # tokens

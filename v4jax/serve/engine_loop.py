@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import jax
 
 from v4jax.core.errors import UserError
-from v4jax.serve.engine import SampledTokens, Engine
+from v4jax.serve.engine import Engine, SampledTokens
 from v4jax.serve.sampling import SamplingParams
 
 _CLOSED = "this LLM is closed; make a new one to generate"

@@ -19,15 +19,15 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from v4jax import config
-from v4jax.cache.offload.disk_tier import DiskTier, allocated_size
-from v4jax.cache.offload.private_directory import open_private
 from v4jax.cache.kv_cache_spec import KVCacheSpec
+from v4jax.cache.offload.disk_tier import DiskTier, allocated_size
 from v4jax.cache.offload.host_tier import HostTier
 from v4jax.cache.offload.manager import OffloadManager
+from v4jax.cache.offload.private_directory import open_private
 from v4jax.core.errors import UserError
 from v4jax.parallel import distributed
-from v4jax.serve.device_connector import DeviceKVConnector, block_schema, leaf_kinds, pinned_sharding
 from v4jax.serve.data_parallel import DataParallelGroup
+from v4jax.serve.device_connector import DeviceKVConnector, block_schema, leaf_kinds, pinned_sharding
 from v4jax.serve.model_steps import KVCaches
 from v4jax.serve.scheduler import Scheduler
 

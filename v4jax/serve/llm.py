@@ -18,12 +18,12 @@ from v4jax.data.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 from v4jax.models.transformer import Transformer
 from v4jax.serve import data_parallel
 from v4jax.serve import prompts as prompt_forms
-from v4jax.serve.stop_tokens import Ends, find_ends, warn_of_bos
-from v4jax.serve.engine import SampledTokens, Engine, validate_limits
+from v4jax.serve.engine import Engine, SampledTokens, validate_limits
 from v4jax.serve.engine_loop import EngineLoop
 from v4jax.serve.outputs import CompletionOutput, RequestOutput
 from v4jax.serve.prompts import Parsed, Prompt
 from v4jax.serve.sampling import Logprob, SamplerOutput, SamplingParams, is_int, shown
+from v4jax.serve.stop_tokens import Ends, find_ends, warn_of_bos
 
 _LAST_SECONDS = 10.0  # for the tiers, after an interrupt
 _log = logging.getLogger(__name__)

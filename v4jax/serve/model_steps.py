@@ -22,13 +22,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from v4jax.models.transformer import KVCacheList, Transformer, continuation_batch
 from v4jax.cache.paged_cache import PagedLayerCache
-from v4jax.parallel.host_memory import host_gather, host_scatter
+from v4jax.models.transformer import KVCacheList, Transformer, continuation_batch
 from v4jax.nn.kv_cache_interface import CacheSlots
+from v4jax.parallel.host_memory import host_gather, host_scatter
 from v4jax.parallel.rules import MeshRules, use_rules
 from v4jax.serve.data_parallel import row_spec as rows_of
-from v4jax.serve.sampling import SamplingTensors, SamplingFlags, sample
+from v4jax.serve.sampling import SamplingFlags, SamplingTensors, sample
 
 
 class KVCaches(NamedTuple):

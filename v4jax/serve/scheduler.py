@@ -43,7 +43,7 @@ from collections.abc import Sequence as Tokens
 from v4jax.cache import block_hash
 from v4jax.cache.block_pool import BlockPool
 from v4jax.core.errors import UserError
-from v4jax.serve.request import DecodeRow, SchedulerOutput, PrefillChunk, Request, RequestStatus
+from v4jax.serve.request import DecodeRow, PrefillChunk, Request, RequestStatus, SchedulerOutput
 
 _PREFETCH_REQUESTS = 2  # waiting sequences whose blocks are fetched from the tiers below the device
 _LIVE = (RequestStatus.PREFILL, RequestStatus.RUNNING, RequestStatus.PREEMPTED)

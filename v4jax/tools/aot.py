@@ -20,7 +20,7 @@ import numpy as np
 from v4jax.config import Config, Mesh
 from v4jax.core.errors import UserError
 from v4jax.core.reporting import print_table
-from v4jax.tools import xla_dump, aot_steps
+from v4jax.tools import aot_steps, xla_dump
 from v4jax.tools.cost_model import Workload
 from v4jax.tools.topology import Topology, size
 

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from v4jax.cache import allocate
 from v4jax.cache.kv_cache_spec import KVCacheSpec
+from v4jax.cache.paged_cache import PagedLayerCache
 from v4jax.config import Config, Mesh
 from v4jax.core.errors import UserError
 from v4jax.models.transformer import Transformer
-from v4jax.cache.paged_cache import PagedLayerCache
 from v4jax.parallel.rules import make_mesh_rules
-from v4jax.cache import allocate
 from v4jax.serve import data_parallel, model_steps
 from v4jax.serve.model_steps import DecodeState, KVCaches
 from v4jax.tools.cost_model import Workload

@@ -20,10 +20,10 @@ from v4jax import config as configs
 from v4jax.cache.kv_cache_spec import KVCacheSpec
 from v4jax.config import MESH_AXES, Config, Mesh
 from v4jax.core.errors import UserError
-from v4jax.models.param_count import count_parameters, parameter_table
 from v4jax.models.layer_stacks import stacks
+from v4jax.models.param_count import count_parameters, parameter_table
 from v4jax.nn.linear import FP8_WEIGHT_AXES
-from v4jax.parallel.matrix_exchange import replica_axes, group_small
+from v4jax.parallel.matrix_exchange import group_small, replica_axes
 from v4jax.parallel.mesh import sizes
 from v4jax.parallel.rules import MeshRules, validate_rules
 from v4jax.tools.topology import GIB, Topology, listed

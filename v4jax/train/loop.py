@@ -26,13 +26,13 @@ from v4jax.data.needle import SOURCE as NEEDLE
 from v4jax.data.pipeline import make_dataset
 from v4jax.data.sources import load_documents
 from v4jax.data.tokenizer import Tokenizer
-from v4jax.parallel.distributed import barrier, all_gather_bytes, is_primary, peer_errors, preempted
+from v4jax.parallel.distributed import all_gather_bytes, barrier, is_primary, peer_errors, preempted
 from v4jax.train import time_budget
 from v4jax.train.goodput import Goodput
 from v4jax.train.metrics import MetricsWriter, plot_loss, read_metrics
 from v4jax.train.progress import Progress, closing_lines, spinner
-from v4jax.train.trainer import Trainer, TrainState
 from v4jax.train.stop_signals import StopSignals
+from v4jax.train.trainer import Trainer, TrainState
 from v4jax.train.watchdog import Watchdog
 from v4jax.train.workdir_lock import workdir_lock
 

@@ -14,13 +14,13 @@ from jax.sharding import PartitionSpec
 
 from v4jax.config import Config
 from v4jax.core.errors import UserError
-from v4jax.models.layer_stacks import from_layer_dict, layers_of, to_stacked_dict, from_stacked_dict, to_layer_dict
+from v4jax.models.layer_stacks import from_layer_dict, from_stacked_dict, layers_of, to_layer_dict, to_stacked_dict
 from v4jax.models.transformer import Transformer
 from v4jax.nn.linear import mark_low_precision
-from v4jax.parallel.rules import validate_used, make_mesh_rules, use_rules
-from v4jax.train.spike_guard import SpikeGuardState, select_state, check_step, new_guard
+from v4jax.parallel.rules import make_mesh_rules, use_rules, validate_used
 from v4jax.train.loss import Batch, heldout_nll, loss
 from v4jax.train.optim import make_optimizer, schedule, update_bias
+from v4jax.train.spike_guard import SpikeGuardState, check_step, new_guard, select_state
 
 
 class TrainState(NamedTuple):

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from v4jax.cache.offload import block_file, private_directory
-from v4jax.cache.offload.block_file import CorruptBlockError, BlockSchema, BlockKey
-from v4jax.cache.offload.tier_index import TierIndex
+from v4jax.cache.offload.block_file import BlockKey, BlockSchema, CorruptBlockError
 from v4jax.cache.offload.host_tier import CircuitBreaker, StoredBlock
+from v4jax.cache.offload.tier_index import TierIndex
 
 _UNIT = 4096  # bytes in which a file takes space
 _MOST_HEADER = 1 << 20  # bytes; the table of a model of a hundred layers takes a tenth

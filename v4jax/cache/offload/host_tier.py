@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from v4jax.cache.offload.block_file import BlockSchema, BlockKey, checksum
+from v4jax.cache.offload.block_file import BlockKey, BlockSchema, checksum
 from v4jax.cache.offload.tier_index import TierIndex
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
+from v4jax.cache.offload.block_file import BlockKey, BlockSchema, checksum
 from v4jax.cache.offload.disk_tier import DiskTier
-from v4jax.cache.offload.block_file import BlockSchema, BlockKey, checksum
 from v4jax.cache.offload.host_tier import HostTier, StoredBlock
 
 _READERS = 2

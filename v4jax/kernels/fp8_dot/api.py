@@ -7,9 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from v4jax.kernels.dispatch import select
 from v4jax.kernels.fp8_dot import ref, xla_tiled
 from v4jax.kernels.fp8_dot.quantize import floats, tiles
-from v4jax.kernels.dispatch import select
 
 _IMPLEMENTATIONS = {"ref": ref, "tiled": xla_tiled}
 _BEST = {"gpu": "tiled"}

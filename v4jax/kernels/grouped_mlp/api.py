@@ -3,10 +3,10 @@
 import jax
 
 from v4jax.core.qtensor import QTensor
-from v4jax.kernels.grouped_mlp import xla_blocked, xla_ragged_dot, ref
-from v4jax.kernels.grouped_mlp.swiglu import swiglu
-from v4jax.kernels.fp8_dot import gradient_rows, with_rows
 from v4jax.kernels.dispatch import select
+from v4jax.kernels.fp8_dot import gradient_rows, with_rows
+from v4jax.kernels.grouped_mlp import ref, xla_blocked, xla_ragged_dot
+from v4jax.kernels.grouped_mlp.swiglu import swiglu
 
 _IMPLEMENTATIONS = {"ref": ref.experts, "blocks": xla_blocked.experts, "ragged": xla_ragged_dot.experts}
 _BEST = {"cpu": "blocks", "tpu": "ragged", "gpu": "ragged"}

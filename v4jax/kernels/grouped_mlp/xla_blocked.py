@@ -10,9 +10,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from v4jax.kernels.grouped_mlp.swiglu import swiglu
 from v4jax.kernels.fp8_dot import gradient_rows, with_rows
 from v4jax.kernels.fp8_dot.quantize import rows as tiled
+from v4jax.kernels.grouped_mlp.swiglu import swiglu
 
 _LARGEST = 128  # rows of a block
 

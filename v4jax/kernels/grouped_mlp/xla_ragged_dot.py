@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from v4jax.kernels.grouped_mlp.swiglu import swiglu
 from v4jax.kernels.fp8_dot import gradient_rows, with_rows
+from v4jax.kernels.grouped_mlp.swiglu import swiglu
 
 
 def experts(x_BD, picks_BK, weights_BK, gate_up_EUDF, down_EFD, *, limit, fp8=False):

@@ -39,7 +39,7 @@ def run(
     for path in filter(None, (json, plot)):
         if not pathlib.Path(path).parent.is_dir():  # told now: some suites run for an hour
             raise UserError(f"there is no directory for {path}; create it first")
-    from v4jax.tools.bench import decode, generate, kv, host_kv, vs_transformers, eviction, serve, tiers, train
+    from v4jax.tools.bench import decode, eviction, generate, host_kv, kv, serve, tiers, train, vs_transformers
 
     config = config or load("small")
     lengths = {"contexts": _lengths(contexts)} if contexts else {}

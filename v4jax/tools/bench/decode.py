@@ -17,16 +17,16 @@ import jax
 import numpy as np
 from flax import nnx
 
+from v4jax.cache.allocate import allocate_layer
 from v4jax.cache.kv_cache_spec import KVCacheSpec
+from v4jax.cache.paged_cache import EntryPool, PagedLayerCache
 from v4jax.config import Config, Model
 from v4jax.core.errors import UserError
 from v4jax.core.reporting import print_table
 from v4jax.models.quantize import quantize_model
 from v4jax.models.transformer import Transformer
-from v4jax.cache.paged_cache import PagedLayerCache, EntryPool
 from v4jax.parallel.host_memory import is_host
 from v4jax.serve import model_steps
-from v4jax.cache.allocate import allocate_layer
 from v4jax.serve.model_steps import DecodeState, KVCaches
 from v4jax.tools.bench.measure import interleave, timed
 from v4jax.tools.bench.report import record, short, write

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from v4jax.cache.offload.block_file import BlockSchema, BlockKey
 from v4jax.cache.block_hash import block_hashes
-from v4jax.cache.offload.tier_index import TierIndex
 from v4jax.cache.kv_cache_spec import KVCacheSpec
+from v4jax.cache.offload.block_file import BlockKey, BlockSchema
+from v4jax.cache.offload.tier_index import TierIndex
 from v4jax.config import Config
 from v4jax.core.reporting import print_table
 from v4jax.tools.bench.report import record

@@ -19,16 +19,16 @@ import numpy as np
 from flax import nnx
 
 from v4jax import checkpoint as store
+from v4jax.cache.allocate import allocate_layer
+from v4jax.cache.entry_cache import read_counters
 from v4jax.cache.kv_cache_spec import KVCacheSpec
 from v4jax.config import Cache, Config, Model, Serve, load
 from v4jax.core.errors import UserError
 from v4jax.core.reporting import print_table
 from v4jax.models.transformer import Transformer
 from v4jax.nn.csa import use_gather
-from v4jax.cache.entry_cache import read_counters
 from v4jax.parallel.host_memory import is_host
 from v4jax.serve import LLM, SamplingParams, model_steps
-from v4jax.cache.allocate import allocate_layer
 from v4jax.serve.model_steps import DecodeState, KVCaches
 from v4jax.tools.bench.decode import filled
 from v4jax.tools.bench.measure import interleave, timed
@@ -222,7 +222,7 @@ def _speed(config: Config, rounds: int, contexts: Sequence[int]) -> list[dict]:
 def _counts(live: KVCaches) -> np.ndarray:
     """Picks found on the device and fetched, over all layers."""
     kept = [kept for run in live.layers for kept in run if kept.device_cache is not None]
-    return sum(read_counters(np.asarray(each.hot.counters_5)) for each in kept)
+    return sum(read_counters(np.asarray(each.device_cache.counters_5)) for each in kept)
 
 
 # --- hit rates -----------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 
-from v4jax.cache.pools import new_pool
 from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES, KVCacheSpec
+from v4jax.cache.pools import new_pool
 from v4jax.config import Config, load
 from v4jax.core.errors import UserError
 from v4jax.core.reporting import print_table

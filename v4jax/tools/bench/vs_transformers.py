@@ -15,10 +15,10 @@ import numpy as np
 from v4jax.config import Config
 from v4jax.core.reporting import print_table
 from v4jax.tools.bench.measure import interleave
-from v4jax.tools.bench.v4jax_runner import V4JaxRunner
-from v4jax.tools.bench.subprocess_runner import Ask, remote
 from v4jax.tools.bench.report import record
+from v4jax.tools.bench.subprocess_runner import Ask, remote
 from v4jax.tools.bench.transformers_runner import TransformersRunner
+from v4jax.tools.bench.v4jax_runner import V4JaxRunner
 
 PREFILL, DECODED, ROWS = (2048, 8192), 32, 4
 OURS, THEIRS = "v4jax", "transformers"

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from v4jax import config as config_lib
+from v4jax.cli_flags import Command, config_paths
 from v4jax.core.errors import UserError
-from v4jax.engine_flags import Command, config_paths
 
 # Fixed text; @CASES@ fills `words` with the candidates for the word under the cursor, which is $word. bash breaks words
 # at "=" and replaces what follows it, zsh replaces the whole word. Without candidates both complete file names.
