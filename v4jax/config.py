@@ -215,7 +215,7 @@ MESH_AXES = ("slice", "data", "fsdp", "expert", "context", "tensor")  # slowest 
 class Mesh:
     """Devices by axis. The layout's `fill` axis, where it is left at 1, takes the devices that the others leave."""
 
-    rules: str = ""  # of configs/mesh, or a file; "": one device
+    rules: str = ""  # of configs/sharding, or a file; "": one device
     slice: int = 1  # whole slices (pods), joined by the data-center network
     data: int = 1
     fsdp: int = 1
@@ -280,8 +280,8 @@ def from_dict(cls, values: dict, path: str = ""):
 
 
 def preset_names() -> list[str]:
-    """Names that `--config=` accepts without a path."""
-    return _stems(_preset_dir())
+    """Names that `--config=` accepts without a path, those of benchmarks as `bench/NAME`."""
+    return _stems(_preset_dir()) + [f"bench/{name}" for name in _stems(_preset_dir() / "bench")]
 
 
 def preset_summaries() -> dict[str, str]:
@@ -295,7 +295,7 @@ def preset_summaries() -> dict[str, str]:
 
 def sharding_names() -> list[str]:
     """Names that `--config.mesh.rules=` accepts without a path."""
-    return _stems(_preset_dir() / "mesh")
+    return _stems(_preset_dir() / "sharding")
 
 
 def load(spec: str) -> Config:
@@ -308,8 +308,8 @@ def load(spec: str) -> Config:
 
 
 def load_sharding(name: str) -> ShardingRules:
-    """Read a rule table by its name in configs/mesh, or by file path. Raises ConfigError as `load` does."""
-    return _function(name, _preset_dir() / "mesh", "get_sharding", "mesh layout")()
+    """Read a rule table by its name in configs/sharding, or by file path. Raises ConfigError as `load` does."""
+    return _function(name, _preset_dir() / "sharding", "get_sharding", "sharding")()
 
 
 def _function(name: str, directory: pathlib.Path, function: str, what: str):
@@ -318,8 +318,8 @@ def _function(name: str, directory: pathlib.Path, function: str, what: str):
     if not path.is_file() and not name.endswith(".py"):
         path = pathlib.Path(f"{name}.py")  # `--config=mine` beside mine.py; the name of a preset is always the preset
     if not path.is_file():
-        known = _stems(directory)
-        near = difflib.get_close_matches(pathlib.Path(name).stem, known, n=1, cutoff=0.3)
+        known = preset_names() if what == "config" else _stems(directory)
+        near = difflib.get_close_matches(name.removesuffix(".py"), known, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]!r}?" if near else f"{what}s: {', '.join(known)}"
         raise ConfigError(f"no {what} {name!r}; {hint}")
     module_spec = importlib.util.spec_from_file_location(f"v4jax_config_{path.stem}", path)

@@ -151,7 +151,7 @@ def _contexts(given: Sequence[int | str]) -> list[int]:
 def _check(config: configs.Config, layout: str, context: int) -> None:
     """Raise UserError for what cannot be asked of this model."""
     if config.data.source != SOURCE:
-        raise UserError(f"{config.name} learnt from {config.data.source!r}, not to find needles; train --config=needle")
+        raise UserError(f"{config.name} learnt from {config.data.source!r}, not to find needles; train --config=bench/needle")
     if layout not in KV_CACHE_DTYPES or layout == REFERENCE:
         others = ", ".join(name for name in KV_CACHE_DTYPES if name != REFERENCE)
         raise UserError(f"--layout={layout} cannot be held against {REFERENCE}; give one of {others}")

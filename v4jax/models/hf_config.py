@@ -40,21 +40,22 @@ _UNREAD = {
     "num_key_value_heads": 1,
     "n_shared_experts": 1,
 }
-# HF integer field -> Model field; all required, for transformers' defaults are one model's shape, not a neutral one.
-_INTEGERS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "num_attention_heads": "heads",
-    "head_dim": "head_dim",
-    "q_lora_rank": "q_lora_rank",
-    "o_groups": "o_groups",
-    "o_lora_rank": "o_lora_rank",
-    "sliding_window": "window",
-    "max_position_embeddings": "max_position_embeddings",
-}
-_MOE_INTEGERS = {"n_routed_experts": "experts", "num_experts_per_tok": "active", "moe_intermediate_size": "inner"}
-_INDEXER_INTEGERS = {"index_n_heads": "heads", "index_head_dim": "head_dim", "index_topk": "topk"}
-_MHC_INTEGERS = {"hc_mult": "streams", "hc_sinkhorn_iters": "hc_sinkhorn_iters"}
+# Integer fields that config.json and our dataclasses share. All are required: the defaults of transformers are the shape of
+# one model, not a neutral one.
+_MODEL_INTEGERS = (
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "head_dim",
+    "q_lora_rank",
+    "o_groups",
+    "o_lora_rank",
+    "sliding_window",
+    "max_position_embeddings",
+)
+_MOE_INTEGERS = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+_INDEXER_INTEGERS = ("index_n_heads", "index_head_dim", "index_topk")
+_MHC_INTEGERS = ("hc_mult", "hc_sinkhorn_iters")
 _YARN_FIELDS = ("yarn_original", "yarn_beta_fast", "yarn_beta_slow")
 _MOST = 1e15  # larger integers are slips; each field has a tighter bound of its own
 _OWN_FIELDS = ("dtype", "kv_qdq", "rope")
@@ -97,7 +98,7 @@ def from_hf(values: dict, source: str = "config.json") -> Model:
     compress_rate_csa, compress_rate_hca = _rates(fields, schedule)
     own = fields.own("v4jax", values.get("v4jax", {}), _OWN_FIELDS)
     model = Model(
-        **{ours: fields.integer(theirs) for theirs, ours in _INTEGERS.items()},
+        **{name: fields.integer(name) for name in _MODEL_INTEGERS},
         schedule=schedule,
         qk_rope_head_dim=_rope_dim(fields),
         compress_rate_csa=compress_rate_csa,
@@ -110,15 +111,15 @@ def from_hf(values: dict, source: str = "config.json") -> Model:
         dtype=_dtype(fields, own.get("dtype")),
         kv_qdq=own.get("kv_qdq", False) is True,
         rope=_rope(fields, fields.own("v4jax.rope", own.get("rope", {}), _YARN_FIELDS)),
-        indexer=Indexer(**{ours: fields.integer(theirs) for theirs, ours in _INDEXER_INTEGERS.items()}),
+        indexer=Indexer(**{name: fields.integer(name) for name in _INDEXER_INTEGERS}),
         moe=MoE(
-            **{ours: fields.integer(theirs) for theirs, ours in _MOE_INTEGERS.items()},
+            **{name: fields.integer(name) for name in _MOE_INTEGERS},
             num_hash_layers=num_hash_layers,
             routed_scaling_factor=fields.number("routed_scaling_factor"),
             swiglu_limit=fields.number("swiglu_limit"),
         ),
         mhc=HyperConnection(
-            **{ours: fields.integer(theirs) for theirs, ours in _MHC_INTEGERS.items()}, hc_eps=fields.number("hc_eps")
+            **{name: fields.integer(name) for name in _MHC_INTEGERS}, hc_eps=fields.number("hc_eps")
         ),
     )
     try:
@@ -163,7 +164,7 @@ def to_hf(model: Model, weights_dtype: str | None = None) -> dict:
         "architectures": ["DeepseekV4ForCausalLM"],
         "model_type": MODEL_TYPE,
         "dtype": weights_dtype or model.dtype,
-        **{theirs: getattr(model, ours) for theirs, ours in _INTEGERS.items()},
+        **{name: getattr(model, name) for name in _MODEL_INTEGERS},
         "num_hidden_layers": layers,
         "layer_types": [_TYPE_OF_KIND[kind] for kind in model.schedule],
         "compress_rates": {_TYPE_OF_KIND["csa"]: model.compress_rate_csa, _TYPE_OF_KIND["hca"]: model.compress_rate_hca},
@@ -176,11 +177,11 @@ def to_hf(model: Model, weights_dtype: str | None = None) -> dict:
         "rope_theta": model.rope.rope_theta,
         "compress_rope_theta": model.rope.compress_rope_theta,
         "rope_parameters": {"main": main, "compress": compress},
-        **{theirs: getattr(model.indexer, ours) for theirs, ours in _INDEXER_INTEGERS.items()},
-        **{theirs: getattr(model.moe, ours) for theirs, ours in _MOE_INTEGERS.items()},
+        **{name: getattr(model.indexer, name) for name in _INDEXER_INTEGERS},
+        **{name: getattr(model.moe, name) for name in _MOE_INTEGERS},
         "routed_scaling_factor": float(model.moe.routed_scaling_factor),
         "swiglu_limit": float(model.moe.swiglu_limit),
-        **{theirs: getattr(model.mhc, ours) for theirs, ours in _MHC_INTEGERS.items()},
+        **{name: getattr(model.mhc, name) for name in _MHC_INTEGERS},
         "hc_eps": float(model.mhc.hc_eps),
         "rms_norm_eps": float(model.rms_norm_eps),
         "initializer_range": float(model.initializer_range),

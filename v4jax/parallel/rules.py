@@ -1,6 +1,6 @@
 """From logical axes to mesh axes: how each array is split, by one rule table, and nothing guessed.
 
-Parameters carry letters (`nn/linear.py`), letters have logical names (`core/axes.py`), a layout (`configs/mesh`) says
+Parameters carry letters (`nn/linear.py`), letters have logical names (`core/axes.py`), a layout (`configs/sharding`) says
 which mesh axes split a logical one. What cannot be meant is an error: a mesh axis twice in one array, a rule that
 nothing follows, a mesh axis that splits nothing, a size that does not divide.
 """
