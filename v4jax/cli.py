@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from absl import flags
 
 import v4jax
+from v4jax import cli_completion
 from v4jax import config as config_lib
 from v4jax.cli_flags import Command, Flag, command_help, config_lines, did_you_mean, explicit_flags, parse
 from v4jax.core import compilation_cache

@@ -38,10 +38,9 @@ def test_shells():
 
 
 def test_the_bash_completion_is_clean(tmp_path):
-    from v4jax import cli
-    from v4jax.core import completion
+    from v4jax import cli, cli_completion
 
-    (tmp_path / "v4jax.bash").write_text(completion.script(cli.COMMANDS, ["bash"]))
+    (tmp_path / "v4jax.bash").write_text(cli_completion.script(cli.COMMANDS, ["bash"]))
     lint("shellcheck", "--shell=bash", tmp_path / "v4jax.bash")
 
 

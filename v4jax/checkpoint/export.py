@@ -19,16 +19,7 @@ from v4jax.checkpoint import checksums
 from v4jax.checkpoint.directory import CONFIG_NAME, config_text
 from v4jax.checkpoint.extra_files import Companions
 from v4jax.checkpoint.lazy_tensors import described, memory_dtype, tokenizer_files
-from v4jax.checkpoint.orbax import (
-    STEPS_NAME,
-    WEIGHTS,
-    ItemHandler,
-    ItemSave,
-    finished_steps,
-    silence,
-    steps_path,
-    system_error,
-)
+from v4jax.checkpoint.orbax import ItemHandler, ItemSave, silence, system_error
 from v4jax.checkpoint.path_alias import plain_path
 from v4jax.checkpoint.step import STEPS_NAME, WEIGHTS, StepItem, finished_steps, steps_path
 from v4jax.config import Config
