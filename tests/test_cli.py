@@ -155,9 +155,9 @@ def test_generate_keeps_several_prompts_apart(calls, capsys, tmp_path):
 
 
 def test_generate_gives_the_cache_the_room_that_was_typed(calls, capsys):
-    argv = ["--kv_device=1.5GiB", "--kv_host=512 MB", "--kv_disk=1TiB", "--kv_dir=kv", "--kv_policy=lru"]
+    argv = ["--kv_cache_memory_bytes=1.5GiB", "--kv_host_bytes=512 MB", "--kv_disk_bytes=1TiB", "--kv_dir=kv", "--kv_eviction_policy=lru"]
     assert cli.main(["generate", "--checkpoint=DIR", "--prompt=a", *argv]) == 0
-    cache = Cache(kv_cache_dtype="fp8", kv_cache_memory_bytes=3 << 29, host_bytes=512_000_000, disk_bytes=1 << 40, disk_dir="kv", eviction_policy="lru")
+    cache = Cache(kv_cache_dtype="fp8", kv_cache_memory_bytes=3 << 29, kv_host_bytes=512_000_000, kv_disk_bytes=1 << 40, kv_dir="kv", kv_eviction_policy="lru")
     assert calls[0] == ("LLM", ("DIR",), {"cache": cache})
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "cache: much"
@@ -174,10 +174,10 @@ def test_prompts_come_from_stdin_and_may_be_empty(calls, monkeypatch, argv, prom
 
 
 def test_every_option_of_the_engine_reaches_it(calls):
-    argv = ["--num_speculative_tokens=2", "--batch_invariant", "--tokenizer=t.json", "--kv_layout=bf16", "--kv_block=512",
-            "--nokv_prefix", "--kv_records=3", "--kv_deadline=2", "--stop_token_ids=7", "--ignore_eos"]  # fmt: skip
+    argv = ["--num_speculative_tokens=2", "--batch_invariant", "--tokenizer=t.json", "--kv_cache_dtype=bf16", "--block_size=512",
+            "--noenable_prefix_caching", "--num_state_snapshots=3", "--kv_load_timeout_s=2", "--stop_token_ids=7", "--ignore_eos"]  # fmt: skip
     assert cli.main(["generate", "--checkpoint=DIR", "--prompt=a", *argv]) == 0
-    cache = Cache(kv_cache_dtype="bf16", block_size=512, enable_prefix_caching=False, num_state_snapshots=3, load_timeout_s=2.0)
+    cache = Cache(kv_cache_dtype="bf16", block_size=512, enable_prefix_caching=False, num_state_snapshots=3, kv_load_timeout_s=2.0)
     options = {"num_speculative_tokens": 2, "batch_invariant": True, "tokenizer": "t.json", "cache": cache}
     assert calls[0] == ("LLM", ("DIR",), options)
     assert calls[1][2].items() >= {"stop_token_ids": [7], "ignore_eos": True}.items()
@@ -186,8 +186,8 @@ def test_every_option_of_the_engine_reaches_it(calls):
 def test_convert_bench_eval_arguments(calls, config, capsys):
     assert cli.main(["convert", "--source=A", "--target=B", "--format=orbax", "--overwrite"]) == 0
     assert capsys.readouterr().out == "wrote B\nnext: v4jax generate --checkpoint=B --prompt=...\n"
-    assert cli.main(["bench", "--suite=peer", "--rounds=3", "--json=x.json"]) == 0
-    assert cli.main(["bench", "--suite=peer", f"--config={config}", "--config.train.steps=3"]) == 0
+    assert cli.main(["bench", "--suite=vs_transformers", "--rounds=3", "--json=x.json"]) == 0
+    assert cli.main(["bench", "--suite=vs_transformers", f"--config={config}", "--config.train.steps=3"]) == 0
     assert cli.main(["eval", "--suite=perplexity", "--checkpoint=DIR"]) == 0
     assert calls[0] == ("convert", ("A", "B"), {"format": "orbax", "overwrite": True, "progress": True})
     assert calls[1] == ("bench", ("peer",), {"config": None, "rounds": 3, "json": "x.json"})
@@ -203,8 +203,8 @@ def test_convert_bench_eval_arguments(calls, config, capsys):
     (["frobnicate"], "commands: train, generate"),
     (["generate", "--promt=x"], "did you mean --prompt?"),
     (["generate", "--prompt=x"], "needs --checkpoint"),
-    (["generate", "--kv_host=lots"], "'lots' is not a number of bytes such as 512MiB"),
-    (["generate", "--kv_host=5iB"], "'5iB' is not a number of bytes"),
+    (["generate", "--kv_host_bytes=lots"], "'lots' is not a number of bytes such as 512MiB"),
+    (["generate", "--kv_host_bytes=5iB"], "'5iB' is not a number of bytes"),
     (["generate", "--checkpoint="], "needs --checkpoint"),
     (["generate", "--checkpoint=x"], "--prompt="),
     (["generate", "--checkpoint=x", "--prompt=-", "--prompt_file=-"], "stdin holds one prompt"),
@@ -254,8 +254,8 @@ def test_mistakes_are_one_line(capsys, argv, says):
     ("model.schedule=", "model.schedule is empty"),
     ("train.steps=0", "train.steps must be at least 1"),
     ("train.lr=nan", "train.lr is nan, and must be a finite number"),
-    ("cache.eviction_policy=foo", "cache.eviction_policy is 'foo'; one of s3fifo, lru"),
-    ("cache.disk_bytes=100", "cache.disk_bytes and cache.disk_dir go together"),
+    ("cache.kv_eviction_policy=foo", "cache.kv_eviction_policy is 'foo'; one of s3fifo, lru"),
+    ("cache.kv_disk_bytes=100", "cache.kv_disk_bytes and cache.kv_dir go together"),
     ("serve.max_num_batched_tokens=0", "serve.max_num_batched_tokens must be at least 1"),
     ("serve.quantization=fp7", "serve.quantization is 'fp7'; one of model, fp8"),
     ("data.source=\x1b[2J", "data.source is '\\x1b[2J', and must be a line"),
@@ -360,7 +360,7 @@ COMPLETIONS = [
     ("v4jax ", {"train", "generate", "convert", "plan", "bench", "eval", "completion", "--help", "--version"}),
     ("v4jax tr", {"train"}), ("v4jax train --config=ti", {"tiny"}), ("v4jax train --wor", {"--workdir="}),
     ("v4jax train --config.train.hang_s", {"--config.train.hang_timeout_s="}), ("v4jax bench --suite=tr", {"train"}),
-    ("v4jax generate --prompt=x --kv_policy=", {"s3fifo", "lru"}), ("v4jax generate --checkpoint=ru", set()),
+    ("v4jax generate --prompt=x --kv_eviction_policy=", {"s3fifo", "lru"}), ("v4jax generate --checkpoint=ru", set()),
     ("v4jax generate --co", {"--compilation_cache=", "--coordinator="}),
 ]  # fmt: skip
 

@@ -120,7 +120,7 @@ def test_wheel_carries_presets_and_data(tmp_path):
 
 def test_choices_are_those_of_who_implements_them():
     """`core.config_limits` repeats names of upper packages, for it cannot import them."""
-    assert set(CHOICES["cache.eviction_policy"]) == set(POLICIES) and CHOICES["cache.kv_cache_dtype"] == KV_CACHE_DTYPES
+    assert set(CHOICES["cache.kv_eviction_policy"]) == set(POLICIES) and CHOICES["cache.kv_cache_dtype"] == KV_CACHE_DTYPES
     assert CHOICES["serve.quantization"] == PRECISIONS
 
 

@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.parametrize("moment, tiers", [*((moment, False) for moment in [*MOMENTS, GENERATING]), (GENERATING, True)])
 def test_main_an_interrupt_is_130_and_one_line(checkpoint, tmp_path, moment, tiers):
-    flags = ["--kv_disk=1GiB", f"--kv_dir={tmp_path / 'kv'}"] if tiers else []
+    flags = ["--kv_disk_bytes=1GiB", f"--kv_dir={tmp_path / 'kv'}"] if tiers else []
     command = [sys.executable, "-m", "tests.interrupted", moment, "generate", f"--checkpoint={checkpoint}",
                "--prompt=To be", "--max_tokens=200", "--max_model_len=576", *flags]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

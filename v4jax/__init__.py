@@ -6,7 +6,6 @@ __version__ = "0.1.0"
 
 # Public names resolve on first use, so that `import v4jax` is quick, imports no jax and touches no device.
 _HOMES = {  # name -> module, or module:name there
-    "CacheConfig": "v4jax.serve",
     "Config": "v4jax.config",
     "LLM": "v4jax.serve",
     "MeshConfig": "v4jax.serve",

@@ -65,7 +65,7 @@ def _generate(values: flags.FlagValues, _: None) -> None:
     typed |= {"stop": [_typed("stop", text) for text in values.stop]} if values.stop else {}
     typed |= {name: _ids(values, name) for name in explicit_flags(values, "stop_token_ids")}
     options = explicit_flags(values, "tokenizer", "dtype", "bos_id", "parse_special_tokens")
-    options |= explicit_flags(values, *(flag.name for flag in SERVE_FLAGS.values()))
+    options |= explicit_flags(values, *SERVE_FLAGS, *CACHE_FLAGS)
     options |= {name: _ids(values, name) for name in explicit_flags(values, "eos_id")}
     prompts = _prompts(values)
     from v4jax.parallel import distributed
@@ -73,7 +73,7 @@ def _generate(values: flags.FlagValues, _: None) -> None:
 
     compilation_cache.enable(values.compilation_cache)
     SamplingParams(**typed)  # mistakes come before minutes of loading
-    options |= _cache(values) | _mesh(values)
+    options |= _mesh(values)
     with distributed.peer_errors(), LLM(values.checkpoint, **options) as llm, GenerationTimer() as timer:
         if llm.cache_summary and distributed.is_primary():
             print(f"cache: {llm.cache_summary}", file=sys.stderr)
@@ -105,17 +105,6 @@ def _mesh(values: flags.FlagValues) -> dict[str, config_lib.Mesh]:
     return {"mesh": config_lib.Mesh(values.mesh)}
 
 
-def _cache(values: flags.FlagValues) -> dict[str, config_lib.Cache]:
-    """The checkpoint's cache with the flags that were typed, as `cache`; nothing if none were."""
-    fields = {flag.name: field for field, flag in CACHE_FLAGS.items()}
-    typed = {fields[name]: value for name, value in explicit_flags(values, *fields).items()}
-    if not typed:
-        return {}
-    from v4jax import checkpoint
-
-    return {"cache": dataclasses.replace(checkpoint.load_config(values.checkpoint).cache, **typed)}
-
-
 def _convert(values: flags.FlagValues, _: None) -> None:
     from v4jax.checkpoint import convert
 
@@ -127,8 +116,8 @@ def _convert(values: flags.FlagValues, _: None) -> None:
 def _plan(values: flags.FlagValues, config: config_lib.Config) -> None:
     from v4jax.tools import plan
 
-    if explicit_flags(values, "kv_hot"):
-        config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, device_entries=values.kv_hot))
+    if explicit_flags(values, "kv_device_entries"):
+        config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, kv_device_entries=values.kv_device_entries))
     options = ("mode", "context", "concurrency", "analytic", "stage", "json")
     records = plan.run(config, values.topology, **explicit_flags(values, *options))
     if not plan.fits_anywhere(records, config):
@@ -146,7 +135,7 @@ def _eval(values: flags.FlagValues, _: None) -> None:
     from v4jax import evals
 
     compilation_cache.enable(values.compilation_cache)
-    options = ("json", "data", "heldout", "layout", "context", "windows", "contexts", "depths", "trials", "bounds")
+    options = ("json", "data", "heldout", "kv_cache_dtype", "context", "windows", "contexts", "depths", "trials", "bounds")
     evals.run(values.suite, values.checkpoint, **explicit_flags(values, *options))
 
 
@@ -230,23 +219,23 @@ COMMANDS = {
                  False),
             Flag("stage", "how far: program, or buffers: until all bytes are placed, without machine code",
                  flags.DEFINE_enum, "program", options={"enum_values": ["program", "buffers"]}),
-            dataclasses.replace(CACHE_FLAGS["hot"], shown="the config's"),
+            dataclasses.replace(CACHE_FLAGS["kv_device_entries"], shown="the config's"),
             _JSON,
         ),
         has_config=True, default_config="tiny",
     ),
     "bench": Command(
         _bench, "measure speed, as ratios taken in one run",
-        "v4jax bench --suite=peer --config=small --json=peer.json",
+        "v4jax bench --suite=vs_transformers --config=small --json=peer.json",
         (
             Flag("suite", "what to measure", flags.DEFINE_enum, options={"required": True, "enum_values": BENCHES}),
             _CHECKPOINT,
             Flag("rounds", "repetitions of every measurement", flags.DEFINE_integer, options={"lower_bound": 1},
                  shown="5"),
-            Flag("contexts", "tokens of context, such as 1024,65536 (suites decode, generate, live, tiers)",
+            Flag("contexts", "tokens of context, such as 1024,65536 (suites decode, generate, host_kv, tiers)",
                  flags.DEFINE_list),
             _JSON,
-            Flag("plot", "also draw the records to this PNG file (suites decode, live, tiers)"),
+            Flag("plot", "also draw the records to this PNG file (suites decode, host_kv, tiers)"),
         ),
         has_config=True,
     ),
@@ -254,20 +243,20 @@ COMMANDS = {
         _eval, "measure the quality of a checkpoint",
         "v4jax eval --checkpoint=runs/tiny --suite=perplexity",
         (
-            Flag("suite", "perplexity, fp8 (what a cache in fewer bits costs) or needle (retrieval, by both caches)",
+            Flag("suite", "perplexity, kv_quant (what a quantized cache costs) or needle (retrieval, by both caches)",
                  flags.DEFINE_enum, options={"required": True, "enum_values": EVALS}),
             _NEEDED_CHECKPOINT,
             _COMPILATION_CACHE,
             _JSON,
-            Flag("data", "perplexity, fp8: text files, where the checkpoint was trained on files"),
-            Flag("heldout", "perplexity, fp8: files of held-out text"),
-            Flag("layout", "fp8, needle: the cache's layout, fp8 or fp8_fp4"),
-            Flag("context", "fp8: tokens of a window", flags.DEFINE_integer, options={"lower_bound": 2}),
-            Flag("windows", "fp8: how many windows", flags.DEFINE_integer, options={"lower_bound": 1}),
+            Flag("data", "perplexity, kv_quant: text files, where the checkpoint was trained on files"),
+            Flag("heldout", "perplexity, kv_quant: files of held-out text"),
+            Flag("kv_cache_dtype", "kv_quant, needle: format of the cache, fp8 or fp8_fp4"),
+            Flag("context", "kv_quant: tokens of a window", flags.DEFINE_integer, options={"lower_bound": 2}),
+            Flag("windows", "kv_quant: how many windows", flags.DEFINE_integer, options={"lower_bound": 1}),
             Flag("contexts", "needle: tokens of haystack, such as 1024,65536", flags.DEFINE_list),
             Flag("depths", "needle: depths in a haystack", flags.DEFINE_integer, options={"lower_bound": 1}),
             Flag("trials", "needle: questions a context and depth", flags.DEFINE_integer, options={"lower_bound": 1}),
-            Flag("bounds", "fp8, needle: other bounds, such as kl_mean=1e-3,top1=0.98 or accuracy=0.9"),
+            Flag("bounds", "kv_quant, needle: other bounds, such as kl_mean=1e-3,top1=0.98 or accuracy=0.9"),
         ),
     ),
 }  # fmt: skip

@@ -185,27 +185,27 @@ class Serve:
     max_num_batched_tokens: int = 512  # most tokens of a prompt that are read between two decode steps
     num_speculative_tokens: int = 0  # drafted by the MTP layer and verified in each step
     batch_invariant: bool = False  # a request's tokens do not depend on what else runs, on chunks or on prefix hits
-    quantization: str = "model"  # of the large matrices: as they are, or fp8 (see models/quantize.py)
+    quantization: str = "none"  # of the large matrices: none, or fp8 (see models/quantize.py)
 
 
 @dataclass(frozen=True)
 class Cache:
     """The KV cache of one engine."""
 
-    kv_cache_dtype: str = "model"  # model, bf16, fp8, fp8_fp4 (see cache/kv_cache_spec.py)
+    kv_cache_dtype: str = "auto"  # auto (the dtype of the model), bf16, fp8, fp8_fp4 (see cache/kv_cache_spec.py)
     block_size: int = 0  # tokens of a page; 0: the least multiple of the compression ratios from 256 on
     kv_cache_tokens: int = 0  # room for this many tokens of all sequences together; 0: for max_num_seqs of the longest
     enable_prefix_caching: bool = True  # find the blocks of earlier requests that began alike
     num_state_snapshots: int = 16  # checkpoint records kept for that, one at each prompt's and output's last block boundary
     snapshot_interval_blocks: int = 0  # and one every so many blocks of a prompt
     kv_cache_memory_bytes: int = 0  # bytes of accelerator memory for all of that; 0: as `tokens` says
-    device_entries: int = 0  # entries a CSA layer that stay there, the ones picked last; all are in host memory, HCA tails too
-    host_bytes: int = 0  # bytes of host memory for what leaves the device; 0: none
-    disk_bytes: int = 0  # bytes of files in `directory` for it; 0: none
-    disk_dir: str = ""
-    eviction_policy: str = "s3fifo"  # what goes first from a full host or disk: s3fifo, lru (see cache/offload/eviction.py)
-    admission_policy: str = "all"  # what moves to host and disk: all, or second: what more than one request asked for
-    load_timeout_s: float = 0.5  # seconds without progress after which a request no longer waits for host and disk
+    kv_device_entries: int = 0  # entries a CSA layer that stay there, the ones picked last; all are in host memory, HCA tails too
+    kv_host_bytes: int = 0  # bytes of host memory for what leaves the device; 0: none
+    kv_disk_bytes: int = 0  # bytes of files in `directory` for it; 0: none
+    kv_dir: str = ""
+    kv_eviction_policy: str = "s3fifo"  # what goes first from a full host or disk: s3fifo, lru (see cache/offload/eviction.py)
+    kv_admission_policy: str = "all"  # what moves to host and disk: all, or second: what more than one request asked for
+    kv_load_timeout_s: float = 0.5  # seconds without progress after which a request no longer waits for host and disk
 
 
 MESH_AXES = ("slice", "data", "fsdp", "expert", "context", "tensor")  # slowest network first
@@ -352,7 +352,7 @@ def validate(config: Config) -> Config:
     train, data = config.train, config.data
     for name, path in [
         ("data.source", data.source), ("data.heldout", data.heldout), ("data.tokenizer", data.tokenizer),
-        ("cache.disk_dir", config.cache.disk_dir), ("mesh.rules", config.mesh.rules),
+        ("cache.kv_dir", config.cache.kv_dir), ("mesh.rules", config.mesh.rules),
     ]:  # fmt: skip
         local_path(path, name)
     _require("streams" not in train.offload or train.remat, "train.offload names streams: set train.remat=true too")
@@ -387,9 +387,9 @@ def check_serving(model: Model, serve: Serve, cache: Cache) -> None:
              "layer, and this one has none; set it to 0")  # fmt: skip
     _require(not (serve.num_speculative_tokens and serve.batch_invariant), "serve.batch_invariant and "
              "serve.num_speculative_tokens exclude each other: drafts change the shapes computed")  # fmt: skip
-    _require(bool(cache.disk_bytes) == bool(cache.disk_dir), "cache.disk_bytes and cache.disk_dir go together: a cache on disk "
-             "needs its size and its place (--kv_disk=64GiB --kv_dir=DIR)")  # fmt: skip
-    _require(cache.enable_prefix_caching or not (cache.host_bytes or cache.disk_bytes), "cache.host_bytes and cache.disk_bytes hold blocks that requests "
+    _require(bool(cache.kv_disk_bytes) == bool(cache.kv_dir), "cache.kv_disk_bytes and cache.kv_dir go together: a cache on disk "
+             "needs its size and its place (--kv_disk_bytes=64GiB --kv_dir=DIR)")  # fmt: skip
+    _require(cache.enable_prefix_caching or not (cache.kv_host_bytes or cache.kv_disk_bytes), "cache.kv_host_bytes and cache.kv_disk_bytes hold blocks that requests "
              "share: set cache.enable_prefix_caching to true, or drop them")  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from absl import flags
 
 from v4jax import config
 from v4jax.cli_flags import Flag, define_size
+from v4jax.core.config_limits import CHOICES
 
 STORED = "the checkpoint's"  # default of what `LLM` takes from the checkpoint where it is not given
 _DEFINE = {
@@ -32,41 +33,40 @@ class Row:
     least: int | None = None
     choices: tuple[str, ...] = ()
     size: bool = False
-    flag: str = ""  # name of the flag, where it is not the name of the field
 
 
 SERVE = {
     "max_num_seqs": Row("requests that decode together, on each device", least=1),
     "max_model_len": Row("most tokens of a request, prompt included", least=1),
-    "max_num_batched_tokens": Row("most tokens of a prompt that are read between two decode steps", least=1),
+    "max_num_batched_tokens": Row("most prompt tokens that are prefilled between two decode steps", least=1),
     "num_speculative_tokens": Row("tokens that the MTP layer drafts in each step", least=0),
     "batch_invariant": Row("bits of an answer do not depend on what else runs"),
-    "precision": Row("precision of the large matrices", choices=("model", "fp8")),
+    "quantization": Row("of the large matrices: none, or fp8", choices=CHOICES["serve.quantization"]),
 }
 CACHE = {
-    "layout": Row("format of the KV cache", choices=("model", "bf16", "fp8", "fp8_fp4")),
-    "block": Row("tokens of a block; 0: the least multiple of the compression ratios from 256 on", least=0),
-    "tokens": Row("room of the KV cache in tokens; 0: max_num_seqs sequences of max_model_len", least=0),
-    "prefix": Row("reuse blocks of earlier requests with the same beginning"),
-    "records": Row("records kept for prefix reuse", least=0),
-    "snapshot_interval_blocks": Row("blocks between two records of a prompt; 0: only at its end", least=0),
-    "device": Row("accelerator memory for the KV cache, such as 2GiB", size=True),
-    "hot": Row("entries a CSA layer kept on the device, the rest in host memory; 0: all", least=0),
-    "host": Row("host memory for what leaves the device, such as 64GiB", size=True),
-    "disk": Row("disk space for it in --kv_dir, such as 1TiB", size=True),
-    "directory": Row("directory that keeps it over restarts; one engine at a time", flag="kv_dir"),
-    "policy": Row("eviction from a full host or disk", choices=("s3fifo", "lru")),
-    "admission": Row("blocks that move to host and disk: all, or those asked for twice", choices=("all", "second")),
-    "deadline": Row("seconds without progress after which a request stops waiting for host and disk"),
+    "kv_cache_dtype": Row("format of the KV cache; auto: the model's dtype", choices=CHOICES["cache.kv_cache_dtype"]),
+    "block_size": Row("tokens of a block; 0: the least multiple of the compression rates from 256 on", least=0),
+    "kv_cache_tokens": Row("room of the KV cache in tokens; 0: max_num_seqs sequences of max_model_len", least=0),
+    "kv_cache_memory_bytes": Row("accelerator memory for the KV cache, such as 2GiB; 0: kv_cache_tokens", size=True),
+    "enable_prefix_caching": Row("reuse blocks of earlier requests with the same beginning"),
+    "num_state_snapshots": Row("state snapshots kept for prefix reuse", least=0),
+    "snapshot_interval_blocks": Row("blocks between two snapshots of a prompt; 0: only at its end", least=0),
+    "kv_device_entries": Row("entries a CSA layer kept on the device, the rest in host memory; 0: all", least=0),
+    "kv_host_bytes": Row("host memory for blocks that leave the device, such as 64GiB", size=True),
+    "kv_disk_bytes": Row("disk space for them in --kv_dir, such as 1TiB", size=True),
+    "kv_dir": Row("directory that keeps them over restarts; one engine at a time"),
+    "kv_eviction_policy": Row("eviction from a full host or disk", choices=CHOICES["cache.kv_eviction_policy"]),
+    "kv_admission_policy": Row(
+        "blocks that move to host and disk: all, or those asked for twice", choices=CHOICES["cache.kv_admission_policy"]
+    ),
+    "kv_load_timeout_s": Row("seconds without progress after which a request stops waiting for host and disk"),
 }
 
 
-def _flags(fields_of: type, rows: Mapping[str, Row], prefix: str = "") -> dict[str, Flag]:
+def _flags(fields_of: type, rows: Mapping[str, Row]) -> dict[str, Flag]:
     """A flag for each field of a config dataclass that has a row, by the name of the field."""
     hints, unset = typing.get_type_hints(fields_of), fields_of()
-    return {
-        name: _flag(row.flag or prefix + name, row, hints[name], getattr(unset, name)) for name, row in rows.items()
-    }
+    return {name: _flag(name, row, hints[name], getattr(unset, name)) for name, row in rows.items()}
 
 
 def _flag(name: str, row: Row, kind: type, default: object) -> Flag:
@@ -84,7 +84,7 @@ def _flag(name: str, row: Row, kind: type, default: object) -> Flag:
 
 
 SERVE_FLAGS = _flags(config.Serve, SERVE)
-CACHE_FLAGS = _flags(config.Cache, CACHE, prefix="kv_")
+CACHE_FLAGS = _flags(config.Cache, CACHE)
 SAMPLING_FLAGS = (
     Flag("max_tokens", "most tokens to add", flags.DEFINE_integer, options={"lower_bound": 1}, shown="16"),
     Flag("temperature", "randomness; 0 always takes the likeliest token", flags.DEFINE_float,

@@ -81,7 +81,7 @@ def test_paths_in_a_checkpoint_are_not_followed(tmp_path):
     mesh = dataclasses.replace(tiny.mesh, rules=str(tmp_path / "code.py"))
     directory.save_config(tmp_path, dataclasses.replace(tiny, data=data, cache=cache, mesh=mesh))
     loaded = checkpoint.load_config(tmp_path)
-    assert (loaded.cache.disk_dir, loaded.cache.disk_bytes, loaded.cache.num_state_snapshots) == ("", 0, 7)
+    assert (loaded.cache.kv_dir, loaded.cache.kv_disk_bytes, loaded.cache.num_state_snapshots) == ("", 0, 7)
     assert (loaded.data.source, loaded.data.heldout, loaded.data.tokenizer) == ("", "", "auto")
     assert loaded.mesh == config_lib.Mesh() and loaded.model == tiny.model
     assert "passwd" not in repr(loaded) and str(tmp_path) not in repr(loaded)

@@ -60,7 +60,7 @@ def test_every_path_of_the_library(tmp_path, monkeypatch):
         lambda: model_io.open_checkpoint("gs://b/r"), lambda: directory.save_config("gs://b/r", tiny),
         lambda: checkpoint.TrainCheckpointer("gs://b/r", tiny, keep=1), lambda: train(tiny, "gs://b/r"),
         lambda: find_files("gs://b/*.txt"), lambda: atomic.replace_directory("gs://b/r", "x", bool).__enter__(),
-        lambda: config.validate(dataclasses.replace(tiny, cache=config.Cache(disk_bytes=1 << 30, disk_dir="gs://b/kv"))),
+        lambda: config.validate(dataclasses.replace(tiny, cache=config.Cache(kv_disk_bytes=1 << 30, kv_dir="gs://b/kv"))),
     ]:  # fmt: skip
         with pytest.raises(UserError, match="is a URL"):
             attempt()

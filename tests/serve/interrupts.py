@@ -86,7 +86,7 @@ def struck_after(seconds, signum):
 def small_llm(model):
     """An LLM with a host tier and few pages."""
     limits = {name: getattr(LIMITS, name) for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens")}
-    cache = config.Cache(host_bytes=1 << 24, load_timeout_s=LONG)
+    cache = config.Cache(kv_host_bytes=1 << 24, kv_load_timeout_s=LONG)
     with LLM(model, tokenizer=Tokenizer(), cache=cache, **limits) as llm:
         small_books(llm.engine)
         yield llm
@@ -170,7 +170,7 @@ def command(model, count, seed=0):
         code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); print(flush=True); "
         code += "from v4jax.__main__ import run; run()"
         argv = [sys.executable, "-c", code, "generate", f"--checkpoint={checkpoint}", "--prompt=a", "--max_tokens=50",
-                "--max_model_len=576", "--kv_disk=1GiB", f"--kv_dir={directory}/kv"]  # fmt: skip
+                "--max_model_len=576", "--kv_disk_bytes=1GiB", f"--kv_dir={directory}/kv"]  # fmt: skip
         seconds = None
         for _ in range(1 + count):
             with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -37,7 +37,7 @@ def tiered(
 ):
     """An engine that is closed at the end. files: the file system of its disk tier."""
     with_disk = {"directory": str(directory), "disk": disk} if directory is not None else {}
-    cache = config.Cache(host_bytes=host, load_timeout_s=deadline, kv_cache_dtype=layout, admission_policy=admission, device_entries=hot, **with_disk)
+    cache = config.Cache(kv_host_bytes=host, kv_load_timeout_s=deadline, kv_cache_dtype=layout, kv_admission_policy=admission, kv_device_entries=hot, **with_disk)
     opened = kv_connector.DiskTier
     kv_connector.DiskTier = lambda *args, **kwargs: DiskTier(*args, files=files or FaultyFiles(), **kwargs)
     try:

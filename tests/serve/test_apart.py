@@ -53,7 +53,7 @@ def test_what_processes_let_go_comes_back_and_stays_over_a_restart(model, plain,
     assert mine[2]["late"] == 0 < its[1]["late"]
 
     assert {path.name for path in (tmp_path / "kv").iterdir()} == {"0", "1"}
-    cache = config.Cache(disk_bytes=1 << 30, disk_dir=str(tmp_path / "kv" / "1"), load_timeout_s=60.0)
+    cache = config.Cache(kv_disk_bytes=1 << 30, kv_dir=str(tmp_path / "kv" / "1"), kv_load_timeout_s=60.0)
     engine = Engine(model, LIMITS, cache)  # names of blocks are those of one device
     assert tokens_of(engine, two_process_worker.prompts(), two_process_worker.GREEDY) == expected
     assert engine.stats()["restored_blocks"] == 4

@@ -45,7 +45,7 @@ def near(layers):
 
 @pytest.fixture(scope="module")
 def far(layers):
-    return Engine(layers, LIMITS, config.Cache(kv_cache_dtype="fp8_fp4", device_entries=LEAST))
+    return Engine(layers, LIMITS, config.Cache(kv_cache_dtype="fp8_fp4", kv_device_entries=LEAST))
 
 
 def test_every_bit_is_that_of_the_engine_with_all_on_the_device(near, far):
@@ -91,7 +91,7 @@ def test_drafts_and_invariance_keep_every_bit(options, queries):
     model = weights.build(drafting, weights.random_flat(drafting, 0))
     limits, answers = dataclasses.replace(LIMITS, max_num_batched_tokens=16, **options), []
     for hot in (0, queries * TWO.indexer.index_topk):
-        engine = Engine(model, limits, config.Cache(kv_cache_dtype="fp8_fp4", device_entries=hot))
+        engine = Engine(model, limits, config.Cache(kv_cache_dtype="fp8_fp4", kv_device_entries=hot))
         new_books(engine, pages=2)
         answers.append(drive(engine, crowded(3, sampling=BITS)))  # in turn, or one must make room for the other
         new_books(engine, pages=3)
@@ -102,7 +102,7 @@ def test_drafts_and_invariance_keep_every_bit(options, queries):
 
 
 @pytest.mark.parametrize("options, limits, complaint", [
-    (dict(hot=-1), {}, "cache.device_entries must be at least 0, got -1"),
+    (dict(hot=-1), {}, "cache.kv_device_entries must be at least 0, got -1"),
     (dict(hot=LEAST - 1), {}, "4 sequences x 1 tokens x topk 4; give at least 16, or lower max_num_seqs"),
     (dict(hot=LEAST), dict(max_num_seqs=5), "5 sequences x 1 tokens x topk 4; give at least 20"),
     (dict(hot=3), dict(batch_invariant=True), "1 sequences x 1 tokens x topk 4; give at least 4"),
@@ -120,7 +120,7 @@ def test_the_devices_budget_counts_what_is_on_the_device(layers, caplog):
     records = 1 + LIMITS.max_num_seqs + config.Cache().num_state_snapshots
     for device in (records * layout.state_bytes() + layout.device_cache_bytes + 2 * layout.block_bytes, 1_000_000):
         with caplog.at_level("INFO"):
-            engine = Engine(layers, LIMITS, config.Cache(kv_cache_memory_bytes=device, device_entries=LEAST))
+            engine = Engine(layers, LIMITS, config.Cache(kv_cache_memory_bytes=device, kv_device_entries=LEAST))
         stats = engine.stats()
         pages = stats["pages_free"] + 1
         assert device - engine.kv_cache_spec.block_bytes < stats["kv_bytes"] <= device
@@ -132,4 +132,4 @@ def test_the_devices_budget_counts_what_is_on_the_device(layers, caplog):
 def test_models_without_picks_have_none_to_copy():
     bare = dataclasses.replace(MODEL, schedule=("swa", "hca"))
     with pytest.raises(UserError, match="this model has none: set it to 0"):
-        validate_limits(bare, LIMITS, config.Cache(device_entries=LEAST))
+        validate_limits(bare, LIMITS, config.Cache(kv_device_entries=LEAST))

@@ -38,7 +38,7 @@ def outputs(llm):
 
 
 def test_conversations_outlive_an_llm(model, tokenizer, tmp_path):
-    cache = config.Cache(disk_bytes=1 << 30, disk_dir=str(tmp_path), host_bytes=1 << 20, load_timeout_s=60.0)
+    cache = config.Cache(kv_disk_bytes=1 << 30, kv_dir=str(tmp_path), kv_host_bytes=1 << 20, kv_load_timeout_s=60.0)
     prompt = np.random.default_rng(0).integers(3, 2000, 300)
     with LLM(model, tokenizer=tokenizer, cache=cache, **LIMITS) as llm:
         [first] = llm.generate([prompt], greedy())

@@ -186,7 +186,7 @@ def test_a_tenants_blocks_are_its_own(model, alone, tmp_path):
 
 def test_a_second_engine_on_a_directory_is_refused(model, tmp_path):
     with tiered(model, tmp_path), pytest.raises(UserError, match="in use by another engine"):
-        Engine(model, LIMITS, config.Cache(disk_bytes=1 << 20, disk_dir=str(tmp_path)))
+        Engine(model, LIMITS, config.Cache(kv_disk_bytes=1 << 20, kv_dir=str(tmp_path)))
 
 
 # --- faults 2, 3, 11, 13 to 15: what is stored cannot be had ----------------------------------------------------------
@@ -364,7 +364,7 @@ def test_copies_off_the_device_and_back_keep_every_bit_of_every_leaf(model, layo
 
 @pytest.mark.parametrize("options, complaint", [
     (dict(disk=1), "needs its size and its place"), (dict(directory="x"), "needs its size and its place"),
-    (dict(host=-1), "cache.host_bytes must be at least 0"), (dict(deadline=0), "cache.load_timeout_s must be at least"),
+    (dict(host=-1), "cache.kv_host_bytes must be at least 0"), (dict(deadline=0), "cache.kv_load_timeout_s must be at least"),
     (dict(admission="none"), "one of all, second"), (dict(policy="fifo"), "one of s3fifo, lru"),
     (dict(host=1, prefix=False), "set cache.enable_prefix_caching to true"),
     (dict(device=1000), "too small: 21 records and one block"),
@@ -389,7 +389,7 @@ def test_the_log_says_what_each_tier_holds(model, tmp_path, caplog):
 
 
 def test_tiers_are_let_go_with_an_engine_that_nobody_closes(model, tmp_path):
-    engine = Engine(model, LIMITS, config.Cache(disk_bytes=1 << 20, disk_dir=str(tmp_path)))
+    engine = Engine(model, LIMITS, config.Cache(kv_disk_bytes=1 << 20, kv_dir=str(tmp_path)))
     del engine
     gc.collect()
     with tiered(model, tmp_path):

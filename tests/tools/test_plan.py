@@ -190,9 +190,9 @@ def test_what_training_offloads_and_rounds_is_planned_for():
 
 
 def recorded() -> dict[tuple, list[dict]]:
-    """What the compiler said of the flagships' steps, by config, topology, mode, context, rows and `cache.device_entries`.
+    """What the compiler said of the flagships' steps, by config, topology, mode, context, rows and `cache.kv_device_entries`.
 
-    From `v4jax plan --config=CONFIG --topology=TOPOLOGY --mode=MODE --context=CONTEXT --concurrency=ROWS --kv_hot=HOT
+    From `v4jax plan --config=CONFIG --topology=TOPOLOGY --mode=MODE --context=CONTEXT --concurrency=ROWS --kv_device_entries=HOT
     --stage=buffers --json=FILE`, the records whose source is "compiled", by `python -m tests.golden.compiled FILE...`.
     Without machine code, they lack the program's bytes.
     """

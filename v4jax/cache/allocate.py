@@ -1,4 +1,4 @@
-"""The cache of an engine: all of it on the device, or two parts in host memory (`cache.device_entries`): the CSA layers' entries,
+"""The cache of an engine: all of it on the device, or two parts in host memory (`cache.kv_device_entries`): the CSA layers' entries,
 of which steps read a few, and the tails of the HCA layers, which a step adds one row to and seldom reads."""
 
 from __future__ import annotations
@@ -83,15 +83,15 @@ def memory_stats(live) -> dict[str, float]:
 
 def check(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
     """Raise UserError if entries cannot live in host memory, or if that would be of no use."""
-    if not cache.device_entries:
+    if not cache.kv_device_entries:
         return
     if "csa" not in model.schedule:
         raise UserError("cache hot is for the picked entries of csa layers, and this model has none: set it to 0")
     rows = 1 if limits.batch_invariant else limits.max_num_seqs
     queries, k = 1 + limits.num_speculative_tokens, model.indexer.index_topk
-    if cache.device_entries < rows * queries * k:
+    if cache.kv_device_entries < rows * queries * k:
         raise UserError(
-            f"cache hot of {cache.device_entries} entries is less than a step may pick: {rows} sequences x {queries} tokens x "
+            f"cache hot of {cache.kv_device_entries} entries is less than a step may pick: {rows} sequences x {queries} tokens x "
             f"topk {k}; give at least {rows * queries * k}, or lower max_num_seqs"
         )
     layout = KVCacheSpec(model, cache.kv_cache_dtype, cache.block_size)

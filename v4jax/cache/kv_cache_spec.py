@@ -26,7 +26,7 @@ from v4jax.core.errors import UserError
 from v4jax.core.qtensor import group_size
 from v4jax.nn import qdq
 
-KV_CACHE_DTYPES = ("model", "bf16", "fp8", "fp8_fp4")
+KV_CACHE_DTYPES = ("auto", "bf16", "fp8", "fp8_fp4")
 _FORMATS = {"fp8": {"main": "fp8", "index": "fp8"}, "fp8_fp4": {"main": "fp8", "index": "fp4"}}
 _GROUP = {"main": qdq.ENTRY_GROUP, "index": qdq.KEY_GROUP}
 _WORD = 4  # bytes that a quantized row is padded to a multiple of
@@ -80,7 +80,7 @@ def entry_format(model: config.Model, kind: str, layout: str) -> EntryFormat:
         raise UserError(f"unknown cache layout {layout!r}; one of {', '.join(KV_CACHE_DTYPES)}")
     width, rotary = {"main": (model.head_dim, model.qk_rope_head_dim), "index": (model.indexer.index_head_dim, 0)}[kind]
     if layout not in _FORMATS:
-        return EntryFormat(width, model.dtype if layout == "model" else "bfloat16")
+        return EntryFormat(width, model.dtype if layout == "auto" else "bfloat16")
     format = _FORMATS[layout][kind]
     if width == rotary:
         raise UserError(f"layout {layout} quantizes what is not rotary, and model.qk_rope_head_dim is all {width}; take bf16")
@@ -119,7 +119,7 @@ class KVCacheSpec:
     """
 
     model: config.Model
-    name: str = "model"
+    name: str = "auto"
     block: int = 0
     hot: int = 0
 

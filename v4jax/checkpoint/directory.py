@@ -109,7 +109,7 @@ def without_paths(config: Config) -> Config:
     return replace(
         config,
         data=replace(data, source=source, heldout="", tokenizer=Data.tokenizer),
-        cache=replace(config.cache, disk_bytes=0, disk_dir=""),
+        cache=replace(config.cache, kv_disk_bytes=0, kv_dir=""),
         mesh=Mesh(),
     )
 

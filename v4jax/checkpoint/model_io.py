@@ -26,7 +26,7 @@ from v4jax.core.errors import UserError
 from v4jax.core.qtensor import QTensor
 from v4jax.models import hf_config
 from v4jax.models.layer_stacks import LayerStack
-from v4jax.models.quantize import check_precision, quantize_weight
+from v4jax.models.quantize import check_quantization, quantize_weight
 from v4jax.models.transformer import Transformer
 
 # (letters of the axes, such as "EUDF", shape) -> where an array goes. The axis of stacked layers is called "*".
@@ -38,25 +38,25 @@ def load(
     dtype: str | None = None,
     scan: bool = False,
     placement: ShardingFn | None = None,
-    precision: str = "model",
+    quantization: str = "none",
     verify: bool = True,
 ) -> Transformer:
     """The model of a Hugging Face directory, a v4jax directory, or a run's workdir (its newest checkpoint).
 
     dtype: "float32" or "bfloat16" for the matrices and the activations; None keeps the stored types. scan: hold
     repeated layers stacked (see models/layer_stacks.py). placement: the sharding of each array; of sharded ones only the
-    local shards are read. precision: "fp8" quantizes each large matrix as it comes (models/quantize.py), for
+    local shards are read. quantization: "fp8" quantizes each large matrix as it comes (models/quantize.py), for
     inference; such a model cannot be saved. verify: compare what is read with the checksums that v4jax wrote. Arrays
     are read one after another, so the host holds one of them beside the model. Raises UserError.
     """
-    check_precision(precision)
+    check_quantization(quantization)
     config, tensors = open_checkpoint(path, dtype, verify)
     graphdef, state, runs = _structure(config.model, scan)
     filled = {}
     for place, variable, names, stacked in _arrays(state, runs):
         letters = "*" * stacked + variable.letters
         array = _device_array(tensors, names, stacked, letters, placement)
-        filled[place] = variable.replace(quantize_weight(letters, array) if precision == "fp8" else array)
+        filled[place] = variable.replace(quantize_weight(letters, array) if quantization == "fp8" else array)
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
@@ -138,7 +138,7 @@ class ModelTensors(LazyTensors):
         self._arrays = {}
         for _, variable, names, stacked in _arrays(nnx.state(model), model.stack_specs):
             if isinstance(variable[...], QTensor):
-                raise UserError("a model with precision fp8 cannot be saved; load it again without, and save that")
+                raise UserError("a model quantized to fp8 cannot be saved; load it again without, and save that")
             for repeat, name in enumerate(names):
                 self._arrays[name] = variable[...], repeat if stacked else None
 

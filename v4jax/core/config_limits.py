@@ -41,8 +41,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.seed": (-(2**63), 2**63 - 1), "train.momentum": (0.0, 1.0),
     "serve.max_num_seqs": _COUNT, "serve.max_model_len": _COUNT, "serve.max_num_batched_tokens": _COUNT,
     "serve.num_speculative_tokens": (0, 1024),
-    "cache.block_size": (0, 2**31 - 1), "cache.kv_cache_tokens": (0, 2**48), "cache.num_state_snapshots": (0, 2**24), "cache.device_entries": (0, 2**40),
-    "cache.snapshot_interval_blocks": (0, 2**31 - 1), "cache.load_timeout_s": (1e-6, 1e6),
+    "cache.block_size": (0, 2**31 - 1), "cache.kv_cache_tokens": (0, 2**48), "cache.num_state_snapshots": (0, 2**24), "cache.kv_device_entries": (0, 2**40),
+    "cache.snapshot_interval_blocks": (0, 2**31 - 1), "cache.kv_load_timeout_s": (1e-6, 1e6),
     **{f"mesh.{axis}": (1, 2**20) for axis in ("slice", "data", "fsdp", "expert", "context", "tensor")},
 }  # fmt: skip
 
@@ -54,10 +54,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.matmul_precision": ("plain", "fp8"),
     "train.expert_weight_format": ("plain", "mxfp4"),
     "train.offload": ("optimizer", "streams"),
-    "serve.quantization": ("model", "fp8"),
-    "cache.kv_cache_dtype": ("model", "bf16", "fp8", "fp8_fp4"),
-    "cache.eviction_policy": ("s3fifo", "lru"),
-    "cache.admission_policy": ("all", "second"),
+    "serve.quantization": ("none", "fp8"),
+    "cache.kv_cache_dtype": ("auto", "bf16", "fp8", "fp8_fp4"),
+    "cache.kv_eviction_policy": ("s3fifo", "lru"),
+    "cache.kv_admission_policy": ("all", "second"),
 }
 
 

@@ -45,14 +45,14 @@ _ROWS = 4  # windows that are read together
 
 def run(
     checkpoint: str,
-    layout: str = "fp8",
+    kv_cache_dtype: str = "fp8",
     context: int = 1024,
     windows: int = 32,
     bounds: str = "",
     data: str = "",
     heldout: str = "",
 ) -> list[dict]:
-    """Compare `layout` with bf16 on the first `windows` windows of `context` tokens of the held-out text.
+    """Compare `kv_cache_dtype` with bf16 on the first `windows` windows of `context` tokens of the held-out text.
 
     data, heldout: as of `perplexity.run`. bounds: "kl_mean=1e-3,top1=0.99", over the defaults. Prints a table; a record
     says whether its bound holds. Raises UserError for a checkpoint without a tokenizer or CSA layers, too little text,
@@ -70,7 +70,7 @@ def run(
     rows = min(_ROWS, len(cut))
     model = store.load(checkpoint)
     batches = [jnp.asarray(cut[i : i + rows], jnp.int32) for i in range(0, len(cut) - rows + 1, rows)]
-    parts = [compare(model, tokens_RT, layout) for tokens_RT in batches]
+    parts = [compare(model, tokens_RT, kv_cache_dtype) for tokens_RT in batches]
     kl, same, change, kept, picked = (np.concatenate([np.ravel(part[i]) for part in parts]) for i in range(5))
     values = {
         "kl_mean": kl.mean(), "kl_p99": np.quantile(kl, 0.99), "top1": same.mean(),
@@ -82,28 +82,28 @@ def run(
         holds = bool(value <= limits[name] if upper else value >= limits[name])
         records.append({
             "suite": "fp8", "metric": name, "value": float(value), "unit": unit, "config": config.name,
-            "context": context, "precision": layout, "bound": limits[name], "holds": holds,
+            "context": context, "precision": kv_cache_dtype, "bound": limits[name], "holds": holds,
         })  # fmt: skip
-    title = f"{config.name}: KV cache in {layout} against {REFERENCE}, {kl.size:,} held-out tokens by {context}"
+    title = f"{config.name}: KV cache in {kv_cache_dtype} against {REFERENCE}, {kl.size:,} held-out tokens by {context}"
     line = lambda r: [r["metric"], f"{r['value']:.3g}", r["unit"], f"{r['bound']:g}", "yes" if r["holds"] else "NO"]
     print_table(title, ["metric", "value", "unit", "bound", "holds"], [line(r) for r in records])
     return records
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def compare(model: Transformer, tokens_RT: jax.Array, layout: str):
+def compare(model: Transformer, tokens_RT: jax.Array, kv_cache_dtype: str):
     """KL and equality of the likeliest token [R, T], change of the loss [R, T - 1]; picks kept and made, by layer."""
-    reference, other = (jax.nn.log_softmax(_logits(model, tokens_RT, name)) for name in (REFERENCE, layout))
+    reference, other = (jax.nn.log_softmax(_logits(model, tokens_RT, name)) for name in (REFERENCE, kv_cache_dtype))
     kl_RT = jnp.sum(jnp.exp(reference) * (reference - other), -1)
     same_RT = jnp.argmax(reference, -1) == jnp.argmax(other, -1)
     loss = lambda logp: -jnp.take_along_axis(logp[:, :-1], tokens_RT[:, 1:, None], -1)[..., 0]
-    kept, picked = _recall(model, tokens_RT, layout)
+    kept, picked = _recall(model, tokens_RT, kv_cache_dtype)
     return kl_RT, same_RT, loss(other) - loss(reference), kept, picked
 
 
-def _logits(model: Transformer, tokens_RT: jax.Array, layout: str) -> jax.Array:
-    """Of a whole window, its entries read back from a cache of this layout."""
-    (R, T), shape = tokens_RT.shape, KVCacheSpec(model.config, layout)
+def _logits(model: Transformer, tokens_RT: jax.Array, kv_cache_dtype: str) -> jax.Array:
+    """Of a whole window, its entries read back from a cache of this kv_cache_dtype."""
+    (R, T), shape = tokens_RT.shape, KVCacheSpec(model.config, kv_cache_dtype)
     pages = -(-T // shape.block)
     state = [[allocate_layer(shape, kind, R * pages, R) for kind, _ in run.kinds] for run in model.stack_specs]
     rows = jnp.arange(R, dtype=jnp.int32)
@@ -112,13 +112,13 @@ def _logits(model: Transformer, tokens_RT: jax.Array, layout: str) -> jax.Array:
     return model.logits(x_BTXD)
 
 
-def _recall(model: Transformer, tokens_RT: jax.Array, layout: str):
+def _recall(model: Transformer, tokens_RT: jax.Array, kv_cache_dtype: str):
     """Of the picks with exact keys (where there is a choice), those that rounded keys pick too: both int32 [layers].
 
     Tolerant to ties: a pick that is missing counts as kept if it scores no more than the last one.
     """
     chunk, topk = full_batch(tokens_RT), model.config.indexer.index_topk
-    storage = entry_format(model.config, "index", layout)
+    storage = entry_format(model.config, "index", kv_cache_dtype)
     x_BTXD, kept, picked = model.embed.embed_streams(tokens_RT), [], []
     for block in (block for stack in model.stacks for block in stack):
         if isinstance(block.attn, CompressedSparseAttention):

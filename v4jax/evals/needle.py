@@ -3,7 +3,7 @@
 A model trained on `data.source=needle` reads a haystack (see `data/needle.py`) and is asked for the value of one key;
 it answers right or not. Both arms are sparse and have the same weights and questions. The reference keeps its entries
 in bfloat16 and rounds nothing in the forward, even if the model was trained with `kv_qdq`; the other arm computes as
-the model was trained and keeps its entries in `layout`.
+the model was trained and keeps its entries in `kv_cache_dtype`.
 
 All needles of a haystack are asked for, each by a request of its own: the first reads the haystack, the others find
 its blocks in the prefix cache. A bin is (context, depth): the needles in one of `depths` equal parts of the haystack,
@@ -39,13 +39,13 @@ _SEED = 2026
 
 def run(
     checkpoint: str,
-    layout: str = "fp8_fp4",
+    kv_cache_dtype: str = "fp8_fp4",
     contexts: Sequence[int | str] = (1024, 4096, 16_384),
     depths: int = 5,
     trials: int = 100,
     bounds: str = "",
 ) -> list[dict]:
-    """Ask `trials` questions in each of `depths` depths of haystacks of `contexts` tokens, over bf16 and over `layout`.
+    """Ask `trials` questions in each of `depths` depths of haystacks of `contexts` tokens, over bf16 and over `kv_cache_dtype`.
 
     bounds: "accuracy=0.9,lost=0.02", over the defaults; they hold in every bin. Prints a table for each context; a
     record says whether its bound holds. Raises UserError for a checkpoint of other data, impossible contexts, or an
@@ -54,16 +54,16 @@ def run(
     limits = read_bounds(bounds, {name: bound for name, (bound, _) in BOUNDS.items()})
     contexts = _contexts(contexts)
     config = store.load_config(checkpoint)
-    _check(config, layout, max(contexts))
+    _check(config, kv_cache_dtype, max(contexts))
     alphabet, places = TokenRanges.of(config.model), {"suite": "needle", "config": config.name, "trials": trials}
     stacks = {context: draw(alphabet, context, depths, trials) for context in contexts}
     model = store.load(checkpoint)
     records = []
     for context, hay in stacks.items():
-        arms = {REFERENCE: unrounded(model), layout: model}
+        arms = {REFERENCE: unrounded(model), kv_cache_dtype: model}
         right = {name: found(arm, name, hay, depths)[:, :trials] for name, arm in arms.items()}
         judged = judge(right, limits, places | {"context": context})
-        _print(f"{config.name}: needles found in {context:,} tokens, {trials} trials a depth", judged, layout)
+        _print(f"{config.name}: needles found in {context:,} tokens, {trials} trials a depth", judged, kv_cache_dtype)
         records += judged
     return records
 
@@ -84,12 +84,12 @@ def draw(alphabet: TokenRanges, context: int, depths: int, trials: int) -> list[
     return [haystack(rng, alphabet, context, each * depths) for _ in range(-(-trials // each))]
 
 
-def found(model: Transformer, layout: str, stacks: list[Haystack], depths: int) -> np.ndarray:
+def found(model: Transformer, kv_cache_dtype: str, stacks: list[Haystack], depths: int) -> np.ndarray:
     """Whether each needle was found: bool [depths, needles of that depth], the earliest depth first."""
-    context, room = len(stacks[0].tokens_T), KVCacheSpec(model.config, layout).block
+    context, room = len(stacks[0].tokens_T), KVCacheSpec(model.config, kv_cache_dtype).block
     llm = LLM(
         model,
-        cache=configs.Cache(kv_cache_dtype=layout, kv_cache_tokens=context + 2 * _REQUESTS * room),
+        cache=configs.Cache(kv_cache_dtype=kv_cache_dtype, kv_cache_tokens=context + 2 * _REQUESTS * room),
         max_num_seqs=_REQUESTS,
         max_model_len=context + QUESTION + VALUE,
         max_num_batched_tokens=_CHUNK,
@@ -113,10 +113,10 @@ def judge(right: dict[str, np.ndarray], limits: dict[str, float], place: dict) -
     """Records of one context: what each arm found at each depth, and what the second lost against the reference."""
     records = []
     shares = {name: rows.mean(axis=1) for name, rows in right.items()}
-    (_, reference), (layout, other) = shares.items()
+    (_, reference), (kv_cache_dtype, other) = shares.items()
     for depth in range(len(reference)):
-        values = [("accuracy", REFERENCE, reference[depth]), ("accuracy", layout, other[depth]),
-                  ("lost", layout, reference[depth] - other[depth])]  # fmt: skip
+        values = [("accuracy", REFERENCE, reference[depth]), ("accuracy", kv_cache_dtype, other[depth]),
+                  ("lost", kv_cache_dtype, reference[depth] - other[depth])]  # fmt: skip
         for metric, precision, value in values:
             value, bound = round(float(value), 9), limits[metric]  # 1 - 0.99 is above 0.01 by a rounding
             holds = value <= bound if BOUNDS[metric][1] else value >= bound
@@ -127,14 +127,14 @@ def judge(right: dict[str, np.ndarray], limits: dict[str, float], place: dict) -
     return records
 
 
-def _print(title: str, records: list[dict], layout: str) -> None:
+def _print(title: str, records: list[dict], kv_cache_dtype: str) -> None:
     """A row a depth, which is the part of the haystack before the middle of the bin."""
     rows = []
     for depth in sorted({record["depth"] for record in records}):
         parts = [record for record in records if record["depth"] == depth]
         shares = [f"{100 * part['value']:.1f} %" for part in parts]
         rows.append([f"{depth:.2f}", *shares, "yes" if all(part["holds"] for part in parts) else "NO"])
-    print_table(title, ["depth", REFERENCE, layout, "lost", "holds"], rows)
+    print_table(title, ["depth", REFERENCE, kv_cache_dtype, "lost", "holds"], rows)
 
 
 def _contexts(given: Sequence[int | str]) -> list[int]:
@@ -148,14 +148,14 @@ def _contexts(given: Sequence[int | str]) -> list[int]:
     return contexts
 
 
-def _check(config: configs.Config, layout: str, context: int) -> None:
+def _check(config: configs.Config, kv_cache_dtype: str, context: int) -> None:
     """Raise UserError for what cannot be asked of this model."""
     if config.data.source != SOURCE:
         raise UserError(f"{config.name} learnt from {config.data.source!r}, not to find needles; train --config=bench/needle")
-    if layout not in KV_CACHE_DTYPES or layout == REFERENCE:
+    if kv_cache_dtype not in KV_CACHE_DTYPES or kv_cache_dtype == REFERENCE:
         others = ", ".join(name for name in KV_CACHE_DTYPES if name != REFERENCE)
-        raise UserError(f"--layout={layout} cannot be held against {REFERENCE}; give one of {others}")
-    KVCacheSpec(config.model, layout)
+        raise UserError(f"--kv_cache_dtype={kv_cache_dtype} cannot be held against {REFERENCE}; give one of {others}")
+    KVCacheSpec(config.model, kv_cache_dtype)
     most = config.model.max_position_embeddings - QUESTION - VALUE
     if context > most:
         raise UserError(f"--contexts={context} and a question exceed the model's positions; give at most {most}")

@@ -14,17 +14,17 @@ from v4jax.core.qtensor import QTensor, quantize_blocks
 from v4jax.models.transformer import Transformer
 from v4jax.nn.linear import FP8_WEIGHT_AXES
 
-PRECISIONS = ("model", "fp8")
+QUANTIZATIONS = ("none", "fp8")
 _STORED = FP8_WEIGHT_AXES | {"GIR"}  # the first output matrix is stored in FP8 as well, if not multiplied in it
 _STACKING = "*EUG"  # letters of axes that stack matrices: repeated layers, experts, gate and up, output groups
 
 _blocks = jax.jit(quantize_blocks, static_argnums=1)
 
 
-def check_precision(precision: str) -> None:
+def check_quantization(quantization: str) -> None:
     """Raise UserError for one that there is not."""
-    if precision not in PRECISIONS:
-        raise UserError(f"unknown precision {precision!r}; one of {', '.join(PRECISIONS)}")
+    if quantization not in QUANTIZATIONS:
+        raise UserError(f"unknown quantization {quantization!r}; one of {', '.join(QUANTIZATIONS)}")
 
 
 def quantize_weight(letters: str, array: jax.Array) -> jax.Array | QTensor:

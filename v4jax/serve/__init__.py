@@ -1,9 +1,8 @@
 """Floor 5: from prompts to text: sampling, the batched engine, and `LLM`, its face in Python."""
 
-from v4jax.config import Cache as CacheConfig
 from v4jax.config import Mesh as MeshConfig
 from v4jax.serve.llm import LLM
 from v4jax.serve.outputs import CompletionOutput, RequestOutput
 from v4jax.serve.sampling import Logprob, SamplingParams
 
-__all__ = ["LLM", "CacheConfig", "CompletionOutput", "Logprob", "MeshConfig", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "Logprob", "MeshConfig", "RequestOutput", "SamplingParams"]

@@ -135,6 +135,6 @@ def validate_engine(on: DataParallelGroup, model: config.Model, limits: config.S
     if model.moe.n_routed_experts % over:
         raise UserError(f"{model.moe.n_routed_experts} experts cannot be split over {over} devices; take a number that divides "
                         "them, and let mesh.data take the rest")  # fmt: skip
-    for name, given in {"batch_invariant": limits.batch_invariant, "cache hot": cache.device_entries}.items():
+    for name, given in {"batch_invariant": limits.batch_invariant, "cache hot": cache.kv_device_entries}.items():
         if given:
             raise UserError(f"{name} needs an engine on one device; leave it out, or the mesh")

@@ -110,7 +110,7 @@ class Engine:
         weights, tree = jax.tree.flatten(variables)
         self._model_def = model_steps.model_def(graphdef, tree, self.dp_group.sharding)
         self._weights = self._model_def.placed(weights)
-        self.kv_cache_spec = KVCacheSpec(self.model, cache.kv_cache_dtype, cache.block_size, cache.device_entries)
+        self.kv_cache_spec = KVCacheSpec(self.model, cache.kv_cache_dtype, cache.block_size, cache.kv_device_entries)
         block, slots, k = self.kv_cache_spec.block, limits.max_num_seqs, limits.num_speculative_tokens
         self._table_width = -(-(limits.max_model_len + k) // block)
         kept = range(slots + 1, slots + 1 + (cache.num_state_snapshots if cache.enable_prefix_caching else 0))
@@ -126,10 +126,10 @@ class Engine:
         self._kinds = [[kind for kind, _ in run.kinds] for run in model.stack_specs]
         self.kv_connector, self.broken = None, False
         self.reset()
-        if cache.device_entries:
+        if cache.kv_device_entries:
             _log.info(
                 "cache: CSA entries of %s tokens in host memory (%s bytes), %s of a layer on the device",
-                *(f"{n:,}" for n in ((pages - 1) * block, allocate.memory_stats(self._kv_caches)["kv_host_bytes"], cache.device_entries)),
+                *(f"{n:,}" for n in ((pages - 1) * block, allocate.memory_stats(self._kv_caches)["kv_host_bytes"], cache.kv_device_entries)),
             )
         self.kv_connector = kv_connector.build(self._kv_caches, self.dp_group, cache, self.kv_cache_spec)
         if self.kv_connector is not None:
@@ -144,7 +144,7 @@ class Engine:
         least = fixed + 2 * self.kv_cache_spec.block_bytes
         if cache.kv_cache_memory_bytes < least:
             parts = f"{records} records and one block of {block} tokens"
-            parts, lower = (f"{parts} and the hot entries", "records or hot") if cache.device_entries else (parts, "records")
+            parts, lower = (f"{parts} and the hot entries", "records or hot") if cache.kv_device_entries else (parts, "records")
             raise UserError(
                 f"a cache of {cache.kv_cache_memory_bytes:,} bytes on the device is too small: {parts} take {least:,}; give it "
                 f"more, or lower max_num_seqs or the cache's {lower}"

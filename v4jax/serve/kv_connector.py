@@ -36,18 +36,18 @@ _log = logging.getLogger(__name__)
 
 def build(live: KVCaches, places: DataParallelGroup, cache: config.Cache, layout: KVCacheSpec) -> KVConnector | None:
     """The tiers that a config asks for, told of in the log; None if it asks for none. Raises UserError."""
-    if not (cache.host_bytes or cache.disk_bytes):
+    if not (cache.kv_host_bytes or cache.kv_disk_bytes):
         return None
     if not layout.block_bytes:
         raise UserError("a model of window layers alone keeps no blocks for a cache on host or disk: drop those tiers")
-    host = HostTier(cache.host_bytes, cache.eviction_policy) if cache.host_bytes else None
+    host = HostTier(cache.kv_host_bytes, cache.kv_eviction_policy) if cache.kv_host_bytes else None
     own = str(jax.process_index()) if jax.process_count() > 1 else ""
-    directory = pathlib.Path(cache.disk_dir) / own
-    if cache.disk_bytes and own:  # the parent of all processes' directories decides where they lie, too
+    directory = pathlib.Path(cache.kv_dir) / own
+    if cache.kv_disk_bytes and own:  # the parent of all processes' directories decides where they lie, too
         os.close(open_private(directory.parent))
-    disk = DiskTier(directory, cache.disk_bytes, cache.eviction_policy, deadline=cache.load_timeout_s) if cache.disk_bytes else None
+    disk = DiskTier(directory, cache.kv_disk_bytes, cache.kv_eviction_policy, deadline=cache.kv_load_timeout_s) if cache.kv_disk_bytes else None
     try:
-        parking = KVConnector(live, places, host, disk, cache.load_timeout_s, layout.block, second=cache.admission_policy == "second")
+        parking = KVConnector(live, places, host, disk, cache.kv_load_timeout_s, layout.block, second=cache.kv_admission_policy == "second")
     except BaseException:  # an interrupt: another engine of this process may want the directory
         if disk is not None:
             disk.close()

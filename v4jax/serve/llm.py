@@ -34,11 +34,11 @@ class LLM:
 
     model: a directory (a run, an orbax checkpoint or Hugging Face weights) or a Transformer. tokenizer: a Tokenizer or
     its path; by default the directory's own; without one, prompts must be token ids. dtype: "float32" or "bfloat16",
-    for a directory only. cache: a CacheConfig. mesh: a MeshConfig, such as MeshConfig("serve"): over all devices of all
+    for a directory only. mesh: a MeshConfig, such as MeshConfig("serve"): over all devices of all
     processes, experts split and each device with a batch and a cache of its own, of the sizes given here; all processes
-    then make the same calls, and get the same. Other options are fields of `config.Serve`: max_num_seqs, max_model_len
-    (prompt and new tokens), max_num_batched_tokens, num_speculative_tokens, batch_invariant, precision ("fp8": the large matrices
-    in 8 bits). What is not given comes from the checkpoint's config. Raises UserError.
+    then make the same calls, and get the same. options: fields of `config.Serve` and
+    `config.Cache`, such as max_num_seqs, max_model_len, quantization="fp8", kv_cache_dtype="fp8", block_size,
+    kv_host_bytes. What is not given comes from the checkpoint's config. Raises UserError.
 
     What begins a text: what the post-processor of tokenizer.json adds, as in transformers; with bos_id that id alone.
     What ends it: eos_id, an id or a list of ids, or by the rule of `ends.find_ends` the ids that the checkpoint names.
@@ -59,14 +59,13 @@ class LLM:
         *,
         tokenizer: Tokenizer | str | os.PathLike | None = None,
         dtype: str | None = None,
-        cache: config.Cache | None = None,
         mesh: config.Mesh | None = None,
         bos_id: int | None = None,
         eos_id: int | Sequence[int] | None = None,
         parse_special_tokens: bool = False,
-        **limits,
+        **options,
     ):
-        _check_types(model, tokenizer, cache, mesh)
+        _check_types(model, tokenizer, mesh)
         generation = GenerationConfig()
         if isinstance(model, Transformer):
             stored = config.Config(model=model.config)
@@ -86,12 +85,12 @@ class LLM:
         self._ends = find_ends(stored.model, generation, tokenizer, eos_id)
         if bos_id is None:
             warn_of_bos(stored.model, tokenizer)
-        serve, cache = _limits(stored, limits), cache or stored.cache
+        serve, cache = _engine_config(stored, options)
         validate_limits(stored.model, serve, cache)
         on = data_parallel.data_parallel_group(mesh)
         data_parallel.validate_engine(on, stored.model, serve, cache)
         if not isinstance(model, Transformer):  # last: reading weights may take minutes
-            model = checkpoint.load(model, dtype=dtype, precision=serve.quantization, placement=on.placement)
+            model = checkpoint.load(model, dtype=dtype, quantization=serve.quantization, placement=on.placement)
         self.tokenizer, self.engine = tokenizer, Engine(model, serve, cache, on)
         self._description = f"{model!r}, max_num_seqs={serve.max_num_seqs}, max_model_len={serve.max_model_len}"
         self._loop = EngineLoop(self.engine)
@@ -145,7 +144,7 @@ class LLM:
         With num_speculative_tokens also spec_decode_num_drafts, the decode steps of requests, and
         spec_decode_num_draft_tokens and spec_decode_num_accepted_tokens, the tokens proposed and accepted in them.
 
-        With CSA entries in host memory (`cache.device_entries`) also hot_hits and hot_misses: picks of decode steps that were on
+        With CSA entries in host memory (`cache.kv_device_entries`) also hot_hits and hot_misses: picks of decode steps that were on
         the device and that were fetched, over the layers; their share hot_hit_rate, and hot_fetched_bytes. kv_bytes is
         what is on the device, kv_host_bytes the rest.
 
@@ -350,26 +349,35 @@ def _logprobs(sampled: SamplerOutput, count: int) -> dict[int, Logprob]:
     return found
 
 
-def _check_types(model, tokenizer, cache, mesh) -> None:
+def _check_types(model, tokenizer, mesh) -> None:
     """Raise UserError for an argument of `LLM` that is something else."""
     path = (str, os.PathLike)
     for name, value, kinds, cure in [
         ("model", model, (*path, Transformer), "a checkpoint's directory or a Transformer"),
         ("tokenizer", tokenizer, (*path, Tokenizer, type(None)), "a v4jax Tokenizer or the path of a tokenizer.json"),
-        ("cache", cache, (config.Cache, type(None)), "a CacheConfig"),
         ("mesh", mesh, (config.Mesh, type(None)), "a MeshConfig"),
     ]:
         if not isinstance(value, kinds):
             raise UserError(f"{name} is {shown(value)}; give {cure}")
 
 
-def _limits(stored: config.Config, given: dict) -> config.Serve:
-    """The checkpoint's limits, as far as the model goes, and over them those given."""
-    known = [field.name for field in dataclasses.fields(config.Serve)]
-    for name in given:
+def _engine_config(stored: config.Config, options: dict) -> tuple[config.Serve, config.Cache]:
+    """The checkpoint's Serve and Cache, with the options that were given (None: not given).
+
+    max_model_len of the checkpoint is cut to the positions of its model. Raises UserError for an unknown option.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    model_len = min(stored.serve.max_model_len, stored.model.max_position_embeddings)
+    parts = [dataclasses.replace(stored.serve, max_model_len=model_len), stored.cache]
+    fields = [[field.name for field in dataclasses.fields(part)] for part in parts]
+    known = [*fields[0], *fields[1]]
+    for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"options: {', '.join(known)}"
             raise UserError(f"LLM has no option {name!r}; {hint}")
-    limits = dataclasses.replace(stored.serve, max_model_len=min(stored.serve.max_model_len, stored.model.max_position_embeddings))
-    return dataclasses.replace(limits, **{name: value for name, value in given.items() if value is not None})
+    serve, cache = (
+        dataclasses.replace(part, **{name: given[name] for name in names if name in given})
+        for part, names in zip(parts, fields, strict=True)
+    )
+    return serve, cache

@@ -84,7 +84,7 @@ def serve(config: Config, mesh: Mesh, work: Workload, devices: Sequence[jax.Devi
 
     def placed(kind, kept):
         at = lambda where: jax.tree.map(lambda a: whole(a.shape, a.dtype, where), kept)
-        if not config.cache.device_entries or kind not in allocate._HOST_PARTS:
+        if not config.cache.kv_device_entries or kind not in allocate._HOST_PARTS:
             return at(here)
         part = allocate._HOST_PARTS[kind]
         return dataclasses.replace(at(here), **{part: getattr(at(here.with_memory_kind("pinned_host")), part)})
@@ -120,5 +120,5 @@ def _pages(config: Config, tokens: int) -> int:
 def _layers(config: Config, rows: int, tokens: int) -> list[PagedLayerCache]:
     """What the engine's layers keep for `rows` sequences, with a record and a page to spare (number 0), as zeros."""
     cache, pages = config.cache, 1 + rows * _pages(config, tokens)
-    layout = KVCacheSpec(config.model, cache.kv_cache_dtype, cache.block_size, cache.device_entries)
+    layout = KVCacheSpec(config.model, cache.kv_cache_dtype, cache.block_size, cache.kv_device_entries)
     return [allocate.allocate_layer(layout, kind, pages, 1 + rows, host=jnp.zeros) for kind in config.model.schedule]

@@ -292,7 +292,7 @@ def _names(spec: PartitionSpec, axis: int) -> tuple[str, ...]:
 
 def _serve(config: Config, topology: Topology, sharding: MeshRules, work: Workload, sent: Collectives):
     """Serving: weights in the model's dtype, the cache of all rows in `cache.kv_cache_dtype`, one chunk's activations."""
-    m, layout = config.model, KVCacheSpec(config.model, config.cache.kv_cache_dtype, config.cache.block_size, config.cache.device_entries)
+    m, layout = config.model, KVCacheSpec(config.model, config.cache.kv_cache_dtype, config.cache.block_size, config.cache.kv_device_entries)
     width = jnp.dtype(m.dtype).itemsize
     letters, shapes = parameter_shapes(m)
     where = sharding.parameters(letters, shapes)

@@ -36,7 +36,7 @@ def run(
     topology: as `tools.topology.parse` reads it, or several with commas between, to compare in closed form. context:
     tokens of a row (default: data.seq_len in training, else serve.max_model_len). concurrency: rows (default:
     train.batch_size or serve.max_num_seqs). analytic: the closed form alone. stage: how far TPU programs are compiled,
-    "program" or "buffers" (`tools.compiled`). Serving with `cache.device_entries` is compiled without it too, to compare.
+    "program" or "buffers" (`tools.compiled`). Serving with `cache.kv_device_entries` is compiled without it too, to compare.
     Raises UserError for what cannot be planned. A program that the compiler refuses for want of memory is a plan that
     does not fit: it is told so, and has one record, `fits` of 0.
     """
@@ -52,7 +52,7 @@ def run(
         at = {"config": config.name, "topology": place.name, "mode": mode, "context": tokens, "concurrency": rows,
               "precision": config.model.dtype}  # fmt: skip
         if mode != "train":
-            at |= {"cache": config.cache.kv_cache_dtype, "hot": config.cache.device_entries}
+            at |= {"cache": config.cache.kv_cache_dtype, "hot": config.cache.kv_device_entries}
         else:
             how = config.train
             at |= {"matmul": how.matmul_precision, "expert_weights": how.expert_weight_format, "offload": ",".join(how.offload)}
@@ -69,7 +69,7 @@ def run(
 
         results = {}
         for name, one in _arms(config, work).items():
-            of_arm = at | ({} if mode == "train" else {"hot": one.cache.device_entries}) | {"source": "compiled"}
+            of_arm = at | ({} if mode == "train" else {"hot": one.cache.kv_device_entries}) | {"source": "compiled"}
             try:
                 results[name] = aot.compile_step(one, place, mesh, work, stage)
             except aot.NoRoom as error:
@@ -88,17 +88,17 @@ def run(
 
 
 def _arms(config: Config, work: Workload) -> dict[str, Config]:
-    """What is compiled, by the name of its column: with the live tier (`cache.device_entries`), the same without it as well."""
-    if work.mode == "train" or not config.cache.device_entries:
+    """What is compiled, by the name of its column: with the live tier (`cache.kv_device_entries`), the same without it as well."""
+    if work.mode == "train" or not config.cache.kv_device_entries:
         return {"compiler": config}
     near = dataclasses.replace(config, cache=dataclasses.replace(config.cache, device_entries=0))
-    return {"all on the device": near, f"live, {config.cache.device_entries:,} copies": config}
+    return {"all on the device": near, f"live, {config.cache.kv_device_entries:,} copies": config}
 
 
 def fits_anywhere(records: list[dict], config: Config) -> bool:
     """Whether the plan of `run` fits one of its topologies: as compiled, where it was, else in closed form."""
     found = [r for r in records if r["metric"] == "fits"]
-    asked = [r for r in found if r["source"] == "compiled" and r.get("hot", config.cache.device_entries) == config.cache.device_entries]
+    asked = [r for r in found if r["source"] == "compiled" and r.get("hot", config.cache.kv_device_entries) == config.cache.kv_device_entries]
     return any(r["value"] for r in asked or found)
 
 

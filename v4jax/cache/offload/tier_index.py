@@ -1,6 +1,6 @@
 """What one storage tier holds, by key, within a budget of bytes, and what goes first when it is full.
 
-Of the entries that nothing hangs on, the policy says which (`cache.eviction_policy`): a block goes after the blocks that follow
+Of the entries that nothing hangs on, the policy says which (`cache.kv_eviction_policy`): a block goes after the blocks that follow
 it and after the record that stands behind it, because those could not be used without it.
 """
 

@@ -9,9 +9,9 @@ from v4jax.config import Config, load
 from v4jax.core.errors import UserError
 from v4jax.core.reporting import write_json
 
-SUITES = ("decode", "generate", "kv", "live", "peer", "policy", "serve", "tiers", "train")
-_WITH_CONTEXTS, _WITH_PLOT = ("decode", "generate", "live", "tiers"), ("decode", "live", "tiers")
-_WITH_CHECKPOINT = ("live",)
+SUITES = ("decode", "eviction", "generate", "host_kv", "kv", "serve", "tiers", "train", "vs_transformers")
+_WITH_CONTEXTS, _WITH_PLOT = ("decode", "generate", "host_kv", "tiers"), ("decode", "host_kv", "tiers")
+_WITH_CHECKPOINT = ("host_kv",)
 
 
 def run(
@@ -47,9 +47,9 @@ def run(
         "decode": lambda: decode.run(config, rounds, plot=plot, **lengths),
         "generate": lambda: generate.run(config, rounds, **lengths),
         "kv": lambda: kv.run(config),
-        "live": lambda: host_kv.run(config, rounds, checkpoint=checkpoint, plot=plot, **lengths),
-        "peer": lambda: vs_transformers.run(config, rounds),
-        "policy": lambda: eviction.run(config),
+        "host_kv": lambda: host_kv.run(config, rounds, checkpoint=checkpoint, plot=plot, **lengths),
+        "vs_transformers": lambda: vs_transformers.run(config, rounds),
+        "eviction": lambda: eviction.run(config),
         "serve": lambda: serve.run(config, rounds),
         "tiers": lambda: tiers.run(config, rounds, plot=plot, **lengths),
         "train": lambda: train.run(config, rounds),

@@ -229,7 +229,7 @@ def _report(
           f"medians of {len(next(iter(ms.values())))} x {STEPS} steps, arms in turn; {os.cpu_count()} CPU threads, "
           f"load average {'unknown' if load is None else load}.\n"
           "Weights and entries are random numbers, entries of unit variance; what FP8 costs a trained model is told by"
-          " `v4jax eval --suite=fp8`.")  # fmt: skip
+          " `v4jax eval --suite=kv_quant`.")  # fmt: skip
     records += _control(contexts, ms, at)
     if plot:
         _plot(plot, name, contexts, middle, bounds)

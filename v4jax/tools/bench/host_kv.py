@@ -243,7 +243,7 @@ def hit_rates(checkpoint: str) -> dict[int, tuple[float, bool]]:
     out, answers = {}, []
     for slots in (k * 2**power for power in range(6)):
         if slots < TEXT // model.config.compress_rate_csa:
-            llm = LLM(model, cache=Cache(device_entries=slots), **limits)
+            llm = LLM(model, cache=Cache(kv_device_entries=slots), **limits)
             [answer] = llm.generate([prompt], dataclasses.replace(sampling, max_tokens=ASKED))
             answers.append(answer.token_ids)
             out[slots] = llm.stats()["hot_hit_rate"], answers[0] == answer.token_ids

@@ -47,7 +47,7 @@ def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS, plot: s
     most = model.max_position_embeddings - ANSWER
     if not contexts or not 0 < contexts[0] <= contexts[-1] <= most:
         raise UserError(f"suite 'tiers' needs contexts from 1 to {most} tokens; give them as --contexts=4096,32768")
-    transformer, cache = _random(model), dataclasses.replace(config.cache, load_timeout_s=10.0)
+    transformer, cache = _random(model), dataclasses.replace(config.cache, kv_load_timeout_s=10.0)
     serve = dataclasses.replace(config.serve, num_speculative_tokens=0)
     sizes = host_kv.memory(load(host_kv.PUBLISHED).model)
     records = host_kv.show_memory(sizes) + _restarts(config, transformer, serve, cache, rounds, contexts)
@@ -69,7 +69,7 @@ def _restarts(config, model, serve, cache, rounds: int, contexts: Sequence[int])
     rng, answers = np.random.default_rng(0), {length: [] for length in contexts}
     prompts = {length: rng.integers(2, model.config.vocab_size, length).tolist() for length in contexts}
     with tempfile.TemporaryDirectory(prefix="v4jax-tiers-") as directory:
-        on_disk = dataclasses.replace(cache, enable_prefix_caching=True, disk_bytes=_PLENTY, disk_dir=directory)
+        on_disk = dataclasses.replace(cache, enable_prefix_caching=True, kv_disk_bytes=_PLENTY, kv_dir=directory)
         cold, salts = Engine(model, serve, dataclasses.replace(cache, enable_prefix_caching=True)), map(str, itertools.count())
 
         def recompute(length: int) -> float:
