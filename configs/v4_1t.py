@@ -27,7 +27,7 @@ def get_config(arg: str = "") -> Config:
         eos_id=1,
         # 51 layers by the rule of Pro: two HCA layers first, then CSA and HCA in turn, CSA last. Depth is what is left
         # to set the total: a layer holds 19.33B in routed experts, 51 of them 985.7B, with all else 1003.1B.
-        schedule=("hca", "hca") + ("csa", "hca") * 24 + ("csa",),
+        layer_types=("hca", "hca") + ("csa", "hca") * 24 + ("csa",),
         compress_rate_csa=4,
         compress_rate_hca=128,
         num_nextn_predict_layers=1,

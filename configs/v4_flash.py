@@ -21,7 +21,7 @@ def get_config(arg: str = "") -> Config:
         bos_id=0,
         eos_id=1,
         # Layers: spec 2.8, compress_ratios 0,0,(4,128)x20,4, draft 0; one MTP layer as in the preview (5.1).
-        schedule=("swa", "swa") + ("csa", "hca") * 20 + ("csa",),
+        layer_types=("swa", "swa") + ("csa", "hca") * 20 + ("csa",),
         compress_rate_csa=4,
         compress_rate_hca=128,
         num_nextn_predict_layers=1,

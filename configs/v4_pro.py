@@ -21,7 +21,7 @@ def get_config(arg: str = "") -> Config:
         bos_id=0,
         eos_id=1,
         # Layers: spec 2.8, compress_ratios 128,128,(4,128)x29,4, draft 0; one MTP layer as in the preview (5.1).
-        schedule=("hca", "hca") + ("csa", "hca") * 29 + ("csa",),
+        layer_types=("hca", "hca") + ("csa", "hca") * 29 + ("csa",),
         compress_rate_csa=4,
         compress_rate_hca=128,
         num_nextn_predict_layers=1,

@@ -15,7 +15,7 @@ import pytest
 import v4jax
 from v4jax import cli
 from v4jax.cli_flags import parse
-from v4jax.config import Cache, Config, load, preset_names
+from v4jax.config import load, preset_names
 from v4jax.core.errors import UserError
 from v4jax.models.param_count import count_parameters
 from v4jax.train import stop_signals
@@ -25,7 +25,7 @@ from v4jax.config import Config, Model, Moe
 
 
 def get_config(arg=""):
-    model = Model(schedule=("swa", "csa", "hca"), moe=Moe(num_hash_layers=1))
+    model = Model(layer_types=("swa", "csa", "hca"), moe=Moe(num_hash_layers=1))
     return Config(name=arg or "mine", model=model)
 """
 
@@ -77,7 +77,6 @@ def calls(monkeypatch):
     module("v4jax.train.loop", train=record("train"))
     module("v4jax.train.stop_signals", StopSignals=stop_signals.StopSignals)
     module("v4jax.serve", LLM=Engine, SamplingParams=lambda **kwargs: kwargs)
-    sys.modules["v4jax.checkpoint"].load_config = lambda directory: Config(cache=Cache(kv_cache_dtype="fp8"))
     module("v4jax.checkpoint.convert", convert=record("convert", "wrote B"))
     module("v4jax.tools.bench", run=record("bench"))
     module("v4jax.evals", run=record("eval"))
@@ -109,9 +108,9 @@ def test_train_gets_typed_overrides(calls, config):
 
 @pytest.mark.parametrize("text", ["hca,swa", "('hca', 'swa')", "['hca', 'swa']", "hca, swa"])
 def test_tuples_are_overridden_whole(calls, config, text):
-    overrides = ["--config.model.schedule=csa", f"--config.model.schedule={text}"]  # the last one holds
+    overrides = ["--config.model.layer_types=csa", f"--config.model.layer_types={text}"]  # the last one holds
     assert cli.main(["train", "--config", config, *overrides]) == 0
-    assert calls[0][1][0].model.schedule == ("hca", "swa")
+    assert calls[0][1][0].model.layer_types == ("hca", "swa")
 
 
 def test_workdir_defaults_to_the_name_of_the_config(calls, config):
@@ -157,8 +156,8 @@ def test_generate_keeps_several_prompts_apart(calls, capsys, tmp_path):
 def test_generate_gives_the_cache_the_room_that_was_typed(calls, capsys):
     argv = ["--kv_cache_memory_bytes=1.5GiB", "--kv_host_bytes=512 MB", "--kv_disk_bytes=1TiB", "--kv_dir=kv", "--kv_eviction_policy=lru"]
     assert cli.main(["generate", "--checkpoint=DIR", "--prompt=a", *argv]) == 0
-    cache = Cache(kv_cache_dtype="fp8", kv_cache_memory_bytes=3 << 29, kv_host_bytes=512_000_000, kv_disk_bytes=1 << 40, kv_dir="kv", kv_eviction_policy="lru")
-    assert calls[0] == ("LLM", ("DIR",), {"cache": cache})
+    options = {"kv_cache_memory_bytes": 3 << 29, "kv_host_bytes": 512_000_000, "kv_disk_bytes": 1 << 40}
+    assert calls[0] == ("LLM", ("DIR",), options | {"kv_dir": "kv", "kv_eviction_policy": "lru"})
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "cache: much"
     assert re.fullmatch(r"1,234 prompt tokens, 5 generated; TTFT 0\.0\d s; then [\d,.]+ tokens/s", lines[1])
@@ -177,8 +176,8 @@ def test_every_option_of_the_engine_reaches_it(calls):
     argv = ["--num_speculative_tokens=2", "--batch_invariant", "--tokenizer=t.json", "--kv_cache_dtype=bf16", "--block_size=512",
             "--noenable_prefix_caching", "--num_state_snapshots=3", "--kv_load_timeout_s=2", "--stop_token_ids=7", "--ignore_eos"]  # fmt: skip
     assert cli.main(["generate", "--checkpoint=DIR", "--prompt=a", *argv]) == 0
-    cache = Cache(kv_cache_dtype="bf16", block_size=512, enable_prefix_caching=False, num_state_snapshots=3, kv_load_timeout_s=2.0)
-    options = {"num_speculative_tokens": 2, "batch_invariant": True, "tokenizer": "t.json", "cache": cache}
+    options = {"num_speculative_tokens": 2, "batch_invariant": True, "tokenizer": "t.json", "kv_cache_dtype": "bf16"}
+    options |= {"block_size": 512, "enable_prefix_caching": False, "num_state_snapshots": 3, "kv_load_timeout_s": 2.0}
     assert calls[0] == ("LLM", ("DIR",), options)
     assert calls[1][2].items() >= {"stop_token_ids": [7], "ignore_eos": True}.items()
 
@@ -190,7 +189,7 @@ def test_convert_bench_eval_arguments(calls, config, capsys):
     assert cli.main(["bench", "--suite=vs_transformers", f"--config={config}", "--config.train.steps=3"]) == 0
     assert cli.main(["eval", "--suite=perplexity", "--checkpoint=DIR"]) == 0
     assert calls[0] == ("convert", ("A", "B"), {"format": "orbax", "overwrite": True, "progress": True})
-    assert calls[1] == ("bench", ("peer",), {"config": None, "rounds": 3, "json": "x.json"})
+    assert calls[1] == ("bench", ("vs_transformers",), {"config": None, "rounds": 3, "json": "x.json"})
     assert calls[2][2]["config"].train.steps == 3
     assert calls[3] == ("eval", ("perplexity", "DIR"), {})
 
@@ -224,8 +223,8 @@ def test_convert_bench_eval_arguments(calls, config, capsys):
     (["convert", "--source=x"], "convert needs --target"),
     (["convert", "--source=x", "--target=y", "--format=gguf"], "huggingface|orbax"),
     (["bench", "--config.train.steps=3", "--suite=x"], "add --config=NAME"),
-    (["bench", "--suite=x"], "<decode|generate|kv|live|peer|policy|serve|tiers|train>"),
-    (["eval", "--suite=x", "--checkpoint=y"], "<fp8|needle|perplexity>"),
+    (["bench", "--suite=x"], "<decode|eviction|generate|host_kv|kv|serve|tiers|train|vs_transformers>"),
+    (["eval", "--suite=x", "--checkpoint=y"], "<kv_quant|needle|perplexity>"),
     (["completion"], "v4jax completion bash"),
     (["completion", "fish"], "v4jax completion bash"),
     (["train", "--compilation_cache=pyproject.toml/no"], "cannot use --compilation_cache=pyproject.toml/no"),
@@ -250,8 +249,8 @@ def test_mistakes_are_one_line(capsys, argv, says):
     ("train.lr=fast", "--config.train.lr=fast is not a number"),
     ("train.steps", "--config.train.steps needs a value"),
     ("model.kv_qdq=perhaps", "--config.model.kv_qdq=perhaps is not true or false"),
-    ("model.schedule=swa,cs", "model.schedule has 'cs'"),
-    ("model.schedule=", "model.schedule is empty"),
+    ("model.layer_types=swa,cs", "model.layer_types has 'cs'"),
+    ("model.layer_types=", "model.layer_types is empty"),
     ("train.steps=0", "train.steps must be at least 1"),
     ("train.lr=nan", "train.lr is nan, and must be a finite number"),
     ("cache.kv_eviction_policy=foo", "cache.kv_eviction_policy is 'foo'; one of s3fifo, lru"),

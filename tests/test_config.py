@@ -13,7 +13,7 @@ from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES
 from v4jax.cache.offload.eviction import POLICIES
 from v4jax.config import Config, ConfigError, Data, Model, from_dict, load, preset_names, to_dict, validate
 from v4jax.core.config_limits import CHOICES, RANGES
-from v4jax.models.quantize import PRECISIONS
+from v4jax.models.quantize import QUANTIZATIONS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 def test_every_preset_loads_by_name_and_by_path(path):
     config = load(path.stem)
     assert config == load(str(path)) == validate(config)
-    assert config.model.num_hidden_layers == len(config.model.schedule) > 0
+    assert config.model.num_hidden_layers == len(config.model.layer_types) > 0
 
 
 def test_presets_are_the_files():
@@ -39,7 +39,7 @@ def test_argument_reaches_get_config(tmp_path):
     path = tmp_path / "wide.py"
     path.write_text(
         "from v4jax.config import Config, Model, Moe\n\ndef get_config(arg=''):\n"
-        "    return Config(model=Model(schedule=('swa',), hidden_size=int(arg), moe=Moe(num_hash_layers=0)))\n"
+        "    return Config(model=Model(layer_types=('swa',), hidden_size=int(arg), moe=Moe(num_hash_layers=0)))\n"
     )
     assert load(f"{path}:77").model.hidden_size == 77
 
@@ -60,12 +60,12 @@ def test_dict_round_trip_and_misspelt_fields():
 
 
 def test_lists_become_tuples():
-    assert from_dict(Model, {"schedule": ["swa", "csa"]}).schedule == ("swa", "csa")
+    assert from_dict(Model, {"layer_types": ["swa", "csa"]}).layer_types == ("swa", "csa")
 
 
 @pytest.mark.parametrize("part, change, says", [
-    ("model", {"schedule": ()}, "model.schedule is empty"),
-    ("model", {"schedule": ("swa", "mla")}, "'mla'; layers are one of swa, csa, hca"),
+    ("model", {"layer_types": ()}, "model.layer_types is empty"),
+    ("model", {"layer_types": ("swa", "mla")}, "'mla'; layers are one of swa, csa, hca"),
     ("model", {"qk_rope_head_dim": 7}, "model.qk_rope_head_dim 7 must be even"),
     ("model", {"o_groups": 5}, "model.o_groups 5"),
     ("model", {"compress_rate_csa": 1}, "model.compress_rate_csa must be at least 2, got 1"),
@@ -91,7 +91,7 @@ def test_ratios_need_not_divide_each_other():
     """A row of both kinds is cut where both ratios end; the ratio of a kind without layers has no effect."""
     model = dataclasses.replace(load("tiny").model, compress_rate_csa=4, compress_rate_hca=6)
     assert model.alignment == 12
-    only_hca = dataclasses.replace(model, schedule=("swa", "hca"), compress_rate_csa=1, compress_rate_hca=7)
+    only_hca = dataclasses.replace(model, layer_types=("swa", "hca"), compress_rate_csa=1, compress_rate_hca=7)
     assert only_hca.alignment == 7
     for one in (model, only_hca):
         validate(dataclasses.replace(load("tiny"), model=one, data=Data(seq_len=84)))
@@ -121,7 +121,7 @@ def test_wheel_carries_presets_and_data(tmp_path):
 def test_choices_are_those_of_who_implements_them():
     """`core.config_limits` repeats names of upper packages, for it cannot import them."""
     assert set(CHOICES["cache.kv_eviction_policy"]) == set(POLICIES) and CHOICES["cache.kv_cache_dtype"] == KV_CACHE_DTYPES
-    assert CHOICES["serve.quantization"] == PRECISIONS
+    assert CHOICES["serve.quantization"] == QUANTIZATIONS
 
 
 def test_every_range_and_choice_is_of_a_field():

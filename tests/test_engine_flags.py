@@ -1,4 +1,4 @@
-"""Every option that Python has can be typed: the tables of `cli_flags` against the dataclasses and `LLM`."""
+"""Every option that Python has can be typed: the tables of `engine_flags` against the dataclasses and `LLM`."""
 
 import dataclasses
 import inspect
@@ -7,7 +7,7 @@ from v4jax import cli, config
 from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES
 from v4jax.cache.offload.eviction import POLICIES
 from v4jax.engine_flags import CACHE, CACHE_FLAGS, SAMPLING_FLAGS, SERVE, SERVE_FLAGS
-from v4jax.models.quantize import PRECISIONS
+from v4jax.models.quantize import QUANTIZATIONS
 from v4jax.serve import LLM, SamplingParams
 
 FLAGS = {flag.name: flag for flag in cli.COMMANDS["generate"].flags}
@@ -25,7 +25,7 @@ def test_every_field_of_the_engine_and_its_cache_has_a_flag():
 
 def test_every_argument_of_llm_has_a_flag():
     parameters = inspect.signature(LLM.__init__).parameters
-    typed = {"model": "checkpoint", "cache": "kv_dir"}
+    typed = {"model": "checkpoint"}
     for name, parameter in parameters.items():
         if name != "self" and parameter.kind is not parameter.VAR_KEYWORD:
             assert typed.get(name, name) in FLAGS, f"LLM has {name}, and generate has no flag for it"
@@ -40,6 +40,6 @@ def test_sampling_flags_are_those_of_sampling_params_and_show_its_defaults():
 
 
 def test_enumerations_are_those_of_the_engine():
-    assert FLAGS["kv_layout"].values == KV_CACHE_DTYPES
-    assert set(FLAGS["kv_policy"].values) == set(POLICIES)
-    assert FLAGS["precision"].values == tuple(PRECISIONS)
+    assert FLAGS["kv_cache_dtype"].values == KV_CACHE_DTYPES
+    assert set(FLAGS["kv_eviction_policy"].values) == set(POLICIES)
+    assert FLAGS["quantization"].values == tuple(QUANTIZATIONS)

@@ -74,11 +74,11 @@ MODALITIES = ("text",)  # kinds of input that this version's models read
 
 @dataclass(frozen=True)
 class Model:
-    """Shape of a DeepSeek-V4 model. `schedule` names the attention kind of every backbone layer."""
+    """Shape of a DeepSeek-V4 model. `layer_types` names the attention kind of every backbone layer."""
 
     vocab_size: int = 129_280
     hidden_size: int = 4096
-    schedule: tuple[str, ...] = ()
+    layer_types: tuple[str, ...] = ()
     num_attention_heads: int = 64
     head_dim: int = 512
     qk_rope_head_dim: int = 64
@@ -111,7 +111,7 @@ class Model:
     @property
     def num_hidden_layers(self) -> int:
         """Number of backbone layers (MTP not counted)."""
-        return len(self.schedule)
+        return len(self.layer_types)
 
     def compress_rate(self, kind: str) -> int:
         """Tokens per compressed entry of a layer kind; 0 for pure sliding window."""
@@ -120,7 +120,7 @@ class Model:
     @property
     def alignment(self) -> int:
         """Documents packed into one row start at multiples of this, so no entry pools two of them."""
-        return math.lcm(*(self.compress_rate(kind) for kind in set(self.schedule) - {"swa"}))
+        return math.lcm(*(self.compress_rate(kind) for kind in set(self.layer_types) - {"swa"}))
 
 
 SOURCES = ("shakespeare-kjv", "needle")  # what `Data.source` may name besides files
@@ -394,20 +394,20 @@ def check_serving(model: Model, serve: Serve, cache: Cache) -> None:
 
 
 def _validate_model(m: Model) -> None:
-    _require(len(m.schedule) > 0, "model.schedule is empty; give one of swa, csa, hca per layer")
-    for kind in m.schedule:
-        _require(kind in LAYER_KINDS, f"model.schedule has {kind!r}; layers are one of {', '.join(LAYER_KINDS)}")
+    _require(len(m.layer_types) > 0, "model.layer_types is empty; give one of swa, csa, hca per layer")
+    for kind in m.layer_types:
+        _require(kind in LAYER_KINDS, f"model.layer_types has {kind!r}; layers are one of {', '.join(LAYER_KINDS)}")
     _require(m.num_attention_heads % m.o_groups == 0, f"model.num_attention_heads {m.num_attention_heads} is not a multiple of model.o_groups {m.o_groups}")
     _require(
         m.qk_rope_head_dim % 2 == 0 and m.qk_rope_head_dim <= m.head_dim,
         f"model.qk_rope_head_dim {m.qk_rope_head_dim} must be even and at most head_dim",
     )
     _require(
-        m.qk_rope_head_dim <= m.indexer.index_head_dim or "csa" not in m.schedule,
+        m.qk_rope_head_dim <= m.indexer.index_head_dim or "csa" not in m.layer_types,
         f"model.indexer.index_head_dim {m.indexer.index_head_dim} is below model.qk_rope_head_dim {m.qk_rope_head_dim}",
     )
-    _require(m.compress_rate_csa >= 2 or "csa" not in m.schedule, f"model.compress_rate_csa must be at least 2, got {m.compress_rate_csa}")
-    _require(m.compress_rate_hca >= 1 or "hca" not in m.schedule, f"model.compress_rate_hca must be at least 1, got {m.compress_rate_hca}")
+    _require(m.compress_rate_csa >= 2 or "csa" not in m.layer_types, f"model.compress_rate_csa must be at least 2, got {m.compress_rate_csa}")
+    _require(m.compress_rate_hca >= 1 or "hca" not in m.layer_types, f"model.compress_rate_hca must be at least 1, got {m.compress_rate_hca}")
     _require(1 <= m.moe.num_experts_per_tok <= m.moe.n_routed_experts, f"model.moe.num_experts_per_tok {m.moe.num_experts_per_tok} must lie in 1..{m.moe.n_routed_experts}")
     _require(0 <= m.moe.num_hash_layers <= m.num_hidden_layers, f"model.moe.num_hash_layers {m.moe.num_hash_layers} exceeds {m.num_hidden_layers} layers")
     for kind in m.modalities:

@@ -24,7 +24,7 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 
 def one_layer(kind: str) -> config_lib.Config:
     config = config_lib.load("tiny")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, schedule=(kind,), num_nextn_predict_layers=0))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, layer_types=(kind,), num_nextn_predict_layers=0))
 
 
 def check(config: config_lib.Config, mesh: Mesh | None, work: Workload, travels: str, near: float, **where):

@@ -42,4 +42,4 @@ def items(names, *boundaries):
 
 
 def is_right(item) -> bool:
-    return np.array_equal(np.asarray(item.payload), payload(item.form, item.name))
+    return np.array_equal(np.asarray(item.payload), payload(item.schema, item.block_hash))

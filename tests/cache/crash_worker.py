@@ -26,8 +26,8 @@ def write(directory, prepared, ready):
     while True:
         for one in prepared:
             disk.put(one)
-            disk.get(one.form, one.name)
-            if one.name[0] % 4 == 0:
+            disk.get(one.schema, one.block_hash)
+            if one.block_hash[0] % 4 == 0:
                 disk.discard(one.key)
 
 

@@ -36,7 +36,7 @@ def main(directory):
     os.remove(os.path.join(directory, "more"))
     assert not disk.put(new)[0] and disk.stats()["refused"] == 1  # not tried
     now[0] += 5
-    assert disk.put(new)[0] and not disk.stats()["paused"] and is_right(disk.get(new.form, new.name))
+    assert disk.put(new)[0] and not disk.stats()["paused"] and is_right(disk.get(new.schema, new.block_hash))
     disk.check_invariants()
     print("done")
 

@@ -56,9 +56,9 @@ def run(*arguments, **options):
 def test_what_was_put_is_got_by_this_process_and_the_next(disk):
     stored = items(chain("a", 3), 2, 3)
     assert all(disk.put(one) == (True, []) for one in stored)
-    assert all(is_right(disk.get(one.form, one.name)) for one in stored)
+    assert all(is_right(disk.get(one.schema, one.block_hash)) for one in stored)
     again = reopened(disk)
-    got = [again.get(one.form, one.name) for one in stored]
+    got = [again.get(one.schema, one.block_hash) for one in stored]
     assert all(map(is_right, got)) and [one.parent for one in got] == [one.parent for one in stored]
     stats = again.stats()
     assert (stats["blocks"], stats["records"], stats["reads"], stats["corrupt"]) == (3, 2, 5, 0)
@@ -75,10 +75,10 @@ def test_files_are_private_and_hold_nothing_but_hashes(disk):
 
 def test_what_is_not_there_is_a_miss(disk):
     [one] = items(chain("a", 1))
-    assert one.key not in disk and disk.get(one.form, one.name) is None
+    assert one.key not in disk and disk.get(one.schema, one.block_hash) is None
     disk.put(one)
     files(disk)[0].unlink()  # by someone else
-    assert one.key in disk and disk.get(one.form, one.name) is None and one.key not in disk
+    assert one.key in disk and disk.get(one.schema, one.block_hash) is None and one.key not in disk
     assert not any(disk.stats()[count] for count in ("read_errors", "corrupt", "breaker_open"))
 
 
@@ -95,7 +95,7 @@ def test_the_budget_holds_and_chains_go_from_their_end(tmp_path):
     disk = reopened(disk, 4 * 4096)  # a smaller budget: what fits of the newest
     disk.check_invariants()
     assert disk.stats()["bytes"] <= 4 * 4096
-    assert not disk.put(item(BLOCK, b"x" * 16)._replace(form=RECORD))[1]
+    assert not disk.put(item(BLOCK, b"x" * 16)._replace(schema=RECORD))[1]
     disk.close()
 
 
@@ -110,9 +110,9 @@ def test_the_next_process_knows_what_was_used_last(tmp_path):
     old, used, new = (items(chain(seed, 1))[0] for seed in ("old", "used", "new"))
     for age, one in enumerate((used, old, new)):
         disk.put(one)
-        [path] = [path for path in files(disk) if path.name.startswith(one.name.hex())]
+        [path] = [path for path in files(disk) if path.name.startswith(one.block_hash.hex())]
         os.utime(path, (1000 + age, 1000 + age))
-    disk.get(used.form, used.name)
+    disk.get(used.schema, used.block_hash)
     disk = reopened(disk, 2 * 4096)
     assert [one.key in disk for one in (old, used, new)] == [False, True, True]
     disk.close()
@@ -162,7 +162,7 @@ def test_writing_pauses_while_a_disk_stays_full_and_reading_goes_on(tmp_path):
         clock.now = second
         disk.touch([kept.key])
         assert not disk.put(rest[1])[0]
-        assert kept.key not in disk or is_right(disk.get(kept.form, kept.name))
+        assert kept.key not in disk or is_right(disk.get(kept.schema, kept.block_hash))
     assert sorted(set(tries)) == [0, 5, 15, 35]  # pauses of 5, 10, 20 seconds
     assert disk.stats()["full"] == len(tries) == 8 and disk.stats()["refused"] == 36
     files.fault = lambda operation, path: None
@@ -188,7 +188,7 @@ def test_what_cannot_be_read_is_forgotten_and_three_failures_open_the_breaker(tm
     stored = [item(BLOCK, name) for name in chain("a", 9)]
     for one in stored:
         disk.put(one)
-    get = lambda i: disk.get(stored[i].form, stored[i].name)
+    get = lambda i: disk.get(stored[i].schema, stored[i].block_hash)
     files.fault = failing("read")
     assert get(0) is None and get(1) is None and stored[0].key not in disk
     files.fault = failing()
@@ -221,10 +221,10 @@ def test_a_flipped_bit_is_seen_wherever_it_is(disk):
         data[number * len(data) // len(stored) + rng.randrange(-2, 3)] ^= 1 << rng.randrange(8)  # every region
         path.write_bytes(data)
     again = reopened(disk)
-    assert [again.get(one.form, one.name) for one in stored] == [None] * 200
+    assert [again.get(one.schema, one.block_hash) for one in stored] == [None] * 200
     assert again.stats()["corrupt"] == 200 and again.stats()["blocks"] == again.stats()["records"] == 0
     assert not files(again) and not again.stats()["breaker_open"]
-    assert again.put(stored[0])[0] and is_right(again.get(stored[0].form, stored[0].name))
+    assert again.put(stored[0])[0] and is_right(again.get(stored[0].schema, stored[0].block_hash))
     again.close()
     disk.__init__(disk.directory, PLENTY, "lru")
 
@@ -241,7 +241,7 @@ def test_a_file_of_another_length_is_removed_and_those_before_it_stay(disk, size
     if restart:
         disk.close()
         disk.__init__(disk.directory, PLENTY, "lru")
-    got = [disk.get(one.form, one.name) for one in stored]
+    got = [disk.get(one.schema, one.block_hash) for one in stored]
     assert got[2] is None and is_right(got[0]) and is_right(got[1])
     assert disk.stats()["corrupt"] == 1 and not path.exists()
 
@@ -254,7 +254,7 @@ def test_swapped_files_are_misses(disk):
     data = [path.read_bytes() for path in paths]
     for path, other in zip(paths, reversed(data), strict=True):
         path.write_bytes(other)
-    assert [disk.get(stored.form, stored.name) for stored in (one, two)] == [None, None]
+    assert [disk.get(stored.schema, stored.block_hash) for stored in (one, two)] == [None, None]
     assert disk.stats()["corrupt"] == 2
 
 
@@ -275,7 +275,7 @@ def test_a_partial_file_is_swept(disk):
     path.rename(f"{path}.partial")
     disk.close()
     disk.__init__(disk.directory, PLENTY, "lru")
-    assert disk.stats()["swept"] == 1 and not files(disk) and disk.get(one.form, one.name) is None
+    assert disk.stats()["swept"] == 1 and not files(disk) and disk.get(one.schema, one.block_hash) is None
 
 
 OWN = """
@@ -350,7 +350,7 @@ def test_a_directory_swapped_under_a_running_engine_is_not_touched(tmp_path):
     (tmp_path / "victim").mkdir()
     (tmp_path / "kv").symlink_to(tmp_path / "victim")
     assert disk.put(other)[0]
-    assert is_right(disk.get(one.form, one.name))  # what it locked is what it reads
+    assert is_right(disk.get(one.schema, one.block_hash))  # what it locked is what it reads
     disk.check_invariants()
     disk.discard(one.key)
     assert not list((tmp_path / "victim").iterdir()) and len(list((tmp_path / "moved").glob("*.block"))) == 1
@@ -368,9 +368,9 @@ def test_links_and_pipes_in_place_of_a_block_are_misses(tmp_path, plant):
     other = tmp_path / "other"
     path.rename(other)
     plant(path, other)
-    assert disk.get(one.form, one.name) is None and other.exists()
+    assert disk.get(one.schema, one.block_hash) is None and other.exists()
     plant(path, other)
     disk.close()
     disk = DiskTier(tmp_path / "kv", PLENTY, "lru")
-    assert disk.stats()["swept"] == 1 and disk.get(one.form, one.name) is None and other.exists()
+    assert disk.stats()["swept"] == 1 and disk.get(one.schema, one.block_hash) is None and other.exists()
     disk.close()

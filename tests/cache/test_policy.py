@@ -25,7 +25,7 @@ def put(shelf, key, parent, size):
     """What had to go."""
     gone = []
     while not shelf.has_room(size):
-        needed = {entry.parent if k.kind == "block" else k.name for k, entry in shelf.entries.items()}
+        needed = {entry.parent if k.kind == "block" else k.block_hash for k, entry in shelf.entries.items()}
         gone.append(shelf.next_victim())
         assert gone[-1] in shelf and shelf.next_victim() == gone[-1]  # asked twice, it is the same
         assert gone[-1].kind == "record" or gone[-1].name not in needed  # children leave before parents

@@ -93,8 +93,8 @@ def test_random_use_keeps_the_books_and_the_order(seed):
             used.update(dict.fromkeys(some, clock))
         elif key not in used:
             if not shelf.has_room(1):
-                needed = {parent[k] if k.kind == "block" else k.name for k in used}
-                leaves = [k for k in used if k.kind == "record" or k.name not in needed]
+                needed = {parent[k] if k.kind == "block" else k.block_hash for k in used}
+                leaves = [k for k in used if k.kind == "record" or k.block_hash not in needed]
                 gone = shelf.next_victim()
                 assert gone in leaves and used[gone] == min(used[k] for k in leaves)
                 shelf.remove(gone)

@@ -75,9 +75,9 @@ def test_block_is_the_least_common_multiple_that_is_enough(csa, factor, wanted):
 
 
 def test_only_ratios_in_use_count():
-    model = dataclasses.replace(SMALL, schedule=("swa", "csa"), compress_rate_csa=3, compress_rate_hca=300)
+    model = dataclasses.replace(SMALL, layer_types=("swa", "csa"), compress_rate_csa=3, compress_rate_hca=300)
     assert block_size(model) == 258 and validate_block_size(model, 6) == 6
-    assert block_size(dataclasses.replace(SMALL, schedule=("swa",))) == 256
+    assert block_size(dataclasses.replace(SMALL, layer_types=("swa",))) == 256
 
 
 @pytest.mark.parametrize("block, complaint", [
@@ -99,9 +99,9 @@ def test_layouts_that_cannot_be():
     with pytest.raises(UserError, match="indexer.index_head_dim 15 is odd; take fp8"):
         KVCacheSpec(odd, "fp8_fp4")
     assert KVCacheSpec(odd, "fp8").key_bytes == 16
-    KVCacheSpec(dataclasses.replace(odd, schedule=("hca",)), "fp8_fp4")  # no keys, nothing to refuse
+    KVCacheSpec(dataclasses.replace(odd, layer_types=("hca",)), "fp8_fp4")  # no keys, nothing to refuse
     with pytest.raises(UserError, match="cache block of -1 tokens; take at least 1"):
-        KVCacheSpec(dataclasses.replace(SMALL, schedule=("swa",)), block=-1)
+        KVCacheSpec(dataclasses.replace(SMALL, layer_types=("swa",)), block=-1)
 
 
 def test_pages_of_a_budget():
@@ -110,4 +110,4 @@ def test_pages_of_a_budget():
     with pytest.raises(UserError, match="holds no page beside the spare one.*give at least 1,799,296"):
         layout.blocks_for(2 * layout.block_bytes - 1)
     with pytest.raises(UserError, match="window layers alone"):
-        KVCacheSpec(dataclasses.replace(SMALL, schedule=("swa", "swa"))).blocks_for(10**9)
+        KVCacheSpec(dataclasses.replace(SMALL, layer_types=("swa", "swa"))).blocks_for(10**9)

@@ -36,7 +36,7 @@ def make(tmp_path):
 
 def save(transfer, stored, wait=True):
     for one in stored:
-        transfer.store(one.form, one.name, one.parent, one.payload)
+        transfer.store(one.schema, one.block_hash, one.parent, one.payload)
         assert not wait or transfer.flush(LONG)
 
 
@@ -67,7 +67,7 @@ def test_what_goes_down_comes_up(make, tiers):
     transfer, names = make(**tiers), chain("a", 5)
     save(transfer, items(names, 3, 5))
     job = fetched(transfer, names)
-    assert job.num_loaded == 5 and list(job.blocks) == names and job.record.name == names[4]
+    assert job.num_loaded == 5 and list(job.blocks) == names and job.record.block_hash == names[4]
     job = fetched(transfer, names, blocks_here=names[:2], least=2)
     assert job.num_loaded == 5 and list(job.blocks) == names[2:]
     job = fetched(transfer, [*names[:4], *chain("b", 2)])
@@ -218,9 +218,9 @@ def test_what_the_host_holds_waits_for_a_slow_disk_beyond_the_queue(make):
     transfer = make(files=FaultyFiles(lambda operation, path: gate.wait(LONG)), room=1)
     names = chain("a", 40)
     for one in items(names, 40):
-        while not transfer.num_free(one.form):
+        while not transfer.num_free(one.schema):
             time.sleep(0.001)
-        transfer.store(one.form, one.name, one.parent, one.payload)
+        transfer.store(one.schema, one.block_hash, one.parent, one.payload)
     gate.set()
     stats = settled(transfer)
     assert stats["disk_blocks"] == 40 and stats["transfer_dropped"] == 0

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 
 import pytest
 
@@ -53,7 +54,7 @@ def test_what_is_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("change, complaint", [
-    (lambda v: v | {"format": 2}, "has the format 2, this v4jax reads 1; use the version"),
+    (lambda v: v | {"format": 3}, "has the format 3, this v4jax reads 1 to 2; use the version"),
     (lambda v: {"config": v["config"]}, "has the format None"),
     (lambda v: {"format": 1}, "holds no config"),
     (lambda v: v | {"config": [1]}, "holds no config"),
@@ -85,3 +86,16 @@ def test_paths_in_a_checkpoint_are_not_followed(tmp_path):
     assert (loaded.data.source, loaded.data.heldout, loaded.data.tokenizer) == ("", "", "auto")
     assert loaded.mesh == config_lib.Mesh() and loaded.model == tiny.model
     assert "passwd" not in repr(loaded) and str(tmp_path) not in repr(loaded)
+
+
+def test_read_config_upgrades_version_1(tmp_path):
+    stored = pathlib.Path(__file__).with_name("config_version_1.json").read_text(encoding="utf-8")  # of the preset tiny
+    (tmp_path / "v4jax.json").write_text(stored, encoding="utf-8")
+    assert directory.read_config(tmp_path) == config_lib.load("tiny")
+    values = json.loads(stored)
+    values["config"]["cache"].update(layout="fp8", directory="kv", disk=1, deadline=2.0)
+    values["config"]["serve"].update(precision="fp8", max_seq_len=77)
+    (tmp_path / "v4jax.json").write_text(json.dumps(values), encoding="utf-8")
+    changed = directory.read_config(tmp_path)
+    assert (changed.cache.kv_cache_dtype, changed.cache.kv_dir, changed.cache.kv_disk_bytes) == ("fp8", "kv", 1)
+    assert (changed.cache.kv_load_timeout_s, changed.serve.quantization, changed.serve.max_model_len) == (2.0, "fp8", 77)

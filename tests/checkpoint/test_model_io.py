@@ -31,7 +31,7 @@ from v4jax.data.tokenizer import Tokenizer, load_tokenizer
 def longer(tiny):
     """A model whose layers stack: runs of one and of two kinds, MTP, one layer outside of any run."""
     return dataclasses.replace(
-        tiny, schedule=("swa", "csa", "hca", "csa", "hca"), moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, num_hash_layers=1)
+        tiny, layer_types=("swa", "csa", "hca", "csa", "hca"), moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, num_hash_layers=1)
     )
 
 
@@ -115,7 +115,7 @@ def test_shards_are_read_where_they_go(tmp_path, hf_dir, same_bits, format, scan
 
 def test_one_array_at_a_time(tmp_path, tiny, random_flat, monkeypatch):
     """Of the tensors on their way to disk, those of two batches are in memory at most."""
-    model = dataclasses.replace(tiny, schedule=("swa",), num_nextn_predict_layers=0)
+    model = dataclasses.replace(tiny, layer_types=("swa",), num_nextn_predict_layers=0)
     flat = random_flat(model, np.float32)
     born, most = [], []
 

@@ -113,7 +113,7 @@ def test_arrays_may_be_donated_at_once(tmp_path, config):
 
 
 def test_layers_stacked_or_not_share_a_checkpoint(tmp_path, config, build, random_flat):
-    model = dataclasses.replace(config.model, schedule=("swa", "csa", "hca", "csa", "hca"), num_nextn_predict_layers=0)
+    model = dataclasses.replace(config.model, layer_types=("swa", "csa", "hca", "csa", "hca"), num_nextn_predict_layers=0)
     config = dataclasses.replace(config, model=model)
     stacked = build(model, random_flat(model, np.float32), scan=True)
     assert len(stacked.stack_specs) < model.num_hidden_layers

@@ -165,7 +165,7 @@ def test_transformers_reads_what_we_write(tmp_path, tiny, random_flat, weights, 
 
 def test_a_loaded_model_computes_the_same(tmp_path, tiny):
     """What transformers saved and `v4jax.load` reads gives its logits, to 1e-4 of their spread."""
-    model = dataclasses.replace(tiny, dtype="float32", schedule=("swa", "csa", "hca"))
+    model = dataclasses.replace(tiny, dtype="float32", layer_types=("swa", "csa", "hca"))
     net = _random_hf(model, torch.float32).eval()
     with torch.no_grad():
         for name, tensor in net.state_dict().items():

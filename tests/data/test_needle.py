@@ -9,7 +9,7 @@ from v4jax.core.errors import UserError
 from v4jax.data.needle import KEY, NEEDLE, QUESTION, VALUE, NeedleRows, TokenRanges, haystack
 from v4jax.data.pipeline import make_dataset
 
-MODEL = Model(vocab_size=64, schedule=("swa", "csa", "hca"), compress_rate_hca=16, max_position_embeddings=4096)
+MODEL = Model(vocab_size=64, layer_types=("swa", "csa", "hca"), compress_rate_hca=16, max_position_embeddings=4096)
 ALPHABET = TokenRanges.of(MODEL)
 
 

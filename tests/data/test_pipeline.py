@@ -20,7 +20,7 @@ def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "scenes.jsonl"
     scenes = load_corpus().heldout[0].text.split("SCENE")[:12]
     path.write_text("".join(json.dumps({"text": scene[:3000]}) + "\n" for scene in scenes))
-    model = Model(vocab_size=2048, schedule=("csa", "hca"), compress_rate_csa=4, compress_rate_hca=16)
+    model = Model(vocab_size=2048, layer_types=("csa", "hca"), compress_rate_csa=4, compress_rate_hca=16)
     return Config(model=model, data=Data(source=str(path), seq_len=64), train=Train(batch_size=4, eval_rows=0))
 
 
@@ -158,9 +158,9 @@ def test_what_does_not_fit_is_said(config):
         make_dataset(Config(model=model, data=config.data, train=config.train), TOKENIZER, seed=0, **kwargs)
 
     with pytest.raises(UserError, match="2048 ids but model.vocab_size is 1000"):
-        attempt(Model(vocab_size=1000, schedule=("swa",)))
+        attempt(Model(vocab_size=1000, layer_types=("swa",)))
     with pytest.raises(UserError, match="model.eos_id is 7 but the tokenizer's is 1"):
-        attempt(Model(vocab_size=2048, schedule=("swa",), eos_id=7))
+        attempt(Model(vocab_size=2048, layer_types=("swa",), eos_id=7))
     with pytest.raises(UserError, match="batch_size 4 is not a multiple of the 3 processes"):
         attempt(process_count=3)
     with pytest.raises(ValueError, match="split"):

@@ -108,7 +108,7 @@ def test_special_tokens_are_parsed_when_asked():
 
 def test_tokens_that_no_file_names_are_the_models(tmp_path):
     _sentencepiece_like(tmp_path)
-    of = lambda **ids: load_tokenizer(tmp_path, Model(schedule=("swa",), **ids))
+    of = lambda **ids: load_tokenizer(tmp_path, Model(layer_types=("swa",), **ids))
     assert (of(bos_id=5, eos_id=(7, 8)).bos_id, of(bos_id=5, eos_id=(7, 8)).eos_id) == (5, 7)
     assert (of(bos_id=None, eos_id=None).bos_id, of(bos_id=None, eos_id=None).eos_id) == (None, None)
     of(bos_id=None, eos_id=None).save(tmp_path / "saved")

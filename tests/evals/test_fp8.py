@@ -13,7 +13,7 @@ from v4jax.core.errors import UserError
 from v4jax.evals import kv_quant
 from v4jax.models.transformer import Transformer
 
-MODEL = weights.config(schedule=("csa", "hca"), indexer=weights.Indexer(index_n_heads=16, index_head_dim=32, index_topk=3))
+MODEL = weights.config(layer_types=("csa", "hca"), indexer=weights.Indexer(index_n_heads=16, index_head_dim=32, index_topk=3))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from v4jax.data.needle import KEY, QUESTION, VALUE, TokenRanges
 from v4jax.evals import needle
 from v4jax.evals.thresholds import read
 
-MODEL = weights.config(schedule=("csa",), kv_qdq=True, indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=4))
+MODEL = weights.config(layer_types=("csa",), kv_qdq=True, indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=4))
 ALPHABET = TokenRanges.of(MODEL)
 LIMITS = {"accuracy": 0.9, "lost": 0.01}
 
@@ -79,7 +79,7 @@ def test_a_model_that_learnt_nothing_is_past_its_bounds(toy, tmp_path, capsys, m
 def test_the_reference_rounds_nothing(toy):
     model, ids = checkpoint.load(toy), weights.tokens(MODEL, (1, 24))
     exact = needle.unrounded(model)
-    plain = weights.build(weights.config(schedule=("csa",), indexer=MODEL.indexer), weights.random_flat(MODEL, 3))
+    plain = weights.build(weights.config(layer_types=("csa",), indexer=MODEL.indexer), weights.random_flat(MODEL, 3))
     np.testing.assert_array_equal(exact(ids), plain(ids))
     assert np.abs(exact(ids) - model(ids)).max() > 1e-4
 

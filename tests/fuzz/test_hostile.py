@@ -113,7 +113,7 @@ def test_more_experts_than_the_weights_hold_is_told_at_once(changed):
     (lambda v: v["config"]["model"].update(o_groups=0), "model.o_groups must be at least 1, got 0"),
     (lambda v: v["config"]["model"].update(compress_rate_csa=0), "model.compress_rate_csa must be at least 1"),
     (lambda v: v["config"].update(name="\x1b]0;owned\x07"), "name is '\\x1b]0;owned\\x07', and must be a line"),
-    (lambda v: v["config"]["model"].update(schedule=[["swa"]]), "model.schedule is"),
+    (lambda v: v["config"]["model"].update(layer_types=[["swa"]]), "model.layer_types is"),
     (lambda v: v["config"].update(model=None), "config field 'model' is None"),
 ])  # fmt: skip
 def test_values_of_a_stored_config(changed, change, says):

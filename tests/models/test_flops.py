@@ -70,10 +70,10 @@ def test_shapes_are_those_of_the_released_files(name):
 
 def test_the_two_models_differ_where_published():
     flash, pro = config.load("v4_flash").model, config.load("v4_pro").model
-    assert [flash.schedule.count(kind) for kind in config.LAYER_KINDS] == [2, 21, 20]
-    assert [pro.schedule.count(kind) for kind in config.LAYER_KINDS] == [0, 30, 31]
-    assert flash.schedule[:5] == ("swa", "swa", "csa", "hca", "csa") and flash.schedule[-1] == "csa"
-    assert pro.schedule[:5] == ("hca", "hca", "csa", "hca", "csa") and pro.schedule[-1] == "csa"
+    assert [flash.layer_types.count(kind) for kind in config.LAYER_KINDS] == [2, 21, 20]
+    assert [pro.layer_types.count(kind) for kind in config.LAYER_KINDS] == [0, 30, 31]
+    assert flash.layer_types[:5] == ("swa", "swa", "csa", "hca", "csa") and flash.layer_types[-1] == "csa"
+    assert pro.layer_types[:5] == ("hca", "hca", "csa", "hca", "csa") and pro.layer_types[-1] == "csa"
     for m in (flash, pro):
         assert (m.rope.rope_theta, m.rope.compress_rope_theta) == (10_000, 160_000)
         assert (m.rope.yarn_factor, m.rope.yarn_original) == (16, 65_536)

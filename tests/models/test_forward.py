@@ -15,12 +15,12 @@ from v4jax.nn.kv_cache_interface import NoCache
 CONFIGS = {
     "usual": weights.config(),
     "no yarn, one group": weights.config(
-        schedule=("hca", "csa"), o_groups=1, rope=RoPE(), sliding_window=5, compress_rate_hca=12,
+        layer_types=("hca", "csa"), o_groups=1, rope=RoPE(), sliding_window=5, compress_rate_hca=12,
         mhc=HyperConnection(hc_mult=2, hc_sinkhorn_iters=3),
         moe=MoE(6, 3, 16, num_hash_layers=0, routed_scaling_factor=2.5, swiglu_limit=0.5),
     ),
     "whole head turns": weights.config(
-        schedule=("csa", "hca"), qk_rope_head_dim=16, compress_rate_csa=2, compress_rate_hca=6, sliding_window=3,
+        layer_types=("csa", "hca"), qk_rope_head_dim=16, compress_rate_csa=2, compress_rate_hca=6, sliding_window=3,
         indexer=Indexer(20, 16, 4), moe=MoE(4, 4, 8, num_hash_layers=1),
     ),
 }  # fmt: skip
@@ -40,7 +40,7 @@ def test_forward_is_the_specification(name):
 
 @pytest.fixture(scope="module")
 def one_layer():
-    model = weights.config(schedule=("swa",), num_nextn_predict_layers=1)
+    model = weights.config(layer_types=("swa",), num_nextn_predict_layers=1)
     return weights.build(model, weights.random_flat(model, 0))
 
 
@@ -81,7 +81,7 @@ def test_a_representation_is_one_short_line(one_layer):
 
 
 def test_mtp_is_the_specification():
-    model = weights.config(schedule=("swa",), num_nextn_predict_layers=1)
+    model = weights.config(layer_types=("swa",), num_nextn_predict_layers=1)
     flat, ids = weights.random_flat(model, 2), weights.tokens(model, (2, 31))
 
     @jax.jit
@@ -97,7 +97,7 @@ def test_mtp_is_the_specification():
 @pytest.mark.parametrize("length", [1, 3, 15])
 def test_rows_shorter_than_a_window(length):
     """No entry is complete, or none of HCA: the row is attended raw."""
-    model = weights.config(schedule=("csa", "hca"))
+    model = weights.config(layer_types=("csa", "hca"))
     flat, ids = weights.random_flat(model, 0), weights.tokens(model, (1, length))
     want = reference.forward(model, flat, ids[0])[0]
     got = weights.full(weights.build(model, flat), ids)[0][0]

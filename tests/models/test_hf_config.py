@@ -84,13 +84,13 @@ def released_pro() -> dict:
     )  # fmt: skip
 
 
-FLASH = Model(schedule=("swa", "swa") + ("csa", "hca") * 20 + ("csa",), rope=RoPE(yarn_factor=16.0))
+FLASH = Model(layer_types=("swa", "swa") + ("csa", "hca") * 20 + ("csa",), rope=RoPE(yarn_factor=16.0))
 PRO = Model(
-    schedule=("hca", "hca") + ("csa", "hca") * 29 + ("csa",), rope=RoPE(yarn_factor=16.0), hidden_size=7168, num_attention_heads=128,
+    layer_types=("hca", "hca") + ("csa", "hca") * 29 + ("csa",), rope=RoPE(yarn_factor=16.0), hidden_size=7168, num_attention_heads=128,
     q_lora_rank=1536, o_groups=16, indexer=Indexer(index_topk=1024), moe=MoE(n_routed_experts=384, moe_intermediate_size=3072, routed_scaling_factor=2.5),
 )  # fmt: skip
 ODD = Model(  # every field away from its default
-    vocab_size=131, hidden_size=48, schedule=("hca", "csa", "swa", "csa"), num_attention_heads=6, head_dim=49, qk_rope_head_dim=14,
+    vocab_size=131, hidden_size=48, layer_types=("hca", "csa", "swa", "csa"), num_attention_heads=6, head_dim=49, qk_rope_head_dim=14,
     q_lora_rank=10, o_groups=3, o_lora_rank=7, sliding_window=17, compress_rate_csa=3, compress_rate_hca=15, max_position_embeddings=999, rms_norm_eps=3e-6,
     num_nextn_predict_layers=0, initializer_range=0.013, bos_id=5, eos_id=7, dtype="float32", kv_qdq=True,
     rope=RoPE(9999.5, 123456.5, 7.5, 77, 31.5, 1.5), indexer=Indexer(16, 24, 9),
@@ -102,8 +102,8 @@ NO_YARN = dataclasses.replace(ODD, kv_qdq=False, num_nextn_predict_layers=1, rop
 def test_released_flash_and_pro():
     assert hf_config.from_hf(released()) == FLASH
     assert hf_config.from_hf(released_pro()) == PRO
-    assert [FLASH.schedule.count(kind) for kind in ("swa", "csa", "hca")] == [2, 21, 20]
-    assert [PRO.schedule.count(kind) for kind in ("swa", "csa", "hca")] == [0, 30, 31]
+    assert [FLASH.layer_types.count(kind) for kind in ("swa", "csa", "hca")] == [2, 21, 20]
+    assert [PRO.layer_types.count(kind) for kind in ("swa", "csa", "hca")] == [0, 30, 31]
 
 
 @pytest.mark.parametrize("model", [FLASH, PRO, ODD, NO_YARN], ids=["flash", "pro", "odd", "no_yarn"])
@@ -166,7 +166,7 @@ def test_fields_that_transformers_does_not_read_have_no_effect(changes):
 def test_the_rate_of_a_kind_without_layers_has_no_effect():
     layers = {"compress_ratios": [128] * 43, "compress_rate_csa": 0, "compress_rate_hca": 7}
     model = hf_config.from_hf(released(**layers))
-    assert model.compress_rate_hca == 7 and set(model.schedule) == {"hca"}
+    assert model.compress_rate_hca == 7 and set(model.layer_types) == {"hca"}
     validate(Config(model=model, data=Data(seq_len=7)))
 
 
@@ -294,7 +294,7 @@ def v4_config():
 def test_transformers_reads_and_rewrites_the_same_model(tmp_path, v4_config, model):
     (tmp_path / "config.json").write_text(json.dumps(hf_config.to_hf(model)))
     theirs = v4_config.from_pretrained(tmp_path)
-    assert theirs.layer_types == [hf_config._TYPE_OF_KIND[kind] for kind in model.schedule]
+    assert theirs.layer_types == [hf_config._TYPE_OF_KIND[kind] for kind in model.layer_types]
     assert theirs.mlp_layer_types.count("hash_moe") == model.moe.num_hash_layers
     assert theirs.compress_rates == {
         "compressed_sparse_attention": model.compress_rate_csa,

@@ -12,7 +12,7 @@ from v4jax.nn import csa, indexer
 
 @pytest.mark.parametrize("kv_qdq", [False, True])
 def test_scores_are_those_of_the_forward(monkeypatch, kv_qdq):
-    model = weights.config(schedule=("swa", "csa", "csa"), kv_qdq=kv_qdq)
+    model = weights.config(layer_types=("swa", "csa", "csa"), kv_qdq=kv_qdq)
     net, ids = weights.build(model, weights.random_flat(model, 3)), weights.tokens(model, (2, 32))
     seen = []
     monkeypatch.setattr(csa, "score", lambda *args: seen.append(indexer.score(*args)) or seen[-1])
@@ -24,7 +24,7 @@ def test_scores_are_those_of_the_forward(monkeypatch, kv_qdq):
 
 
 def test_a_model_without_an_indexer_is_refused():
-    model = weights.config(schedule=("swa", "hca"))
+    model = weights.config(layer_types=("swa", "hca"))
     net = weights.build(model, weights.random_flat(model, 3))
     with pytest.raises(UserError, match="a model with a csa layer"):
         v4jax.indexer_scores(net, weights.tokens(model, (1, 16)))

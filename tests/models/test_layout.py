@@ -12,7 +12,7 @@ from v4jax.checkpoint import param_mapping
 from v4jax.core.errors import UserError
 from v4jax.models.layer_stacks import LayerStack, from_layer_dict, stacks, to_layer_dict
 
-LONG = weights.config(schedule=("swa", "swa", "csa", "hca", "csa", "hca"), moe=config.MoE(8, 2, 16, num_hash_layers=2))
+LONG = weights.config(layer_types=("swa", "swa", "csa", "hca", "csa", "hca"), moe=config.MoE(8, 2, 16, num_hash_layers=2))
 
 
 def test_runs_of_the_released_schedules():
@@ -22,14 +22,14 @@ def test_runs_of_the_released_schedules():
         LayerStack(0, (("swa", True),), 2), LayerStack(2, (("csa", True),), 1), LayerStack(3, pair, 20)]  # fmt: skip
     assert stacks(pro, True) == [
         LayerStack(0, (("hca", True),), 2), LayerStack(2, (("csa", True),), 1), LayerStack(3, pair, 29)]  # fmt: skip
-    assert stacks(flash, False) == [LayerStack(i, ((k, i < 3),), 1) for i, k in enumerate(flash.schedule)]
+    assert stacks(flash, False) == [LayerStack(i, ((k, i < 3),), 1) for i, k in enumerate(flash.layer_types)]
 
 
 @pytest.mark.parametrize("schedule", ["s", "sc", "sscchh", "schchc", "chchsss", "cscscsh"])
 @pytest.mark.parametrize("num_hash_layers", [0, 1])
 def test_runs_cover_the_schedule_in_order(schedule, num_hash_layers):
     kinds = tuple({"s": "swa", "c": "csa", "h": "hca"}[letter] for letter in schedule)
-    model = weights.config(schedule=kinds, moe=config.MoE(8, 2, 16, num_hash_layers=num_hash_layers))
+    model = weights.config(layer_types=kinds, moe=config.MoE(8, 2, 16, num_hash_layers=num_hash_layers))
     for scan in (True, False):
         covered = [
             (run.layer(position, repeat), kind)
@@ -40,10 +40,10 @@ def test_runs_cover_the_schedule_in_order(schedule, num_hash_layers):
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_flat_names_are_those_of_checkpoints_and_come_back(scan):
-    model = weights.config(schedule=LONG.schedule, moe=LONG.moe, num_nextn_predict_layers=1)
+    model = weights.config(layer_types=LONG.layer_types, moe=LONG.moe, num_nextn_predict_layers=1)
     flat = weights.random_flat(model, 0)
     net = weights.build(model, flat, scan)
-    assert (len(net.stack_specs) < len(model.schedule)) == scan
+    assert (len(net.stack_specs) < len(model.layer_types)) == scan
     back = to_layer_dict(nnx.state(net), net.stack_specs)
     assert set(back) == set(param_mapping.tensors(model)) == set(flat)
     for name, array in back.items():
@@ -56,7 +56,7 @@ def test_flat_names_are_those_of_checkpoints_and_come_back(scan):
     "name, scan", [("layers.0.attn.sink", False), ("layers.1.attn.sink", True), ("norm.scale", True)]
 )
 def test_a_missing_name_is_one_clear_line(name, scan):
-    model = weights.config(schedule=("swa", "swa"), moe=config.MoE(8, 2, 16, num_hash_layers=0))
+    model = weights.config(layer_types=("swa", "swa"), moe=config.MoE(8, 2, 16, num_hash_layers=0))
     flat = weights.random_flat(model, 0)
     del flat[name]
     with pytest.raises(UserError, match=f"^parameter {name} is missing; give all parameters of this very model$"):

@@ -19,10 +19,10 @@ LENGTH, WIDTH = 45, 11  # of a row; of a call with several tokens (more than a w
 CONFIGS = {
     "usual": weights.config(),
     "other": weights.config(
-        schedule=("hca", "csa"), o_groups=1, rope=RoPE(), sliding_window=5, compress_rate_csa=3, compress_rate_hca=12,
+        layer_types=("hca", "csa"), o_groups=1, rope=RoPE(), sliding_window=5, compress_rate_csa=3, compress_rate_hca=12,
         indexer=Indexer(index_n_heads=20, index_head_dim=8, index_topk=2), moe=MoE(6, 3, 16, num_hash_layers=0, swiglu_limit=0.5),
     ),
-    "long window": weights.config(schedule=("csa", "hca", "swa"), sliding_window=24, compress_rate_csa=2, compress_rate_hca=6),
+    "long window": weights.config(layer_types=("csa", "hca", "swa"), sliding_window=24, compress_rate_csa=2, compress_rate_hca=6),
 }  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_a_longer_state_changes_nothing():
 
 
 def test_mtp_keeps_its_own_past():
-    model = weights.config(schedule=("csa",), num_nextn_predict_layers=1)
+    model = weights.config(layer_types=("csa",), num_nextn_predict_layers=1)
     net, ids = weights.build(model, weights.random_flat(model, 4)), weights.tokens(model, (2, 34))
 
     @jax.jit

@@ -171,7 +171,7 @@ def forward(model: Model, flat, ids):
     """One row of token ids: logits [T, V], the indexer's losses [layers, T] and the last streams [T, X, D]."""
     X = np.repeat(np.asarray(flat["embed.table"], np.float64)[ids][:, None], model.mhc.hc_mult, 1)
     losses = []
-    for i, kind in enumerate(model.schedule):
+    for i, kind in enumerate(model.layer_types):
         X, loss = block(model, kind, part(flat, f"layers.{i}."), X, ids)
         losses.append(loss)
     h = rms(head_mix(model, part(flat, "head_mhc."), X), model.rms_norm_eps) * flat["norm.scale"]

@@ -78,7 +78,7 @@ def test_the_token_that_completes_a_window_sees_its_entry(ratio):
 @pytest.mark.parametrize("kind, ratio", [("csa", 4), ("hca", 8)])
 def test_an_attention_layer_sees_an_entry_from_its_last_token_on(kind, ratio):
     """With a raw window of one token, the first token of a window can only arrive through the entry."""
-    model = weights.config(schedule=(kind,), sliding_window=1, compress_rate_hca=8)
+    model = weights.config(layer_types=(kind,), sliding_window=1, compress_rate_hca=8)
     attn = weights.build(model, weights.random_flat(model, 0)).stacks[0][0].attn
     run = jax.jit(lambda attn, x: attn(x, full_batch(jnp.zeros(x.shape[:2], jnp.int32)), NoCache())[0])
     x = np.random.RandomState(1).standard_normal((1, 3 * ratio, model.hidden_size)).astype(np.float32)
@@ -119,7 +119,7 @@ def _by_name(tree):
 
 
 def test_the_indexer_alone_learns_from_its_loss_and_from_nothing_else():
-    model = weights.config(schedule=("hca", "csa"))
+    model = weights.config(layer_types=("hca", "csa"))
     net = weights.build(model, weights.random_flat(model, 0))
     graphdef, params, fixed = nnx.split(net, nnx.Param, ...)
     ids = weights.tokens(model, (1, 24))

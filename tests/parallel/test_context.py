@@ -18,7 +18,7 @@ TOKENS, PARTS = 256, 8
 def config(*kinds: str, tokens: int = TOKENS):
     """Layers whose weights are whole on every device, so that nothing but tokens' numbers moves."""
     found = small(Mesh("pod", context=PARTS))
-    model = dataclasses.replace(found.model, schedule=kinds)
+    model = dataclasses.replace(found.model, layer_types=kinds)
     return dataclasses.replace(found, model=model, data=dataclasses.replace(found.data, seq_len=tokens))
 
 

@@ -24,7 +24,7 @@ def small(mesh: Mesh | None = None, full: bool = False, **train) -> config_lib.C
     config = micro_config("unused", **{"batch_size": 8, "steps": 20, "lr": 2e-3, "adam_lr": 2e-3, **train})
     moe = dataclasses.replace(config.model.moe, n_routed_experts=8)
     moe = dataclasses.replace(moe, num_hash_layers=int(full))
-    kinds = {"schedule": ("csa", "hca")} if full else {"schedule": ("csa",), "num_nextn_predict_layers": 0}
+    kinds = {"layer_types": ("csa", "hca")} if full else {"layer_types": ("csa",), "num_nextn_predict_layers": 0}
     model = dataclasses.replace(config.model, moe=moe, **kinds)
     return dataclasses.replace(config, model=model, mesh=mesh or Mesh())
 

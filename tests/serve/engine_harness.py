@@ -20,7 +20,7 @@ from v4jax.serve.sampling import SamplingParams
 from v4jax.serve.scheduler import Scheduler
 
 MODEL = config.Model(
-    vocab_size=2048, hidden_size=32, schedule=("swa", "csa", "hca"), num_attention_heads=2, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16,
+    vocab_size=2048, hidden_size=32, layer_types=("swa", "csa", "hca"), num_attention_heads=2, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16,
     o_groups=1, o_lora_rank=16, sliding_window=8, compress_rate_csa=4, compress_rate_hca=8, max_position_embeddings=4096, num_nextn_predict_layers=1, initializer_range=0.3,
     dtype="float32", indexer=config.Indexer(index_n_heads=16, index_head_dim=8, index_topk=4),
     moe=config.MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=1), mhc=config.HyperConnection(hc_mult=2),

@@ -200,6 +200,6 @@ def test_a_request_that_goes_wrong_while_it_decodes_leaves_nothing_behind(engine
 
 
 def test_stacked_layers_are_refused():
-    shape = dataclasses.replace(MODEL, schedule=("csa", "csa", "csa"))
+    shape = dataclasses.replace(MODEL, layer_types=("csa", "csa", "csa"))
     with pytest.raises(UserError, match="load the model with scan=False"):
         Engine(nnx.eval_shape(lambda: Transformer(shape, nnx.Rngs(0), scan=True)), LIMITS)

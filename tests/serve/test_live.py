@@ -22,7 +22,7 @@ from v4jax.serve.engine import Engine, validate_limits
 LEAST = LIMITS.max_num_seqs * MODEL.indexer.index_topk  # what a step may pick: nearly all of it changes all the time
 BITS = dataclasses.replace(SAMPLED, logprobs=4)
 TWO = dataclasses.replace(
-    MODEL, schedule=("csa", "hca"), num_nextn_predict_layers=0, moe=dataclasses.replace(MODEL.moe, num_hash_layers=0)
+    MODEL, layer_types=("csa", "hca"), num_nextn_predict_layers=0, moe=dataclasses.replace(MODEL.moe, num_hash_layers=0)
 )
 
 
@@ -130,6 +130,6 @@ def test_the_devices_budget_counts_what_is_on_the_device(layers, caplog):
 
 
 def test_models_without_picks_have_none_to_copy():
-    bare = dataclasses.replace(MODEL, schedule=("swa", "hca"))
+    bare = dataclasses.replace(MODEL, layer_types=("swa", "hca"))
     with pytest.raises(UserError, match="this model has none: set it to 0"):
         validate_limits(bare, LIMITS, config.Cache(kv_device_entries=LEAST))

@@ -40,10 +40,10 @@ def outputs(llm):
 def test_conversations_outlive_an_llm(model, tokenizer, tmp_path):
     cache = config.Cache(kv_disk_bytes=1 << 30, kv_dir=str(tmp_path), kv_host_bytes=1 << 20, kv_load_timeout_s=60.0)
     prompt = np.random.default_rng(0).integers(3, 2000, 300)
-    with LLM(model, tokenizer=tokenizer, cache=cache, **LIMITS) as llm:
+    with LLM(model, tokenizer=tokenizer, **vars(cache), **LIMITS) as llm:
         [first] = llm.generate([prompt], greedy())
         assert llm.cache_summary == "device 3,072 tokens, host up to 32,768 (0 are there), disk up to 22,369,536 (0 are there)"
-    with LLM(model, tokenizer=tokenizer, cache=cache, **LIMITS) as llm:
+    with LLM(model, tokenizer=tokenizer, **vars(cache), **LIMITS) as llm:
         assert "(256 are there)" in llm.cache_summary
         assert llm.generate([prompt], greedy()) == [first]
         stats = llm.stats()
@@ -363,7 +363,7 @@ def test_token_ids_do_without_a_tokenizer(model, outputs):
     ({"dtype": "float32"}, "dtype applies"), ({"max_num_seqs": 0}, "max_num_seqs must be at least 1"),
     ({"max_num_batched_tokens": 0}, "max_num_batched_tokens must be"), ({"max_model_len": 5000}, "exceeds model.max_position_embeddings 4096"),
     ({"tokenizer": "no/such/file"}, "no tokenizer no/such/file"), ({"tokenizer": 5}, "tokenizer is 5; give a v4jax"),
-    ({"cache": {"layout": "fp8"}}, "cache is .*; give a CacheConfig"), ({"mesh": "serve"}, "give a MeshConfig"),
+    ({"cache": {}}, "LLM has no option 'cache'"), ({"mesh": "serve"}, "give a MeshConfig"),
     ({"speculative_token": 1}, "LLM has no option 'speculative_token'; did you mean 'num_speculative_tokens'"),
     ({"num_speculative_tokens": 1, "batch_invariant": True}, "exclude each other"),
     ({"cache": config.Cache(kv_cache_dtype="fp16")}, "cache.kv_cache_dtype is 'fp16'; one of"),
@@ -381,8 +381,8 @@ def test_what_is_no_model_is_one_line(wrong):
 
 
 def test_options_reach_the_engine(model):
-    cache = v4jax.CacheConfig(kv_cache_dtype="fp8", kv_cache_tokens=512, num_state_snapshots=3)
-    llm = LLM(model, cache=cache, batch_invariant=True, max_model_len=576)
+    options = dict(kv_cache_dtype="fp8", kv_cache_tokens=512, num_state_snapshots=3)
+    llm = LLM(model, **options, batch_invariant=True, max_model_len=576)
     assert llm.engine.limits == dataclasses.replace(config.Serve(), batch_invariant=True, max_model_len=576)
     assert (llm.engine.kv_cache_spec.name, llm.stats()["pages_free"], llm.stats()["records_spare"]) == ("fp8", 2, 3)
     with pytest.raises(UserError, match="needs 3 pages of 256 tokens, but the cache has 2"):
@@ -399,7 +399,7 @@ def test_a_directory_brings_its_tokenizer_and_limits(monkeypatch, model, tokeniz
     monkeypatch.setattr(llm_module, "read_generation_config", lambda path: GenerationConfig())
     llm = LLM("DIR", dtype="bfloat16", max_num_seqs=2)
     assert (
-        read == [("DIR", {"dtype": "bfloat16", "precision": "model", "placement": None})] and llm.tokenizer is tokenizer
+        read == [("DIR", {"dtype": "bfloat16", "quantization": "none", "placement": None})] and llm.tokenizer is tokenizer
     )
     assert llm.engine.limits == config.Serve(max_num_seqs=2, max_model_len=50, max_num_batched_tokens=20)
 

@@ -11,7 +11,7 @@ from v4jax.core.errors import UserError
 from v4jax.data.tokenizer import Tokenizer
 from v4jax.serve.stop_tokens import Ends, find_ends, warn_of_bos
 
-MODEL = Model(schedule=("swa",))
+MODEL = Model(layer_types=("swa",))
 
 
 @pytest.mark.parametrize("model, file, tokenizer, ids, eos, says", [
@@ -31,7 +31,7 @@ MODEL = Model(schedule=("swa",))
 ])  # fmt: skip
 def test_one_rule_settles_what_ends_a_text(caplog, model, file, tokenizer, ids, eos, says):
     tokenizer = None if tokenizer is None else Tokenizer(eos_id=tokenizer)
-    ends = find_ends(Model(schedule=("swa",), eos_id=model), GenerationConfig(file), tokenizer)
+    ends = find_ends(Model(layer_types=("swa",), eos_id=model), GenerationConfig(file), tokenizer)
     assert ends == Ends(frozenset(ids), eos)
     assert len(caplog.records) == says and all("\n" not in record.message for record in caplog.records)
 

@@ -222,7 +222,7 @@ def test_the_closed_form_is_near_the_compiler(key):
         assert entries <= held <= 1.3 * entries
         [copied] = values(records, "host_bytes", part="temporaries")
         [largest] = [r["value"] for r in records if r["metric"] == "largest_temporary"]
-        pool = held / config.model.schedule.count("csa")  # of one layer
+        pool = held / config.model.layer_types.count("csa")  # of one layer
         assert copied < pool / 10 and largest < pool
     sent = {r["part"]: r["value"] for r in records if r["metric"] == "collective_bytes"}
     rows = config.model.moe.num_experts_per_tok * work.tokens / place.devices
@@ -239,9 +239,9 @@ def test_the_closed_form_is_near_the_compiler(key):
 
 def test_work_of_attention():
     m = config_lib.load("v4_flash").model
-    one = dataclasses.replace(m, schedule=("swa",))
+    one = dataclasses.replace(m, layer_types=("swa",))
     assert attention_flops(one, 10**6) == 4 * 64 * 512 * 128
-    csa = dataclasses.replace(m, schedule=("csa",))
+    csa = dataclasses.replace(m, layer_types=("csa",))
     assert attention_flops(csa, 2**20) == 4 * 64 * 512 * (128 + 512) + 2 * 64 * 128 * 2**18
 
 

@@ -23,7 +23,7 @@ DEVICES, ROWS = 2, 2
 def tiny():
     config = config_lib.load("tiny")
     moe = dataclasses.replace(config.model.moe, num_hash_layers=0)
-    model = dataclasses.replace(config.model, schedule=("csa",), num_nextn_predict_layers=0, moe=moe)
+    model = dataclasses.replace(config.model, layer_types=("csa",), num_nextn_predict_layers=0, moe=moe)
     return dataclasses.replace(config, model=model)
 
 

@@ -19,7 +19,7 @@ MESH = Mesh(rules="fsdp")
 def run(**train):
     """The last state of three steps on two devices, the losses, a trainer, and the compiled step's text."""
     config = validate(small(MESH, scan=True, remat=True, **train))
-    model = dataclasses.replace(config.model, schedule=("swa", "swa"))
+    model = dataclasses.replace(config.model, layer_types=("swa", "swa"))
     optimizer = optax.sgd(0.1, momentum=0.9)  # Muon takes long to compile
     trainer = Trainer(dataclasses.replace(config, model=model), optimizer, jax.devices()[:2])
     state, losses, rows = trainer.init(), [], [trainer.shard_batch(batch) for batch in batches(config)[:3]]

@@ -28,7 +28,7 @@ def small(**train):
     """One CSA layer; experts of 32, as groups of FP4 have it."""
     config = micro_config("unused", steps=STEPS, **train)
     moe = dataclasses.replace(config.model.moe, moe_intermediate_size=32, num_hash_layers=0)
-    model = dataclasses.replace(config.model, schedule=("csa",), num_nextn_predict_layers=0, moe=moe)
+    model = dataclasses.replace(config.model, layer_types=("csa",), num_nextn_predict_layers=0, moe=moe)
     return dataclasses.replace(config, model=model)
 
 

@@ -85,7 +85,7 @@ def check(model: config.Model, limits: config.Serve, cache: config.Cache) -> Non
     """Raise UserError if entries cannot live in host memory, or if that would be of no use."""
     if not cache.kv_device_entries:
         return
-    if "csa" not in model.schedule:
+    if "csa" not in model.layer_types:
         raise UserError("cache hot is for the picked entries of csa layers, and this model has none: set it to 0")
     rows = 1 if limits.batch_invariant else limits.max_num_seqs
     queries, k = 1 + limits.num_speculative_tokens, model.indexer.index_topk

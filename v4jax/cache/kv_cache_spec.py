@@ -126,7 +126,7 @@ class KVCacheSpec:
     def __post_init__(self):
         block = validate_block_size(self.model, self.block) if self.block else block_size(self.model)
         object.__setattr__(self, "block", block)
-        for kind in ("main", "index") if "csa" in self.model.schedule else ("main",):
+        for kind in ("main", "index") if "csa" in self.model.layer_types else ("main",):
             entry_format(self.model, kind, self.name)
 
     @property
@@ -153,13 +153,13 @@ class KVCacheSpec:
     @property
     def host_block_bytes(self) -> int:
         """Bytes in host memory of one page over all layers: 0 where all of it lies on the device."""
-        layers = self.model.schedule.count("csa") if self.hot else 0
+        layers = self.model.layer_types.count("csa") if self.hot else 0
         return layers and layers * self.entries("csa") * _WORD * entry_format(self.model, "main", self.name).words
 
     @property
     def device_cache_bytes(self) -> int:
         """Bytes on the device of what is kept there of entries in host memory, beside the pages, over all layers."""
-        layers = self.model.schedule.count("csa") if self.hot else 0
+        layers = self.model.layer_types.count("csa") if self.hot else 0
         return layers and layers * ((1 + self.hot) * (self.entry_bytes + 2 * _PLACE) + _COUNTS)
 
     @property
@@ -175,13 +175,13 @@ class KVCacheSpec:
             past = self._record(kind, slack)
             return _bytes(past.window_ring_ZSH if self.hot and kind == "hca" else past)
 
-        kinds = [*self.model.schedule, *(["swa"] if mtp else [])]
+        kinds = [*self.model.layer_types, *(["swa"] if mtp else [])]
         sizes = {kind: kept(kind) for kind in set(kinds)}
         return sum(sizes[kind] for kind in kinds)
 
     def host_state_bytes(self, slack: int = 0) -> int:
         """Bytes in host memory of one record over the layers: 0 where all of it lies on the device."""
-        layers = self.model.schedule.count("hca") if self.hot else 0
+        layers = self.model.layer_types.count("hca") if self.hot else 0
         return layers and layers * _bytes(self._record("hca", slack).compressor_state)
 
     def _record(self, kind: str, slack: int):
@@ -209,4 +209,4 @@ def _bytes(tree) -> int:
 
 def _compressed(model: config.Model) -> list[str]:
     """Kinds of the layers that keep entries, layer by layer."""
-    return [kind for kind in model.schedule if model.compress_rate(kind)]
+    return [kind for kind in model.layer_types if model.compress_rate(kind)]

@@ -19,6 +19,7 @@ from dataclasses import replace
 
 from v4jax import config as config_lib
 from v4jax.checkpoint import checksums
+from v4jax.checkpoint.config_versions import CONFIG_VERSION, upgrade_config
 from v4jax.config import SOURCES, Config, Data, Mesh, Model, Serve
 from v4jax.core.atomic import replace_text, write_error
 from v4jax.core.errors import UserError
@@ -27,7 +28,6 @@ from v4jax.core.untrusted_json import read_object
 
 CONFIG_NAME = "v4jax.json"
 FORMATS = ("huggingface", "orbax")
-_VERSION = 1
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -49,7 +49,7 @@ def config_text(config: Config, files: dict[str, str], fields: dict | None = Non
 
     files: checksums by name of the files beside it. fields: of a config.json, to be handed on (see companions.py).
     """
-    values = {"format": _VERSION, "config": config_lib.to_dict(config), "files": files}
+    values = {"format": CONFIG_VERSION, "config": config_lib.to_dict(config), "files": files}
     if fields is not None:
         values["huggingface"] = fields
     return json.dumps(values | {"checksum": checksums.json_digest(values)}, indent=2) + "\n"
@@ -74,15 +74,16 @@ def save_config(path: str | os.PathLike, config: Config, tokenizer=None) -> None
 
 
 def read_config(path: str | os.PathLike) -> Config:
-    """Config in the v4jax.json of a directory. Raises UserError for a damaged file or another version."""
+    """Config in the v4jax.json of a directory. Version 1 is upgraded. Raises UserError for a damaged file or a later version."""
     file = pathlib.Path(path) / CONFIG_NAME
     values = read_object(file)
     _warn_of_changes(file, dict(values))
-    if values.get("format") != _VERSION:
-        raise UserError(f"{file} has the format {values.get('format')!r}, this v4jax reads {_VERSION}; "
+    version = values.get("format")
+    if type(version) is not int or not 1 <= version <= CONFIG_VERSION:
+        raise UserError(f"{file} has the format {version!r}, this v4jax reads 1 to {CONFIG_VERSION}; "
                         "use the version that wrote it")  # fmt: skip
     try:
-        return config_lib.validate(config_lib.from_dict(Config, values["config"]))
+        return config_lib.validate(config_lib.from_dict(Config, upgrade_config(values["config"], version)))
     except config_lib.ConfigError as error:
         raise UserError(f"{file}: {error}; use the v4jax that wrote it") from error
     except (AttributeError, KeyError, TypeError) as error:

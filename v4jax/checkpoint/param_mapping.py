@@ -186,7 +186,7 @@ class ParamInfo:
 def tensors(model: Model) -> dict[str, ParamInfo]:
     """Every tensor of a model by its flat name, in the order in which files hold them."""
     result = [_bind(rule, "", ("", "model."), _sizes(model, "swa")) for rule in _ROOT + _HEAD_MHC]
-    for layer, kind in enumerate(model.schedule):
+    for layer, kind in enumerate(model.layer_types):
         router = "hash" if layer < model.moe.num_hash_layers else "bias"
         result += _block(model, kind, router, f"layers.{layer}.", f"layers.{layer}.")
     for draft in range(model.num_nextn_predict_layers):

@@ -87,7 +87,7 @@ def _hints(cls: type) -> dict[str, object]:
 def _problem(value, hint, where: str) -> str | None:
     if not _fits(value, hint):
         return f"{where} is {value!r}, and must be {_described(hint)}"
-    if where == "model.schedule" and len(value) > MAX_LAYERS:
+    if where == "model.layer_types" and len(value) > MAX_LAYERS:
         return f"{where} has {len(value):,} layers, and {MAX_LAYERS:,} are the most"
     for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, str):

@@ -61,7 +61,7 @@ def run(
     limits = _bounds(bounds)
     config = config_of(checkpoint, data, heldout)
     tokenizer = load_tokenizer(checkpoint, config.model)
-    if tokenizer is None or "csa" not in config.model.schedule:
+    if tokenizer is None or "csa" not in config.model.layer_types:
         raise UserError(f"{checkpoint} has no tokenizer.json or no CSA layer; without them nothing can be compared")
     texts = [tokenizer.encode(document.text) for document in load_documents(config.data).heldout]
     cut = [ids[i : i + context] for ids in texts for i in range(0, len(ids) - context + 1, context)][:windows]

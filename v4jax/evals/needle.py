@@ -89,7 +89,8 @@ def found(model: Transformer, kv_cache_dtype: str, stacks: list[Haystack], depth
     context, room = len(stacks[0].tokens_T), KVCacheSpec(model.config, kv_cache_dtype).block
     llm = LLM(
         model,
-        cache=configs.Cache(kv_cache_dtype=kv_cache_dtype, kv_cache_tokens=context + 2 * _REQUESTS * room),
+        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_tokens=context + 2 * _REQUESTS * room,
         max_num_seqs=_REQUESTS,
         max_model_len=context + QUESTION + VALUE,
         max_num_batched_tokens=_CHUNK,

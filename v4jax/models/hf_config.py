@@ -99,7 +99,7 @@ def from_hf(values: dict, source: str = "config.json") -> Model:
     own = fields.own("v4jax", values.get("v4jax", {}), _OWN_FIELDS)
     model = Model(
         **{name: fields.integer(name) for name in _MODEL_INTEGERS},
-        schedule=schedule,
+        layer_types=schedule,
         qk_rope_head_dim=_rope_dim(fields),
         compress_rate_csa=compress_rate_csa,
         compress_rate_hca=compress_rate_hca,
@@ -166,9 +166,9 @@ def to_hf(model: Model, weights_dtype: str | None = None) -> dict:
         "dtype": weights_dtype or model.dtype,
         **{name: getattr(model, name) for name in _MODEL_INTEGERS},
         "num_hidden_layers": layers,
-        "layer_types": [_TYPE_OF_KIND[kind] for kind in model.schedule],
+        "layer_types": [_TYPE_OF_KIND[kind] for kind in model.layer_types],
         "compress_rates": {_TYPE_OF_KIND["csa"]: model.compress_rate_csa, _TYPE_OF_KIND["hca"]: model.compress_rate_hca},
-        "compress_ratios": [model.compress_rate(kind) for kind in model.schedule] + [0] * model.num_nextn_predict_layers,
+        "compress_ratios": [model.compress_rate(kind) for kind in model.layer_types] + [0] * model.num_nextn_predict_layers,
         "mlp_layer_types": ["hash_moe"] * hashed + ["moe"] * (layers - hashed),
         "num_hash_layers": hashed,
         "num_nextn_predict_layers": model.num_nextn_predict_layers,

@@ -31,11 +31,11 @@ def indexer_scores(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
       UserError: The model has no CSA layer, or its layers are stacked.
     """
     shape = model.config
-    if "csa" not in shape.schedule or any(run.repeats > 1 for run in model.stack_specs):
+    if "csa" not in shape.layer_types or any(run.repeats > 1 for run in model.stack_specs):
         raise UserError("indexer_scores needs a model with a csa layer, trained with train.scan=false")
     chunk, x_BTXD = full_batch(jnp.asarray(tokens_BT, jnp.int32)), model.embed.embed_streams(tokens_BT)
     blocks = [block for stack in model.stacks for block in stack]
-    layer = shape.schedule.index("csa")
+    layer = shape.layer_types.index("csa")
     for block in blocks[:layer]:
         x_BTXD, _, _ = block(x_BTXD, chunk, NoCache())
     block = blocks[layer]

@@ -32,7 +32,7 @@ class LayerStack(NamedTuple):
 
 def stacks(model: config.Model, scan: bool) -> list[LayerStack]:
     """The runs that cover the schedule: the longest repeated pattern of one or two layers wherever one begins."""
-    kinds = [(kind, i < model.moe.num_hash_layers) for i, kind in enumerate(model.schedule)]
+    kinds = [(kind, i < model.moe.num_hash_layers) for i, kind in enumerate(model.layer_types)]
     runs, i = [], 0
     while i < len(kinds):
         best = LayerStack(i, (kinds[i],), 1)

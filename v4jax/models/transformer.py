@@ -65,7 +65,7 @@ class Transformer(nnx.Module):
         return _logits(self, jnp.asarray(_checked(tokens_BT, self.config.vocab_size), jnp.int32))
 
     def __repr__(self) -> str:
-        model, kinds = self.config, {kind: self.config.schedule.count(kind) for kind in config.LAYER_KINDS}
+        model, kinds = self.config, {kind: self.config.layer_types.count(kind) for kind in config.LAYER_KINDS}
         count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self)))
         layers = ", ".join(f"{number} {kind}" for kind, number in kinds.items() if number)
         return (

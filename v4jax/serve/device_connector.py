@@ -225,11 +225,11 @@ class DeviceKVConnector:
         return live
 
     def _save(self, live: KVCaches, kind: str, saves: list[StoreOp]) -> None:
-        form = self.schemas[kind]
-        saves = [save for save in saves if self.transfer.should_store(form.key(save.name))]
+        schema = self.schemas[kind]
+        saves = [save for save in saves if self.transfer.should_store(schema.key(save.name))]
         if self._second:
             saves = [save for save in saves if self._asked.get(save.name)]
-        room = self.transfer.num_free(form)
+        room = self.transfer.num_free(schema)
         self.transfer.record_dropped(len(saves[room:]))
         for batch in _batches(saves[:room]):
             numbers = np.zeros(_BATCH if len(batch) > 1 else 1, np.int32)
@@ -241,7 +241,7 @@ class DeviceKVConnector:
                 self.transfer.record_dropped(len(batch))
                 continue
             for save, payload in zip(batch, payloads, strict=True):
-                self.transfer.store(form, save.name, save.parent, payload)
+                self.transfer.store(schema, save.name, save.parent, payload)
 
     def _restore(self, live: KVCaches, kind: str, restores: list[LoadOp]) -> KVCaches:
         for batch in _batches(restores):

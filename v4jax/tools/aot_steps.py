@@ -90,7 +90,7 @@ def serve(config: Config, mesh: Mesh, work: Workload, devices: Sequence[jax.Devi
         return dataclasses.replace(at(here), **{part: getattr(at(here.with_memory_kind("pinned_host")), part)})
 
     layers = jax.eval_shape(lambda: _layers(config, rows, work.context))
-    state = KVCaches([[placed(*each)] for each in zip(config.model.schedule, layers, strict=True)], None)
+    state = KVCaches([[placed(*each)] for each in zip(config.model.layer_types, layers, strict=True)], None)
     ints = lambda *shape: whole(shape, jnp.int32)
     table = ints(1 + rows, _pages(config, work.context))
     decode = work.mode == "decode"
@@ -121,4 +121,4 @@ def _layers(config: Config, rows: int, tokens: int) -> list[PagedLayerCache]:
     """What the engine's layers keep for `rows` sequences, with a record and a page to spare (number 0), as zeros."""
     cache, pages = config.cache, 1 + rows * _pages(config, tokens)
     layout = KVCacheSpec(config.model, cache.kv_cache_dtype, cache.block_size, cache.kv_device_entries)
-    return [allocate.allocate_layer(layout, kind, pages, 1 + rows, host=jnp.zeros) for kind in config.model.schedule]
+    return [allocate.allocate_layer(layout, kind, pages, 1 + rows, host=jnp.zeros) for kind in config.model.layer_types]

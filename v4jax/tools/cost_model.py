@@ -157,7 +157,7 @@ def attention_flops(model: configs.Model, context: float) -> float:
     """Operations of one token that sees `context` tokens: both products with window, picked and visible entries, and
     the indexer's scores; 2 a multiply-add."""
     heads, total = 4 * model.num_attention_heads * model.head_dim, 0.0
-    for kind in model.schedule:
+    for kind in model.layer_types:
         seen = min(model.sliding_window, context)
         if kind == "csa":
             entries = context / model.compress_rate_csa
@@ -309,8 +309,8 @@ def _serve(config: Config, topology: Topology, sharding: MeshRules, work: Worklo
     # Of the experts, by a step's tokens, picked evenly.
     met = 1 - (1 - m.moe.num_experts_per_tok / m.moe.n_routed_experts) ** (tokens * topology.devices)
     read = weights - experts * (1 - met)
-    entry, key, each = layout.entry_bytes, layout.key_bytes if "csa" in m.schedule else 0, 0.0
-    for kind in m.schedule:
+    entry, key, each = layout.entry_bytes, layout.key_bytes if "csa" in m.layer_types else 0, 0.0
+    for kind in m.layer_types:
         if kind == "csa":
             each += work.context / m.compress_rate_csa * key + min(m.indexer.index_topk, work.context / m.compress_rate_csa) * entry
         elif kind == "hca":

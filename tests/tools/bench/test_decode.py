@@ -14,7 +14,7 @@ from v4jax.tools import bench
 from v4jax.tools.bench import decode, generate, report
 
 MODEL = weights.config(
-    schedule=("csa",), indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=20),
+    layer_types=("csa",), indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=20),
     moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=0),
 )  # fmt: skip
 CONFIG = Config(name="mine", model=MODEL, serve=Serve(max_num_batched_tokens=16))
@@ -142,7 +142,7 @@ def test_what_cannot_be_measured_is_one_line(suite, options, words):
 
 
 def test_dense_and_sparse_need_an_indexer():
-    model = dataclasses.replace(MODEL, schedule=("hca",))
+    model = dataclasses.replace(MODEL, layer_types=("hca",))
     with pytest.raises(UserError, match="no csa layer"):
         bench.run("decode", config=dataclasses.replace(CONFIG, model=model))
 

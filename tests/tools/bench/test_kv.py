@@ -41,6 +41,6 @@ def test_a_published_config_is_listed_once(capsys):
 
 
 def test_a_model_without_entries_has_nothing_to_show():
-    model = dataclasses.replace(CONFIG.model, schedule=("swa",))
+    model = dataclasses.replace(CONFIG.model, layer_types=("swa",))
     with pytest.raises(UserError, match="window layers alone"):
         bench.run("kv", config=dataclasses.replace(CONFIG, model=model))

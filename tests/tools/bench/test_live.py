@@ -10,7 +10,7 @@ from v4jax.tools import bench
 from v4jax.tools.bench import host_kv
 
 MODEL = dataclasses.replace(
-    engine_harness.MODEL, schedule=("csa",), num_nextn_predict_layers=0, moe=dataclasses.replace(engine_harness.MODEL.moe, num_hash_layers=0)
+    engine_harness.MODEL, layer_types=("csa",), num_nextn_predict_layers=0, moe=dataclasses.replace(engine_harness.MODEL.moe, num_hash_layers=0)
 )
 CONFIG = config.Config(name="tiny", model=MODEL)
 
@@ -49,6 +49,6 @@ def test_contexts_that_cannot_be_measured_are_one_line(contexts):
 
 
 def test_models_without_picks_are_one_line():
-    bare = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, schedule=("swa", "hca")))
+    bare = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, layer_types=("swa", "hca")))
     with pytest.raises(UserError, match="about csa layers"):
         bench.run("live", config=bare, contexts=["300"])

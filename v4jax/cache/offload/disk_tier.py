@@ -26,7 +26,6 @@ from v4jax.cache.offload.host_tier import CircuitBreaker, StoredBlock
 from v4jax.cache.offload.tier_index import TierIndex
 
 _UNIT = 4096  # bytes in which a file takes space
-_MOST_HEADER = 1 << 20  # bytes; the table of a model of a hundred layers takes a tenth
 _PARTIAL = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -110,17 +109,17 @@ class DiskTier:
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._index and not self._reads.open
 
-    def get(self, form: BlockSchema, name: bytes) -> StoredBlock | None:
+    def get(self, schema: BlockSchema, block_hash: bytes) -> StoredBlock | None:
         """The item, every byte verified; None if it is not here, or could not be read and is therefore forgotten."""
-        key = form.key(name)
+        key = schema.key(block_hash)
         with self._lock:
             entry = self._index.entries.get(key)
         if entry is None or self._reads.open:
             return None
         file, start = key.file(entry.parent), self._clock()
         try:
-            data = self._files.read(file, form.file_bytes + 1, self._at)
-            payload, sum = block_file.decode_payload(data, form, name, entry.parent)
+            data = self._files.read(file, schema.file_bytes + 1, self._at)
+            payload, sum = block_file.decode_payload(data, schema, block_hash, entry.parent)
         except (OSError, CorruptBlockError) as error:
             self._failed_read(error)
             self.discard(key)
@@ -133,7 +132,7 @@ class DiskTier:
                 self._reads.worked()
             self._count.update(reads=1, bytes_out=data.size)
             self._seconds, self._slowest = self._seconds + seconds, max(self._slowest, seconds)
-        return StoredBlock(form, name, entry.parent, payload, sum)
+        return StoredBlock(schema, block_hash, entry.parent, payload, sum)
 
     def _failed_read(self, error: OSError | CorruptBlockError) -> None:
         with self._lock:
@@ -151,7 +150,7 @@ class DiskTier:
 
     def put(self, item: StoredBlock) -> tuple[bool, list[StoredBlock]]:
         """(whether it is here now, nothing: what had to go is gone)."""
-        key, size = item.key, allocated_size(item.form.file_bytes)
+        key, size = item.key, allocated_size(item.schema.file_bytes)
         with self._lock:
             if key in self._index:
                 return True, []
@@ -173,14 +172,14 @@ class DiskTier:
             if error is None:
                 self._writes.worked()
                 self._index.add(key, item.parent, size)
-                self._count.update(bytes_in=item.form.file_bytes)
+                self._count.update(bytes_in=item.schema.file_bytes)
             else:
                 self._writes.failed()
         return error is None, []
 
     def _write(self, item: StoredBlock) -> OSError | None:
         file = item.key.file(item.parent)
-        header = block_file.encode_header(item.form, item.name, item.parent, item.checksum)
+        header = block_file.encode_header(item.schema, item.block_hash, item.parent, item.checksum)
         try:
             self._files.write(file + _PARTIAL, [header, np.asarray(item.payload)], self._at)
             self._files.rename(file + _PARTIAL, file, self._at)
@@ -210,18 +209,6 @@ class DiskTier:
             entry = self._index.remove(key)
         if entry is not None:
             self._remove(key.file(entry.parent))
-
-    def watch(self, left: Callable[[BlockKey], None]) -> list[BlockKey]:
-        """What is here now; `left` is told of every key that leaves from now on, by whichever thread takes it out."""
-        with self._lock:
-            self._index.watch = left
-            return list(self._index.entries)
-
-    def form(self, key: BlockKey) -> BlockSchema | None:
-        """The form of an item, from its file; None if it is not here or cannot be read."""
-        with self._lock:
-            entry = self._index.entries.get(key)
-        return entry and _form(self._files, key, entry.parent, self._at)
 
     def stats(self) -> dict[str, float]:
         """Counts since the start, and what is here now; breaker_open: reads are not tried; paused: writes are not."""
@@ -271,42 +258,6 @@ class DiskTier:
     def _remove(self, file: str) -> None:
         with contextlib.suppress(OSError):  # gone already, or the next process that owns the directory finds it again
             self._files.remove(file, self._at)
-
-
-class Elsewhere:
-    """What lay in another owner's directory when this was made, to be read alone: what is gone since is a miss."""
-
-    def __init__(self, directory: str | os.PathLike, *, files: FileSystem | None = None):
-        self._files, self._parents = files or FileSystem(), {}
-        with contextlib.suppress(OSError):
-            self._at = private_directory.open_trusted(pathlib.Path(directory))
-            weakref.finalize(self, os.close, self._at)
-            self._parents = dict(filter(None, map(block_file.parse_filename, os.listdir(self._at))))
-
-    def keys(self) -> list[BlockKey]:
-        """What is here."""
-        return list(self._parents)
-
-    def form(self, key: BlockKey) -> BlockSchema | None:
-        """As that of a disk."""
-        return _form(self._files, key, self._parents[key], self._at)
-
-    def get(self, form: BlockSchema, name: bytes) -> StoredBlock | None:
-        """The item, every byte verified; None if it cannot be had."""
-        parent = self._parents[form.key(name)]
-        try:
-            data = self._files.read(form.key(name).file(parent), form.file_bytes + 1, self._at)
-            return StoredBlock(form, name, parent, *block_file.decode_payload(data, form, name, parent))
-        except (OSError, CorruptBlockError):
-            return None
-
-
-def _form(files: FileSystem, key: BlockKey, parent: bytes, at: int) -> BlockSchema | None:
-    try:
-        form = block_file.decode_schema(files.read(key.file(parent), _MOST_HEADER, at))
-    except (OSError, CorruptBlockError):
-        return None
-    return form if form.digest == key.schema else None
 
 
 def _reserve(descriptor: int, size: int) -> None:

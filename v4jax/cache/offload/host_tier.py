@@ -26,34 +26,20 @@ _PAUSE, _MOST_PAUSE = 5.0, 300.0  # seconds without a try after trouble; doubles
 class StoredBlock(NamedTuple):
     """One block or record: its bytes (uint8 [bytes], a numpy array or one of JAX in host memory) and their checksum."""
 
-    form: BlockSchema
-    name: bytes
+    schema: BlockSchema
+    block_hash: bytes
     parent: bytes
     payload: np.ndarray | jax.Array
     checksum: int
 
     @property
     def key(self) -> BlockKey:
-        return self.form.key(self.name)
+        return self.schema.key(self.block_hash)
 
     @property
     def is_intact(self) -> bool:
         """Whether the bytes still have their checksum."""
         return checksum(np.asarray(self.payload)) == self.checksum
-
-
-class Tier(Protocol):
-    """Where items lie. All of it may be called by several threads."""
-
-    def __contains__(self, key: BlockKey) -> bool: ...
-    def get(self, form: BlockSchema, name: bytes) -> StoredBlock | None: ...
-    def put(self, item: StoredBlock) -> tuple[bool, list[StoredBlock]]: ...
-    def touch(self, keys: Iterable[BlockKey]) -> None: ...
-    def discard(self, key: BlockKey) -> None: ...
-    def watch(self, left: Callable[[BlockKey], None]) -> list[BlockKey]: ...
-    def form(self, key: BlockKey) -> BlockSchema | None: ...
-    def stats(self) -> dict[str, float]: ...
-    def close(self) -> None: ...
 
 
 class CircuitBreaker:
@@ -93,15 +79,15 @@ class HostTier:
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._shelf
 
-    def get(self, form: BlockSchema, name: bytes) -> StoredBlock | None:
+    def get(self, schema: BlockSchema, block_hash: bytes) -> StoredBlock | None:
         """The item, verified; None if it is not (or no longer) here, or was damaged and is therefore forgotten."""
         with self._lock:
-            item = self._items.get(form.key(name))
+            item = self._items.get(schema.key(block_hash))
         if item is None:
             return None
         sound = item.is_intact
         with self._lock:
-            self._count.update(bytes_out=form.nbytes) if sound else self._count.update(corrupt=1)
+            self._count.update(bytes_out=schema.nbytes) if sound else self._count.update(corrupt=1)
         if not sound:
             self.discard(item.key)
             return None
@@ -113,16 +99,16 @@ class HostTier:
         with self._lock:
             if item.key in self._shelf:
                 return True, gone
-            if item.form.nbytes > self._shelf.budget:
+            if item.schema.nbytes > self._shelf.budget:
                 self._count.update(refused=1)
                 return False, gone
-            while not self._shelf.has_room(item.form.nbytes):
+            while not self._shelf.has_room(item.schema.nbytes):
                 key = self._shelf.next_victim()
                 self._shelf.remove(key)
                 gone.append(self._items.pop(key))
-            self._shelf.add(item.key, item.parent, item.form.nbytes)
+            self._shelf.add(item.key, item.parent, item.schema.nbytes)
             self._items[item.key] = item
-            self._count.update(evictions=len(gone), bytes_in=item.form.nbytes)
+            self._count.update(evictions=len(gone), bytes_in=item.schema.nbytes)
         return True, gone
 
     def touch(self, keys: Iterable[BlockKey]) -> None:
@@ -135,18 +121,6 @@ class HostTier:
         with self._lock:
             if self._shelf.remove(key) is not None:
                 del self._items[key]
-
-    def watch(self, left: Callable[[BlockKey], None]) -> list[BlockKey]:
-        """What is here now; `left` is told of every key that leaves from now on, by whichever thread takes it out."""
-        with self._lock:
-            self._shelf.watch = left
-            return list(self._items)
-
-    def form(self, key: BlockKey) -> BlockSchema | None:
-        """The form of an item; None if it is not here."""
-        with self._lock:
-            item = self._items.get(key)
-        return item and item.form
 
     def stats(self) -> dict[str, float]:
         """Counts since the start, and what is here now."""

@@ -95,19 +95,19 @@ class OffloadManager:
         known = key in self._coming or key in self._pending or any(key in tier for tier in self.tiers.values())
         return not known
 
-    def num_free(self, form: BlockSchema) -> int:
-        """How many more of a form `save` may be given now."""
+    def num_free(self, schema: BlockSchema) -> int:
+        """How many more of a schema `store` may be given now."""
         with self._lock:
-            return max(self._room - sum(self._coming.values()), 0) // form.nbytes
+            return max(self._room - sum(self._coming.values()), 0) // schema.nbytes
 
-    def store(self, form: BlockSchema, name: bytes, parent: bytes, payload: jax.Array | np.ndarray) -> None:
+    def store(self, schema: BlockSchema, block_hash: bytes, parent: bytes, payload: jax.Array | np.ndarray) -> None:
         """Send the bytes of a block or record down; they may still be on their way from the device."""
-        key = form.key(name)
+        key = schema.key(block_hash)
         try:
             with self._lock:
                 self._count.update(saved=1)
-                self._coming[key] = form.nbytes
-            self._saves.put((form, name, parent, payload))
+                self._coming[key] = schema.nbytes
+            self._saves.put((schema, block_hash, parent, payload))
         except BaseException:  # an interrupt, after which nobody might take it
             self._arrived(key)
             raise
@@ -122,14 +122,14 @@ class OffloadManager:
         with self._lock:
             self._count.update(dropped=count)
 
-    def _ingest(self, form: BlockSchema, name: bytes, parent: bytes, payload: jax.Array | np.ndarray) -> None:
+    def _ingest(self, schema: BlockSchema, block_hash: bytes, parent: bytes, payload: jax.Array | np.ndarray) -> None:
         try:
-            item = StoredBlock(form, name, parent, payload, checksum(np.asarray(payload)))
+            item = StoredBlock(schema, block_hash, parent, payload, checksum(np.asarray(payload)))
             self._insert(item)
         except (RuntimeError, MemoryError):  # what JAX raises if the copy off the device failed
             self.record_dropped(1)
         finally:
-            self._arrived(form.key(name))
+            self._arrived(schema.key(block_hash))
 
     def _insert(self, item: StoredBlock, stored: bool = False) -> None:
         """Put an item on the host, and what that pushes out on disk; the item itself too unless it came from there."""
@@ -148,17 +148,17 @@ class OffloadManager:
         if key in self.disk:
             return
         queued = self._unqueue(key)
-        if loose and self._loose_bytes + item.form.nbytes > self._room:
+        if loose and self._loose_bytes + item.schema.nbytes > self._room:
             self._count.update(dropped=1)
             return
         self._pending[key] = item, loose
-        self._loose_bytes += loose * item.form.nbytes
+        self._loose_bytes += loose * item.schema.nbytes
         if not queued:
             self._writes.put((key,))
 
     def _unqueue(self, key: BlockKey) -> bool:
         item, loose = self._pending.pop(key, (None, False))
-        self._loose_bytes -= item.form.nbytes if loose else 0
+        self._loose_bytes -= item.schema.nbytes if loose else 0
         return item is not None
 
     def _write(self, key: BlockKey) -> None:
@@ -259,8 +259,8 @@ class OffloadManager:
                 job.blocks[name] = item
         return True
 
-    def _read(self, job: LoadJob, form: BlockSchema, name: bytes) -> StoredBlock | None:
-        job.last_progress, key = time.monotonic(), form.key(name)
+    def _read(self, job: LoadJob, schema: BlockSchema, block_hash: bytes) -> StoredBlock | None:
+        job.last_progress, key = time.monotonic(), schema.key(block_hash)
         with self._lock:
             self._settled.wait_for(lambda: key not in self._coming, self.deadline)
             item, _ = self._pending.get(key, (None, False))
@@ -268,7 +268,7 @@ class OffloadManager:
         if item is not None and not item.is_intact:
             item = None
         for tier in self.tiers.values():
-            if item is None and (item := tier.get(form, name)) is not None and tier is self.disk:
+            if item is None and (item := tier.get(schema, block_hash)) is not None and tier is self.disk:
                 item = item._replace(payload=self._place(item.payload))
                 self._insert(item, stored=True)
         job.last_progress = time.monotonic()

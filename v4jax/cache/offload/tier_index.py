@@ -7,7 +7,7 @@ it and after the record that stands behind it, because those could not be used w
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from v4jax.cache.offload.block_file import KINDS, BlockKey
@@ -32,7 +32,6 @@ class TierIndex:
         self._blocks: defaultdict[bytes, set[BlockKey]] = defaultdict(set)  # by name; several only if forms differ
         self._dependents: Counter[bytes] = Counter()  # by name of a block: the entries that need it
         self._policy = POLICIES[policy](budget, self._is_leaf)
-        self.watch: Callable[[BlockKey], None] | None = None  # told of every key that leaves
 
     def __contains__(self, key: BlockKey) -> bool:
         return key in self.entries
@@ -71,8 +70,6 @@ class TierIndex:
             del self._dependents[needed]
             for block in self._blocks.get(needed, ()):
                 self._policy.release(block)
-        if self.watch is not None:
-            self.watch(key)
         return entry
 
     def touch(self, keys: Iterable[BlockKey]) -> None:

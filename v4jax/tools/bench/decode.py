@@ -67,7 +67,7 @@ def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS, plot: s
 
 
 def _checked(model: Model, contexts: Sequence[int]) -> list[int]:
-    if "csa" not in model.schedule:
+    if "csa" not in model.layer_types:
         raise UserError("suite 'decode' compares dense with sparse attention, and this model has no csa layer")
     for context in contexts:
         if not STEPS < context <= model.max_position_embeddings:
@@ -88,7 +88,7 @@ class _Cache:
     def __init__(self, model: Model, layout: str, tokens: int):
         sizes = KVCacheSpec(model, layout)
         blocks = -(-tokens // sizes.block)
-        layers = [allocate_layer(sizes, kind, blocks + 1, _RECORD + 1) for kind in model.schedule]
+        layers = [allocate_layer(sizes, kind, blocks + 1, _RECORD + 1) for kind in model.layer_types]
         layers = [filled(kept, np.random.default_rng(i)) for i, kept in enumerate(layers)]
         self.live = KVCaches([[layer] for layer in layers], None)
         block_table_ZA = np.full((_RECORD + 1, blocks), -1, np.int32)

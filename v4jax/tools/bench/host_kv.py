@@ -22,7 +22,7 @@ from v4jax import checkpoint as store
 from v4jax.cache.allocate import allocate_layer
 from v4jax.cache.entry_cache import read_counters
 from v4jax.cache.kv_cache_spec import KVCacheSpec
-from v4jax.config import Cache, Config, Model, Serve, load
+from v4jax.config import Config, Model, Serve, load
 from v4jax.core.errors import UserError
 from v4jax.core.reporting import print_table
 from v4jax.models.transformer import Transformer
@@ -54,7 +54,7 @@ def run(
     """
     trained = store.load_config(checkpoint).model if checkpoint else None
     for model in filter(None, (config.model, trained)):
-        if "csa" not in model.schedule:
+        if "csa" not in model.layer_types:
             raise UserError("suite 'live' is about csa layers, and this model has none; choose another")
     contexts = _checked(config.model, contexts)
     sizes = memory(load(PUBLISHED).model)
@@ -106,7 +106,7 @@ def _bytes(layout: KVCacheSpec, context: int) -> Bytes:
     blocks = -(-context // layout.block)
     device = np.zeros((2, blocks), np.int32).nbytes + 2 * 2 * 4  # table of pages, and heads
     entries = host = 0
-    for kind in layout.model.schedule:
+    for kind in layout.model.layer_types:
         kept = allocate_layer(layout, kind, blocks + 1, 2)  # page 0 and record 0 belong to nobody
         here = lambda part: sum(leaf.nbytes for leaf in jax.tree.leaves(part) if not is_host(leaf))
         host += sum(leaf.nbytes for leaf in jax.tree.leaves(kept) if is_host(leaf))
@@ -169,7 +169,7 @@ class _Arm:
 def _arm(model: Model, graph: tuple, context: int, hot: int) -> _Arm:
     layout = KVCacheSpec(model, _FORMAT, 0, hot)
     blocks = -(-context // layout.block)
-    layers = [allocate_layer(layout, kind, ROWS * blocks + 1, ROWS + 1) for kind in model.schedule]
+    layers = [allocate_layer(layout, kind, ROWS * blocks + 1, ROWS + 1) for kind in model.layer_types]
     layers = [[filled(kept, np.random.default_rng(i))] for i, kept in enumerate(layers)]
     block_table_ZA = np.full((ROWS + 1, blocks), -1, np.int32)
     block_table_ZA[1:] = 1 + np.arange(ROWS * blocks).reshape(ROWS, blocks)
@@ -238,12 +238,12 @@ def hit_rates(checkpoint: str) -> dict[int, tuple[float, bool]]:
     k, limits = model.config.indexer.index_topk, dataclasses.asdict(Serve(max_num_seqs=1, max_model_len=TEXT, max_num_batched_tokens=256))
     sampling = SamplingParams(max_tokens=TEXT - 1, temperature=1.0, seed=0, ignore_eos=True)
     first = [model.config.bos_id or 0]
-    [text] = LLM(model, cache=Cache(), **limits).generate([first], sampling)
+    [text] = LLM(model, **limits).generate([first], sampling)
     prompt = [*first, *text.token_ids][: TEXT - ASKED]
     out, answers = {}, []
     for slots in (k * 2**power for power in range(6)):
         if slots < TEXT // model.config.compress_rate_csa:
-            llm = LLM(model, cache=Cache(kv_device_entries=slots), **limits)
+            llm = LLM(model, kv_device_entries=slots, **limits)
             [answer] = llm.generate([prompt], dataclasses.replace(sampling, max_tokens=ASKED))
             answers.append(answer.token_ids)
             out[slots] = llm.stats()["hot_hit_rate"], answers[0] == answer.token_ids

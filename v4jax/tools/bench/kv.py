@@ -24,14 +24,14 @@ def run(config: Config) -> list[dict]:
     configs = {each.name: each for each in [*map(load, PUBLISHED), config]}
     rows, records = [], []
     for each in configs.values():
-        if set(each.model.schedule) == {"swa"}:
+        if set(each.model.layer_types) == {"swa"}:
             raise UserError(f"{each.name} has window layers alone and keeps no entries; choose another --config")
         plain = KVCacheSpec(each.model, "bf16").token_bytes
         for name in KV_CACHE_DTYPES:
             layout = KVCacheSpec(each.model, name)
             formula, measured = layout.token_bytes, measured_token_bytes(layout)
             rows.append([
-                each.name, name, layout.entry_bytes, layout.key_bytes if "csa" in each.model.schedule else "",
+                each.name, name, layout.entry_bytes, layout.key_bytes if "csa" in each.model.layer_types else "",
                 f"{formula:,.2f}", f"{measured:,.2f}", f"{formula / plain:.0%}",
                 f"{formula * _MEGATOKEN / 2**30:.2f} GiB", f"{layout.state_bytes() / 2**20:.2f} MiB",
             ])  # fmt: skip
@@ -49,7 +49,7 @@ def run(config: Config) -> list[dict]:
 def measured_token_bytes(layout: KVCacheSpec) -> float:
     """Bytes of every array of pools that are really allocated for all layers of the model, by the tokens they hold."""
     pools = []
-    for kind in layout.model.schedule:
+    for kind in layout.model.layer_types:
         if kind == "swa":
             continue
         for part in ("main", "index") if kind == "csa" else ("main",):
