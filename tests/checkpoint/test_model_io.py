@@ -57,7 +57,7 @@ def test_files_to_model_to_files_is_exact(tmp_path, hf_dir, same_bits, weights, 
     source = hf_dir(weights)
     model = v4jax.load(source, scan=scan)
     assert model.config == hf.read_hf(source)[0] and model.config.dtype == weights.name
-    assert (len(model.stack_specs) < model.config.layers) == scan
+    assert (len(model.stack_specs) < model.config.num_hidden_layers) == scan
     v4jax.save(model, tmp_path / "orbax", format="orbax")
     v4jax.save(model, tmp_path / "again", tokenizer=source)
     for path in (tmp_path / "orbax", tmp_path / "again"):

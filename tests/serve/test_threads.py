@@ -118,7 +118,7 @@ def test_close_while_others_generate_ends_them_with_one_line(model, tokenizer):
     threads = [threading.Thread(target=ask, args=(prompts,)) for prompts in PROMPTS[:5]]
     for thread in threads:
         thread.start()
-    assert begun.touch(timeout=300)
+    assert begun.acquire(timeout=300)
     llm.close()
     for thread in threads:
         thread.join(60)

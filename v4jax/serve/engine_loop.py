@@ -140,7 +140,7 @@ class EngineLoop:
                 threading.Thread(target=self._drive, name="v4jax-engine", daemon=True).start()
             return events.get(timeout=seconds)
         while events.empty():
-            if not self._driving.touch(blocking=False):
+            if not self._driving.acquire(blocking=False):
                 raise UserError("an engine of several processes serves one thread; call it from one alone")
             try:
                 self._turn()
@@ -158,7 +158,7 @@ class EngineLoop:
 
     def _drive(self) -> None:
         """Make steps until there is nothing to do. Of several threads that try, one does."""
-        while self._driving.touch(blocking=False):
+        while self._driving.acquire(blocking=False):
             self._shared.thread = threading.current_thread()
             try:
                 with jax.default_device(self._device), jax.transfer_guard("disallow"):
@@ -172,7 +172,7 @@ class EngineLoop:
     def _turn(self) -> bool:
         """One step, and what is to be done before and after it; whether there is more to do."""
         try:
-            self._ingest()
+            self._take_in()
             busy = self._has_work()
             if busy:
                 for drawn in self._engine.step():

@@ -34,7 +34,7 @@ class Watchdog:
     """
 
     def __init__(self, seconds: float, path: pathlib.Path, leave: bool = False):
-        self._seconds, self._path, self._retire = seconds, path, leave
+        self._seconds, self._path, self._leave = seconds, path, leave
         self._lock = threading.Lock()
         self._running: deque[tuple[int, Result]] = deque()
         self._ended: float | None = None  # when a step last did; None while nothing is expected to
@@ -84,7 +84,7 @@ class Watchdog:
                 out.write(text)
                 out.flush()
                 faulthandler.dump_traceback(out, all_threads=True)
-        if self._retire:
+        if self._leave:
             os._exit(EXIT)  # the main thread hangs: nothing else ends the process, and its peers with it
         with self._lock:
             self._ended = time.monotonic()
