@@ -135,12 +135,12 @@ def test_no_file_names_a_machine_or_a_registry(files):
 
 
 @pytest.mark.parametrize("path, source, complaint", [
-    ("v4jax/nn/a.py", "from v4jax.models import forward", "nn (2) imports models (3)"),
-    ("v4jax/nn/b.py", "def f():\n    import v4jax.serve.engine", "nn (2) imports serve (5)"),
-    ("v4jax/train/c.py", "from v4jax import serve", "train (5) imports serve (5)"),
-    ("v4jax/serve/deep/d.py", "from ...train import loop", "serve (5) imports train (5)"),
-    ("v4jax/core/e.py", "from ..nn.norm import Norm", "core (0) imports nn (2)"),
-    ("v4jax/__init__.py", "from v4jax.serve import LLM", "config (0) imports serve (5)"),
+    ("v4jax/nn/a.py", "from v4jax.models import forward", "nn (3) imports models (4)"),
+    ("v4jax/nn/b.py", "def f():\n    import v4jax.serve.engine", "nn (3) imports serve (6)"),
+    ("v4jax/train/c.py", "from v4jax import serve", "train (6) imports serve (6)"),
+    ("v4jax/serve/deep/d.py", "from ...train import loop", "serve (6) imports train (6)"),
+    ("v4jax/core/e.py", "from ..nn.norm import Norm", "core (0) imports nn (3)"),
+    ("v4jax/__init__.py", "from v4jax.serve import LLM", "config (1) imports serve (6)"),
     ("v4jax/attic/f.py", "x = 1", "attic has no floor"),
     ("configs/g.py", "import jax", "not jax"),
     ("configs/h.py", "from v4jax import nn", "not v4jax.nn"),

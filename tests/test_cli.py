@@ -21,11 +21,11 @@ from v4jax.models.param_count import count_parameters
 from v4jax.train import stop_signals
 
 CONFIG = """
-from v4jax.config import Config, Model, Moe
+from v4jax.config import Config, Model, MoE
 
 
 def get_config(arg=""):
-    model = Model(layer_types=("swa", "csa", "hca"), moe=Moe(num_hash_layers=1))
+    model = Model(layer_types=("swa", "csa", "hca"), moe=MoE(num_hash_layers=1))
     return Config(name=arg or "mine", model=model)
 """
 
@@ -53,7 +53,7 @@ def calls(monkeypatch):
         monkeypatch.setattr(sys.modules[parent], last, fake, raising=False)
 
     class Engine(contextlib.nullcontext):
-        tiers = "much"
+        cache_summary = "much"
         default_sampling_params = {"temperature": 0.6, "top_k": 5}
 
         def __enter__(self):

@@ -27,7 +27,8 @@ def test_every_preset_loads_by_name_and_by_path(path):
 
 def test_presets_are_the_files():
     assert "tiny" in preset_names()
-    assert preset_names() == sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+    files = sorted((ROOT / "configs").glob("*.py")) + sorted((ROOT / "configs" / "bench").glob("*.py"))
+    assert preset_names() == [str(path.relative_to(ROOT / "configs").with_suffix("")) for path in files]
 
 
 def test_unknown_preset_names_the_nearest():
@@ -38,8 +39,8 @@ def test_unknown_preset_names_the_nearest():
 def test_argument_reaches_get_config(tmp_path):
     path = tmp_path / "wide.py"
     path.write_text(
-        "from v4jax.config import Config, Model, Moe\n\ndef get_config(arg=''):\n"
-        "    return Config(model=Model(layer_types=('swa',), hidden_size=int(arg), moe=Moe(num_hash_layers=0)))\n"
+        "from v4jax.config import Config, Model, MoE\n\ndef get_config(arg=''):\n"
+        "    return Config(model=Model(layer_types=('swa',), hidden_size=int(arg), moe=MoE(num_hash_layers=0)))\n"
     )
     assert load(f"{path}:77").model.hidden_size == 77
 
@@ -54,8 +55,8 @@ def test_dict_round_trip_and_misspelt_fields():
     config = load("tiny")
     values = to_dict(config)
     assert from_dict(Config, values) == config
-    values["model"]["moe"]["expert"] = 4
-    with pytest.raises(ConfigError, match=r"unknown config field 'model.moe.expert'; did you mean 'model.moe.n_routed_experts'"):
+    values["model"]["moe"]["n_routed_expert"] = 4
+    with pytest.raises(ConfigError, match=r"unknown config field 'model.moe.n_routed_expert'; did you mean 'model.moe.n_routed_experts'"):
         from_dict(Config, values)
 
 

@@ -280,8 +280,8 @@ def test_a_partial_file_is_swept(disk):
 
 OWN = """
 import sys, time
-from v4jax.cache.offload.disk_tier import Disk
-disk = Disk(sys.argv[1], 1 << 20, "lru")
+from v4jax.cache.offload.disk_tier import DiskTier
+disk = DiskTier(sys.argv[1], 1 << 20, "lru")
 print("mine", flush=True)
 time.sleep(60)
 """

@@ -39,7 +39,7 @@ def stored(kind: str, layout: str, rows: np.ndarray) -> np.ndarray:
 
 
 def rows_of(kind: str, *shape: int, seed: int = 0) -> np.ndarray:
-    width = entry_format(SMALL, kind, "model").width
+    width = entry_format(SMALL, kind, "auto").width
     return np.random.RandomState(seed).standard_normal((*shape, width)).astype(np.float32)
 
 
@@ -88,7 +88,7 @@ def test_arrays_are_the_planes_of_the_spec(kind, layout):
     arrays = jax.tree.leaves(pool)
     assert sorted((a.shape[-1], str(a.dtype)) for a in arrays) == sorted(form.planes.values())
     assert {a.shape[:2] for a in arrays} == {(2, 64)}
-    assert isinstance(new_pool(SMALL, kind, 2, 64, "model"), FloatPool)  # float32
+    assert isinstance(new_pool(SMALL, kind, 2, 64, "auto"), FloatPool)  # float32
     assert sum(a.nbytes for a in arrays) == 2 * 64 * form.nbytes
 
 

@@ -17,8 +17,8 @@ SMALL = weights.config()  # head_dim 16 with 8 rotary, indexer 16, ratios 4 and 
 
 
 @pytest.mark.parametrize("model, layout, want", [  # spec 2.11
-    (FLASH, "model", 6880), (FLASH, "bf16", 6880), (FLASH, "fp8", 3850.25), (FLASH, "fp8_fp4", 3514.25),
-    (PRO, "model", 9848), (PRO, "bf16", 9848), (PRO, "fp8", 5511.4375), (PRO, "fp8_fp4", 5031.4375),
+    (FLASH, "auto", 6880), (FLASH, "bf16", 6880), (FLASH, "fp8", 3850.25), (FLASH, "fp8_fp4", 3514.25),
+    (PRO, "auto", 9848), (PRO, "bf16", 9848), (PRO, "fp8", 5511.4375), (PRO, "fp8_fp4", 5031.4375),
 ])  # fmt: skip
 def test_bytes_a_token_are_the_published_ones(model, layout, want):
     assert KVCacheSpec(model, layout).token_bytes == want
@@ -46,7 +46,7 @@ def test_pages_by_hand():
     fp8 = KVCacheSpec(FLASH, "fp8")
     assert (fp8.block, fp8.entries("csa"), fp8.entries("hca")) == (256, 64, 2)
     assert fp8.block_bytes == 21 * 64 * (584 + 132) + 20 * 2 * 584
-    small = KVCacheSpec(SMALL, "model")  # float32
+    small = KVCacheSpec(SMALL, "auto")  # float32
     assert small.block_bytes == 64 * (64 + 64) + 16 * 64
 
 
@@ -91,7 +91,7 @@ def test_a_block_that_a_ratio_does_not_divide(block, complaint):
 
 
 def test_layouts_that_cannot_be():
-    with pytest.raises(UserError, match="unknown cache layout 'int8'; one of model, bf16, fp8, fp8_fp4"):
+    with pytest.raises(UserError, match="unknown cache layout 'int8'; one of auto, bf16, fp8, fp8_fp4"):
         KVCacheSpec(FLASH, "int8")
     with pytest.raises(UserError, match="qk_rope_head_dim is all 16; take bf16"):
         KVCacheSpec(dataclasses.replace(SMALL, qk_rope_head_dim=16), "fp8")

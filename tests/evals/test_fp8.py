@@ -25,7 +25,7 @@ def test_the_reference_reads_what_the_forward_computes_up_to_its_rounding(case):
     net, ids = case
     logits = jax.jit(kv_quant._logits, static_argnums=2)
     full = np.asarray(weights.full(net, ids)[0])
-    np.testing.assert_allclose(logits(net, ids, "model"), full, rtol=0, atol=1e-4 * full.std())
+    np.testing.assert_allclose(logits(net, ids, "auto"), full, rtol=0, atol=1e-4 * full.std())
     gap = {name: np.abs(np.asarray(logits(net, ids, name)) - full).mean() for name in ("bf16", "fp8", "fp8_fp4")}
     assert 0 < gap["bf16"] < gap["fp8"] < gap["fp8_fp4"]
 

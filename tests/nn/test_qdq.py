@@ -61,9 +61,9 @@ def logprobs(model, layout):
 
 def test_a_cache_in_these_formats_gives_the_same_logprobs():
     """Rounded twice is rounded once: every bit survives the FP8 and FP4 cache, and not that of a plain model."""
-    assert logprobs(MODEL, "fp8_fp4") == logprobs(MODEL, "model")
+    assert logprobs(MODEL, "fp8_fp4") == logprobs(MODEL, "auto")
     plain = dataclasses.replace(MODEL, kv_qdq=False)
-    assert logprobs(plain, "fp8_fp4") != logprobs(plain, "model")
+    assert logprobs(plain, "fp8_fp4") != logprobs(plain, "auto")
 
 
 def test_keys_can_be_multiplied_as_they_are_stored(monkeypatch):

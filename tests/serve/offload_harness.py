@@ -30,7 +30,7 @@ def tiered(
     deadline=LONG,
     limits=LIMITS,
     pages=3,
-    layout="model",
+    layout="auto",
     admission="all",
     hot=0,
     **books,

@@ -150,7 +150,7 @@ def test_other_weights_find_nothing(model, alone, tmp_path):
 
 
 def test_whatever_shapes_the_contents_is_in_the_key(model):
-    def key(model, layout="model", block=0, **limits):
+    def key(model, layout="auto", block=0, **limits):
         cache = config.Cache(kv_cache_dtype=layout, block_size=block, kv_cache_tokens=256)
         engine = Engine(model, dataclasses.replace(LIMITS, **limits), cache)
         return engine._seed, device_connector.block_schema(engine._kv_caches, "block").digest, device_connector.block_schema(engine._kv_caches, "record").digest
@@ -163,7 +163,7 @@ def test_whatever_shapes_the_contents_is_in_the_key(model):
     base = key(model)
     assert base == key(other(), max_num_seqs=1, max_model_len=300, max_num_batched_tokens=5)
     for changed in [
-        *[key(model, layout) for layout in KV_CACHE_DTYPES if layout != "model"],
+        *[key(model, layout) for layout in KV_CACHE_DTYPES if layout != "auto"],
         key(model, block=512), key(model, batch_invariant=True), key(model, num_speculative_tokens=1),
         key(other(rope=dataclasses.replace(MODEL.rope, rope_theta=MODEL.rope.rope_theta + 1))),
         key(other(indexer=dataclasses.replace(MODEL.indexer, index_topk=3))),
@@ -335,7 +335,7 @@ def test_what_is_not_finite_is_not_stored(tmp_path):
 # --- copies to the bit ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["model", "fp8_fp4"])
+@pytest.mark.parametrize("layout", ["auto", "fp8_fp4"])
 def test_copies_off_the_device_and_back_keep_every_bit_of_every_leaf(model, layout):
     engine = Engine(model, dataclasses.replace(LIMITS, num_speculative_tokens=1), config.Cache(kv_cache_dtype=layout, kv_cache_tokens=2048))
     rng, kinds = np.random.default_rng(0), device_connector.leaf_kinds(engine._kv_caches)

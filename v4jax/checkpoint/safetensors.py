@@ -75,7 +75,7 @@ class SafetensorsDir:
     def file_digests(self) -> dict[str, str]:
         """xxh3-64 by name of the files that lay beside the weights when they were written; empty if unknown."""
         files = sorted({info.file for info in self._tensors.values()})
-        return _digests(files[0], _header_of(files[0])[0].get("__metadata__"), _FILES) if files else {}
+        return _digests(files[0], _header_of(files[0])[0].get("__metadata__", {}), _FILES) if files else {}
 
     def info(self, name: str) -> TensorInfo:
         """Place, code and shape of a tensor; UserError if it is not there."""
@@ -230,7 +230,7 @@ def _open_indexed(path: pathlib.Path) -> dict[str, TensorInfo]:
 def _open_file(path: pathlib.Path) -> dict[str, TensorInfo]:
     """Header of one file -> tensors, each range checked against the file and against the others."""
     header, length, size = _header_of(path)
-    digests = _digests(path, header.get("__metadata__"), _DIGESTS)
+    digests = _digests(path, header.get("__metadata__", {}), _DIGESTS)
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     with untrusted_json.collection_paused():
         tensors = {name: _parse_entry(path, name, e, 8 + length, digests.get(name)) for name, e in entries.items()}
@@ -259,17 +259,19 @@ def _header_of(path: pathlib.Path) -> tuple[dict, int, int]:
         raise _damaged(path, f"has an unreadable header ({error})") from error
     if not isinstance(header, dict):
         raise _damaged(path, "has a header that is no JSON object")
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, "has a header whose __metadata__ is no object of strings")
     return header, length, size
 
 
-def _digests(path: pathlib.Path, metadata, key: str) -> dict[str, str]:
+def _digests(path: pathlib.Path, metadata: dict[str, str], key: str) -> dict[str, str]:
     """Checksums by name from the metadata of a header; none in a file that has no checksums."""
-    text = metadata.get(key) if isinstance(metadata, dict) else None
-    if text is None:
+    if key not in metadata:
         return {}
     try:
-        digests = untrusted_json.parse(text, _MAX_HEADER)
-    except (TypeError, ValueError) as error:
+        digests = untrusted_json.parse(metadata[key], _MAX_HEADER)
+    except ValueError as error:
         raise _damaged(path, f"has unreadable checksums ({error})") from error
     if not isinstance(digests, dict):
         raise _damaged(path, "has checksums that are no JSON object")

@@ -52,7 +52,7 @@ def test_every_arm_is_measured_printed_and_drawn(tmp_path, capsys):
 
 def test_arms_read_what_they_say():
     """Dense equals sparse as long as the top k are all there are, and FP8 is not bfloat16."""
-    arms = decode._arms(MODEL, max(CONTEXTS), "model")
+    arms = decode._arms(MODEL, max(CONTEXTS), "auto")
     logits = lambda name, at: np.asarray(arms[name]._step(decode._heads(7, at)))
     for position, equal in ((82, True), (99, False)):  # 20 entries are complete after 83 tokens
         for dense, sparse in (("A0", "A1"), ("A2", "A3")):
@@ -62,7 +62,7 @@ def test_arms_read_what_they_say():
 
 
 def test_quality_is_zero_where_nothing_differs_and_small_in_fp8():
-    arms = decode._arms(MODEL, max(CONTEXTS), "model")
+    arms = decode._arms(MODEL, max(CONTEXTS), "auto")
     heads = [decode._heads(token, 290 + token) for token in range(2, 6)]
     found = decode._quality(arms, heads)
     assert set(found) == {("A3", "A1"), ("A2", "A0")}
