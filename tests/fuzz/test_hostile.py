@@ -66,6 +66,7 @@ def refused(reads, *arguments) -> str:
     ("orbax", "v4jax.json", v4jax.load),
     ("orbax", "checkpoints/0/model/_METADATA", v4jax.load),
     ("run", "checkpoints/1/extras/metadata", seeds.resume),
+    ("run", "checkpoints/1/_CHECKPOINT_METADATA", seeds.resume),
     ("tokenizers/bpe", "tokenizer.json", seeds.tokenize),
     ("tokenizers/bpe", "tokenizer_config.json", seeds.tokenize),
     ("data", "x.jsonl", lambda path: load_documents(Data(source=str(path / "x.jsonl")))),

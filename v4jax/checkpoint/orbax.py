@@ -31,7 +31,7 @@ from v4jax.checkpoint import checksums, param_mapping
 from v4jax.checkpoint.directory import CONFIG_NAME, read_config, save_config
 from v4jax.checkpoint.lazy_tensors import LazyTensors, memory_dtype, report
 from v4jax.checkpoint.path_alias import plain_path
-from v4jax.checkpoint.step import WEIGHTS, StepItem, damaged, finished_steps, is_finished, read_sums, steps_path
+from v4jax.checkpoint.step import COMPLETE, WEIGHTS, StepItem, damaged, finished_steps, is_finished, read_sums, steps_path
 from v4jax.config import Config, Model
 from v4jax.core import untrusted_json
 from v4jax.core.atomic import require_space, write_error
@@ -141,6 +141,9 @@ class TrainCheckpointer:
             for directory in self._unfinished():
                 shutil.rmtree(directory)
             barrier("checkpoints cleared")
+            for entry in self._path.iterdir():  # orbax parses these files without a limit of depth
+                if entry.name.isdigit():
+                    untrusted_json.parse(untrusted_json.read_bytes(entry / COMPLETE))
             options = ocp.CheckpointManagerOptions(max_to_keep=self._keep)
             self._manager = ocp.CheckpointManager(plain_path(self._path), options=options)
         except OSError as error:

@@ -25,7 +25,7 @@ WEIGHTS = "model"
 _MANIFEST = "manifest.ocdbt"  # a few hundred bytes
 _MAX_DENSITY = 1000  # bytes of arrays a byte of files may stand for; compressed weights take 1 to 2, zeros up to 10,000
 _SLACK = 64 << 20  # bytes of arrays in small checkpoints, where all may be zeros
-_COMPLETE = "_CHECKPOINT_METADATA"  # orbax's file of a step; a step takes its final name after the last write to it
+COMPLETE = "_CHECKPOINT_METADATA"  # orbax's file of a step; a step takes its final name after the last write to it
 
 
 def finished_steps(path: str | os.PathLike) -> list[int]:
@@ -46,7 +46,7 @@ def is_finished(step: pathlib.Path) -> bool:
 
     The content of the marker file plays no part, so a damaged marker neither hides a step nor has it removed.
     """
-    return (step / _COMPLETE).is_file()
+    return (step / COMPLETE).is_file()
 
 
 def damaged(step: pathlib.Path, what: str | Exception) -> UserError:
