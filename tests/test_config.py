@@ -82,7 +82,7 @@ def test_impossible_values_are_one_line(part, change, says):
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_wheel_carries_presets_and_data(tmp_path):
+def test_wheel_carries_presets_data_and_license(tmp_path):
     pytest.importorskip("hatchling", reason="building the wheel needs hatchling, of the test extra")
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
     built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
@@ -92,6 +92,10 @@ def test_wheel_carries_presets_and_data(tmp_path):
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
     assert all(name.startswith(("v4jax/", "v4jax-")) for name in names)
+    [text] = [name for name in names if name.endswith(".dist-info/licenses/.github/LICENSE")]
+    assert (tmp_path / "site" / text).read_text() == (ROOT / ".github/LICENSE").read_text()
+    [metadata] = (tmp_path / "site").glob("v4jax-*.dist-info/METADATA")
+    assert "License-Expression: Apache-2.0\n" in metadata.read_text(encoding="utf-8")
     assets = {path.name for path in (ROOT / "v4jax/data/assets").iterdir()}
     assert assets == {name.rpartition("/")[2] for name in names if name.startswith("v4jax/data/assets/")}
 
