@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launch scripts from the repository root: finds a Python, makes virtual environments, installs into them.
 
 # A quarter of the time of XLA on CPUs goes into page faults; huge pages save most of it. Unknown to glibc, it is ignored.

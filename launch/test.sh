@@ -13,7 +13,7 @@ install_torch() {
 if ! is_installed .venv-test; then
   make_environment .venv-test
   echo "installing v4jax and what its tests need into .venv-test"
-  extras=test
+  extras="test"
   if install_torch; then
     extras=test,parity
   else
