@@ -1,9 +1,11 @@
-"""Logits that transformers gave once, for machines without torch. `python -m tests.golden.make` makes the files."""
+"""Logits that transformers gave once, for machines without torch. `python -m tests.golden logits` makes the files."""
 
 import numpy as np
 import pytest
 
 from tests.golden import make, weights
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", weights.CASES)
