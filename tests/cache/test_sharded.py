@@ -236,6 +236,8 @@ def test_another_mesh_finds_what_the_last_one_left(tmp_path, before, now, axis):
     group.close()
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_two_processes_on_loopback(tmp_path):
     """See tests/cache/meshed.py for what they do; here, what one left to two, and two leave to one."""
     meshed.store_alone(tmp_path)

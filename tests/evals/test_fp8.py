@@ -9,6 +9,8 @@ from v4jax import evals
 from v4jax.core.check import UserError
 from v4jax.evals import fp8
 
+pytestmark = pytest.mark.slow
+
 MODEL = weights.config(schedule=("csa", "hca"), indexer=weights.Indexer(heads=16, head_dim=32, topk=3))
 
 

@@ -13,6 +13,8 @@ from v4jax.data.needle import KEY, QUESTION, VALUE, Alphabet
 from v4jax.evals import needle
 from v4jax.evals.bounds import read
 
+pytestmark = pytest.mark.slow
+
 MODEL = weights.config(schedule=("csa",), kv_qdq=True, indexer=Indexer(heads=16, head_dim=16, topk=4))
 ALPHABET = Alphabet.of(MODEL)
 LIMITS = {"accuracy": 0.9, "lost": 0.01}

@@ -13,6 +13,8 @@ from v4jax.core.check import UserError
 from v4jax.kernels.experts import experts, swiglu
 from v4jax.kernels.experts.blocks import block_rows
 
+pytestmark = pytest.mark.slow
+
 FAST = ["blocks", "ragged"]
 LIMIT = 0.7  # within reach of the random values, so that both clamps act
 

@@ -12,6 +12,8 @@ from v4jax.core.check import UserError
 from v4jax.models.transformer import fresh_chunk
 from v4jax.nn.state import Fresh
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = {
     "usual": weights.config(),
     "no yarn, one group": weights.config(

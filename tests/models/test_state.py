@@ -14,6 +14,8 @@ from v4jax.config import Indexer, Moe, Rope
 from v4jax.models.transformer import next_chunk
 from v4jax.nn.kept import new_kept
 
+pytestmark = pytest.mark.slow
+
 LENGTH, WIDTH = 45, 11  # of a row; of a call with several tokens (more than a window of SWA or CSA, less than of HCA)
 CONFIGS = {
     "usual": weights.config(),

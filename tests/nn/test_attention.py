@@ -11,6 +11,8 @@ from tests.nn import reference
 from v4jax.models.transformer import fresh_chunk
 from v4jax.nn.state import Fresh, Rows
 
+pytestmark = pytest.mark.slow
+
 MODEL = weights.config(window=8)
 
 

@@ -8,6 +8,8 @@ import matplotlib
 import pytest
 from matplotlib import pyplot
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = sorted((pathlib.Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 
 

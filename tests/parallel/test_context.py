@@ -12,6 +12,8 @@ from v4jax.core.check import UserError
 from v4jax.tools.compiled import collective_bytes
 from v4jax.train.state import Trainer
 
+pytestmark = pytest.mark.slow
+
 TOKENS, PARTS = 256, 8
 
 

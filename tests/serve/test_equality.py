@@ -17,6 +17,8 @@ from v4jax.serve import programs
 from v4jax.serve.engine import Engine
 from v4jax.serve.sequence import State
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def speculating(model):

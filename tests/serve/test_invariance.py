@@ -13,6 +13,8 @@ from tests.serve.companies import BASES, SAMPLED, Solo, books, check, companies,
 from tests.serve.small import LIMITS, Request, compiled, drive, new_books
 from v4jax.serve.engine import Engine
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def as_users_have_them():

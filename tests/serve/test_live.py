@@ -19,6 +19,8 @@ from v4jax.core.check import UserError
 from v4jax.nn.memory import in_host
 from v4jax.serve.engine import Engine, check_limits
 
+pytestmark = pytest.mark.slow
+
 LEAST = LIMITS.max_batch * MODEL.indexer.topk  # what a step may pick: nearly all of it changes all the time
 BITS = dataclasses.replace(SAMPLED, logprobs=4)
 TWO = dataclasses.replace(

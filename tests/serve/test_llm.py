@@ -19,6 +19,8 @@ from v4jax.serve import llm as llm_module
 from v4jax.serve.llm import split_at_stop
 from v4jax.serve.metrics import Metrics
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["To be, or not", [7, 300, 12], "¿Qué?", np.array([9])]
 LIMITS = {name: getattr(small.LIMITS, name) for name in ("max_batch", "max_seq_len", "prefill_chunk")}
 

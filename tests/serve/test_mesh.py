@@ -15,6 +15,8 @@ from v4jax.serve import places
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 DEVICES = 2
 LIMITS = dataclasses.replace(small.LIMITS, max_batch=2, prefill_chunk=16)  # few programs
 CACHE = config.Cache(tokens=768)

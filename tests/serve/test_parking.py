@@ -34,6 +34,8 @@ from v4jax.serve import bay, programs
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SAMPLING = SamplingParams(temperature=0.0, max_tokens=8, logprobs=2)
 # Two blocks and a bit each: of three pages, the next request takes what the one before it had.
@@ -296,6 +298,7 @@ def test_pieces_evicted_between_fetch_and_admission_are_fetched_again(model, alo
 # --- 7: killed under load ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.multiprocess
 def test_an_engine_killed_under_load_leaves_what_its_restart_finds(model, alone, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.serve.killed", str(tmp_path)]

@@ -9,6 +9,8 @@ import pytest
 from v4jax.core.check import UserError
 from v4jax.tools import buffers
 
+pytestmark = pytest.mark.multiprocess
+
 SIDE = 256
 
 

@@ -16,6 +16,8 @@ from v4jax.serve import programs
 from v4jax.tools import steps
 from v4jax.tools.estimate import Work
 
+pytestmark = pytest.mark.slow
+
 DEVICES, ROWS = 2, 2
 
 

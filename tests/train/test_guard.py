@@ -16,6 +16,8 @@ from v4jax.train.guard import judge, new_guard
 from v4jax.train.metrics import read_metrics
 from v4jax.train.state import Trainer
 
+pytestmark = pytest.mark.slow
+
 STEP = jax.jit(judge, static_argnums=3)
 
 

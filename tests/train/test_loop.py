@@ -20,6 +20,8 @@ from v4jax.train import loop
 from v4jax.train.metrics import read_metrics
 from v4jax.train.state import Trainer
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -96,6 +98,7 @@ def wait_for(condition, process, seconds=240):
         time.sleep(0.02)
 
 
+@pytest.mark.multiprocess
 def test_sigkill_and_sigterm_lose_nothing_that_was_saved(config, tmp_path):
     """One process runs through; another is killed twice at arbitrary moments, once asked to stop, and then finishes."""
     config = with_train(config, steps=120, checkpoint_every=10, log_every=1)

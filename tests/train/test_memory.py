@@ -13,6 +13,8 @@ from v4jax.config import Mesh, validate
 from v4jax.core.check import UserError
 from v4jax.train.state import Trainer
 
+pytestmark = pytest.mark.slow
+
 MESH = Mesh(layout="fsdp")
 
 

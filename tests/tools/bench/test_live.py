@@ -9,6 +9,8 @@ from v4jax.core.check import UserError
 from v4jax.tools import bench
 from v4jax.tools.bench import live
 
+pytestmark = pytest.mark.slow
+
 MODEL = dataclasses.replace(
     small.MODEL, schedule=("csa",), mtp_layers=0, moe=dataclasses.replace(small.MODEL.moe, hash_layers=0)
 )

@@ -12,6 +12,8 @@ from v4jax.core.check import UserError
 from v4jax.tools import bench
 from v4jax.tools.bench import peer
 
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+
 MODEL = weights.config(schedule=("csa",), moe=Moe(experts=4, active=2, inner=16, hash_layers=0), dtype="bfloat16")
 CONFIG = Config(name="mine", model=MODEL, data=Data(seq_len=16))
 

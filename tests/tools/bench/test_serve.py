@@ -12,6 +12,8 @@ from v4jax.core.check import UserError
 from v4jax.tools import bench
 from v4jax.tools.bench import serve
 
+pytestmark = pytest.mark.slow
+
 MODEL = weights.config(
     schedule=("csa",), indexer=Indexer(heads=16, head_dim=16, topk=4),
     moe=Moe(experts=4, active=2, inner=16, hash_layers=0),

@@ -6,6 +6,8 @@ from v4jax.core.check import UserError
 from v4jax.tools import bench
 from v4jax.tools.bench import live, tiers
 
+pytestmark = pytest.mark.slow
+
 MODEL = weights.config(
     schedule=("csa",), indexer=config.Indexer(heads=16, head_dim=16, topk=20),
     moe=config.Moe(experts=4, active=2, inner=16, hash_layers=0),

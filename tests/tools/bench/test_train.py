@@ -11,6 +11,8 @@ from v4jax.config import Moe, validate
 from v4jax.tools.bench import measure, train
 from v4jax.train.state import Trainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config():
