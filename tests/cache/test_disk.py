@@ -1,4 +1,4 @@
-"""The disk tier against what disks do. Numbers of faults are those of the reliability study (1 to 6, 10)."""
+"""The disk tier against what disks do. Numbers are those of the faults in v4jax/cache/README.md."""
 
 import errno
 import json

@@ -1,6 +1,6 @@
 """Blocks and records that leave the device and come back: every answer, to the bit, is that of an engine without tiers.
 
-Numbers of faults are those of the list in the reliability study.
+Numbers of faults are those in v4jax/cache/README.md.
 """
 
 import contextlib
