@@ -11,6 +11,8 @@ from v4jax.checkpoint import mapping
 from v4jax.core.check import UserError
 from v4jax.models.layout import Stack, from_flat, stacks, to_flat
 
+pytestmark = pytest.mark.slow
+
 LONG = weights.config(schedule=("swa", "swa", "csa", "hca", "csa", "hca"), moe=config.Moe(8, 2, 16, hash_layers=2))
 
 

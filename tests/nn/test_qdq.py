@@ -14,6 +14,8 @@ from v4jax.nn import indexer, qdq
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 MODEL = weights.config(
     schedule=("csa", "hca"), head_dim=72, rope_dim=8, kv_qdq=True, dtype="bfloat16",
     indexer=weights.Indexer(heads=16, head_dim=32, topk=4),

@@ -10,6 +10,8 @@ from tests.serve.tiered import tiered
 from v4jax.serve import SamplingParams, metrics
 from v4jax.serve.metrics import Metrics
 
+pytestmark = pytest.mark.slow
+
 
 class Llm:
     """As much of one as is asked for its counts."""
