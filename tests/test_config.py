@@ -98,7 +98,7 @@ def test_ratios_need_not_divide_each_other():
         validate(dataclasses.replace(load("tiny"), model=one, data=Data(seq_len=84)))
 
 
-def test_wheel_carries_presets_and_data(tmp_path):
+def test_wheel_carries_presets_data_and_license(tmp_path):
     pytest.importorskip("hatchling", reason="building the wheel needs hatchling, of the test extra")
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
     built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
@@ -108,6 +108,10 @@ def test_wheel_carries_presets_and_data(tmp_path):
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
     assert all(name.startswith(("v4jax/", "v4jax-")) for name in names)
+    [text] = [name for name in names if name.endswith(".dist-info/licenses/.github/LICENSE")]
+    assert (tmp_path / "site" / text).read_text() == (ROOT / ".github/LICENSE").read_text()
+    [metadata] = (tmp_path / "site").glob("v4jax-*.dist-info/METADATA")
+    assert "License-Expression: Apache-2.0\n" in metadata.read_text(encoding="utf-8")
     assets = {path.name for path in (ROOT / "v4jax/data/assets").iterdir()}
     assert assets == {name.rpartition("/")[2] for name in names if name.startswith("v4jax/data/assets/")}
 

@@ -10,6 +10,7 @@ ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /v4jax
 COPY pyproject.toml README.md ./
+COPY .github/LICENSE .github/
 COPY v4jax v4jax
 COPY configs configs
 # hadolint ignore=DL3013

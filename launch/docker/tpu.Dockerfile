@@ -6,6 +6,7 @@ FROM python:3.12-slim
 ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
 WORKDIR /v4jax
 COPY pyproject.toml README.md ./
+COPY .github/LICENSE .github/
 COPY v4jax v4jax
 COPY configs configs
 # hadolint ignore=DL3013

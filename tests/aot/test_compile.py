@@ -15,6 +15,8 @@ from v4jax.tools import aot
 from v4jax.tools.cost_model import Workload, default_mesh, estimate
 from v4jax.tools.topology import parse
 
+pytestmark = [pytest.mark.slow, pytest.mark.aot]
+
 PLACE = parse("v5e:2x2")
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu (extra tpu)"

@@ -1,4 +1,4 @@
-"""The disk tier against what disks do. Numbers of faults are those of the reliability study (1 to 6, 10)."""
+"""The disk tier against what disks do. Numbers are those of the faults in v4jax/cache/README.md."""
 
 import errno
 import json
@@ -171,6 +171,7 @@ def test_writing_pauses_while_a_disk_stays_full_and_reading_goes_on(tmp_path):
     disk.check_invariants()
 
 
+@pytest.mark.multiprocess
 def test_a_real_file_system_that_is_full(tmp_path):
     command = ["unshare", "--map-root-user", "--mount"]
     if shutil.which("unshare") is None or run(*command, "mount", "-t", "tmpfs", "none", str(tmp_path)).returncode:
@@ -261,6 +262,8 @@ def test_swapped_files_are_misses(disk):
 # --- 6, 10: other processes -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_writers_killed_at_fifty_moments_leave_nothing_torn(tmp_path):
     done = run(sys.executable, "-m", "tests.cache.crash_worker", str(tmp_path / "kv"), "50", "0", cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -287,6 +290,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.multiprocess
 def test_a_second_owner_is_refused_until_the_first_is_gone_however_it_went(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", OWN, str(tmp_path)]

@@ -1,4 +1,4 @@
-"""Threads between the tiers, under faults. Numbers are those of the reliability study's list (2, 3, 11 to 17)."""
+"""Threads between the tiers, under faults. Numbers are those of the faults in v4jax/cache/README.md."""
 
 import random
 import threading

@@ -157,6 +157,8 @@ with TrainCheckpointer(path, load_config(path), keep=2) as store:
 """
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("delay", [0.0, 0.03])
 def test_sigkill_leaves_a_good_checkpoint(tmp_path, config, delay):
     TrainCheckpointer(tmp_path, config, keep=2).close()

@@ -19,6 +19,8 @@ transformers = pytest.importorskip(
 
 from safetensors.torch import save_file  # noqa: E402  (comes with transformers)
 
+pytestmark = pytest.mark.slow
+
 
 def _numpy(tensor) -> np.ndarray:
     """A torch tensor's bits as a numpy array."""

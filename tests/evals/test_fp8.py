@@ -13,6 +13,8 @@ from v4jax.core.errors import UserError
 from v4jax.evals import kv_quant
 from v4jax.models.transformer import Transformer
 
+pytestmark = pytest.mark.slow
+
 MODEL = weights.config(layer_types=("csa", "hca"), indexer=weights.Indexer(index_n_heads=16, index_head_dim=32, index_topk=3))
 
 

@@ -13,6 +13,8 @@ from v4jax.data.needle import KEY, QUESTION, VALUE, TokenRanges
 from v4jax.evals import needle
 from v4jax.evals.thresholds import read
 
+pytestmark = pytest.mark.slow
+
 MODEL = weights.config(layer_types=("csa",), kv_qdq=True, indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=4))
 ALPHABET = TokenRanges.of(MODEL)
 LIMITS = {"accuracy": 0.9, "lost": 0.01}

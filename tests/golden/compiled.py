@@ -1,4 +1,4 @@
-"""Puts what the compiler said into the golden file: `python -m tests.golden.compiled PLAN.json...`.
+"""Puts what the compiler said into the golden file: `python -m tests.golden plans PLAN.json...`.
 
 The files are those of `v4jax plan ... --stage=buffers --json=PLAN.json` (`tests/tools/test_plan.py`). What the golden
 file holds of the same plan is replaced. They take minutes each, and libtpu, so no test makes them.
@@ -6,7 +6,6 @@ file holds of the same plan is replaced. They take minutes each, and libtpu, so 
 
 import json
 import pathlib
-import sys
 
 PATH = pathlib.Path(__file__).with_name("compiled.json")
 _METRICS = ("device_bytes", "host_bytes", "largest_temporary", "collective_bytes")
@@ -26,7 +25,3 @@ def main(files: list[str]) -> None:
     records = [record for record in json.loads(PATH.read_text()) if plan_of(record) not in fresh] + new
     records.sort(key=lambda record: tuple(map(str, plan_of(record))))
     PATH.write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

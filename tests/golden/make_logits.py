@@ -1,4 +1,4 @@
-"""Makes the golden files from transformers: `python -m tests.golden.make_logits`, in the root of the repository.
+"""Makes the golden files from transformers: `python -m tests.golden logits`, in the root of the repository.
 
 Each file holds token ids and the logits that transformers' `deepseek_v4` gives for them in float32, with the weights
 of `weights.random_flat(model, SEED)`. They keep the parity checks alive where torch is not installed; make them anew
@@ -28,7 +28,3 @@ def main() -> None:
         logits = oracle.logits(oracle.network(model, weights.random_flat(model, SEED)), ids)
         np.savez_compressed(path(name), tokens=ids, logits=logits)
         print(f"{path(name).name}: {path(name).stat().st_size / 1e3:.1f} kB, logit spread {logits.std():.3f}")
-
-
-if __name__ == "__main__":
-    main()

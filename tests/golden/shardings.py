@@ -1,11 +1,10 @@
-"""Makes `shardings.json`, how every layout splits every parameter of the flagship: `python -m tests.golden.shardings`.
+"""Makes `shardings.json`, how every layout splits every parameter of the flagship: `python -m tests.golden shardings`.
 
 Run it in the root of the repository when a layout or a parameter's axes change, and read the difference: that file is
 the place to see what a rule does. Stacked layers have a leading axis, which nothing splits.
 """
 
 import json
-import os
 import pathlib
 
 PATH = pathlib.Path(__file__).with_name("shardings.json")
@@ -41,9 +40,3 @@ def main() -> None:
     """Write the file."""
     PATH.write_text(json.dumps(tables(), indent=1) + "\n", encoding="utf-8")
     print(f"{PATH.name}: {PATH.stat().st_size / 1e3:.1f} kB")
-
-
-if __name__ == "__main__":
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-    main()

@@ -1,10 +1,12 @@
-"""Logits that transformers gave once, for machines without torch. `python -m tests.golden.make_logits` makes the files."""
+"""Logits that transformers gave once, for machines without torch. `python -m tests.golden logits` makes the files."""
 
 import numpy as np
 import pytest
 
 from tests.golden import make_logits, weights
 from v4jax.cache.allocate import contiguous_caches
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", weights.CASES)

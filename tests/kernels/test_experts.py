@@ -13,6 +13,8 @@ from v4jax.core.errors import UserError
 from v4jax.kernels.grouped_mlp import experts, swiglu
 from v4jax.kernels.grouped_mlp.xla_blocked import block_rows
 
+pytestmark = pytest.mark.slow
+
 FAST = ["blocks", "ragged"]
 LIMIT = 0.7  # within reach of the random values, so that both clamps act
 

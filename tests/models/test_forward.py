@@ -12,6 +12,8 @@ from v4jax.core.errors import UserError
 from v4jax.models.transformer import full_batch
 from v4jax.nn.kv_cache_interface import NoCache
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = {
     "usual": weights.config(),
     "no yarn, one group": weights.config(

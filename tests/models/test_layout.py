@@ -12,6 +12,8 @@ from v4jax.checkpoint import param_mapping
 from v4jax.core.errors import UserError
 from v4jax.models.layer_stacks import LayerStack, from_layer_dict, stacks, to_layer_dict
 
+pytestmark = pytest.mark.slow
+
 LONG = weights.config(layer_types=("swa", "swa", "csa", "hca", "csa", "hca"), moe=config.MoE(8, 2, 16, num_hash_layers=2))
 
 

@@ -5,10 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.golden import weights
 from v4jax.models.transformer import full_batch
 from v4jax.nn.kv_cache_interface import NoCache
+
+pytestmark = pytest.mark.slow
 
 MODEL = weights.config(num_nextn_predict_layers=1)
 LENGTHS = (21, 16, 3, 7)  # across windows of every kind, exactly one window, below the smallest one, between

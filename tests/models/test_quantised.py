@@ -14,6 +14,8 @@ from v4jax.core.qtensor import QTensor, quantize_blocks
 from v4jax.models import quantize
 from v4jax.serve import LLM, SamplingParams
 
+pytestmark = pytest.mark.slow
+
 STAY = {"table", "weight", "bias", "scale", "base", "fn", "sink", "ape", "gate"}  # "kv" is of two kinds
 
 

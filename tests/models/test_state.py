@@ -15,6 +15,8 @@ from v4jax.cache.paged_cache import new_paged_layer_cache
 from v4jax.config import Indexer, MoE, RoPE
 from v4jax.models.transformer import continuation_batch
 
+pytestmark = pytest.mark.slow
+
 LENGTH, WIDTH = 45, 11  # of a row; of a call with several tokens (more than a window of SWA or CSA, less than of HCA)
 CONFIGS = {
     "usual": weights.config(),

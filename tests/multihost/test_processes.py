@@ -16,6 +16,8 @@ from tests.train.conftest import WORDS
 from v4jax.checkpoint.orbax import finished_steps
 from v4jax.train.metrics import read_metrics
 
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+
 ROOT = pathlib.Path(__file__).parents[2]
 NOTICED = 90  # seconds in which a run must end after one of its processes was killed
 

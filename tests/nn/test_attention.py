@@ -11,6 +11,8 @@ from tests.nn import reference
 from v4jax.models.transformer import full_batch
 from v4jax.nn.kv_cache_interface import NoCache, WindowKV
 
+pytestmark = pytest.mark.slow
+
 MODEL = weights.config(sliding_window=8)
 
 

@@ -118,6 +118,7 @@ def _by_name(tree):
     return {jax.tree_util.keystr(path): np.asarray(g) for path, g in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+@pytest.mark.slow
 def test_the_indexer_alone_learns_from_its_loss_and_from_nothing_else():
     model = weights.config(layer_types=("hca", "csa"))
     net = weights.build(model, weights.random_flat(model, 0))

@@ -14,6 +14,8 @@ from v4jax.kernels.grouped_mlp import experts
 from v4jax.nn import expert_parallel
 from v4jax.parallel.rules import MeshRules, make_mesh_rules
 
+pytestmark = pytest.mark.slow
+
 B, T, D, E, F, K = 8, 8, 16, 8, 12, 2
 MESHES = {"expert": Mesh("expert"), "expert, fsdp": Mesh("expert", fsdp=2), "tensor": Mesh("tensor", data=4),
           "all": Mesh("pod", expert=2, tensor=2)}  # fmt: skip

@@ -12,6 +12,8 @@ from matplotlib import pyplot
 
 import v4jax
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = sorted((pathlib.Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 
 

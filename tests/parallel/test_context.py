@@ -12,6 +12,8 @@ from v4jax.core.errors import UserError
 from v4jax.tools.aot import collective_bytes
 from v4jax.train.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 TOKENS, PARTS = 256, 8
 
 

@@ -12,6 +12,8 @@ from v4jax.config import Train
 from v4jax.parallel.rules import make_mesh_rules, use_rules
 from v4jax.train.optim import make_optimizer
 
+pytestmark = pytest.mark.slow
+
 # Every way in which axes of matrices are split or joined, some stacked over layers, some alike, and one for AdamW.
 LETTERS = {"gate_up": "EUDF", "down": "EFD", "q_up": "QNH", "q_down": "DQ", "o_up": "GRD", "o_down": "GIR",
            "mix": "MXD", "shared": "DUF", "embed": "VD", "down_first": "EFD", "q_down_stack": "DQ"}  # fmt: skip

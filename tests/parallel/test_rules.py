@@ -20,7 +20,7 @@ FSDP = config.load_sharding("fsdp")
 
 
 def test_golden_shardings():
-    """`python -m tests.golden.shardings` writes them anew."""
+    """`python -m tests.golden shardings` writes them anew."""
     assert shardings.tables() == json.loads(shardings.PATH.read_text(encoding="utf-8"))
 
 

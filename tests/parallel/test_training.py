@@ -15,6 +15,8 @@ from v4jax import config as config_lib
 from v4jax.config import Mesh
 from v4jax.train.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 STEPS = 10
 FULL = "pod, rows split"  # this mesh trains all layer kinds, the others one CSA layer: compiling is all their time
 

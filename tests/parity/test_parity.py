@@ -13,6 +13,8 @@ from tests.parity import oracle  # noqa: E402
 from v4jax.cache.allocate import contiguous_caches
 from v4jax.config import HyperConnection, Indexer, MoE, RoPE  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 NEW, WIDTH = 64, 16  # generated tokens; tokens of a prefill call
 PROMPTS = (37, 22)  # no multiple of any ratio; two calls with a row that waits in the second half of the last one
 ATOL = 1e-4  # of the standard deviation of the logits

@@ -7,11 +7,15 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 from tests.serve import two_process_worker
 from tests.serve.engine_harness import LIMITS, tokens_of
 from v4jax import config
 from v4jax.checkpoint import save
 from v4jax.serve.engine import Engine
+
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

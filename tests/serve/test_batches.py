@@ -19,6 +19,8 @@ from v4jax.serve import model_steps
 from v4jax.serve.engine import Engine, chunk_sizes
 from v4jax.serve.sampling import SamplerOutput, SamplingParams
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(3, MODEL.vocab_size, n).tolist() for n in (15, 1, 8, 12)]
 LONG = RNG.integers(3, MODEL.vocab_size, 540).tolist()

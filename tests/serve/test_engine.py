@@ -16,6 +16,8 @@ from v4jax.serve import model_steps
 from v4jax.serve.engine import Engine, chunk_sizes, validate_limits
 from v4jax.serve.sampling import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(3, 2048, n).tolist() for n in (15, 1, 8, 12)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)

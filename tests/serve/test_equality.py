@@ -17,6 +17,8 @@ from v4jax.serve import model_steps
 from v4jax.serve.engine import Engine
 from v4jax.serve.request import RequestStatus
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def speculating(model):

@@ -13,6 +13,8 @@ from tests.serve.engine_harness import LIMITS, Request, compiled, drive, new_boo
 from tests.serve.request_mixes import BASES, SAMPLED, Solo, books, check, companies, crowded, few, staying
 from v4jax.serve.engine import Engine
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def as_users_have_them():

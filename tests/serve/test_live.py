@@ -19,6 +19,8 @@ from v4jax.core.errors import UserError
 from v4jax.parallel.host_memory import is_host
 from v4jax.serve.engine import Engine, validate_limits
 
+pytestmark = pytest.mark.slow
+
 LEAST = LIMITS.max_num_seqs * MODEL.indexer.index_topk  # what a step may pick: nearly all of it changes all the time
 BITS = dataclasses.replace(SAMPLED, logprobs=4)
 TWO = dataclasses.replace(

@@ -19,6 +19,8 @@ from v4jax.serve import llm as llm_module
 from v4jax.serve.llm import split_at_stop
 from v4jax.serve.metrics import EngineCollector
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["To be, or not", [7, 300, 12], "¿Qué?", np.array([9])]
 LIMITS = {name: getattr(engine_harness.LIMITS, name) for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens")}
 

@@ -15,6 +15,8 @@ from v4jax.serve import data_parallel
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 DEVICES = 2
 LIMITS = dataclasses.replace(engine_harness.LIMITS, max_num_seqs=2, max_num_batched_tokens=16)  # few programs
 CACHE = config.Cache(kv_cache_tokens=768)

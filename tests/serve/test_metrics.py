@@ -10,6 +10,8 @@ from tests.serve.offload_harness import tiered
 from v4jax.serve import SamplingParams, metrics
 from v4jax.serve.metrics import EngineCollector
 
+pytestmark = pytest.mark.slow
+
 
 class Llm:
     """As much of one as is asked for its counts."""

@@ -1,6 +1,6 @@
 """Blocks and records that leave the device and come back: every answer, to the bit, is that of an engine without tiers.
 
-Numbers of faults are those of the list in the reliability study.
+Numbers of faults are those in v4jax/cache/README.md.
 """
 
 import contextlib
@@ -33,6 +33,8 @@ from v4jax.models.transformer import Transformer
 from v4jax.serve import device_connector, model_steps
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
+
+pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SAMPLING = SamplingParams(temperature=0.0, max_tokens=8, logprobs=2)
@@ -296,6 +298,7 @@ def test_pieces_evicted_between_fetch_and_admission_are_fetched_again(model, alo
 # --- 7: killed under load ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.multiprocess
 def test_an_engine_killed_under_load_leaves_what_its_restart_finds(model, alone, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.serve.crash_worker", str(tmp_path)]

@@ -17,6 +17,8 @@ from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 RECORDS = 1 + LIMITS.max_num_seqs + config.Cache().num_state_snapshots
 # Fewer tokens behind the boundary than the window has, and so drawn that the entry over the boundary is picked.
 PROMPT = np.random.default_rng(0).integers(3, MODEL.vocab_size, 2 * BLOCK + 3).tolist()

@@ -9,6 +9,8 @@ import pytest
 from v4jax.core.errors import UserError
 from v4jax.tools import xla_dump
 
+pytestmark = pytest.mark.multiprocess
+
 SIDE = 256
 
 

@@ -193,7 +193,7 @@ def recorded() -> dict[tuple, list[dict]]:
     """What the compiler said of the flagships' steps, by config, topology, mode, context, rows and `cache.kv_device_entries`.
 
     From `v4jax plan --config=CONFIG --topology=TOPOLOGY --mode=MODE --context=CONTEXT --concurrency=ROWS --kv_device_entries=HOT
-    --stage=buffers --json=FILE`, the records whose source is "compiled", by `python -m tests.golden.compiled FILE...`.
+    --stage=buffers --json=FILE`, the records whose source is "compiled", by `python -m tests.golden plans FILE...`.
     Without machine code, they lack the program's bytes.
     """
     groups = {}

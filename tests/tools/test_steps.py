@@ -16,6 +16,8 @@ from v4jax.serve import model_steps
 from v4jax.tools import aot_steps
 from v4jax.tools.cost_model import Workload
 
+pytestmark = pytest.mark.slow
+
 DEVICES, ROWS = 2, 2
 
 

@@ -18,6 +18,8 @@ from v4jax.train import loop
 from v4jax.train.metrics import read_metrics
 from v4jax.train.spike_guard import check_step, new_guard
 
+pytestmark = pytest.mark.slow
+
 STEP = jax.jit(check_step, static_argnums=3)
 
 

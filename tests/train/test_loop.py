@@ -24,6 +24,8 @@ from v4jax.train.stop_signals import StopSignals
 from v4jax.train.trainer import Trainer
 from v4jax.train.workdir_lock import LOCK_NAME
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -171,6 +173,7 @@ def wait_for(condition, process, seconds=240):
         time.sleep(0.02)
 
 
+@pytest.mark.multiprocess
 def test_sigkill_and_sigterm_lose_nothing_that_was_saved(config, tmp_path):
     """One process runs through; another is killed twice at arbitrary moments, once asked to stop, and then finishes."""
     config = with_train(config, steps=120, checkpoint_every=10, log_every=1)

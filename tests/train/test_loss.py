@@ -11,6 +11,8 @@ from tests.train.conftest import with_train
 from v4jax.train.loss import cross_entropy, loss
 from v4jax.train.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 
 def test_cross_entropy_equals_log_softmax_and_skips_missing_targets():
     logits = jax.random.normal(jax.random.key(0), (2, 5, 11)) * 3

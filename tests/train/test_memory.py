@@ -13,6 +13,8 @@ from v4jax.config import Mesh, validate
 from v4jax.core.errors import UserError
 from v4jax.train.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 MESH = Mesh(rules="fsdp")
 
 

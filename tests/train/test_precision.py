@@ -20,6 +20,8 @@ from v4jax.kernels import fp8_dot
 from v4jax.nn import qdq
 from v4jax.train.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 STEPS, CLOSE = 20, 0.05  # nats by which FP8 and FP4 may move the loss of a step; it falls by more than 1
 GRID = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 

@@ -1,1 +1,1 @@
-"""Floor 4: what a served model keeps of the tokens it has read, in pages, and how many bytes that takes."""
+"""What a served model keeps of the tokens it has read, in pages, and how many bytes that takes."""

@@ -1,1 +1,1 @@
-"""Floor 0: names, dtypes, quantized tensors and checks that everything else is written in."""
+"""Names, dtypes, quantized tensors and checks that everything else is written in."""

@@ -1,4 +1,4 @@
-"""Floor 6: what a model is worth, measured."""
+"""What a model is worth, measured."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Floor 1: hot operations. Each folder holds an api, a reference that is the specification, and implementations."""
+"""Hot operations. Each folder holds an api, a reference that is the specification, and implementations."""

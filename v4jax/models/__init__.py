@@ -1,1 +1,1 @@
-"""Floor 3: the whole model, its layout in memory, and its config in other tongues."""
+"""The whole model, its layout in memory, and its config in other tongues."""

@@ -1,1 +1,1 @@
-"""Floor 2: flax.nnx modules, one section of the paper a file."""
+"""Modules in flax.nnx, one section of the paper a file."""

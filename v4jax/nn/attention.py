@@ -208,7 +208,7 @@ def index_loss(scores_BTC: jax.Array, mask_BTC: jax.Array, mass_BTC: jax.Array) 
     """KL(teacher || softmax of the indexer scores) over the entries a query read: float32 [B, T].
 
     The teacher is the attention mass that the joint softmax (window, entries and sink) gives to each entry, summed
-    over heads and renormalised over the entries (spec 8.3; mistake 40 took another). No gradient reaches the teacher.
+    over heads and renormalised over the entries (spec 8.3). No gradient reaches the teacher.
     """
     mass = jax.lax.stop_gradient(mass_BTC)
     sum_BT1 = mass.sum(-1, keepdims=True)

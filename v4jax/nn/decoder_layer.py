@@ -1,4 +1,4 @@
-"""One layer: attention and experts, each inside its hyper-connection (spec 4.2, appendix A)."""
+"""One layer: attention and experts, each inside its hyper-connection (spec 4.2)."""
 
 import jax
 import jax.numpy as jnp

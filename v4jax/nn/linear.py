@@ -8,7 +8,7 @@ from flax import nnx
 
 from v4jax.kernels import fp8_dot
 
-# Letters of the matrices that are released in FP8 (spec 9.1) and multiplied in it (9.3: not the first output matrix).
+# Letters of the matrices that are released in FP8 (spec 9.1) and multiplied in FP8 (spec 9.3: `wo_a` is not).
 FP8_WEIGHT_AXES = {"DQ", "QNH", "DH", "GRD", "QJL", "DUF", "FD", "DO", "EUDF", "EFD"}
 
 

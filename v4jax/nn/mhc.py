@@ -80,6 +80,6 @@ def hc_pre(x_BTXD: jax.Array, read_XBT: jax.Array) -> jax.Array:
 
 
 def hc_post(x_BTXD: jax.Array, y_BTD: jax.Array, write_XBT: jax.Array, mix_XYBT: jax.Array) -> jax.Array:
-    """X'_k = write_k y + sum_j mix[j, k] X_j: the sum runs over the FIRST index of the mix (spec 4.2, mistake 17)."""
+    """X'_k = write_k y + sum_j mix[j, k] X_j: the sum runs over the FIRST index of the mix (spec 4.2)."""
     mixed = jnp.einsum("BTXD,XYBT->BTYD", x_BTXD.astype(jnp.float32), mix_XYBT)
     return (mixed + jnp.einsum("BTD,YBT->BTYD", y_BTD.astype(jnp.float32), write_XBT)).astype(x_BTXD.dtype)

@@ -26,7 +26,7 @@ class MTP(nnx.Module):
         self.norm = RMSNorm("D", D, model.rms_norm_eps)
 
     def __call__(self, x_BTXD: jax.Array, next_BTD: jax.Array, chunk: ForwardBatch, past: LayerCache):
-        """x_BTXD: all streams of the last backbone layer (the collapsed state will not do, mistake 23). next_BTD:
+        """x_BTXD: all streams of the last backbone layer (the collapsed state is not enough, spec 5.1). next_BTD:
         embedding of the token after each position. Returns the layer's own streams, the past, and the block's aux."""
         hidden = einsum("BTXD,DO->BTXO", self.hidden_norm(x_BTXD), self.hidden_proj, self.dtype)
         embed = einsum("BTD,DO->BTO", self.embed_norm(next_BTD), self.embed_proj, self.dtype)

@@ -1,4 +1,4 @@
-"""RMS normalisation (spec, notation: rms over the last axis, in float32)."""
+"""RMS normalization over the last axis, in float32."""
 
 import jax
 import jax.numpy as jnp

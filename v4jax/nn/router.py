@@ -24,7 +24,7 @@ class Router(nnx.Module):
     def __call__(self, x_BTD: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """picks_BTK int32, their weights_BTK and all scores_BTE, float32.
 
-        The bias moves the choice only, never the weight (mistake 22).
+        The bias moves the choice only, never the weight.
         """
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), self.weight[...].astype(jnp.float32))
         # Below -87 softplus underflows to 0, where the root has no gradient but NaN.
@@ -43,7 +43,7 @@ class Router(nnx.Module):
 def hash_table(vocab: int, experts: int, active: int) -> jax.Array:
     """A fixed table of `active` distinct experts per token id, spread evenly, int32 [V, K].
 
-    How the released tables were made is unpublished (spec, appendix C). Here an id's experts are an arithmetic
+    How the released tables were made is unpublished (spec 3.1). Here an id's experts are an arithmetic
     sequence modulo E whose start and step come from the mixed bits of the id; (K - 1) steps stay below E.
     """
     mixed_V1 = (jnp.arange(vocab, dtype=jnp.uint32)[:, None] + 1) * jnp.uint32(2_654_435_761)  # Knuth's multiplier

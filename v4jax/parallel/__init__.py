@@ -1,1 +1,1 @@
-"""Floor 1: the mesh of devices, the rules that split arrays over it, what travels on it, and how processes meet."""
+"""The mesh of devices, the rules that split arrays over it, what travels on it, and how processes meet."""

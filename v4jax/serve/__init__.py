@@ -1,4 +1,4 @@
-"""Floor 5: from prompts to text: sampling, the batched engine, and `LLM`, its face in Python."""
+"""From prompts to text: sampling, the batched engine, and `LLM`, its face in Python."""
 
 from v4jax.config import Mesh as MeshConfig
 from v4jax.serve.llm import LLM

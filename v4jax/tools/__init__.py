@@ -1,1 +1,1 @@
-"""Floor 6: what it costs, whether it fits, and what is inside."""
+"""What it costs, whether it fits, and what is inside."""

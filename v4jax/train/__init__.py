@@ -1,1 +1,1 @@
-"""Floor 5: losses, optimizer and the loop that trains a model."""
+"""Losses, optimizer and the loop that trains a model."""

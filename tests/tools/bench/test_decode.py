@@ -13,6 +13,8 @@ from v4jax.core.errors import UserError
 from v4jax.tools import bench
 from v4jax.tools.bench import decode, generate, report
 
+pytestmark = pytest.mark.slow
+
 MODEL = weights.config(
     layer_types=("csa",), indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=20),
     moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=0),

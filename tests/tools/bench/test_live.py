@@ -9,6 +9,8 @@ from v4jax.core.errors import UserError
 from v4jax.tools import bench
 from v4jax.tools.bench import host_kv
 
+pytestmark = pytest.mark.slow
+
 MODEL = dataclasses.replace(
     engine_harness.MODEL, layer_types=("csa",), num_nextn_predict_layers=0, moe=dataclasses.replace(engine_harness.MODEL.moe, num_hash_layers=0)
 )

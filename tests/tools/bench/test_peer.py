@@ -12,6 +12,8 @@ from v4jax.core.errors import UserError
 from v4jax.tools import bench
 from v4jax.tools.bench import vs_transformers
 
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+
 MODEL = weights.config(layer_types=("csa",), moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=0), dtype="bfloat16")
 CONFIG = Config(name="mine", model=MODEL, data=Data(seq_len=16))
 

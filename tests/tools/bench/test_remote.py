@@ -15,6 +15,8 @@ from v4jax import config
 from v4jax.core.errors import UserError
 from v4jax.tools.bench.subprocess_runner import remote
 
+pytestmark = pytest.mark.multiprocess
+
 
 def test_calls_run_elsewhere_and_errors_come_back_as_one_line():
     with remote("arm", importlib.import_module, "os", heap=True) as ask:

@@ -11,6 +11,8 @@ from v4jax.config import MoE, validate
 from v4jax.tools.bench import measure, train
 from v4jax.train.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config():

@@ -8,7 +8,7 @@ def sinkhorn(logits: jax.Array, *, iters: int, eps: float) -> jax.Array:
     """Logits [n, n, ...tokens] to doubly stochastic matrices of the same shape, float32 (spec 4.1).
 
     Instead of the matrix its row and column factors are iterated, P = r B c: the same numbers at a quarter of the
-    traffic, and the loop is a rolled one, so the program does not grow with `iters` (mistake 19). Sums over n are
+    traffic, and the loop is a rolled one, so the program does not grow with `iters`. Sums over n are
     written out: they run over whole rows of tokens, where a reduction over so short an axis is 25 times slower on
     XLA:CPU. (A gradient by hand, reading the history of the factors, was no faster than the derived one.)
     """
