@@ -226,7 +226,7 @@ COMMANDS = {
     ),
     "bench": Command(
         _bench, "measure speed, as ratios taken in one run",
-        "v4jax bench --suite=vs_transformers --config=small --json=peer.json",
+        "v4jax bench --suite=vs_transformers --config=small --json=vs_transformers.json",
         (
             Flag("suite", "what to measure", flags.DEFINE_enum, options={"required": True, "enum_values": BENCHES}),
             _CHECKPOINT,

@@ -1,4 +1,4 @@
-"""Pools of one layer's main entries or indexer keys, in every layout (see `nn.kept.EntryPool` for what a pool is).
+"""Pools of one layer's main entries or indexer keys, in every layout (see `paged_cache.EntryPool` for what a pool is).
 
 The planes of a pool are arrays [pages, entries of a page, ...] that lie apart, never interleaved in records: what a
 reader takes of a plane is contiguous. Those of 16 bits and less are unsigned integers, so that a write in place costs

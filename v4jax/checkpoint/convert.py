@@ -51,7 +51,7 @@ def convert(
     """Write the weights of `source` as `target`, with all that lies beside them; all of it or nothing.
 
     Tokenizer files, generation_config.json, chat templates, Python files, licences and unknown fields of config.json
-    survive in both directions (companions.py). Of a training run the newest checkpoint is taken.
+    survive in both directions (extra_files.py). Of a training run the newest checkpoint is taken.
 
     Args:
         format: "huggingface" or "orbax"; None takes the one that the source is not.

@@ -47,7 +47,7 @@ def format_of(path: str | os.PathLike) -> str:
 def config_text(config: Config, files: dict[str, str], fields: dict | None = None) -> str:
     """Content of v4jax.json.
 
-    files: checksums by name of the files beside it. fields: of a config.json, to be handed on (see companions.py).
+    files: checksums by name of the files beside it. fields: of a config.json, to be handed on (see extra_files.py).
     """
     values = {"format": CONFIG_VERSION, "config": config_lib.to_dict(config), "files": files}
     if fields is not None:

@@ -81,7 +81,7 @@ def run(
         unit, _, upper = BOUNDS[name]
         holds = bool(value <= limits[name] if upper else value >= limits[name])
         records.append({
-            "suite": "fp8", "metric": name, "value": float(value), "unit": unit, "config": config.name,
+            "suite": "kv_quant", "metric": name, "value": float(value), "unit": unit, "config": config.name,
             "context": context, "precision": kv_cache_dtype, "bound": limits[name], "holds": holds,
         })  # fmt: skip
     title = f"{config.name}: KV cache in {kv_cache_dtype} against {REFERENCE}, {kl.size:,} held-out tokens by {context}"

@@ -87,7 +87,7 @@ def to_stacked_dict(tree: nnx.State) -> dict[str, jax.Array]:
 
 
 def from_stacked_dict(arrays: Mapping[str, jax.Array], abstract: nnx.State) -> nnx.State:
-    """The inverse of `named`, for the tree that `abstract` describes."""
+    """The inverse of `to_stacked_dict`, for the tree that `abstract` describes."""
     leaves = nnx.to_flat_state(abstract)
     return nnx.from_flat_state({path: leaf.replace(arrays[".".join(map(str, path))]) for path, leaf in leaves})
 

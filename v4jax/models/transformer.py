@@ -27,7 +27,7 @@ _ON_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
     offload_dst="pinned_host",
 )
 
-KVCacheList = list[list[LayerCache]]  # one list a stack, one Past a layer of its pattern (leading axis where it repeats)
+KVCacheList = list[list[LayerCache]]  # one list a stack, one cache a layer of its pattern (leading axis where it repeats)
 
 
 class Transformer(nnx.Module):
@@ -76,7 +76,7 @@ class Transformer(nnx.Module):
     def forward_hidden(self, chunk: ForwardBatch, state: KVCacheList) -> tuple[jax.Array, KVCacheList, dict[str, jax.Array]]:
         """Streams x_BTXD after the last layer, the state with this chunk in it, and losses and loads by layer.
 
-        The same function trains (`self.fresh()` as state), prefills in any chunking, and decodes.
+        The same function trains (`self.no_cache()` as state), prefills in any chunking, and decodes.
         """
         x_BTXD = constrain(self.embed.embed_streams(chunk.tokens_BT), "BTXD")
         aux, new_caches = [], []

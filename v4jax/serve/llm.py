@@ -41,7 +41,7 @@ class LLM:
     kv_host_bytes. What is not given comes from the checkpoint's config. Raises UserError.
 
     What begins a text: what the post-processor of tokenizer.json adds, as in transformers; with bos_id that id alone.
-    What ends it: eos_id, an id or a list of ids, or by the rule of `ends.find_ends` the ids that the checkpoint names.
+    What ends it: eos_id, an id or a list of ids, or by the rule of `stop_tokens.find_ends` the ids that the checkpoint names.
     parse_special_tokens: read special tokens such as "<eos>" in prompts as those tokens; by default they are text, and
     the first prompt that holds one is warned of. default_sampling_params: the options that generation_config.json sets,
     which count where no SamplingParams are passed, as in vLLM.

@@ -34,7 +34,7 @@ class Chip:
     flops: dense bfloat16 operations a second. memory: bytes. bandwidth: of memory, bytes a second. network,
     slow_network: bytes a second that a chip sends over the fast and the slow network, which `links` names. devices: JAX
     devices of a chip, which share all of it. host: chips of a host with host_bytes of memory. sizes: listed topologies,
-    smallest first. flops8: dense FP8 operations a second where our programs use them (`kernels/fp8`): not on tpu7x,
+    smallest first. flops8: dense FP8 operations a second where our programs use them (`kernels/fp8_dot`): not on tpu7x,
     where the numbers are multiplied as float32, and not on MI300X, whose FP8 is another format (FNUZ). domain: devices
     that the fast network joins; None: all of a slice. cores: what an accelerator type such as v5p-512 counts a chip as.
     """

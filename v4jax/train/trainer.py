@@ -24,7 +24,7 @@ from v4jax.train.spike_guard import SpikeGuardState, check_step, new_guard, sele
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes, as pytrees of arrays keyed by `models.layout.named` names."""
+    """Everything a step changes, as pytrees of arrays keyed by flat names (`models.layer_stacks.to_stacked_dict`)."""
 
     params: dict[str, jax.Array]
     fixed: dict[str, jax.Array]  # router biases and hash tables

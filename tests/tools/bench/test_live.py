@@ -23,7 +23,7 @@ def test_the_suite_measures_what_it_says(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(host_kv, "SLOTS", 16)
     monkeypatch.setattr(host_kv, "ROWS", 2)
     monkeypatch.setattr(host_kv, "_random", lambda model: weights.build(model, weights.random_flat(model, 0)))
-    records = bench.run("live", config=CONFIG, rounds=1, contexts=["300"], json=str(tmp_path / "records.json"))
+    records = bench.run("host_kv", config=CONFIG, rounds=1, contexts=["300"], json=str(tmp_path / "records.json"))
     value = {(record["metric"], record.get("context"), record.get("arm")): record["value"] for record in records}
     assert value["same_bits", 300, None] == 1 and 0 <= value["hit_rate", 300, None] < 1
     assert value["decode_speed", 300, "live"] > 0 and value["decode_speed_kept", 300, None] > 0
@@ -47,10 +47,10 @@ def test_hit_rates_of_a_trained_model_are_shown_and_drawn(tmp_path, capsys):
 @pytest.mark.parametrize("contexts", [["16"], ["5000"]])
 def test_contexts_that_cannot_be_measured_are_one_line(contexts):
     with pytest.raises(UserError, match="cannot be measured; take more than topk 4 entries hold, and at most"):
-        bench.run("live", config=CONFIG, contexts=contexts)
+        bench.run("host_kv", config=CONFIG, contexts=contexts)
 
 
 def test_models_without_picks_are_one_line():
     bare = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, layer_types=("swa", "hca")))
     with pytest.raises(UserError, match="about csa layers"):
-        bench.run("live", config=bare, contexts=["300"])
+        bench.run("host_kv", config=bare, contexts=["300"])

@@ -9,8 +9,8 @@ CONFIG = config.Config(name="tiny", model=weights.config())
 def test_the_replay_counts_what_each_policy_keeps(monkeypatch, capsys):
     monkeypatch.setattr(eviction, "CONVERSATIONS", 40)
     monkeypatch.setattr(eviction, "SEEDS", 2)
-    records = bench.run("policy", config=CONFIG)
-    assert records == bench.run("policy", config=CONFIG)  # it is exact
+    records = bench.run("eviction", config=CONFIG)
+    assert records == bench.run("eviction", config=CONFIG)  # it is exact
     at = lambda metric, arm, host, disk: next(
         r["value"]
         for r in records

@@ -52,11 +52,11 @@ def run(config: Config) -> list[dict]:
                 f"{statistics.mean(best):.1%}", f"{statistics.mean(more):+.1%}", f"{sum(a > 0 for a in more)}",
             ])  # fmt: skip
             at = {"config": config.name, "arm": name, "host_share": host / 20, "disk_share": disk / 20}
-            records += [record("policy", f"{tier}_hit_rate", [rate[tier] for rate in rates], "ratio", **at)
+            records += [record("eviction", f"{tier}_hit_rate", [rate[tier] for rate in rates], "ratio", **at)
                         for tier in _TIERS]  # fmt: skip
-            records += [record("policy", "hit_rate", total, "ratio", **at),
-                        record("policy", "hit_ceiling", best, "ratio", **at),
-                        record("policy", "hit_rate_beyond_lru", more, "ratio", **at)]  # fmt: skip
+            records += [record("eviction", "hit_rate", total, "ratio", **at),
+                        record("eviction", "hit_ceiling", best, "ratio", **at),
+                        record("eviction", "hit_rate_beyond_lru", more, "ratio", **at)]  # fmt: skip
     title = f"{config.name}: {CONVERSATIONS} conversations, {SEEDS} seeds; host and disk as shares of all that is kept"
     tiers = [f"of {tier}" for tier in _TIERS]
     header = ["host", "disk", "policy", *tiers, "hits", "ceiling", "beyond lru", "seeds won"]

@@ -55,7 +55,7 @@ def run(
     trained = store.load_config(checkpoint).model if checkpoint else None
     for model in filter(None, (config.model, trained)):
         if "csa" not in model.layer_types:
-            raise UserError("suite 'live' is about csa layers, and this model has none; choose another")
+            raise UserError("suite 'host_kv' is about csa layers, and this model has none; choose another")
     contexts = _checked(config.model, contexts)
     sizes = memory(load(PUBLISHED).model)
     records = show_memory(sizes) + _speed(config, rounds, contexts)
@@ -135,7 +135,7 @@ def show_memory(sizes: dict[tuple[int, str], Bytes]) -> list[dict]:
             ("device_less", less, "share"), ("device_less_without_records", pages, "share"),
             ("device_less_target", target, "share"), ("fp8_less", 1 - plain.device / wide.device, "share"),
         ]:  # fmt: skip
-            records.append(record("live", metric, [value], unit, **at))
+            records.append(record("host_kv", metric, [value], unit, **at))
     header = ["context", "bf16 MiB", "fp8 MiB", "live: device", "host", "both", "device less", "without records",
               "target", "fp8 by bf16, apart"]  # fmt: skip
     print_table(f"{PUBLISHED}: the cache of one sequence, {SLOTS:,} copies a CSA layer, from live arrays", header, rows)
@@ -205,11 +205,11 @@ def _speed(config: Config, rounds: int, contexts: Sequence[int]) -> list[dict]:
             f"{statistics.median(ratio):.2f}x", "yes" if same else "no", f"{rate:.0%}",
         ])  # fmt: skip
         at = {"config": config.name, "context": context, "concurrency": ROWS, "precision": _FORMAT, "slots": slots}
-        records += [record("live", "decode_speed", each, "1/s", arm=name, **at) for name, each in speed.items()]
+        records += [record("host_kv", "decode_speed", each, "1/s", arm=name, **at) for name, each in speed.items()]
         records += [
-            record("live", "decode_speed_kept", ratio, "ratio", **at),
-            record("live", "same_bits", [float(same)], "share", **at),
-            record("live", "hit_rate", [rate], "share", source="random", **at),
+            record("host_kv", "decode_speed_kept", ratio, "ratio", **at),
+            record("host_kv", "same_bits", [float(same)], "share", **at),
+            record("host_kv", "hit_rate", [rate], "share", source="random", **at),
         ]
     title = f"{config.name}: decoding {ROWS} sequences, {slots:,} copies a CSA layer, {_FORMAT}, {rounds} rounds"
     header = ["context", "tokens/s, all on the device", "live", "speed kept", "same bits", "found on the device"]
@@ -256,7 +256,7 @@ def _show_hits(name: str, model: Model, hits: dict[int, tuple[float, bool]]) -> 
     for slots, (rate, same) in hits.items():
         rows.append([f"{slots:,}", f"{slots / entries:.0%}", f"{rate:.1%}", "yes" if same else "no"])
         at = {"config": name, "context": TEXT, "concurrency": 1, "slots": slots}
-        records.append(record("live", "hit_rate", [rate], "share", source="trained", same_tokens=same, **at))
+        records.append(record("host_kv", "hit_rate", [rate], "share", source="trained", same_tokens=same, **at))
     title = f"{name}, trained: {ASKED} tokens of its own text after {TEXT - ASKED:,}, topk {model.indexer.index_topk}"
     print_table(title, ["copies a layer", "of all entries", "picks found on the device", "same tokens"], rows)
     return records

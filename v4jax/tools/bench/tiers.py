@@ -1,4 +1,4 @@
-"""What the tiers below the device are worth: device memory of one long sequence (suite 'live' says more about that), a
+"""What the tiers below the device are worth: device memory of one long sequence (suite 'host_kv' says more about that), a
 restart with a warm disk, and many conversations on little memory.
 
 All arms share weights and requests. Their tokens are compared: times and hits may differ, answers should not (without

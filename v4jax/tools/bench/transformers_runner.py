@@ -1,4 +1,4 @@
-"""What suite `peer` measures of transformers."""
+"""What suite `vs_transformers` measures of transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TransformersRunner:
             from transformers.utils import logging
         except ImportError as error:
             raise UserError(
-                f"suite 'peer' needs torch and transformers ({error}); install them beside v4jax"
+                f"suite 'vs_transformers' needs torch and transformers ({error}); install them beside v4jax"
             ) from error
         logging.disable_progress_bar()
         torch.set_num_threads(os.cpu_count())

@@ -1,4 +1,4 @@
-"""What suite `peer` measures of v4jax."""
+"""What suite `vs_transformers` measures of v4jax."""
 
 from __future__ import annotations
 

@@ -103,10 +103,10 @@ def _report(config: Config, seconds, limits) -> list[dict]:
             "precision": "float32",
         }
         for name, values in taken.items():
-            records.append(record("peer", f"{what}_time", [v * scale for v in values], unit, arm=name, **at))
-        records.append(record("peer", f"{what}_speedup", ratios, "ratio", arm=f"{THEIRS}/{OURS}", **at))
+            records.append(record("vs_transformers", f"{what}_time", [v * scale for v in values], unit, arm=name, **at))
+        records.append(record("vs_transformers", f"{what}_speedup", ratios, "ratio", arm=f"{THEIRS}/{OURS}", **at))
     for name, value in limits.items():
-        records.append(record("peer", name, [value], name.split("_")[0] + "/s", config="machine"))
+        records.append(record("vs_transformers", name, [value], name.split("_")[0] + "/s", config="machine"))
     print_table(
         f"{config.name}, float32, {os.cpu_count()} CPU threads", ["what", "tokens", OURS, THEIRS, "speed-up"], rows
     )
