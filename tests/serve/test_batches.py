@@ -140,7 +140,7 @@ def test_shapes_are_few(model, monkeypatch):
         return heads, (SamplerOutput(np.full((B, 1), 7), np.full((B, 1), True)), np.full(B, 1))
 
     monkeypatch.setattr(model_steps, "logits", lambda *args: np.zeros((1, 1, 1)))
-    monkeypatch.setattr(model_steps, "copy", lambda structure, live, *args: live)
+    monkeypatch.setattr(model_steps, "copy_state", lambda structure, live, *args: live)
     for name, fake in [("prefill", prefill), ("decode", decode), ("draw", draw)]:
         monkeypatch.setattr(model_steps, name, fake)
     limited = Engine(model, config.Serve(max_num_seqs=6, max_model_len=400, max_num_batched_tokens=100))
@@ -159,7 +159,7 @@ def test_shapes_are_few(model, monkeypatch):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 6, 9])
-@pytest.mark.parametrize("how", ["cancel", "finish"])
+@pytest.mark.parametrize("how", ["abort_request", "finish_request"])
 def test_ending_early_frees_its_pages(engine, steps, how):
     engine.add_request("a", LONG[:300], GREEDY)
     for _ in range(steps):

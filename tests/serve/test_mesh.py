@@ -52,7 +52,7 @@ def test_every_request_gets_what_it_gets_alone(meshed, plain):
     for late, request in enumerate(asked):
         request.join = 2 * late
     homes = []
-    place = lambda engine: [sum(map(bool, s.sequences)) for s in engine.schedulers]
+    place = lambda engine: [sum(map(bool, s.requests)) for s in engine.schedulers]
     step = meshed.step
     meshed.step = lambda: homes.append(place(meshed)) or step()
     answers = drive(meshed, asked)
@@ -147,16 +147,16 @@ def test_what_one_device_let_go_comes_back_on_any(meshed, model, plain, tmp_path
 def pools(engine):
     """Pages of each device."""
     return [
-        shard.data for leaf in jax.tree.leaves(engine._kv_caches.layers[-1][-1].main) for shard in leaf.addressable_shards
+        shard.data for leaf in jax.tree.leaves(engine._kv_caches.layers[-1][-1].entries) for shard in leaf.addressable_shards
     ]
 
 
 @pytest.mark.parametrize("where, limits, cache, says", [
-    (dict(layout="serve", count=4, tensor=2), {}, {}, "else over tensor"),
-    (dict(layout="fsdp"), {}, {}, "take layout 'serve'"),
+    (dict(rules="serve", count=4, tensor=2), {}, {}, "else over tensor"),
+    (dict(rules="fsdp"), {}, {}, "take layout 'serve'"),
     (dict(count=3), {}, {}, "4 experts cannot be split over 3 devices"),
     ({}, {"batch_invariant": True}, {}, "batch_invariant needs an engine on one device"),
-    ({}, {}, {"hot": 64}, "cache hot needs an engine on one device"),
+    ({}, {}, {"kv_device_entries": 64}, "cache hot needs an engine on one device"),
 ])  # fmt: skip
 def test_what_cannot_be_is_one_line(model, where, limits, cache, says):
     with pytest.raises(UserError, match=says):

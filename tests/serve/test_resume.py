@@ -24,8 +24,8 @@ ASKED = [Request(PROMPT, SamplingParams(temperature=0.0, max_tokens=24, logprobs
 
 # Leaves of the small model's cache, by what they belong to.
 RINGS = [f".layers[{i}][0].window_ring_ZSH" for i in range(3)]
-TAILS = [".layers[1][0].tails['main']", ".layers[1][0].tails['index']", ".layers[2][0].tails['main']"]
-POOLS = [".layers[1][0].main", ".layers[1][0].index", ".layers[2][0].main"]
+TAILS = [".layers[1][0].compressor_state['main']", ".layers[1][0].compressor_state['index']", ".layers[2][0].compressor_state['main']"]
+POOLS = [".layers[1][0].entries", ".layers[1][0].index_keys", ".layers[2][0].entries"]
 
 
 def leaves(engine):
