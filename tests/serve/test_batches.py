@@ -88,7 +88,7 @@ def test_without_a_seed_every_answer_is_another(engine):
 def test_nothing_is_compiled_again_for_the_same_buckets(model, engine):
     """Other prompts, lengths, values of the same options, prefix hits, preemption; and another engine."""
     compiled = {name: value for name, value in vars(model_steps).items() if hasattr(value, "_cache_size")}
-    assert {"prefill", "decode", "draw", "logits", "copy", "draft"} <= set(compiled)
+    assert {"prefill", "decode", "sample_tokens", "logits", "copy_state", "propose_draft"} <= set(compiled)
     every_size = [RNG.integers(3, MODEL.vocab_size, size).tolist() for size in chunk_sizes(LIMITS.max_num_batched_tokens)]
     for prompts in ([*PROMPTS, LONG[:300]], PROMPTS[:1], PROMPTS[:2], every_size):
         tokens_of(engine, prompts, GREEDY)
@@ -141,7 +141,7 @@ def test_shapes_are_few(model, monkeypatch):
 
     monkeypatch.setattr(model_steps, "logits", lambda *args: np.zeros((1, 1, 1)))
     monkeypatch.setattr(model_steps, "copy_state", lambda structure, live, *args: live)
-    for name, fake in [("prefill", prefill), ("decode", decode), ("draw", draw)]:
+    for name, fake in [("prefill", prefill), ("decode", decode), ("sample_tokens", draw)]:
         monkeypatch.setattr(model_steps, name, fake)
     limited = Engine(model, config.Serve(max_num_seqs=6, max_model_len=400, max_num_batched_tokens=100))
     tokens_of(limited, [[5] * n for n in (1, 16, 17, 65, 100, 230)], dataclasses.replace(GREEDY, max_tokens=20))
