@@ -127,7 +127,7 @@ def test_what_one_device_let_go_comes_back_on_any(meshed, model, plain, tmp_path
     """Two rounds of conversations that the devices cannot hold, one more after a restart on one device."""
     prompts = [prompt(2 * BLOCK - 5) for _ in range(6)]
     expected = [tokens_of(plain, [each], GREEDY)[0] for each in prompts]
-    below = {"disk": 1 << 30, "directory": str(tmp_path), "deadline": 60.0}
+    below = {"kv_disk_bytes": 1 << 30, "kv_dir": str(tmp_path), "kv_load_timeout_s": 60.0}
     where = {"host": 1 << 30} | below
     for places_of, cache, restored in ((on(), where, 0), (None, below, 1)):
         engine = Engine(model, LIMITS, dataclasses.replace(CACHE, **cache), places_of)

@@ -181,11 +181,11 @@ def test_what_training_offloads_and_rounds_is_planned_for():
     streams = found("v5p:8x8x8", offload=("streams",))
     away = plain.device_bytes["activations"] - streams.device_bytes["activations"]
     assert 0 < away < (streams.host_bytes - plain.host_bytes) / 4 < 1.2 * away
-    rounded = found("v5p:8x8x8", expert_weights="mxfp4")
+    rounded = found("v5p:8x8x8", expert_weight_format="mxfp4")
     assert rounded.device_bytes["gathered"] > plain.device_bytes["gathered"] and rounded.seconds == plain.seconds
     # Attention, the shared experts and nothing else of the products is in FP8, and on GPUs alone.
-    assert found("v5p:8x8x8", matmul="fp8").seconds == plain.seconds
-    bf16, fp8 = (found("h100:512", matmul=how).seconds["compute"] for how in ("plain", "fp8"))
+    assert found("v5p:8x8x8", matmul_precision="fp8").seconds == plain.seconds
+    bf16, fp8 = (found("h100:512", matmul_precision=how).seconds["compute"] for how in ("plain", "fp8"))
     assert 0.5 * bf16 < fp8 < bf16
 
 
@@ -207,7 +207,7 @@ def recorded() -> dict[tuple, list[dict]]:
 def test_the_closed_form_is_near_the_compiler(key):
     (name, place, mode, context, rows, hot), records = key, recorded()[key]
     config, place, work = config_lib.load(name), parse(place), Workload(mode, context, rows)
-    config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, device_entries=hot))
+    config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, kv_device_entries=hot))
     mesh = default_mesh(config, place, work)
     found = estimate(config, place, mesh, work)
     [total] = values(records, "device_bytes", part="total")

@@ -65,7 +65,7 @@ def test_falling_losses_and_slow_growth_are_no_spikes_and_factor_zero_takes_ever
 @pytest.fixture
 def small(config):
     """One layer, for what is compiled here is not what is tested."""
-    return with_train(one_layer(config), spike="skip", spike_factor=0.0, spike_patience=2, steps=7, log_every=1)
+    return with_train(one_layer(config), spike_action="skip", spike_factor=0.0, spike_patience=2, steps=7, log_every=1)
 
 
 class Poisoned(SgdTrainer):
@@ -143,7 +143,7 @@ def test_a_skipped_step_changes_nothing(small, monkeypatch):
 
 def test_a_rollback_goes_on_with_the_data_after_it(run):
     """Batches 5 and 6 are bad: after checkpoint 3, two in a row are too many, so steps 4 to 7 use batches 7 to 10."""
-    records, raised = run((5, 6), spike="rollback")
+    records, raised = run((5, 6), spike_action="rollback")
     assert raised is None and [r["rolled_back_from"] for r in records if "rolled_back_from" in r] == [6]
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 8))
     assert all(r.get("skipped", 0) == 0 for r in records)
@@ -158,7 +158,7 @@ def test_too_many_skipped_steps_end_the_run_with_one_line(run, capfd):
 
 
 def test_a_run_that_goes_back_again_and_again_gives_up(run):
-    records, raised = run(tuple(range(5, 40)), spike="rollback")
+    records, raised = run(tuple(range(5, 40)), spike_action="rollback")
     assert "3 times the run went back to step 3 and spiked again" in raised
 
 
@@ -168,24 +168,24 @@ def test_a_run_that_goes_back_again_and_again_gives_up(run):
 def test_a_checkpoint_is_finite_or_is_not_finished(run, tmp_path, monkeypatch, trainer, says):
     monkeypatch.setattr(loop, "Trainer", trainer)
     monkeypatch.setattr(trainer, "bad", (6,))
-    _, raised = run((), spike="off")
+    _, raised = run((), spike_action="off")
     assert re.match(f".*{says}.*the last good checkpoint is step 3$", raised)
     assert finished_steps(tmp_path / "run") == [3]
     monkeypatch.setattr(trainer, "bad", ())
-    records, raised = run((), spike="off")
+    records, raised = run((), spike_action="off")
     assert raised is None and finished_steps(tmp_path / "run")[-1] == 7
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 8))
 
 
 def test_before_the_first_checkpoint_none_is_called_good(run, tmp_path):
-    _, raised = run((3,), spike="off")
+    _, raised = run((3,), spike_action="off")
     assert raised.endswith("there is no checkpoint yet") and finished_steps(tmp_path / "run") == []
 
 
 def test_an_update_that_overflows_is_rolled_back(run, monkeypatch):
     monkeypatch.setattr(loop, "Trainer", BadUpdate)
     monkeypatch.setattr(BadUpdate, "bad", (6,))
-    records, raised = run((), spike="rollback")
+    records, raised = run((), spike_action="rollback")
     assert raised is None and [r["rolled_back_from"] for r in records if "rolled_back_from" in r] == [6]
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 8))
 
@@ -203,7 +203,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_resumed(run, small, tmp_path):
 
 
 @pytest.mark.parametrize("train, complaint", [
-    ({"spike": "jump"}, "train.spike_action is 'jump'; one of off, skip, rollback"),
+    ({"spike_action": "jump"}, "train.spike_action is 'jump'; one of off, skip, rollback"),
     ({"spike_window": 0}, "train.spike_window must be at least 1"),
     ({"spike_factor": -1.0}, "train.spike_factor must be at least 0"),
     ({"hang_timeout_s": -2.0}, "train.hang_timeout_s must be at least 0"),

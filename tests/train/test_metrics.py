@@ -39,7 +39,7 @@ def scalars(workdir) -> set[tuple[str, int]]:
 def test_rates_and_speed_are_recorded_and_junk_is_not(config, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "Trainer", SgdTrainer)
     monkeypatch.setattr(loop, "baselines", lambda corpus: {"xz": 2.0, "xz_kind": "alone", "trigram": 3.0})
-    config = with_train(one_layer(config), lr=0.02, adam_lr=0.01, spike="skip")
+    config = with_train(one_layer(config), lr=0.02, adam_lr=0.01, spike_action="skip")
     loop.train(config, str(tmp_path))
     steps = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "loss" in record]
     for name in ("lr", "adam_lr"):

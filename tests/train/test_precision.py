@@ -50,7 +50,7 @@ def train(config):
 
 def test_losses_in_fp8_with_fp4_experts_stay_near_those_of_float32_and_an_export_loses_nothing(tmp_path):
     plain, _, _ = train(small())
-    config = small(matmul="fp8", expert_weights="mxfp4")
+    config = small(matmul_precision="fp8", expert_weight_format="mxfp4")
     losses, trainer, state = train(config)
     assert plain[-1] < plain[0] - 1
     assert 0 < np.abs(losses - plain).max() < CLOSE
@@ -100,11 +100,11 @@ def test_fp8_blocks_hold_fp4_numbers_without_loss():
 
 
 @pytest.mark.parametrize("change, complaint", [
-    ({"matmul": "fp4"}, "train.matmul_precision is 'fp4'; one of plain, fp8"),
-    ({"expert_weights": "fp8"}, "train.expert_weight_format is 'fp8'; one of plain, mxfp4"),
+    ({"matmul_precision": "fp4"}, "train.matmul_precision is 'fp4'; one of plain, fp8"),
+    ({"expert_weight_format": "fp8"}, "train.expert_weight_format is 'fp8'; one of plain, mxfp4"),
 ])  # fmt: skip
 def test_unknown_formats_are_named(change, complaint):
     with pytest.raises(UserError, match=complaint):
         validate(small(**change))
     with pytest.raises(UserError, match="groups of 32, and model.moe.moe_intermediate_size is 16"):
-        validate(with_train(micro_config("unused"), expert_weights="mxfp4"))
+        validate(with_train(micro_config("unused"), expert_weight_format="mxfp4"))

@@ -14,7 +14,7 @@ from v4jax.train.trainer import Trainer
 
 @pytest.fixture
 def config():
-    config = micro_config("unused", spike="rollback", remat=True)
+    config = micro_config("unused", spike_action="rollback", remat=True)
     moe = MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, num_hash_layers=0)
     model = dataclasses.replace(config.model, layer_types=("swa",), num_nextn_predict_layers=0, moe=moe)
     return dataclasses.replace(config, model=model)

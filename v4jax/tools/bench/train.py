@@ -70,21 +70,21 @@ def _parts(config: Config, rounds: int, at: dict) -> list[dict]:
 def options(config: Config) -> dict[str, Config]:
     """The config as it is without options, then with one at a time; on a mesh it is one device's."""
     train, alone, mesh = config.train, Mesh(), Mesh(rules="fsdp")
-    bare = dict(remat=False, offload=(), matmul="plain", expert_weights="plain", spike="off")
+    bare = dict(remat=False, offload=(), matmul_precision="plain", expert_weight_format="plain", spike_action="off")
     made = lambda mesh=alone, **changes: dataclasses.replace(
         config, mesh=mesh, train=dataclasses.replace(train, **bare | changes)
     )
     ways = {
         "plain": made(),
         "sharded, one device": made(mesh),
-        "spike guard": made(spike="skip"),
+        "spike guard": made(spike_action="skip"),
         "remat": made(remat=True),
         "optimizer in host memory": made(mesh, offload=("optimizer",)),
         "remat, streams in host memory": made(mesh, remat=True, offload=("streams",)),
-        "fp8 products": made(matmul="fp8"),
+        "fp8 products": made(matmul_precision="fp8"),
     }
     if config.model.hidden_size % 32 == config.model.moe.moe_intermediate_size % 32 == 0:
-        ways["mxfp4 experts"] = made(expert_weights="mxfp4")
+        ways["mxfp4 experts"] = made(expert_weight_format="mxfp4")
     return ways
 
 
