@@ -54,10 +54,10 @@ def test_bounds_are_read_and_judged(monkeypatch, tmp_path):
         with pytest.raises(UserError, match="is not NAME=NUMBER"):
             kv_quant._bounds(wrong)
     record = {"metric": "top1", "value": 0.4, "bound": 0.99, "holds": False}
-    monkeypatch.setattr(kv_quant, "run", lambda checkpoint, layout="fp8": [record])
+    monkeypatch.setattr(kv_quant, "run", lambda checkpoint, kv_cache_dtype="fp8": [record])
     out = tmp_path / "x.json"
     with pytest.raises(UserError, match=r"beyond its bounds: top1 0.4 \(bound 0.99\)"):
-        evals.run("fp8", "DIR", json=str(out))
+        evals.run("kv_quant", "DIR", json=str(out))
     assert out.is_file()
     with pytest.raises(UserError, match="suite 'fp8' has no --depth"):
-        evals.run("fp8", "DIR", depth=3)
+        evals.run("kv_quant", "DIR", depth=3)

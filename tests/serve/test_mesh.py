@@ -77,9 +77,9 @@ def test_what_a_device_knows_is_asked_of_that_device(meshed):
 def test_experts_are_split_and_the_cache_is_each_device_s_own(meshed):
     split = {leaf.sharding.spec for leaf in meshed._weights if leaf.sharding.shard_shape(leaf.shape) != leaf.shape}
     assert {(spec[0], len(spec)) for spec in split} == {("expert", 4), ("expert", 3)}  # EUDF and EFD
-    for leaf in jax.tree.leaves((meshed._live, meshed._heads, meshed._device_tables)):
+    for leaf in jax.tree.leaves((meshed._kv_caches, meshed._decode_state, meshed._device_tables)):
         assert not leaf.size or leaf.sharding.shard_shape(leaf.shape)[0] * DEVICES == leaf.shape[0]
-    one = Engine(meshed._structure.model(meshed._weights), LIMITS, CACHE, on())
+    one = Engine(meshed._model_def.model(meshed._weights), LIMITS, CACHE, on())
     assert all(a is b for a, b in zip(one._weights, meshed._weights, strict=True))  # no second copy
     assert one.stats()["kv_bytes"] == meshed.stats()["kv_bytes"]
 
@@ -128,7 +128,7 @@ def test_what_one_device_let_go_comes_back_on_any(meshed, model, plain, tmp_path
     prompts = [prompt(2 * BLOCK - 5) for _ in range(6)]
     expected = [tokens_of(plain, [each], GREEDY)[0] for each in prompts]
     below = {"kv_disk_bytes": 1 << 30, "kv_dir": str(tmp_path), "kv_load_timeout_s": 60.0}
-    where = {"host": 1 << 30} | below
+    where = {"kv_host_bytes": 1 << 30} | below
     for places_of, cache, restored in ((on(), where, 0), (None, below, 1)):
         engine = Engine(model, LIMITS, dataclasses.replace(CACHE, **cache), places_of)
         for again in (0, 1):
@@ -152,8 +152,8 @@ def pools(engine):
 
 
 @pytest.mark.parametrize("where, limits, cache, says", [
-    (dict(rules="serve", count=4, tensor=2), {}, {}, "else over tensor"),
-    (dict(rules="fsdp"), {}, {}, "take layout 'serve'"),
+    (dict(layout="serve", count=4, tensor=2), {}, {}, "else over tensor"),
+    (dict(layout="fsdp"), {}, {}, "take layout 'serve'"),
     (dict(count=3), {}, {}, "4 experts cannot be split over 3 devices"),
     ({}, {"batch_invariant": True}, {}, "batch_invariant needs an engine on one device"),
     ({}, {}, {"kv_device_entries": 64}, "cache hot needs an engine on one device"),

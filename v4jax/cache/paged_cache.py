@@ -129,7 +129,7 @@ class PagedEntryReader:
             return self._gather(self.entries, slot_BTK), self
         wanted_BTK = (pick_BTK >= 0) & ~self.pending_entries.at(slot_BTK, self.entries.shape[0])[0]
         hot, row_BTK = self.device_cache.fetch(self.entries, *self._physical(self.entries, slot_BTK), wanted_BTK)
-        rows = hot.rows.take(jnp.zeros_like(row_BTK), row_BTK, self.dtype)
+        rows = hot.rows.gather(jnp.zeros_like(row_BTK), row_BTK, self.dtype)
         return self._overlay_pending(rows, slot_BTK), dataclasses.replace(self, device_cache=hot)
 
     def gather_index_keys(self, pick_BTK):
