@@ -59,5 +59,5 @@ def test_bounds_are_read_and_judged(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"beyond its bounds: top1 0.4 \(bound 0.99\)"):
         evals.run("kv_quant", "DIR", json=str(out))
     assert out.is_file()
-    with pytest.raises(UserError, match="suite 'fp8' has no --depth"):
+    with pytest.raises(UserError, match="suite 'kv_quant' has no --depth"):
         evals.run("kv_quant", "DIR", depth=3)
