@@ -241,7 +241,7 @@ def test_mistakes_are_one_line(capsys, argv, says):
     ("train.step=3", "did you mean --config.train.steps?"),
     ("trane.steps=3", "did you mean --config.train.steps?"),
     ("steps=3", "did you mean --config.train.steps?"),
-    ("model.moe.expert=3", "did you mean --config.model.moe.n_routed_experts?"),
+    ("model.moe.n_routed_expert=3", "did you mean --config.model.moe.n_routed_experts?"),
     ("qqq=3", "groups: cache, data, mesh, model"),
     ("train=3", "is a group"),
     ("train.steps=abc", "--config.train.steps=abc is not an integer"),
@@ -256,7 +256,7 @@ def test_mistakes_are_one_line(capsys, argv, says):
     ("cache.kv_eviction_policy=foo", "cache.kv_eviction_policy is 'foo'; one of s3fifo, lru"),
     ("cache.kv_disk_bytes=100", "cache.kv_disk_bytes and cache.kv_dir go together"),
     ("serve.max_num_batched_tokens=0", "serve.max_num_batched_tokens must be at least 1"),
-    ("serve.quantization=fp7", "serve.quantization is 'fp7'; one of model, fp8"),
+    ("serve.quantization=fp7", "serve.quantization is 'fp7'; one of none, fp8"),
     ("data.source=\x1b[2J", "data.source is '\\x1b[2J', and must be a line"),
 ])  # fmt: skip
 def test_wrong_overrides_are_one_line(capsys, config, override, says):
@@ -358,7 +358,7 @@ def test_a_config_is_found_beside_its_file(capsys, config, monkeypatch):
 COMPLETIONS = [
     ("v4jax ", {"train", "generate", "convert", "plan", "bench", "eval", "completion", "--help", "--version"}),
     ("v4jax tr", {"train"}), ("v4jax train --config=ti", {"tiny"}), ("v4jax train --wor", {"--workdir="}),
-    ("v4jax train --config.train.hang_s", {"--config.train.hang_timeout_s="}), ("v4jax bench --suite=tr", {"train"}),
+    ("v4jax train --config.train.hang_t", {"--config.train.hang_timeout_s="}), ("v4jax bench --suite=tr", {"train"}),
     ("v4jax generate --prompt=x --kv_eviction_policy=", {"s3fifo", "lru"}), ("v4jax generate --checkpoint=ru", set()),
     ("v4jax generate --co", {"--compilation_cache=", "--coordinator="}),
 ]  # fmt: skip

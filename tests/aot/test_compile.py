@@ -61,7 +61,7 @@ def test_decoding_with_entries_in_host_memory_copies_no_pool():
     topk = config.model.indexer.index_topk
     pools = {}
     for hot in (0, 4 * topk):
-        one = dataclasses.replace(config, cache=dataclasses.replace(config.cache, device_entries=hot, kv_cache_dtype="fp8"))
+        one = dataclasses.replace(config, cache=dataclasses.replace(config.cache, kv_device_entries=hot, kv_cache_dtype="fp8"))
         mesh = default_mesh(one, PLACE, work)
         pools[hot] = aot.compile_step(one, PLACE, mesh, work, "buffers")
         closed = estimate(one, PLACE, mesh, work)

@@ -81,8 +81,8 @@ def test_only_ratios_in_use_count():
 
 
 @pytest.mark.parametrize("block, complaint", [
-    (200, "cache block of 200 tokens is not a multiple of model.compress_rate_hca 128; take 256"),
-    (130, "cache block of 130 tokens is not a multiple of model.compress_rate_csa 4; take 256"),
+    (200, "cache.block_size of 200 tokens is not a multiple of model.compress_rate_hca 128; take 256"),
+    (130, "cache.block_size of 130 tokens is not a multiple of model.compress_rate_csa 4; take 256"),
     (-128, "model.compress_rate_csa 4; take 128"),
 ])  # fmt: skip
 def test_a_block_that_a_ratio_does_not_divide(block, complaint):
@@ -100,7 +100,7 @@ def test_layouts_that_cannot_be():
         KVCacheSpec(odd, "fp8_fp4")
     assert KVCacheSpec(odd, "fp8").key_bytes == 16
     KVCacheSpec(dataclasses.replace(odd, layer_types=("hca",)), "fp8_fp4")  # no keys, nothing to refuse
-    with pytest.raises(UserError, match="cache block of -1 tokens; take at least 1"):
+    with pytest.raises(UserError, match="cache.block_size of -1 tokens; take at least 1"):
         KVCacheSpec(dataclasses.replace(SMALL, layer_types=("swa",)), block=-1)
 
 

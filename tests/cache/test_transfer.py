@@ -170,6 +170,7 @@ def test_a_disk_that_hangs_is_given_up_and_the_breaker_opens(make):
         assert transfer.load(job) and not transfer.expired(job)
         while not transfer.expired(job):
             time.sleep(0.01)
+        transfer.give_up(job)
         assert job.num_loaded == 0
     assert fetched(transfer, names[3]) is None  # not even tried
     stats = transfer.stats()

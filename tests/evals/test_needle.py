@@ -92,8 +92,8 @@ def test_what_cannot_be_asked_is_said(toy, tmp_path):
         ({"contexts": ["many"]}, "--contexts=many is not a list of numbers"),
         ({"contexts": []}, "is not a list of numbers"),
         ({"contexts": [4096]}, f"--contexts=4096 and a question .* at most {4096 - QUESTION - VALUE}"),
-        ({"layout": "bf16"}, "--kv_cache_dtype=bf16 cannot be held against bf16"),
-        ({"layout": "int8"}, "one of model, fp8, fp8_fp4"),
+        ({"kv_cache_dtype": "bf16"}, "--kv_cache_dtype=bf16 cannot be held against bf16"),
+        ({"kv_cache_dtype": "int8"}, "one of auto, fp8, fp8_fp4"),
         ({"bounds": "accuracy"}, "bound 'accuracy' is not NAME=NUMBER with a name of accuracy, lost"),
     ]:
         with pytest.raises(UserError, match=message):

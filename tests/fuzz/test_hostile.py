@@ -107,10 +107,10 @@ def test_more_experts_than_the_weights_hold_is_told_at_once(changed):
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda v: v["config"]["cache"].update(policy="foo"), "cache.kv_eviction_policy is 'foo'; one of s3fifo, lru"),
+    (lambda v: v["config"]["cache"].update(kv_eviction_policy="foo"), "cache.kv_eviction_policy is 'foo'; one of s3fifo, lru"),
     (lambda v: v["config"]["train"].update(lr="fast"), "train.lr is 'fast', and must be a finite number"),
     (lambda v: v["config"]["serve"].update(max_num_seqs=2.0), "serve.max_num_seqs is 2.0, and must be a whole number"),
-    (lambda v: v["config"]["model"]["rope"].update(theta=1.0), "model.rope.rope_theta must be at least"),
+    (lambda v: v["config"]["model"]["rope"].update(rope_theta=1.0), "model.rope.rope_theta must be at least"),
     (lambda v: v["config"]["model"].update(o_groups=0), "model.o_groups must be at least 1, got 0"),
     (lambda v: v["config"]["model"].update(compress_rate_csa=0), "model.compress_rate_csa must be at least 1"),
     (lambda v: v["config"].update(name="\x1b]0;owned\x07"), "name is '\\x1b]0;owned\\x07', and must be a line"),

@@ -99,11 +99,11 @@ def test_llm_with_narrow_weights_equals_the_widened_model(tmp_path, model, narro
     from_disk = LLM(tmp_path / "hf", quantization="fp8", **options)
     assert of(from_disk) == of(LLM(model, quantization="fp8", **options)) == of(LLM(widened(narrow), **options))
     assert any(leaf.dtype == jnp.uint8 for leaf in from_disk.engine._weights)
-    with pytest.raises(UserError, match="serve.quantization is 'fp4'; one of model, fp8"):
+    with pytest.raises(UserError, match="serve.quantization is 'fp4'; one of none, fp8"):
         LLM(model, quantization="fp4")
 
 
 def test_a_narrow_model_is_not_saved(tmp_path, narrow):
-    with pytest.raises(UserError, match="precision fp8 cannot be saved"):
+    with pytest.raises(UserError, match="quantized to fp8 cannot be saved"):
         v4jax.save(narrow, tmp_path / "x")
     assert not (tmp_path / "x").exists()

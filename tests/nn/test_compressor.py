@@ -36,7 +36,7 @@ def _run(module, x):
     "kind, ratio, size", [("csa", 4, 16), ("csa", 4, 8), ("csa", 2, 16), ("hca", 16, 16), ("hca", 8, 16)]
 )
 def test_entries_are_the_specification(kind, ratio, size, length=37):
-    model, module, w = _compressor(kind, size, **{f"{kind}_ratio": ratio})
+    model, module, w = _compressor(kind, size, **{f"compress_rate_{kind}": ratio})
     x = np.random.RandomState(1).standard_normal((2, length, 12)).astype(np.float32)
     got, windows = _run(module, x)
     freq = reference.frequencies(model.rope, model.qk_rope_head_dim, True)

@@ -33,7 +33,7 @@ STEPS = 3000  # more than any run here takes
 @contextlib.contextmanager
 def compiled(options):
     """The engine's programs under other compiler options than the tests' (tests/compiler.py)."""
-    static = {"prefill": (0, 2), "decode": ((0, 5), 2), "draw": ((0, 5, 6), 2)}
+    static = {"prefill": (0, 2), "decode": ((0, 5), 2), "sample_tokens": ((0, 5, 6), 2)}
     with pytest.MonkeyPatch.context() as patch:
         for name, (numbers, donated) in static.items():
             function = getattr(model_steps, name).__wrapped__
@@ -65,7 +65,7 @@ class Request:
     salt: str = ""
     join: int = 0
     leave: int | None = None
-    how: str = "cancel"
+    how: str = "abort_request"
 
 
 @dataclass
@@ -83,13 +83,13 @@ def new_books(engine, pages=None, records=16, chunk=None, snapshot_interval_bloc
     """Forget all that the engine has cached; its arrays keep what they hold, so whatever is read unwritten is wrong."""
     assert not engine.busy
     old, slots = engine.schedulers[0], engine.limits.max_num_seqs
-    room = engine._kv_caches.layers[-1][-1].main.shape[0]
+    room = engine._kv_caches.layers[-1][-1].entries.shape[0]
     assert pages is None or pages < room
     blocks = BlockPool(pages + 1 if pages else room, range(slots + 1, slots + 1 + records))
     engine.schedulers[0] = Scheduler(
-        blocks, slots, old.block, chunk or (old.block if old.replay else engine.limits.max_num_batched_tokens),
+        blocks, slots, old.block_size, chunk or (old.block_size if old.deterministic_replay else engine.limits.max_num_batched_tokens),
         snapshot_interval_blocks=snapshot_interval_blocks,
-        lookahead=old.lookahead, replay=old.replay,
+        lookahead=old.num_lookahead_tokens, replay=old.deterministic_replay, kv_connector=old.kv_connector,
     )  # fmt: skip
 
 

@@ -73,38 +73,38 @@ class World:
         return plan
 
     def _prefill(self, chunk, table):
-        row, start, end = chunk.sequence, chunk.start, chunk.start + chunk.count
+        row, start, end = chunk.request, chunk.start, chunk.start + chunk.count
         salt = self.salts[row.id]
         if row.id not in self.admitted:
             self.admitted.append(row.id)
         if start == 0:
-            self.record[row.slot] = (salt, []), 0
-        (whose, before), written = self.record[row.slot]
+            self.record[row.state_slot] = (salt, []), 0
+        (whose, before), written = self.record[row.state_slot]
         assert chunk.count > 0 and (whose, before[:start]) == (salt, row.tokens[:start]), "another one's record"
         assert written - start <= self.scheduler.rollback_tokens, "the rings do not reach back"
         self._read(table, salt, row.tokens[:start])
         for position in range(start, end):
             self._write(row, table, position, (salt, row.tokens[: position + 1]))
-        self.record[row.slot] = (salt, row.tokens[:end]), max(written, end)
-        self.next[row.slot] = sample(salt, row.tokens[:end])
-        return [self.next[row.slot]] if chunk.last else []
+        self.record[row.state_slot] = (salt, row.tokens[:end]), max(written, end)
+        self.next[row.state_slot] = sample(salt, row.tokens[:end])
+        return [self.next[row.state_slot]] if chunk.last else []
 
     def _decode(self, decode, table):
-        row, more = decode.sequence, self.scheduler.num_lookahead_tokens
-        (salt, tokens), written = self.record[row.slot]
+        row, more = decode.request, self.scheduler.num_lookahead_tokens
+        (salt, tokens), written = self.record[row.state_slot]
         position, accepted = len(tokens), self.random.randint(0, more)
-        assert decode.position <= position <= decode.position + row.ahead * more, "the host lost count"
+        assert decode.position <= position <= decode.position + row.num_inflight_decodes * more, "the host lost count"
         assert salt == self.salts[row.id] and written - position <= self.scheduler.rollback_tokens
         self._read(table, salt, tokens)
-        tokens = [*tokens, self.next[row.slot]]
+        tokens = [*tokens, self.next[row.state_slot]]
         gained = [sample(salt, tokens)]
         for _ in range(accepted):
             tokens.append(gained[-1])
             gained.append(sample(salt, tokens))
         for place in range(position, position + more + 1):  # rejected ones are written, too
             self._write(row, table, place, (salt, tokens[: place + 1]) if place < len(tokens) else "rejected")
-        self.record[row.slot] = (salt, tokens), max(written, position + more + 1)
-        self.next[row.slot] = gained[-1]
+        self.record[row.state_slot] = (salt, tokens), max(written, position + more + 1)
+        self.next[row.state_slot] = gained[-1]
         return gained
 
     def _read(self, table, salt, tokens):
@@ -120,7 +120,7 @@ class World:
             assert owners == [row.id], "others own the page, too"
             self.page[table[block]][place] = content
         else:
-            assert position >= row.limit - 1 + self.scheduler.num_lookahead_tokens, "a token that may count has no page"
+            assert position >= row.max_len - 1 + self.scheduler.num_lookahead_tokens, "a token that may count has no page"
 
     # --- the engine ------------------------------------------------------------------------------------------------
 
@@ -144,15 +144,15 @@ class World:
                 assert self.flight, "something waits, but nothing runs"
                 self.commit()
             self.check()
-        self.commit()
+        self.settled()
 
     # --- what must always hold -------------------------------------------------------------------------------------
 
     def check(self):
         self.scheduler.check_invariants()
         for plan, _, tables in self.flight:
-            for row in plan.sequences:  # what may still be written is still theirs
-                assert row.pages[: len(tables[row.id])] == tables[row.id] and row.slot
+            for row in plan.requests:  # what may still be written is still theirs
+                assert row.block_ids[: len(tables[row.id])] == tables[row.id] and row.state_slot
         gone = [s.arrival for s in self.scheduler.requests.values() if s.status is RequestStatus.PREEMPTED]
         assert min(gone, default=10**9) > max((s.arrival for s in self.scheduler._active), default=0)
         size = self.scheduler.block_size
@@ -177,12 +177,12 @@ class World:
         assert self.admitted == sorted(self.admitted, key=lambda id: self.everyone[id].arrival), "first come"
         for id, row in self.everyone.items():
             answer = solo(self.salts[id], row.prompt, row.max_tokens)
-            if row.state is RequestStatus.FINISHED:
+            if row.status is RequestStatus.FINISHED:
                 assert row.tokens == answer
             else:
-                assert row.state in (RequestStatus.ABORTED, RequestStatus.ERROR) and row.tokens == answer[: len(row.tokens)]
+                assert row.status in (RequestStatus.ABORTED, RequestStatus.ERROR) and row.tokens == answer[: len(row.tokens)]
 
 
 def decoded(plan):
     """Requests that a plan decodes a token of."""
-    return [row.sequence.id for row in plan.decode]
+    return [row.request.id for row in plan.decode]

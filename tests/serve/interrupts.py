@@ -87,7 +87,7 @@ def small_llm(model):
     """An LLM with a host tier and few pages."""
     limits = {name: getattr(LIMITS, name) for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens")}
     cache = config.Cache(kv_host_bytes=1 << 24, kv_load_timeout_s=LONG)
-    with LLM(model, tokenizer=Tokenizer(), cache=cache, **limits) as llm:
+    with LLM(model, tokenizer=Tokenizer(), **vars(cache), **limits) as llm:
         small_books(llm.engine)
         yield llm
 

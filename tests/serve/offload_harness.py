@@ -6,7 +6,7 @@ from tests.cache.faulty_files import FaultyFiles
 from tests.serve.engine_harness import LIMITS, check_settled, drive, new_books
 from v4jax import config
 from v4jax.cache.offload.disk_tier import DiskTier
-from v4jax.serve import kv_connector
+from v4jax.serve import offload_connector
 from v4jax.serve.engine import Engine
 
 LONG = 60.0  # seconds: no test waits so long
@@ -15,8 +15,6 @@ LONG = 60.0  # seconds: no test waits so long
 def small_books(engine, pages=3, **books):
     """New books of a few pages, three of which hold any one request."""
     new_books(engine, pages=pages, **books)
-    if engine.kv_connector is not None:
-        engine.kv_connector.attach(engine.schedulers)
 
 
 @contextlib.contextmanager
@@ -36,14 +34,14 @@ def tiered(
     **books,
 ):
     """An engine that is closed at the end. files: the file system of its disk tier."""
-    with_disk = {"directory": str(directory), "disk": disk} if directory is not None else {}
+    with_disk = {"kv_dir": str(directory), "kv_disk_bytes": disk} if directory is not None else {}
     cache = config.Cache(kv_host_bytes=host, kv_load_timeout_s=deadline, kv_cache_dtype=layout, kv_admission_policy=admission, kv_device_entries=hot, **with_disk)
-    opened = kv_connector.DiskTier
-    kv_connector.DiskTier = lambda *args, **kwargs: DiskTier(*args, files=files or FaultyFiles(), **kwargs)
+    opened = offload_connector.DiskTier
+    offload_connector.DiskTier = lambda *args, **kwargs: DiskTier(*args, files=files or FaultyFiles(), **kwargs)
     try:
         engine = Engine(model, limits, cache)
     finally:
-        kv_connector.DiskTier = opened
+        offload_connector.DiskTier = opened
     small_books(engine, pages, **books)
     try:
         yield engine

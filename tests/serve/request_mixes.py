@@ -49,7 +49,7 @@ def companies(draw, logprobs=(None,)):
             logprobs=draw(st.sampled_from(logprobs)),
         )
         join, leave = draw(st.sampled_from([0, 0, 1, 5, 14])), draw(st.sampled_from([None, None, None, 2, 9, 20]))
-        how = draw(st.sampled_from(["cancel", "finish"]))
+        how = draw(st.sampled_from(["abort_request", "finish_request"]))
         return Request(prompt, sampling, draw(st.sampled_from(["", "", "", "other"])), join, leave, how)
 
     return [one() for _ in range(draw(st.integers(2, 6)))]

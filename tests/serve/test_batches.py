@@ -90,7 +90,7 @@ def test_without_a_seed_every_answer_is_another(engine):
 def test_nothing_is_compiled_again_for_the_same_buckets(model, engine):
     """Other prompts, lengths, values of the same options, prefix hits, preemption; and another engine."""
     compiled = {name: value for name, value in vars(model_steps).items() if hasattr(value, "_cache_size")}
-    assert {"prefill", "decode", "draw", "logits", "copy", "draft"} <= set(compiled)
+    assert {"prefill", "decode", "sample_tokens", "logits", "copy_state", "propose_draft"} <= set(compiled)
     every_size = [RNG.integers(3, MODEL.vocab_size, size).tolist() for size in chunk_sizes(LIMITS.max_num_batched_tokens)]
     for prompts in ([*PROMPTS, LONG[:300]], PROMPTS[:1], PROMPTS[:2], every_size):
         tokens_of(engine, prompts, GREEDY)
@@ -142,8 +142,8 @@ def test_shapes_are_few(model, monkeypatch):
         return heads, (SamplerOutput(np.full((B, 1), 7), np.full((B, 1), True)), np.full(B, 1))
 
     monkeypatch.setattr(model_steps, "logits", lambda *args: np.zeros((1, 1, 1)))
-    monkeypatch.setattr(model_steps, "copy", lambda structure, live, *args: live)
-    for name, fake in [("prefill", prefill), ("decode", decode), ("draw", draw)]:
+    monkeypatch.setattr(model_steps, "copy_state", lambda structure, live, *args: live)
+    for name, fake in [("prefill", prefill), ("decode", decode), ("sample_tokens", draw)]:
         monkeypatch.setattr(model_steps, name, fake)
     limited = Engine(model, config.Serve(max_num_seqs=6, max_model_len=400, max_num_batched_tokens=100))
     tokens_of(limited, [[5] * n for n in (1, 16, 17, 65, 100, 230)], dataclasses.replace(GREEDY, max_tokens=20))
@@ -161,7 +161,7 @@ def test_shapes_are_few(model, monkeypatch):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 6, 9])
-@pytest.mark.parametrize("how", ["cancel", "finish"])
+@pytest.mark.parametrize("how", ["abort_request", "finish_request"])
 def test_ending_early_frees_its_pages(engine, steps, how):
     engine.add_request("a", LONG[:300], GREEDY)
     for _ in range(steps):

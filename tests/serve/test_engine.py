@@ -75,10 +75,10 @@ def test_every_leaf_belongs_to_a_page_or_to_a_record(model):
     by_axis = {"pages": 0, "records": 0}
     kept = jax.tree.leaves(engine._kv_caches, is_leaf=lambda leaf: isinstance(leaf, PagedLayerCache))
     for one in kept:
-        for leaf in jax.tree.leaves((one.main, one.index)):
+        for leaf in jax.tree.leaves((one.entries, one.index_keys)):
             assert leaf.shape[0] == pages
             by_axis["pages"] += leaf.nbytes
-        for leaf in jax.tree.leaves((one.window_ring_ZSH, one.tails)):
+        for leaf in jax.tree.leaves((one.window_ring_ZSH, one.compressor_state)):
             assert leaf.shape[0] == records
             by_axis["records"] += leaf.nbytes
     assert all(isinstance(one, PagedLayerCache) for one in kept) and sum(by_axis.values()) == engine.stats()["kv_bytes"]
@@ -129,8 +129,8 @@ def test_what_the_pool_cannot_hold_is_one_line(model):
 @pytest.mark.parametrize("limits, cache, words", [
     ({"num_speculative_tokens": 1, "batch_invariant": True}, {}, "exclude each other"),
     ({"max_model_len": 5000}, {}, "exceeds model.max_position_embeddings"), ({"max_num_seqs": 0}, {}, "max_num_seqs must be at least 1"),
-    ({}, {"layout": "fp7"}, "cache.kv_cache_dtype is 'fp7'"), ({}, {"block": 30}, "not a multiple of model.compress_rate_csa 4"),
-    ({}, {"records": -1}, "cache.num_state_snapshots must be at least 0, got -1"),
+    ({}, {"kv_cache_dtype": "fp7"}, "cache.kv_cache_dtype is 'fp7'"), ({}, {"block_size": 30}, "not a multiple of model.compress_rate_csa 4"),
+    ({}, {"num_state_snapshots": -1}, "cache.num_state_snapshots must be at least 0, got -1"),
 ])  # fmt: skip
 def test_limits_that_cannot_be_kept_are_one_line(model, limits, cache, words):
     with pytest.raises(UserError, match=words):

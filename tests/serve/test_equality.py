@@ -111,7 +111,7 @@ class Drafted:
             return mtp, heads._replace(draft_ZK=jax.device_put(draft_ZK))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(model_steps, "draft", foretell)
+            patch.setattr(model_steps, "propose_draft", foretell)
             return drive(self.engine, asked)
 
 

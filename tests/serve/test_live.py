@@ -51,7 +51,7 @@ def far(layers):
 
 
 def test_every_bit_is_that_of_the_engine_with_all_on_the_device(near, far):
-    before, answers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(far._live)}, []
+    before, answers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(far._kv_caches)}, []
     for engine in (near, far):
         new_books(engine, pages=2, chunk=16)
         answers.append(drive(engine, crowded(3, sampling=BITS)))  # rows of different lengths, one must make room
@@ -61,7 +61,7 @@ def test_every_bit_is_that_of_the_engine_with_all_on_the_device(near, far):
             answers[-1] += drive(engine, [Request(BASES[0][:400], BITS)])
         assert engine.stats()["hits"] > 0
     assert answers[0] == answers[1]
-    leaves, stats = jax.tree.leaves(far._live), far.stats()
+    leaves, stats = jax.tree.leaves(far._kv_caches), far.stats()
     here = [leaf for leaf in leaves if not is_host(leaf)]
     assert {leaf.sharding.memory_kind for leaf in here} == {"device"}
     assert stats["kv_bytes"] == sum(leaf.nbytes for leaf in here)
@@ -104,12 +104,12 @@ def test_drafts_and_invariance_keep_every_bit(options, queries):
 
 
 @pytest.mark.parametrize("options, limits, complaint", [
-    (dict(hot=-1), {}, "cache.kv_device_entries must be at least 0, got -1"),
-    (dict(hot=LEAST - 1), {}, "4 sequences x 1 tokens x topk 4; give at least 16, or lower max_num_seqs"),
-    (dict(hot=LEAST), dict(max_num_seqs=5), "5 sequences x 1 tokens x topk 4; give at least 20"),
-    (dict(hot=3), dict(batch_invariant=True), "1 sequences x 1 tokens x topk 4; give at least 4"),
-    (dict(hot=LEAST, block=16), dict(max_model_len=16), "of no use with max_model_len 16"),
-    (dict(hot=LEAST, device=1000), {}, "one block of 256 tokens and the hot entries take"),
+    (dict(kv_device_entries=-1), {}, "cache.kv_device_entries must be at least 0, got -1"),
+    (dict(kv_device_entries=LEAST - 1), {}, "4 sequences x 1 tokens x topk 4; give at least 16, or lower max_num_seqs"),
+    (dict(kv_device_entries=LEAST), dict(max_num_seqs=5), "5 sequences x 1 tokens x topk 4; give at least 20"),
+    (dict(kv_device_entries=3), dict(batch_invariant=True), "1 sequences x 1 tokens x topk 4; give at least 4"),
+    (dict(kv_device_entries=LEAST, block_size=16), dict(max_model_len=16), "of no use with max_model_len 16"),
+    (dict(kv_device_entries=LEAST, kv_cache_memory_bytes=1000), {}, "one block of 256 tokens and the hot entries take"),
 ])  # fmt: skip
 def test_copies_that_cannot_be_are_one_line(layers, options, limits, complaint):
     with pytest.raises(UserError, match=complaint) as error:

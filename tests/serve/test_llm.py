@@ -368,8 +368,8 @@ def test_token_ids_do_without_a_tokenizer(model, outputs):
     ({"cache": {}}, "LLM has no option 'cache'"), ({"mesh": "serve"}, "give a MeshConfig"),
     ({"speculative_token": 1}, "LLM has no option 'speculative_token'; did you mean 'num_speculative_tokens'"),
     ({"num_speculative_tokens": 1, "batch_invariant": True}, "exclude each other"),
-    ({"cache": config.Cache(kv_cache_dtype="fp16")}, "cache.kv_cache_dtype is 'fp16'; one of"),
-    ({"cache": config.Cache(block_size=12)}, "block of 12 tokens is not a multiple of model.compress_rate_hca 8"),
+    ({"kv_cache_dtype": "fp16"}, "cache.kv_cache_dtype is 'fp16'; one of"),
+    ({"block_size": 12}, "block_size of 12 tokens is not a multiple of model.compress_rate_hca 8"),
 ], ids=str)  # fmt: skip
 def test_bad_limits_are_one_line(model, options, words):
     with pytest.raises(UserError, match=words):

@@ -54,7 +54,7 @@ def test_every_request_gets_what_it_gets_alone(meshed, plain):
     for late, request in enumerate(asked):
         request.join = 2 * late
     homes = []
-    place = lambda engine: [sum(map(bool, s.sequences)) for s in engine.schedulers]
+    place = lambda engine: [sum(map(bool, s.requests)) for s in engine.schedulers]
     step = meshed.step
     meshed.step = lambda: homes.append(place(meshed)) or step()
     answers = drive(meshed, asked)
@@ -79,9 +79,9 @@ def test_what_a_device_knows_is_asked_of_that_device(meshed):
 def test_experts_are_split_and_the_cache_is_each_device_s_own(meshed):
     split = {leaf.sharding.spec for leaf in meshed._weights if leaf.sharding.shard_shape(leaf.shape) != leaf.shape}
     assert {(spec[0], len(spec)) for spec in split} == {("expert", 4), ("expert", 3)}  # EUDF and EFD
-    for leaf in jax.tree.leaves((meshed._live, meshed._heads, meshed._device_tables)):
+    for leaf in jax.tree.leaves((meshed._kv_caches, meshed._decode_state, meshed._device_tables)):
         assert not leaf.size or leaf.sharding.shard_shape(leaf.shape)[0] * DEVICES == leaf.shape[0]
-    one = Engine(meshed._structure.model(meshed._weights), LIMITS, CACHE, on())
+    one = Engine(meshed._model_def.model(meshed._weights), LIMITS, CACHE, on())
     assert all(a is b for a, b in zip(one._weights, meshed._weights, strict=True))  # no second copy
     assert one.stats()["kv_bytes"] == meshed.stats()["kv_bytes"]
 
@@ -129,8 +129,8 @@ def test_what_one_device_let_go_comes_back_on_any(meshed, model, plain, tmp_path
     """Two rounds of conversations that the devices cannot hold, one more after a restart on one device."""
     prompts = [prompt(2 * BLOCK - 5) for _ in range(6)]
     expected = [tokens_of(plain, [each], GREEDY)[0] for each in prompts]
-    below = {"disk": 1 << 30, "directory": str(tmp_path), "deadline": 60.0}
-    where = {"host": 1 << 30} | below
+    below = {"kv_disk_bytes": 1 << 30, "kv_dir": str(tmp_path), "kv_load_timeout_s": 60.0}
+    where = {"kv_host_bytes": 1 << 30} | below
     for places_of, cache, restored in ((on(), where, 0), (None, below, 1)):
         engine = Engine(model, LIMITS, dataclasses.replace(CACHE, **cache), places_of)
         for again in (0, 1):
@@ -149,7 +149,7 @@ def test_what_one_device_let_go_comes_back_on_any(meshed, model, plain, tmp_path
 def pools(engine):
     """Pages of each device."""
     return [
-        shard.data for leaf in jax.tree.leaves(engine._kv_caches.layers[-1][-1].main) for shard in leaf.addressable_shards
+        shard.data for leaf in jax.tree.leaves(engine._kv_caches.layers[-1][-1].entries) for shard in leaf.addressable_shards
     ]
 
 
@@ -158,7 +158,7 @@ def pools(engine):
     (dict(layout="fsdp"), {}, {}, "take layout 'serve'"),
     (dict(count=3), {}, {}, "4 experts cannot be split over 3 devices"),
     ({}, {"batch_invariant": True}, {}, "batch_invariant needs an engine on one device"),
-    ({}, {}, {"hot": 64}, "cache hot needs an engine on one device"),
+    ({}, {}, {"kv_device_entries": 64}, "cache hot needs an engine on one device"),
 ])  # fmt: skip
 def test_what_cannot_be_is_one_line(model, where, limits, cache, says):
     with pytest.raises(UserError, match=says):

@@ -268,7 +268,7 @@ def test_no_memory_for_copies_costs_time_only(model, alone, monkeypatch):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of pinned memory")
 
     with tiered(model, host=1 << 30) as engine:
-        monkeypatch.setattr(device_connector, "take", refuse)
+        monkeypatch.setattr(device_connector, "pack_blocks", refuse)
         assert one_by_one(engine, CHATS) == alone
         stats = parked(engine)
         assert stats["transfer_dropped"] >= 3 * len(CHATS) and stats["transfer_saved"] == stats["host_blocks"] == 0
@@ -366,11 +366,11 @@ def test_copies_off_the_device_and_back_keep_every_bit_of_every_leaf(model, layo
 
 
 @pytest.mark.parametrize("options, complaint", [
-    (dict(disk=1), "needs its size and its place"), (dict(directory="x"), "needs its size and its place"),
-    (dict(host=-1), "cache.kv_host_bytes must be at least 0"), (dict(deadline=0), "cache.kv_load_timeout_s must be at least"),
-    (dict(admission="none"), "one of all, second"), (dict(policy="fifo"), "one of s3fifo, lru"),
-    (dict(host=1, prefix=False), "set cache.enable_prefix_caching to true"),
-    (dict(device=1000), "too small: 21 records and one block"),
+    (dict(kv_disk_bytes=1), "needs its size and its place"), (dict(kv_dir="x"), "needs its size and its place"),
+    (dict(kv_host_bytes=-1), "cache.kv_host_bytes must be at least 0"), (dict(kv_load_timeout_s=0), "cache.kv_load_timeout_s must be at least"),
+    (dict(kv_admission_policy="none"), "one of all, second"), (dict(kv_eviction_policy="fifo"), "one of s3fifo, lru"),
+    (dict(kv_host_bytes=1, enable_prefix_caching=False), "set cache.enable_prefix_caching to true"),
+    (dict(kv_cache_memory_bytes=1000), "too small: 21 records and one block"),
 ])  # fmt: skip
 def test_tiers_that_cannot_be_are_one_line(model, options, complaint):
     with pytest.raises(UserError, match=complaint):
@@ -387,7 +387,7 @@ def test_the_devices_budget_bounds_all_arrays_of_the_cache(model):
 def test_the_log_says_what_each_tier_holds(model, tmp_path, caplog):
     with caplog.at_level("INFO"), tiered(model, tmp_path, host=1 << 20, disk=1 << 30):
         pass
-    [line] = [record.message for record in caplog.records if record.name == "v4jax.serve.kv_connector"]
+    [line] = [record.message for record in caplog.records if record.name == "v4jax.serve.offload_connector"]
     assert line == "cache: device 3,072 tokens, host up to 32,768 (0 are there), disk up to 22,369,536 (0 are there)"
 
 

@@ -66,7 +66,7 @@ def works(llm, answers):
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("where", ["prefill", "logits", "draw", "decode", "copy"])
+@pytest.mark.parametrize("where", ["prefill", "logits", "sample_tokens", "decode", "copy_state"])
 def test_engine_an_error_of_a_program_reaches_the_caller_and_the_next_call_works(
     llm, answers, monkeypatch, where, after
 ):
@@ -108,7 +108,7 @@ def test_engine_a_failing_wipe_ends_in_a_sound_engine(monkeypatch, answers):
     model.embed.table = nnx.Param(model.embed.table[...].at[damaged].set(jnp.nan))
     with LLM(model, **OPTIONS) as llm:
         with monkeypatch.context() as patch:
-            patch.setattr(model_steps, "wipe", failing(model_steps.zero_state))
+            patch.setattr(model_steps, "zero_state", failing(model_steps.zero_state))
             with pytest.raises(Injected):
                 llm.generate([*PROMPTS, [damaged]], GREEDY)
         works(llm, answers)
@@ -138,7 +138,7 @@ def test_engine_drops_what_the_device_cached_and_counts_on(llm, answers, monkeyp
     assert after["queries"] >= before["queries"] and after["hits"] >= before["hits"] > 0
 
 
-@pytest.mark.parametrize("where", ["take", "give"])
+@pytest.mark.parametrize("where", ["pack_blocks", "unpack_blocks"])
 def test_engine_tiers_survive_an_error_between_them_and_the_device(model, plain, monkeypatch, where):
     """A copy down that has no memory is left out; one up is an error like any other."""
     asked = [Request(prompt, GREEDY) for prompt in (LONG_PROMPT, LONG_PROMPT[::-1], LONG_PROMPT)]
@@ -153,7 +153,7 @@ def test_engine_tiers_survive_an_error_between_them_and_the_device(model, plain,
         assert held == 2
         with monkeypatch.context() as patch:
             patch.setattr(device_connector, where, failing(getattr(device_connector, where), times=10**9))
-            with pytest.raises(Injected) if where == "give" else contextlib.nullcontext():
+            with pytest.raises(Injected) if where == "unpack_blocks" else contextlib.nullcontext():
                 tokens(asked[2])
         while engine.busy:
             engine.step()

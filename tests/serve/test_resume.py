@@ -26,8 +26,8 @@ ASKED = [Request(PROMPT, SamplingParams(temperature=0.0, max_tokens=24, logprobs
 
 # Leaves of the small model's cache, by what they belong to.
 RINGS = [f".layers[{i}][0].window_ring_ZSH" for i in range(3)]
-TAILS = [".layers[1][0].tails['main']", ".layers[1][0].tails['index']", ".layers[2][0].tails['main']"]
-POOLS = [".layers[1][0].main", ".layers[1][0].index", ".layers[2][0].main"]
+TAILS = [".layers[1][0].compressor_state['main']", ".layers[1][0].compressor_state['index']", ".layers[2][0].compressor_state['main']"]
+POOLS = [".layers[1][0].entries", ".layers[1][0].index_keys", ".layers[2][0].entries"]
 
 
 def leaves(engine):
@@ -71,12 +71,12 @@ def test_every_leaf_belongs_to_a_page_or_to_a_record(model, layout):
     records = [*RINGS, *TAILS, ".mtp.window_ring_ZSH"]
     assert {name for name, leaf in named.items() if leaf.shape[0] == RECORDS} == set(records)
     for name in named.keys() - records:
-        pool, plane = re.fullmatch(r"(.*\.(?:main|index))(\..*)", name).groups()
+        pool, plane = re.fullmatch(r"(.*\.(?:entries|index_keys))(\..*)", name).groups()
         assert pool in POOLS and named[name].shape[0] == pages
     # And the engine holds no other arrays: the heads follow from the tokens, tables from the books.
     arrays = lambda value: any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
     held = {name for name, value in vars(engine).items() if arrays(value)}
-    assert held == {"_weights", "_live", "_heads", "_device_tables"}
+    assert held == {"_weights", "_kv_caches", "_decode_state", "_device_tables"}
     assert all(leaf.shape[0] == 1 + LIMITS.max_num_seqs for leaf in [*engine._decode_state, engine._device_tables])
 
 

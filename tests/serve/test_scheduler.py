@@ -21,7 +21,7 @@ def run(world, steps):
 
 
 def chunks(plans, id):
-    return [(p.prefill.start, p.prefill.count) for p in plans if p and p.prefill and p.prefill.sequence.id == id]
+    return [(p.prefill.start, p.prefill.count) for p in plans if p and p.prefill and p.prefill.request.id == id]
 
 
 # --- order and chunks -----------------------------------------------------------------------------------------------
@@ -32,7 +32,7 @@ def test_one_prompt_is_read_at_a_time_while_the_others_decode(endless):
     for id in "abc":
         world.add(id, [1] * 5 + [ord(id)], 3, salt=id)
     plans = run(world, 8)
-    assert [p.prefill and p.prefill.sequence.id for p in plans] == ["a", "a", "b", "b", "c", "c", None, None]
+    assert [p.prefill and p.prefill.request.id for p in plans] == ["a", "a", "b", "b", "c", "c", None, None]
     assert [decoded(p) for p in plans] == [[], [], ["a"], ["a"], ["b"], ["b"], ["c"], ["c"]]
     assert [p.prefill.last for p in plans[:4]] == [False, True, False, True]
     world.drain()
@@ -51,7 +51,7 @@ def test_chunks_end_at_multiples_and_at_the_last_boundary(prompt, options, expec
     plans = run(world, len(expected))
     assert chunks(plans, 0) == expected
     assert [p.prefill.last for p in plans] == [*[False] * (len(expected) - 1), True]
-    assert world.everyone[0].state is RequestStatus.FINISHED
+    assert world.everyone[0].status is RequestStatus.FINISHED
 
 
 def test_records_are_kept_at_the_last_boundary_and_periodically():
@@ -73,7 +73,7 @@ def test_decoding_moves_one_record_along(endless):
     answer = world.everyone[0].tokens
     row = world.add(1, [*answer, 3], 1)
     run(world, 1)
-    assert row.found == (len(answer) - 1) // 2
+    assert row.num_cached_blocks == (len(answer) - 1) // 2
 
 
 def test_with_lookahead_a_boundary_is_copied_once_and_not_too_late(endless):
@@ -102,13 +102,13 @@ def test_a_record_that_others_resumed_from_is_not_dropped(endless, shared):
     world = World(pages=40, records=9, slots=2)
     row = world.add(0, [1, 2, 3], 12)
     run(world, 4)
-    assert row.moving == row.names[1]
+    assert row.decode_snapshot == row.block_hashes[1]
     if shared:
         other = world.add(1, [*row.tokens[:5], 9], 1)
         run(world, 1)
-        assert other.found == 2
+        assert other.num_cached_blocks == 2
     world.drain()
-    assert world.blocks.match_prefix(row.names[:2])[0] == (2 if shared else 1)
+    assert world.blocks.match_prefix(row.block_hashes[:2])[0] == (2 if shared else 1)
 
 
 # --- prefix cache ----------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_nobody_waits_for_a_record_that_could_not_be_kept(endless):
     for id in range(2):
         world.add(id, [1, 2, 3], 9)
     run(world, 3)
-    assert world.everyone[0].state is RequestStatus.RUNNING and world.everyone[1].state is RequestStatus.PREFILL
+    assert world.everyone[0].status is RequestStatus.RUNNING and world.everyone[1].status is RequestStatus.PREFILL
     world.drain()
 
 
@@ -159,11 +159,11 @@ def test_what_ends_keeps_its_pages_until_the_plan_under_way_is_committed(endless
         world.step()
     world.scheduler.update_from_output(first, {0: [4]}, finished={0})
     world.flight.pop(0)
-    assert row.state is RequestStatus.FINISHED and row.pages and world.scheduler.stats()["pages_in_use"] == len(row.pages)
+    assert row.status is RequestStatus.FINISHED and row.block_ids and world.scheduler.stats()["pages_in_use"] == len(row.block_ids)
     with pytest.raises(ValueError, match="in the order"):
         world.scheduler.update_from_output(first, {})
     world.scheduler.update_from_output(second, {})
-    assert not row.pages and not world.scheduler.busy and world.scheduler.stats()["pages_in_use"] == 0
+    assert not row.block_ids and not world.scheduler.busy and world.scheduler.stats()["pages_in_use"] == 0
     world.scheduler.check_invariants()
 
 
@@ -193,14 +193,14 @@ def test_results_must_be_what_the_plan_adds(gained):
 
 @pytest.mark.parametrize("steps", range(8))
 @pytest.mark.parametrize("under_way", [0, 1, 2])
-@pytest.mark.parametrize("how", ["cancel", "fail"])
+@pytest.mark.parametrize("how", ["abort_request", "fail_request"])
 def test_ending_at_any_moment_frees_everything(endless, steps, under_way, how):
     world = World(pages=9, records=3)
     row = world.add(0, [1, 2, 3, 4, 5], 10)
     run(world, steps)
     for _ in range(under_way):
         world.step()
-    own = row.pages[row.found :]
+    own = row.block_ids[row.num_cached_blocks :]
     assert getattr(world.scheduler, how)(0) is True
     assert getattr(world.scheduler, how)(0) is False
     world.check()
@@ -208,12 +208,12 @@ def test_ending_at_any_moment_frees_everything(endless, steps, under_way, how):
         world.commit()
     stats = world.scheduler.stats()
     assert not world.scheduler.busy and stats["pages_in_use"] == 0
-    if how == "fail":
+    if how == "fail_request":
         assert stats["pages_cached"] == stats["records_kept"] == 0 and not set(own) & set(world.blocks._page.values())
     else:
-        ends = [row.names.index(name) + 1 for name in world.blocks._record]
-        assert all(world.blocks.match_prefix(row.names[:end])[0] == end for end in ends), "a record that cannot be reached"
-    world.commit()
+        ends = [row.block_hashes.index(name) + 1 for name in world.blocks._record]
+        assert all(world.blocks.match_prefix(row.block_hashes[:end])[0] == end for end in ends), "a record that cannot be reached"
+    world.settled()
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -223,10 +223,10 @@ def test_a_finish_that_comes_later_keeps_the_blocks(endless, ahead):
     run(world, 3)
     for _ in range(ahead):
         world.step()
-    assert world.scheduler.finish_request(0) and not world.scheduler.finish_request(0) and row.state is RequestStatus.FINISHED
+    assert world.scheduler.finish_request(0) and not world.scheduler.finish_request(0) and row.status is RequestStatus.FINISHED
     while world.flight:
         world.commit()
-    assert not world.scheduler.busy and world.blocks.match_prefix(row.names)[0] == 2
+    assert not world.scheduler.busy and world.blocks.match_prefix(row.block_hashes)[0] == 2
 
 
 def test_a_failure_keeps_what_it_had_found_and_hurts_nobody_else(endless):
@@ -238,24 +238,24 @@ def test_a_failure_keeps_what_it_had_found_and_hurts_nobody_else(endless):
     run(world, 2)
     sharing = world.add("sharing", [*prompt, 6, 7, 8, 9, 10], 4)
     run(world, 1)
-    assert bad.found == 2 and sharing.found == 3
+    assert bad.num_cached_blocks == 2 and sharing.num_cached_blocks == 3
     world.scheduler.fail_request("bad")
     world.drain()
-    assert sharing.state is RequestStatus.FINISHED
-    assert world.blocks.match_prefix(sharing.names)[0] == 2  # its own blocks hang behind a retracted one
+    assert sharing.status is RequestStatus.FINISHED
+    assert world.blocks.match_prefix(sharing.block_hashes)[0] == 2  # its own blocks hang behind a retracted one
 
 
 def test_a_failure_takes_its_record_along_even_behind_the_page_of_another(endless):
     world = World(pages=20, records=1)
     row = world.add("first", [1, 2, 3], 1)
     world.drain()
-    world.blocks.drop_snapshot(row.names[0])
+    world.blocks.drop_snapshot(row.block_hashes[0])
     bad = world.add("bad", [1, 2, 3], 5)
     run(world, 2)
-    assert bad.published == 1 and world.blocks.match_prefix(row.names)[0] == 1
-    assert world.blocks._page[row.names[0]] != bad.pages[0]
+    assert bad.num_published_blocks == 1 and world.blocks.match_prefix(row.block_hashes)[0] == 1
+    assert world.blocks._page[row.block_hashes[0]] != bad.block_ids[0]
     world.scheduler.fail_request("bad")
-    assert world.blocks.match_prefix(row.names) == (0, None) and row.names[0] in world.blocks._page
+    assert world.blocks.match_prefix(row.block_hashes) == (0, None) and row.block_hashes[0] in world.blocks._page
 
 
 def test_unknown_requests_cannot_be_ended():
@@ -270,5 +270,5 @@ def test_a_burst_of_200_into_a_pool_for_8_gets_every_answer_right():
     for id in range(200):
         world.add(id, [id % 2, 2, 3, 3, 1, 1, id % 3, 1, 1][: 3 + id % 7], 1 + id % 9)
     world.drain()
-    assert all(row.state is RequestStatus.FINISHED for row in world.everyone.values())
+    assert all(row.status is RequestStatus.FINISHED for row in world.everyone.values())
     assert world.scheduler.stats()["hits"] > 0

@@ -45,13 +45,13 @@ def test_what_just_fits_is_admitted_and_the_next_waits_for_a_block_more_than_its
 def test_younger_ones_get_no_pages_while_an_older_one_waits_for_some(endless):
     world = World(pages=30, records=0, block=1, lookahead=1)
     rows = [world.add(id, [id], 9) for id in range(3)]
-    until(world, lambda: all(row.state is RequestStatus.RUNNING for row in rows), ahead=0)
+    until(world, lambda: all(row.status is RequestStatus.RUNNING for row in rows), ahead=0)
     while world.flight:
         world.commit()
     world.step()
-    rows[1].pages += world.blocks.allocate(1)  # so that it needs fewer now
+    rows[1].block_ids += world.blocks.allocate(1)  # so that it needs fewer now
     elsewhere = world.blocks.allocate(world.blocks.num_available() - 1)
-    assert world.step() is None and rows[2].state is RequestStatus.PREEMPTED
+    assert world.step() is None and rows[2].status is RequestStatus.PREEMPTED
     assert world.blocks.num_available() == 1
     world.blocks.free(elsewhere)
     world.drain()
@@ -73,10 +73,10 @@ def test_a_preempted_sequence_begins_behind_what_it_left(endless):
     world = World(pages=8, records=4, slots=2)
     world.add("old", [1, 2, 3], 10)
     young = world.add("young", [4, 5, 6], 8)
-    until(world, lambda: young.state is RequestStatus.WAITING and young.preemptions, ahead=0)
-    assert not young.pages and not young.slot
-    until(world, lambda: young.state is RequestStatus.PREFILL or young.found, ahead=0)
-    assert young.found > 0 and young.goal > 3
+    until(world, lambda: young.status is RequestStatus.WAITING and young.preemptions, ahead=0)
+    assert not young.block_ids and not young.state_slot
+    until(world, lambda: young.status is RequestStatus.PREFILL or young.num_cached_blocks, ahead=0)
+    assert young.num_cached_blocks > 0 and young.num_prefill_tokens > 3
     world.drain()
 
 
@@ -84,19 +84,19 @@ def test_with_replay_tokens_are_decoded_anew_and_not_shared(endless):
     world = World(pages=8, records=4, slots=2, replay=True)
     world.add("old", [1, 2, 3], 10)
     young = world.add("young", [4, 5, 6], 8)
-    until(world, lambda: young.state is RequestStatus.WAITING and young.preemptions, ahead=0)
-    reached = young.reached
-    assert reached > 5 and young.tokens == [4, 5, 6] and young.repeats
-    until(world, lambda: young.slot, ahead=0)
-    assert young.goal == 3
+    until(world, lambda: young.status is RequestStatus.WAITING and young.preemptions, ahead=0)
+    reached = young.max_len_reached
+    assert reached > 5 and young.tokens == [4, 5, 6] and young.is_replay
+    until(world, lambda: young.state_slot, ahead=0)
+    assert young.num_prefill_tokens == 3
     until(world, lambda: len(young.tokens) == reached - 1, ahead=0)
-    assert young.repeats
+    assert young.is_replay
     until(world, lambda: len(young.tokens) == reached, ahead=0)
-    assert not young.repeats
+    assert not young.is_replay
     world.drain()
     for row in world.everyone.values():
-        assert [name in world.blocks._page for name in row.names] == [True] + [False] * (len(row.names) - 1)
-        assert not {*row.names[1:]} & {*world.blocks._record}
+        assert [name in world.blocks._page for name in row.block_hashes] == [True] + [False] * (len(row.block_hashes) - 1)
+        assert not {*row.block_hashes[1:]} & {*world.blocks._record}
 
 
 def test_only_as_many_as_needed_are_preempted_while_pages_are_on_their_way(endless):
@@ -105,7 +105,7 @@ def test_only_as_many_as_needed_are_preempted_while_pages_are_on_their_way(endle
         world.add(id, [id] * 7, 9)
     row = world.everyone[2]
     until(world, lambda: world.scheduler.stats()["preemptions"], ahead=1)
-    assert row.state is RequestStatus.PREEMPTED and row.pages and row.slot
+    assert row.status is RequestStatus.PREEMPTED and row.block_ids and row.state_slot
     while len(world.flight) > 1:
         world.commit()
     world.step()
@@ -118,7 +118,7 @@ def test_nobody_overtakes_a_sequence_that_is_being_preempted(endless):
     elsewhere = world.blocks.allocate(5)
     world.add("old", [1], 8)
     young = world.add("young", [2] * 3, 8)
-    while young.state is not RequestStatus.PREEMPTED:
+    while young.status is not RequestStatus.PREEMPTED:
         if len(world.flight) > 1:
             world.commit()
         world.step()

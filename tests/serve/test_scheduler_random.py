@@ -48,7 +48,7 @@ class Serving(RuleBasedStateMachine):
     @rule(which=st.integers(0, 99))
     def fail(self, which):
         row = self.world.everyone[which % len(self.world.everyone)]
-        own = row.pages[row.found :]
+        own = row.block_ids[row.num_cached_blocks :]
         if self.world.scheduler.fail_request(row.id):
             assert not set(own) & set(self.world.blocks._page.values())
 

@@ -207,7 +207,7 @@ def recorded() -> dict[tuple, list[dict]]:
 def test_the_closed_form_is_near_the_compiler(key):
     (name, place, mode, context, rows, hot), records = key, recorded()[key]
     config, place, work = config_lib.load(name), parse(place), Workload(mode, context, rows)
-    config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, device_entries=hot))
+    config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, kv_device_entries=hot))
     mesh = default_mesh(config, place, work)
     found = estimate(config, place, mesh, work)
     [total] = values(records, "device_bytes", part="total")

@@ -32,7 +32,7 @@ def tiny():
 @pytest.mark.parametrize("copies", [0, 2])
 def test_rows_decode_as_on_one_device(tiny, copies):
     """copies: with the entries in host memory, and room for so many times what a step picks; or all on the device."""
-    hot = dataclasses.replace(tiny.cache, device_entries=copies * ROWS * tiny.model.indexer.index_topk)
+    hot = dataclasses.replace(tiny.cache, kv_device_entries=copies * ROWS * tiny.model.indexer.index_topk)
     work = Mesh("serve"), Workload("decode", 256, DEVICES * ROWS), jax.devices()[:DEVICES]
     step = aot_steps.serve(dataclasses.replace(tiny, cache=hot), *work)
     graphdef, variables = nnx.split(nnx.eval_shape(lambda: Transformer(tiny.model, nnx.Rngs(0))))

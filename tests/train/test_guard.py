@@ -205,7 +205,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_resumed(run, small, tmp_path):
 
 
 @pytest.mark.parametrize("train, complaint", [
-    ({"spike": "jump"}, "train.spike_action is 'jump'; one of off, skip, rollback"),
+    ({"spike_action": "jump"}, "train.spike_action is 'jump'; one of off, skip, rollback"),
     ({"spike_window": 0}, "train.spike_window must be at least 1"),
     ({"spike_factor": -1.0}, "train.spike_factor must be at least 0"),
     ({"hang_timeout_s": -2.0}, "train.hang_timeout_s must be at least 0"),

@@ -102,8 +102,8 @@ def test_fp8_blocks_hold_fp4_numbers_without_loss():
 
 
 @pytest.mark.parametrize("change, complaint", [
-    ({"matmul": "fp4"}, "train.matmul_precision is 'fp4'; one of plain, fp8"),
-    ({"expert_weights": "fp8"}, "train.expert_weight_format is 'fp8'; one of plain, mxfp4"),
+    ({"matmul_precision": "fp4"}, "train.matmul_precision is 'fp4'; one of plain, fp8"),
+    ({"expert_weight_format": "fp8"}, "train.expert_weight_format is 'fp8'; one of plain, mxfp4"),
 ])  # fmt: skip
 def test_unknown_formats_are_named(change, complaint):
     with pytest.raises(UserError, match=complaint):

@@ -101,11 +101,11 @@ def validate_block_size(model: config.Model, block: int) -> int:
         ratio = model.compress_rate(kind)
         if block < 1 or block % ratio:
             raise UserError(
-                f"cache block of {block} tokens is not a multiple of model.{kind}_ratio {ratio}; "
+                f"cache.block_size of {block} tokens is not a multiple of model.compress_rate_{kind} {ratio}; "
                 f"take {block_size(model, block)}"
             )
     if block < 1:
-        raise UserError(f"cache block of {block} tokens; take at least 1")
+        raise UserError(f"cache.block_size of {block} tokens; take at least 1")
     return block
 
 

@@ -31,7 +31,16 @@ from v4jax.checkpoint import checksums, param_mapping
 from v4jax.checkpoint.directory import CONFIG_NAME, read_config, save_config
 from v4jax.checkpoint.lazy_tensors import LazyTensors, memory_dtype, report
 from v4jax.checkpoint.path_alias import plain_path
-from v4jax.checkpoint.step import COMPLETE, WEIGHTS, StepItem, damaged, finished_steps, is_finished, read_sums, steps_path
+from v4jax.checkpoint.step import (
+    COMPLETE,
+    WEIGHTS,
+    StepItem,
+    damaged,
+    finished_steps,
+    is_finished,
+    read_sums,
+    steps_path,
+)
 from v4jax.config import Config, Model
 from v4jax.core import untrusted_json
 from v4jax.core.atomic import require_space, write_error

@@ -29,7 +29,7 @@ _ACTIVE: contextvars.ContextVar[MeshRules | None] = contextvars.ContextVar("shar
 class MeshRules:
     """A mesh and the rules by which arrays lie on it.
 
-    inside: the program in force is already one device's (the body of a `shard_map` over all axes), arrays its parts.
+    per_device: the program in force is already one device's (the body of a `shard_map` over all axes), arrays its parts.
     """
 
     mesh: Mesh

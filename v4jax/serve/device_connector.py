@@ -36,7 +36,6 @@ from v4jax.cache.paged_cache import PagedLayerCache
 from v4jax.parallel.host_memory import host_gather, host_scatter
 from v4jax.serve.model_steps import KVCaches
 from v4jax.serve.request import Request, RequestStatus
-from v4jax.serve.scheduler import Scheduler
 
 _BATCH = 8  # blocks or records copied by one call, if more than one
 _REMEMBERED = 1 << 20  # names of blocks
@@ -67,18 +66,21 @@ class PendingLoad:
 
 
 class DeviceKVConnector:
-    """One device of an engine. `attach` joins it to the device's scheduler and books, which call it then, as `KVConnector`
-    does.
+    """The `KVConnector` of one device.
 
-    live: the device's state; None for a device of another process, whose books alone are kept here. forms: of a block
-    and a record. second: only what a second request asked for moves down. told: `KVConnector.agree` says what came up.
+    Args:
+        live: caches of the device; None for a device of another process, of which only the block pool is here.
+        transfer: moves blocks between the tiers.
+        schemas: of a "block" and of a "record".
+        second: store only blocks that a second request asked for.
+        told: `OffloadConnector.sync_loads` sets the result of each load.
     """
 
     def __init__(
-        self, live: KVCaches | None, transfer: OffloadManager, forms: Mapping[str, BlockSchema], *, second: bool = False,
+        self, live: KVCaches | None, transfer: OffloadManager, schemas: Mapping[str, BlockSchema], *, second: bool = False,
         told: bool = False,
     ):  # fmt: skip
-        self.here, self.transfer, self.schemas, self._told = live is not None, transfer, forms, told
+        self.here, self.transfer, self.schemas, self._told = live is not None, transfer, schemas, told
         if self.here:
             [device] = jax.tree.leaves(live)[0].devices()
             self._kinds, self._pinned = leaf_kinds(live), pinned_sharding(device)
@@ -87,17 +89,16 @@ class DeviceKVConnector:
         self._backlog: dict[str, dict[bytes, StoreOp]] = {"block": {}, "record": {}}
         self._second, self._asked = second, OrderedDict()  # by name: whether more than one request asked for it
         self._visits: dict[Request, PendingLoad | None] = {}
-        self._awaited: PendingLoad | None = None
         self._blocks: BlockPool | None = None
         self.num_restored = 0
 
-    def attach(self, scheduler: Scheduler) -> None:
-        """Serve this scheduler and its books from now on; what was to move for others is dropped."""
+    def bind(self, block_pool: BlockPool) -> None:
+        """See KVConnector."""
         for visit in self._visits.values():
             if visit is not None:
                 visit.job.cancelled = True
-        scheduler.kv_connector, scheduler.block_pool.on_idle, self._blocks = self, self.on_block_idle, scheduler.block_pool
-        self._moves, self._backlog, self._visits, self._awaited = [], {"block": {}, "record": {}}, {}, None
+        self._blocks, block_pool.on_idle = block_pool, self.on_block_idle
+        self._moves, self._backlog, self._visits = [], {"block": {}, "record": {}}, {}
 
     # --- called by the books ---------------------------------------------------------------------------------------
 
@@ -115,7 +116,7 @@ class DeviceKVConnector:
     # --- called by the scheduler -----------------------------------------------------------------------------------
 
     def prefetch(self, sequence: Request, names: Names[bytes]) -> None:
-        """A request waits that can begin with these blocks: begin to fetch what the device lacks of them."""
+        """See KVConnector."""
         for other in [other for other in self._visits if other.status is not RequestStatus.WAITING]:
             if (visit := self._visits.pop(other)) is not None:
                 visit.job.cancelled = True
@@ -141,28 +142,40 @@ class DeviceKVConnector:
         """Of the requests that wait, in the order in which all processes met them."""
         return [visit for visit in self._visits.values() if visit is not None and visit.num_loaded is None]
 
-    def load_status(self, visit: PendingLoad) -> int | None:
-        """What `visit.boundary` is to be, by what was fetched here; None as long as that is not known."""
-        if visit.fetching and not visit.job.done.is_set():
-            return 0 if self.transfer.expired(visit.job) else None
-        return visit.job.num_loaded
+    def poll(self, visit: PendingLoad) -> int | None:
+        """Blocks at the beginning of the prefix that a load brought to this process; None while it runs.
 
-    def is_loading(self, sequence: Request, names: Names[bytes]) -> bool:
-        """Whether admission is to wait; if not, what was fetched can be found now, as far as there is room for it."""
-        visit, self._awaited = self._visits.get(sequence), None
+        A load that expired is given up, and brought nothing.
+        """
+        return None if self._runs(visit) else self._result(visit)
+
+    def _runs(self, visit: PendingLoad) -> bool:
+        return visit.fetching and not visit.job.done.is_set() and not self.transfer.expired(visit.job)
+
+    def _result(self, visit: PendingLoad) -> int:
+        if not visit.fetching or visit.job.done.is_set():
+            return visit.job.num_loaded
+        self.transfer.give_up(visit.job)
+        return 0
+
+    def is_loading(self, sequence: Request) -> bool:
+        """See KVConnector."""
+        visit = self._visits.get(sequence)
+        return visit is not None and (visit.num_loaded is None if self._told else self._runs(visit))
+
+    def finish_load(self, sequence: Request, names: Names[bytes]) -> bool:
+        """See KVConnector."""
+        visit = self._visits.pop(sequence, None)
         if visit is None:
-            self._visits.pop(sequence, None)
-            return False
-        if not self._told:
-            visit.num_loaded = self.load_status(visit)
-        if visit.num_loaded is None:
-            self._awaited = visit
             return True
-        if not self._install(visit, sequence.hash_seed) and not visit.again:
-            self._visits[sequence] = self._look(names, again=True)
-            return self.is_loading(sequence, names)
-        del self._visits[sequence]
-        return False
+        if not self._told:
+            visit.num_loaded = self._result(visit)
+        if self._install(visit, sequence.hash_seed) or visit.again:
+            return True
+        second = self._look(names, again=True)
+        if second is not None:
+            self._visits[sequence] = second
+        return second is None
 
     def _install(self, visit: PendingLoad, seed: bytes) -> bool:
         """Put what was fetched into the books, to be copied before the next plan; False if some of it is gone again."""
@@ -253,11 +266,14 @@ class DeviceKVConnector:
             live = unpack_blocks(live, self._kinds, kind, jax.device_put(numbers, self._device), payloads)
         return live
 
-    def wait_for_load(self) -> bool:
-        """Give the threads time if admission waits for them; whether it does."""
-        if self._awaited is not None and self._awaited.fetching:
-            self._awaited.job.done.wait(0.01)
-        return self._awaited is not None
+    def wait_for_load(self, seconds: float) -> bool:
+        """Wait for the load of the first request in the queue, so long at most; False if it waits for none."""
+        request, visit = next(iter(self._visits.items()), (None, None))
+        if visit is None or not self.is_loading(request):
+            return False
+        if visit.fetching:
+            visit.job.done.wait(seconds)
+        return True
 
 
 def pinned_sharding(device: jax.Device) -> SingleDeviceSharding | None:

@@ -38,7 +38,7 @@ from v4jax.cache.kv_cache_spec import KVCacheSpec
 from v4jax.core.errors import UserError
 from v4jax.models.quantize import quantize_model
 from v4jax.models.transformer import Transformer
-from v4jax.serve import balance, data_parallel, kv_connector, model_steps
+from v4jax.serve import balance, data_parallel, model_steps, offload_connector
 from v4jax.serve.model_steps import DecodeState, KVCaches
 from v4jax.serve.request import PrefillChunk, Request, RequestStatus, SchedulerOutput
 from v4jax.serve.sampling import SamplerOutput, SamplingParams, make_sampling_tensors
@@ -117,23 +117,30 @@ class Engine:
         self._records = 1 + slots + len(kept)
         self._most_pages = pages = self._pages(cache, self._records)
         longest = block if limits.batch_invariant else limits.max_num_batched_tokens
-        self.schedulers = [
-            Scheduler(BlockPool(pages, kept), slots, block, longest, snapshot_interval_blocks=cache.snapshot_interval_blocks, lookahead=k,
-                      replay=limits.batch_invariant) for _ in range(self.dp_group.count)
-        ]  # fmt: skip
         self._sizes = [longest] if limits.batch_invariant else chunk_sizes(longest)
         self._seed = self._digest(variables) if cache.enable_prefix_caching else None
         self._kinds = [[kind for kind, _ in run.kinds] for run in model.stack_specs]
-        self.kv_connector, self.broken = None, False
+        self.schedulers: list[Scheduler] = []
         self.reset()
         if cache.kv_device_entries:
             _log.info(
                 "cache: CSA entries of %s tokens in host memory (%s bytes), %s of a layer on the device",
                 *(f"{n:,}" for n in ((pages - 1) * block, allocate.memory_stats(self._kv_caches)["kv_host_bytes"], cache.kv_device_entries)),
             )
-        self.kv_connector = kv_connector.build(self._kv_caches, self.dp_group, cache, self.kv_cache_spec)
-        if self.kv_connector is not None:
-            self.kv_connector.attach(self.schedulers)
+        self.kv_connector = offload_connector.build(self._kv_caches, self.dp_group, cache, self.kv_cache_spec)
+        self.schedulers = [
+            Scheduler(
+                BlockPool(pages, kept),
+                slots,
+                block,
+                longest,
+                snapshot_interval_blocks=cache.snapshot_interval_blocks,
+                lookahead=k,
+                replay=limits.batch_invariant,
+                kv_connector=self.kv_connector and self.kv_connector.device_connectors[rank],
+            )
+            for rank in range(self.dp_group.count)
+        ]
 
     def _pages(self, cache: config.Cache, records: int) -> int:
         """Pages of every pool, page 0 among them."""
@@ -170,13 +177,11 @@ class Engine:
         self._inflight: deque[InflightStep] = deque()
         for scheduler in self.schedulers:
             scheduler.reset()
-        if self.kv_connector is not None:
-            self.kv_connector.attach(self.schedulers)
 
     def _allocate(self) -> None:
-        slots, k, scheduler = self.limits.max_num_seqs, self.limits.num_speculative_tokens, self.schedulers[0]
+        slots, k = self.limits.max_num_seqs, self.limits.num_speculative_tokens
         with jax.transfer_guard("allow"):
-            room = (self._most_pages, self._records, scheduler.rollback_tokens + k)
+            room = (self._most_pages, self._records, 2 * k + k)
             one = lambda kind: self.dp_group.replicate(allocate.allocate_layer(self.kv_cache_spec, kind, *room))
             self._kv_caches = KVCaches([[one(kind) for kind in run] for run in self._kinds], one("swa") if k else None)
             heads = DecodeState(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
@@ -305,10 +310,10 @@ class Engine:
         for pairs in zip_longest(*some("copies"), fillvalue=(0, 0)):
             source_D, target_D = np.array(pairs, np.int32).T.copy()
             self._kv_caches = model_steps.copy_state(self._model_def, self._kv_caches, *put((source_D, target_D)))
-        self._set_tables(some("sequences"))
+        self._set_tables(some("requests"))
         reads = [plan and plan.prefill for plan in plans]
         finite, first = self._prefill(reads) if any(reads) else (None, None)
-        rows = [[row.sequence for row in decode] for decode in some("decode")]
+        rows = [[row.request for row in decode] for decode in some("decode")]
         size = min(1 << (max(map(len, rows)) - 1).bit_length(), self.limits.max_num_seqs)
         return InflightStep(plans, size, finite, first, self._decode(rows, size) if any(rows) else None)
 

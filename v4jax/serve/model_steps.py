@@ -98,7 +98,7 @@ def _on_mesh(function, structure: ModelDef, args: tuple, weights: bool, static: 
         given = list(args)
         for i, part in zip(moving, parts, strict=True):
             given[i] = part
-        with use_rules(dataclasses.replace(sharding, inside=True)):
+        with use_rules(dataclasses.replace(sharding, per_device=True)):
             return function(*given)
 
     mapped = jax.shard_map(one, mesh=sharding.mesh, in_specs=tuple(specs), out_specs=split, check_vma=False)

@@ -43,6 +43,7 @@ from collections.abc import Sequence as Tokens
 from v4jax.cache import block_hash
 from v4jax.cache.block_pool import BlockPool
 from v4jax.core.errors import UserError
+from v4jax.serve.kv_connector import KVConnector
 from v4jax.serve.request import DecodeRow, PrefillChunk, Request, RequestStatus, SchedulerOutput
 
 _PREFETCH_REQUESTS = 2  # waiting sequences whose blocks are fetched from the tiers below the device
@@ -66,7 +67,7 @@ class Scheduler:
     block_tokens: tokens of a block. max_num_batched_tokens: most tokens of one prompt in a plan; chunks end at its multiples,
     and at the last block boundary before the prompt's end. snapshot_interval_blocks: blocks between further records (0: none).
     lookahead: tokens that a decode step may add beyond one. slack: tokens behind its boundary that a record may hold.
-    replay: see above.
+    replay: see above. kv_connector: of the tiers below the device; None without tiers.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Scheduler:
         lookahead: int = 0,
         slack: int | None = None,
         replay: bool = False,
+        kv_connector: KVConnector | None = None,
     ):
         self.block_pool, self.block_size, self.max_num_batched_tokens = blocks, block_tokens, max_num_batched_tokens
         self.snapshot_interval_blocks, self.num_lookahead_tokens, self.deterministic_replay = snapshot_interval_blocks, lookahead, replay
@@ -93,11 +95,15 @@ class Scheduler:
         self._step_id = self._committed = self._preemptions = 0
         self._drafts = self._accepted = 0  # decode steps of requests, and tokens drafted that they accepted
         self.arrivals = 0  # requests so far
-        self.kv_connector = None  # a `serve.bay.DeviceKVConnector`, if there are tiers below the device
+        self.kv_connector = kv_connector
+        if kv_connector is not None:
+            kv_connector.bind(blocks)
 
     def reset(self) -> None:
         """Drop all requests and all that the blocks hold, whatever state an exception left them in; counts stay."""
         self.block_pool.reset()
+        if self.kv_connector is not None:
+            self.kv_connector.bind(self.block_pool)
         self.requests, self._waiting, self._active, self._retiring = {}, [], [], []
         self._slots = list(range(self._most_slots, 0, -1))
         self._inflight, self._committed = deque(), self._step_id
@@ -158,7 +164,7 @@ class Scheduler:
             raise RuntimeError("two plans are under way; commit the older one first")
         if self.kv_connector is not None:
             for sequence in self._waiting[:_PREFETCH_REQUESTS]:
-                self.kv_connector.prepare(sequence, self._prefix_hashes(sequence))
+                self.kv_connector.prefetch(sequence, self._prefix_hashes(sequence))
         draft = PendingOutput(self._step_id + 1)
         decode, short = self._decode(draft)
         short = short or any(sequence.status is RequestStatus.PREEMPTED for sequence in self._retiring)
@@ -239,7 +245,7 @@ class Scheduler:
         if self.block_pool.num_available(usable[:found]) < min(spare, most):
             return None
         if self.kv_connector is not None:
-            if self.kv_connector.is_loading(sequence, usable):
+            if self.kv_connector.is_loading(sequence) or not self.kv_connector.finish_load(sequence, usable):
                 return None
             found, record = self.block_pool.match_prefix(usable)
             need = self._pages(len(sequence.tokens)) - found

@@ -91,7 +91,7 @@ def _arms(config: Config, work: Workload) -> dict[str, Config]:
     """What is compiled, by the name of its column: with the live tier (`cache.kv_device_entries`), the same without it as well."""
     if work.mode == "train" or not config.cache.kv_device_entries:
         return {"compiler": config}
-    near = dataclasses.replace(config, cache=dataclasses.replace(config.cache, device_entries=0))
+    near = dataclasses.replace(config, cache=dataclasses.replace(config.cache, kv_device_entries=0))
     return {"all on the device": near, f"live, {config.cache.kv_device_entries:,} copies": config}
 
 

@@ -210,14 +210,15 @@ class OffloadManager:
         return True
 
     def expired(self, job: LoadJob) -> bool:
-        """Whether a fetch has made no progress within the deadline; then it is given up."""
-        if job.done.is_set() or time.monotonic() - job.last_progress <= self.deadline:
-            return False
+        """Whether a load runs that has made no progress within the deadline."""
+        return not job.done.is_set() and time.monotonic() - job.last_progress > self.deadline
+
+    def give_up(self, job: LoadJob) -> None:
+        """Cancel a load that expired, and count it against the tier that it waits for."""
         job.cancelled = True
         self._count.update(late=1)
         if self.disk is not None and not job.host_only:
             self.disk.record_timeout()
-        return True
 
     def _load_worker(self, job: LoadJob) -> None:
         try:

@@ -133,10 +133,10 @@ def _trace(config, model, serve, cache, conversations: int) -> list[dict]:
     tokens, rows, records = {}, [], []
     with tempfile.TemporaryDirectory(prefix="v4jax-tiers-") as directory:
         below = {
-            _ANEW: {}, "device": {}, "device, host": {"host": host},
-            "device, host; lru": {"host": host, "policy": "lru"},
-            "device, host; asked for twice": {"host": host, "admission": "second"},
-            "device, host, disk": {"host": host, "disk": _PLENTY, "directory": directory},
+            _ANEW: {}, "device": {}, "device, host": {"kv_host_bytes": host},
+            "device, host; lru": {"kv_host_bytes": host, "kv_eviction_policy": "lru"},
+            "device, host; asked for twice": {"kv_host_bytes": host, "kv_admission_policy": "second"},
+            "device, host, disk": {"kv_host_bytes": host, "kv_disk_bytes": _PLENTY, "kv_dir": directory},
         }  # fmt: skip
         for name, options in below.items():
             options = dataclasses.replace(cache, enable_prefix_caching=True, kv_cache_memory_bytes=device, num_state_snapshots=records_kept, **options)

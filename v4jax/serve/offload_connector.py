@@ -1,0 +1,160 @@
+"""The tiers below the devices of an engine, which all of a process share, and a `bay.DeviceKVConnector` for the books of each.
+
+A block that one device computed is found by a request on any other of its process. Of several processes each has tiers
+of its own, budgets and a directory among them, and a request goes where most of its prompt is (`found`).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import pathlib
+import time
+import weakref
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from v4jax import config
+from v4jax.cache.kv_cache_spec import KVCacheSpec
+from v4jax.cache.offload.disk_tier import DiskTier, allocated_size
+from v4jax.cache.offload.host_tier import HostTier
+from v4jax.cache.offload.manager import OffloadManager
+from v4jax.cache.offload.private_directory import open_private
+from v4jax.core.errors import UserError
+from v4jax.parallel import distributed
+from v4jax.serve.data_parallel import DataParallelGroup
+from v4jax.serve.device_connector import DeviceKVConnector, block_schema, leaf_kinds, pinned_sharding
+from v4jax.serve.model_steps import KVCaches
+
+_log = logging.getLogger(__name__)
+
+
+def build(live: KVCaches, places: DataParallelGroup, cache: config.Cache, layout: KVCacheSpec) -> OffloadConnector | None:
+    """The tiers that a config asks for, told of in the log; None if it asks for none. Raises UserError."""
+    if not (cache.kv_host_bytes or cache.kv_disk_bytes):
+        return None
+    if not layout.block_bytes:
+        raise UserError("a model of window layers alone keeps no blocks for a cache on host or disk: drop those tiers")
+    host = HostTier(cache.kv_host_bytes, cache.kv_eviction_policy) if cache.kv_host_bytes else None
+    own = str(jax.process_index()) if jax.process_count() > 1 else ""
+    directory = pathlib.Path(cache.kv_dir) / own
+    if cache.kv_disk_bytes and own:  # the parent of all processes' directories decides where they lie, too
+        os.close(open_private(directory.parent))
+    disk = DiskTier(directory, cache.kv_disk_bytes, cache.kv_eviction_policy, deadline=cache.kv_load_timeout_s) if cache.kv_disk_bytes else None
+    try:
+        parking = OffloadConnector(live, places, host, disk, cache.kv_load_timeout_s, layout.block, second=cache.kv_admission_policy == "second")
+    except BaseException:  # an interrupt: another engine of this process may want the directory
+        if disk is not None:
+            disk.close()
+        raise
+    _log.info("cache: %s", parking.summary)
+    return parking
+
+
+class OffloadConnector:
+    """The tiers of one engine, those of this process, and a `DeviceKVConnector` for each device.
+
+    tokens: of a block. second: store only blocks that a second request asked for. summary: what each tier holds, in
+    tokens.
+    """
+
+    def __init__(
+        self, live: KVCaches, places: DataParallelGroup, host: HostTier | None, disk: DiskTier | None, deadline: float, tokens: int,
+        *, second: bool = False,
+    ):  # fmt: skip
+        self._places, parts = places, places.split_devices(live)
+        self.schemas = {kind: block_schema(parts[0], kind) for kind in ("block", "record")}
+        leaves = jax.tree.leaves(parts[0])
+        place = functools.partial(_to_host, pinned_sharding(*leaves[0].devices()))
+        self.transfer = OffloadManager(*self.schemas.values(), host, disk, place=place, deadline=deadline)
+        weakref.finalize(self, self.transfer.close)  # an engine that nobody closed, or the end of the process
+        self._processes, here = places.processes, iter(parts)
+        self.multi_process = len(set(self._processes)) > 1
+        mine = [next(here) if process == jax.process_index() else None for process in self._processes]
+        self.device_connectors = [DeviceKVConnector(part, self.transfer, self.schemas, second=second, told=self.multi_process) for part in mine]
+        self._own = [bay for bay in self.device_connectors if bay.here]
+        self.summary = self._describe(leaves[leaf_kinds(parts[0]).index("block")].shape[0] - 1, tokens)
+
+    def _describe(self, pages: int, tokens: int) -> str:
+        devices, block = len(self.device_connectors), self.schemas["block"]
+        parts = [f"{'device' if devices == 1 else f'each of {devices} devices'} {pages * tokens:,} tokens"]
+        of = f"of each of {len(set(self._processes))} processes: " if self.multi_process else ""
+        for name, tier in self.transfer.tiers.items():
+            held, size = tier.stats(), allocated_size(block.file_bytes) if name == "disk" else block.nbytes
+            room, there = held["budget"] // size * tokens, held["blocks"] * tokens
+            parts.append(f"{of}{name} up to {room:,} ({there:,} are there)")
+            of = ""
+        return ", ".join(parts)
+
+    def sync_loads(self) -> None:
+        """Tell all processes what has come up for the requests that wait, by the process whose device they are on.
+
+        To be called by all of them at the same step; alone, nothing is to be told.
+        """
+        if not self.multi_process:
+            return
+        asked = [(bay, visit) for bay in self.device_connectors for visit in bay.pending]
+        if asked:
+            answers = [bay.poll(visit) if bay.here else None for bay, visit in asked]
+            said = np.array([-1 if answer is None else answer for answer in answers], np.int32).tobytes()
+            known = np.max([np.frombuffer(data, np.int32) for data in distributed.all_gather_bytes(said)], axis=0)
+            for (_, visit), boundary in zip(asked, known, strict=True):
+                visit.num_loaded = None if boundary < 0 else int(boundary)
+
+    def num_offloaded_blocks(self, names: Sequence[bytes]) -> list[int]:
+        """Blocks, from the first of these on, behind which a request on each device can begin by what lies below it.
+
+        To be called by all processes at the same step. Where all devices share the tiers it makes no difference: zeros.
+        """
+        if not self.multi_process:
+            return [0] * len(self.device_connectors)
+        own = np.int32(self.transfer.lookup(names)).tobytes()
+        by_process = [int(np.frombuffer(data, np.int32)[0]) for data in distributed.all_gather_bytes(own)]
+        return [by_process[process] for process in self._processes]
+
+    def run_transfers(self, live: KVCaches, idle: bool = True) -> KVCaches:
+        """The live state after all that the books changed; to be called before the next plan is sent.
+
+        idle: nothing waits for the devices, so that any number of blocks may be copied that could also wait.
+        """
+        if not any(bay.has_transfers for bay in self.device_connectors):
+            return live
+        parts = self._places.split_devices(live)  # they are donated, and so `live` with them
+        return self._places.join_devices([bay.run_transfers(part, idle) for bay, part in zip(self._own, parts, strict=True)])
+
+    def wait_for_load(self) -> None:
+        """Wait 10 ms for a load; to be called when there is nothing else to do."""
+        any(bay.wait_for_load(0.01) for bay in self.device_connectors)  # the first that waits: the others go on
+
+    def flush(self, live: KVCaches, seconds: float) -> bool:
+        """Move everything down that is idle, in so many seconds at most; whether that was enough."""
+        end = time.monotonic() + seconds
+        while any(bay.num_idle for bay in self.device_connectors) and time.monotonic() < end:
+            for bay, part in zip(self._own, self._places.split_devices(live), strict=True):
+                bay.run_transfers(part)
+            self.transfer.flush(end - time.monotonic())
+        return self.transfer.flush(max(end - time.monotonic(), 0))
+
+    def close(self, live: KVCaches, seconds: float) -> None:
+        """`flush`, then leave the tiers."""
+        self.flush(live, seconds)
+        self.transfer.close(0.0)
+
+    def stats(self) -> dict[str, float]:
+        """What the tiers of this process count, and blocks that came back from those of all."""
+        return self.transfer.stats() | {
+            "restored_blocks": sum(bay.num_restored for bay in self.device_connectors),
+            "queue_idle": sum(bay.num_idle for bay in self.device_connectors),
+        }
+
+
+def _to_host(memory: SingleDeviceSharding | None, payload: np.ndarray) -> np.ndarray | jax.Array:
+    """Bytes from a file, where the host tier keeps them."""
+    try:
+        return payload if memory is None else jax.device_put(payload, memory)
+    except RuntimeError:  # no pinned memory is left
+        return payload
