@@ -33,20 +33,34 @@ def get_config(arg: str = "") -> Config:
         num_nextn_predict_layers=1,
         # 1M tokens as published: trained positions of 64K, stretched 16 times on compressed layers.
         rope=RoPE(
-            rope_theta=10_000.0, compress_rope_theta=160_000.0,
-            yarn_factor=16.0, yarn_original=65_536, yarn_beta_fast=32.0, yarn_beta_slow=1.0,
+            rope_theta=10_000.0,
+            compress_rope_theta=160_000.0,
+            yarn_factor=16.0,
+            yarn_original=65_536,
+            yarn_beta_fast=32.0,
+            yarn_beta_slow=1.0,
         ),
-        indexer=Indexer(index_n_heads=64, index_head_dim=128, index_topk=1024),  # as Pro: 1024 of the 262,144 entries at 1M tokens
+        indexer=Indexer(
+            index_n_heads=64, index_head_dim=128, index_topk=1024
+        ),  # as Pro: 1024 of the 262,144 entries at 1M tokens
         # Sparsity of Pro (6 of 384 = 8 of 512 = 1.56 %), in experts a third narrower: 512 is a power of two, so any
         # expert axis up to 512 splits them, and 2048 = 16 x 128 fills the matrix units of every listed chip at up to 16
         # tensor shards. Eight routed experts make 15.4B active, attention 11.8B, the head 0.8B; two shared ones (Pro's
         # 3072 would be one and a half) bring the sum to 32.1B.
-        moe=MoE(n_routed_experts=512, num_experts_per_tok=8, moe_intermediate_size=2048, n_shared_experts=2, num_hash_layers=3, routed_scaling_factor=2.5, swiglu_limit=10.0),
+        moe=MoE(
+            n_routed_experts=512,
+            num_experts_per_tok=8,
+            moe_intermediate_size=2048,
+            n_shared_experts=2,
+            num_hash_layers=3,
+            routed_scaling_factor=2.5,
+            swiglu_limit=10.0,
+        ),
         mhc=HyperConnection(hc_mult=4, hc_sinkhorn_iters=20, hc_eps=1e-6),
         dtype="bfloat16",
         modalities=("text",),
         engram_layers=(),
-    )  # fmt: skip
+    )
     return Config(
         name="v4_1t",
         model=model,

@@ -27,15 +27,27 @@ def get_config(arg: str = "") -> Config:
         num_nextn_predict_layers=1,
         # Rotation: spec 1.1 and 2.3; YaRN on compressed layers only.
         rope=RoPE(
-            rope_theta=10_000.0, compress_rope_theta=160_000.0,
-            yarn_factor=16.0, yarn_original=65_536, yarn_beta_fast=32.0, yarn_beta_slow=1.0,
+            rope_theta=10_000.0,
+            compress_rope_theta=160_000.0,
+            yarn_factor=16.0,
+            yarn_original=65_536,
+            yarn_beta_fast=32.0,
+            yarn_beta_slow=1.0,
         ),
         # Indexer, experts, hyper-connections: spec 1.1.
         indexer=Indexer(index_n_heads=64, index_head_dim=128, index_topk=1024),
-        moe=MoE(n_routed_experts=384, num_experts_per_tok=6, moe_intermediate_size=3072, n_shared_experts=1, num_hash_layers=3, routed_scaling_factor=2.5, swiglu_limit=10.0),
+        moe=MoE(
+            n_routed_experts=384,
+            num_experts_per_tok=6,
+            moe_intermediate_size=3072,
+            n_shared_experts=1,
+            num_hash_layers=3,
+            routed_scaling_factor=2.5,
+            swiglu_limit=10.0,
+        ),
         mhc=HyperConnection(hc_mult=4, hc_sinkhorn_iters=20, hc_eps=1e-6),
         dtype="bfloat16",
-    )  # fmt: skip
+    )
     return Config(
         name="v4_pro",
         model=model,

@@ -50,7 +50,7 @@ def start(args: argparse.Namespace, port: int, index: int) -> subprocess.Popen:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(args.processes), "JAX_PROCESS_ID": str(index),
-    }  # fmt: skip
+    }
     command = [sys.executable, "-m", "v4jax", *args.command]
     # In a session of their own, for a terminal's Ctrl-C would reach them twice: from the terminal and from here.
     return subprocess.Popen(

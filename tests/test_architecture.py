@@ -12,25 +12,42 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLOORS = {
     "core": 0,
     "config": 1,
-    "parallel": 2, "kernels": 2,
-    "nn": 3, "engram": 3,
+    "parallel": 2,
+    "kernels": 2,
+    "nn": 3,
+    "engram": 3,
     "models": 4,
-    "cache": 5, "checkpoint": 5, "data": 5,
-    "train": 6, "serve": 6,
-    "evals": 7, "tools": 7,
-    "cli_flags": 8, "cli_completion": 9, "engine_flags": 9, "cli": 10, "__main__": 11,
-}  # fmt: skip
+    "cache": 5,
+    "checkpoint": 5,
+    "data": 5,
+    "train": 6,
+    "serve": 6,
+    "evals": 7,
+    "tools": 7,
+    "cli_flags": 8,
+    "cli_completion": 9,
+    "engine_flags": 9,
+    "cli": 10,
+    "__main__": 11,
+}
 
 TOP_LEVEL = {"pyproject.toml", "README.md", "v4jax", "configs", "tests", "launch", "notebooks"}
 MAX_LINES = 500
 TEXT = {".py", ".toml", ".md", ".sh", ".txt", ".json", ".jsonl", ".yaml", ".yml", ".ipynb", ".cfg", ".ini", ""}
 
 # Written in pieces, so that this file is not its own breach.
-MACHINE = re.compile("|".join([
-    r"(?<![\w.])/" + r"(work|root|home|Users|opt|mnt)/\w",
-    "pypi" + r"\.org", "files\\.python" + "hosted", "download\\.py" + "torch", r"--(extra-)?index" + "-url",
-    r"--find" + "-links",
-]))  # fmt: skip
+MACHINE = re.compile(
+    "|".join(
+        [
+            r"(?<![\w.])/" + r"(work|root|home|Users|opt|mnt)/\w",
+            "pypi" + r"\.org",
+            "files\\.python" + "hosted",
+            "download\\.py" + "torch",
+            r"--(extra-)?index" + "-url",
+            r"--find" + "-links",
+        ]
+    )
+)
 
 
 def imported_packages(path: pathlib.Path, package: tuple[str, ...]) -> list[tuple[int, str]]:
@@ -134,17 +151,20 @@ def test_no_file_names_a_machine_or_a_registry(files):
     assert machine_breaches(ROOT, files) == []
 
 
-@pytest.mark.parametrize("path, source, complaint", [
-    ("v4jax/nn/a.py", "from v4jax.models import forward", "nn (3) imports models (4)"),
-    ("v4jax/nn/b.py", "def f():\n    import v4jax.serve.engine", "nn (3) imports serve (6)"),
-    ("v4jax/train/c.py", "from v4jax import serve", "train (6) imports serve (6)"),
-    ("v4jax/serve/deep/d.py", "from ...train import loop", "serve (6) imports train (6)"),
-    ("v4jax/core/e.py", "from ..nn.norm import Norm", "core (0) imports nn (3)"),
-    ("v4jax/__init__.py", "from v4jax.serve import LLM", "config (1) imports serve (6)"),
-    ("v4jax/attic/f.py", "x = 1", "attic has no floor"),
-    ("configs/g.py", "import jax", "not jax"),
-    ("configs/h.py", "from v4jax import nn", "not v4jax.nn"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path, source, complaint",
+    [
+        ("v4jax/nn/a.py", "from v4jax.models import forward", "nn (3) imports models (4)"),
+        ("v4jax/nn/b.py", "def f():\n    import v4jax.serve.engine", "nn (3) imports serve (6)"),
+        ("v4jax/train/c.py", "from v4jax import serve", "train (6) imports serve (6)"),
+        ("v4jax/serve/deep/d.py", "from ...train import loop", "serve (6) imports train (6)"),
+        ("v4jax/core/e.py", "from ..nn.norm import Norm", "core (0) imports nn (3)"),
+        ("v4jax/__init__.py", "from v4jax.serve import LLM", "config (1) imports serve (6)"),
+        ("v4jax/attic/f.py", "x = 1", "attic has no floor"),
+        ("configs/g.py", "import jax", "not jax"),
+        ("configs/h.py", "from v4jax import nn", "not v4jax.nn"),
+    ],
+)
 def test_floor_checker_sees_a_planted_breach(tmp_path, path, source, complaint):
     (tmp_path / path).parent.mkdir(parents=True)
     (tmp_path / path).write_text(source)
@@ -152,13 +172,19 @@ def test_floor_checker_sees_a_planted_breach(tmp_path, path, source, complaint):
     assert len(breaches) == 1 and path in breaches[0] and complaint in breaches[0]
 
 
-@pytest.mark.parametrize("path, source", [
-    ("v4jax/nn/a.py", "from v4jax.core import axes\nfrom v4jax.kernels import moe\nimport v4jax.config\nimport jax"),
-    ("v4jax/nn/b.py", "from . import norm\nfrom .rope import rotate\nfrom ..core.check import UserError"),
-    ("v4jax/config.py", "from v4jax.core.errors import UserError"),
-    ("v4jax/cli.py", "import v4jax\nfrom v4jax.train import loop\nfrom v4jax.serve import LLM"),
-    ("configs/c.py", "from v4jax.config import Config\nfrom v4jax import config\nimport v4jax.config"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        (
+            "v4jax/nn/a.py",
+            "from v4jax.core import axes\nfrom v4jax.kernels import moe\nimport v4jax.config\nimport jax",
+        ),
+        ("v4jax/nn/b.py", "from . import norm\nfrom .rope import rotate\nfrom ..core.check import UserError"),
+        ("v4jax/config.py", "from v4jax.core.errors import UserError"),
+        ("v4jax/cli.py", "import v4jax\nfrom v4jax.train import loop\nfrom v4jax.serve import LLM"),
+        ("configs/c.py", "from v4jax.config import Config\nfrom v4jax import config\nimport v4jax.config"),
+    ],
+)
 def test_floor_checker_lets_good_imports_pass(tmp_path, path, source):
     (tmp_path / path).parent.mkdir(parents=True)
     (tmp_path / path).write_text(source)

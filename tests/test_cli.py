@@ -96,8 +96,17 @@ def one_line(capsys, argv: list[str]) -> str:
 
 
 def test_train_gets_typed_overrides(calls, config):
-    argv = ["train", f"--config={config}:night", "--workdir=runs/x", "--config.train.steps=7", "--config.train.lr", "1",
-            "--config.model.kv_qdq=true", "--noconfig.model.kv_qdq", "--config.data.source=a, b.txt"]  # fmt: skip
+    argv = [
+        "train",
+        f"--config={config}:night",
+        "--workdir=runs/x",
+        "--config.train.steps=7",
+        "--config.train.lr",
+        "1",
+        "--config.model.kv_qdq=true",
+        "--noconfig.model.kv_qdq",
+        "--config.data.source=a, b.txt",
+    ]
     assert cli.main(argv) == 0
     [(name, (got, workdir, _), _)] = calls
     assert (name, workdir, got.name) == ("train", "runs/x", "night")
@@ -121,8 +130,10 @@ def test_workdir_defaults_to_the_name_of_the_config(calls, config):
 def test_generate_passes_only_what_was_typed_and_streams(calls, capsys):
     argv = ["--checkpoint=DIR", "--prompt=a, b", "--temperature=0", "--stop=x", "--stop=y", "--dtype=float32"]
     assert cli.main(["generate", *argv]) == 0
-    assert calls == [("LLM", ("DIR",), {"dtype": "float32"}),
-                     ("stream", (["a, b"],), {"temperature": 0.0, "top_k": 5, "stop": ["x", "y"]})]  # fmt: skip
+    assert calls == [
+        ("LLM", ("DIR",), {"dtype": "float32"}),
+        ("stream", (["a, b"],), {"temperature": 0.0, "top_k": 5, "stop": ["x", "y"]}),
+    ]
     assert capsys.readouterr().out == "one two\n"
 
 
@@ -154,7 +165,13 @@ def test_generate_keeps_several_prompts_apart(calls, capsys, tmp_path):
 
 
 def test_generate_gives_the_cache_the_room_that_was_typed(calls, capsys):
-    argv = ["--kv_cache_memory_bytes=1.5GiB", "--kv_host_bytes=512 MB", "--kv_disk_bytes=1TiB", "--kv_dir=kv", "--kv_eviction_policy=lru"]
+    argv = [
+        "--kv_cache_memory_bytes=1.5GiB",
+        "--kv_host_bytes=512 MB",
+        "--kv_disk_bytes=1TiB",
+        "--kv_dir=kv",
+        "--kv_eviction_policy=lru",
+    ]
     assert cli.main(["generate", "--checkpoint=DIR", "--prompt=a", *argv]) == 0
     options = {"kv_cache_memory_bytes": 3 << 29, "kv_host_bytes": 512_000_000, "kv_disk_bytes": 1 << 40}
     assert calls[0] == ("LLM", ("DIR",), options | {"kv_dir": "kv", "kv_eviction_policy": "lru"})
@@ -163,9 +180,14 @@ def test_generate_gives_the_cache_the_room_that_was_typed(calls, capsys):
     assert re.fullmatch(r"1,234 prompt tokens, 5 generated; TTFT 0\.0\d s; then [\d,.]+ tokens/s", lines[1])
 
 
-@pytest.mark.parametrize("argv, prompts", [
-    (["--prompt=-"], ["from\nstdin"]), (["--prompt_file=-", "--prompt=a"], ["a", "from\nstdin"]), (["--prompt="], [""]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, prompts",
+    [
+        (["--prompt=-"], ["from\nstdin"]),
+        (["--prompt_file=-", "--prompt=a"], ["a", "from\nstdin"]),
+        (["--prompt="], [""]),
+    ],
+)
 def test_prompts_come_from_stdin_and_may_be_empty(calls, monkeypatch, argv, prompts):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from\r\nstdin\n")))
     assert cli.main(["generate", "--checkpoint=DIR", *argv]) == 0
@@ -173,8 +195,18 @@ def test_prompts_come_from_stdin_and_may_be_empty(calls, monkeypatch, argv, prom
 
 
 def test_every_option_of_the_engine_reaches_it(calls):
-    argv = ["--num_speculative_tokens=2", "--batch_invariant", "--tokenizer=t.json", "--kv_cache_dtype=bf16", "--block_size=512",
-            "--noenable_prefix_caching", "--num_state_snapshots=3", "--kv_load_timeout_s=2", "--stop_token_ids=7", "--ignore_eos"]  # fmt: skip
+    argv = [
+        "--num_speculative_tokens=2",
+        "--batch_invariant",
+        "--tokenizer=t.json",
+        "--kv_cache_dtype=bf16",
+        "--block_size=512",
+        "--noenable_prefix_caching",
+        "--num_state_snapshots=3",
+        "--kv_load_timeout_s=2",
+        "--stop_token_ids=7",
+        "--ignore_eos",
+    ]
     assert cli.main(["generate", "--checkpoint=DIR", "--prompt=a", *argv]) == 0
     options = {"num_speculative_tokens": 2, "batch_invariant": True, "tokenizer": "t.json", "kv_cache_dtype": "bf16"}
     options |= {"block_size": 512, "enable_prefix_caching": False, "num_state_snapshots": 3, "kv_load_timeout_s": 2.0}
@@ -197,68 +229,78 @@ def test_convert_bench_eval_arguments(calls, config, capsys):
 # --- mistakes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("argv, says", [
-    (["trian"], "did you mean train?"),
-    (["frobnicate"], "commands: train, generate"),
-    (["generate", "--promt=x"], "did you mean --prompt?"),
-    (["generate", "--prompt=x"], "needs --checkpoint"),
-    (["generate", "--kv_host_bytes=lots"], "'lots' is not a number of bytes such as 512MiB"),
-    (["generate", "--kv_host_bytes=5iB"], "'5iB' is not a number of bytes"),
-    (["generate", "--checkpoint="], "needs --checkpoint"),
-    (["generate", "--checkpoint=x"], "--prompt="),
-    (["generate", "--checkpoint=x", "--prompt=-", "--prompt_file=-"], "stdin holds one prompt"),
-    (["generate", "--checkpoint=x", "words"], "unexpected argument 'words'"),
-    (["generate", "--checkpoint=x", "--prompt"], "Missing value for flag --prompt"),
-    (["generate", "--checkpoint=x", "--max_tokens=1.5"], "--max_tokens=1.5 is not a positive integer"),
-    (["generate", "--checkpoint=x", "--temperature=-1"], "--temperature=-1"),
-    (["generate", "--checkpoint=x", "--top_p=2"], "--top_p=2"),
-    (["generate", "--checkpoint=x", "--prompt=a\udcff"], "--prompt is not UTF-8 (byte 1); convert it first"),
-    (["generate", "--checkpoint=x", "--prompt=a", "--stop=\udcff"], "--stop is not UTF-8 (byte 0)"),
-    (["generate", "--checkpoint=x", "--prompt=a", "--eos_id=</s>"],
-     "--eos_id=</s> is no list of token ids such as 1,5"),
-    (["generate", "--checkpoint=x", "--prompt=a", "--stop_token_ids=-1"],
-     "--stop_token_ids=-1 is no list of token ids"),
-    (["generate", "--checkpoint=x", "--dtype=int8"], "bfloat16|float32"),
-    (["generate", "--checkpoint=x", "--prompt_file=no/such"], "cannot read --prompt_file=no/such"),
-    (["convert", "--source=x"], "convert needs --target"),
-    (["convert", "--source=x", "--target=y", "--format=gguf"], "huggingface|orbax"),
-    (["bench", "--config.train.steps=3", "--suite=x"], "add --config=NAME"),
-    (["bench", "--suite=x"], "<decode|eviction|generate|host_kv|kv|serve|tiers|train|vs_transformers>"),
-    (["eval", "--suite=x", "--checkpoint=y"], "<kv_quant|needle|perplexity>"),
-    (["completion"], "v4jax completion bash"),
-    (["completion", "fish"], "v4jax completion bash"),
-    (["train", "--compilation_cache=pyproject.toml/no"], "cannot use --compilation_cache=pyproject.toml/no"),
-    (["train", "--config=tinny"], "did you mean 'tiny'?"),
-    (["train", "--config="], "--config needs a name"),
-    (["train", "--config"], "--config needs a name"),
-    (["train", "--config=no/such.py"], "no config 'no/such.py'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["trian"], "did you mean train?"),
+        (["frobnicate"], "commands: train, generate"),
+        (["generate", "--promt=x"], "did you mean --prompt?"),
+        (["generate", "--prompt=x"], "needs --checkpoint"),
+        (["generate", "--kv_host_bytes=lots"], "'lots' is not a number of bytes such as 512MiB"),
+        (["generate", "--kv_host_bytes=5iB"], "'5iB' is not a number of bytes"),
+        (["generate", "--checkpoint="], "needs --checkpoint"),
+        (["generate", "--checkpoint=x"], "--prompt="),
+        (["generate", "--checkpoint=x", "--prompt=-", "--prompt_file=-"], "stdin holds one prompt"),
+        (["generate", "--checkpoint=x", "words"], "unexpected argument 'words'"),
+        (["generate", "--checkpoint=x", "--prompt"], "Missing value for flag --prompt"),
+        (["generate", "--checkpoint=x", "--max_tokens=1.5"], "--max_tokens=1.5 is not a positive integer"),
+        (["generate", "--checkpoint=x", "--temperature=-1"], "--temperature=-1"),
+        (["generate", "--checkpoint=x", "--top_p=2"], "--top_p=2"),
+        (["generate", "--checkpoint=x", "--prompt=a\udcff"], "--prompt is not UTF-8 (byte 1); convert it first"),
+        (["generate", "--checkpoint=x", "--prompt=a", "--stop=\udcff"], "--stop is not UTF-8 (byte 0)"),
+        (
+            ["generate", "--checkpoint=x", "--prompt=a", "--eos_id=</s>"],
+            "--eos_id=</s> is no list of token ids such as 1,5",
+        ),
+        (
+            ["generate", "--checkpoint=x", "--prompt=a", "--stop_token_ids=-1"],
+            "--stop_token_ids=-1 is no list of token ids",
+        ),
+        (["generate", "--checkpoint=x", "--dtype=int8"], "bfloat16|float32"),
+        (["generate", "--checkpoint=x", "--prompt_file=no/such"], "cannot read --prompt_file=no/such"),
+        (["convert", "--source=x"], "convert needs --target"),
+        (["convert", "--source=x", "--target=y", "--format=gguf"], "huggingface|orbax"),
+        (["bench", "--config.train.steps=3", "--suite=x"], "add --config=NAME"),
+        (["bench", "--suite=x"], "<decode|eviction|generate|host_kv|kv|serve|tiers|train|vs_transformers>"),
+        (["eval", "--suite=x", "--checkpoint=y"], "<kv_quant|needle|perplexity>"),
+        (["completion"], "v4jax completion bash"),
+        (["completion", "fish"], "v4jax completion bash"),
+        (["train", "--compilation_cache=pyproject.toml/no"], "cannot use --compilation_cache=pyproject.toml/no"),
+        (["train", "--config=tinny"], "did you mean 'tiny'?"),
+        (["train", "--config="], "--config needs a name"),
+        (["train", "--config"], "--config needs a name"),
+        (["train", "--config=no/such.py"], "no config 'no/such.py'"),
+    ],
+)
 def test_mistakes_are_one_line(capsys, argv, says):
     assert says in one_line(capsys, argv)
 
 
-@pytest.mark.parametrize("override, says", [
-    ("train.step=3", "did you mean --config.train.steps?"),
-    ("trane.steps=3", "did you mean --config.train.steps?"),
-    ("steps=3", "did you mean --config.train.steps?"),
-    ("model.moe.n_routed_expert=3", "did you mean --config.model.moe.n_routed_experts?"),
-    ("qqq=3", "groups: cache, data, mesh, model"),
-    ("train=3", "is a group"),
-    ("train.steps=abc", "--config.train.steps=abc is not an integer"),
-    ("train.steps=1.5", "--config.train.steps=1.5 is not an integer"),
-    ("train.lr=fast", "--config.train.lr=fast is not a number"),
-    ("train.steps", "--config.train.steps needs a value"),
-    ("model.kv_qdq=perhaps", "--config.model.kv_qdq=perhaps is not true or false"),
-    ("model.layer_types=swa,cs", "model.layer_types has 'cs'"),
-    ("model.layer_types=", "model.layer_types is empty"),
-    ("train.steps=0", "train.steps must be at least 1"),
-    ("train.lr=nan", "train.lr is nan, and must be a finite number"),
-    ("cache.kv_eviction_policy=foo", "cache.kv_eviction_policy is 'foo'; one of s3fifo, lru"),
-    ("cache.kv_disk_bytes=100", "cache.kv_disk_bytes and cache.kv_dir go together"),
-    ("serve.max_num_batched_tokens=0", "serve.max_num_batched_tokens must be at least 1"),
-    ("serve.quantization=fp7", "serve.quantization is 'fp7'; one of none, fp8"),
-    ("data.source=\x1b[2J", "data.source is '\\x1b[2J', and must be a line"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "override, says",
+    [
+        ("train.step=3", "did you mean --config.train.steps?"),
+        ("trane.steps=3", "did you mean --config.train.steps?"),
+        ("steps=3", "did you mean --config.train.steps?"),
+        ("model.moe.n_routed_expert=3", "did you mean --config.model.moe.n_routed_experts?"),
+        ("qqq=3", "groups: cache, data, mesh, model"),
+        ("train=3", "is a group"),
+        ("train.steps=abc", "--config.train.steps=abc is not an integer"),
+        ("train.steps=1.5", "--config.train.steps=1.5 is not an integer"),
+        ("train.lr=fast", "--config.train.lr=fast is not a number"),
+        ("train.steps", "--config.train.steps needs a value"),
+        ("model.kv_qdq=perhaps", "--config.model.kv_qdq=perhaps is not true or false"),
+        ("model.layer_types=swa,cs", "model.layer_types has 'cs'"),
+        ("model.layer_types=", "model.layer_types is empty"),
+        ("train.steps=0", "train.steps must be at least 1"),
+        ("train.lr=nan", "train.lr is nan, and must be a finite number"),
+        ("cache.kv_eviction_policy=foo", "cache.kv_eviction_policy is 'foo'; one of s3fifo, lru"),
+        ("cache.kv_disk_bytes=100", "cache.kv_disk_bytes and cache.kv_dir go together"),
+        ("serve.max_num_batched_tokens=0", "serve.max_num_batched_tokens must be at least 1"),
+        ("serve.quantization=fp7", "serve.quantization is 'fp7'; one of none, fp8"),
+        ("data.source=\x1b[2J", "data.source is '\\x1b[2J', and must be a line"),
+    ],
+)
 def test_wrong_overrides_are_one_line(capsys, config, override, says):
     assert says in one_line(capsys, ["train", f"--config={config}", f"--config.{override}"])
 
@@ -357,11 +399,15 @@ def test_a_config_is_found_beside_its_file(capsys, config, monkeypatch):
 
 COMPLETIONS = [
     ("v4jax ", {"train", "generate", "convert", "plan", "bench", "eval", "completion", "--help", "--version"}),
-    ("v4jax tr", {"train"}), ("v4jax train --config=ti", {"tiny"}), ("v4jax train --wor", {"--workdir="}),
-    ("v4jax train --config.train.hang_t", {"--config.train.hang_timeout_s="}), ("v4jax bench --suite=tr", {"train"}),
-    ("v4jax generate --prompt=x --kv_eviction_policy=", {"s3fifo", "lru"}), ("v4jax generate --checkpoint=ru", set()),
+    ("v4jax tr", {"train"}),
+    ("v4jax train --config=ti", {"tiny"}),
+    ("v4jax train --wor", {"--workdir="}),
+    ("v4jax train --config.train.hang_t", {"--config.train.hang_timeout_s="}),
+    ("v4jax bench --suite=tr", {"train"}),
+    ("v4jax generate --prompt=x --kv_eviction_policy=", {"s3fifo", "lru"}),
+    ("v4jax generate --checkpoint=ru", set()),
     ("v4jax generate --co", {"--compilation_cache=", "--coordinator="}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
@@ -425,8 +471,9 @@ def test_quickstart_refuses_an_unknown_option():
 
 def test_a_reader_that_goes_away_is_no_error():
     code = "import sys\nfrom v4jax import cli\nsys.stdin.read()\nsys.exit(cli.main(['--help']))"
-    program = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)  # fmt: skip
+    program = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     program.stdout.close()
     program.stdin.close()
     assert program.wait(timeout=60) == 141

@@ -56,7 +56,10 @@ def test_dict_round_trip_and_misspelt_fields():
     values = to_dict(config)
     assert from_dict(Config, values) == config
     values["model"]["moe"]["n_routed_expert"] = 4
-    with pytest.raises(ConfigError, match=r"unknown config field 'model.moe.n_routed_expert'; did you mean 'model.moe.n_routed_experts'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"unknown config field 'model.moe.n_routed_expert'; did you mean 'model.moe.n_routed_experts'",
+    ):
         from_dict(Config, values)
 
 
@@ -64,22 +67,25 @@ def test_lists_become_tuples():
     assert from_dict(Model, {"layer_types": ["swa", "csa"]}).layer_types == ("swa", "csa")
 
 
-@pytest.mark.parametrize("part, change, says", [
-    ("model", {"layer_types": ()}, "model.layer_types is empty"),
-    ("model", {"layer_types": ("swa", "mla")}, "'mla'; layers are one of swa, csa, hca"),
-    ("model", {"qk_rope_head_dim": 7}, "model.qk_rope_head_dim 7 must be even"),
-    ("model", {"o_groups": 5}, "model.o_groups 5"),
-    ("model", {"compress_rate_csa": 1}, "model.compress_rate_csa must be at least 2, got 1"),
-    ("model", {"compress_rate_hca": 0}, "model.compress_rate_hca must be at least 1, got 0"),
-    ("model", {"dtype": "float64"}, "'float64'"),
-    ("model", {"num_nextn_predict_layers": 2}, "model.num_nextn_predict_layers"),
-    ("model", {"modalities": ("text", "image")}, "model.modalities has 'image'; this version reads text only"),
-    ("model", {"modalities": ()}, "model.modalities is empty"),
-    ("model", {"engram_layers": (1, 14)}, "this version has no Engram"),
-    ("train", {"steps": 0}, "train.steps must be at least 1, got 0"),
-    ("data", {"seq_len": 13}, "data.seq_len 13 must be a multiple"),
-    ("serve", {"max_model_len": 10**9}, "serve.max_model_len"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "part, change, says",
+    [
+        ("model", {"layer_types": ()}, "model.layer_types is empty"),
+        ("model", {"layer_types": ("swa", "mla")}, "'mla'; layers are one of swa, csa, hca"),
+        ("model", {"qk_rope_head_dim": 7}, "model.qk_rope_head_dim 7 must be even"),
+        ("model", {"o_groups": 5}, "model.o_groups 5"),
+        ("model", {"compress_rate_csa": 1}, "model.compress_rate_csa must be at least 2, got 1"),
+        ("model", {"compress_rate_hca": 0}, "model.compress_rate_hca must be at least 1, got 0"),
+        ("model", {"dtype": "float64"}, "'float64'"),
+        ("model", {"num_nextn_predict_layers": 2}, "model.num_nextn_predict_layers"),
+        ("model", {"modalities": ("text", "image")}, "model.modalities has 'image'; this version reads text only"),
+        ("model", {"modalities": ()}, "model.modalities is empty"),
+        ("model", {"engram_layers": (1, 14)}, "this version has no Engram"),
+        ("train", {"steps": 0}, "train.steps must be at least 1, got 0"),
+        ("data", {"seq_len": 13}, "data.seq_len 13 must be a multiple"),
+        ("serve", {"max_model_len": 10**9}, "serve.max_model_len"),
+    ],
+)
 def test_impossible_values_are_one_line(part, change, says):
     tiny = load("tiny")
     broken = dataclasses.replace(tiny, **{part: dataclasses.replace(getattr(tiny, part), **change)})
@@ -116,8 +122,14 @@ def test_wheel_carries_presets_data_and_license(tmp_path):
     assert assets == {name.rpartition("/")[2] for name in names if name.startswith("v4jax/data/assets/")}
 
     code = "from v4jax import config as c; print(c.__file__, *[c.load(name).name for name in c.preset_names()])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site")},
-                          check=True, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "site")},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     file, *presets = done.stdout.split()
     assert pathlib.Path(file).is_relative_to(tmp_path)
     assert presets == [config_lib.load(name).name for name in preset_names()]
@@ -125,7 +137,9 @@ def test_wheel_carries_presets_data_and_license(tmp_path):
 
 def test_choices_are_those_of_who_implements_them():
     """`core.config_limits` repeats names of upper packages, for it cannot import them."""
-    assert set(CHOICES["cache.kv_eviction_policy"]) == set(POLICIES) and CHOICES["cache.kv_cache_dtype"] == KV_CACHE_DTYPES
+    assert (
+        set(CHOICES["cache.kv_eviction_policy"]) == set(POLICIES) and CHOICES["cache.kv_cache_dtype"] == KV_CACHE_DTYPES
+    )
     assert CHOICES["serve.quantization"] == QUANTIZATIONS
 
 

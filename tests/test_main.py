@@ -12,10 +12,16 @@ from v4jax.data.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MOMENTS = [
-    "v4jax.cli", "jax", "numpy.lib._index_tricks_impl", "flax.nnx", "v4jax.serve.llm",  # imports
-    "v4jax.checkpoint:load:0", "v4jax.serve.engine:Engine.reset:0",
-    "v4jax.serve.model_steps:prefill:0", "v4jax.serve.model_steps:decode:0",  # in the engine's thread, before it compiles
-]  # fmt: skip
+    "v4jax.cli",
+    "jax",
+    "numpy.lib._index_tricks_impl",
+    "flax.nnx",
+    "v4jax.serve.llm",  # imports
+    "v4jax.checkpoint:load:0",
+    "v4jax.serve.engine:Engine.reset:0",
+    "v4jax.serve.model_steps:prefill:0",
+    "v4jax.serve.model_steps:decode:0",  # in the engine's thread, before it compiles
+]
 GENERATING = "v4jax.serve.model_steps:decode:5"
 
 
@@ -29,8 +35,18 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.parametrize("moment, tiers", [*((moment, False) for moment in [*MOMENTS, GENERATING]), (GENERATING, True)])
 def test_main_an_interrupt_is_130_and_one_line(checkpoint, tmp_path, moment, tiers):
     flags = ["--kv_disk_bytes=1GiB", f"--kv_dir={tmp_path / 'kv'}"] if tiers else []
-    command = [sys.executable, "-m", "tests.interrupted", moment, "generate", f"--checkpoint={checkpoint}",
-               "--prompt=To be", "--max_tokens=200", "--max_model_len=576", *flags]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "tests.interrupted",
+        moment,
+        "generate",
+        f"--checkpoint={checkpoint}",
+        "--prompt=To be",
+        "--max_tokens=200",
+        "--max_model_len=576",
+        *flags,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 130, done.stderr
     assert done.stderr.endswith("\nv4jax: interrupted\n")

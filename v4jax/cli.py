@@ -61,7 +61,9 @@ def _place(values: flags.FlagValues):
 
 
 def _generate(values: flags.FlagValues, _: None) -> None:
-    typed = explicit_flags(values, *(flag.name for flag in SAMPLING_FLAGS if flag.name not in ("stop", "stop_token_ids")))
+    typed = explicit_flags(
+        values, *(flag.name for flag in SAMPLING_FLAGS if flag.name not in ("stop", "stop_token_ids"))
+    )
     typed |= {"stop": [_typed("stop", text) for text in values.stop]} if values.stop else {}
     typed |= {name: _ids(values, name) for name in explicit_flags(values, "stop_token_ids")}
     options = explicit_flags(values, "tokenizer", "dtype", "bos_id", "parse_special_tokens")
@@ -117,7 +119,9 @@ def _plan(values: flags.FlagValues, config: config_lib.Config) -> None:
     from v4jax.tools import plan
 
     if explicit_flags(values, "kv_device_entries"):
-        config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, kv_device_entries=values.kv_device_entries))
+        config = dataclasses.replace(
+            config, cache=dataclasses.replace(config.cache, kv_device_entries=values.kv_device_entries)
+        )
     options = ("mode", "context", "concurrency", "analytic", "stage", "json")
     records = plan.run(config, values.topology, **explicit_flags(values, *options))
     if not plan.fits_anywhere(records, config):
@@ -135,18 +139,35 @@ def _eval(values: flags.FlagValues, _: None) -> None:
     from v4jax import evals
 
     compilation_cache.enable(values.compilation_cache)
-    options = ("json", "data", "heldout", "kv_cache_dtype", "context", "windows", "contexts", "depths", "trials", "bounds")
+    options = (
+        "json",
+        "data",
+        "heldout",
+        "kv_cache_dtype",
+        "context",
+        "windows",
+        "contexts",
+        "depths",
+        "trials",
+        "bounds",
+    )
     evals.run(values.suite, values.checkpoint, **explicit_flags(values, *options))
 
 
 _CHECKPOINT = Flag("checkpoint", "directory of a run, an orbax checkpoint or Hugging Face weights")
 _NEEDED_CHECKPOINT = Flag(_CHECKPOINT.name, _CHECKPOINT.help, options={"required": True})
-_DTYPE = Flag("dtype", "type of the weights", flags.DEFINE_enum,
-              options={"enum_values": ["bfloat16", "float32"]}, shown="as stored")  # fmt: skip
+_DTYPE = Flag(
+    "dtype",
+    "type of the weights",
+    flags.DEFINE_enum,
+    options={"enum_values": ["bfloat16", "float32"]},
+    shown="as stored",
+)
 _COMPILATION_CACHE = Flag(
-    "compilation_cache", "directory of compiled programs for the next run, or off",
+    "compilation_cache",
+    "directory of compiled programs for the next run, or off",
     shown="$JAX_COMPILATION_CACHE_DIR, else ~/.cache/v4jax/jax; off with jaxlib 0.12",
-)  # fmt: skip
+)
 _PROCESS_FLAGS = (
     Flag("coordinator", "HOST:PORT of process 0, where no launcher tells it"),
     Flag("num_processes", "processes of the run", flags.DEFINE_integer, options={"lower_bound": 1}),
@@ -158,27 +179,50 @@ _JSON = Flag("json", "also write the records to this file")
 
 COMMANDS = {
     "train": Command(
-        _train, "train a model, or resume a run that was stopped",
+        _train,
+        "train a model, or resume a run that was stopped",
         "v4jax train --config=tiny --workdir=runs/tiny --config.train.steps=200",
-        (Flag("workdir", "directory of the run", shown="runs/<name of the config>"), _COMPILATION_CACHE,
-         *_PROCESS_FLAGS),
-        has_config=True, default_config="tiny",
+        (
+            Flag("workdir", "directory of the run", shown="runs/<name of the config>"),
+            _COMPILATION_CACHE,
+            *_PROCESS_FLAGS,
+        ),
+        has_config=True,
+        default_config="tiny",
     ),
     "generate": Command(
-        _generate, "continue prompts, streaming the text to the terminal",
+        _generate,
+        "continue prompts, streaming the text to the terminal",
         'v4jax generate --checkpoint=runs/tiny --prompt="To be, or not" --max_tokens=100',
         (
             _NEEDED_CHECKPOINT,
-            Flag("prompt", 'text to continue, "" to begin a document, - to read it from stdin; may be repeated',
-                 flags.DEFINE_multi_string, ()),
-            Flag("prompt_file", "UTF-8 file holding one prompt, or - for stdin; may be repeated",
-                 flags.DEFINE_multi_string, ()),
+            Flag(
+                "prompt",
+                'text to continue, "" to begin a document, - to read it from stdin; may be repeated',
+                flags.DEFINE_multi_string,
+                (),
+            ),
+            Flag(
+                "prompt_file",
+                "UTF-8 file holding one prompt, or - for stdin; may be repeated",
+                flags.DEFINE_multi_string,
+                (),
+            ),
             *SAMPLING_FLAGS,
             Flag("tokenizer", "tokenizer.json", shown=STORED),
-            Flag("bos_id", "token id before each prompt", flags.DEFINE_integer, options={"lower_bound": 0},
-                 shown="as the tokenizer says"),
-            Flag("eos_id", "token ids that end a text, such as 1,5", flags.DEFINE_list,
-                 shown="as the checkpoint's files say"),
+            Flag(
+                "bos_id",
+                "token id before each prompt",
+                flags.DEFINE_integer,
+                options={"lower_bound": 0},
+                shown="as the tokenizer says",
+            ),
+            Flag(
+                "eos_id",
+                "token ids that end a text, such as 1,5",
+                flags.DEFINE_list,
+                shown="as the checkpoint's files say",
+            ),
             Flag("parse_special_tokens", "read <eos> in a prompt as that token, not as text", flags.DEFINE_bool, False),
             _DTYPE,
             *SERVE_FLAGS.values(),
@@ -189,62 +233,107 @@ COMMANDS = {
         ),
     ),
     "convert": Command(
-        _convert, "turn Hugging Face weights into a v4jax checkpoint, or back",
+        _convert,
+        "turn Hugging Face weights into a v4jax checkpoint, or back",
         "v4jax convert --source=HF_DIR --target=DIR",
         (
             Flag("source", "directory to read", options={"required": True}),
             Flag("target", "directory to write", options={"required": True}),
-            Flag("format", "format to write", flags.DEFINE_enum, options={"enum_values": ["huggingface", "orbax"]},
-                 shown="the one that the source is not"),
+            Flag(
+                "format",
+                "format to write",
+                flags.DEFINE_enum,
+                options={"enum_values": ["huggingface", "orbax"]},
+                shown="the one that the source is not",
+            ),
             _DTYPE,
-            Flag("overwrite", "replace an earlier result in the target, and keep nothing of it", flags.DEFINE_bool,
-                 False),
-            Flag("verify", "compare the source with its checksums; --noverify takes a damaged one as it is",
-                 flags.DEFINE_bool, True),
+            Flag(
+                "overwrite", "replace an earlier result in the target, and keep nothing of it", flags.DEFINE_bool, False
+            ),
+            Flag(
+                "verify",
+                "compare the source with its checksums; --noverify takes a damaged one as it is",
+                flags.DEFINE_bool,
+                True,
+            ),
         ),
     ),
     "plan": Command(
-        _plan, "what a model needs on a topology, before a machine is rented",
+        _plan,
+        "what a model needs on a topology, before a machine is rented",
         "v4jax plan --config=v4_1t --topology=v5p:8x8x8 --mode=train --analytic",
         (
-            Flag("topology", "chip and shape: v5p:8x8x8, v5e:16x16x4slices, h100:64, or a TPU's accelerator type: "
-                 "v5p-512; --analytic compares several",
-                 options={"required": True}),
-            Flag("mode", "program to plan for", flags.DEFINE_enum, "train",
-                 options={"enum_values": ["train", "prefill", "decode"]}),
+            Flag(
+                "topology",
+                "chip and shape: v5p:8x8x8, v5e:16x16x4slices, h100:64, or a TPU's accelerator type: "
+                "v5p-512; --analytic compares several",
+                options={"required": True},
+            ),
+            Flag(
+                "mode",
+                "program to plan for",
+                flags.DEFINE_enum,
+                "train",
+                options={"enum_values": ["train", "prefill", "decode"]},
+            ),
             Flag("context", "tokens of a row", flags.DEFINE_integer, options={"lower_bound": 1}, shown="the config's"),
-            Flag("concurrency", "rows of a step", flags.DEFINE_integer, options={"lower_bound": 1},
-                 shown="the config's"),
-            Flag("analytic", "the closed form alone, in a second; else TPU programs are compiled", flags.DEFINE_bool,
-                 False),
-            Flag("stage", "how far: program, or buffers: until all bytes are placed, without machine code",
-                 flags.DEFINE_enum, "program", options={"enum_values": ["program", "buffers"]}),
+            Flag(
+                "concurrency", "rows of a step", flags.DEFINE_integer, options={"lower_bound": 1}, shown="the config's"
+            ),
+            Flag(
+                "analytic",
+                "the closed form alone, in a second; else TPU programs are compiled",
+                flags.DEFINE_bool,
+                False,
+            ),
+            Flag(
+                "stage",
+                "how far: program, or buffers: until all bytes are placed, without machine code",
+                flags.DEFINE_enum,
+                "program",
+                options={"enum_values": ["program", "buffers"]},
+            ),
             dataclasses.replace(CACHE_FLAGS["kv_device_entries"], shown="the config's"),
             _JSON,
         ),
-        has_config=True, default_config="tiny",
+        has_config=True,
+        default_config="tiny",
     ),
     "bench": Command(
-        _bench, "measure speed, as ratios taken in one run",
+        _bench,
+        "measure speed, as ratios taken in one run",
         "v4jax bench --suite=vs_transformers --config=small --json=vs_transformers.json",
         (
             Flag("suite", "what to measure", flags.DEFINE_enum, options={"required": True, "enum_values": BENCHES}),
             _CHECKPOINT,
-            Flag("rounds", "repetitions of every measurement", flags.DEFINE_integer, options={"lower_bound": 1},
-                 shown="5"),
-            Flag("contexts", "tokens of context, such as 1024,65536 (suites decode, generate, host_kv, tiers)",
-                 flags.DEFINE_list),
+            Flag(
+                "rounds",
+                "repetitions of every measurement",
+                flags.DEFINE_integer,
+                options={"lower_bound": 1},
+                shown="5",
+            ),
+            Flag(
+                "contexts",
+                "tokens of context, such as 1024,65536 (suites decode, generate, host_kv, tiers)",
+                flags.DEFINE_list,
+            ),
             _JSON,
             Flag("plot", "also draw the records to this PNG file (suites decode, host_kv, tiers)"),
         ),
         has_config=True,
     ),
     "eval": Command(
-        _eval, "measure the quality of a checkpoint",
+        _eval,
+        "measure the quality of a checkpoint",
         "v4jax eval --checkpoint=runs/tiny --suite=perplexity",
         (
-            Flag("suite", "perplexity, kv_quant (what a quantized cache costs) or needle (retrieval, by both caches)",
-                 flags.DEFINE_enum, options={"required": True, "enum_values": EVALS}),
+            Flag(
+                "suite",
+                "perplexity, kv_quant (what a quantized cache costs) or needle (retrieval, by both caches)",
+                flags.DEFINE_enum,
+                options={"required": True, "enum_values": EVALS},
+            ),
             _NEEDED_CHECKPOINT,
             _COMPILATION_CACHE,
             _JSON,
@@ -259,7 +348,7 @@ COMMANDS = {
             Flag("bounds", "kv_quant, needle: other bounds, such as kl_mean=1e-3,top1=0.98 or accuracy=0.9"),
         ),
     ),
-}  # fmt: skip
+}
 
 
 def _prompts(values: flags.FlagValues) -> list[str]:
@@ -315,14 +404,21 @@ def _write_streams(pieces: Iterable[tuple[int, str]], prompts: list[str]) -> Non
 
 def _main_help() -> str:
     rows = [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join([
-        v4jax.__doc__, "", "usage: v4jax <command> [flags]", "", *rows, "",
-        "v4jax <command> --help lists its flags, their defaults and the presets; v4jax train --config=NAME "
-        "--show_config lists",
-        "the fields of a config; v4jax completion bash|zsh prints a completion script; --debug shows where an error "
-        "came from;",
-        f"--version prints {v4jax.__version__}.",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            v4jax.__doc__,
+            "",
+            "usage: v4jax <command> [flags]",
+            "",
+            *rows,
+            "",
+            "v4jax <command> --help lists its flags, their defaults and the presets; v4jax train --config=NAME "
+            "--show_config lists",
+            "the fields of a config; v4jax completion bash|zsh prints a completion script; --debug shows where an error "
+            "came from;",
+            f"--version prints {v4jax.__version__}.",
+        ]
+    )
 
 
 def _dispatch(argv: list[str]) -> None:

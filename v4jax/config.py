@@ -161,7 +161,9 @@ class Train:
     offload: tuple[str, ...] = ()  # to host memory between uses: optimizer (its state), streams (what remat keeps)
     matmul_precision: str = "plain"  # or "fp8": products of the matrices that are released in FP8 (spec 8.4)
     expert_weight_format: str = "plain"  # or "mxfp4": rounded in the forward pass, and in what is made of a checkpoint
-    spike_action: str = "off"  # a step whose loss or gradient is no number or far too large: off (no number ends the run),
+    spike_action: str = (
+        "off"  # a step whose loss or gradient is no number or far too large: off (no number ends the run),
+    )
     #                     skip (it changes nothing), rollback (and after too many, back to the last checkpoint)
     spike_factor: float = 8.0  # too large: as many spreads above the median of the last steps; 0: only no number is
     spike_window: int = 64  # how many last steps, of those taken
@@ -196,15 +198,23 @@ class Cache:
     block_size: int = 0  # tokens of a page; 0: the least multiple of the compression ratios from 256 on
     kv_cache_tokens: int = 0  # room for this many tokens of all sequences together; 0: for max_num_seqs of the longest
     enable_prefix_caching: bool = True  # find the blocks of earlier requests that began alike
-    num_state_snapshots: int = 16  # checkpoint records kept for that, one at each prompt's and output's last block boundary
+    num_state_snapshots: int = (
+        16  # checkpoint records kept for that, one at each prompt's and output's last block boundary
+    )
     snapshot_interval_blocks: int = 0  # and one every so many blocks of a prompt
     kv_cache_memory_bytes: int = 0  # bytes of accelerator memory for all of that; 0: as `tokens` says
-    kv_device_entries: int = 0  # entries a CSA layer that stay there, the ones picked last; all are in host memory, HCA tails too
+    kv_device_entries: int = (
+        0  # entries a CSA layer that stay there, the ones picked last; all are in host memory, HCA tails too
+    )
     kv_host_bytes: int = 0  # bytes of host memory for what leaves the device; 0: none
     kv_disk_bytes: int = 0  # bytes of files in `directory` for it; 0: none
     kv_dir: str = ""
-    kv_eviction_policy: str = "s3fifo"  # what goes first from a full host or disk: s3fifo, lru (see cache/offload/eviction.py)
-    kv_admission_policy: str = "all"  # what moves to host and disk: all, or second: what more than one request asked for
+    kv_eviction_policy: str = (
+        "s3fifo"  # what goes first from a full host or disk: s3fifo, lru (see cache/offload/eviction.py)
+    )
+    kv_admission_policy: str = (
+        "all"  # what moves to host and disk: all, or second: what more than one request asked for
+    )
     kv_load_timeout_s: float = 0.5  # seconds without progress after which a request no longer waits for host and disk
 
 
@@ -351,16 +361,26 @@ def validate(config: Config) -> Config:
     check_serving(config.model, config.serve, config.cache)
     train, data = config.train, config.data
     for name, path in [
-        ("data.source", data.source), ("data.heldout", data.heldout), ("data.tokenizer", data.tokenizer),
-        ("cache.kv_dir", config.cache.kv_dir), ("mesh.rules", config.mesh.rules),
-    ]:  # fmt: skip
+        ("data.source", data.source),
+        ("data.heldout", data.heldout),
+        ("data.tokenizer", data.tokenizer),
+        ("cache.kv_dir", config.cache.kv_dir),
+        ("mesh.rules", config.mesh.rules),
+    ]:
         local_path(path, name)
     _require("streams" not in train.offload or train.remat, "train.offload names streams: set train.remat=true too")
-    _require(not train.offload or config.mesh.rules, "train.offload needs a mesh, of one device if need be: set "
-             "mesh.rules=fsdp")  # fmt: skip
-    for name, size in [("hidden_size", config.model.hidden_size), ("moe.moe_intermediate_size", config.model.moe.moe_intermediate_size)]:
-        _require(train.expert_weight_format == "plain" or size % 32 == 0, f"train.expert_weight_format=mxfp4 takes groups of 32, "
-                 f"and model.{name} is {size}")  # fmt: skip
+    _require(
+        not train.offload or config.mesh.rules,
+        "train.offload needs a mesh, of one device if need be: set mesh.rules=fsdp",
+    )
+    for name, size in [
+        ("hidden_size", config.model.hidden_size),
+        ("moe.moe_intermediate_size", config.model.moe.moe_intermediate_size),
+    ]:
+        _require(
+            train.expert_weight_format == "plain" or size % 32 == 0,
+            f"train.expert_weight_format=mxfp4 takes groups of 32, and model.{name} is {size}",
+        )
     _require(
         data.seq_len % config.model.alignment == 0,
         f"data.seq_len {data.seq_len} must be a multiple of {config.model.alignment}, as all compression ratios divide it",
@@ -381,23 +401,39 @@ def check_serving(model: Model, serve: Serve, cache: Cache) -> None:
     """Raise ConfigError for limits of an engine and a cache that contradict each other or the model."""
     check_values(serve, "serve.")
     check_values(cache, "cache.")
-    _require(serve.max_model_len <= model.max_position_embeddings, f"serve.max_model_len {serve.max_model_len} exceeds "
-             f"model.max_position_embeddings {model.max_position_embeddings}")  # fmt: skip
-    _require(not serve.num_speculative_tokens or model.num_nextn_predict_layers, "serve.num_speculative_tokens needs a model with an MTP "
-             "layer, and this one has none; set it to 0")  # fmt: skip
-    _require(not (serve.num_speculative_tokens and serve.batch_invariant), "serve.batch_invariant and "
-             "serve.num_speculative_tokens exclude each other: drafts change the shapes computed")  # fmt: skip
-    _require(bool(cache.kv_disk_bytes) == bool(cache.kv_dir), "cache.kv_disk_bytes and cache.kv_dir go together: a cache on disk "
-             "needs its size and its place (--kv_disk_bytes=64GiB --kv_dir=DIR)")  # fmt: skip
-    _require(cache.enable_prefix_caching or not (cache.kv_host_bytes or cache.kv_disk_bytes), "cache.kv_host_bytes and cache.kv_disk_bytes hold blocks that requests "
-             "share: set cache.enable_prefix_caching to true, or drop them")  # fmt: skip
+    _require(
+        serve.max_model_len <= model.max_position_embeddings,
+        f"serve.max_model_len {serve.max_model_len} exceeds "
+        f"model.max_position_embeddings {model.max_position_embeddings}",
+    )
+    _require(
+        not serve.num_speculative_tokens or model.num_nextn_predict_layers,
+        "serve.num_speculative_tokens needs a model with an MTP layer, and this one has none; set it to 0",
+    )
+    _require(
+        not (serve.num_speculative_tokens and serve.batch_invariant),
+        "serve.batch_invariant and serve.num_speculative_tokens exclude each other: drafts change the shapes computed",
+    )
+    _require(
+        bool(cache.kv_disk_bytes) == bool(cache.kv_dir),
+        "cache.kv_disk_bytes and cache.kv_dir go together: a cache on disk "
+        "needs its size and its place (--kv_disk_bytes=64GiB --kv_dir=DIR)",
+    )
+    _require(
+        cache.enable_prefix_caching or not (cache.kv_host_bytes or cache.kv_disk_bytes),
+        "cache.kv_host_bytes and cache.kv_disk_bytes hold blocks that requests "
+        "share: set cache.enable_prefix_caching to true, or drop them",
+    )
 
 
 def _validate_model(m: Model) -> None:
     _require(len(m.layer_types) > 0, "model.layer_types is empty; give one of swa, csa, hca per layer")
     for kind in m.layer_types:
         _require(kind in LAYER_KINDS, f"model.layer_types has {kind!r}; layers are one of {', '.join(LAYER_KINDS)}")
-    _require(m.num_attention_heads % m.o_groups == 0, f"model.num_attention_heads {m.num_attention_heads} is not a multiple of model.o_groups {m.o_groups}")
+    _require(
+        m.num_attention_heads % m.o_groups == 0,
+        f"model.num_attention_heads {m.num_attention_heads} is not a multiple of model.o_groups {m.o_groups}",
+    )
     _require(
         m.qk_rope_head_dim % 2 == 0 and m.qk_rope_head_dim <= m.head_dim,
         f"model.qk_rope_head_dim {m.qk_rope_head_dim} must be even and at most head_dim",
@@ -406,25 +442,42 @@ def _validate_model(m: Model) -> None:
         m.qk_rope_head_dim <= m.indexer.index_head_dim or "csa" not in m.layer_types,
         f"model.indexer.index_head_dim {m.indexer.index_head_dim} is below model.qk_rope_head_dim {m.qk_rope_head_dim}",
     )
-    _require(m.compress_rate_csa >= 2 or "csa" not in m.layer_types, f"model.compress_rate_csa must be at least 2, got {m.compress_rate_csa}")
-    _require(m.compress_rate_hca >= 1 or "hca" not in m.layer_types, f"model.compress_rate_hca must be at least 1, got {m.compress_rate_hca}")
-    _require(1 <= m.moe.num_experts_per_tok <= m.moe.n_routed_experts, f"model.moe.num_experts_per_tok {m.moe.num_experts_per_tok} must lie in 1..{m.moe.n_routed_experts}")
-    _require(0 <= m.moe.num_hash_layers <= m.num_hidden_layers, f"model.moe.num_hash_layers {m.moe.num_hash_layers} exceeds {m.num_hidden_layers} layers")
+    _require(
+        m.compress_rate_csa >= 2 or "csa" not in m.layer_types,
+        f"model.compress_rate_csa must be at least 2, got {m.compress_rate_csa}",
+    )
+    _require(
+        m.compress_rate_hca >= 1 or "hca" not in m.layer_types,
+        f"model.compress_rate_hca must be at least 1, got {m.compress_rate_hca}",
+    )
+    _require(
+        1 <= m.moe.num_experts_per_tok <= m.moe.n_routed_experts,
+        f"model.moe.num_experts_per_tok {m.moe.num_experts_per_tok} must lie in 1..{m.moe.n_routed_experts}",
+    )
+    _require(
+        0 <= m.moe.num_hash_layers <= m.num_hidden_layers,
+        f"model.moe.num_hash_layers {m.moe.num_hash_layers} exceeds {m.num_hidden_layers} layers",
+    )
     for kind in m.modalities:
         _require(kind in MODALITIES, f"model.modalities has {kind!r}; this version reads {', '.join(MODALITIES)} only")
     _require(m.modalities != (), "model.modalities is empty; a model reads at least text")
     _require(not m.engram_layers, f"model.engram_layers is {m.engram_layers}; this version has no Engram, leave it ()")
     if m.kv_qdq:
         L = m.indexer.index_head_dim
-        _require(m.head_dim > m.qk_rope_head_dim and L & (L - 1) == 0, "model.kv_qdq needs head_dim above qk_rope_head_dim, and "
-                 f"indexer.index_head_dim {L} to be a power of two")  # fmt: skip
+        _require(
+            m.head_dim > m.qk_rope_head_dim and L & (L - 1) == 0,
+            f"model.kv_qdq needs head_dim above qk_rope_head_dim, and indexer.index_head_dim {L} to be a power of two",
+        )
 
 
 def _validate_mesh(mesh: Mesh) -> None:
     for axis in MESH_AXES:
         size = getattr(mesh, axis)
-        _require(size == 1 or mesh.rules, f"mesh.{axis} is {size}, but no layout says what to split; set mesh.rules "
-                 f"to one of {', '.join(sharding_names())}")  # fmt: skip
+        _require(
+            size == 1 or mesh.rules,
+            f"mesh.{axis} is {size}, but no layout says what to split; set mesh.rules "
+            f"to one of {', '.join(sharding_names())}",
+        )
 
 
 def _require(ok: bool, message: str) -> None:

@@ -87,16 +87,36 @@ SERVE_FLAGS = _flags(config.Serve, SERVE)
 CACHE_FLAGS = _flags(config.Cache, CACHE)
 SAMPLING_FLAGS = (
     Flag("max_tokens", "most tokens to add", flags.DEFINE_integer, options={"lower_bound": 1}, shown="16"),
-    Flag("temperature", "randomness; 0 always takes the likeliest token", flags.DEFINE_float,
-         options={"lower_bound": 0.0}, shown="1.0"),
-    Flag("top_k", "sample among the k likeliest tokens; 0: all", flags.DEFINE_integer,
-         options={"lower_bound": 0}, shown="0"),
-    Flag("top_p", "sample among the fewest tokens that hold this probability", flags.DEFINE_float,
-         options={"lower_bound": 0.0, "upper_bound": 1.0}, shown="1.0"),
-    Flag("min_p", "drop tokens below this fraction of the likeliest one's probability", flags.DEFINE_float,
-         options={"lower_bound": 0.0, "upper_bound": 1.0}, shown="0.0"),
+    Flag(
+        "temperature",
+        "randomness; 0 always takes the likeliest token",
+        flags.DEFINE_float,
+        options={"lower_bound": 0.0},
+        shown="1.0",
+    ),
+    Flag(
+        "top_k",
+        "sample among the k likeliest tokens; 0: all",
+        flags.DEFINE_integer,
+        options={"lower_bound": 0},
+        shown="0",
+    ),
+    Flag(
+        "top_p",
+        "sample among the fewest tokens that hold this probability",
+        flags.DEFINE_float,
+        options={"lower_bound": 0.0, "upper_bound": 1.0},
+        shown="1.0",
+    ),
+    Flag(
+        "min_p",
+        "drop tokens below this fraction of the likeliest one's probability",
+        flags.DEFINE_float,
+        options={"lower_bound": 0.0, "upper_bound": 1.0},
+        shown="0.0",
+    ),
     Flag("seed", "the same seed gives the same text", flags.DEFINE_integer, shown="a new one every time"),
     Flag("stop", "end at this string; may be repeated", flags.DEFINE_multi_string, ()),
     Flag("stop_token_ids", "end at these token ids, such as 5,7", flags.DEFINE_list),
     Flag("ignore_eos", "go on after the end of the document", flags.DEFINE_bool, shown="false"),
-)  # fmt: skip
+)

@@ -26,7 +26,9 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 
 def one_layer(kind: str) -> config_lib.Config:
     config = config_lib.load("tiny")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, layer_types=(kind,), num_nextn_predict_layers=0))
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, layer_types=(kind,), num_nextn_predict_layers=0)
+    )
 
 
 def check(config: config_lib.Config, mesh: Mesh | None, work: Workload, travels: str, near: float, **where):
@@ -47,9 +49,13 @@ def check(config: config_lib.Config, mesh: Mesh | None, work: Workload, travels:
     assert {"device_bytes", "device_bytes_limit", "collective_bytes", "fits"} <= metrics
 
 
-@pytest.mark.parametrize("kind, mesh, work", [
-    ("swa", Mesh("fsdp"), Workload("train", 64, 8)), ("csa", None, Workload("decode", 512, 8)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, mesh, work",
+    [
+        ("swa", Mesh("fsdp"), Workload("train", 64, 8)),
+        ("csa", None, Workload("decode", 512, 8)),
+    ],
+)
 def test_a_step_compiles_for_four_devices_and_the_closed_form_agrees(kind, mesh, work):
     check(one_layer(kind), mesh, work, "all-gather", 0.15, on=jax.devices()[:4], options=QUICK)
 
@@ -61,7 +67,9 @@ def test_decoding_with_entries_in_host_memory_copies_no_pool():
     topk = config.model.indexer.index_topk
     pools = {}
     for hot in (0, 4 * topk):
-        one = dataclasses.replace(config, cache=dataclasses.replace(config.cache, kv_device_entries=hot, kv_cache_dtype="fp8"))
+        one = dataclasses.replace(
+            config, cache=dataclasses.replace(config.cache, kv_device_entries=hot, kv_cache_dtype="fp8")
+        )
         mesh = default_mesh(one, PLACE, work)
         pools[hot] = aot.compile_step(one, PLACE, mesh, work, "buffers")
         closed = estimate(one, PLACE, mesh, work)

@@ -47,7 +47,9 @@ def test_what_a_sequence_left_is_found_up_to_the_last_record():
     assert blocks.match_prefix(chain) == (3, record) and record in (7, 8)
     assert blocks.match_prefix(names(1, 2, 9, 4)) == (1, ({7, 8} - {record}).pop())
     assert blocks.match_prefix(names(9)) == blocks.match_prefix([]) == (0, None)
-    assert blocks.match_prefix(block_hash.block_hashes(block_hash.hash_seed(b"weights", salt="a"), [1, 2, 3, 4], 1)) == (0, None)
+    assert blocks.match_prefix(
+        block_hash.block_hashes(block_hash.hash_seed(b"weights", salt="a"), [1, 2, 3, 4], 1)
+    ) == (0, None)
     blocks.free(pages)
     assert blocks.match_prefix(chain) == (3, record)
     assert blocks.num_available(chain[:3]) == 8 - 3
@@ -132,7 +134,9 @@ def test_records_are_evicted_by_use_but_not_while_pinned():
     assert blocks.reserve_snapshot(c) is not None and b not in blocks._record
     assert blocks.reserve_snapshot(b) is None  # one is pinned, the other is being written
     blocks.drop_snapshot(a)
-    assert blocks.match_prefix([a]) == (0, None) and blocks.reserve_snapshot(b) is None  # forgotten, but somebody reads it
+    assert (
+        blocks.match_prefix([a]) == (0, None) and blocks.reserve_snapshot(b) is None
+    )  # forgotten, but somebody reads it
     blocks.unpin(record)
     blocks.check_invariants()
     assert blocks.reserve_snapshot(b) == record
@@ -197,16 +201,19 @@ def test_breaking_the_rules_is_an_error_and_changes_nothing():
     blocks.check_invariants([pages])
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda blocks: blocks._free.pop(),
-    lambda blocks: blocks._free.append(blocks._free[-1]),
-    lambda blocks: blocks._idle.move_to_end(next(iter(blocks._idle))),
-    lambda blocks: blocks._page.popitem(),
-    lambda blocks: blocks._free_slots.pop(),
-    lambda blocks: blocks._uncommitted.add(names(1)[0]),
-    lambda blocks: blocks._references.__setitem__(1, -1),
-    lambda blocks: blocks._references.__setitem__(next(iter(blocks._idle)), 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda blocks: blocks._free.pop(),
+        lambda blocks: blocks._free.append(blocks._free[-1]),
+        lambda blocks: blocks._idle.move_to_end(next(iter(blocks._idle))),
+        lambda blocks: blocks._page.popitem(),
+        lambda blocks: blocks._free_slots.pop(),
+        lambda blocks: blocks._uncommitted.add(names(1)[0]),
+        lambda blocks: blocks._references.__setitem__(1, -1),
+        lambda blocks: blocks._references.__setitem__(next(iter(blocks._idle)), 1),
+    ],
+)
 def test_check_sees_spoilt_books(spoil):
     blocks = BlockPool(9, [1, 2])
     blocks.free(fill(blocks, 1, 2, records=[0]))
@@ -278,7 +285,9 @@ class Owners(RuleBasedStateMachine):
             while self.pins:
                 self.copied()
             self.blocks.check_invariants([])
-            assert self.blocks.num_available() == self.blocks.capacity == len(self.blocks.allocate(self.blocks.capacity))
+            assert (
+                self.blocks.num_available() == self.blocks.capacity == len(self.blocks.allocate(self.blocks.capacity))
+            )
             assert not self.blocks._record  # gone with their pages
 
 

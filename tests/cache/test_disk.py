@@ -330,13 +330,16 @@ def test_a_directory_that_others_can_turn_or_write_is_refused(tmp_path):
     assert not list(real.iterdir()) and not list(shared.iterdir())
 
 
-@pytest.mark.parametrize("make", [
-    lambda lock, other: lock.symlink_to(other),
-    lambda lock, other: lock.symlink_to(other.parent / "missing"),
-    lambda lock, other: os.mkfifo(lock),
-    lambda lock, other: lock.hardlink_to(other),
-    lambda lock, other: lock.mkdir(),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda lock, other: lock.symlink_to(other),
+        lambda lock, other: lock.symlink_to(other.parent / "missing"),
+        lambda lock, other: os.mkfifo(lock),
+        lambda lock, other: lock.hardlink_to(other),
+        lambda lock, other: lock.mkdir(),
+    ],
+)
 def test_a_lock_that_is_no_file_is_refused(tmp_path, make):
     other, directory = tmp_path / "other", tmp_path / "kv"
     other.write_text("mine")
@@ -361,10 +364,13 @@ def test_a_directory_swapped_under_a_running_engine_is_not_touched(tmp_path):
     disk.close()
 
 
-@pytest.mark.parametrize("plant", [
-    lambda path, other: path.symlink_to(other),
-    lambda path, other: os.mkfifo(path),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "plant",
+    [
+        lambda path, other: path.symlink_to(other),
+        lambda path, other: os.mkfifo(path),
+    ],
+)
 def test_links_and_pipes_in_place_of_a_block_are_misses(tmp_path, plant):
     disk, [one] = DiskTier(tmp_path / "kv", PLENTY, "lru"), items(chain("a", 1))
     disk.put(one)

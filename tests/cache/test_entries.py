@@ -45,8 +45,11 @@ def rows_of(kind: str, *shape: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("kind, layout", CASES)
 @settings(max_examples=10, deadline=None, derandomize=True)
-@given(places=st.lists(st.tuples(st.integers(-2, PAGES + 1), st.integers(-2, SLOTS + 1)), min_size=6, max_size=6,
-                       unique=True))  # fmt: skip
+@given(
+    places=st.lists(
+        st.tuples(st.integers(-2, PAGES + 1), st.integers(-2, SLOTS + 1)), min_size=6, max_size=6, unique=True
+    )
+)
 def test_reads_give_what_was_written_and_places_out_of_range_are_dropped(kind, layout, places):
     page, slot = np.array(places, np.int32).T.reshape(2, 2, 3)
     rows = rows_of(kind, 2, 3)

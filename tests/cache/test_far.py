@@ -67,7 +67,9 @@ class Copies:
         hot, row = kept.device_cache.fetch(kept.entries, page, slot, wanted)
         copied = jax.tree.map(lambda a: a[0, row], hot.rows)
         zeros = jax.tree.map(jnp.zeros_like, copied)
-        right = jax.tree.map(lambda far, no: jnp.where(wanted[..., None], far, no), kept.entries.fetch(page, slot), zeros)
+        right = jax.tree.map(
+            lambda far, no: jnp.where(wanted[..., None], far, no), kept.entries.fetch(page, slot), zeros
+        )
         return dataclasses.replace(kept, device_cache=hot), copied, right
 
     def _change(self, kept, page, slot, rows):
@@ -87,7 +89,10 @@ class Copies:
         gone = [before[entry] for entry in set(before) - after]
         assert not gone or max(gone) <= min(self.held.values())  # least recent use
         self.asked, self.fetched = self.asked + int(wanted.sum()), self.fetched + len(entries - set(before))
-        assert read_counters(np.asarray(self.kept.device_cache.counters_5)).tolist() == [self.asked - self.fetched, self.fetched]
+        assert read_counters(np.asarray(self.kept.device_cache.counters_5)).tolist() == [
+            self.asked - self.fetched,
+            self.fetched,
+        ]
 
     def forget(self, entries):
         self.held = {entry: when for entry, when in self.held.items() if entry not in entries}
@@ -95,7 +100,10 @@ class Copies:
 
     def entries(self):
         """What is held, by both of its maps."""
-        at, entry = np.asarray(self.kept.device_cache.slot_of_entry_ZP).ravel(), np.asarray(self.kept.device_cache.entry_of_slot_S)
+        at, entry = (
+            np.asarray(self.kept.device_cache.slot_of_entry_ZP).ravel(),
+            np.asarray(self.kept.device_cache.entry_of_slot_S),
+        )
         held = np.flatnonzero(at)
         assert entry[0] == -1 and np.array_equal(entry[at[held]], held) and (entry >= 0).sum() == len(held)
         assert not any(plane[0, 0].any() for plane in jax.tree.leaves(self.kept.device_cache.rows))

@@ -13,12 +13,18 @@ from v4jax.cache.offload.host_tier import HostTier
 from v4jax.cache.offload.tier_index import TierIndex
 
 BUDGET = 40
-TREE = [(form.key(name), parent if form is BLOCK else name)
-        for seed in range(4) for parent, name in zip([ROOT, *chain(seed, 6)], chain(seed, 6), strict=False)
-        for form in (BLOCK, RECORD)]  # fmt: skip
+TREE = [
+    (form.key(name), parent if form is BLOCK else name)
+    for seed in range(4)
+    for parent, name in zip([ROOT, *chain(seed, 6)], chain(seed, 6), strict=False)
+    for form in (BLOCK, RECORD)
+]
 steps = st.lists(
-    st.tuples(st.sampled_from(["add", "add", "add", "use", "use", "remove"]), st.integers(0, len(TREE) - 1),
-              st.integers(1, 9)), max_size=200)  # fmt: skip
+    st.tuples(
+        st.sampled_from(["add", "add", "add", "use", "use", "remove"]), st.integers(0, len(TREE) - 1), st.integers(1, 9)
+    ),
+    max_size=200,
+)
 
 
 def put(shelf, key, parent, size):

@@ -71,16 +71,22 @@ def test_digest_is_of_contents_not_of_order_or_memory_layout():
     other = dict(reversed(one.items()))
     other["b"] = np.asfortranarray(one["b"])
     assert not other["b"].flags.c_contiguous
-    assert block_hash.tree_digest(one) == block_hash.tree_digest(other) and len(block_hash.tree_digest(one)) == block_hash.SIZE
+    assert (
+        block_hash.tree_digest(one) == block_hash.tree_digest(other)
+        and len(block_hash.tree_digest(one)) == block_hash.SIZE
+    )
 
 
-@pytest.mark.parametrize("change", [
-    {"b": np.arange(6, dtype=np.float32).reshape(3, 2)},
-    {"b": np.arange(6, dtype=np.float32).reshape(2, 3).view(np.int32)},
-    {"b": np.nextafter(np.arange(6, dtype=np.float32).reshape(2, 3), np.float32(9))},
-    {"c": np.zeros(0)},
-    {"a": np.ones((), ml_dtypes.bfloat16)},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"b": np.arange(6, dtype=np.float32).reshape(3, 2)},
+        {"b": np.arange(6, dtype=np.float32).reshape(2, 3).view(np.int32)},
+        {"b": np.nextafter(np.arange(6, dtype=np.float32).reshape(2, 3), np.float32(9))},
+        {"c": np.zeros(0)},
+        {"a": np.ones((), ml_dtypes.bfloat16)},
+    ],
+)
 def test_digest_sees_every_change(change):
     assert block_hash.tree_digest(weights() | change) != block_hash.tree_digest(weights())
 

@@ -16,10 +16,19 @@ FLASH, PRO = (config.load(name).model for name in ("v4_flash", "v4_pro"))
 SMALL = weights.config()  # head_dim 16 with 8 rotary, indexer 16, ratios 4 and 16, window 8, one layer of each kind
 
 
-@pytest.mark.parametrize("model, layout, want", [  # spec 2.11
-    (FLASH, "auto", 6880), (FLASH, "bf16", 6880), (FLASH, "fp8", 3850.25), (FLASH, "fp8_fp4", 3514.25),
-    (PRO, "auto", 9848), (PRO, "bf16", 9848), (PRO, "fp8", 5511.4375), (PRO, "fp8_fp4", 5031.4375),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, layout, want",
+    [  # spec 2.11
+        (FLASH, "auto", 6880),
+        (FLASH, "bf16", 6880),
+        (FLASH, "fp8", 3850.25),
+        (FLASH, "fp8_fp4", 3514.25),
+        (PRO, "auto", 9848),
+        (PRO, "bf16", 9848),
+        (PRO, "fp8", 5511.4375),
+        (PRO, "fp8_fp4", 5031.4375),
+    ],
+)
 def test_bytes_a_token_are_the_published_ones(model, layout, want):
     assert KVCacheSpec(model, layout).token_bytes == want
 
@@ -27,17 +36,26 @@ def test_bytes_a_token_are_the_published_ones(model, layout, want):
 def test_records_of_the_published_shape():
     assert [KVCacheSpec(FLASH, name).entry_bytes for name in KV_CACHE_DTYPES] == [1024, 1024, 584, 584]
     assert [KVCacheSpec(FLASH, name).key_bytes for name in KV_CACHE_DTYPES] == [256, 256, 132, 68]
-    assert entry_format(FLASH, "main", "fp8").planes == {"values": (448, "uint8"), "rotary": (64, "uint16"),
-                                                "scales": (8, "uint8")}  # fmt: skip
+    assert entry_format(FLASH, "main", "fp8").planes == {
+        "values": (448, "uint8"),
+        "rotary": (64, "uint16"),
+        "scales": (8, "uint8"),
+    }
     assert entry_format(FLASH, "index", "fp8").planes == {"values": (128, "uint8"), "scales": (4, "uint8")}
     assert entry_format(FLASH, "index", "fp8_fp4").planes == {"values": (64, "uint8"), "scales": (4, "uint8")}
 
 
 def test_other_shapes_are_padded_to_words():
-    assert entry_format(SMALL, "main", "fp8").planes == {"values": (8, "uint8"), "rotary": (8, "uint16"),
-                                                "scales": (4, "uint8")}  # fmt: skip
+    assert entry_format(SMALL, "main", "fp8").planes == {
+        "values": (8, "uint8"),
+        "rotary": (8, "uint16"),
+        "scales": (4, "uint8"),
+    }
     odd = dataclasses.replace(SMALL, head_dim=38, qk_rope_head_dim=2)  # 36 + 4 + 1 scale
-    assert entry_format(odd, "main", "fp8").planes["scales"] == (4, "uint8") and entry_format(odd, "main", "fp8").nbytes == 44
+    assert (
+        entry_format(odd, "main", "fp8").planes["scales"] == (4, "uint8")
+        and entry_format(odd, "main", "fp8").nbytes == 44
+    )
     wide = dataclasses.replace(SMALL, head_dim=208)  # 200 numbers in 4 groups of 50
     assert (entry_format(wide, "main", "fp8").group, entry_format(wide, "main", "fp8").nbytes) == (50, 200 + 16 + 4)
 
@@ -80,11 +98,14 @@ def test_only_ratios_in_use_count():
     assert block_size(dataclasses.replace(SMALL, layer_types=("swa",))) == 256
 
 
-@pytest.mark.parametrize("block, complaint", [
-    (200, "cache.block_size of 200 tokens is not a multiple of model.compress_rate_hca 128; take 256"),
-    (130, "cache.block_size of 130 tokens is not a multiple of model.compress_rate_csa 4; take 256"),
-    (-128, "model.compress_rate_csa 4; take 128"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "block, complaint",
+    [
+        (200, "cache.block_size of 200 tokens is not a multiple of model.compress_rate_hca 128; take 256"),
+        (130, "cache.block_size of 130 tokens is not a multiple of model.compress_rate_csa 4; take 256"),
+        (-128, "model.compress_rate_csa 4; take 128"),
+    ],
+)
 def test_a_block_that_a_ratio_does_not_divide(block, complaint):
     with pytest.raises(UserError, match=complaint):
         KVCacheSpec(FLASH, block=block)

@@ -27,10 +27,23 @@ EXTRAS = {"data": {"row": 1234, "identity": {"seed": 7}}, "heldout": {"10": 2.25
 def config() -> Config:
     """The smallest model with every kind of tensor."""
     model = Model(
-        vocab_size=32, hidden_size=32, layer_types=("swa", "csa", "hca"), num_attention_heads=2, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16,
-        o_groups=2, o_lora_rank=8, sliding_window=8, compress_rate_hca=8, dtype="float32", max_position_embeddings=4096, num_nextn_predict_layers=0,
-        indexer=Indexer(index_n_heads=4, index_head_dim=8, index_topk=2), moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=1),
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=32,
+        layer_types=("swa", "csa", "hca"),
+        num_attention_heads=2,
+        head_dim=16,
+        qk_rope_head_dim=8,
+        q_lora_rank=16,
+        o_groups=2,
+        o_lora_rank=8,
+        sliding_window=8,
+        compress_rate_hca=8,
+        dtype="float32",
+        max_position_embeddings=4096,
+        num_nextn_predict_layers=0,
+        indexer=Indexer(index_n_heads=4, index_head_dim=8, index_topk=2),
+        moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=1),
+    )
     return Config("flips", model, data=Data(seq_len=64), serve=Serve(max_model_len=512))
 
 
@@ -61,8 +74,10 @@ def read(kind: str, path: pathlib.Path) -> tuple[Config, dict[str, bytes]]:
         with TrainCheckpointer(path, config(), keep=2) as store:
             abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), TREE)
             tree, extras = store.restore(store.latest(), abstract)
-        leaves = {jax.tree_util.keystr(place): np.asarray(leaf).tobytes()
-                  for place, leaf in jax.tree_util.tree_leaves_with_path(tree)}  # fmt: skip
+        leaves = {
+            jax.tree_util.keystr(place): np.asarray(leaf).tobytes()
+            for place, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
         return config(), leaves | {"extras": repr(extras).encode()}
     read_config, tensors = open_checkpoint(path)
     return read_config, {name: array.tobytes() for name, array in tensors.items()}

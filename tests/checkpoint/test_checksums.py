@@ -118,8 +118,10 @@ def test_a_safetensors_file_of_another_program_has_no_checksums_and_loads(tmp_pa
 
 
 def test_edited_config_is_said_once_and_taken(tmp_path, caplog):
-    for kind, name, old, new in [("huggingface", "config.json", '"rope_theta": 10000', '"rope_theta": 20000'),
-                                 ("orbax", "v4jax.json", '"rope_theta": 10000', '"rope_theta": 20000')]:  # fmt: skip
+    for kind, name, old, new in [
+        ("huggingface", "config.json", '"rope_theta": 10000', '"rope_theta": 20000'),
+        ("orbax", "v4jax.json", '"rope_theta": 10000', '"rope_theta": 20000'),
+    ]:
         bit_flips.make(kind, tmp_path / kind)
         file = tmp_path / kind / name
         assert old in file.read_text()

@@ -52,10 +52,14 @@ def test_types_are_converted(tmp_path, source, tiny, same_bits, format):
 
 
 COMPANIONS = {
-    "generation_config.json": '{"eos_token_id": [1, 5], "temperature": 0.6}', "chat_template.jinja": "{{ messages }}",
-    "modeling_custom.py": "x = 1", "LICENSE": "MIT", "README.md": "# hello", "encoding/encode.py": "y = 2",
+    "generation_config.json": '{"eos_token_id": [1, 5], "temperature": 0.6}',
+    "chat_template.jinja": "{{ messages }}",
+    "modeling_custom.py": "x = 1",
+    "LICENSE": "MIT",
+    "README.md": "# hello",
+    "encoding/encode.py": "y = 2",
     "special_tokens_map.json": "{}",
-}  # fmt: skip
+}
 FIELDS = {"auto_map": {"AutoModel": "modeling_custom.Model"}, "transformers_version": "5.0", "my_field": [1, None]}
 
 
@@ -165,8 +169,10 @@ def test_what_was_written_is_said(tmp_path, source, capsys, monkeypatch):
     written = convert(source, tmp_path / "back", format="huggingface", progress=True)
     size = sum(file.stat().st_size for file in (tmp_path / "back").iterdir())
     assert written.files.keys() == set(os.listdir(tmp_path / "back")) and sum(written.files.values()) == size
-    assert str(written) == (f"wrote {tmp_path / 'back'} (huggingface, bfloat16, {size / 1e6:.1f} MB): config.json, "
-                            "model.safetensors, tokenizer.json, tokenizer_config.json")  # fmt: skip
+    assert str(written) == (
+        f"wrote {tmp_path / 'back'} (huggingface, bfloat16, {size / 1e6:.1f} MB): config.json, "
+        "model.safetensors, tokenizer.json, tokenizer_config.json"
+    )
     lines = capsys.readouterr().err.splitlines()
     done, total = lines[-1].removeprefix("converting: ").split(" of ")
     assert len(lines) > 10 and done == total and total.endswith(" MB")

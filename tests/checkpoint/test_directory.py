@@ -53,15 +53,21 @@ def test_what_is_no_checkpoint(tmp_path):
         directory.format_of(tmp_path / "config.json")
 
 
-@pytest.mark.parametrize("change, complaint", [
-    (lambda v: v | {"format": 3}, "has the format 3, this v4jax reads 1 to 2; use the version"),
-    (lambda v: {"config": v["config"]}, "has the format None"),
-    (lambda v: {"format": 1}, "holds no config"),
-    (lambda v: v | {"config": [1]}, "holds no config"),
-    (lambda v: v | {"config": v["config"] | {"model": 5}}, "config field 'model' is 5, and must be a group of fields"),
-    (lambda v: v | {"config": v["config"] | {"modle": {}}}, "unknown config field 'modle'; did you mean 'model'"),
-    (lambda v: [v], "holds no JSON object"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (lambda v: v | {"format": 3}, "has the format 3, this v4jax reads 1 to 2; use the version"),
+        (lambda v: {"config": v["config"]}, "has the format None"),
+        (lambda v: {"format": 1}, "holds no config"),
+        (lambda v: v | {"config": [1]}, "holds no config"),
+        (
+            lambda v: v | {"config": v["config"] | {"model": 5}},
+            "config field 'model' is 5, and must be a group of fields",
+        ),
+        (lambda v: v | {"config": v["config"] | {"modle": {}}}, "unknown config field 'modle'; did you mean 'model'"),
+        (lambda v: [v], "holds no JSON object"),
+    ],
+)
 def test_a_damaged_config_is_named(tmp_path, change, complaint):
     directory.save_config(tmp_path, config_lib.load("tiny"))
     file = tmp_path / "v4jax.json"
@@ -77,7 +83,9 @@ def test_a_damaged_config_is_named(tmp_path, change, complaint):
 def test_paths_in_a_checkpoint_are_not_followed(tmp_path):
     """Who publishes a checkpoint chooses neither where an engine writes nor what is read."""
     tiny = config_lib.load("tiny")
-    cache = dataclasses.replace(tiny.cache, kv_disk_bytes=1 << 20, kv_dir=str(tmp_path / "elsewhere"), num_state_snapshots=7)
+    cache = dataclasses.replace(
+        tiny.cache, kv_disk_bytes=1 << 20, kv_dir=str(tmp_path / "elsewhere"), num_state_snapshots=7
+    )
     data = dataclasses.replace(tiny.data, source="/etc/passwd", heldout="/etc/group", tokenizer="/etc/hosts")
     mesh = dataclasses.replace(tiny.mesh, rules=str(tmp_path / "code.py"))
     directory.save_config(tmp_path, dataclasses.replace(tiny, data=data, cache=cache, mesh=mesh))
@@ -98,4 +106,8 @@ def test_read_config_upgrades_version_1(tmp_path):
     (tmp_path / "v4jax.json").write_text(json.dumps(values), encoding="utf-8")
     changed = directory.read_config(tmp_path)
     assert (changed.cache.kv_cache_dtype, changed.cache.kv_dir, changed.cache.kv_disk_bytes) == ("fp8", "kv", 1)
-    assert (changed.cache.kv_load_timeout_s, changed.serve.quantization, changed.serve.max_model_len) == (2.0, "fp8", 77)
+    assert (changed.cache.kv_load_timeout_s, changed.serve.quantization, changed.serve.max_model_len) == (
+        2.0,
+        "fp8",
+        77,
+    )

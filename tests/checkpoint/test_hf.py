@@ -51,10 +51,22 @@ def test_round_trip_is_exact(tmp_path, tiny, random_flat, same_bits, weights, li
 
 def test_released_names_are_written(saved):
     names = set(st.SafetensorsDir(saved[0]).names())
-    for name in ("embed.weight", "head.weight", "norm.weight", "hc_head_fn", "layers.0.attn.wq_a.weight",
-                 "layers.0.ffn.gate.tid2eid", "layers.1.ffn.gate.bias", "layers.3.ffn.experts.7.w3.weight",
-                 "layers.1.attn.indexer.compressor.ape", "layers.0.attn.kv_norm.weight", "mtp.0.e_proj.weight",
-                 "mtp.0.hc_head_scale", "mtp.0.ffn.shared_experts.w2.weight", "mtp.0.enorm.weight"):  # fmt: skip
+    for name in (
+        "embed.weight",
+        "head.weight",
+        "norm.weight",
+        "hc_head_fn",
+        "layers.0.attn.wq_a.weight",
+        "layers.0.ffn.gate.tid2eid",
+        "layers.1.ffn.gate.bias",
+        "layers.3.ffn.experts.7.w3.weight",
+        "layers.1.attn.indexer.compressor.ape",
+        "layers.0.attn.kv_norm.weight",
+        "mtp.0.e_proj.weight",
+        "mtp.0.hc_head_scale",
+        "mtp.0.ffn.shared_experts.w2.weight",
+        "mtp.0.enorm.weight",
+    ):
         assert name in names
     assert len(names) == sum(len(list(t.pieces())) for t in param_mapping.tensors(saved[1]).values())
     assert st.SafetensorsDir(saved[0]).dtype("layers.0.ffn.gate.tid2eid") == np.int64
@@ -191,10 +203,15 @@ def test_released_quantised_checkpoint(saved, scale_name):
         assert np.array_equal(narrow[name].astype(np.float32), tensors[name])
 
 
-@pytest.mark.parametrize("name, place, value", [
-    ("layers.0.attn.wq_a.scale", (1, 2), 255), ("layers.2.ffn.experts.4.w2.scale", (3, 0), 255),
-    ("layers.0.attn.wq_a.weight", (5, 7), 0x7F), ("layers.0.attn.wq_a.weight", (0, 0), 0xFF),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, place, value",
+    [
+        ("layers.0.attn.wq_a.scale", (1, 2), 255),
+        ("layers.2.ffn.experts.4.w2.scale", (3, 0), 255),
+        ("layers.0.attn.wq_a.weight", (5, 7), 0x7F),
+        ("layers.0.attn.wq_a.weight", (0, 0), 0xFF),
+    ],
+)
 def test_a_byte_that_stands_for_no_number_is_a_damaged_tensor(saved, name, place, value):
     """Read as numbers, one E8M0 scale of 255 makes a block of weights and then all logits NaN."""
     path, _, _ = saved

@@ -62,7 +62,10 @@ def test_names_are_unique(tiny):
 def test_backbone_of_flash_has_the_published_size():
     """Tensor shapes of spec 1.3 and the byte-verified parameter counts of spec 1.2."""
     flash = Model(
-        layer_types=("swa", "swa") + ("csa", "hca") * 20 + ("csa",), num_nextn_predict_layers=0, indexer=Indexer(index_topk=512), moe=MoE()
+        layer_types=("swa", "swa") + ("csa", "hca") * 20 + ("csa",),
+        num_nextn_predict_layers=0,
+        indexer=Indexer(index_topk=512),
+        moe=MoE(),
     )
     count = {}
     for name, tensor in param_mapping.tensors(flash).items():

@@ -31,7 +31,9 @@ from v4jax.data.tokenizer import Tokenizer, load_tokenizer
 def longer(tiny):
     """A model whose layers stack: runs of one and of two kinds, MTP, one layer outside of any run."""
     return dataclasses.replace(
-        tiny, layer_types=("swa", "csa", "hca", "csa", "hca"), moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, num_hash_layers=1)
+        tiny,
+        layer_types=("swa", "csa", "hca", "csa", "hca"),
+        moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, num_hash_layers=1),
     )
 
 
@@ -141,7 +143,9 @@ def test_one_array_at_a_time(tmp_path, tiny, random_flat, monkeypatch):
 
 def test_a_run_is_a_checkpoint(tmp_path, longer, random_flat, same_bits):
     """The workdir itself loads: weights of the newest step, config and tokenizer."""
-    config = Config("run", dataclasses.replace(longer, dtype="float32"), Data(seq_len=64), serve=Serve(max_model_len=256))
+    config = Config(
+        "run", dataclasses.replace(longer, dtype="float32"), Data(seq_len=64), serve=Serve(max_model_len=256)
+    )
     flat = random_flat(longer, np.float32)
     older = {name: array * 0 for name, array in flat.items()}
     with checkpoint.TrainCheckpointer(tmp_path, config, Tokenizer(), keep=2) as store:

@@ -13,9 +13,26 @@ from v4jax.data.sources import load_documents
 
 _NOT_UTF8 = b"\xe9".decode("utf-8", "surrogateescape")
 NAMES = [
-    "br[ack]et", "[!a]", "a*b?c", "back\\slash", "sp ace", "new\nline", "tab\t", "ünï→日本", "100%20", "end~", "~",
-    "-dash", "quo'te\"", "{br,ace}", "$HOME", "a:b", "#a?b=c&d", "..a", _NOT_UTF8,
-]  # fmt: skip
+    "br[ack]et",
+    "[!a]",
+    "a*b?c",
+    "back\\slash",
+    "sp ace",
+    "new\nline",
+    "tab\t",
+    "ünï→日本",
+    "100%20",
+    "end~",
+    "~",
+    "-dash",
+    "quo'te\"",
+    "{br,ace}",
+    "$HOME",
+    "a:b",
+    "#a?b=c&d",
+    "..a",
+    _NOT_UTF8,
+]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=[f"name{i}" for i in range(len(NAMES))])

@@ -113,7 +113,9 @@ def test_arrays_may_be_donated_at_once(tmp_path, config):
 
 
 def test_layers_stacked_or_not_share_a_checkpoint(tmp_path, config, build, random_flat):
-    model = dataclasses.replace(config.model, layer_types=("swa", "csa", "hca", "csa", "hca"), num_nextn_predict_layers=0)
+    model = dataclasses.replace(
+        config.model, layer_types=("swa", "csa", "hca", "csa", "hca"), num_nextn_predict_layers=0
+    )
     config = dataclasses.replace(config, model=model)
     stacked = build(model, random_flat(model, np.float32), scan=True)
     assert len(stacked.stack_specs) < model.num_hidden_layers
@@ -125,7 +127,9 @@ def test_layers_stacked_or_not_share_a_checkpoint(tmp_path, config, build, rando
         store.wait()
         for scan in (False, True):
             _, state, runs = model_io._structure(model, scan)
-            there_and_back = lambda flat, state=state, runs=runs: to_layer_dict(from_layer_dict(flat, state, runs), runs)
+            there_and_back = lambda flat, state=state, runs=runs: to_layer_dict(
+                from_layer_dict(flat, state, runs), runs
+            )
             found = store.restore(1, {"model": jax.eval_shape(there_and_back, flat)})[0]["model"]
             _same(jax.jit(there_and_back)(found), flat)
 
@@ -267,8 +271,11 @@ def test_another_tree_is_refused(saved, config):
     with TrainCheckpointer(saved, config, keep=2) as store:
         tree = _abstract(_tree())
         wrong = {**tree, "model": {"embed.table": jnp.zeros((5, 2)), "head.weight": jnp.zeros(2)}}
-        with pytest.raises(UserError, match=r"missing: head.weight; unexpected: norm.scale; "
-                           r"wrong: embed.table float32\[50000\] instead of float32\[5, 2\]"):  # fmt: skip
+        with pytest.raises(
+            UserError,
+            match=r"missing: head.weight; unexpected: norm.scale; "
+            r"wrong: embed.table float32\[50000\] instead of float32\[5, 2\]",
+        ):
             store.restore(2, wrong)
         with pytest.raises(UserError, match="holds no 'ema'"):
             store.restore(2, {**tree, "ema": jnp.zeros(2)})

@@ -64,9 +64,18 @@ def test_round_trip_of_every_type(tmp_path, tensors, limit):
 
 @pytest.mark.parametrize(
     "index",
-    [2, (1, 2), slice(1, 3), (slice(0, 4), 1), (slice(1, 4), slice(1, 3)), (0, slice(2, 4), 1), (-1, -1, -1),
-     (slice(None), slice(None), slice(0, 2)), (slice(3, 3),)],
-)  # fmt: skip
+    [
+        2,
+        (1, 2),
+        slice(1, 3),
+        (slice(0, 4), 1),
+        (slice(1, 4), slice(1, 3)),
+        (0, slice(2, 4), 1),
+        (-1, -1, -1),
+        (slice(None), slice(None), slice(0, 2)),
+        (slice(3, 3),),
+    ],
+)
 def test_slices_equal_numpy(tmp_path, tensors, index):
     _write(tmp_path / "m", tensors)
     want = tensors["cube"][index]

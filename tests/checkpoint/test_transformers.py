@@ -110,9 +110,10 @@ _MODULES = {
     "ffn.experts.gate_up": lambda get: np.stack(np.split(get("mlp.experts.gate_up_proj"), 2, axis=1), 1).swapaxes(2, 3),
     "ffn.experts.down": lambda get: get("mlp.experts.down_proj").swapaxes(1, 2),
     "ffn.shared.gate_up": lambda get: np.stack(
-        [get("mlp.shared_experts.gate_proj.weight").T, get("mlp.shared_experts.up_proj.weight").T], 1),
+        [get("mlp.shared_experts.gate_proj.weight").T, get("mlp.shared_experts.up_proj.weight").T], 1
+    ),
     "ffn.shared.down": _t("mlp.shared_experts.down_proj.weight"),
-}  # fmt: skip
+}
 
 
 def _check_against_state(tensors, state):
@@ -174,7 +175,11 @@ def test_a_loaded_model_computes_the_same(tmp_path, tiny):
             if tensor.is_floating_point():  # activations of order one
                 tensor.mul_(tensor.shape[-1] ** -0.5 if tensor.ndim > 1 else 0.1).add_(1.0 if "norm" in name else 0.0)
             else:
-                tensor.copy_(torch.stack([torch.randperm(tiny.moe.n_routed_experts)[: tiny.moe.num_experts_per_tok] for _ in tensor]))
+                tensor.copy_(
+                    torch.stack(
+                        [torch.randperm(tiny.moe.n_routed_experts)[: tiny.moe.num_experts_per_tok] for _ in tensor]
+                    )
+                )
         tokens = torch.randint(0, tiny.vocab_size, (2, 45))
         wanted = net(tokens).logits.numpy()
     net.save_pretrained(tmp_path)

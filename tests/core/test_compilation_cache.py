@@ -100,16 +100,24 @@ def test_a_directory_that_others_can_write_is_refused(tmp_path):
         compilation_cache.enable(str(directory))
 
 
-@pytest.mark.parametrize("version, safe", [("0.10.2", True), ("0.11.0", True), ("0.12.0", False), ("0.12.0.1", False),
-                                           ("0.13.1", False), ("1.0", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "version, safe",
+    [("0.10.2", True), ("0.11.0", True), ("0.12.0", False), ("0.12.0.1", False), ("0.13.1", False), ("1.0", False)],
+)
 def test_versions_of_jaxlib_that_die_are_left_alone(version, safe):
     assert compilation_cache.is_safe(version) is safe
 
 
 def test_sweeping_keeps_the_newest_and_what_is_being_written(tmp_path):
     whole, now = zlib.compress(os.urandom(1000)), time.time()
-    files = {"oldest": (whole, 500), "cut": (whole[:-9], 400), "old": (whole, 300), "new": (whole, 200),
-             "written": (whole[:-9], 1), "empty": (b"", 100)}  # fmt: skip
+    files = {
+        "oldest": (whole, 500),
+        "cut": (whole[:-9], 400),
+        "old": (whole, 300),
+        "new": (whole, 200),
+        "written": (whole[:-9], 1),
+        "empty": (b"", 100),
+    }
     for name, (data, age) in files.items():
         (tmp_path / f"{name}-cache").write_bytes(data)
         os.utime(tmp_path / f"{name}-cache", (now - age, now - age))

@@ -7,7 +7,9 @@ import pytest
 
 from v4jax.core.lock import Locked, take_lock
 
-HOLDER = "import sys; from v4jax.core.lock import take_lock; f = take_lock(sys.argv[1], 'me'); print(flush=True); input()"
+HOLDER = (
+    "import sys; from v4jax.core.lock import take_lock; f = take_lock(sys.argv[1], 'me'); print(flush=True); input()"
+)
 
 
 def test_a_lock_has_one_owner_and_dies_with_it(tmp_path):

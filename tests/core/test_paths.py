@@ -27,17 +27,26 @@ def test_a_file_url_is_refused_with_the_cure():
         local_path("file:///tmp/x", "--workdir")
 
 
-@pytest.mark.parametrize("argv", [
-    ["train", "--workdir=gs://b/r"], ["train", "--config.data.source=gs://b/x.txt"],
-    ["train", "--config.data.heldout=s3://b/x.txt"], ["train", "--config.data.tokenizer=gs://b/t.json"],
-    ["train", "--config.mesh.rules=gs://b/l.py"], ["train", "--config=gs://b/c.py"],
-    ["generate", "--checkpoint=gs://b/r", "--prompt=x"], ["generate", "--checkpoint=x", "--prompt_file=gs://b/p"],
-    ["generate", "--checkpoint=x", "--prompt=x", "--kv_dir=gs://b/kv"],
-    ["convert", "--source=hf://o/r", "--target=x"], ["convert", "--source=x", "--target=gs://b/r"],
-    ["plan", "--topology=h100:8", "--json=gs://b/x.json"],
-    ["bench", "--suite=kv", "--json=gs://b/x.json"], ["bench", "--suite=kv", "--plot=gs://b/x.png"],
-    ["eval", "--suite=perplexity", "--checkpoint=gs://b/r"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "--workdir=gs://b/r"],
+        ["train", "--config.data.source=gs://b/x.txt"],
+        ["train", "--config.data.heldout=s3://b/x.txt"],
+        ["train", "--config.data.tokenizer=gs://b/t.json"],
+        ["train", "--config.mesh.rules=gs://b/l.py"],
+        ["train", "--config=gs://b/c.py"],
+        ["generate", "--checkpoint=gs://b/r", "--prompt=x"],
+        ["generate", "--checkpoint=x", "--prompt_file=gs://b/p"],
+        ["generate", "--checkpoint=x", "--prompt=x", "--kv_dir=gs://b/kv"],
+        ["convert", "--source=hf://o/r", "--target=x"],
+        ["convert", "--source=x", "--target=gs://b/r"],
+        ["plan", "--topology=h100:8", "--json=gs://b/x.json"],
+        ["bench", "--suite=kv", "--json=gs://b/x.json"],
+        ["bench", "--suite=kv", "--plot=gs://b/x.png"],
+        ["eval", "--suite=perplexity", "--checkpoint=gs://b/r"],
+    ],
+)
 def test_every_path_of_the_command_line(argv, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(argv) == 1
@@ -56,12 +65,18 @@ def test_every_path_of_the_library(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = config.load("tiny")
     for attempt in [
-        lambda: checkpoint.load("gs://b/r"), lambda: checkpoint.load_config("gs://b/r"),
-        lambda: model_io.open_checkpoint("gs://b/r"), lambda: directory.save_config("gs://b/r", tiny),
-        lambda: checkpoint.TrainCheckpointer("gs://b/r", tiny, keep=1), lambda: train(tiny, "gs://b/r"),
-        lambda: find_files("gs://b/*.txt"), lambda: atomic.replace_directory("gs://b/r", "x", bool).__enter__(),
-        lambda: config.validate(dataclasses.replace(tiny, cache=config.Cache(kv_disk_bytes=1 << 30, kv_dir="gs://b/kv"))),
-    ]:  # fmt: skip
+        lambda: checkpoint.load("gs://b/r"),
+        lambda: checkpoint.load_config("gs://b/r"),
+        lambda: model_io.open_checkpoint("gs://b/r"),
+        lambda: directory.save_config("gs://b/r", tiny),
+        lambda: checkpoint.TrainCheckpointer("gs://b/r", tiny, keep=1),
+        lambda: train(tiny, "gs://b/r"),
+        lambda: find_files("gs://b/*.txt"),
+        lambda: atomic.replace_directory("gs://b/r", "x", bool).__enter__(),
+        lambda: config.validate(
+            dataclasses.replace(tiny, cache=config.Cache(kv_disk_bytes=1 << 30, kv_dir="gs://b/kv"))
+        ),
+    ]:
         with pytest.raises(UserError, match="is a URL"):
             attempt()
     assert os.listdir(tmp_path) == []

@@ -34,10 +34,13 @@ def reference(x: np.ndarray, format: str, group: int) -> tuple[np.ndarray, np.nd
     return (exponent[..., 0] + 127).astype(np.uint8), (y * scale).reshape(*x.shape[:-2], -1).astype(np.float32)
 
 
-@pytest.mark.parametrize("format, x, scale, want", [
-    ("fp8", [0.1, -0.7, 3.3, 100, -449, 1e-3, 0, 17.3], 2.0, [0.1015625, -0.6875, 3.25, 96, -448, 0, 0, 18]),
-    ("fp4", [0.26, -0.74, 0.25, 0.75, 1.3, -2.5, 5, 7.2], 2.0, [0, -1, 0, 1, 1, -2, 4, 8]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "format, x, scale, want",
+    [
+        ("fp8", [0.1, -0.7, 3.3, 100, -449, 1e-3, 0, 17.3], 2.0, [0.1015625, -0.6875, 3.25, 96, -448, 0, 0, 18]),
+        ("fp4", [0.26, -0.74, 0.25, 0.75, 1.3, -2.5, 5, 7.2], 2.0, [0, -1, 0, 1, 1, -2, 4, 8]),
+    ],
+)
 def test_golden_values_of_the_spec(format, x, scale, want):
     values, scales = quantize(jnp.asarray(x), format, 8)
     assert values.dtype == scales.dtype == jnp.uint8

@@ -12,24 +12,27 @@ from v4jax.core.untrusted_json import LARGE, JsonError, parse, read_object
 DEEP = 200_000
 
 
-@pytest.mark.parametrize("text, complaint", [
-    ("[" * DEEP, "nested too deeply"),
-    ('{"a":' * DEEP, "nested too deeply"),
-    ("[" * 66 + "]" * 66, "nested too deeply"),
-    ('{"a": 1, "a": 2}', "a name occurs twice"),
-    ('{"a": {"b": 1, "b": 1}}', "a name occurs twice"),
-    ("[NaN]", "NaN is no JSON number"),
-    ("[-Infinity]", "-Infinity is no JSON number"),
-    ("[1e999]", "the number 1e999 overflows"),
-    ("1" * 5000, "4300"),
-    ('["\\ud800"]', "half a surrogate pair"),
-    (b'["\xff"]', "not UTF-8 at byte 2"),
-    (b"\xff\xfe[\x00]\x00", "not UTF-8"),
-    ("[" + "0," * 1_100_000 + "0]", "too many values"),
-    (" " * ((16 << 20) + 1), "are the most that is read"),
-    ("[1,]", "Expecting value"),
-    ("{} {}", "Extra data"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("[" * DEEP, "nested too deeply"),
+        ('{"a":' * DEEP, "nested too deeply"),
+        ("[" * 66 + "]" * 66, "nested too deeply"),
+        ('{"a": 1, "a": 2}', "a name occurs twice"),
+        ('{"a": {"b": 1, "b": 1}}', "a name occurs twice"),
+        ("[NaN]", "NaN is no JSON number"),
+        ("[-Infinity]", "-Infinity is no JSON number"),
+        ("[1e999]", "the number 1e999 overflows"),
+        ("1" * 5000, "4300"),
+        ('["\\ud800"]', "half a surrogate pair"),
+        (b'["\xff"]', "not UTF-8 at byte 2"),
+        (b"\xff\xfe[\x00]\x00", "not UTF-8"),
+        ("[" + "0," * 1_100_000 + "0]", "too many values"),
+        (" " * ((16 << 20) + 1), "are the most that is read"),
+        ("[1,]", "Expecting value"),
+        ("{} {}", "Extra data"),
+    ],
+)
 def test_what_is_refused(text, complaint):
     start = time.process_time()
     with pytest.raises(JsonError, match=complaint):
@@ -45,15 +48,18 @@ def test_what_is_read():
     assert len(parse(json.dumps({"text": ',:"\\[{' * 1_000_000}))["text"]) == 6_000_000  # text is no values
 
 
-@pytest.mark.parametrize("make, complaint", [
-    (lambda path: os.mkfifo(path), "no regular file"),
-    (lambda path: path.symlink_to("/dev/zero"), "no regular file"),
-    (lambda path: path.mkdir(), "no regular file|Is a directory"),
-    (lambda path: path.symlink_to(path), "symbolic links"),
-    (lambda path: path.write_bytes(b"") or os.truncate(path, 1 << 40), "are the most that is read"),
-    (lambda path: path.write_bytes(b"[1]"), "holds no JSON object"),
-    (lambda path: None, "No such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, complaint",
+    [
+        (lambda path: os.mkfifo(path), "no regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "no regular file"),
+        (lambda path: path.mkdir(), "no regular file|Is a directory"),
+        (lambda path: path.symlink_to(path), "symbolic links"),
+        (lambda path: path.write_bytes(b"") or os.truncate(path, 1 << 40), "are the most that is read"),
+        (lambda path: path.write_bytes(b"[1]"), "holds no JSON object"),
+        (lambda path: None, "No such file"),
+    ],
+)
 def test_files_that_are_no_object(tmp_path, make, complaint):
     make(tmp_path / "x.json")
     with pytest.raises(UserError, match=complaint) as error:

@@ -86,13 +86,20 @@ def test_another_batch_size_goes_on_at_the_next_row(config, size):
     assert _row_keys(_take(back, 2)) == straight[20 + 6 * size :][:8]
 
 
-@pytest.mark.parametrize("changes, seed, named", [
-    ({"data__seq_len": 32}, 1, "changed: data.seq_len 64 -> 32"),
-    ({}, 2, "changed: train.seed 1 -> 2"),
-    ({"data__source": "edited"}, 1, r"changed: data.source\)"),
-    ({"data__source": "edited", "data__seq_len": 32}, 2, "changed: data.source, data.seq_len 64 -> 32, train.seed 1"),
-    ({"data__heldout": "edited"}, 1, r"changed: data.source, data.heldout\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, seed, named",
+    [
+        ({"data__seq_len": 32}, 1, "changed: data.seq_len 64 -> 32"),
+        ({}, 2, "changed: train.seed 1 -> 2"),
+        ({"data__source": "edited"}, 1, r"changed: data.source\)"),
+        (
+            {"data__source": "edited", "data__seq_len": 32},
+            2,
+            "changed: data.source, data.seq_len 64 -> 32, train.seed 1",
+        ),
+        ({"data__heldout": "edited"}, 1, r"changed: data.source, data.heldout\)"),
+    ],
+)
 def test_other_data_is_refused_or_read_from_its_first_row(config, tmp_path, changes, seed, named):
     text = pathlib.Path(config.data.source).read_text()
     (tmp_path / "edited.jsonl").write_text(text.replace("the", "thy", 1))

@@ -15,7 +15,9 @@ from v4jax.models.transformer import Transformer
 
 pytestmark = pytest.mark.slow
 
-MODEL = weights.config(layer_types=("csa", "hca"), indexer=weights.Indexer(index_n_heads=16, index_head_dim=32, index_topk=3))
+MODEL = weights.config(
+    layer_types=("csa", "hca"), indexer=weights.Indexer(index_n_heads=16, index_head_dim=32, index_topk=3)
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,9 @@ def test_the_quickstarts_preset_loses_nothing_to_a_cache_in_fewer_bits(layout):
     """It is trained as it is served: its forward rounds as these caches do, whatever its weights are."""
     model = config.load("tiny").model
     net = Transformer(dataclasses.replace(model, vocab_size=64), nnx.Rngs(0))
-    kl, same, _, kept, picked = (np.asarray(a) for a in kv_quant.compare(net, weights.tokens(net.config, (1, 96)), layout))
+    kl, same, _, kept, picked = (
+        np.asarray(a) for a in kv_quant.compare(net, weights.tokens(net.config, (1, 96)), layout)
+    )
     assert np.abs(kl).max() < 1e-6 and same.all() and kept.tolist() == picked.tolist() and picked[0] > 0
 
 

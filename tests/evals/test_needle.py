@@ -15,7 +15,9 @@ from v4jax.evals.thresholds import read
 
 pytestmark = pytest.mark.slow
 
-MODEL = weights.config(layer_types=("csa",), kv_qdq=True, indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=4))
+MODEL = weights.config(
+    layer_types=("csa",), kv_qdq=True, indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=4)
+)
 ALPHABET = TokenRanges.of(MODEL)
 LIMITS = {"accuracy": 0.9, "lost": 0.01}
 
@@ -49,12 +51,16 @@ def test_a_bin_is_judged_by_both_accuracies_and_their_difference():
     records = needle.judge({"bf16": rows(0, 10, 11), "fp8": rows(1, 12, 3)}, LIMITS, {"context": 1024})
     found = [(r["depth"], r["metric"], r["precision"], r["value"], r["holds"]) for r in records]
     assert found == [
-        (0.5 / 3, "accuracy", "bf16", 1.0, True), (0.5 / 3, "accuracy", "fp8", 0.99, True),
+        (0.5 / 3, "accuracy", "bf16", 1.0, True),
+        (0.5 / 3, "accuracy", "fp8", 0.99, True),
         (0.5 / 3, "lost", "fp8", 0.01, True),  # one point is within one point, whatever floats make of it
-        (0.5, "accuracy", "bf16", 0.9, True), (0.5, "accuracy", "fp8", 0.88, False), (0.5, "lost", "fp8", 0.02, False),
-        (2.5 / 3, "accuracy", "bf16", 0.89, False), (2.5 / 3, "accuracy", "fp8", 0.97, True),
+        (0.5, "accuracy", "bf16", 0.9, True),
+        (0.5, "accuracy", "fp8", 0.88, False),
+        (0.5, "lost", "fp8", 0.02, False),
+        (2.5 / 3, "accuracy", "bf16", 0.89, False),
+        (2.5 / 3, "accuracy", "fp8", 0.97, True),
         (2.5 / 3, "lost", "fp8", -0.08, True),
-    ]  # fmt: skip
+    ]
     assert {r["bound"] for r in records} == {0.9, 0.01} and {r["context"] for r in records} == {1024}
 
 

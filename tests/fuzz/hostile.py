@@ -103,10 +103,19 @@ class Worker:
             seed, good = self._arguments
             command = [sys.executable, "-m", "tests.fuzz.hostile", "--work", f"--seed={seed}", f"--good={good}"]
             environment = {**os.environ, "JAX_PLATFORMS": "cpu", "RUST_BACKTRACE": "0", "PYTHONPATH": str(ROOT)}
-            self._process, self._cases = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT,
-                env=environment, start_new_session=True,
-            ), 0  # fmt: skip
+            self._process, self._cases = (
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                    cwd=ROOT,
+                    env=environment,
+                    start_new_session=True,
+                ),
+                0,
+            )
             if not self._process.stdout.readline():
                 raise RuntimeError("a worker cannot start; run it with --case=0")
         self._cases += 1
@@ -145,8 +154,12 @@ def fuzz(count: int, seed: int, seconds: float = 5.0, first: int = 0, tell: bool
     """What came of cases first..first+count-1."""
     with tempfile.TemporaryDirectory() as directory:
         good = pathlib.Path(directory)
-        subprocess.run([sys.executable, "-m", "tests.fuzz.hostile", "--make", f"--good={good}"], check=True, cwd=ROOT,
-                       env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)})  # fmt: skip
+        subprocess.run(
+            [sys.executable, "-m", "tests.fuzz.hostile", "--make", f"--good={good}"],
+            check=True,
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        )
         worker, done = Worker(seed, good, seconds), []
         try:
             for number in range(first, first + count):
@@ -191,8 +204,10 @@ def main() -> int:
         slowest = max(done, key=lambda one: one.get("seconds", 0))
         largest = max(done, key=lambda one: one.get("grown", 0))
         print(f"{len(done)} cases: {dict(Counter(one['result'] for one in done))}")
-        print(f"most processor time {slowest.get('seconds', 0):.2f} s (case {slowest['case']}), "
-              f"most memory {largest.get('grown', 0) / 2**20:.0f} MiB (case {largest['case']})")  # fmt: skip
+        print(
+            f"most processor time {slowest.get('seconds', 0):.2f} s (case {slowest['case']}), "
+            f"most memory {largest.get('grown', 0) / 2**20:.0f} MiB (case {largest['case']})"
+        )
         return int(any(one["result"] == "failed" for one in done))
     return 0
 

@@ -10,15 +10,86 @@ import random
 _RAW = "\x00raw:"  # begins a string that stands for JSON text as it is
 DEEP = 200_000
 
-NUMBERS = (0, -1, 1, 2, 3, 7, 2**31 - 1, 2**31, 2**32, 2**53, 2**63, 2**64, 10**9, 10**12, 10**18, 10**300, -(2**63),
-           0.0, -0.0, 0.5, 1e-300, 1e300, -1e300, 1e-45, 1.0000001)  # fmt: skip
-RAW = ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" * 5000, "0" * 50, "9" * 4299, '"\\ud800"', '"\\udc00x"',
-       "[" * 3000 + "]" * 3000, '{"a":' * 3000 + "1" + "}" * 3000, "[" * 70 + "]" * 70, "01", "+1", "'a'", "undefined",
-       '{"a":1,"a":2}', "1e-400", "[1,]", '"\\x41"')  # fmt: skip
-TEXTS = ("", " ", "a", "\x00", "\x1b[2J\x1b]0;owned\x07", "\u202eevil", "..", "../../etc/passwd", "/etc/passwd",
-         "/dev/zero", "A" * 5000, "x" * 100_000, "é" * 300, "\n\n\n", "'" * 300, "%s%n{0}{x}", "NaN", "true", "None",
-         "model.safetensors", "swa", "csa", "bfloat16", "float64", "\U0001f600" * 2000, "a/b", "\ufeff",
-         "<0xZZ>")  # fmt: skip
+NUMBERS = (
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**53,
+    2**63,
+    2**64,
+    10**9,
+    10**12,
+    10**18,
+    10**300,
+    -(2**63),
+    0.0,
+    -0.0,
+    0.5,
+    1e-300,
+    1e300,
+    -1e300,
+    1e-45,
+    1.0000001,
+)
+RAW = (
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e999",
+    "-1e999",
+    "1" * 5000,
+    "0" * 50,
+    "9" * 4299,
+    '"\\ud800"',
+    '"\\udc00x"',
+    "[" * 3000 + "]" * 3000,
+    '{"a":' * 3000 + "1" + "}" * 3000,
+    "[" * 70 + "]" * 70,
+    "01",
+    "+1",
+    "'a'",
+    "undefined",
+    '{"a":1,"a":2}',
+    "1e-400",
+    "[1,]",
+    '"\\x41"',
+)
+TEXTS = (
+    "",
+    " ",
+    "a",
+    "\x00",
+    "\x1b[2J\x1b]0;owned\x07",
+    "\u202eevil",
+    "..",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "/dev/zero",
+    "A" * 5000,
+    "x" * 100_000,
+    "é" * 300,
+    "\n\n\n",
+    "'" * 300,
+    "%s%n{0}{x}",
+    "NaN",
+    "true",
+    "None",
+    "model.safetensors",
+    "swa",
+    "csa",
+    "bfloat16",
+    "float64",
+    "\U0001f600" * 2000,
+    "a/b",
+    "\ufeff",
+    "<0xZZ>",
+)
 
 
 def hostile_value(rng: random.Random, value):
@@ -101,10 +172,29 @@ def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
     if what == 3:
         return data[:at] + data[at : at + 1000] * 20 + data[at:]
     if what == 4:
-        return rng.choice((b"", b"\x00" * 100, b"null", b"[]", b"{}", b"3", b'""', b"[" * DEEP, b'{"a":' * DEEP,
-                           b"[" * DEEP + b"]" * DEEP, b"\xff\xfe{\x00}\x00", b"\xef\xbb\xbf" + data, b" " * 3_000_000,
-                           b"[" + b"{}," * 1_500_000 + b"{}]", data * 2, data.replace(b":", b" "), b"\x1f\x8b" + data,
-                           b"[" + b"1e400," * 1000 + b"0]", b'"' + b"a" * 5_000_000 + b'"'))  # fmt: skip
+        return rng.choice(
+            (
+                b"",
+                b"\x00" * 100,
+                b"null",
+                b"[]",
+                b"{}",
+                b"3",
+                b'""',
+                b"[" * DEEP,
+                b'{"a":' * DEEP,
+                b"[" * DEEP + b"]" * DEEP,
+                b"\xff\xfe{\x00}\x00",
+                b"\xef\xbb\xbf" + data,
+                b" " * 3_000_000,
+                b"[" + b"{}," * 1_500_000 + b"{}]",
+                data * 2,
+                data.replace(b":", b" "),
+                b"\x1f\x8b" + data,
+                b"[" + b"1e400," * 1000 + b"0]",
+                b'"' + b"a" * 5_000_000 + b'"',
+            )
+        )
     out = bytearray(data or b"\x00")
     for _ in range(rng.choice((1, 1, 2, 8, 64))):
         place = rng.randrange(len(out))

@@ -33,11 +33,26 @@ from v4jax.tools import plan
 from v4jax.train.metrics import read_metrics
 
 MODEL = Model(
-    vocab_size=320, hidden_size=32, layer_types=("swa", "csa", "hca"), num_attention_heads=2, head_dim=16, qk_rope_head_dim=4, q_lora_rank=8,
-    o_groups=1, o_lora_rank=8, sliding_window=8, compress_rate_csa=4, compress_rate_hca=8, max_position_embeddings=512, num_nextn_predict_layers=1, dtype="float32",
-    rope=RoPE(yarn_factor=8.0, yarn_original=64), indexer=Indexer(index_n_heads=2, index_head_dim=8, index_topk=3),
-    moe=MoE(n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, num_hash_layers=1), mhc=HyperConnection(hc_mult=2, hc_sinkhorn_iters=2),
-)  # fmt: skip
+    vocab_size=320,
+    hidden_size=32,
+    layer_types=("swa", "csa", "hca"),
+    num_attention_heads=2,
+    head_dim=16,
+    qk_rope_head_dim=4,
+    q_lora_rank=8,
+    o_groups=1,
+    o_lora_rank=8,
+    sliding_window=8,
+    compress_rate_csa=4,
+    compress_rate_hca=8,
+    max_position_embeddings=512,
+    num_nextn_predict_layers=1,
+    dtype="float32",
+    rope=RoPE(yarn_factor=8.0, yarn_original=64),
+    indexer=Indexer(index_n_heads=2, index_head_dim=8, index_topk=3),
+    moe=MoE(n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, num_hash_layers=1),
+    mhc=HyperConnection(hc_mult=2, hc_sinkhorn_iters=2),
+)
 CONFIG = Config("fuzz", MODEL, data=Data(seq_len=64), serve=Serve(max_model_len=512))
 TEXTS = ["To be, or not to be: that is the question.", "naïve 123 \n\n  ok"]
 
@@ -60,14 +75,31 @@ def make(root: pathlib.Path) -> None:
     for directory in (root / "hf", root / "orbax", *(root / "tokenizers").iterdir()):
         if not (directory / "tokenizer.json").exists():
             (directory / "tokenizer.json").write_text(_tokenizers()["bpe"].to_str())
-        (directory / "tokenizer_config.json").write_text(json.dumps({
-            "bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}, "pad_token": None,
-            "add_bos_token": False, "model_max_length": 512, "clean_up_tokenization_spaces": False,
-            "added_tokens_decoder": {"0": {"content": "<s>", "special": True}},
-        }))  # fmt: skip
-    (root / "hf" / "generation_config.json").write_text(json.dumps({
-        "bos_token_id": 0, "eos_token_id": [1], "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 20,
-    }))  # fmt: skip
+        (directory / "tokenizer_config.json").write_text(
+            json.dumps(
+                {
+                    "bos_token": "<s>",
+                    "eos_token": {"content": "</s>", "special": True},
+                    "pad_token": None,
+                    "add_bos_token": False,
+                    "model_max_length": 512,
+                    "clean_up_tokenization_spaces": False,
+                    "added_tokens_decoder": {"0": {"content": "<s>", "special": True}},
+                }
+            )
+        )
+    (root / "hf" / "generation_config.json").write_text(
+        json.dumps(
+            {
+                "bos_token_id": 0,
+                "eos_token_id": [1],
+                "do_sample": True,
+                "temperature": 0.7,
+                "top_p": 0.9,
+                "top_k": 20,
+            }
+        )
+    )
     with checkpoint.TrainCheckpointer(root / "run", CONFIG, keep=1) as store:
         store.save(1, _state(), {"rows": 3, "measured": {"1": 2.5}})
     (root / "data").mkdir()
@@ -88,8 +120,11 @@ def _state() -> dict:
 def _tokenizers() -> dict[str, tokenizers.Tokenizer]:
     """One of each model of the library, with the steps that published tokenizers have."""
     models, pre, norm, decoders = (
-        tokenizers.models, tokenizers.pre_tokenizers, tokenizers.normalizers, tokenizers.decoders
-    )  # fmt: skip
+        tokenizers.models,
+        tokenizers.pre_tokenizers,
+        tokenizers.normalizers,
+        tokenizers.decoders,
+    )
     special = ["<s>", "</s>", "<unk>"]
     split = pre.Split(tokenizers.Regex(r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+|\p{L}+"), "isolated")
     bpe = tokenizers.Tokenizer(models.BPE())
@@ -111,10 +146,15 @@ def _tokenizers() -> dict[str, tokenizers.Tokenizer]:
     piece = tokenizers.Tokenizer(models.WordPiece(words, unk_token="<unk>"))
     piece.normalizer, piece.pre_tokenizer = norm.BertNormalizer(), pre.BertPreTokenizer()
     piece.decoder = decoders.WordPiece()
-    llama = tokenizers.Tokenizer(models.BPE(
-        {"<s>": 0, "</s>": 1, "<unk>": 2, "▁": 3, "t": 4, "o": 5, "to": 6, "<0x0A>": 7}, [("t", "o")],
-        unk_token="<unk>", byte_fallback=True, fuse_unk=True,
-    ))  # fmt: skip
+    llama = tokenizers.Tokenizer(
+        models.BPE(
+            {"<s>": 0, "</s>": 1, "<unk>": 2, "▁": 3, "t": 4, "o": 5, "to": 6, "<0x0A>": 7},
+            [("t", "o")],
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
     llama.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     for one in (unigram, piece, llama):
         one.add_special_tokens(["<s>", "</s>"])
@@ -209,5 +249,3 @@ KINDS = (
     Kind("data", "metrics.jsonl", lambda path: read_metrics(path / "metrics.jsonl"), 4),
     Kind("kv", "*.block", _kv, 6),
 )
-
-

@@ -60,17 +60,20 @@ def refused(reads, *arguments) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("part, file, reads", [
-    ("hf", "config.json", v4jax.load),
-    ("sharded", "model.safetensors.index.json", v4jax.load),
-    ("orbax", "v4jax.json", v4jax.load),
-    ("orbax", "checkpoints/0/model/_METADATA", v4jax.load),
-    ("run", "checkpoints/1/extras/metadata", seeds.resume),
-    ("run", "checkpoints/1/_CHECKPOINT_METADATA", seeds.resume),
-    ("tokenizers/bpe", "tokenizer.json", seeds.tokenize),
-    ("tokenizers/bpe", "tokenizer_config.json", seeds.tokenize),
-    ("data", "x.jsonl", lambda path: load_documents(Data(source=str(path / "x.jsonl")))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "part, file, reads",
+    [
+        ("hf", "config.json", v4jax.load),
+        ("sharded", "model.safetensors.index.json", v4jax.load),
+        ("orbax", "v4jax.json", v4jax.load),
+        ("orbax", "checkpoints/0/model/_METADATA", v4jax.load),
+        ("run", "checkpoints/1/extras/metadata", seeds.resume),
+        ("run", "checkpoints/1/_CHECKPOINT_METADATA", seeds.resume),
+        ("tokenizers/bpe", "tokenizer.json", seeds.tokenize),
+        ("tokenizers/bpe", "tokenizer_config.json", seeds.tokenize),
+        ("data", "x.jsonl", lambda path: load_documents(Data(source=str(path / "x.jsonl")))),
+    ],
+)
 def test_nesting_without_end_in_every_reader(changed, part, file, reads):
     refused(reads, changed(part, file, DEEP))
 
@@ -81,22 +84,27 @@ def test_nesting_in_a_tensor_header(changed):
     assert "nested too deeply" in refused(v4jax.load, path)
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"n_routed_experts": 10**9}, "moe.n_routed_experts must be at most"),
-    ({"num_hidden_layers": 10**6, "layer_types": None, "mlp_layer_types": None, "compress_ratios": [0] * 10**6},
-     "has 1,000,000 layers"),
-    ({"vocab_size": 2**40}, "model.vocab_size must be at most"),
-    ({"head_dim": 10**400}, "head_dim is 1000"),
-    ({"o_groups": 0}, "o_groups is 0"),
-    ({"compress_rate_csa": 0}, "compression rate"),
-    ({"rms_norm_eps": 1e-300}, "model.rms_norm_eps must be at least"),
-    ({"routed_scaling_factor": 1e300}, "model.moe.routed_scaling_factor must be at most"),
-    ({"hidden_size": True}, "hidden_size is True"),
-    ({"hidden_size": "64"}, "hidden_size is '64'"),
-    ({"v4jax": {"dtype": ["bfloat16"]}}, "dtype is ['bfloat16']"),
-    ({"model_type": "x" * 5000}, "model_type is 'xxx"),
-    ({"hidden_act": "\x1b[2J"}, "hidden_act is '\\x1b[2J'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"n_routed_experts": 10**9}, "moe.n_routed_experts must be at most"),
+        (
+            {"num_hidden_layers": 10**6, "layer_types": None, "mlp_layer_types": None, "compress_ratios": [0] * 10**6},
+            "has 1,000,000 layers",
+        ),
+        ({"vocab_size": 2**40}, "model.vocab_size must be at most"),
+        ({"head_dim": 10**400}, "head_dim is 1000"),
+        ({"o_groups": 0}, "o_groups is 0"),
+        ({"compress_rate_csa": 0}, "compression rate"),
+        ({"rms_norm_eps": 1e-300}, "model.rms_norm_eps must be at least"),
+        ({"routed_scaling_factor": 1e300}, "model.moe.routed_scaling_factor must be at most"),
+        ({"hidden_size": True}, "hidden_size is True"),
+        ({"hidden_size": "64"}, "hidden_size is '64'"),
+        ({"v4jax": {"dtype": ["bfloat16"]}}, "dtype is ['bfloat16']"),
+        ({"model_type": "x" * 5000}, "model_type is 'xxx"),
+        ({"hidden_act": "\x1b[2J"}, "hidden_act is '\\x1b[2J'"),
+    ],
+)
 def test_values_of_a_config(changed, change, says):
     assert says in refused(hf_config.read, changed("hf", "config.json", lambda values: values.update(change)))
 
@@ -106,17 +114,26 @@ def test_more_experts_than_the_weights_hold_is_told_at_once(changed):
     assert "does not fit its config.json: missing" in refused(v4jax.load, path)
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda v: v["config"]["cache"].update(kv_eviction_policy="foo"), "cache.kv_eviction_policy is 'foo'; one of s3fifo, lru"),
-    (lambda v: v["config"]["train"].update(lr="fast"), "train.lr is 'fast', and must be a finite number"),
-    (lambda v: v["config"]["serve"].update(max_num_seqs=2.0), "serve.max_num_seqs is 2.0, and must be a whole number"),
-    (lambda v: v["config"]["model"]["rope"].update(rope_theta=1.0), "model.rope.rope_theta must be at least"),
-    (lambda v: v["config"]["model"].update(o_groups=0), "model.o_groups must be at least 1, got 0"),
-    (lambda v: v["config"]["model"].update(compress_rate_csa=0), "model.compress_rate_csa must be at least 1"),
-    (lambda v: v["config"].update(name="\x1b]0;owned\x07"), "name is '\\x1b]0;owned\\x07', and must be a line"),
-    (lambda v: v["config"]["model"].update(layer_types=[["swa"]]), "model.layer_types is"),
-    (lambda v: v["config"].update(model=None), "config field 'model' is None"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            lambda v: v["config"]["cache"].update(kv_eviction_policy="foo"),
+            "cache.kv_eviction_policy is 'foo'; one of s3fifo, lru",
+        ),
+        (lambda v: v["config"]["train"].update(lr="fast"), "train.lr is 'fast', and must be a finite number"),
+        (
+            lambda v: v["config"]["serve"].update(max_num_seqs=2.0),
+            "serve.max_num_seqs is 2.0, and must be a whole number",
+        ),
+        (lambda v: v["config"]["model"]["rope"].update(rope_theta=1.0), "model.rope.rope_theta must be at least"),
+        (lambda v: v["config"]["model"].update(o_groups=0), "model.o_groups must be at least 1, got 0"),
+        (lambda v: v["config"]["model"].update(compress_rate_csa=0), "model.compress_rate_csa must be at least 1"),
+        (lambda v: v["config"].update(name="\x1b]0;owned\x07"), "name is '\\x1b]0;owned\\x07', and must be a line"),
+        (lambda v: v["config"]["model"].update(layer_types=[["swa"]]), "model.layer_types is"),
+        (lambda v: v["config"].update(model=None), "config field 'model' is None"),
+    ],
+)
 def test_values_of_a_stored_config(changed, change, says):
     assert says in refused(checkpoint.load_config, changed("orbax", "v4jax.json", change))
 
@@ -146,25 +163,37 @@ def test_conversion_hands_on_no_file_without_end(changed, tmp_path):
 def test_arrays_larger_than_their_files_are_not_read(changed):
     path = changed("orbax", "v4jax.json", lambda values: None)
     base = {"driver": "ocdbt", "base": f"file://{path}/checkpoints/0/model/"}
-    spec = {"driver": "zarr", "kvstore": {**base, "path": "embed.table/"}, "metadata": {
-        "shape": [2**24, 2**12], "chunks": [2**12, 2**12], "dtype": "<f4"}}  # fmt: skip
+    spec = {
+        "driver": "zarr",
+        "kvstore": {**base, "path": "embed.table/"},
+        "metadata": {"shape": [2**24, 2**12], "chunks": [2**12, 2**12], "dtype": "<f4"},
+    }
     tensorstore.open(spec, create=True, delete_existing=True).result()
     assert "274,877,9" in refused(v4jax.load, path)
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda v: v["model"]["vocab"].update(huge=10**9), "has a token id that is not in 0..16777215"),
-    (lambda v: v["model"]["vocab"].update(huge=-1), "has a token id that is not in"),
-    (lambda v: v["added_tokens"].append({"id": 10**9, "content": "x", "special": True}), "an added token whose id"),
-    (lambda v: v["added_tokens"].append({"id": 7}), "an added token without content"),
-    (lambda v: v["added_tokens"].append(5), "an added token without content"),
-    (lambda v: v["model"].update(vocab={}), "has an empty vocabulary"),
-    (lambda v: v["model"].update(merges=[["a", "nowhere"]]), "the tokenizers library refuses"),
-    (lambda v: v.update(normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 5000}), "lengthen"),
-    (lambda v: v.update(normalizer=json.loads('{"type":"Sequence","normalizers":[' * 20 + "]}" * 20)), "too deeply"),
-    (lambda v: v.update(pre_tokenizer={"type": "Split", "pattern": {"Regex": "a" * 5000}}), "regular expression"),
-    (lambda v: v.update(decoder=[]), "has a decoder that is no object"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda v: v["model"]["vocab"].update(huge=10**9), "has a token id that is not in 0..16777215"),
+        (lambda v: v["model"]["vocab"].update(huge=-1), "has a token id that is not in"),
+        (lambda v: v["added_tokens"].append({"id": 10**9, "content": "x", "special": True}), "an added token whose id"),
+        (lambda v: v["added_tokens"].append({"id": 7}), "an added token without content"),
+        (lambda v: v["added_tokens"].append(5), "an added token without content"),
+        (lambda v: v["model"].update(vocab={}), "has an empty vocabulary"),
+        (lambda v: v["model"].update(merges=[["a", "nowhere"]]), "the tokenizers library refuses"),
+        (
+            lambda v: v.update(normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 5000}),
+            "lengthen",
+        ),
+        (
+            lambda v: v.update(normalizer=json.loads('{"type":"Sequence","normalizers":[' * 20 + "]}" * 20)),
+            "too deeply",
+        ),
+        (lambda v: v.update(pre_tokenizer={"type": "Split", "pattern": {"Regex": "a" * 5000}}), "regular expression"),
+        (lambda v: v.update(decoder=[]), "has a decoder that is no object"),
+    ],
+)
 def test_values_of_a_tokenizer(changed, change, says):
     assert says in refused(load_tokenizer, changed("tokenizers/bpe", "tokenizer.json", change), seeds.MODEL)
 

@@ -17,18 +17,40 @@ from v4jax.models.transformer import Transformer, continuation_batch, full_batch
 
 # Axis of the inputs in the flat layout [in..., out...], where it is not the first one.
 _FAN_IN = {
-    "embed.table": (1,), "fn": (1, 2), "o_down": (1,), "o_up": (0, 1), "experts.gate_up": (2,), "experts.down": (1,),
-}  # fmt: skip
+    "embed.table": (1,),
+    "fn": (1, 2),
+    "o_down": (1,),
+    "o_up": (0, 1),
+    "experts.gate_up": (2,),
+    "experts.down": (1,),
+}
 
 
 def config(**changes) -> Model:
     """A small model with every feature: three layer kinds, both routings, indexer, YaRN, clamps within reach."""
     fields = dict(
-        vocab_size=64, hidden_size=32, layer_types=("swa", "csa", "hca"), num_attention_heads=4, head_dim=16, qk_rope_head_dim=8,
-        q_lora_rank=24, o_groups=2, o_lora_rank=16, sliding_window=8, compress_rate_csa=4, compress_rate_hca=16, max_position_embeddings=4096, num_nextn_predict_layers=0,
-        dtype="float32", rope=RoPE(yarn_factor=8.0, yarn_original=64), indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=3),
-        moe=MoE(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, num_hash_layers=1, swiglu_limit=1.0), mhc=HyperConnection(),
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        layer_types=("swa", "csa", "hca"),
+        num_attention_heads=4,
+        head_dim=16,
+        qk_rope_head_dim=8,
+        q_lora_rank=24,
+        o_groups=2,
+        o_lora_rank=16,
+        sliding_window=8,
+        compress_rate_csa=4,
+        compress_rate_hca=16,
+        max_position_embeddings=4096,
+        num_nextn_predict_layers=0,
+        dtype="float32",
+        rope=RoPE(yarn_factor=8.0, yarn_original=64),
+        indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=3),
+        moe=MoE(
+            n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, num_hash_layers=1, swiglu_limit=1.0
+        ),
+        mhc=HyperConnection(),
+    )
     return Model(**(fields | changes))
 
 
@@ -37,13 +59,26 @@ CASES = {
     "usual": (config(), 45),
     "other": (
         config(
-            layer_types=("hca", "csa", "swa"), num_attention_heads=6, o_groups=1, sliding_window=5, compress_rate_hca=12, rope=RoPE(),
-            indexer=Indexer(index_n_heads=24, index_head_dim=8, index_topk=2), mhc=HyperConnection(hc_mult=2, hc_sinkhorn_iters=5),
-            moe=MoE(n_routed_experts=6, num_experts_per_tok=3, moe_intermediate_size=16, num_hash_layers=2, routed_scaling_factor=2.5, swiglu_limit=0.5),
+            layer_types=("hca", "csa", "swa"),
+            num_attention_heads=6,
+            o_groups=1,
+            sliding_window=5,
+            compress_rate_hca=12,
+            rope=RoPE(),
+            indexer=Indexer(index_n_heads=24, index_head_dim=8, index_topk=2),
+            mhc=HyperConnection(hc_mult=2, hc_sinkhorn_iters=5),
+            moe=MoE(
+                n_routed_experts=6,
+                num_experts_per_tok=3,
+                moe_intermediate_size=16,
+                num_hash_layers=2,
+                routed_scaling_factor=2.5,
+                swiglu_limit=0.5,
+            ),
         ),
         51,
     ),
-}  # fmt: skip
+}
 
 
 def random_flat(model: Model, seed: int) -> dict[str, np.ndarray]:

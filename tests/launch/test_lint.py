@@ -15,12 +15,21 @@ KUBERNETES = "1.31"
 SHELLS = [*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch")]
 MANIFESTS = list(LAUNCH.glob("gke/*.yaml"))
 JOBSET = {  # fields of a JobSet, jobset.x-k8s.io/v1alpha2; its schema comes with no package
-    "spec": {"replicatedJobs", "network", "successPolicy", "failurePolicy", "startupPolicy", "suspend", "coordinator",
-             "managedBy", "ttlSecondsAfterFinished"},
+    "spec": {
+        "replicatedJobs",
+        "network",
+        "successPolicy",
+        "failurePolicy",
+        "startupPolicy",
+        "suspend",
+        "coordinator",
+        "managedBy",
+        "ttlSecondsAfterFinished",
+    },
     "network": {"enableDNSHostnames", "subdomain", "publishNotReadyAddresses"},
     "failurePolicy": {"maxRestarts", "restartStrategy", "rules"},
     "replicatedJobs": {"name", "groupName", "replicas", "template", "dependsOn"},
-}  # fmt: skip
+}
 
 
 def lint(program: str, *arguments) -> None:
@@ -58,8 +67,11 @@ def test_manifests_have_the_schema_of_kubernetes(path):
     import yaml
 
     spec = yaml.safe_load(path.read_text())["spec"]
-    for part, value in [("spec", spec), *((name, spec.get(name, {})) for name in ("network", "failurePolicy")),
-                        *(("replicatedJobs", job) for job in spec["replicatedJobs"])]:  # fmt: skip
+    for part, value in [
+        ("spec", spec),
+        *((name, spec.get(name, {})) for name in ("network", "failurePolicy")),
+        *(("replicatedJobs", job) for job in spec["replicatedJobs"]),
+    ]:
         assert set(value) <= JOBSET[part], part
     for job in spec["replicatedJobs"]:  # a JobSet creates Jobs of its templates
         document = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": job["name"]}, **job["template"]}

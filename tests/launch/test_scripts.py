@@ -24,9 +24,12 @@ def run(tmp_path):
             path.chmod(0o755)
         path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
-            ["bash", str(LAUNCH / script), *arguments], env={**os.environ, "PATH": path, **environment},
-            cwd=tmp_path, capture_output=True, text=True,
-        )  # fmt: skip
+            ["bash", str(LAUNCH / script), *arguments],
+            env={**os.environ, "PATH": path, **environment},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
         return done, log.read_text().splitlines() if log.exists() else []
 
     return run
@@ -35,13 +38,27 @@ def run(tmp_path):
 SLURM = {"SLURM_CPUS_PER_TASK": "96", "SLURM_JOB_ID": "7"}
 
 
-@pytest.mark.parametrize("status, restarts, queued", [
-    (0, 0, False), (1, 0, False), (143, 0, True), (75, 3, True), (137, 0, True), (143, 50, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "status, restarts, queued",
+    [
+        (0, 0, False),
+        (1, 0, False),
+        (143, 0, True),
+        (75, 3, True),
+        (137, 0, True),
+        (143, 50, False),
+    ],
+)
 def test_slurm_puts_back_what_can_go_on(run, tmp_path, status, restarts, queued):
     programs = {"srun": f"exit {status}", "scontrol": ""}
-    done, calls = run("slurm/train.sbatch", "--config=x", programs=programs, SLURM_SUBMIT_DIR=str(tmp_path),
-                      SLURM_RESTART_COUNT=str(restarts), **SLURM)  # fmt: skip
+    done, calls = run(
+        "slurm/train.sbatch",
+        "--config=x",
+        programs=programs,
+        SLURM_SUBMIT_DIR=str(tmp_path),
+        SLURM_RESTART_COUNT=str(restarts),
+        **SLURM,
+    )
     assert done.returncode == status, done.stderr
     assert calls[0].startswith("srun --cpus-per-task=96 ") and calls[0].endswith("--join_timeout=600 --config=x")
     assert calls[1:] == (["scontrol requeue 7"] if queued else [])
@@ -52,9 +69,13 @@ def metadata(index: int, hosts: str) -> str:
     return f'case $* in *agent-worker-number) echo {index} ;; *worker-network-endpoints) printf "%s" "{hosts}" ;; esac'
 
 
-@pytest.mark.parametrize("hosts, first", [
-    ("unknown:0:10.0.0.2,unknown:1:10.0.0.3", "10.0.0.2"), ("host-0,host-1", "host-0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "hosts, first",
+    [
+        ("unknown:0:10.0.0.2,unknown:1:10.0.0.3", "10.0.0.2"),
+        ("host-0,host-1", "host-0"),
+    ],
+)
 def test_tpu_hosts_find_each_other_by_the_metadata(run, hosts, first):
     programs = {"curl": metadata(1, hosts), "sudo": ""}
     done, calls = run("tpu_vm/start.sh", "train", "--config=a b", programs=programs)
@@ -75,8 +96,7 @@ def test_setup_takes_gcsfuse_from_its_repository_and_a_newer_python(run, tmp_pat
     uv = tmp_path / ".local/bin/uv"
     uv.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "uv $*" >> {tmp_path / "log"}\n')
     uv.chmod(0o755)
-    programs = {"curl": "echo key", "lsb_release": "echo jammy", "mountpoint": "exit 1",
-                "python3": "", "gcsfuse_": ""}  # fmt: skip
+    programs = {"curl": "echo key", "lsb_release": "echo jammy", "mountpoint": "exit 1", "python3": "", "gcsfuse_": ""}
     # The real gcsfuse is installed by apt-get; here the stand-in for sudo makes it.
     installs = f"[[ $* != *install* ]] || ln -sf gcsfuse_ {tmp_path}/bin/gcsfuse"
     programs["sudo"] = f"{installs}; [[ $1 != tee ]] || cat > /dev/null"
@@ -87,9 +107,15 @@ def test_setup_takes_gcsfuse_from_its_repository_and_a_newer_python(run, tmp_pat
     assert "uv venv --quiet --python=3.12 venv" in calls
 
 
-@pytest.mark.parametrize("arguments", [
-    (), ("a", "b", "bucket", "train"), ("a", "b", "gs://x/y"), ("a", "b", "gs://x", "train"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("a", "b", "bucket", "train"),
+        ("a", "b", "gs://x/y"),
+        ("a", "b", "gs://x", "train"),
+    ],
+)
 def test_tpu_train_wants_a_bucket_and_a_command(run, arguments):
     done, calls = run("tpu_vm/train.sh", *arguments, programs={"gcloud": ""})
     assert done.returncode == 1 and calls == [] and done.stderr.startswith("train.sh: usage: ")

@@ -14,14 +14,28 @@ from v4jax.models.param_count import count_parameters
 # In billions, to the digits that were published or derived from the released files (spec 1.2).
 PUBLISHED = {
     "v4_flash": {
-        "total": "284.33", "active": "13.27", "embedding": "0.5295", "head": "0.5295", "attention": "5.086",
-        "routed experts": "277.025", "shared experts": "1.082", "router": "0.045", "mhc": "0.034",
+        "total": "284.33",
+        "active": "13.27",
+        "embedding": "0.5295",
+        "head": "0.5295",
+        "attention": "5.086",
+        "routed experts": "277.025",
+        "shared experts": "1.082",
+        "router": "0.045",
+        "mhc": "0.034",
     },
     "v4_pro": {
-        "total": "1573.0", "active": "48.85", "embedding": "0.9267", "head": "0.9267", "attention": "19.465",
-        "routed experts": "1547.396", "shared experts": "4.030", "router": "0.168", "mhc": "0.084",
+        "total": "1573.0",
+        "active": "48.85",
+        "embedding": "0.9267",
+        "head": "0.9267",
+        "attention": "19.465",
+        "routed experts": "1547.396",
+        "shared experts": "4.030",
+        "router": "0.168",
+        "mhc": "0.084",
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -37,7 +51,11 @@ def test_counts_are_the_published_ones(name):
 def test_the_flagship_has_a_trillion_parameters_and_32_billion_active():
     counts, m = count_parameters(config.load("v4_1t").model), config.load("v4_1t").model
     assert counts.total == pytest.approx(1e12, rel=0.01) and counts.active == pytest.approx(32e9, rel=0.02)
-    assert m.max_position_embeddings == 2**20 and m.num_hidden_layers == 51 and m.num_attention_heads * m.head_dim == 8 * m.hidden_size
+    assert (
+        m.max_position_embeddings == 2**20
+        and m.num_hidden_layers == 51
+        and m.num_attention_heads * m.head_dim == 8 * m.hidden_size
+    )
     assert (m.modalities, m.engram_layers) == (("text",), ())
     pro = config.load("v4_pro").model  # the sparsity and the groups are Pro's
     assert m.moe.num_experts_per_tok / m.moe.n_routed_experts == pro.moe.num_experts_per_tok / pro.moe.n_routed_experts
@@ -77,11 +95,18 @@ def test_the_two_models_differ_where_published():
     for m in (flash, pro):
         assert (m.rope.rope_theta, m.rope.compress_rope_theta) == (10_000, 160_000)
         assert (m.rope.yarn_factor, m.rope.yarn_original) == (16, 65_536)
-        assert m.num_nextn_predict_layers == 1 and m.dtype == "bfloat16" and not m.kv_qdq and m.alignment == m.sliding_window == 128
+        assert (
+            m.num_nextn_predict_layers == 1
+            and m.dtype == "bfloat16"
+            and not m.kv_qdq
+            and m.alignment == m.sliding_window == 128
+        )
 
 
 def test_active_counts_a_tokens_own_experts():
-    dense = weights.config(moe=MoE(n_routed_experts=4, num_experts_per_tok=4, moe_intermediate_size=16, num_hash_layers=1))
+    dense = weights.config(
+        moe=MoE(n_routed_experts=4, num_experts_per_tok=4, moe_intermediate_size=16, num_hash_layers=1)
+    )
     sparse = dataclasses.replace(dense, moe=dataclasses.replace(dense.moe, num_experts_per_tok=1))
     one = 3 * dense.hidden_size * 16
     a, b = count_parameters(dense), count_parameters(sparse)

@@ -17,15 +17,24 @@ pytestmark = pytest.mark.slow
 CONFIGS = {
     "usual": weights.config(),
     "no yarn, one group": weights.config(
-        layer_types=("hca", "csa"), o_groups=1, rope=RoPE(), sliding_window=5, compress_rate_hca=12,
+        layer_types=("hca", "csa"),
+        o_groups=1,
+        rope=RoPE(),
+        sliding_window=5,
+        compress_rate_hca=12,
         mhc=HyperConnection(hc_mult=2, hc_sinkhorn_iters=3),
         moe=MoE(6, 3, 16, num_hash_layers=0, routed_scaling_factor=2.5, swiglu_limit=0.5),
     ),
     "whole head turns": weights.config(
-        layer_types=("csa", "hca"), qk_rope_head_dim=16, compress_rate_csa=2, compress_rate_hca=6, sliding_window=3,
-        indexer=Indexer(20, 16, 4), moe=MoE(4, 4, 8, num_hash_layers=1),
+        layer_types=("csa", "hca"),
+        qk_rope_head_dim=16,
+        compress_rate_csa=2,
+        compress_rate_hca=6,
+        sliding_window=3,
+        indexer=Indexer(20, 16, 4),
+        moe=MoE(4, 4, 8, num_hash_layers=1),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -46,21 +55,32 @@ def one_layer():
     return weights.build(model, weights.random_flat(model, 0))
 
 
-@pytest.mark.parametrize("tokens, words", [
-    ([0, 5, 6], "the tokens have the shape [3]; give integers [B, T], for one row model([ids])"),
-    (5, "have the shape []"), ([[[1, 2]]], "have the shape [1, 1, 2]"),
-    ([[]], "the tokens are float64; give token ids"),
-    (np.zeros((1, 0), int), "have the shape [1, 0]"), ("hello", "the tokens are text; give token ids, integers [B, T]"),
-    (["hello"], "the tokens are text"), ([[1.0, 2.0]], "the tokens are float64"), ([[True]], "the tokens are bool"),
-    ([[1, 2], [3]], "the tokens are no array; give integers [B, T], rows of one length"),
-    (None, "the tokens are objects"),
-    ([[1, -1]], "the tokens hold the id -1; the model's ids are 0 to"),
-    ([[10**6, 2]], "the tokens hold the id 1000000"),
-    ([[10**30]], "the tokens are objects"), (np.array([[2**32]]), "the tokens hold the id 4294967296"),
-    (jax.numpy.array([[1, -5]]), "the tokens hold the id -5"), (jax.numpy.array([1, 5]), "have the shape [2]"),
-    (jax.numpy.ones((1, 2)), "the tokens are float32"), (b"abc", "the tokens are |S3"),
-    ({"a": 1}, "the tokens are objects"),
-], ids=lambda value: repr(value)[:30])  # fmt: skip
+@pytest.mark.parametrize(
+    "tokens, words",
+    [
+        ([0, 5, 6], "the tokens have the shape [3]; give integers [B, T], for one row model([ids])"),
+        (5, "have the shape []"),
+        ([[[1, 2]]], "have the shape [1, 1, 2]"),
+        ([[]], "the tokens are float64; give token ids"),
+        (np.zeros((1, 0), int), "have the shape [1, 0]"),
+        ("hello", "the tokens are text; give token ids, integers [B, T]"),
+        (["hello"], "the tokens are text"),
+        ([[1.0, 2.0]], "the tokens are float64"),
+        ([[True]], "the tokens are bool"),
+        ([[1, 2], [3]], "the tokens are no array; give integers [B, T], rows of one length"),
+        (None, "the tokens are objects"),
+        ([[1, -1]], "the tokens hold the id -1; the model's ids are 0 to"),
+        ([[10**6, 2]], "the tokens hold the id 1000000"),
+        ([[10**30]], "the tokens are objects"),
+        (np.array([[2**32]]), "the tokens hold the id 4294967296"),
+        (jax.numpy.array([[1, -5]]), "the tokens hold the id -5"),
+        (jax.numpy.array([1, 5]), "have the shape [2]"),
+        (jax.numpy.ones((1, 2)), "the tokens are float32"),
+        (b"abc", "the tokens are |S3"),
+        ({"a": 1}, "the tokens are objects"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
 def test_what_is_no_batch_of_tokens_is_one_line(one_layer, tokens, words):
     with pytest.raises(UserError) as error:
         one_layer(tokens)

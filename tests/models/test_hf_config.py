@@ -78,24 +78,56 @@ def released(**changes) -> dict:
 def released_pro() -> dict:
     """The same for V4-Pro, with three draft stages as in its refresh."""
     return released(
-        hidden_size=7168, moe_intermediate_size=3072, num_hidden_layers=61, num_attention_heads=128, q_lora_rank=1536,
-        o_groups=16, compress_ratios=[128, 128] + [4, 128] * 29 + [4] + [0, 0, 0], index_topk=1024,
-        n_routed_experts=384, routed_scaling_factor=2.5,
-    )  # fmt: skip
+        hidden_size=7168,
+        moe_intermediate_size=3072,
+        num_hidden_layers=61,
+        num_attention_heads=128,
+        q_lora_rank=1536,
+        o_groups=16,
+        compress_ratios=[128, 128] + [4, 128] * 29 + [4] + [0, 0, 0],
+        index_topk=1024,
+        n_routed_experts=384,
+        routed_scaling_factor=2.5,
+    )
 
 
 FLASH = Model(layer_types=("swa", "swa") + ("csa", "hca") * 20 + ("csa",), rope=RoPE(yarn_factor=16.0))
 PRO = Model(
-    layer_types=("hca", "hca") + ("csa", "hca") * 29 + ("csa",), rope=RoPE(yarn_factor=16.0), hidden_size=7168, num_attention_heads=128,
-    q_lora_rank=1536, o_groups=16, indexer=Indexer(index_topk=1024), moe=MoE(n_routed_experts=384, moe_intermediate_size=3072, routed_scaling_factor=2.5),
-)  # fmt: skip
+    layer_types=("hca", "hca") + ("csa", "hca") * 29 + ("csa",),
+    rope=RoPE(yarn_factor=16.0),
+    hidden_size=7168,
+    num_attention_heads=128,
+    q_lora_rank=1536,
+    o_groups=16,
+    indexer=Indexer(index_topk=1024),
+    moe=MoE(n_routed_experts=384, moe_intermediate_size=3072, routed_scaling_factor=2.5),
+)
 ODD = Model(  # every field away from its default
-    vocab_size=131, hidden_size=48, layer_types=("hca", "csa", "swa", "csa"), num_attention_heads=6, head_dim=49, qk_rope_head_dim=14,
-    q_lora_rank=10, o_groups=3, o_lora_rank=7, sliding_window=17, compress_rate_csa=3, compress_rate_hca=15, max_position_embeddings=999, rms_norm_eps=3e-6,
-    num_nextn_predict_layers=0, initializer_range=0.013, bos_id=5, eos_id=7, dtype="float32", kv_qdq=True,
-    rope=RoPE(9999.5, 123456.5, 7.5, 77, 31.5, 1.5), indexer=Indexer(16, 24, 9),
-    moe=MoE(9, 3, 11, 1, 2, 1.75, 8.5), mhc=HyperConnection(3, 11, 2e-6),
-)  # fmt: skip
+    vocab_size=131,
+    hidden_size=48,
+    layer_types=("hca", "csa", "swa", "csa"),
+    num_attention_heads=6,
+    head_dim=49,
+    qk_rope_head_dim=14,
+    q_lora_rank=10,
+    o_groups=3,
+    o_lora_rank=7,
+    sliding_window=17,
+    compress_rate_csa=3,
+    compress_rate_hca=15,
+    max_position_embeddings=999,
+    rms_norm_eps=3e-6,
+    num_nextn_predict_layers=0,
+    initializer_range=0.013,
+    bos_id=5,
+    eos_id=7,
+    dtype="float32",
+    kv_qdq=True,
+    rope=RoPE(9999.5, 123456.5, 7.5, 77, 31.5, 1.5),
+    indexer=Indexer(16, 24, 9),
+    moe=MoE(9, 3, 11, 1, 2, 1.75, 8.5),
+    mhc=HyperConnection(3, 11, 2e-6),
+)
 NO_YARN = dataclasses.replace(ODD, kv_qdq=False, num_nextn_predict_layers=1, rope=RoPE(1e4, 2e5, 1.0, 77, 31.5, 1.5))
 
 
@@ -155,10 +187,16 @@ def test_small_variants():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"norm_topk_prob": False}, {"attention_bias": True}, {"num_key_value_heads": 8}, {"n_shared_experts": 2},
-     {"num_nextn_predict_layers": 3}, {"rope_scaling": released()["rope_scaling"] | {"truncate": False}}],
+    [
+        {"norm_topk_prob": False},
+        {"attention_bias": True},
+        {"num_key_value_heads": 8},
+        {"n_shared_experts": 2},
+        {"num_nextn_predict_layers": 3},
+        {"rope_scaling": released()["rope_scaling"] | {"truncate": False}},
+    ],
     ids=lambda changes: next(iter(changes)),
-)  # fmt: skip
+)
 def test_fields_that_transformers_does_not_read_have_no_effect(changes):
     assert hf_config.from_hf(released(**changes)) == FLASH
 
@@ -174,9 +212,18 @@ def _without(name):
     return {key: value for key, value in released().items() if key != name}
 
 
-@pytest.mark.parametrize("given, eos_id, eos_ids", [
-    (9, 9, (9,)), ([9], 9, (9,)), ([9, 2], (9, 2), (9, 2)), (None, None, ()), ([], None, ()), ("absent", 1, (1,)),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "given, eos_id, eos_ids",
+    [
+        (9, 9, (9,)),
+        ([9], 9, (9,)),
+        ([9, 2], (9, 2), (9, 2)),
+        (None, None, ()),
+        ([], None, ()),
+        ("absent", 1, (1,)),
+    ],
+    ids=str,
+)
 def test_null_absent_and_lists_of_tokens_are_three_things(tmp_path, given, eos_id, eos_ids):
     values = _without("eos_token_id") if given == "absent" else released(eos_token_id=given)
     model = hf_config.from_hf(values)
@@ -198,9 +245,20 @@ def test_a_bos_that_is_null_is_none():
 
 @pytest.mark.parametrize(
     "name",
-    ["hidden_size", "head_dim", "qk_rope_head_dim", "compress_ratios", "num_hash_layers", "index_topk",
-     "n_routed_experts", "hc_mult", "swiglu_limit", "sliding_window", "num_hidden_layers"],
-)  # fmt: skip
+    [
+        "hidden_size",
+        "head_dim",
+        "qk_rope_head_dim",
+        "compress_ratios",
+        "num_hash_layers",
+        "index_topk",
+        "n_routed_experts",
+        "hc_mult",
+        "swiglu_limit",
+        "sliding_window",
+        "num_hidden_layers",
+    ],
+)
 def test_missing_fields(name):
     with pytest.raises(UserError, match=f"^DIR: the field .*'?{name}'?.* is missing; take the config.json"):
         hf_config.from_hf(_without(name), "DIR")
@@ -300,7 +358,10 @@ def test_transformers_reads_and_rewrites_the_same_model(tmp_path, v4_config, mod
         "compressed_sparse_attention": model.compress_rate_csa,
         "heavily_compressed_attention": model.compress_rate_hca,
     }
-    assert theirs.qk_rope_head_dim == model.qk_rope_head_dim and theirs.num_nextn_predict_layers == model.num_nextn_predict_layers
+    assert (
+        theirs.qk_rope_head_dim == model.qk_rope_head_dim
+        and theirs.num_nextn_predict_layers == model.num_nextn_predict_layers
+    )
     assert theirs.rope_parameters["main"]["rope_theta"] == model.rope.rope_theta
     assert theirs.rope_parameters["compress"]["rope_theta"] == model.rope.compress_rope_theta
     theirs.save_pretrained(tmp_path / "again")

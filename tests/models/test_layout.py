@@ -14,16 +14,24 @@ from v4jax.models.layer_stacks import LayerStack, from_layer_dict, stacks, to_la
 
 pytestmark = pytest.mark.slow
 
-LONG = weights.config(layer_types=("swa", "swa", "csa", "hca", "csa", "hca"), moe=config.MoE(8, 2, 16, num_hash_layers=2))
+LONG = weights.config(
+    layer_types=("swa", "swa", "csa", "hca", "csa", "hca"), moe=config.MoE(8, 2, 16, num_hash_layers=2)
+)
 
 
 def test_runs_of_the_released_schedules():
     flash, pro = config.load("v4_flash").model, config.load("v4_pro").model
     pair = (("hca", False), ("csa", False))
     assert stacks(flash, True) == [
-        LayerStack(0, (("swa", True),), 2), LayerStack(2, (("csa", True),), 1), LayerStack(3, pair, 20)]  # fmt: skip
+        LayerStack(0, (("swa", True),), 2),
+        LayerStack(2, (("csa", True),), 1),
+        LayerStack(3, pair, 20),
+    ]
     assert stacks(pro, True) == [
-        LayerStack(0, (("hca", True),), 2), LayerStack(2, (("csa", True),), 1), LayerStack(3, pair, 29)]  # fmt: skip
+        LayerStack(0, (("hca", True),), 2),
+        LayerStack(2, (("csa", True),), 1),
+        LayerStack(3, pair, 29),
+    ]
     assert stacks(flash, False) == [LayerStack(i, ((k, i < 3),), 1) for i, k in enumerate(flash.layer_types)]
 
 
@@ -35,8 +43,10 @@ def test_runs_cover_the_schedule_in_order(schedule, num_hash_layers):
     for scan in (True, False):
         covered = [
             (run.layer(position, repeat), kind)
-            for run in stacks(model, scan) for repeat in range(run.repeats) for position, kind in enumerate(run.kinds)
-        ]  # fmt: skip
+            for run in stacks(model, scan)
+            for repeat in range(run.repeats)
+            for position, kind in enumerate(run.kinds)
+        ]
         assert covered == [(i, (kind, i < num_hash_layers)) for i, kind in enumerate(kinds)]
 
 

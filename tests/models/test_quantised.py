@@ -41,9 +41,13 @@ def widened(model):
     return nnx.merge(graphdef, nnx.from_flat_state(dict(flat)))
 
 
-@pytest.mark.parametrize("shape, axes, blocks", [
-    ((256, 384), (0, 1), (2, 3)), ((3, 130, 2, 96), (1, -1), (3, 2, 2, 1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, axes, blocks",
+    [
+        ((256, 384), (0, 1), (2, 3)),
+        ((3, 130, 2, 96), (1, -1), (3, 2, 2, 1)),
+    ],
+)
 def test_a_block_has_the_least_power_of_two_that_holds_it(shape, axes, blocks):
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32) * 3
     q = jax.jit(quantize_blocks, static_argnums=1)(x, axes)

@@ -43,15 +43,18 @@ def test_citations_resolve_to_headings():
     assert breaches(ROOT, known) == []
 
 
-@pytest.mark.parametrize("text, want", [
-    ("the window (spec 2.5, 7.7)", ["7.7"]),
-    ("# as spec\n# 77.1 says", ["77.1"]),
-    ("spec 2.5 and 7.8 are both", ["7.8"]),
-    ("spec 8", ["8"]),
-    ("a weight (mistake 22)", ["mistake 22"]),
-    ("made elsewhere (spec, appendix C)", ["spec, appendix"]),
-    ("spec 2.5, in 3 parts; a spec of 4", []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        ("the window (spec 2.5, 7.7)", ["7.7"]),
+        ("# as spec\n# 77.1 says", ["77.1"]),
+        ("spec 2.5 and 7.8 are both", ["7.8"]),
+        ("spec 8", ["8"]),
+        ("a weight (mistake 22)", ["mistake 22"]),
+        ("made elsewhere (spec, appendix C)", ["spec, appendix"]),
+        ("spec 2.5, in 3 parts; a spec of 4", []),
+    ],
+)
 def test_citation_checker_sees_planted_breaches(tmp_path, text, want):
     (tmp_path / "v4jax").mkdir()
     (tmp_path / "v4jax/a.py").write_text(text)

@@ -21,11 +21,19 @@ LENGTH, WIDTH = 45, 11  # of a row; of a call with several tokens (more than a w
 CONFIGS = {
     "usual": weights.config(),
     "other": weights.config(
-        layer_types=("hca", "csa"), o_groups=1, rope=RoPE(), sliding_window=5, compress_rate_csa=3, compress_rate_hca=12,
-        indexer=Indexer(index_n_heads=20, index_head_dim=8, index_topk=2), moe=MoE(6, 3, 16, num_hash_layers=0, swiglu_limit=0.5),
+        layer_types=("hca", "csa"),
+        o_groups=1,
+        rope=RoPE(),
+        sliding_window=5,
+        compress_rate_csa=3,
+        compress_rate_hca=12,
+        indexer=Indexer(index_n_heads=20, index_head_dim=8, index_topk=2),
+        moe=MoE(6, 3, 16, num_hash_layers=0, swiglu_limit=0.5),
     ),
-    "long window": weights.config(layer_types=("csa", "hca", "swa"), sliding_window=24, compress_rate_csa=2, compress_rate_hca=6),
-}  # fmt: skip
+    "long window": weights.config(
+        layer_types=("csa", "hca", "swa"), sliding_window=24, compress_rate_csa=2, compress_rate_hca=6
+    ),
+}
 
 
 @functools.cache

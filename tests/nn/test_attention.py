@@ -49,7 +49,9 @@ def test_attention_is_the_specification(kind, length):
 @pytest.mark.parametrize("topk, length", [(1, 61), (4, 61)])
 def test_gathering_and_masking_read_the_same_entries(topk, length):
     """Many entries a pick are gathered, few are masked; the specification knows no difference."""
-    model = weights.config(layer_types=("csa",), indexer=weights.Indexer(index_n_heads=16, index_head_dim=16, index_topk=topk))
+    model = weights.config(
+        layer_types=("csa",), indexer=weights.Indexer(index_n_heads=16, index_head_dim=16, index_topk=topk)
+    )
     attn, w = _layer("csa", model)
     x = _rows(length)[:1]
     want = reference.attention(model, "csa", w, x[0].astype(np.float64))[0]

@@ -46,8 +46,11 @@ def test_coefficients_are_the_specification(streams):
     model = dataclasses.replace(MODEL, mhc=dataclasses.replace(MODEL.mhc, hc_mult=streams, hc_eps=1e-3))
     rng = np.random.RandomState(0)
     coefficients = streams * streams + 2 * streams
-    w = {"fn": rng.standard_normal((coefficients, streams, 16)), "base": rng.standard_normal(coefficients),
-         "scale": np.array([0.7, -1.3, 2.0])}  # fmt: skip
+    w = {
+        "fn": rng.standard_normal((coefficients, streams, 16)),
+        "base": rng.standard_normal(coefficients),
+        "scale": np.array([0.7, -1.3, 2.0]),
+    }
     x = rng.standard_normal((1, 5, streams, 16))
     read, write, mix = call(_load(HyperConnection(model, nnx.Rngs(0)), w), x.astype(np.float32))
     y = hc_pre(jnp.asarray(x, jnp.float32), read) ** 2

@@ -17,9 +17,13 @@ from v4jax.serve.sampling import SamplingParams
 pytestmark = pytest.mark.slow
 
 MODEL = weights.config(
-    layer_types=("csa", "hca"), head_dim=72, qk_rope_head_dim=8, kv_qdq=True, dtype="bfloat16",
+    layer_types=("csa", "hca"),
+    head_dim=72,
+    qk_rope_head_dim=8,
+    kv_qdq=True,
+    dtype="bfloat16",
     indexer=weights.Indexer(index_n_heads=16, index_head_dim=32, index_topk=4),
-)  # fmt: skip
+)
 
 
 def test_entries_round_all_but_the_rotary_end():

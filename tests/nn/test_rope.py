@@ -14,8 +14,16 @@ RELEASED = RoPE(yarn_factor=16.0, yarn_original=65_536)
 def test_yarn_golden_values():
     """Spec 2.3: 64 rotary channels, theta 160000, factor 16, original 65536."""
     freq = frequencies(RELEASED, 64, compressed=True)
-    golden = {0: 1, 8: 5.000000e-2, 15: 3.635539e-3, 16: 2.265625e-3, 20: 2.969778e-4, 24: 1.953125e-5,
-              25: 5.372313e-6, 31: 5.680529e-7}  # fmt: skip
+    golden = {
+        0: 1,
+        8: 5.000000e-2,
+        15: 3.635539e-3,
+        16: 2.265625e-3,
+        20: 2.969778e-4,
+        24: 1.953125e-5,
+        25: 5.372313e-6,
+        31: 5.680529e-7,
+    }
     np.testing.assert_allclose(freq[list(golden)], list(golden.values()), rtol=2e-6)
     assert freq.shape == (32,) and freq.dtype == np.float32
 
@@ -48,9 +56,17 @@ def test_window_layers_have_their_own_theta_and_no_yarn(dim):
     np.testing.assert_allclose(frequencies(RoPE(), dim, compressed=True), compressed, rtol=1e-6)
 
 
-@pytest.mark.parametrize("factor, original, fast, slow", [
-    (16.0, 65_536, 32, 1), (8.0, 64, 32, 1), (4.0, 4, 32, 1), (4.0, 1, 32, 1), (0.5, 65_536, 32, 1), (4.0, 4096, 1, 32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "factor, original, fast, slow",
+    [
+        (16.0, 65_536, 32, 1),
+        (8.0, 64, 32, 1),
+        (4.0, 4, 32, 1),
+        (4.0, 1, 32, 1),
+        (0.5, 65_536, 32, 1),
+        (4.0, 4096, 1, 32),
+    ],
+)
 def test_yarn_is_the_formula(factor, original, fast, slow):
     rope = RoPE(yarn_factor=factor, yarn_original=original, yarn_beta_fast=fast, yarn_beta_slow=slow)
     for dim in (8, 16, 64):

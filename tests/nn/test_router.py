@@ -11,7 +11,10 @@ from v4jax.config import MoE
 from v4jax.nn.linear import Buffer
 from v4jax.nn.router import Router, balance_loss, hash_table
 
-MODEL = weights.config(hidden_size=16, moe=MoE(n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=4, routed_scaling_factor=2.5))
+MODEL = weights.config(
+    hidden_size=16,
+    moe=MoE(n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=4, routed_scaling_factor=2.5),
+)
 X = np.random.RandomState(0).standard_normal((2, 5, 16)).astype(np.float32)
 TOKENS = weights.tokens(MODEL, (2, 5))
 

@@ -17,8 +17,12 @@ from v4jax.parallel.rules import MeshRules, make_mesh_rules
 pytestmark = pytest.mark.slow
 
 B, T, D, E, F, K = 8, 8, 16, 8, 12, 2
-MESHES = {"expert": Mesh("expert"), "expert, fsdp": Mesh("expert", fsdp=2), "tensor": Mesh("tensor", data=4),
-          "all": Mesh("pod", expert=2, tensor=2)}  # fmt: skip
+MESHES = {
+    "expert": Mesh("expert"),
+    "expert, fsdp": Mesh("expert", fsdp=2),
+    "tensor": Mesh("tensor", data=4),
+    "all": Mesh("pod", expert=2, tensor=2),
+}
 
 
 def arguments(uneven: bool):
@@ -92,12 +96,19 @@ def test_tokens_of_nobody_stay():
     assert rounds == 1
 
 
-@pytest.mark.parametrize("layout, says", [
-    (ShardingRules("mine", "data", weights=(("expert", ("tensor",)),), activations=(("batch", ("data",)),)),
-     "'tensor' splits 'expert' and so must also split"),
-    (ShardingRules("mine", "data", weights=(("expert_mlp", ("data",)),), activations=(("batch", ("data",)),)),
-     "'data' splits 'expert_mlp' and so must not split"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout, says",
+    [
+        (
+            ShardingRules("mine", "data", weights=(("expert", ("tensor",)),), activations=(("batch", ("data",)),)),
+            "'tensor' splits 'expert' and so must also split",
+        ),
+        (
+            ShardingRules("mine", "data", weights=(("expert_mlp", ("data",)),), activations=(("batch", ("data",)),)),
+            "'data' splits 'expert_mlp' and so must not split",
+        ),
+    ],
+)
 def test_layouts_that_tokens_cannot_follow_are_refused(layout, says):
     mesh = make_mesh_rules(Mesh("tensor", data=4)).mesh
     with pytest.raises(UserError, match=says):

@@ -14,51 +14,82 @@ from v4jax.core.errors import UserError
 from v4jax.parallel.distributed import ProcessInfo, detect_process, first_host, initialize, rendezvous
 
 ROOT = pathlib.Path(__file__).parents[2]
-SLURM = {"SLURM_JOB_ID": "70000", "SLURM_STEP_NODELIST": "gpu[007,009-10]", "SLURM_PROCID": "5", "SLURM_NODEID": "1",
-         "SLURM_STEP_NUM_TASKS": "12", "SLURM_STEP_TASKS_PER_NODE": "4(x3)", "SLURM_LOCALID": "1"}  # fmt: skip
-MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-       "OMPI_COMM_WORLD_LOCAL_RANK": "1"}  # fmt: skip
+SLURM = {
+    "SLURM_JOB_ID": "70000",
+    "SLURM_STEP_NODELIST": "gpu[007,009-10]",
+    "SLURM_PROCID": "5",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "12",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x3)",
+    "SLURM_LOCALID": "1",
+}
+MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
 PORT = 65_536 - 4096 + 70_000 % 4096
 JOBSET = {"JAX_COORDINATOR_ADDRESS": "run-workers-0-0.run", "JAX_NUM_PROCESSES": "8", "JOB_COMPLETION_INDEX": "6"}
 
 
-@pytest.mark.parametrize("environment, place", [
-    ({}, None),
-    ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, None),  # a shell of sbatch, not a step
-    (SLURM, ProcessInfo("Slurm", f"gpu007:{PORT}", 12, 5, (1,))),
-    (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, ProcessInfo("Slurm", f"gpu007:{PORT}", 12, 5, (2, 3))),
-    (SLURM | {"SLURM_GPUS_PER_TASK": "2", "CUDA_VISIBLE_DEVICES": "4,5"}, ProcessInfo("Slurm", f"gpu007:{PORT}", 12, 5)),
-    (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "11,1"}, ProcessInfo("Slurm", f"gpu007:{PORT}", 12, 5)),  # alone: all devices
-    (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
-    (MPI | {"OMPI_MCA_orte_hnp_uri": "123.0;tcp://10.1.2.3,10.0.0.1:4711"},
-     ProcessInfo("Open MPI", "10.1.2.3:29400", 4, 3, (1,))),
-    (MPI | {"PMIX_SERVER_URI41": "prterun.0;tcp4://10.9.8.7:5000", "JAX_COORDINATOR_PORT": "1234"},
-     ProcessInfo("Open MPI", "10.9.8.7:1234", 4, 3, (1,))),
-    (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, ProcessInfo("Open MPI", "127.0.0.1:29400", 4, 3, (1,))),
-    (JOBSET, ProcessInfo("environment", "run-workers-0-0.run:29400", 8, 6)),
-    (JOBSET | {"JAX_PROCESS_ID": "2", "JAX_LOCAL_DEVICE_IDS": "0,3", **SLURM},
-     ProcessInfo("environment", "run-workers-0-0.run:29400", 8, 2, (0, 3))),
-    ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, ProcessInfo("TPU", None, None, None)),
-    ({"TPU_WORKER_HOSTNAMES": "t0", "MEGASCALE_NUM_SLICES": "2"}, ProcessInfo("TPU", None, None, None)),
-    ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "environment, place",
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, None),  # a shell of sbatch, not a step
+        (SLURM, ProcessInfo("Slurm", f"gpu007:{PORT}", 12, 5, (1,))),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, ProcessInfo("Slurm", f"gpu007:{PORT}", 12, 5, (2, 3))),
+        (
+            SLURM | {"SLURM_GPUS_PER_TASK": "2", "CUDA_VISIBLE_DEVICES": "4,5"},
+            ProcessInfo("Slurm", f"gpu007:{PORT}", 12, 5),
+        ),
+        (
+            SLURM | {"SLURM_STEP_TASKS_PER_NODE": "11,1"},
+            ProcessInfo("Slurm", f"gpu007:{PORT}", 12, 5),
+        ),  # alone: all devices
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        (
+            MPI | {"OMPI_MCA_orte_hnp_uri": "123.0;tcp://10.1.2.3,10.0.0.1:4711"},
+            ProcessInfo("Open MPI", "10.1.2.3:29400", 4, 3, (1,)),
+        ),
+        (
+            MPI | {"PMIX_SERVER_URI41": "prterun.0;tcp4://10.9.8.7:5000", "JAX_COORDINATOR_PORT": "1234"},
+            ProcessInfo("Open MPI", "10.9.8.7:1234", 4, 3, (1,)),
+        ),
+        (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, ProcessInfo("Open MPI", "127.0.0.1:29400", 4, 3, (1,))),
+        (JOBSET, ProcessInfo("environment", "run-workers-0-0.run:29400", 8, 6)),
+        (
+            JOBSET | {"JAX_PROCESS_ID": "2", "JAX_LOCAL_DEVICE_IDS": "0,3", **SLURM},
+            ProcessInfo("environment", "run-workers-0-0.run:29400", 8, 2, (0, 3)),
+        ),
+        ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, ProcessInfo("TPU", None, None, None)),
+        ({"TPU_WORKER_HOSTNAMES": "t0", "MEGASCALE_NUM_SLICES": "2"}, ProcessInfo("TPU", None, None, None)),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+    ],
+)
 def test_every_launcher_gives_the_place(environment, place):
     assert detect_process(environment) == place
 
 
-@pytest.mark.parametrize("environment, says", [
-    ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_NUM_PROCESSES or JAX_PROCESS_ID is not"),
-    (JOBSET | {"JOB_COMPLETION_INDEX": "x"}, "'x' where a number belongs"),
-    (MPI, "mpirun left no address"),
-    (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2"}, "4 processes on one host cannot share 3 devices"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "environment, says",
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_NUM_PROCESSES or JAX_PROCESS_ID is not"),
+        (JOBSET | {"JOB_COMPLETION_INDEX": "x"}, "'x' where a number belongs"),
+        (MPI, "mpirun left no address"),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2"}, "4 processes on one host cannot share 3 devices"),
+    ],
+)
 def test_an_environment_that_is_incomplete_is_one_line(environment, says):
     with pytest.raises(UserError, match=says):
         detect_process(environment)
 
 
-@pytest.mark.parametrize("nodes, host", [("a", "a"), ("a1,b2", "a1"), ("n[001-4]", "n001"), ("n[3,7-9],x", "n3"),
-                                         ("r1n[05-09]-ib", "r1n05-ib")])  # fmt: skip
+@pytest.mark.parametrize(
+    "nodes, host",
+    [("a", "a"), ("a1,b2", "a1"), ("n[001-4]", "n001"), ("n[3,7-9],x", "n3"), ("r1n[05-09]-ib", "r1n05-ib")],
+)
 def test_first_host_of_a_slurm_list(nodes, host):
     assert first_host(nodes) == host
 
@@ -129,7 +160,8 @@ def test_a_peer_that_was_restarted_while_the_others_gather_is_welcome():
 def test_a_missing_peer_ends_the_command_with_one_line():
     flags = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--process_id=0", "--join_timeout=1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "v4jax", "train", *flags], env=environment, capture_output=True,
-                          text=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "v4jax", "train", *flags], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 1 and done.stderr.startswith("v4jax: after 1 s process 1 of 2 had not come")
     assert done.stderr.count("\n") == 1

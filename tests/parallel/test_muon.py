@@ -15,8 +15,19 @@ from v4jax.train.optim import make_optimizer
 pytestmark = pytest.mark.slow
 
 # Every way in which axes of matrices are split or joined, some stacked over layers, some alike, and one for AdamW.
-LETTERS = {"gate_up": "EUDF", "down": "EFD", "q_up": "QNH", "q_down": "DQ", "o_up": "GRD", "o_down": "GIR",
-           "mix": "MXD", "shared": "DUF", "embed": "VD", "down_first": "EFD", "q_down_stack": "DQ"}  # fmt: skip
+LETTERS = {
+    "gate_up": "EUDF",
+    "down": "EFD",
+    "q_up": "QNH",
+    "q_down": "DQ",
+    "o_up": "GRD",
+    "o_down": "GIR",
+    "mix": "MXD",
+    "shared": "DUF",
+    "embed": "VD",
+    "down_first": "EFD",
+    "q_down_stack": "DQ",
+}
 SIZES = {"E": 8, "U": 2, "D": 16, "F": 24, "Q": 8, "N": 4, "H": 8, "G": 4, "R": 8, "I": 16, "M": 24, "X": 2, "V": 32}
 STACKED = ("down", "q_down_stack")
 SHAPES = {name: (3,) * (name in STACKED) + tuple(SIZES[letter] for letter in axes) for name, axes in LETTERS.items()}

@@ -72,14 +72,20 @@ def test_constrain_follows_the_rules_in_force_only():
     assert constrain(x, "BT") is x
 
 
-@pytest.mark.parametrize("layout, says", [
-    (ShardingRules("l", "data", weights=(("hidden", ("data",)),)), "'hidden' follows no logical axis"),
-    (ShardingRules("l", "data", weights=(("embed", ("model",)),)), "names the mesh axis 'model'"),
-    (ShardingRules("l", "data", weights=(("embed", ("fsdp", "fsdp")),)), "needs mesh axes, each once"),
-    (ShardingRules("l", "data", weights=(("embed", ("fsdp",)), ("embed", ("data",)))), "is given twice"),
-    (ShardingRules("l", "data", activations=(("batch", ("data",)), ("token", ("data",)))), "'data' splits two axes"),
-    (ShardingRules("l", "rows"), "fill is 'rows'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout, says",
+    [
+        (ShardingRules("l", "data", weights=(("hidden", ("data",)),)), "'hidden' follows no logical axis"),
+        (ShardingRules("l", "data", weights=(("embed", ("model",)),)), "names the mesh axis 'model'"),
+        (ShardingRules("l", "data", weights=(("embed", ("fsdp", "fsdp")),)), "needs mesh axes, each once"),
+        (ShardingRules("l", "data", weights=(("embed", ("fsdp",)), ("embed", ("data",)))), "is given twice"),
+        (
+            ShardingRules("l", "data", activations=(("batch", ("data",)), ("token", ("data",)))),
+            "'data' splits two axes",
+        ),
+        (ShardingRules("l", "rows"), "fill is 'rows'"),
+    ],
+)
 def test_rules_without_meaning_are_errors(layout, says):
     with pytest.raises(UserError, match=says):
         validate_rules(layout)

@@ -44,8 +44,15 @@ def batches(config: config_lib.Config) -> list[dict[str, np.ndarray]]:
         positions[: B // 2, T // 2 :] -= T // 2
         targets, targets2 = ids[:, 1:-1].copy(), ids[:, 2:].copy()
         targets[segments == 0] = targets2[segments == 0] = -1
-        out.append({"tokens_BT": ids[:, :-2], "targets_BT": targets, "targets2_BT": targets2, "segments_BT": segments,
-                    "positions_BT": positions})  # fmt: skip
+        out.append(
+            {
+                "tokens_BT": ids[:, :-2],
+                "targets_BT": targets,
+                "targets2_BT": targets2,
+                "segments_BT": segments,
+                "positions_BT": positions,
+            }
+        )
     return out
 
 

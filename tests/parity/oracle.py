@@ -38,7 +38,13 @@ def greedy(net, tokens_T: np.ndarray, count: int) -> list[int]:
     """`count` tokens by transformers' own generate, with its cache and no stop token."""
     ids = torch.from_numpy(np.asarray(tokens_T, np.int64))[None]
     out = net.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, min_new_tokens=count,
-        use_cache=True, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        use_cache=True,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     return out[0, ids.shape[1] :].tolist()

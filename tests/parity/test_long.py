@@ -28,10 +28,19 @@ def case():
     pick that differs moves logits by as much as their spread; `test_parity` compares picks, on short rows.
     """
     model = weights.config(
-        num_attention_heads=2, head_dim=80, qk_rope_head_dim=64, q_lora_rank=16, o_lora_rank=8, compress_rate_csa=32, compress_rate_hca=64, max_position_embeddings=1_048_576,
-        rope=RoPE(yarn_factor=16.0, yarn_original=65_536), indexer=Indexer(index_n_heads=16, index_head_dim=64, index_topk=TOKENS // 32),
-        moe=MoE(n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, num_hash_layers=1), mhc=HyperConnection(hc_mult=2, hc_sinkhorn_iters=2),
-    )  # fmt: skip
+        num_attention_heads=2,
+        head_dim=80,
+        qk_rope_head_dim=64,
+        q_lora_rank=16,
+        o_lora_rank=8,
+        compress_rate_csa=32,
+        compress_rate_hca=64,
+        max_position_embeddings=1_048_576,
+        rope=RoPE(yarn_factor=16.0, yarn_original=65_536),
+        indexer=Indexer(index_n_heads=16, index_head_dim=64, index_topk=TOKENS // 32),
+        moe=MoE(n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, num_hash_layers=1),
+        mhc=HyperConnection(hc_mult=2, hc_sinkhorn_iters=2),
+    )
     flat = weights.random_flat(model, 7)
     return model, weights.build(model, flat), oracle.network(model, flat)
 

@@ -24,25 +24,44 @@ ATOL = 1e-4  # of the standard deviation of the logits
 CONFIGS = {
     "every kind": weights.config(),
     "no yarn, one group, no hash": weights.config(
-        layer_types=("csa", "hca"), o_groups=1, rope=RoPE(), moe=MoE(8, 3, 24, num_hash_layers=0, swiglu_limit=0.5),
+        layer_types=("csa", "hca"),
+        o_groups=1,
+        rope=RoPE(),
+        moe=MoE(8, 3, 24, num_hash_layers=0, swiglu_limit=0.5),
     ),
     "all hashed, odd window": weights.config(
-        layer_types=("csa", "swa", "csa"), num_attention_heads=6, o_groups=3, sliding_window=5,
-        moe=MoE(6, 2, 16, num_hash_layers=3, routed_scaling_factor=2.5), indexer=Indexer(index_n_heads=32, index_head_dim=8, index_topk=2),
+        layer_types=("csa", "swa", "csa"),
+        num_attention_heads=6,
+        o_groups=3,
+        sliding_window=5,
+        moe=MoE(6, 2, 16, num_hash_layers=3, routed_scaling_factor=2.5),
+        indexer=Indexer(index_n_heads=32, index_head_dim=8, index_topk=2),
     ),
     "other ratios and thetas": weights.config(
-        layer_types=("csa", "hca"), sliding_window=13, compress_rate_csa=4, compress_rate_hca=10, qk_rope_head_dim=4,
+        layer_types=("csa", "hca"),
+        sliding_window=13,
+        compress_rate_csa=4,
+        compress_rate_hca=10,
+        qk_rope_head_dim=4,
         rope=RoPE(rope_theta=500.0, compress_rope_theta=3000.0, yarn_factor=4.0, yarn_original=32),
     ),
     "two streams, wide experts": weights.config(
-        layer_types=("hca", "csa"), hidden_size=48, o_groups=4, mhc=HyperConnection(hc_mult=2, hc_sinkhorn_iters=4, hc_eps=1e-4),
-        moe=MoE(4, 4, 40, num_hash_layers=1, swiglu_limit=10.0), rms_norm_eps=1e-3,
+        layer_types=("hca", "csa"),
+        hidden_size=48,
+        o_groups=4,
+        mhc=HyperConnection(hc_mult=2, hc_sinkhorn_iters=4, hc_eps=1e-4),
+        moe=MoE(4, 4, 40, num_hash_layers=1, swiglu_limit=10.0),
+        rms_norm_eps=1e-3,
     ),
     "published thetas, whole head": weights.config(
-        layer_types=("csa", "hca"), qk_rope_head_dim=16, sliding_window=16, indexer=Indexer(index_n_heads=16, index_head_dim=32, index_topk=5),
-        rope=RoPE(yarn_factor=16.0, yarn_original=65_536), vocab_size=96,
+        layer_types=("csa", "hca"),
+        qk_rope_head_dim=16,
+        sliding_window=16,
+        indexer=Indexer(index_n_heads=16, index_head_dim=32, index_topk=5),
+        rope=RoPE(yarn_factor=16.0, yarn_original=65_536),
+        vocab_size=96,
     ),
-}  # fmt: skip
+}
 
 
 @functools.cache

@@ -33,14 +33,23 @@ def nested(main=None, compress=None, **fields) -> dict:
 
 NO_SHARE = {"partial_rotary_factor": None}
 EQUAL = {
-    "released": flat(), "factor below 1": flat(factor=0.5), "factor 1": flat(factor=1.0),
-    "beta_fast below beta_slow": flat(beta_fast=1, beta_slow=32), "equal betas": flat(beta_fast=4, beta_slow=4),
-    "betas of 0": flat(beta_fast=0, beta_slow=0), "original 1": flat(original_max_position_embeddings=1),
-    "truncate": flat(truncate=False), "mscale": flat(mscale=0.7, mscale_all_dim=0.7, attention_factor=1.0),
-    "a base inside": flat(rope_theta=77.0), "original outside": flat() | {"original_max_position_embeddings": 4096},
-    "no type": flat(type=None), "rope_type beside type": flat(rope_type="default"),
-    "half the head": flat() | {"partial_rotary_factor": 0.5}, "no rope": released(rope_scaling=None),
-    "nested": nested(), "nested, truncate": nested(compress={"truncate": False}),
+    "released": flat(),
+    "factor below 1": flat(factor=0.5),
+    "factor 1": flat(factor=1.0),
+    "beta_fast below beta_slow": flat(beta_fast=1, beta_slow=32),
+    "equal betas": flat(beta_fast=4, beta_slow=4),
+    "betas of 0": flat(beta_fast=0, beta_slow=0),
+    "original 1": flat(original_max_position_embeddings=1),
+    "truncate": flat(truncate=False),
+    "mscale": flat(mscale=0.7, mscale_all_dim=0.7, attention_factor=1.0),
+    "a base inside": flat(rope_theta=77.0),
+    "original outside": flat() | {"original_max_position_embeddings": 4096},
+    "no type": flat(type=None),
+    "rope_type beside type": flat(rope_type="default"),
+    "half the head": flat() | {"partial_rotary_factor": 0.5},
+    "no rope": released(rope_scaling=None),
+    "nested": nested(),
+    "nested, truncate": nested(compress={"truncate": False}),
     "nested, factor below 1": nested(compress={"factor": 0.5, "attention_factor": None}),
     "nested, mscale": nested(compress={"mscale": 0.7, "mscale_all_dim": 0.7, "attention_factor": None}),
     "nested, no bases": nested({"rope_theta": None}, {"rope_theta": None}),
@@ -48,13 +57,15 @@ EQUAL = {
     "nested, no type": nested(compress={"rope_type": None}),
     "only one of two": released(rope_scaling=None, rope_parameters={"compress": NESTED["compress"]}),
     "both spellings": released(rope_parameters=nested(compress={"factor": 4.0})["rope_parameters"]),
-}  # fmt: skip
+}
 REFUSED = {
-    "factor of cosines": flat(attention_factor=1.28), "no factor": flat(factor=None),
+    "factor of cosines": flat(attention_factor=1.28),
+    "no factor": flat(factor=None),
     "fraction of a token": flat(original_max_position_embeddings=0.5),
     "nested, cosines by the factor": nested(compress={"attention_factor": None}),
-    "nested, no share": nested(NO_SHARE, NO_SHARE), "nested, two shares": nested({"partial_rotary_factor": 0.25}),
-}  # fmt: skip
+    "nested, no share": nested(NO_SHARE, NO_SHARE),
+    "nested, two shares": nested({"partial_rotary_factor": 0.25}),
+}
 
 
 @pytest.mark.parametrize("name", EQUAL)

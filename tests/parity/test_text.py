@@ -17,8 +17,13 @@ transformers = pytest.importorskip(
 )
 
 TEXTS = [
-    "To be, or not to be", "", " leading space\n\ttabs", "\u00bfQu\u00e9? \U0001f600 \u4f60", "x" * 40, "a<eos>b<bos>",
-]  # fmt: skip
+    "To be, or not to be",
+    "",
+    " leading space\n\ttabs",
+    "\u00bfQu\u00e9? \U0001f600 \u4f60",
+    "x" * 40,
+    "a<eos>b<bos>",
+]
 LIMITS = {"max_num_seqs": 4, "max_model_len": 576, "max_num_batched_tokens": 64}
 
 
@@ -26,7 +31,9 @@ LIMITS = {"max_num_seqs": 4, "max_model_len": 576, "max_num_batched_tokens": 64}
 def run(tmp_path_factory):
     """A v4jax directory as a training run leaves it."""
     path = tmp_path_factory.mktemp("text") / "run"
-    v4jax.save(engine_harness.draw_model(0), path, "orbax", Tokenizer(add_bos=True), config.Config(model=engine_harness.MODEL))
+    v4jax.save(
+        engine_harness.draw_model(0), path, "orbax", Tokenizer(add_bos=True), config.Config(model=engine_harness.MODEL)
+    )
     return path
 
 
@@ -82,8 +89,14 @@ def test_every_end_that_transformers_knows_ends_the_text(exported, theirs, tmp_p
     ids, new = continued(net, tokenizer, TEXTS[0], 12)
     at = next(i for i in range(2, 12) if new[i] not in new[:i])
     greedy = SamplingParams(temperature=0.0, max_tokens=12)
-    for number, (file, eos) in enumerate([("config.json", [1, new[at]]), ("generation_config.json", [new[at], 1]),
-                                          ("generation_config.json", None), ("config.json", None)]):  # fmt: skip
+    for number, (file, eos) in enumerate(
+        [
+            ("config.json", [1, new[at]]),
+            ("generation_config.json", [new[at], 1]),
+            ("generation_config.json", None),
+            ("config.json", None),
+        ]
+    ):
         path = tmp_path / str(number)
         convert(exported, path, format="huggingface")
         values = json.loads((path / file).read_text()) if (path / file).exists() else {}

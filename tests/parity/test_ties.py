@@ -27,7 +27,9 @@ def highest_topk(scores, k, dim=-1):
 
 def test_one_indexer_head_equals_transformers_where_the_lowest_index_wins_ties(monkeypatch):
     """One head gives every entry that it does not like a score of exactly 0. With ties broken alike both agree."""
-    model = weights.config(layer_types=("swa", "csa", "csa"), indexer=Indexer(index_n_heads=1, index_head_dim=16, index_topk=3))
+    model = weights.config(
+        layer_types=("swa", "csa", "csa"), indexer=Indexer(index_n_heads=1, index_head_dim=16, index_topk=3)
+    )
     flat = weights.random_flat(model, 7)
     net, other = weights.build(model, flat), oracle.network(model, flat)
     ids = weights.tokens(model, (2, 96))

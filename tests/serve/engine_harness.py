@@ -20,11 +20,26 @@ from v4jax.serve.sampling import SamplingParams
 from v4jax.serve.scheduler import Scheduler
 
 MODEL = config.Model(
-    vocab_size=2048, hidden_size=32, layer_types=("swa", "csa", "hca"), num_attention_heads=2, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16,
-    o_groups=1, o_lora_rank=16, sliding_window=8, compress_rate_csa=4, compress_rate_hca=8, max_position_embeddings=4096, num_nextn_predict_layers=1, initializer_range=0.3,
-    dtype="float32", indexer=config.Indexer(index_n_heads=16, index_head_dim=8, index_topk=4),
-    moe=config.MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=1), mhc=config.HyperConnection(hc_mult=2),
-)  # fmt: skip
+    vocab_size=2048,
+    hidden_size=32,
+    layer_types=("swa", "csa", "hca"),
+    num_attention_heads=2,
+    head_dim=16,
+    qk_rope_head_dim=8,
+    q_lora_rank=16,
+    o_groups=1,
+    o_lora_rank=16,
+    sliding_window=8,
+    compress_rate_csa=4,
+    compress_rate_hca=8,
+    max_position_embeddings=4096,
+    num_nextn_predict_layers=1,
+    initializer_range=0.3,
+    dtype="float32",
+    indexer=config.Indexer(index_n_heads=16, index_head_dim=8, index_topk=4),
+    moe=config.MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=1),
+    mhc=config.HyperConnection(hc_mult=2),
+)
 LIMITS = config.Serve(max_num_seqs=4, max_model_len=576, max_num_batched_tokens=64)
 BLOCK = 256
 STEPS = 3000  # more than any run here takes
@@ -49,7 +64,9 @@ def draw_model(seed: int) -> Transformer:
 
     def draw(leaf):
         if np.issubdtype(leaf.dtype, np.integer):  # distinct experts of every token
-            return np.argsort(rng.random((leaf.shape[0], MODEL.moe.n_routed_experts)))[:, : leaf.shape[1]].astype(np.int32)
+            return np.argsort(rng.random((leaf.shape[0], MODEL.moe.n_routed_experts)))[:, : leaf.shape[1]].astype(
+                np.int32
+            )
         mean, std = (0, MODEL.initializer_range) if len(leaf.shape) > 1 else (1, 0.1)
         return rng.normal(mean, std, leaf.shape).astype(np.float32)
 
@@ -87,10 +104,15 @@ def new_books(engine, pages=None, records=16, chunk=None, snapshot_interval_bloc
     assert pages is None or pages < room
     blocks = BlockPool(pages + 1 if pages else room, range(slots + 1, slots + 1 + records))
     engine.schedulers[0] = Scheduler(
-        blocks, slots, old.block_size, chunk or (old.block_size if old.deterministic_replay else engine.limits.max_num_batched_tokens),
+        blocks,
+        slots,
+        old.block_size,
+        chunk or (old.block_size if old.deterministic_replay else engine.limits.max_num_batched_tokens),
         snapshot_interval_blocks=snapshot_interval_blocks,
-        lookahead=old.num_lookahead_tokens, replay=old.deterministic_replay, kv_connector=old.kv_connector,
-    )  # fmt: skip
+        lookahead=old.num_lookahead_tokens,
+        replay=old.deterministic_replay,
+        kv_connector=old.kv_connector,
+    )
 
 
 def drive(engine, requests):

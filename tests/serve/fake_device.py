@@ -120,7 +120,9 @@ class World:
             assert owners == [row.id], "others own the page, too"
             self.page[table[block]][place] = content
         else:
-            assert position >= row.max_len - 1 + self.scheduler.num_lookahead_tokens, "a token that may count has no page"
+            assert position >= row.max_len - 1 + self.scheduler.num_lookahead_tokens, (
+                "a token that may count has no page"
+            )
 
     # --- the engine ------------------------------------------------------------------------------------------------
 
@@ -163,10 +165,14 @@ class World:
         for name in self.blocks._record.keys() - self.blocks._uncommitted:
             (salt, tokens), written = self.record[self.blocks._record[name]]
             ends = [n for n in range(size, len(tokens) + 1, size) if self._name(salt, tokens[:n]) == name]
-            assert ends and written - ends[0] <= self.scheduler.rollback_tokens, "a record is found under another one's name"
+            assert ends and written - ends[0] <= self.scheduler.rollback_tokens, (
+                "a record is found under another one's name"
+            )
 
     def _name(self, salt, tokens):
-        return block_hash.block_hashes(block_hash.hash_seed(b"weights", salt=salt), tokens, self.scheduler.block_size)[-1]
+        return block_hash.block_hashes(block_hash.hash_seed(b"weights", salt=salt), tokens, self.scheduler.block_size)[
+            -1
+        ]
 
     def settled(self):
         """Nothing is left but cached blocks, and everyone got the answer it gets alone."""
@@ -180,7 +186,10 @@ class World:
             if row.status is RequestStatus.FINISHED:
                 assert row.tokens == answer
             else:
-                assert row.status in (RequestStatus.ABORTED, RequestStatus.ERROR) and row.tokens == answer[: len(row.tokens)]
+                assert (
+                    row.status in (RequestStatus.ABORTED, RequestStatus.ERROR)
+                    and row.tokens == answer[: len(row.tokens)]
+                )
 
 
 def decoded(plan):

@@ -169,8 +169,18 @@ def command(model, count, seed=0):
         v4jax.save(model, checkpoint, tokenizer=Tokenizer())
         code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); print(flush=True); "
         code += "from v4jax.__main__ import run; run()"
-        argv = [sys.executable, "-c", code, "generate", f"--checkpoint={checkpoint}", "--prompt=a", "--max_tokens=50",
-                "--max_model_len=576", "--kv_disk_bytes=1GiB", f"--kv_dir={directory}/kv"]  # fmt: skip
+        argv = [
+            sys.executable,
+            "-c",
+            code,
+            "generate",
+            f"--checkpoint={checkpoint}",
+            "--prompt=a",
+            "--max_tokens=50",
+            "--max_model_len=576",
+            "--kv_disk_bytes=1GiB",
+            f"--kv_dir={directory}/kv",
+        ]
         seconds = None
         for _ in range(1 + count):
             with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

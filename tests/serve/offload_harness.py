@@ -35,7 +35,14 @@ def tiered(
 ):
     """An engine that is closed at the end. files: the file system of its disk tier."""
     with_disk = {"kv_dir": str(directory), "kv_disk_bytes": disk} if directory is not None else {}
-    cache = config.Cache(kv_host_bytes=host, kv_load_timeout_s=deadline, kv_cache_dtype=layout, kv_admission_policy=admission, kv_device_entries=hot, **with_disk)
+    cache = config.Cache(
+        kv_host_bytes=host,
+        kv_load_timeout_s=deadline,
+        kv_cache_dtype=layout,
+        kv_admission_policy=admission,
+        kv_device_entries=hot,
+        **with_disk,
+    )
     opened = offload_connector.DiskTier
     offload_connector.DiskTier = lambda *args, **kwargs: DiskTier(*args, files=files or FaultyFiles(), **kwargs)
     try:

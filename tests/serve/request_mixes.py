@@ -56,9 +56,13 @@ def companies(draw, logprobs=(None,)):
 
 
 # Three pages hold any one request.
-books = st.fixed_dictionaries({
-    "pages": st.integers(3, 5), "records": st.sampled_from([0, 1, 2, 16]), "snapshot_interval_blocks": st.integers(0, 1),
-})  # fmt: skip
+books = st.fixed_dictionaries(
+    {
+        "pages": st.integers(3, 5),
+        "records": st.sampled_from([0, 1, 2, 16]),
+        "snapshot_interval_blocks": st.integers(0, 1),
+    }
+)
 
 
 def check(asked, answers, solo):

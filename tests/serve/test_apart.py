@@ -25,8 +25,12 @@ def both(*arguments):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"  # the last one counts
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "JAX_COORDINATOR_ADDRESS": address,
-                                "JAX_NUM_PROCESSES": "2"}  # fmt: skip
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": flags,
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+    }
     command = [sys.executable, "-m", "tests.serve.two_process_worker", *map(str, arguments)]
     children = [
         subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, text=True)

@@ -91,7 +91,9 @@ def test_nothing_is_compiled_again_for_the_same_buckets(model, engine):
     """Other prompts, lengths, values of the same options, prefix hits, preemption; and another engine."""
     compiled = {name: value for name, value in vars(model_steps).items() if hasattr(value, "_cache_size")}
     assert {"prefill", "decode", "sample_tokens", "logits", "copy_state", "propose_draft"} <= set(compiled)
-    every_size = [RNG.integers(3, MODEL.vocab_size, size).tolist() for size in chunk_sizes(LIMITS.max_num_batched_tokens)]
+    every_size = [
+        RNG.integers(3, MODEL.vocab_size, size).tolist() for size in chunk_sizes(LIMITS.max_num_batched_tokens)
+    ]
     for prompts in ([*PROMPTS, LONG[:300]], PROMPTS[:1], PROMPTS[:2], every_size):
         tokens_of(engine, prompts, GREEDY)
     before = {name: program._cache_size() for name, program in compiled.items()}
@@ -148,9 +150,15 @@ def test_shapes_are_few(model, monkeypatch):
     limited = Engine(model, config.Serve(max_num_seqs=6, max_model_len=400, max_num_batched_tokens=100))
     tokens_of(limited, [[5] * n for n in (1, 16, 17, 65, 100, 230)], dataclasses.replace(GREEDY, max_tokens=20))
     assert chunks == [
-        (16, 0, 1), (16, 0, 16), (25, 0, 17), (75, 0, 65), (100, 0, 100),
-        (100, 0, 100), (100, 100, 100), (50, 200, 30),
-    ]  # fmt: skip
+        (16, 0, 1),
+        (16, 0, 16),
+        (25, 0, 17),
+        (75, 0, 65),
+        (100, 0, 100),
+        (100, 0, 100),
+        (100, 100, 100),
+        (50, 200, 30),
+    ]
     assert sorted({len(rows) for rows in batches}) == [1, 2, 4, 6]
     for rows in batches:  # padding comes last, and is record 0
         real = [row for row in rows if row]

@@ -37,7 +37,13 @@ def test_greedy_tokens_are_the_argmax_of_the_full_forward(engine, full_logits):
 
 
 def test_nothing_is_compiled_again_whatever_the_context(engine):
-    compiled = (model_steps.prefill, model_steps.decode, model_steps.logits, model_steps.sample_tokens, model_steps.copy_state)
+    compiled = (
+        model_steps.prefill,
+        model_steps.decode,
+        model_steps.logits,
+        model_steps.sample_tokens,
+        model_steps.copy_state,
+    )
     for prompts in (PROMPTS, [PROMPTS[0]], PROMPTS[:2], [[5] * 300, [6] * 65, [7] * 15]):
         tokens_of(engine, prompts, GREEDY)
     before = [program._cache_size() for program in compiled]
@@ -109,10 +115,16 @@ def test_logits_that_are_not_finite_end_that_request_alone(engine):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(bad._kv_caches))
 
 
-@pytest.mark.parametrize("prompt, words", [
-    ([], "at least one token"), ([5, 2048], "token id 2048; the model's ids are 0 to 2047"), ([-1], "token id -1"),
-    ([5] * 553, "553 tokens, which with max_tokens 24 exceeds max_model_len 576"),
-], ids=["empty", "above", "below", "long"])  # fmt: skip
+@pytest.mark.parametrize(
+    "prompt, words",
+    [
+        ([], "at least one token"),
+        ([5, 2048], "token id 2048; the model's ids are 0 to 2047"),
+        ([-1], "token id -1"),
+        ([5] * 553, "553 tokens, which with max_tokens 24 exceeds max_model_len 576"),
+    ],
+    ids=["empty", "above", "below", "long"],
+)
 def test_requests_that_cannot_run_are_one_line(engine, prompt, words):
     with pytest.raises(UserError) as error:
         engine.check(prompt, GREEDY, "prompt 3")
@@ -126,12 +138,17 @@ def test_what_the_pool_cannot_hold_is_one_line(model):
         small.check([5] * 250, GREEDY, "prompt 0")
 
 
-@pytest.mark.parametrize("limits, cache, words", [
-    ({"num_speculative_tokens": 1, "batch_invariant": True}, {}, "exclude each other"),
-    ({"max_model_len": 5000}, {}, "exceeds model.max_position_embeddings"), ({"max_num_seqs": 0}, {}, "max_num_seqs must be at least 1"),
-    ({}, {"kv_cache_dtype": "fp7"}, "cache.kv_cache_dtype is 'fp7'"), ({}, {"block_size": 30}, "not a multiple of model.compress_rate_csa 4"),
-    ({}, {"num_state_snapshots": -1}, "cache.num_state_snapshots must be at least 0, got -1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "limits, cache, words",
+    [
+        ({"num_speculative_tokens": 1, "batch_invariant": True}, {}, "exclude each other"),
+        ({"max_model_len": 5000}, {}, "exceeds model.max_position_embeddings"),
+        ({"max_num_seqs": 0}, {}, "max_num_seqs must be at least 1"),
+        ({}, {"kv_cache_dtype": "fp7"}, "cache.kv_cache_dtype is 'fp7'"),
+        ({}, {"block_size": 30}, "not a multiple of model.compress_rate_csa 4"),
+        ({}, {"num_state_snapshots": -1}, "cache.num_state_snapshots must be at least 0, got -1"),
+    ],
+)
 def test_limits_that_cannot_be_kept_are_one_line(model, limits, cache, words):
     with pytest.raises(UserError, match=words):
         Engine(model, dataclasses.replace(LIMITS, **limits), config.Cache(**cache))

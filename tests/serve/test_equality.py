@@ -22,7 +22,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def speculating(model):
-    return Engine(model, dataclasses.replace(LIMITS, max_num_seqs=2, max_num_batched_tokens=16, num_speculative_tokens=2))
+    return Engine(
+        model, dataclasses.replace(LIMITS, max_num_seqs=2, max_num_batched_tokens=16, num_speculative_tokens=2)
+    )
 
 
 @pytest.fixture(scope="module")

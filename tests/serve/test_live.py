@@ -84,9 +84,13 @@ def test_blocks_that_return_from_lower_tiers_are_not_taken_for_what_lay_there_be
         assert engine.stats()["restored_blocks"] > 0
 
 
-@pytest.mark.parametrize("options, queries", [
-    (dict(num_speculative_tokens=2, max_num_seqs=1), 3), (dict(batch_invariant=True, max_num_seqs=2), 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, queries",
+    [
+        (dict(num_speculative_tokens=2, max_num_seqs=1), 3),
+        (dict(batch_invariant=True, max_num_seqs=2), 1),
+    ],
+)
 def test_drafts_and_invariance_keep_every_bit(options, queries):
     """With as few copies as there can be: topk for each query of a step."""
     drafting = dataclasses.replace(TWO, num_nextn_predict_layers=1)
@@ -103,14 +107,25 @@ def test_drafts_and_invariance_keep_every_bit(options, queries):
     assert answers[0] == answers[1] and engine.stats()["hot_hits"] > 0
 
 
-@pytest.mark.parametrize("options, limits, complaint", [
-    (dict(kv_device_entries=-1), {}, "cache.kv_device_entries must be at least 0, got -1"),
-    (dict(kv_device_entries=LEAST - 1), {}, "4 sequences x 1 tokens x topk 4; give at least 16, or lower max_num_seqs"),
-    (dict(kv_device_entries=LEAST), dict(max_num_seqs=5), "5 sequences x 1 tokens x topk 4; give at least 20"),
-    (dict(kv_device_entries=3), dict(batch_invariant=True), "1 sequences x 1 tokens x topk 4; give at least 4"),
-    (dict(kv_device_entries=LEAST, block_size=16), dict(max_model_len=16), "of no use with max_model_len 16"),
-    (dict(kv_device_entries=LEAST, kv_cache_memory_bytes=1000), {}, "one block of 256 tokens and the hot entries take"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, limits, complaint",
+    [
+        (dict(kv_device_entries=-1), {}, "cache.kv_device_entries must be at least 0, got -1"),
+        (
+            dict(kv_device_entries=LEAST - 1),
+            {},
+            "4 sequences x 1 tokens x topk 4; give at least 16, or lower max_num_seqs",
+        ),
+        (dict(kv_device_entries=LEAST), dict(max_num_seqs=5), "5 sequences x 1 tokens x topk 4; give at least 20"),
+        (dict(kv_device_entries=3), dict(batch_invariant=True), "1 sequences x 1 tokens x topk 4; give at least 4"),
+        (dict(kv_device_entries=LEAST, block_size=16), dict(max_model_len=16), "of no use with max_model_len 16"),
+        (
+            dict(kv_device_entries=LEAST, kv_cache_memory_bytes=1000),
+            {},
+            "one block of 256 tokens and the hot entries take",
+        ),
+    ],
+)
 def test_copies_that_cannot_be_are_one_line(layers, options, limits, complaint):
     with pytest.raises(UserError, match=complaint) as error:
         Engine(layers, dataclasses.replace(LIMITS, **limits), config.Cache(**options))

@@ -22,7 +22,9 @@ from v4jax.serve.metrics import EngineCollector
 pytestmark = pytest.mark.slow
 
 PROMPTS = ["To be, or not", [7, 300, 12], "¿Qué?", np.array([9])]
-LIMITS = {name: getattr(engine_harness.LIMITS, name) for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens")}
+LIMITS = {
+    name: getattr(engine_harness.LIMITS, name) for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens")
+}
 
 
 def greedy(**options):
@@ -44,7 +46,10 @@ def test_conversations_outlive_an_llm(model, tokenizer, tmp_path):
     prompt = np.random.default_rng(0).integers(3, 2000, 300)
     with LLM(model, tokenizer=tokenizer, **vars(cache), **LIMITS) as llm:
         [first] = llm.generate([prompt], greedy())
-        assert llm.cache_summary == "device 3,072 tokens, host up to 32,768 (0 are there), disk up to 22,369,536 (0 are there)"
+        assert (
+            llm.cache_summary
+            == "device 3,072 tokens, host up to 32,768 (0 are there), disk up to 22,369,536 (0 are there)"
+        )
     with LLM(model, tokenizer=tokenizer, **vars(cache), **LIMITS) as llm:
         assert "(256 are there)" in llm.cache_summary
         assert llm.generate([prompt], greedy()) == [first]
@@ -230,14 +235,21 @@ def test_pieces_never_split_a_character(llm, tokenizer):
         assert [piece for i, piece in llm.stream(PROMPTS, params) if i == row] == [piece for piece in expected if piece]
 
 
-@pytest.mark.parametrize("text, stops, result", [
-    ("hello", [], ("hello", False, "")), ("hello", ["lo"], ("hel", True, "")), ("hel", ["lo"], ("he", False, "l")),
-    ("hello", ["ell", "hello"], ("h", True, "")),  # complete first
-    ("hello", ["lo", "ello"], ("h", True, "")),  # complete together: the longest
-    ("aab", ["aac"], ("aab", False, "")), ("xaa", ["aac", "ab"], ("x", False, "aa")),
-    ("aaa", ["aab"], ("a", False, "aa")),
-    ("", ["a"], ("", False, "")), ("abab", ["abac"], ("ab", False, "ab")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, stops, result",
+    [
+        ("hello", [], ("hello", False, "")),
+        ("hello", ["lo"], ("hel", True, "")),
+        ("hel", ["lo"], ("he", False, "l")),
+        ("hello", ["ell", "hello"], ("h", True, "")),  # complete first
+        ("hello", ["lo", "ello"], ("h", True, "")),  # complete together: the longest
+        ("aab", ["aac"], ("aab", False, "")),
+        ("xaa", ["aac", "ab"], ("x", False, "aa")),
+        ("aaa", ["aab"], ("a", False, "aa")),
+        ("", ["a"], ("", False, "")),
+        ("abab", ["abac"], ("ab", False, "ab")),
+    ],
+)
 def test_split_at_stop(text, stops, result):
     assert split_at_stop(text, stops) == result
 
@@ -258,14 +270,23 @@ def test_cuts_between_tokens_do_not_matter_to_stop_strings():
         assert len(results) == 1
 
 
-@pytest.mark.parametrize("prompts, words", [
-    ([[]], "prompt 0 is empty; a prompt needs at least one token"), (["a", []], "prompt 1 is empty"),
-    ([[5, 2048]], "prompt 0 has token id 2048"), ([[-1]], "prompt 0 has token id -1"),
-    ([-1], "prompt 0 has token id -1"),
-    ({"prompt_token_ids": []}, "prompt 0 is empty"), ({"prompt_token_ids": [2048]}, "prompt 0 has token id 2048"),
-    ([[5] * 553], "exceeds max_model_len 576"), (["a", 3], "prompt 1 is 3; a prompt is a string, a list of token ids"),
-    ({"prompt": "a\ud800"}, "prompt 0 holds the lone surrogate U+D800 at character 1"), (5, "5 is no prompt"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "prompts, words",
+    [
+        ([[]], "prompt 0 is empty; a prompt needs at least one token"),
+        (["a", []], "prompt 1 is empty"),
+        ([[5, 2048]], "prompt 0 has token id 2048"),
+        ([[-1]], "prompt 0 has token id -1"),
+        ([-1], "prompt 0 has token id -1"),
+        ({"prompt_token_ids": []}, "prompt 0 is empty"),
+        ({"prompt_token_ids": [2048]}, "prompt 0 has token id 2048"),
+        ([[5] * 553], "exceeds max_model_len 576"),
+        (["a", 3], "prompt 1 is 3; a prompt is a string, a list of token ids"),
+        ({"prompt": "a\ud800"}, "prompt 0 holds the lone surrogate U+D800 at character 1"),
+        (5, "5 is no prompt"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("method", ["generate", "stream"])
 def test_bad_prompts_are_one_line_before_anything_runs(llm, method, prompts, words):
     with pytest.raises(UserError) as error:
@@ -308,8 +329,10 @@ def test_what_is_not_parsed_is_said_once(llm, tokenizer, caplog, model):
         [out] = llm.generate(text, greedy(max_tokens=1))
         assert out.prompt_token_ids == [tokenizer.bos_id, *tokenizer.encode(text)]
     [record] = caplog.records
-    assert record.message == ("prompt 0 holds '<eos>', '<pad>', read as plain text; pass parse_special_tokens=True to "
-                              "LLM to have special tokens")  # fmt: skip
+    assert record.message == (
+        "prompt 0 holds '<eos>', '<pad>', read as plain text; pass parse_special_tokens=True to "
+        "LLM to have special tokens"
+    )
     other = LLM(model, tokenizer=tokenizer, parse_special_tokens=True, **LIMITS)
     [out] = other.generate(text, greedy(max_tokens=1))
     assert out.prompt_token_ids == [0, *tokenizer.encode("one"), 1, *tokenizer.encode("two"), 2]
@@ -324,8 +347,12 @@ def test_bos_and_eos_can_be_given(model, llm, outputs, tokenizer):
     assert (out.prompt_token_ids, out.token_ids) == (outputs[0].prompt_token_ids, ids[: at + 1])
     [out] = LLM(model, tokenizer=tokenizer, bos_id=7, **LIMITS).generate("a", greedy(max_tokens=1))
     assert out.prompt_token_ids == [7, *tokenizer.encode("a")]
-    for options, words in [({"bos_id": 2048}, "bos_id is 2048"), ({"bos_id": "<s>"}, "bos_id is '<s>'"),
-                           ({"eos_id": "</s>"}, "eos_id must be"), ({"eos_id": [-1]}, "eos_id must be")]:  # fmt: skip
+    for options, words in [
+        ({"bos_id": 2048}, "bos_id is 2048"),
+        ({"bos_id": "<s>"}, "bos_id is '<s>'"),
+        ({"eos_id": "</s>"}, "eos_id must be"),
+        ({"eos_id": [-1]}, "eos_id must be"),
+    ]:
         with pytest.raises(UserError, match=words):
             LLM(model, tokenizer=tokenizer, **options)
 
@@ -361,16 +388,24 @@ def test_token_ids_do_without_a_tokenizer(model, outputs):
             call()
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"dtype": "float32"}, "dtype applies"), ({"max_num_seqs": 0}, "max_num_seqs must be at least 1"),
-    ({"max_num_batched_tokens": 0}, "max_num_batched_tokens must be"), ({"max_model_len": 5000}, "exceeds model.max_position_embeddings 4096"),
-    ({"tokenizer": "no/such/file"}, "no tokenizer no/such/file"), ({"tokenizer": 5}, "tokenizer is 5; give a v4jax"),
-    ({"cache": {}}, "LLM has no option 'cache'"), ({"mesh": "serve"}, "give a MeshConfig"),
-    ({"speculative_token": 1}, "LLM has no option 'speculative_token'; did you mean 'num_speculative_tokens'"),
-    ({"num_speculative_tokens": 1, "batch_invariant": True}, "exclude each other"),
-    ({"kv_cache_dtype": "fp16"}, "cache.kv_cache_dtype is 'fp16'; one of"),
-    ({"block_size": 12}, "block_size of 12 tokens is not a multiple of model.compress_rate_hca 8"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"dtype": "float32"}, "dtype applies"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1"),
+        ({"max_num_batched_tokens": 0}, "max_num_batched_tokens must be"),
+        ({"max_model_len": 5000}, "exceeds model.max_position_embeddings 4096"),
+        ({"tokenizer": "no/such/file"}, "no tokenizer no/such/file"),
+        ({"tokenizer": 5}, "tokenizer is 5; give a v4jax"),
+        ({"cache": {}}, "LLM has no option 'cache'"),
+        ({"mesh": "serve"}, "give a MeshConfig"),
+        ({"speculative_token": 1}, "LLM has no option 'speculative_token'; did you mean 'num_speculative_tokens'"),
+        ({"num_speculative_tokens": 1, "batch_invariant": True}, "exclude each other"),
+        ({"kv_cache_dtype": "fp16"}, "cache.kv_cache_dtype is 'fp16'; one of"),
+        ({"block_size": 12}, "block_size of 12 tokens is not a multiple of model.compress_rate_hca 8"),
+    ],
+    ids=str,
+)
 def test_bad_limits_are_one_line(model, options, words):
     with pytest.raises(UserError, match=words):
         LLM(model, **options)
@@ -401,7 +436,8 @@ def test_a_directory_brings_its_tokenizer_and_limits(monkeypatch, model, tokeniz
     monkeypatch.setattr(llm_module, "read_generation_config", lambda path: GenerationConfig())
     llm = LLM("DIR", dtype="bfloat16", max_num_seqs=2)
     assert (
-        read == [("DIR", {"dtype": "bfloat16", "quantization": "none", "placement": None})] and llm.tokenizer is tokenizer
+        read == [("DIR", {"dtype": "bfloat16", "quantization": "none", "placement": None})]
+        and llm.tokenizer is tokenizer
     )
     assert llm.engine.limits == config.Serve(max_num_seqs=2, max_model_len=50, max_num_batched_tokens=20)
 

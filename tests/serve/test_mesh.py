@@ -141,7 +141,10 @@ def test_what_one_device_let_go_comes_back_on_any(meshed, model, plain, tmp_path
             assert (stats["restored_blocks"] > 0) == bool(again or restored)
         assert stats["transfer_dropped"] == stats["disk_corrupt"] == 0
         if places_of:
-            assert all(bay.num_restored for bay in engine.kv_connector.device_connectors) and "each of 2 devices" in engine.kv_connector.summary
+            assert (
+                all(bay.num_restored for bay in engine.kv_connector.device_connectors)
+                and "each of 2 devices" in engine.kv_connector.summary
+            )
             assert tokens_of(engine, prompts, GREEDY) == expected  # all at once
         engine.close(60.0)
 
@@ -149,17 +152,22 @@ def test_what_one_device_let_go_comes_back_on_any(meshed, model, plain, tmp_path
 def pools(engine):
     """Pages of each device."""
     return [
-        shard.data for leaf in jax.tree.leaves(engine._kv_caches.layers[-1][-1].entries) for shard in leaf.addressable_shards
+        shard.data
+        for leaf in jax.tree.leaves(engine._kv_caches.layers[-1][-1].entries)
+        for shard in leaf.addressable_shards
     ]
 
 
-@pytest.mark.parametrize("where, limits, cache, says", [
-    (dict(layout="serve", count=4, tensor=2), {}, {}, "else over tensor"),
-    (dict(layout="fsdp"), {}, {}, "take layout 'serve'"),
-    (dict(count=3), {}, {}, "4 experts cannot be split over 3 devices"),
-    ({}, {"batch_invariant": True}, {}, "batch_invariant needs an engine on one device"),
-    ({}, {}, {"kv_device_entries": 64}, "cache hot needs an engine on one device"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "where, limits, cache, says",
+    [
+        (dict(layout="serve", count=4, tensor=2), {}, {}, "else over tensor"),
+        (dict(layout="fsdp"), {}, {}, "take layout 'serve'"),
+        (dict(count=3), {}, {}, "4 experts cannot be split over 3 devices"),
+        ({}, {"batch_invariant": True}, {}, "batch_invariant needs an engine on one device"),
+        ({}, {}, {"kv_device_entries": 64}, "cache hot needs an engine on one device"),
+    ],
+)
 def test_what_cannot_be_is_one_line(model, where, limits, cache, says):
     with pytest.raises(UserError, match=says):
         Engine(model, dataclasses.replace(LIMITS, **limits), config.Cache(**cache), on=on(**where))

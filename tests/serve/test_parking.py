@@ -63,9 +63,13 @@ def test_what_was_evicted_comes_back(model, alone, tmp_path, tiers):
     room = {"host": {"host": 1 << 30}, "disk": {"directory": tmp_path}, "both": {"directory": tmp_path, "host": 40_000}}
     with tiered(model, **room[tiers]) as engine:
         assert one_by_one(engine, CHATS) == alone and engine.stats()["restored_blocks"] == 0
-        compiled = [program._cache_size() for program in (model_steps.prefill, model_steps.decode, model_steps.sample_tokens)]
+        compiled = [
+            program._cache_size() for program in (model_steps.prefill, model_steps.decode, model_steps.sample_tokens)
+        ]
         assert one_by_one(engine, CHATS) == alone
-        assert compiled == [program._cache_size() for program in (model_steps.prefill, model_steps.decode, model_steps.sample_tokens)]
+        assert compiled == [
+            program._cache_size() for program in (model_steps.prefill, model_steps.decode, model_steps.sample_tokens)
+        ]
         stats = parked(engine)
         assert stats["hits"] == stats["restored_blocks"] == 2 * len(CHATS)
         assert stats["transfer_saved"] == 3 * len(CHATS) and stats["transfer_dropped"] == 0
@@ -155,7 +159,11 @@ def test_whatever_shapes_the_contents_is_in_the_key(model):
     def key(model, layout="auto", block=0, **limits):
         cache = config.Cache(kv_cache_dtype=layout, block_size=block, kv_cache_tokens=256)
         engine = Engine(model, dataclasses.replace(LIMITS, **limits), cache)
-        return engine._seed, device_connector.block_schema(engine._kv_caches, "block").digest, device_connector.block_schema(engine._kv_caches, "record").digest
+        return (
+            engine._seed,
+            device_connector.block_schema(engine._kv_caches, "block").digest,
+            device_connector.block_schema(engine._kv_caches, "record").digest,
+        )
 
     def other(**changes):
         """The same weights under another config."""
@@ -166,10 +174,12 @@ def test_whatever_shapes_the_contents_is_in_the_key(model):
     assert base == key(other(), max_num_seqs=1, max_model_len=300, max_num_batched_tokens=5)
     for changed in [
         *[key(model, layout) for layout in KV_CACHE_DTYPES if layout != "auto"],
-        key(model, block=512), key(model, batch_invariant=True), key(model, num_speculative_tokens=1),
+        key(model, block=512),
+        key(model, batch_invariant=True),
+        key(model, num_speculative_tokens=1),
         key(other(rope=dataclasses.replace(MODEL.rope, rope_theta=MODEL.rope.rope_theta + 1))),
         key(other(indexer=dataclasses.replace(MODEL.indexer, index_topk=3))),
-    ]:  # fmt: skip
+    ]:
         assert changed != base
     assert key(model, num_speculative_tokens=1)[2] != key(model, num_speculative_tokens=2)[2] != base[2]
 
@@ -202,11 +212,14 @@ def stored(model, alone, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("fault, counter, count", [
-    (dict(fault=failing("read")), "disk_read_errors", 3),
-    (dict(flip=1.0), "disk_corrupt", 4),
-    (dict(fault=failing("write", "rename")), "disk_write_errors", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fault, counter, count",
+    [
+        (dict(fault=failing("read")), "disk_read_errors", 3),
+        (dict(flip=1.0), "disk_corrupt", 4),
+        (dict(fault=failing("write", "rename")), "disk_write_errors", 0),
+    ],
+)
 def test_a_disk_that_fails_costs_time_only(model, alone, stored, fault, counter, count):
     with tiered(model, stored, files=FaultyFiles(**fault)) as engine:
         assert one_by_one(engine, CHATS) == alone
@@ -287,7 +300,9 @@ def test_pieces_evicted_between_fetch_and_admission_are_fetched_again(model, alo
 
         def once(visit, seed):
             engine.kv_connector.device_connectors[0]._install = bring_in
-            visit.job.resident_blocks = frozenset(visit.job.block_hashes)  # as if they had been on the device when it began
+            visit.job.resident_blocks = frozenset(
+                visit.job.block_hashes
+            )  # as if they had been on the device when it began
             return bring_in(visit, seed)
 
         engine.kv_connector.device_connectors[0]._install = once
@@ -340,7 +355,11 @@ def test_what_is_not_finite_is_not_stored(tmp_path):
 
 @pytest.mark.parametrize("layout", ["auto", "fp8_fp4"])
 def test_copies_off_the_device_and_back_keep_every_bit_of_every_leaf(model, layout):
-    engine = Engine(model, dataclasses.replace(LIMITS, num_speculative_tokens=1), config.Cache(kv_cache_dtype=layout, kv_cache_tokens=2048))
+    engine = Engine(
+        model,
+        dataclasses.replace(LIMITS, num_speculative_tokens=1),
+        config.Cache(kv_cache_dtype=layout, kv_cache_tokens=2048),
+    )
     rng, kinds = np.random.default_rng(0), device_connector.leaf_kinds(engine._kv_caches)
 
     def rubbish(leaf):
@@ -365,13 +384,19 @@ def test_copies_off_the_device_and_back_keep_every_bit_of_every_leaf(model, layo
 # --- what users type --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options, complaint", [
-    (dict(kv_disk_bytes=1), "needs its size and its place"), (dict(kv_dir="x"), "needs its size and its place"),
-    (dict(kv_host_bytes=-1), "cache.kv_host_bytes must be at least 0"), (dict(kv_load_timeout_s=0), "cache.kv_load_timeout_s must be at least"),
-    (dict(kv_admission_policy="none"), "one of all, second"), (dict(kv_eviction_policy="fifo"), "one of s3fifo, lru"),
-    (dict(kv_host_bytes=1, enable_prefix_caching=False), "set cache.enable_prefix_caching to true"),
-    (dict(kv_cache_memory_bytes=1000), "too small: 21 records and one block"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (dict(kv_disk_bytes=1), "needs its size and its place"),
+        (dict(kv_dir="x"), "needs its size and its place"),
+        (dict(kv_host_bytes=-1), "cache.kv_host_bytes must be at least 0"),
+        (dict(kv_load_timeout_s=0), "cache.kv_load_timeout_s must be at least"),
+        (dict(kv_admission_policy="none"), "one of all, second"),
+        (dict(kv_eviction_policy="fifo"), "one of s3fifo, lru"),
+        (dict(kv_host_bytes=1, enable_prefix_caching=False), "set cache.enable_prefix_caching to true"),
+        (dict(kv_cache_memory_bytes=1000), "too small: 21 records and one block"),
+    ],
+)
 def test_tiers_that_cannot_be_are_one_line(model, options, complaint):
     with pytest.raises(UserError, match=complaint):
         Engine(model, LIMITS, config.Cache(**options))

@@ -81,7 +81,9 @@ def test_engine_an_error_of_a_program_reaches_the_caller_and_the_next_call_works
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
 def test_engine_any_exception_on_the_way_back_reaches_the_caller(llm, answers, monkeypatch, error):
     with monkeypatch.context() as patch:
-        patch.setattr(data_parallel.DataParallelGroup, "get", lambda *_: (_ for _ in ()).throw(error("while results are fetched")))
+        patch.setattr(
+            data_parallel.DataParallelGroup, "get", lambda *_: (_ for _ in ()).throw(error("while results are fetched"))
+        )
         with pytest.raises(error, match="while results are fetched"):
             llm.generate(PROMPTS, GREEDY)
     works(llm, answers)
@@ -169,7 +171,12 @@ def test_engine_on_a_mesh_is_reset_too(model, plain, monkeypatch):
     engine_harness.new_books(plain)
     want = [answer.tokens for answer in drive(plain, asked)]
     limits = dataclasses.replace(LIMITS, max_num_seqs=2, max_num_batched_tokens=16)
-    engine = Engine(model, limits, config.Cache(kv_cache_tokens=768), data_parallel.data_parallel_group(config.Mesh("serve"), jax.devices()[:2]))
+    engine = Engine(
+        model,
+        limits,
+        config.Cache(kv_cache_tokens=768),
+        data_parallel.data_parallel_group(config.Mesh("serve"), jax.devices()[:2]),
+    )
     with monkeypatch.context() as patch:
         patch.setattr(model_steps, "decode", failing(model_steps.decode, after=True, skip=1))
         with pytest.raises(Injected):

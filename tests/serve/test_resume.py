@@ -26,7 +26,11 @@ ASKED = [Request(PROMPT, SamplingParams(temperature=0.0, max_tokens=24, logprobs
 
 # Leaves of the small model's cache, by what they belong to.
 RINGS = [f".layers[{i}][0].window_ring_ZSH" for i in range(3)]
-TAILS = [".layers[1][0].compressor_state['main']", ".layers[1][0].compressor_state['index']", ".layers[2][0].compressor_state['main']"]
+TAILS = [
+    ".layers[1][0].compressor_state['main']",
+    ".layers[1][0].compressor_state['index']",
+    ".layers[2][0].compressor_state['main']",
+]
 POOLS = [".layers[1][0].entries", ".layers[1][0].index_keys", ".layers[2][0].entries"]
 
 
@@ -120,12 +124,16 @@ def test_pages_and_a_record_are_all_it_takes(model, kept, uninterrupted):
 OVERLAP = slice(MODEL.compress_rate_csa, None)  # slots of the last window, as a block is a whole number of tails
 
 
-@pytest.mark.parametrize("name, slots, needed", [
-    *((name, slice(None), True) for name in (*RINGS, *TAILS[:2])),
-    *((name, OVERLAP, True) for name in TAILS[:2]),
-    # What is behind the overlap, and the whole tail of a compressor without one, has become entries at a boundary.
-    *((name, slice(0, OVERLAP.start), False) for name in TAILS[:2]), (TAILS[2], slice(None), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, slots, needed",
+    [
+        *((name, slice(None), True) for name in (*RINGS, *TAILS[:2])),
+        *((name, OVERLAP, True) for name in TAILS[:2]),
+        # What is behind the overlap, and the whole tail of a compressor without one, has become entries at a boundary.
+        *((name, slice(0, OVERLAP.start), False) for name in TAILS[:2]),
+        (TAILS[2], slice(None), False),
+    ],
+)
 def test_what_a_record_needs_at_a_boundary(kept, uninterrupted, name, slots, needed):
     _, _, record = boundary(kept)
 

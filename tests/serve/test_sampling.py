@@ -37,13 +37,34 @@ def reference(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return p / p.sum()
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"temperature": 0.5}, {"temperature": 2.0, "top_k": 3}, {"top_k": 1}, {"top_k": 100}, {"top_k": -1},
-    {"top_p": 0.6}, {"top_p": 1e-6}, {"top_p": 1e-38}, {"top_p": 1e-300}, {"top_k": 1, "top_p": 1e-38},
-    {"top_k": 2, "top_p": 1e-38, "min_p": 1e-38}, {"min_p": 1e-300}, {"top_k": 3, "min_p": 1.0}, {"temperature": 100.0},
-    {"temperature": 1e-5}, {"temperature": 2e-5, "top_p": 0.5}, {"min_p": 0.2}, {"min_p": 1.0},
-    {"temperature": 1.5, "top_k": 5, "top_p": 0.8, "min_p": 0.1}, {"top_k": 5}, {"top_k": 2, "top_p": 0.99},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 2.0, "top_k": 3},
+        {"top_k": 1},
+        {"top_k": 100},
+        {"top_k": -1},
+        {"top_p": 0.6},
+        {"top_p": 1e-6},
+        {"top_p": 1e-38},
+        {"top_p": 1e-300},
+        {"top_k": 1, "top_p": 1e-38},
+        {"top_k": 2, "top_p": 1e-38, "min_p": 1e-38},
+        {"min_p": 1e-300},
+        {"top_k": 3, "min_p": 1.0},
+        {"temperature": 100.0},
+        {"temperature": 1e-5},
+        {"temperature": 2e-5, "top_p": 0.5},
+        {"min_p": 0.2},
+        {"min_p": 1.0},
+        {"temperature": 1.5, "top_k": 5, "top_p": 0.8, "min_p": 0.1},
+        {"top_k": 5},
+        {"top_k": 2, "top_p": 0.99},
+    ],
+    ids=str,
+)
 def test_tokens_come_as_often_as_they_should(options):
     expected = reference(LOGITS, **options)
     counts = np.bincount(draws(LOGITS, **options).token_B, minlength=len(LOGITS))
@@ -84,8 +105,9 @@ def test_a_rows_token_depends_on_its_seed_and_position_alone():
     arrays, position, _ = _at(rows[:1], [5])
     assert SAMPLE(logits[:1], arrays, position, SamplingFlags(True, True, 4)).token_B[0] == together.token_B[0]
     # And the noise does differ by seed (both words of it) and by position.
-    many = lambda seeds, positions: np.asarray(SAMPLE(np.zeros((8, 999), np.float32), *_at(
-        [SamplingParams(seed=seed) for seed in seeds], positions)).token_B)  # fmt: skip
+    many = lambda seeds, positions: np.asarray(
+        SAMPLE(np.zeros((8, 999), np.float32), *_at([SamplingParams(seed=seed) for seed in seeds], positions)).token_B
+    )
     assert len(set(many([*range(4), *(i << 32 for i in range(1, 5))], [0] * 8))) > 5
     assert len(set(many([0] * 8, range(8)))) > 5
     assert len(set(many([3] * 8, [4] * 8))) == 1
@@ -121,29 +143,59 @@ def test_rows_that_are_not_finite_say_so(bad):
     assert 0 <= sampled.token_B[0] < 8 and sampled.token_B[1] == 3
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"temprature": 1}, "did you mean 'temperature'"), ({"zzz": 1}, "options: max_tokens"),
-    ({"max_tokens": 0}, "max_tokens must be an integer of at least 1, got 0"), ({"max_tokens": 1.5}, "max_tokens"),
-    ({"temperature": -0.1}, "temperature must be"), ({"temperature": float("nan")}, "temperature must be"),
-    ({"top_k": -2}, "top_k must be"), ({"top_p": 0.0}, "top_p must be above 0"), ({"top_p": 1.1}, "top_p must be"),
-    ({"min_p": 1.5}, "min_p must be"), ({"seed": -1}, "seed must be"), ({"seed": 2**64}, "seed must be"),
-    ({"stop": ["a", ""]}, "stop must be"), ({"stop_token_ids": [-1]}, "stop_token_ids must be"),
-    ({"logprobs": 21}, "logprobs must be"), ({"max_tokens": True}, "max_tokens must be"),
-    ({"temperature": 101}, "temperature must be a number from 0 to 100"),
-    ({"temperature": 1e300}, "temperature must be"),
-    ({"temperature": float("inf")}, "temperature must be"), ({"temperature": "1"}, "temperature must be"),
-    ({"temperature": None}, "temperature must be"), ({"temperature": 10**400}, "temperature must be"),
-    ({"top_p": float("nan")}, "top_p must be"), ({"top_p": -float("inf")}, "top_p must be"), ({"top_p": [1]}, "top_p"),
-    ({"min_p": float("nan")}, "min_p must be"), ({"min_p": -0.1}, "min_p must be"), ({"top_k": 1.0}, "top_k must be"),
-    ({"top_k": float("nan")}, "top_k must be"), ({"seed": 1.0}, "seed must be"), ({"seed": "1"}, "seed must be"),
-    ({"stop": 5}, "stop must be"), ({"stop": b"a"}, "stop must be"), ({"stop": [b"a"]}, "stop must be"),
-    ({"stop": ""}, "stop must be"), ({"stop": {"a": 1}}, "stop must be"), ({"stop": "\ud800"}, "stop must be"),
-    ({"stop_token_ids": "12"}, "stop_token_ids must be"), ({"stop_token_ids": [1.0]}, "stop_token_ids must be"),
-    ({"stop_token_ids": [True]}, "stop_token_ids must be"), ({"stop_token_ids": np.eye(2)}, "stop_token_ids must be"),
-    ({"stop_token_ids": 1.5}, "stop_token_ids must be"), ({"ignore_eos": "no"}, "ignore_eos must be True or False"),
-    ({"ignore_eos": None}, "ignore_eos must be"), ({"logprobs": -1}, "logprobs must be"),
-    ({"logprobs": float("nan")}, "logprobs must be"), ({"stop": ["x" * 999, 5]}, "stop must be"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"temprature": 1}, "did you mean 'temperature'"),
+        ({"zzz": 1}, "options: max_tokens"),
+        ({"max_tokens": 0}, "max_tokens must be an integer of at least 1, got 0"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"temperature": -0.1}, "temperature must be"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"top_k": -2}, "top_k must be"),
+        ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"top_p": 1.1}, "top_p must be"),
+        ({"min_p": 1.5}, "min_p must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"seed": 2**64}, "seed must be"),
+        ({"stop": ["a", ""]}, "stop must be"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids must be"),
+        ({"logprobs": 21}, "logprobs must be"),
+        ({"max_tokens": True}, "max_tokens must be"),
+        ({"temperature": 101}, "temperature must be a number from 0 to 100"),
+        ({"temperature": 1e300}, "temperature must be"),
+        ({"temperature": float("inf")}, "temperature must be"),
+        ({"temperature": "1"}, "temperature must be"),
+        ({"temperature": None}, "temperature must be"),
+        ({"temperature": 10**400}, "temperature must be"),
+        ({"top_p": float("nan")}, "top_p must be"),
+        ({"top_p": -float("inf")}, "top_p must be"),
+        ({"top_p": [1]}, "top_p"),
+        ({"min_p": float("nan")}, "min_p must be"),
+        ({"min_p": -0.1}, "min_p must be"),
+        ({"top_k": 1.0}, "top_k must be"),
+        ({"top_k": float("nan")}, "top_k must be"),
+        ({"seed": 1.0}, "seed must be"),
+        ({"seed": "1"}, "seed must be"),
+        ({"stop": 5}, "stop must be"),
+        ({"stop": b"a"}, "stop must be"),
+        ({"stop": [b"a"]}, "stop must be"),
+        ({"stop": ""}, "stop must be"),
+        ({"stop": {"a": 1}}, "stop must be"),
+        ({"stop": "\ud800"}, "stop must be"),
+        ({"stop_token_ids": "12"}, "stop_token_ids must be"),
+        ({"stop_token_ids": [1.0]}, "stop_token_ids must be"),
+        ({"stop_token_ids": [True]}, "stop_token_ids must be"),
+        ({"stop_token_ids": np.eye(2)}, "stop_token_ids must be"),
+        ({"stop_token_ids": 1.5}, "stop_token_ids must be"),
+        ({"ignore_eos": "no"}, "ignore_eos must be True or False"),
+        ({"ignore_eos": None}, "ignore_eos must be"),
+        ({"logprobs": -1}, "logprobs must be"),
+        ({"logprobs": float("nan")}, "logprobs must be"),
+        ({"stop": ["x" * 999, 5]}, "stop must be"),
+    ],
+    ids=str,
+)
 def test_bad_options_are_one_line(options, words):
     with pytest.raises(UserError) as error:
         SamplingParams(**options)

@@ -38,13 +38,16 @@ def test_one_prompt_is_read_at_a_time_while_the_others_decode(endless):
     world.drain()
 
 
-@pytest.mark.parametrize("prompt, options, expected", [
-    (11, {"chunk": 4, "block": 4}, [(0, 4), (4, 4), (8, 3)]),
-    (11, {"chunk": 3, "block": 4}, [(0, 3), (3, 3), (6, 2), (8, 1), (9, 2)]),
-    (8, {"chunk": 16, "block": 4}, [(0, 4), (4, 4)]),  # a prompt asked again must find a record before its end
-    (3, {"chunk": 16, "block": 4}, [(0, 3)]),
-    (14, {"chunk": 16, "block": 2, "snapshot_interval_blocks": 3}, [(0, 6), (6, 6), (12, 2)]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "prompt, options, expected",
+    [
+        (11, {"chunk": 4, "block": 4}, [(0, 4), (4, 4), (8, 3)]),
+        (11, {"chunk": 3, "block": 4}, [(0, 3), (3, 3), (6, 2), (8, 1), (9, 2)]),
+        (8, {"chunk": 16, "block": 4}, [(0, 4), (4, 4)]),  # a prompt asked again must find a record before its end
+        (3, {"chunk": 16, "block": 4}, [(0, 3)]),
+        (14, {"chunk": 16, "block": 2, "snapshot_interval_blocks": 3}, [(0, 6), (6, 6), (12, 2)]),
+    ],
+)
 def test_chunks_end_at_multiples_and_at_the_last_boundary(prompt, options, expected):
     world = World(pages=20, **options)
     world.add(0, list(range(prompt)), 1)
@@ -159,7 +162,11 @@ def test_what_ends_keeps_its_pages_until_the_plan_under_way_is_committed(endless
         world.step()
     world.scheduler.update_from_output(first, {0: [4]}, finished={0})
     world.flight.pop(0)
-    assert row.status is RequestStatus.FINISHED and row.block_ids and world.scheduler.stats()["pages_in_use"] == len(row.block_ids)
+    assert (
+        row.status is RequestStatus.FINISHED
+        and row.block_ids
+        and world.scheduler.stats()["pages_in_use"] == len(row.block_ids)
+    )
     with pytest.raises(ValueError, match="in the order"):
         world.scheduler.update_from_output(first, {})
     world.scheduler.update_from_output(second, {})
@@ -212,7 +219,9 @@ def test_ending_at_any_moment_frees_everything(endless, steps, under_way, how):
         assert stats["pages_cached"] == stats["records_kept"] == 0 and not set(own) & set(world.blocks._page.values())
     else:
         ends = [row.block_hashes.index(name) + 1 for name in world.blocks._record]
-        assert all(world.blocks.match_prefix(row.block_hashes[:end])[0] == end for end in ends), "a record that cannot be reached"
+        assert all(world.blocks.match_prefix(row.block_hashes[:end])[0] == end for end in ends), (
+            "a record that cannot be reached"
+        )
     world.settled()
 
 
@@ -223,7 +232,11 @@ def test_a_finish_that_comes_later_keeps_the_blocks(endless, ahead):
     run(world, 3)
     for _ in range(ahead):
         world.step()
-    assert world.scheduler.finish_request(0) and not world.scheduler.finish_request(0) and row.status is RequestStatus.FINISHED
+    assert (
+        world.scheduler.finish_request(0)
+        and not world.scheduler.finish_request(0)
+        and row.status is RequestStatus.FINISHED
+    )
     while world.flight:
         world.commit()
     assert not world.scheduler.busy and world.blocks.match_prefix(row.block_hashes)[0] == 2

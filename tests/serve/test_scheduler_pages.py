@@ -95,7 +95,9 @@ def test_with_replay_tokens_are_decoded_anew_and_not_shared(endless):
     assert not young.is_replay
     world.drain()
     for row in world.everyone.values():
-        assert [name in world.blocks._page for name in row.block_hashes] == [True] + [False] * (len(row.block_hashes) - 1)
+        assert [name in world.blocks._page for name in row.block_hashes] == [True] + [False] * (
+            len(row.block_hashes) - 1
+        )
         assert not {*row.block_hashes[1:]} & {*world.blocks._record}
 
 

@@ -12,17 +12,25 @@ class Serving(RuleBasedStateMachine):
     """Requests come, run, end and fail in any order over tiny pools; `World` checks what may never happen."""
 
     @initialize(
-        pages=st.integers(9, 14), records=st.integers(0, 5), slots=st.integers(1, 4), block=st.integers(1, 3),
-        chunk=st.integers(1, 6), lookahead=st.integers(0, 2), late=st.integers(0, 2), snapshot_interval_blocks=st.integers(0, 2),
-        replay=st.booleans(), random_seed=st.integers(0, 99),
-    )  # fmt: skip
+        pages=st.integers(9, 14),
+        records=st.integers(0, 5),
+        slots=st.integers(1, 4),
+        block=st.integers(1, 3),
+        chunk=st.integers(1, 6),
+        lookahead=st.integers(0, 2),
+        late=st.integers(0, 2),
+        snapshot_interval_blocks=st.integers(0, 2),
+        replay=st.booleans(),
+        random_seed=st.integers(0, 99),
+    )
     def start(self, lookahead, late, **options):
         self.world = World(lookahead=lookahead, slack=lookahead + late, **options)
 
     @rule(
-        prompt=st.lists(st.sampled_from([1, 1, 2]), min_size=1, max_size=6), max_tokens=st.integers(1, 6),
+        prompt=st.lists(st.sampled_from([1, 1, 2]), min_size=1, max_size=6),
+        max_tokens=st.integers(1, 6),
         salt=st.sampled_from(["", "", "other", None]),
-    )  # fmt: skip
+    )
     def come(self, prompt, max_tokens, salt):
         try:
             self.world.add(len(self.world.everyone), prompt, max_tokens, salt)

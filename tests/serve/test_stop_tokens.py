@@ -14,21 +14,24 @@ from v4jax.serve.stop_tokens import Ends, find_ends, warn_of_bos
 MODEL = Model(layer_types=("swa",))
 
 
-@pytest.mark.parametrize("model, file, tokenizer, ids, eos, says", [
-    (1, None, 1, {1}, 1, False),
-    (1, None, None, {1}, 1, False),
-    ((1, 5), None, 1, {1, 5}, 1, False),
-    ((1, 5), None, None, {1, 5}, 1, False),
-    (None, None, None, set(), None, False),
-    (None, None, 1, set(), None, True),  # null: the tokenizer's does not end a text either
-    (1, (), 1, set(), None, True),
-    (None, (1,), 1, {1}, 1, True),  # a list stands before a null of the config
-    (1, (1, 7), 1, {1, 7}, 1, True),
-    ((1, 7), (7, 1), 1, {1, 7}, 1, False),
-    (1, (7,), None, {7}, 7, True),
-    (1, None, 9, {1, 9}, 9, True),
-    (1, (7,), 9, {7, 9}, 9, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, file, tokenizer, ids, eos, says",
+    [
+        (1, None, 1, {1}, 1, False),
+        (1, None, None, {1}, 1, False),
+        ((1, 5), None, 1, {1, 5}, 1, False),
+        ((1, 5), None, None, {1, 5}, 1, False),
+        (None, None, None, set(), None, False),
+        (None, None, 1, set(), None, True),  # null: the tokenizer's does not end a text either
+        (1, (), 1, set(), None, True),
+        (None, (1,), 1, {1}, 1, True),  # a list stands before a null of the config
+        (1, (1, 7), 1, {1, 7}, 1, True),
+        ((1, 7), (7, 1), 1, {1, 7}, 1, False),
+        (1, (7,), None, {7}, 7, True),
+        (1, None, 9, {1, 9}, 9, True),
+        (1, (7,), 9, {7, 9}, 9, True),
+    ],
+)
 def test_one_rule_settles_what_ends_a_text(caplog, model, file, tokenizer, ids, eos, says):
     tokenizer = None if tokenizer is None else Tokenizer(eos_id=tokenizer)
     ends = find_ends(Model(layer_types=("swa",), eos_id=model), GenerationConfig(file), tokenizer)
@@ -75,21 +78,33 @@ def test_null_absent_and_lists_are_three_things(tmp_path):
 
 
 def test_sampling_options_take_our_names(tmp_path, caplog):
-    values = {"temperature": 0.6, "top_k": None, "top_p": 0.95, "min_p": 0.1, "max_new_tokens": 9, "do_sample": False,
-              "repetition_penalty": 1.0}  # fmt: skip
+    values = {
+        "temperature": 0.6,
+        "top_k": None,
+        "top_p": 0.95,
+        "min_p": 0.1,
+        "max_new_tokens": 9,
+        "do_sample": False,
+        "repetition_penalty": 1.0,
+    }
     sampling = {"temperature": 0.6, "top_p": 0.95, "min_p": 0.1, "max_tokens": 9}
     assert written(tmp_path, values).sampling == sampling and not caplog.records
     written(tmp_path, {"repetition_penalty": 1.1})
     assert "repetition_penalty, which v4jax does not apply" in caplog.records[0].message
 
 
-@pytest.mark.parametrize("values, words", [
-    ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; it must be a token id, a list of them or null"),
-    ({"eos_token_id": [1, None]}, "eos_token_id is"), ({"eos_token_id": True}, "eos_token_id is True"),
-    ({"eos_token_id": -1}, "eos_token_id is -1"), ({"eos_token_id": {"a": 1}}, "eos_token_id is"),
-    ("[]", "no JSON object"),
-    ("{", "is not valid JSON"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; it must be a token id, a list of them or null"),
+        ({"eos_token_id": [1, None]}, "eos_token_id is"),
+        ({"eos_token_id": True}, "eos_token_id is True"),
+        ({"eos_token_id": -1}, "eos_token_id is -1"),
+        ({"eos_token_id": {"a": 1}}, "eos_token_id is"),
+        ("[]", "no JSON object"),
+        ("{", "is not valid JSON"),
+    ],
+)
 def test_damaged_files_are_one_line(tmp_path, values, words):
     with pytest.raises(UserError) as error:
         written(tmp_path, values)

@@ -15,7 +15,9 @@ from v4jax.data.tokenizer import Detokenizer
 from v4jax.serve import LLM, SamplingParams
 from v4jax.serve.engine import Engine
 
-OPTIONS = {name: getattr(engine_harness.LIMITS, name) for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens")}
+OPTIONS = {
+    name: getattr(engine_harness.LIMITS, name) for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens")
+}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 ENDLESS = dataclasses.replace(GREEDY, max_tokens=500)
 THREADS = 20

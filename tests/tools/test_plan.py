@@ -39,8 +39,13 @@ def test_topologies_by_name():
     assert parse("v5p-512") == parse("v5p:4x8x8") and parse("v5p-512").chips == 256  # two TensorCores a chip
     assert parse("v5litepod-16") == parse("v5e:4x4") and parse("v6e-256") == parse("v6e:16x16")
     assert parse("tpu7x-128x2slices") == parse("tpu7x:4x4x4x2slices")
-    wrong = {"v9:2x2": "no topology", "v5p-500": "v5p-256, v5p-512, v5p-1024",
-             "v5p:8x8": "a shape of v5p has 3 sizes", "h100:8x8": "1 sizes", "v5e:0x4": "up"}
+    wrong = {
+        "v9:2x2": "no topology",
+        "v5p-500": "v5p-256, v5p-512, v5p-1024",
+        "v5p:8x8": "a shape of v5p has 3 sizes",
+        "h100:8x8": "1 sizes",
+        "v5e:0x4": "up",
+    }
     for text, says in wrong.items():
         with pytest.raises(UserError, match=says):
             parse(text)
@@ -54,10 +59,17 @@ def test_accelerators_of_several_makers_are_listed():
         assert chip.slow_network < chip.network < chip.bandwidth < chip.flops and chip.memory < chip.host_bytes
 
 
-@pytest.mark.parametrize("topology, expert, inside", [
-    ("h100:64", 8, 1), ("h100:64", 64, 7 / 63), ("h100:8", 8, 1), ("h100:16", 2, 1), ("gb200:128", 64, 1),
-    ("v5p:4x4x4", 64, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "topology, expert, inside",
+    [
+        ("h100:64", 8, 1),
+        ("h100:64", 64, 7 / 63),
+        ("h100:8", 8, 1),
+        ("h100:16", 2, 1),
+        ("gb200:128", 64, 1),
+        ("v5p:4x4x4", 64, 1),
+    ],
+)
 def test_tokens_that_stay_in_a_host_do_not_load_its_network_cards(topology, expert, inside):
     """Of what an all-to-all sends, the part that NVLink carries; of 64 experts, 7 of the other 63 are in the host."""
     flash, work = config_lib.load("v4_flash"), Workload("train", 4096, 128)
@@ -128,8 +140,11 @@ def test_the_flagship_on_one_pod(capsys, tmp_path):
     [flops] = values(records, "flops_per_step")
     assert flops > 6 * counts.active * 1024 * 4096
     [bound] = values(records, "step_seconds_bound", part="longest")
-    assert bound == max(value for part in ("compute", "memory", "ICI", "DCN")
-                        for value in values(records, "step_seconds_bound", part=part))  # fmt: skip
+    assert bound == max(
+        value
+        for part in ("compute", "memory", "ICI", "DCN")
+        for value in values(records, "step_seconds_bound", part=part)
+    )
     assert 0 < values(records, "mfu_bound")[0] <= 1 and values(records, "device_bytes_limit") == [int(95.74 * 2**30)]
     metrics = {"host_bytes", "fits", "collective_bytes", "smallest_topology", "link_bytes"}
     assert metrics <= {r["metric"] for r in records}
@@ -245,10 +260,13 @@ def test_work_of_attention():
     assert attention_flops(csa, 2**20) == 4 * 64 * 512 * (128 + 512) + 2 * 64 * 128 * 2**18
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (("v5p:4x4x4", "train", 4096, 7), "7 rows cannot be split|cannot be split"),
-    (("v5q:4x4x4",), "no topology"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (("v5p:4x4x4", "train", 4096, 7), "7 rows cannot be split|cannot be split"),
+        (("v5q:4x4x4",), "no topology"),
+    ],
+)
 def test_plans_that_cannot_be_are_one_line(arguments, says):
     flagship = dataclasses.replace(config_lib.load("v4_1t"), mesh=Mesh("pod", expert=64))
     with pytest.raises(UserError, match=says):

@@ -66,11 +66,14 @@ def test_rows_decode_as_on_one_device(tiny, copies):
     assert bool(copies) == any(leaf.sharding.memory_kind == "pinned_host" for leaf in jax.tree.leaves(kept))
 
 
-@pytest.mark.parametrize("mesh, rows, says", [
-    (Mesh("serve"), 6, "6 rows cannot be split over 4"),
-    (Mesh("serve", tensor=2), 8, "else over tensor"),
-    (Mesh("expert"), 8, "splits more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mesh, rows, says",
+    [
+        (Mesh("serve"), 6, "6 rows cannot be split over 4"),
+        (Mesh("serve", tensor=2), 8, "else over tensor"),
+        (Mesh("expert"), 8, "splits more"),
+    ],
+)
 def test_steps_that_cannot_be_are_one_line(tiny, mesh, rows, says):
     with pytest.raises(UserError, match=says):
         aot_steps.serve(tiny, mesh, Workload("decode", 256, rows), jax.devices()[:4])

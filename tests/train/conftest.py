@@ -14,10 +14,22 @@ WORDS = "the king and his fool went over the hill to see the storm come in from 
 def micro_config(source: str, **train) -> Config:
     """Every feature on, in a model that compiles in seconds."""
     model = Model(
-        vocab_size=2048, hidden_size=32, layer_types=("swa", "csa", "hca"), num_attention_heads=2, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16,
-        o_groups=2, o_lora_rank=8, sliding_window=8, compress_rate_hca=8, dtype="float32", max_position_embeddings=4096,
-        indexer=Indexer(index_n_heads=4, index_head_dim=8, index_topk=2), moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=1),
-    )  # fmt: skip
+        vocab_size=2048,
+        hidden_size=32,
+        layer_types=("swa", "csa", "hca"),
+        num_attention_heads=2,
+        head_dim=16,
+        qk_rope_head_dim=8,
+        q_lora_rank=16,
+        o_groups=2,
+        o_lora_rank=8,
+        sliding_window=8,
+        compress_rate_hca=8,
+        dtype="float32",
+        max_position_embeddings=4096,
+        indexer=Indexer(index_n_heads=4, index_head_dim=8, index_topk=2),
+        moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=1),
+    )
     defaults = dict(steps=6, batch_size=2, warmup=2, log_every=2, checkpoint_every=3, eval_rows=4)
     return Config("micro", model, Data(source=source, seq_len=32), Train(**defaults | train))
 

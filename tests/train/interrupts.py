@@ -45,7 +45,9 @@ def get_config(source: str = "") -> Config:
 
 def write_text(path: pathlib.Path) -> pathlib.Path:
     """The corpus of the runs."""
-    path.write_text("".join(f"Chapter {i}. {' '.join(WORDS[i % 7 :] + WORDS)}.\n" for i in range(200)), encoding="utf-8")
+    path.write_text(
+        "".join(f"Chapter {i}. {' '.join(WORDS[i % 7 :] + WORDS)}.\n" for i in range(200)), encoding="utf-8"
+    )
     return path
 
 

@@ -54,7 +54,11 @@ def test_the_guard_follows_its_rule():
     values[[40, 41], [1, 0]] = np.nan, np.inf
     said, guard = judged(values, 4.0)
     assert said == reference(values, 4.0, 8) and not (said[20] or said[33] or said[40] or said[41])
-    assert int(guard.skipped) == said.count(False) and int(guard.num_steps) == said.count(True) and int(guard.consecutive_skips) == 0
+    assert (
+        int(guard.skipped) == said.count(False)
+        and int(guard.num_steps) == said.count(True)
+        and int(guard.consecutive_skips) == 0
+    )
 
 
 def test_falling_losses_and_slow_growth_are_no_spikes_and_factor_zero_takes_every_number():
@@ -130,15 +134,22 @@ def test_a_skipped_step_changes_nothing(small, monkeypatch):
     trainer = Poisoned(small)
     ids = np.random.default_rng(0).integers(3, 2048, (2, 34)).astype(np.int32)
     batch = {
-        "tokens_BT": ids[:, :32], "targets_BT": ids[:, 1:33], "targets2_BT": ids[:, 2:],
-        "segments_BT": np.ones((2, 32), np.int32), "positions_BT": np.tile(np.arange(32, dtype=np.int32), (2, 1)),
-    }  # fmt: skip
+        "tokens_BT": ids[:, :32],
+        "targets_BT": ids[:, 1:33],
+        "targets2_BT": ids[:, 2:],
+        "segments_BT": np.ones((2, 32), np.int32),
+        "positions_BT": np.tile(np.arange(32, dtype=np.int32), (2, 1)),
+    }
     state, _ = trainer.step(trainer.init(), trainer.shard_batch(batch))
     before = jax.device_get(state)
     state, metrics = trainer.step(state, trainer.shard_batch(batch))
     after = jax.device_get(state)
     jax.tree.map(np.testing.assert_array_equal, after[:3], before[:3])  # parameters, biases, optimizer
-    assert not np.isfinite(metrics["loss"]) and after.step == 2 and after.guard.consecutive_skips == after.guard.skipped == 1
+    assert (
+        not np.isfinite(metrics["loss"])
+        and after.step == 2
+        and after.guard.consecutive_skips == after.guard.skipped == 1
+    )
     after = jax.device_get(trainer.step(state, trainer.shard_batch(batch))[0])
     assert after.guard.consecutive_skips == 0 and (after.params["head.weight"] != before.params["head.weight"]).any()
 
@@ -164,9 +175,13 @@ def test_a_run_that_goes_back_again_and_again_gives_up(run):
     assert "3 times the run went back to step 3 and spiked again" in raised
 
 
-@pytest.mark.parametrize("trainer, says", [
-    (BadGradient, "and the gradient norm (nan|inf) at step 6"), (BadUpdate, "the update of step 6 left values"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "trainer, says",
+    [
+        (BadGradient, "and the gradient norm (nan|inf) at step 6"),
+        (BadUpdate, "the update of step 6 left values"),
+    ],
+)
 def test_a_checkpoint_is_finite_or_is_not_finished(run, tmp_path, monkeypatch, trainer, says):
     monkeypatch.setattr(loop, "Trainer", trainer)
     monkeypatch.setattr(trainer, "bad", (6,))
@@ -204,12 +219,15 @@ def test_a_checkpoint_that_is_not_finite_is_not_resumed(run, small, tmp_path):
         loop.train(small, str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("train, complaint", [
-    ({"spike_action": "jump"}, "train.spike_action is 'jump'; one of off, skip, rollback"),
-    ({"spike_window": 0}, "train.spike_window must be at least 1"),
-    ({"spike_factor": -1.0}, "train.spike_factor must be at least 0"),
-    ({"hang_timeout_s": -2.0}, "train.hang_timeout_s must be at least 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "train, complaint",
+    [
+        ({"spike_action": "jump"}, "train.spike_action is 'jump'; one of off, skip, rollback"),
+        ({"spike_window": 0}, "train.spike_window must be at least 1"),
+        ({"spike_factor": -1.0}, "train.spike_factor must be at least 0"),
+        ({"hang_timeout_s": -2.0}, "train.hang_timeout_s must be at least 0"),
+    ],
+)
 def test_what_the_guard_and_the_watchdog_cannot_do_is_said(config, train, complaint):
     with pytest.raises(UserError, match=complaint):
         validate(with_train(config, **train))

@@ -95,7 +95,9 @@ def test_a_stop_at_any_moment_is_saved_and_resumes_bit_for_bit(small, tmp_path, 
     assert finished_steps(tmp_path / "cut")[-1] == step
     loop.train(small, str(tmp_path / "cut"))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    values = lambda name: [r["heldout_loss"] for r in read_metrics(tmp_path / name / "metrics.jsonl") if "heldout_loss" in r]
+    values = lambda name: [
+        r["heldout_loss"] for r in read_metrics(tmp_path / name / "metrics.jsonl") if "heldout_loss" in r
+    ]
     assert values("cut") == values("whole")
 
 
@@ -201,9 +203,12 @@ def test_training_compiles_its_step_once(config):
     for _ in range(3):
         ids = rng.integers(3, 2048, (2, 34)).astype(np.int32)
         batch = {
-            "tokens_BT": ids[:, :32], "targets_BT": ids[:, 1:33], "targets2_BT": ids[:, 2:],
-            "segments_BT": np.ones((2, 32), np.int32), "positions_BT": np.tile(np.arange(32, dtype=np.int32), (2, 1)),
-        }  # fmt: skip
+            "tokens_BT": ids[:, :32],
+            "targets_BT": ids[:, 1:33],
+            "targets2_BT": ids[:, 2:],
+            "segments_BT": np.ones((2, 32), np.int32),
+            "positions_BT": np.tile(np.arange(32, dtype=np.int32), (2, 1)),
+        }
         state, _ = trainer.step(state, jax.device_put(batch))
     assert trainer.step._cache_size() == 1
 
@@ -275,9 +280,20 @@ def test_damaged_metrics_never_stop_a_resume(small, tmp_path, capsys):
     stopped(with_train(small, steps=9), workdir, "save", 2)
     path = workdir / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    damage = [b"garbage\n", b"\0" * 100 + b"\n", b'{"step": 1, "loss": "\xff"}\n', b"[1]\n", b"7\n", b"{}\n",
-              b'{"step": -1}\n', b'{"step": 1, "loss": NaN}\n', b'{"step": 1, "loss": null}\n',
-              b'{"step": 1, "loss": 1' + b"0" * 400 + b"}\n", b"[" * 10**5 + b"\n", b"\n"]  # fmt: skip
+    damage = [
+        b"garbage\n",
+        b"\0" * 100 + b"\n",
+        b'{"step": 1, "loss": "\xff"}\n',
+        b"[1]\n",
+        b"7\n",
+        b"{}\n",
+        b'{"step": -1}\n',
+        b'{"step": 1, "loss": NaN}\n',
+        b'{"step": 1, "loss": null}\n',
+        b'{"step": 1, "loss": 1' + b"0" * 400 + b"}\n",
+        b"[" * 10**5 + b"\n",
+        b"\n",
+    ]
     path.write_bytes(b"".join([*damage[:6], *lines[:3], *damage[6:], *lines[3:], b'{"step": 6, "lo']))
     summary = loop.train(with_train(small, steps=9), str(workdir))
     assert summary["heldout_loss"] == whole["heldout_loss"] and losses(workdir) == losses(tmp_path / "whole")

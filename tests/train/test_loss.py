@@ -49,7 +49,9 @@ def gradients(config, batch):
 def of_kinds(config, *schedule, **changes):
     """Fewer layers compile sooner."""
     moe = dataclasses.replace(config.model.moe, num_hash_layers=0)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, layer_types=schedule, moe=moe, **changes))
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, layer_types=schedule, moe=moe, **changes)
+    )
 
 
 def test_indexer_learns_from_its_loss_alone(config, batch):

@@ -52,10 +52,13 @@ def test_optimizer_and_streams_in_host_memory_give_the_same_losses_bit_for_bit(t
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored["opt"]), jax.device_get(state.opt))
 
 
-@pytest.mark.parametrize("change, complaint", [
-    ({"offload": ("weights",)}, "train.offload is 'weights'; one of optimizer, streams"),
-    ({"offload": ("streams",)}, "set train.remat=true too"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        ({"offload": ("weights",)}, "train.offload is 'weights'; one of optimizer, streams"),
+        ({"offload": ("streams",)}, "set train.remat=true too"),
+    ],
+)
 def test_what_cannot_be_offloaded_is_said(change, complaint):
     with pytest.raises(UserError, match=complaint):
         validate(small(MESH, **change))

@@ -58,5 +58,8 @@ def test_what_is_not_finite_is_left_out(tmp_path):
     writer.write(1, {"loss": float("nan"), "grad_norm": 2.0})
     writer.write(2, {"rolled_back_from": 7.0, "heldout_loss": float("inf")})
     writer.close()
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "grad_norm": 2.0}, {"step": 2, "rolled_back_from": 7.0}]
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "grad_norm": 2.0},
+        {"step": 2, "rolled_back_from": 7.0},
+    ]
     assert scalars(tmp_path) == {("grad_norm", 1)}

@@ -41,10 +41,15 @@ def train(config):
     state, losses = trainer.init(), []
     for _ in range(STEPS):
         ids = np.stack([np.tile(np.roll(pattern, -rng.integers(40)), 2)[:34] for _ in range(2)]).astype(np.int32)
-        batch = trainer.shard_batch({
-            "tokens_BT": ids[:, :32], "targets_BT": ids[:, 1:33], "targets2_BT": ids[:, 2:],
-            "segments_BT": np.ones((2, 32), np.int32), "positions_BT": np.tile(np.arange(32, dtype=np.int32), (2, 1)),
-        })  # fmt: skip
+        batch = trainer.shard_batch(
+            {
+                "tokens_BT": ids[:, :32],
+                "targets_BT": ids[:, 1:33],
+                "targets2_BT": ids[:, 2:],
+                "segments_BT": np.ones((2, 32), np.int32),
+                "positions_BT": np.tile(np.arange(32, dtype=np.int32), (2, 1)),
+            }
+        )
         state, metrics = trainer.step(state, batch)
         losses.append(float(metrics["loss"]))
     return np.array(losses), trainer, state
@@ -101,10 +106,13 @@ def test_fp8_blocks_hold_fp4_numbers_without_loss():
     np.testing.assert_array_equal(jax.jit(fp8_dot.weights)(w), w)
 
 
-@pytest.mark.parametrize("change, complaint", [
-    ({"matmul_precision": "fp4"}, "train.matmul_precision is 'fp4'; one of plain, fp8"),
-    ({"expert_weight_format": "fp8"}, "train.expert_weight_format is 'fp8'; one of plain, mxfp4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        ({"matmul_precision": "fp4"}, "train.matmul_precision is 'fp4'; one of plain, fp8"),
+        ({"expert_weight_format": "fp8"}, "train.expert_weight_format is 'fp8'; one of plain, mxfp4"),
+    ],
+)
 def test_unknown_formats_are_named(change, complaint):
     with pytest.raises(UserError, match=complaint):
         validate(small(**change))

@@ -124,8 +124,9 @@ PROGRAM = textwrap.dedent("""
 )
 def test_the_command_line_ends_wherever_its_main_thread_is(where, signals, code, says):
     command = [sys.executable, "-c", PROGRAM, where]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          preexec_fn=heed_sigint) as process:  # fmt: skip
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_sigint
+    ) as process:
         try:
             assert process.stdout.readline() == "running\n"
             for signum in signals:

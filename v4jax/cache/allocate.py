@@ -23,7 +23,9 @@ from v4jax.parallel.host_memory import is_host
 _HOST_PARTS = {"csa": "main", "hca": "tails"}  # part of a layer's state that lies in host memory, where `hot` says so
 
 
-def allocate_layer(layout: KVCacheSpec, kind: str, pages: int, records: int, slack: int = 0, host=None) -> PagedLayerCache:
+def allocate_layer(
+    layout: KVCacheSpec, kind: str, pages: int, records: int, slack: int = 0, host=None
+) -> PagedLayerCache:
     """Empty state of one layer of this kind. host: as in `new_host_entry_pool`; None: pinned memory beside the device that the
     rest is on. Raises UserError as these do."""
     model, far = layout.model, _HOST_PARTS.get(kind) if layout.hot else None
@@ -37,7 +39,9 @@ def allocate_layer(layout: KVCacheSpec, kind: str, pages: int, records: int, sla
         main, hot = new_host_entry_pool(model, *size, layout.hot, host)
         return dataclasses.replace(kept, entries=main, device_cache=hot)
     if far == "tails":
-        return dataclasses.replace(kept, compressor_state={name: host(a.shape, a.dtype) for name, a in kept.compressor_state.items()})
+        return dataclasses.replace(
+            kept, compressor_state={name: host(a.shape, a.dtype) for name, a in kept.compressor_state.items()}
+        )
     return kept
 
 
@@ -70,15 +74,21 @@ def memory_stats(live) -> dict[str, float]:
     held = {False: 0, True: 0}
     for array in jax.tree.leaves(live):
         held[is_host(array)] += array.nbytes
-    kept = [one for one in jax.tree.leaves(live, is_leaf=lambda a: isinstance(a, PagedLayerCache)) if one.device_cache is not None]
+    kept = [
+        one
+        for one in jax.tree.leaves(live, is_leaf=lambda a: isinstance(a, PagedLayerCache))
+        if one.device_cache is not None
+    ]
     counts = {"kv_bytes": held[False], "kv_host_bytes": held[True]}
     if not kept:
         return counts
     hits, misses = sum(read_counters(n) for n in jax.device_get([one.device_cache.counters_5 for one in kept])).tolist()
     return counts | {
-        "hot_hits": hits, "hot_misses": misses, "hot_hit_rate": hits / max(hits + misses, 1),
+        "hot_hits": hits,
+        "hot_misses": misses,
+        "hot_hit_rate": hits / max(hits + misses, 1),
         "hot_fetched_bytes": misses * kept[0].entries.row_bytes,
-    }  # fmt: skip
+    }
 
 
 def check(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:

@@ -41,7 +41,9 @@ class DeviceEntryCache:
     last_used_S: jax.Array
     counters_5: jax.Array
 
-    def fetch(self, far: Far, page: jax.Array, slot: jax.Array, wanted: jax.Array) -> tuple[DeviceEntryCache, jax.Array]:
+    def fetch(
+        self, far: Far, page: jax.Array, slot: jax.Array, wanted: jax.Array
+    ) -> tuple[DeviceEntryCache, jax.Array]:
         """(the copies with those of the wanted entries among them, their rows int32 [B, T, K], 0 for unwanted ones).
 
         page, slot int32, wanted bool [B, T, K], of each query distinct entries; there are at least as many copies as
@@ -69,13 +71,21 @@ class DeviceEntryCache:
             goes = jnp.where(found > 0, host_gather(entry_S, row), _NONE)
             both, values = jnp.concatenate([comes, goes]), jnp.concatenate([row, jnp.zeros_like(row)])
             at_ZP = host_scatter(at_ZP, values, both // slots, both % slots)
-            return rows, at_ZP, host_scatter(entry_S, comes, row), host_scatter(used_S, now, row), missing_R.at[which].set(False)
+            return (
+                rows,
+                at_ZP,
+                host_scatter(entry_S, comes, row),
+                host_scatter(used_S, now, row),
+                missing_R.at[which].set(False),
+            )
 
         fetched = missing_R.sum()
         carry = (self.rows, at_ZP, self.entry_of_slot_S, used_S, missing_R)
         carry = jax.lax.fori_loop(0, -(-fetched // few), turn, carry)
         at_R = jnp.where(wanted_R, host_gather(carry[1], page_R, slot_R), 0)
-        return DeviceEntryCache(*carry[:4], _counted(self.counters_5, wanted_R.sum() - fetched, fetched)), at_R.reshape(shape)
+        return DeviceEntryCache(*carry[:4], _counted(self.counters_5, wanted_R.sum() - fetched, fetched)), at_R.reshape(
+            shape
+        )
 
     def lookup(self, page: jax.Array, slot: jax.Array) -> jax.Array:
         """The rows that hold these entries, int32 of any shape; 0 for what is not here, or out of range."""
@@ -86,9 +96,12 @@ class DeviceEntryCache:
     def invalidate(self, page: jax.Array, slot: jax.Array, row: jax.Array) -> DeviceEntryCache:
         """Without copies of these entries, which `found` found in these rows."""
         return DeviceEntryCache(
-            self.rows, host_scatter(self.slot_of_entry_ZP, 0, page, slot), host_scatter(self.entry_of_slot_S, _NONE, row), host_scatter(self.last_used_S, 0, row),
+            self.rows,
+            host_scatter(self.slot_of_entry_ZP, 0, page, slot),
+            host_scatter(self.entry_of_slot_S, _NONE, row),
+            host_scatter(self.last_used_S, 0, row),
             self.counters_5,
-        )  # fmt: skip
+        )
 
     def invalidate_blocks(self, page_A: jax.Array) -> DeviceEntryCache:
         """Without copies of the entries of these pages; numbers out of range are passed over."""
@@ -100,9 +113,12 @@ def new_device_entry_cache(rows, pages: int, slots: int) -> DeviceEntryCache:
     """Empty copies in `rows`, a pool of zeros of one page, of the entries of a host's pool of so many pages."""
     size = rows.shape[1]
     return DeviceEntryCache(
-        rows, jnp.zeros((pages, slots), jnp.int32), jnp.full(size, _NONE, jnp.int32), jnp.zeros(size, jnp.uint32),
+        rows,
+        jnp.zeros((pages, slots), jnp.int32),
+        jnp.full(size, _NONE, jnp.int32),
+        jnp.zeros(size, jnp.uint32),
         jnp.zeros(5, jnp.uint32),
-    )  # fmt: skip
+    )
 
 
 def read_counters(count_5: np.ndarray) -> np.ndarray:

@@ -83,7 +83,9 @@ def entry_format(model: config.Model, kind: str, layout: str) -> EntryFormat:
         return EntryFormat(width, model.dtype if layout == "auto" else "bfloat16")
     format = _FORMATS[layout][kind]
     if width == rotary:
-        raise UserError(f"layout {layout} quantizes what is not rotary, and model.qk_rope_head_dim is all {width}; take bf16")
+        raise UserError(
+            f"layout {layout} quantizes what is not rotary, and model.qk_rope_head_dim is all {width}; take bf16"
+        )
     if format == "fp4" and width % 2:
         raise UserError(f"layout {layout} packs pairs, and model.indexer.index_head_dim {width} is odd; take fp8")
     return EntryFormat(width, format, group_size(width - rotary, _GROUP[kind]), rotary)

@@ -203,7 +203,9 @@ class PagedLayerCache:
             window_ring_ZSH = self.window_ring_ZSH.at[state_slot_B].set(_ring_after(ring_BSH, kv_BTH, chunk))
         return rows, dataclasses.replace(self, window_ring_ZSH=window_ring_ZSH)
 
-    def compression_windows(self, name: str, rows_BTW: jax.Array, chunk: ForwardBatch, ratio: int, overlap: bool) -> tuple[CompressionWindows, PagedLayerCache]:
+    def compression_windows(
+        self, name: str, rows_BTW: jax.Array, chunk: ForwardBatch, ratio: int, overlap: bool
+    ) -> tuple[CompressionWindows, PagedLayerCache]:
         """Windows that end inside the call, pieced together from the tail and the call's rows."""
         tail_ZSW, state_slot_B, back = self.compressor_state[name], chunk.slots.state_slot_B, int(overlap)
         (_, slots, _), T = tail_ZSW.shape, rows_BTW.shape[1]
@@ -236,7 +238,12 @@ class PagedLayerCache:
         return CompressionWindows(now, before, entry, entry * ratio, complete), state
 
     def append(
-        self, kv_BCH: jax.Array, index_BCL: jax.Array | None, windows: CompressionWindows, chunk: ForwardBatch, ratio: int
+        self,
+        kv_BCH: jax.Array,
+        index_BCL: jax.Array | None,
+        windows: CompressionWindows,
+        chunk: ForwardBatch,
+        ratio: int,
     ) -> PagedLayerCache:
         """Write complete entries at their index; the others go out of range and are dropped."""
         block_table_BA, (pages, slots, _) = chunk.slots.block_table_BA, self.entries.shape
@@ -269,7 +276,9 @@ class PagedLayerCache:
         if self.entries is None:
             return None
         block_table_BA = chunk.slots.block_table_BA
-        rows = jax.tree.map(lambda a: jnp.repeat(a, times, axis=0) if times > 1 else a, (self.pending_entries, block_table_BA))
+        rows = jax.tree.map(
+            lambda a: jnp.repeat(a, times, axis=0) if times > 1 else a, (self.pending_entries, block_table_BA)
+        )
         return PagedEntryReader(self.entries, self.index_keys, self.device_cache, *rows, dtype)
 
     def with_reader(self, view: PagedEntryReader | None) -> PagedLayerCache:
@@ -284,11 +293,17 @@ class PagedLayerCache:
     def zero_blocks(self, page_A: jax.Array) -> PagedLayerCache:
         """With zeros in these pages, int32; those out of range are passed over."""
         zeros = lambda pool: jax.tree.map(lambda a: host_scatter(a, 0, page_A), pool)
-        return dataclasses.replace(self, entries=zeros(self.entries), index_keys=zeros(self.index_keys)).invalidate_copies(page_A)
+        return dataclasses.replace(
+            self, entries=zeros(self.entries), index_keys=zeros(self.index_keys)
+        ).invalidate_copies(page_A)
 
     def invalidate_copies(self, page_A: jax.Array) -> PagedLayerCache:
         """Without copies of these pages, to be called when they were written to."""
-        return self if self.device_cache is None else dataclasses.replace(self, device_cache=self.device_cache.invalidate_blocks(page_A))
+        return (
+            self
+            if self.device_cache is None
+            else dataclasses.replace(self, device_cache=self.device_cache.invalidate_blocks(page_A))
+        )
 
     def commit(self, done: jax.Array) -> PagedLayerCache:
         """What outlives the call: everything, and what is new where it belongs."""
@@ -299,7 +314,9 @@ class PagedLayerCache:
         if self.pending_entries is not None:
             new, *_ = jax.lax.optimization_barrier((self.pending_entries, self.device_cache.entry_of_slot_S, first))
             page_BC = jnp.where(self.device_cache.entry_of_slot_S[0] < 0, new.page_BC, self.entries.shape[0])
-            write = lambda main: jax.tree.map(lambda a, rows: host_scatter(a, rows, page_BC, new.slot_BC), main, new.rows)
+            write = lambda main: jax.tree.map(
+                lambda a, rows: host_scatter(a, rows, page_BC, new.slot_BC), main, new.rows
+            )
             main = _in_place(write, self.entries, (page_BC < self.entries.shape[0]).any())
             kept = dataclasses.replace(kept, entries=main, pending_entries=None)
         if self.pending_state is not None:
@@ -308,7 +325,9 @@ class PagedLayerCache:
             slot_BN = jnp.where(self.pending_state.read, late.slot_BN, tail_ZSW.shape[1])
             write = lambda tail_ZSW: host_scatter(tail_ZSW, late.rows_BNW, late.record_BN, slot_BN)
             tail_ZSW = _in_place(write, tail_ZSW, (slot_BN < tail_ZSW.shape[1]).any())
-            kept = dataclasses.replace(kept, compressor_state=self.compressor_state | {"main": tail_ZSW}, pending_state=None)
+            kept = dataclasses.replace(
+                kept, compressor_state=self.compressor_state | {"main": tail_ZSW}, pending_state=None
+            )
         return kept
 
 
@@ -331,7 +350,9 @@ def new_paged_layer_cache(
         main, tails["main"] = pool("main"), tail(model.head_dim)
         if kind == "csa":
             index, tails["index"] = pool("index"), tail(model.indexer.index_head_dim)
-    return PagedLayerCache(jnp.zeros((records, model.sliding_window + slack, model.head_dim), dtype), tails, main, index)
+    return PagedLayerCache(
+        jnp.zeros((records, model.sliding_window + slack, model.head_dim), dtype), tails, main, index
+    )
 
 
 def _in_place(write, arrays, needed: jax.Array):

@@ -95,5 +95,7 @@ def zeros(row: kv_cache_spec.EntryFormat, pages: int, slots: int) -> EntryPool:
     """Empty pool of such rows."""
     planes = {name: jnp.zeros((pages, slots, count), dtype) for name, (count, dtype) in row.planes.items()}
     if row.group:
-        return QuantizedPool(planes["values"], planes["scales"], Bf16Pool(planes["rotary"]) if row.rotary else None, row)
+        return QuantizedPool(
+            planes["values"], planes["scales"], Bf16Pool(planes["rotary"]) if row.rotary else None, row
+        )
     return Bf16Pool(planes["rows"]) if row.format == "bfloat16" else FloatPool(planes["rows"])

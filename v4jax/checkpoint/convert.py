@@ -87,8 +87,13 @@ class _Progress(LazyTensors):
         self._done, self._printed = 0, time.monotonic()
         live = show and sys.stderr.isatty()
         self._lines = show and not live
-        columns = (rp.TextColumn("{task.description}"), rp.BarColumn(), rp.DownloadColumn(), rp.TransferSpeedColumn(),
-                   rp.TimeRemainingColumn())  # fmt: skip
+        columns = (
+            rp.TextColumn("{task.description}"),
+            rp.BarColumn(),
+            rp.DownloadColumn(),
+            rp.TransferSpeedColumn(),
+            rp.TimeRemainingColumn(),
+        )
         self._bar = rp.Progress(*columns, console=rp.Console(stderr=True), disable=not live)
         self._task = self._bar.add_task("converting", total=self._total)
 

@@ -80,8 +80,9 @@ def read_config(path: str | os.PathLike) -> Config:
     _warn_of_changes(file, dict(values))
     version = values.get("format")
     if type(version) is not int or not 1 <= version <= CONFIG_VERSION:
-        raise UserError(f"{file} has the format {version!r}, this v4jax reads 1 to {CONFIG_VERSION}; "
-                        "use the version that wrote it")  # fmt: skip
+        raise UserError(
+            f"{file} has the format {version!r}, this v4jax reads 1 to {CONFIG_VERSION}; use the version that wrote it"
+        )
     try:
         return config_lib.validate(config_lib.from_dict(Config, upgrade_config(values["config"], version)))
     except config_lib.ConfigError as error:

@@ -21,9 +21,17 @@ from v4jax.models import hf_config
 
 _LARGEST = 256 << 20  # bytes of a file that is no weights; tokenizers take up to 40 MB
 _WEIGHTS = (
-    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5", ".msgpack",
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
     ".onnx",
-)  # fmt: skip
+)
 # "checkpoints" is STEPS_NAME of orbax.py, which imports jax; reading Hugging Face files does without.
 _WRITTEN_ANEW = ("config.json", directory.CONFIG_NAME, "checkpoints")
 
@@ -39,8 +47,10 @@ class Companions:
         """Copy all files into a directory. Raises UserError, before any is copied, if one is far too large."""
         for source in self.files.values():
             if (size := source.stat().st_size) > _LARGEST:
-                raise UserError(f"{source} has {size:,} bytes, and files beside the weights are handed on up to "
-                                f"{_LARGEST:,}; move it out of the checkpoint")  # fmt: skip
+                raise UserError(
+                    f"{source} has {size:,} bytes, and files beside the weights are handed on up to "
+                    f"{_LARGEST:,}; move it out of the checkpoint"
+                )
         for name, source in self.files.items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target / name)
@@ -68,8 +78,11 @@ def companions_of(source: str | os.PathLike) -> Companions:
 def _all_files(source: pathlib.Path) -> dict[str, pathlib.Path]:
     root = pathlib.Path(os.path.realpath(source))
     inside = root.parent.parent if root.parent.name == "snapshots" else root
-    return {str(file.relative_to(source)): file for file in _walk(source, _WRITTEN_ANEW)
-            if pathlib.Path(os.path.realpath(file)).is_relative_to(inside)}  # fmt: skip
+    return {
+        str(file.relative_to(source)): file
+        for file in _walk(source, _WRITTEN_ANEW)
+        if pathlib.Path(os.path.realpath(file)).is_relative_to(inside)
+    }
 
 
 def _walk(folder: pathlib.Path, skipped: tuple[str, ...] = ()) -> Iterator[pathlib.Path]:

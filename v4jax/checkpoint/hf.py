@@ -246,10 +246,12 @@ def _match(store: SafetensorsDir, model: Model, tensors: dict, block: tuple[int,
                 used.add(_scale_name(store, piece.name))
     drafts = model.num_nextn_predict_layers > 0
     unexpected = [
-        name for name in store.names()
-        if name not in used and not param_mapping.IGNORED.fullmatch(name)
+        name
+        for name in store.names()
+        if name not in used
+        and not param_mapping.IGNORED.fullmatch(name)
         and not (_is_draft(name) and (not drafts or _later_draft(name)))
-    ]  # fmt: skip
+    ]
     report(
         f"{store.path} does not fit its config.json",
         missing,
@@ -270,7 +272,9 @@ def _spelling_of(store: SafetensorsDir, tensor: param_mapping.ParamInfo) -> int 
     return next((s for s in known if any(piece.name in store for piece in some(s))), None)
 
 
-def _check_piece(store: SafetensorsDir, tensor: param_mapping.ParamInfo, piece: param_mapping.TensorPiece, block: tuple[int, int]) -> str:
+def _check_piece(
+    store: SafetensorsDir, tensor: param_mapping.ParamInfo, piece: param_mapping.TensorPiece, block: tuple[int, int]
+) -> str:
     """What is wrong with the stored shape, type or scale of a piece; empty if nothing."""
     info = store.info(piece.name)
     if tensor.role == "index":

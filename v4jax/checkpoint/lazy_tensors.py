@@ -75,7 +75,9 @@ def memory_dtype(role: str, stored: np.dtype, wanted: np.dtype | None) -> np.dty
     return wanted or natural
 
 
-def described(model: Model, flat: Mapping, path: str | os.PathLike) -> dict[str, tuple[param_mapping.ParamInfo, np.dtype]]:
+def described(
+    model: Model, flat: Mapping, path: str | os.PathLike
+) -> dict[str, tuple[param_mapping.ParamInfo, np.dtype]]:
     """Every tensor of `model` with the type it has in `flat`, nothing read.
 
     flat: arrays (numpy, jax or lazy). Raises UserError if they are not exactly the model's, or of a type that weights

@@ -121,8 +121,10 @@ class TrainCheckpointer:
         """
         directory = self._path / str(step)
         if not is_finished(directory):
-            raise UserError(f"{self._path} has no finished checkpoint of step {step}; "
-                            f"finished: {finished_steps(self._path.parent) or 'none'}")  # fmt: skip
+            raise UserError(
+                f"{self._path} has no finished checkpoint of step {step}; "
+                f"finished: {finished_steps(self._path.parent) or 'none'}"
+            )
         tree = {}
         sums = read_sums(directory)
         for name, leaves in abstract_tree.items():
@@ -158,8 +160,10 @@ class TrainCheckpointer:
         except OSError as error:
             raise write_error(self._path, error, "nothing was saved") from error
         except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
-            raise UserError(f"the metadata of a step in {self._path} is damaged ({error}); remove its step to go on from an "
-                            "earlier one, or copy it again") from error  # fmt: skip
+            raise UserError(
+                f"the metadata of a step in {self._path} is damaged ({error}); remove its step to go on from an "
+                "earlier one, or copy it again"
+            ) from error
 
     def _unfinished(self) -> list[pathlib.Path]:
         """What an interrupted save or removal left; a removal leaves half a step under its final name."""

@@ -32,20 +32,39 @@ LETTERS = {
 }
 
 LOGICAL = {
-    "V": "vocab", "D": "embed", "O": "embed_out", "X": "stream", "Y": "stream_out", "M": "coefficient",
-    "N": "heads", "H": "head_dim", "W": "kv_width", "P": "pool", "Q": "q_lora_rank", "G": "o_group", "I": "o_group_in",
-    "R": "o_lora_rank", "J": "index_heads", "L": "index_dim", "E": "expert", "F": "mlp", "U": "gate_up", "K": "picks",
+    "V": "vocab",
+    "D": "embed",
+    "O": "embed_out",
+    "X": "stream",
+    "Y": "stream_out",
+    "M": "coefficient",
+    "N": "heads",
+    "H": "head_dim",
+    "W": "kv_width",
+    "P": "pool",
+    "Q": "q_lora_rank",
+    "G": "o_group",
+    "I": "o_group_in",
+    "R": "o_lora_rank",
+    "J": "index_heads",
+    "L": "index_dim",
+    "E": "expert",
+    "F": "mlp",
+    "U": "gate_up",
+    "K": "picks",
     "S": "scale",
-}  # fmt: skip
+}
 
 
 # The same letter means another logical axis where a layout has to be free to split it otherwise: inside the routed
 # experts, both ends of what makes queries, and the scores of a router.
 SPECIAL = {
-    "EUDF": {"D": "expert_embed", "F": "expert_mlp"}, "EFD": {"D": "expert_embed", "F": "expert_mlp"},
-    "QNH": {"Q": "q_rank_in", "H": "head_dim_out"}, "QJL": {"Q": "q_rank_in", "L": "index_dim_out"},
+    "EUDF": {"D": "expert_embed", "F": "expert_mlp"},
+    "EFD": {"D": "expert_embed", "F": "expert_mlp"},
+    "QNH": {"Q": "q_rank_in", "H": "head_dim_out"},
+    "QJL": {"Q": "q_rank_in", "L": "index_dim_out"},
     "DE": {"E": "expert_score"},
-}  # fmt: skip
+}
 
 ACTIVATION = {"B": "batch", "T": "token", "V": "vocab"}  # of activations; their other axes are never named in a rule
 

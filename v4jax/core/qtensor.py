@@ -98,9 +98,13 @@ def scaled_dot(x_BRL: jax.Array, rows_BCL: QTensor) -> jax.Array:
     values = lambda a: jax.lax.bitcast_convert_type(a.values, jnp.float8_e4m3fn)
     scales = lambda a: jax.lax.bitcast_convert_type(a.scales, jnp.float8_e8m0fnu)
     return jax.lax.scaled_dot(
-        values(x_BRL), values(rows_BCL), lhs_scale=scales(x_BRL), rhs_scale=scales(rows_BCL),
-        dimension_numbers=(((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32,
-    )  # fmt: skip
+        values(x_BRL),
+        values(rows_BCL),
+        lhs_scale=scales(x_BRL),
+        rhs_scale=scales(rows_BCL),
+        dimension_numbers=(((2,), (2,)), ((0,), (0,))),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def quantize_blocks(x: jax.Array, axes: tuple[int, int], most: int = 128) -> QTensor:

@@ -47,8 +47,9 @@ class TokenRanges:
                 f"bos_id and eos_id, got {model.bos_id} and {model.eos_id}"
             )
         quarter = size // 4
-        return cls(model.bos_id, 2, range(3, 3 + quarter), range(3 + quarter, 3 + 2 * quarter),
-                   range(3 + 2 * quarter, size))  # fmt: skip
+        return cls(
+            model.bos_id, 2, range(3, 3 + quarter), range(3 + quarter, 3 + 2 * quarter), range(3 + 2 * quarter, size)
+        )
 
 
 @dataclass(frozen=True)

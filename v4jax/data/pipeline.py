@@ -151,9 +151,15 @@ def make_dataset(
         "order": fingerprint.of_order(order),
     }
     return BatchDataset(
-        _batched(order, rows, size, mine), rows, batches, len(targets_N), num_bytes, size, known,
+        _batched(order, rows, size, mine),
+        rows,
+        batches,
+        len(targets_N),
+        num_bytes,
+        size,
+        known,
         config.data.on_change == "restart",
-    )  # fmt: skip
+    )
 
 
 def _needle_batches(config: Config, split: str, seed: int, mine: slice) -> BatchDataset:
@@ -163,8 +169,13 @@ def _needle_batches(config: Config, split: str, seed: int, mine: slice) -> Batch
         order, batches = grain.MapDataset.range(_ENDLESS), None
     else:
         order, batches = _one_pass(np.arange(config.train.eval_rows or _HELDOUT_NEEDLES), size)
-    known = {"documents": NEEDLE, "tokens": fingerprint.of_row(rows[0]), "seq_len": data.seq_len,
-             "questions": data.questions, "seed": seed}  # fmt: skip
+    known = {
+        "documents": NEEDLE,
+        "tokens": fingerprint.of_row(rows[0]),
+        "seq_len": data.seq_len,
+        "questions": data.questions,
+        "seed": seed,
+    }
     return BatchDataset(
         _batched(order, rows, size, mine), rows, batches, 0, 0, size, known, data.on_change == "restart"
     )

@@ -86,8 +86,10 @@ class Tokenizer:
         elif self._config.get("add_bos_token") is True and not adds:
             _log.warning(
                 "%s asks for bos before a text, but the post-processor of %s adds none; as in transformers 5 the "
-                "latter counts; pass bos_id= to LLM to have it there", CONFIG_NAME, path,
-            )  # fmt: skip
+                "latter counts; pass bos_id= to LLM to have it there",
+                CONFIG_NAME,
+                path,
+            )
 
     @classmethod
     def from_dir(cls, directory: str | os.PathLike) -> Tokenizer:

@@ -24,6 +24,8 @@ def config_of(checkpoint: str, data: str = "", heldout: str = "") -> configs.Con
         stored = directory.read_config(checkpoint).data
         flags = [f"--data={stored.source}"] if stored.source not in configs.SOURCES else []
         flags += [f"--heldout={stored.heldout}"] if stored.heldout else []
-        raise UserError(f"{checkpoint} was trained on files, and paths stored in a checkpoint are not read unasked; "
-                        f"name the text, such as {' '.join(flags)}")  # fmt: skip
+        raise UserError(
+            f"{checkpoint} was trained on files, and paths stored in a checkpoint are not read unasked; "
+            f"name the text, such as {' '.join(flags)}"
+        )
     return config

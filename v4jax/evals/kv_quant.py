@@ -73,17 +73,29 @@ def run(
     parts = [compare(model, tokens_RT, kv_cache_dtype) for tokens_RT in batches]
     kl, same, change, kept, picked = (np.concatenate([np.ravel(part[i]) for part in parts]) for i in range(5))
     values = {
-        "kl_mean": kl.mean(), "kl_p99": np.quantile(kl, 0.99), "top1": same.mean(),
-        "perplexity_change": np.expm1(change.mean()), "indexer_recall": kept.sum() / picked.sum(),
-    }  # fmt: skip
+        "kl_mean": kl.mean(),
+        "kl_p99": np.quantile(kl, 0.99),
+        "top1": same.mean(),
+        "perplexity_change": np.expm1(change.mean()),
+        "indexer_recall": kept.sum() / picked.sum(),
+    }
     records = []
     for name, value in values.items():
         unit, _, upper = BOUNDS[name]
         holds = bool(value <= limits[name] if upper else value >= limits[name])
-        records.append({
-            "suite": "kv_quant", "metric": name, "value": float(value), "unit": unit, "config": config.name,
-            "context": context, "precision": kv_cache_dtype, "bound": limits[name], "holds": holds,
-        })  # fmt: skip
+        records.append(
+            {
+                "suite": "kv_quant",
+                "metric": name,
+                "value": float(value),
+                "unit": unit,
+                "config": config.name,
+                "context": context,
+                "precision": kv_cache_dtype,
+                "bound": limits[name],
+                "holds": holds,
+            }
+        )
     title = f"{config.name}: KV cache in {kv_cache_dtype} against {REFERENCE}, {kl.size:,} held-out tokens by {context}"
     line = lambda r: [r["metric"], f"{r['value']:.3g}", r["unit"], f"{r['bound']:g}", "yes" if r["holds"] else "NO"]
     print_table(title, ["metric", "value", "unit", "bound", "holds"], [line(r) for r in records])

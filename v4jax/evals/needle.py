@@ -116,15 +116,26 @@ def judge(right: dict[str, np.ndarray], limits: dict[str, float], place: dict) -
     shares = {name: rows.mean(axis=1) for name, rows in right.items()}
     (_, reference), (kv_cache_dtype, other) = shares.items()
     for depth in range(len(reference)):
-        values = [("accuracy", REFERENCE, reference[depth]), ("accuracy", kv_cache_dtype, other[depth]),
-                  ("lost", kv_cache_dtype, reference[depth] - other[depth])]  # fmt: skip
+        values = [
+            ("accuracy", REFERENCE, reference[depth]),
+            ("accuracy", kv_cache_dtype, other[depth]),
+            ("lost", kv_cache_dtype, reference[depth] - other[depth]),
+        ]
         for metric, precision, value in values:
             value, bound = round(float(value), 9), limits[metric]  # 1 - 0.99 is above 0.01 by a rounding
             holds = value <= bound if BOUNDS[metric][1] else value >= bound
-            records.append(place | {
-                "metric": metric, "value": value, "unit": "share", "precision": precision,
-                "depth": (depth + 0.5) / len(reference), "bound": bound, "holds": holds,
-            })  # fmt: skip
+            records.append(
+                place
+                | {
+                    "metric": metric,
+                    "value": value,
+                    "unit": "share",
+                    "precision": precision,
+                    "depth": (depth + 0.5) / len(reference),
+                    "bound": bound,
+                    "holds": holds,
+                }
+            )
     return records
 
 
@@ -152,7 +163,9 @@ def _contexts(given: Sequence[int | str]) -> list[int]:
 def _check(config: configs.Config, kv_cache_dtype: str, context: int) -> None:
     """Raise UserError for what cannot be asked of this model."""
     if config.data.source != SOURCE:
-        raise UserError(f"{config.name} learnt from {config.data.source!r}, not to find needles; train --config=bench/needle")
+        raise UserError(
+            f"{config.name} learnt from {config.data.source!r}, not to find needles; train --config=bench/needle"
+        )
     if kv_cache_dtype not in KV_CACHE_DTYPES or kv_cache_dtype == REFERENCE:
         others = ", ".join(name for name in KV_CACHE_DTYPES if name != REFERENCE)
         raise UserError(f"--kv_cache_dtype={kv_cache_dtype} cannot be held against {REFERENCE}; give one of {others}")

@@ -37,8 +37,9 @@ def run(checkpoint: str, data: str = "", heldout: str = "") -> list[dict]:
         "bits_per_byte": (nll / math.log(2) / batches.num_bytes, "bits/byte"),
     }
     title = f"{config.name}: held-out text, {int(count):,} tokens, {batches.num_bytes:,} bytes"
-    print_table(title, ["metric", "value", "unit"],
-                [[name, f"{value:.4f}", unit] for name, (value, unit) in values.items()])  # fmt: skip
+    print_table(
+        title, ["metric", "value", "unit"], [[name, f"{value:.4f}", unit] for name, (value, unit) in values.items()]
+    )
     return [
         {
             "suite": "perplexity",

@@ -61,9 +61,14 @@ _MOST = 1e15  # larger integers are slips; each field has a tighter bound of its
 _OWN_FIELDS = ("dtype", "kv_qdq", "rope")
 # Fields that `to_hf` says in other words, and how weights were stored before they were read.
 _REPLACED = {
-    "compress_rate_csa", "compress_rate_hca", "rope_scaling", "torch_dtype", "quantization_config", "expert_dtype",
+    "compress_rate_csa",
+    "compress_rate_hca",
+    "rope_scaling",
+    "torch_dtype",
+    "quantization_config",
+    "expert_dtype",
     "v4jax",
-}  # fmt: skip
+}
 
 
 def read(path: str | os.PathLike) -> Model:
@@ -118,9 +123,7 @@ def from_hf(values: dict, source: str = "config.json") -> Model:
             routed_scaling_factor=fields.number("routed_scaling_factor"),
             swiglu_limit=fields.number("swiglu_limit"),
         ),
-        mhc=HyperConnection(
-            **{name: fields.integer(name) for name in _MHC_INTEGERS}, hc_eps=fields.number("hc_eps")
-        ),
+        mhc=HyperConnection(**{name: fields.integer(name) for name in _MHC_INTEGERS}, hc_eps=fields.number("hc_eps")),
     )
     try:
         check_values(model, "model.")
@@ -167,8 +170,12 @@ def to_hf(model: Model, weights_dtype: str | None = None) -> dict:
         **{name: getattr(model, name) for name in _MODEL_INTEGERS},
         "num_hidden_layers": layers,
         "layer_types": [_TYPE_OF_KIND[kind] for kind in model.layer_types],
-        "compress_rates": {_TYPE_OF_KIND["csa"]: model.compress_rate_csa, _TYPE_OF_KIND["hca"]: model.compress_rate_hca},
-        "compress_ratios": [model.compress_rate(kind) for kind in model.layer_types] + [0] * model.num_nextn_predict_layers,
+        "compress_rates": {
+            _TYPE_OF_KIND["csa"]: model.compress_rate_csa,
+            _TYPE_OF_KIND["hca"]: model.compress_rate_hca,
+        },
+        "compress_ratios": [model.compress_rate(kind) for kind in model.layer_types]
+        + [0] * model.num_nextn_predict_layers,
         "mlp_layer_types": ["hash_moe"] * hashed + ["moe"] * (layers - hashed),
         "num_hash_layers": hashed,
         "num_nextn_predict_layers": model.num_nextn_predict_layers,
@@ -403,8 +410,12 @@ def _yarn(fields: _Fields, compress: dict, own: dict) -> dict:
         fields.fail("V4 uses YaRN with attention_factor 1.0; set attention_factor to 1.0 if that is meant")
     beta_fast = fields.check_number("beta_fast", compress.get("beta_fast") or 32)
     beta_slow = fields.check_number("beta_slow", compress.get("beta_slow") or 1)
-    values = {"factor": factor, "original_max_position_embeddings": original, "beta_fast": beta_fast,
-              "beta_slow": beta_slow}  # fmt: skip
+    values = {
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "beta_fast": beta_fast,
+        "beta_slow": beta_slow,
+    }
     for name, value in values.items():
         if not 1e-6 < value < 1e12:  # else float32 frequencies, or the logarithms on the way to them, may overflow
             fields.fail(f"{name} is {value!r}; it must lie between 1e-6 and 1e12")

@@ -12,10 +12,20 @@ from v4jax.nn.linear import Buffer
 
 # Group of a parameter by the first of these words in its path (spec 1.2); hash tables are data and counted nowhere.
 _GROUPS = {
-    "mtp": "mtp", "embed": "embedding", "head": "head", "experts": "routed experts", "shared": "shared experts",
-    "router": "router", "attn": "attention", "attn_mhc": "mhc", "ffn_mhc": "mhc", "head_mhc": "mhc",
-    "attn_norm": "norms", "ffn_norm": "norms", "norm": "norms",
-}  # fmt: skip
+    "mtp": "mtp",
+    "embed": "embedding",
+    "head": "head",
+    "experts": "routed experts",
+    "shared": "shared experts",
+    "router": "router",
+    "attn": "attention",
+    "attn_mhc": "mhc",
+    "ffn_mhc": "mhc",
+    "head_mhc": "mhc",
+    "attn_norm": "norms",
+    "ffn_norm": "norms",
+    "norm": "norms",
+}
 
 
 class ParamCounts(NamedTuple):
@@ -50,7 +60,11 @@ def count_parameters(model: config.Model) -> ParamCounts:
         if path[-1] != "table" or path[0] == "embed":
             by_group[_group(path)] += math.prod(shape)
     total = sum(by_group.values()) - by_group["mtp"]
-    idle = by_group["routed experts"] // model.moe.n_routed_experts * (model.moe.n_routed_experts - model.moe.num_experts_per_tok)
+    idle = (
+        by_group["routed experts"]
+        // model.moe.n_routed_experts
+        * (model.moe.n_routed_experts - model.moe.num_experts_per_tok)
+    )
     return ParamCounts(total, total - by_group["embedding"] - idle, by_group)
 
 

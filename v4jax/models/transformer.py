@@ -27,7 +27,9 @@ _ON_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
     offload_dst="pinned_host",
 )
 
-KVCacheList = list[list[LayerCache]]  # one list a stack, one cache a layer of its pattern (leading axis where it repeats)
+KVCacheList = list[
+    list[LayerCache]
+]  # one list a stack, one cache a layer of its pattern (leading axis where it repeats)
 
 
 class Transformer(nnx.Module):
@@ -73,7 +75,9 @@ class Transformer(nnx.Module):
             f"{model.num_nextn_predict_layers} MTP, vocabulary {model.vocab_size:,})"
         )
 
-    def forward_hidden(self, chunk: ForwardBatch, state: KVCacheList) -> tuple[jax.Array, KVCacheList, dict[str, jax.Array]]:
+    def forward_hidden(
+        self, chunk: ForwardBatch, state: KVCacheList
+    ) -> tuple[jax.Array, KVCacheList, dict[str, jax.Array]]:
         """Streams x_BTXD after the last layer, the state with this chunk in it, and losses and loads by layer.
 
         The same function trains (`self.no_cache()` as state), prefills in any chunking, and decodes.
@@ -158,7 +162,9 @@ def _blocks(model: config.Model, kind: str, hashed: bool, repeats: int, rngs: nn
     """One block, or `repeats` of them stacked."""
     if repeats == 1:
         return DecoderLayer(model, kind, hashed, rngs)
-    return jax.vmap(lambda key: DecoderLayer(model, kind, hashed, nnx.Rngs(key)))(jax.random.split(rngs.params(), repeats))
+    return jax.vmap(lambda key: DecoderLayer(model, kind, hashed, nnx.Rngs(key)))(
+        jax.random.split(rngs.params(), repeats)
+    )
 
 
 def _stack_body(x_BTXD, blocks, pasts, chunk):

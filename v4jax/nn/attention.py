@@ -32,8 +32,12 @@ from v4jax.parallel.context_parallel import ContextShards, active_context_shards
 
 _QUERY_TILE = 128  # queries of a block, rounded down to whole windows
 _MASKED_MAX = -1e30  # peak of a query that sees nothing: finite, so that its sums are 0 and not NaN
-MAX_DECODE_QUERIES = 8  # queries of a decode step, drafts included: up to so many, what is read is the left operand of products
-_MAX_BATCHED_TILES = 8  # more blocks than this are walked one by one, and their softmax is computed anew in the backward pass
+MAX_DECODE_QUERIES = (
+    8  # queries of a decode step, drafts included: up to so many, what is read is the left operand of products
+)
+_MAX_BATCHED_TILES = (
+    8  # more blocks than this are walked one by one, and their softmax is computed anew in the backward pass
+)
 
 
 class SlidingWindowAttention(nnx.Module):
@@ -54,7 +58,9 @@ class SlidingWindowAttention(nnx.Module):
         self.o_down = normal_param(rngs, "GIR", (m.o_groups, group_in, m.o_lora_rank), std)
         self.o_up = normal_param(rngs, "GRD", (m.o_groups, m.o_lora_rank, m.hidden_size), std)
 
-    def __call__(self, x_BTD: jax.Array, chunk: ForwardBatch, past: LayerCache) -> tuple[jax.Array, LayerCache, jax.Array]:
+    def __call__(
+        self, x_BTD: jax.Array, chunk: ForwardBatch, past: LayerCache
+    ) -> tuple[jax.Array, LayerCache, jax.Array]:
         """x_BTD to y_BTD; the past with this call's tokens in it; the indexer loss of each query, float32 [B, T]."""
         m, (B, T, _) = self.model, x_BTD.shape
         cos_sin = angles(chunk.positions_BT, frequencies(m.rope, m.qk_rope_head_dim, compressed=self.kind != "swa"))
@@ -86,12 +92,16 @@ class SlidingWindowAttention(nnx.Module):
         """Further arrays [B, T, ...] that `remote` needs of its queries: none in a window layer."""
         return ()
 
-    def attend_compressed(self, q_BTNH: jax.Array, extra, seq_index_BT, segments_BT, view: EntryReader) -> tuple[SoftmaxPartial, IndexerTrace | None, EntryReader]:
+    def attend_compressed(
+        self, q_BTNH: jax.Array, extra, seq_index_BT, segments_BT, view: EntryReader
+    ) -> tuple[SoftmaxPartial, IndexerTrace | None, EntryReader]:
         """Attention of a block of queries over the compressed entries of `view`, how the indexer chose them, and the
         view after that."""
         raise NotImplementedError("a window layer keeps no entries")
 
-    def _attend(self, q_BTNH, extra, rows: WindowKV, chunk: ForwardBatch, past: LayerCache) -> tuple[jax.Array, jax.Array, LayerCache]:
+    def _attend(
+        self, q_BTNH, extra, rows: WindowKV, chunk: ForwardBatch, past: LayerCache
+    ) -> tuple[jax.Array, jax.Array, LayerCache]:
         """Attention in blocks of queries: memory grows with the block times the row, never with its square."""
         window, T = self.model.sliding_window, q_BTNH.shape[1]
         size = window * max(1, _QUERY_TILE // window)  # a block reads its own rows and the `window` before them
@@ -119,7 +129,9 @@ class SlidingWindowAttention(nnx.Module):
         join = lambda a: a.reshape(B, blocks * size, *a.shape[2:])[:, :T]
         return join(o), join(loss), past
 
-    def _attend_context_parallel(self, split: ContextShards, q_BTNH, extra, rows: WindowKV, entries: DenseEntries | None):
+    def _attend_context_parallel(
+        self, split: ContextShards, q_BTNH, extra, rows: WindowKV, entries: DenseEntries | None
+    ):
         """As `_attend`, with the tokens of a row on several devices: a part needs the `window` rows of the part before
         it, and the entries of all."""
         m = self.model
@@ -136,7 +148,9 @@ class SlidingWindowAttention(nnx.Module):
 
         return split.run(one, (q_BTNH, *extra), rows, entries)
 
-    def _attend_tile(self, queries, rows: WindowKV, view: EntryReader | None) -> tuple[jax.Array, jax.Array, EntryReader | None]:
+    def _attend_tile(
+        self, queries, rows: WindowKV, view: EntryReader | None
+    ) -> tuple[jax.Array, jax.Array, EntryReader | None]:
         """One softmax over the window's rows, the compressed entries and the sink (steps 9 to 11)."""
         q_BTNH, seq_index_BT, segments_BT, *extra = queries
         ago_BTS = seq_index_BT[:, :, None] - rows.seq_index_BS[:, None, :]

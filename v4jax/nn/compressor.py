@@ -23,7 +23,9 @@ class Compressor(nnx.Module):
         self.ape = param("PW", jnp.zeros((self.ratio, width)))
         self.norm = RMSNorm(letter, size, model.rms_norm_eps)
 
-    def __call__(self, x_BTD: jax.Array, chunk: ForwardBatch, past: LayerCache, name: str) -> tuple[jax.Array, CompressionWindows, LayerCache]:
+    def __call__(
+        self, x_BTD: jax.Array, chunk: ForwardBatch, past: LayerCache, name: str
+    ) -> tuple[jax.Array, CompressionWindows, LayerCache]:
         """New entries [B, C, size] in x's dtype, rotated at the position of their first token."""
         x = x_BTD.astype(jnp.float32)
         rows = [einsum("BTD,DW->BTW", x, part, jnp.float32) for part in (self.kv, self.gate)]

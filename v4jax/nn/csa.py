@@ -37,7 +37,9 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
     def indexer_queries(self, x_BTD: jax.Array, low_BTQ: jax.Array, cos_sin) -> tuple[jax.Array, ...]:
         return self.indexer.queries(jax.lax.stop_gradient(x_BTD), jax.lax.stop_gradient(low_BTQ), cos_sin)
 
-    def attend_compressed(self, q_BTNH: jax.Array, extra, seq_index_BT, segments_BT, view: EntryReader) -> tuple[SoftmaxPartial, IndexerTrace | None, EntryReader]:
+    def attend_compressed(
+        self, q_BTNH: jax.Array, extra, seq_index_BT, segments_BT, view: EntryReader
+    ) -> tuple[SoftmaxPartial, IndexerTrace | None, EntryReader]:
         q_BTJL, w_BTJ = extra
         readable = self.entry_mask(seq_index_BT, segments_BT, view)
         k = min(self.model.indexer.index_topk, view.size)
@@ -55,7 +57,11 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
         rows_BTKH, after = view.gather_entries(picks_BTK)
         part, p_BTNK = attend(q_BTNH, rows_BTKH, mask_BTK)
         # Scored anew, for the loss alone: its gradient then needs the picked keys, not the scores of all.
-        return part, IndexerTrace(score_picked(q_BTJL, w_BTJ, view.gather_index_keys(picks_BTK)), mask_BTK, p_BTNK), after
+        return (
+            part,
+            IndexerTrace(score_picked(q_BTJL, w_BTJ, view.gather_index_keys(picks_BTK)), mask_BTK, p_BTNK),
+            after,
+        )
 
 
 def use_gather(entries: int, k: int, queries: int) -> bool:

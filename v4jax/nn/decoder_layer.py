@@ -27,7 +27,9 @@ class DecoderLayer(nnx.Module):
         self.ffn_mhc = HyperConnection(model, rngs)
         self.ffn = MoE(model, hashed, rngs)
 
-    def __call__(self, x_BTXD: jax.Array, chunk: ForwardBatch, past: LayerCache) -> tuple[jax.Array, LayerCache, dict[str, jax.Array]]:
+    def __call__(
+        self, x_BTXD: jax.Array, chunk: ForwardBatch, past: LayerCache
+    ) -> tuple[jax.Array, LayerCache, dict[str, jax.Array]]:
         """Streams x_BTXD through the layer; the past with this call in it; losses and expert loads."""
         read, write, mix = self.attn_mhc(x_BTXD)
         y_BTD, past, index_BT = self.attn(self.attn_norm(hc_pre(x_BTXD, read)), chunk, past)

@@ -52,8 +52,10 @@ def validate_ep(sharding: MeshRules) -> None:
     for name, inside in (("expert", True), ("expert_embed", True), ("expert_mlp", False)):
         for axis in sharding.axes("weights", name):
             if (axis in tokens) != inside:
-                raise UserError(f"layout {sharding.rules.name!r}: mesh axis {axis!r} splits {name!r} and so must "
-                                f"{'also' if inside else 'not'} split batch or token")  # fmt: skip
+                raise UserError(
+                    f"layout {sharding.rules.name!r}: mesh axis {axis!r} splits {name!r} and so must "
+                    f"{'also' if inside else 'not'} split batch or token"
+                )
 
 
 def _token_axes(sharding: MeshRules) -> tuple[str, ...]:
@@ -78,9 +80,12 @@ def _gradients(sharding, limit, fp8, arguments, dy_BTD):
     rows, matrices = sharding.activation("BTD"), (sharding.weight("EUDF"), sharding.weight("EFD"))
     backward = functools.partial(_backward, sharding, limit, fp8)
     mapped = jax.shard_map(
-        backward, mesh=sharding.mesh, in_specs=(rows, rows, *matrices, rows, rows),
-        out_specs=(rows, rows, *matrices), check_vma=False,
-    )  # fmt: skip
+        backward,
+        mesh=sharding.mesh,
+        in_specs=(rows, rows, *matrices, rows, rows),
+        out_specs=(rows, rows, *matrices),
+        check_vma=False,
+    )
     return *mapped(*arguments, dy_BTD), None
 
 
@@ -108,8 +113,9 @@ def _backward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EUDF, down_EFD, 
     return (
         jax.lax.psum(dx, width).reshape(x_BTD.shape).astype(x_BTD.dtype),
         jax.lax.psum(dweights, width).reshape(weights_BTK.shape),
-        dgate_up.astype(gate_up_EUDF.dtype), ddown.astype(down_EFD.dtype),
-    )  # fmt: skip
+        dgate_up.astype(gate_up_EUDF.dtype),
+        ddown.astype(down_EFD.dtype),
+    )
 
 
 def _products(sharding, limit, fp8):

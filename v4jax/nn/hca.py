@@ -34,7 +34,9 @@ class HeavilyCompressedAttention(SlidingWindowAttention):
         kv_BCH, windows, past = self.compressor(x_BTD, chunk, past, "main")
         return qdq.entries(kv_BCH, self.model.qk_rope_head_dim) if self.model.kv_qdq else kv_BCH, windows, past
 
-    def attend_compressed(self, q_BTNH: jax.Array, extra, seq_index_BT, segments_BT, view: EntryReader) -> tuple[SoftmaxPartial, None, EntryReader]:
+    def attend_compressed(
+        self, q_BTNH: jax.Array, extra, seq_index_BT, segments_BT, view: EntryReader
+    ) -> tuple[SoftmaxPartial, None, EntryReader]:
         readable = self.entry_mask(seq_index_BT, segments_BT, view)
         if view.size <= _MAX_SINGLE_PASS:
             return attend(q_BTNH, view.read_entries(0, view.size), readable(0, view.size))[0], None, view

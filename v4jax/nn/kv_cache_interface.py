@@ -93,7 +93,9 @@ class WindowKV:
         after = ((0, 0), (0, count))
         segments = None if self.segments_BS is None else jnp.pad(self.segments_BS, after)
         return WindowKV(
-            jnp.pad(self.kv_BSH, (*after, (0, 0))), jnp.pad(self.seq_index_BS, after, constant_values=NO_TOKEN), segments
+            jnp.pad(self.kv_BSH, (*after, (0, 0))),
+            jnp.pad(self.seq_index_BS, after, constant_values=NO_TOKEN),
+            segments,
         )
 
 
@@ -145,7 +147,12 @@ class LayerCache(Protocol):
         self, name: str, rows_BTW: jax.Array, chunk: ForwardBatch, ratio: int, overlap: bool
     ) -> tuple[CompressionWindows, LayerCache]: ...
     def append(
-        self, kv_BCH: jax.Array, index_BCL: jax.Array | None, windows: CompressionWindows, chunk: ForwardBatch, ratio: int
+        self,
+        kv_BCH: jax.Array,
+        index_BCL: jax.Array | None,
+        windows: CompressionWindows,
+        chunk: ForwardBatch,
+        ratio: int,
     ) -> LayerCache: ...
     def reader(self, chunk: ForwardBatch, dtype: jnp.dtype, times: int = 1) -> EntryReader | None: ...
     def with_reader(self, view: EntryReader | None) -> LayerCache: ...
@@ -193,7 +200,9 @@ class NoCache:
         )
         return rows, self
 
-    def compression_windows(self, name: str, rows_BTW: jax.Array, chunk: ForwardBatch, ratio: int, overlap: bool) -> tuple[CompressionWindows, NoCache]:
+    def compression_windows(
+        self, name: str, rows_BTW: jax.Array, chunk: ForwardBatch, ratio: int, overlap: bool
+    ) -> tuple[CompressionWindows, NoCache]:
         """Whole windows by reshape; `rows` hold values and gates side by side (gates: second half of W)."""
         B, T, W = rows_BTW.shape
         count = T // ratio
@@ -210,7 +219,12 @@ class NoCache:
         return CompressionWindows(now, before, index, first(chunk.positions_BT), jnp.ones_like(index, bool)), self
 
     def append(
-        self, kv_BCH: jax.Array, index_BCL: jax.Array | None, windows: CompressionWindows, chunk: ForwardBatch, ratio: int
+        self,
+        kv_BCH: jax.Array,
+        index_BCL: jax.Array | None,
+        windows: CompressionWindows,
+        chunk: ForwardBatch,
+        ratio: int,
     ) -> NoCache:
         """Keep the call's entries for the call itself."""
         (B, count), segments = kv_BCH.shape[:2], chunk.segments_BT

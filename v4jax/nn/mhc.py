@@ -37,7 +37,12 @@ class HyperConnection(nnx.Module):
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         n = model.mhc.hc_mult
-        self.streams, self.iters, self.eps, self.rms_norm_eps = n, model.mhc.hc_sinkhorn_iters, model.mhc.hc_eps, model.rms_norm_eps
+        self.streams, self.iters, self.eps, self.rms_norm_eps = (
+            n,
+            model.mhc.hc_sinkhorn_iters,
+            model.mhc.hc_eps,
+            model.rms_norm_eps,
+        )
         # Start near a plain residual network (spec 4.5): read the mean of the streams, write with 1, mix by about I.
         read, write, mix = _mean(n), np.zeros(n), 4.0 * np.eye(n)
         self.fn = normal_param(rngs, "MXD", (2 * n + n * n, n, model.hidden_size), model.initializer_range)

@@ -17,7 +17,9 @@ class Router(nnx.Module):
         self.active, self.scale, self.hashed = moe.num_experts_per_tok, moe.routed_scaling_factor, hashed
         self.weight = normal_param(rngs, "DE", (model.hidden_size, moe.n_routed_experts), model.initializer_range)
         if hashed:
-            self.table = Buffer(hash_table(model.vocab_size, moe.n_routed_experts, moe.num_experts_per_tok), letters="VK")
+            self.table = Buffer(
+                hash_table(model.vocab_size, moe.n_routed_experts, moe.num_experts_per_tok), letters="VK"
+            )
         else:
             self.bias = Buffer(jnp.zeros(moe.n_routed_experts, jnp.float32), letters="E")
 

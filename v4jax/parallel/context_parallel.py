@@ -33,8 +33,10 @@ class ContextShards:
         count = self.sharding.size(self.axes)
         part, rest = divmod(tokens, count)
         if rest or part % alignment or part < window:
-            raise UserError(f"rows of {tokens} tokens do not fall into {count} parts: each must be a multiple of "
-                            f"{alignment} tokens, and at least {window}; make mesh.context smaller")  # fmt: skip
+            raise UserError(
+                f"rows of {tokens} tokens do not fall into {count} parts: each must be a multiple of "
+                f"{alignment} tokens, and at least {window}; make mesh.context smaller"
+            )
 
     def run(self, function: Callable, *arguments):
         """function(*arguments) as `alone`, but that parts may ask for what `before` and `whole` give."""

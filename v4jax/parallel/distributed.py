@@ -61,9 +61,12 @@ def _plain(env: Mapping[str, str]) -> ProcessInfo | None:
         raise UserError("JAX_COORDINATOR_ADDRESS is set, but JAX_NUM_PROCESSES or JAX_PROCESS_ID is not; set all three")
     devices = env.get("JAX_LOCAL_DEVICE_IDS")
     return ProcessInfo(
-        "environment", _with_port(env["JAX_COORDINATOR_ADDRESS"], env), _number(env["JAX_NUM_PROCESSES"]),
-        _number(index), tuple(map(_number, devices.split(","))) if devices else None,
-    )  # fmt: skip
+        "environment",
+        _with_port(env["JAX_COORDINATOR_ADDRESS"], env),
+        _number(env["JAX_NUM_PROCESSES"]),
+        _number(index),
+        tuple(map(_number, devices.split(","))) if devices else None,
+    )
 
 
 def _open_mpi(env: Mapping[str, str]) -> ProcessInfo | None:
@@ -80,9 +83,12 @@ def _open_mpi(env: Mapping[str, str]) -> ProcessInfo | None:
     if not host and not single:
         raise UserError("mpirun left no address of its first host; set JAX_COORDINATOR_ADDRESS=HOST:PORT (mpirun -x)")
     return ProcessInfo(
-        "Open MPI", _with_port("127.0.0.1" if single else host[1], env), count, _number(env["OMPI_COMM_WORLD_RANK"]),
+        "Open MPI",
+        _with_port("127.0.0.1" if single else host[1], env),
+        count,
+        _number(env["OMPI_COMM_WORLD_RANK"]),
         _own_devices(env, local, _number(env.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))),
-    )  # fmt: skip
+    )
 
 
 def _slurm(env: Mapping[str, str]) -> ProcessInfo | None:
@@ -94,9 +100,12 @@ def _slurm(env: Mapping[str, str]) -> ProcessInfo | None:
     count = _number(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
     local = _slurm_local_tasks(env)
     return ProcessInfo(
-        "Slurm", f"{first_host(env['SLURM_STEP_NODELIST'])}:{port}", count, _number(env["SLURM_PROCID"]),
+        "Slurm",
+        f"{first_host(env['SLURM_STEP_NODELIST'])}:{port}",
+        count,
+        _number(env["SLURM_PROCID"]),
         _own_devices(env, local, _number(env.get("SLURM_LOCALID", "0"))),
-    )  # fmt: skip
+    )
 
 
 def _slurm_local_tasks(env: Mapping[str, str]) -> int:
@@ -190,8 +199,10 @@ def rendezvous(place: ProcessInfo, timeout: float) -> None:
         ) from error
     if answer.startswith("missing "):
         missing = answer.removeprefix("missing ")
-        raise UserError(f"after {timeout:g} s process {missing} of {place.count} had not come to "
-                        f"{place.coordinator}; see why it did not start, or raise --join_timeout")  # fmt: skip
+        raise UserError(
+            f"after {timeout:g} s process {missing} of {place.count} had not come to "
+            f"{place.coordinator}; see why it did not start, or raise --join_timeout"
+        )
     if answer:
         raise UserError(answer)
 
@@ -226,8 +237,10 @@ def _gather(port: int, place: ProcessInfo, end: float) -> str:
 def _wrong(place: ProcessInfo, index: int, count: int, came: Mapping[int, socket.socket]) -> str:
     """Why a peer that says it is process `index` of `count` cannot join process 0; "" if it can."""
     if count != place.count:
-        return (f"process {index} was started as one of {count} processes, process 0 as one of {place.count}; "
-                "start all of them with the same number")  # fmt: skip
+        return (
+            f"process {index} was started as one of {count} processes, process 0 as one of {place.count}; "
+            "start all of them with the same number"
+        )
     if not 0 < index < count or (index in came and not _is_closed(came[index])):
         return f"two processes were started as process {index} of {count}; give each an index of its own"
     return ""
@@ -286,8 +299,12 @@ def peer_errors() -> Iterator[None]:
         if jax.process_count() == 1 or not _GONE.search(text):
             raise
         # The others of the run may still compute; leaving without their consent is what ends them too.
-        print(f"v4jax: another process of this run is gone ({text[:120]}); start all of them again, they go on from "
-              "the newest checkpoint", file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"v4jax: another process of this run is gone ({text[:120]}); start all of them again, they go on from "
+            "the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(1)
 
 

@@ -85,8 +85,10 @@ def make_mesh_rules(mesh: config.Mesh, devices: Sequence[jax.Device] | None = No
     used = {axis for _, axes in layout.weights + layout.activations for axis in axes}
     for axis, size in sharding.mesh.shape.items():
         if size > 1 and axis not in used:
-            raise UserError(f"mesh.{axis} is {size}, but no rule of layout {layout.name!r} uses it; set it to 1, or "
-                            "take another layout")  # fmt: skip
+            raise UserError(
+                f"mesh.{axis} is {size}, but no rule of layout {layout.name!r} uses it; set it to 1, or "
+                "take another layout"
+            )
     return sharding
 
 
@@ -124,8 +126,10 @@ def validate_used(layout: config.ShardingRules, letters: Sequence[str]) -> None:
             for name in names:
                 for axis in rules[name]:
                     if axis in taken:
-                        raise UserError(f"layout {layout.name!r}: mesh axis {axis!r} splits both {taken[axis]!r} and "
-                                        f"{name!r} of a parameter {axes}; drop it from one rule")  # fmt: skip
+                        raise UserError(
+                            f"layout {layout.name!r}: mesh axis {axis!r} splits both {taken[axis]!r} and "
+                            f"{name!r} of a parameter {axes}; drop it from one rule"
+                        )
                     taken[axis] = name
     if unused := [name for name in rules if name not in followed]:
         raise UserError(f"layout {layout.name!r}: no parameter of this model follows the rule {unused[0]!r}; remove it")
@@ -163,5 +167,7 @@ def _check(sharding: MeshRules, name: str, spec: tuple, names: tuple[str, ...], 
         split = (axes,) if isinstance(axes, str) else axes or ()
         if size % sharding.size(split):
             product = " x ".join(f"mesh.{axis}={sharding.mesh.shape[axis]}" for axis in split)
-            raise UserError(f"{name}: its axis {word!r} of {size} is not a multiple of {product}; "
-                            "make one of them smaller, or take another layout")  # fmt: skip
+            raise UserError(
+                f"{name}: its axis {word!r} of {size} is not a multiple of {product}; "
+                "make one of them smaller, or take another layout"
+            )

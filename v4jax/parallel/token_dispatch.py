@@ -65,9 +65,14 @@ class TokenDispatcher:
         if self.ragged:
             source, slot, number = self._parts(turn)
             return jax.lax.ragged_all_to_all(
-                rows_RD, jnp.zeros((self.room, *rows_RD.shape[1:]), rows_RD.dtype), source[self.me], number[self.me],
-                jnp.maximum(slot[self.me], 0), number[:, self.me], axis_name=self.axes,
-            )  # fmt: skip
+                rows_RD,
+                jnp.zeros((self.room, *rows_RD.shape[1:]), rows_RD.dtype),
+                source[self.me],
+                number[self.me],
+                jnp.maximum(slot[self.me], 0),
+                number[:, self.me],
+                axis_name=self.axes,
+            )
         all_PRD = jax.lax.all_gather(rows_RD, self.axes)
         arrival = self.arrivals(turn)
         ends_P = jnp.cumsum(self.count_PP[:, self.me])
@@ -84,10 +89,14 @@ class TokenDispatcher:
         if self.ragged:
             source, slot, number = self._parts(turn)
             return jax.lax.ragged_all_to_all(
-                done_CD, jnp.zeros((len(home_R), *done_CD.shape[1:]), done_CD.dtype),
-                jnp.maximum(slot[:, self.me], 0), number[:, self.me], source[:, self.me], number[self.me],
+                done_CD,
+                jnp.zeros((len(home_R), *done_CD.shape[1:]), done_CD.dtype),
+                jnp.maximum(slot[:, self.me], 0),
+                number[:, self.me],
+                source[:, self.me],
+                number[self.me],
                 axis_name=self.axes,
-            )  # fmt: skip
+            )
         all_PCD = jax.lax.all_gather(done_CD, self.axes)
         own = jnp.arange(len(home_R)) - self.base_PP[self.me, home_R]
         slot = self.start_PP[self.me, home_R] + own - turn * self.room

@@ -120,11 +120,15 @@ def check(sharding: MeshRules) -> None:
     everywhere = sharding.axes("activations", "batch")
     if sharding.size(everywhere) != mesh.size:
         over = ", ".join(axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in everywhere)
-        raise UserError(f"serving gives every device rows of its own, and layout {layout.name!r} splits something else "
-                        f"over {over}; leave those axes at 1")  # fmt: skip
+        raise UserError(
+            f"serving gives every device rows of its own, and layout {layout.name!r} splits something else "
+            f"over {over}; leave those axes at 1"
+        )
     if {axis for name, _ in layout.weights if name != "expert" for axis in sharding.axes("weights", name)}:
-        raise UserError(f"serving splits experts and keeps all other weights whole, and layout {layout.name!r} splits "
-                        "more; take layout 'serve'")  # fmt: skip
+        raise UserError(
+            f"serving splits experts and keeps all other weights whole, and layout {layout.name!r} splits "
+            "more; take layout 'serve'"
+        )
 
 
 def validate_engine(on: DataParallelGroup, model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
@@ -133,8 +137,10 @@ def validate_engine(on: DataParallelGroup, model: config.Model, limits: config.S
         return
     over = on.sharding.size(on.sharding.axes("weights", "expert"))
     if model.moe.n_routed_experts % over:
-        raise UserError(f"{model.moe.n_routed_experts} experts cannot be split over {over} devices; take a number that divides "
-                        "them, and let mesh.data take the rest")  # fmt: skip
+        raise UserError(
+            f"{model.moe.n_routed_experts} experts cannot be split over {over} devices; take a number that divides "
+            "them, and let mesh.data take the rest"
+        )
     for name, given in {"batch_invariant": limits.batch_invariant, "cache hot": cache.kv_device_entries}.items():
         if given:
             raise UserError(f"{name} needs an engine on one device; leave it out, or the mesh")

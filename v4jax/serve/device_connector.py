@@ -77,9 +77,14 @@ class DeviceKVConnector:
     """
 
     def __init__(
-        self, live: KVCaches | None, transfer: OffloadManager, schemas: Mapping[str, BlockSchema], *, second: bool = False,
+        self,
+        live: KVCaches | None,
+        transfer: OffloadManager,
+        schemas: Mapping[str, BlockSchema],
+        *,
+        second: bool = False,
         told: bool = False,
-    ):  # fmt: skip
+    ):
         self.here, self.transfer, self.schemas, self._told = live is not None, transfer, schemas, told
         if self.here:
             [device] = jax.tree.leaves(live)[0].devices()
@@ -309,7 +314,9 @@ def pack_blocks(live: KVCaches, kinds: tuple[str, ...], kind: str, number_N: jax
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), donate_argnums=0)
-def unpack_blocks(live: KVCaches, kinds: tuple[str, ...], kind: str, number_N: jax.Array, payloads: list[jax.Array]) -> KVCaches:
+def unpack_blocks(
+    live: KVCaches, kinds: tuple[str, ...], kind: str, number_N: jax.Array, payloads: list[jax.Array]
+) -> KVCaches:
     """The live state with such bytes in the rows number_N; numbers out of range are dropped."""
     leaves, tree = jax.tree.flatten(live)
     data, start = jnp.stack(payloads), 0
@@ -324,7 +331,9 @@ def unpack_blocks(live: KVCaches, kinds: tuple[str, ...], kind: str, number_N: j
     live = jax.tree.unflatten(tree, leaves)
     if kind == "record":
         return live
-    return jax.tree.map(lambda kept: kept.invalidate_copies(number_N), live, is_leaf=lambda a: isinstance(a, PagedLayerCache))
+    return jax.tree.map(
+        lambda kept: kept.invalidate_copies(number_N), live, is_leaf=lambda a: isinstance(a, PagedLayerCache)
+    )
 
 
 def _batches(things: list) -> list[list]:

@@ -94,9 +94,12 @@ class Engine:
     """
 
     def __init__(
-        self, model: Transformer, limits: config.Serve, cache: config.Cache | None = None,
+        self,
+        model: Transformer,
+        limits: config.Serve,
+        cache: config.Cache | None = None,
         on: data_parallel.DataParallelGroup | None = None,
-    ):  # fmt: skip
+    ):
         self.model, self.limits, cache = model.config, limits, cache or config.Cache()
         self.dp_group = on or data_parallel.data_parallel_group(None)
         validate_limits(self.model, limits, cache)
@@ -125,7 +128,14 @@ class Engine:
         if cache.kv_device_entries:
             _log.info(
                 "cache: CSA entries of %s tokens in host memory (%s bytes), %s of a layer on the device",
-                *(f"{n:,}" for n in ((pages - 1) * block, allocate.memory_stats(self._kv_caches)["kv_host_bytes"], cache.kv_device_entries)),
+                *(
+                    f"{n:,}"
+                    for n in (
+                        (pages - 1) * block,
+                        allocate.memory_stats(self._kv_caches)["kv_host_bytes"],
+                        cache.kv_device_entries,
+                    )
+                ),
             )
         self.kv_connector = offload_connector.build(self._kv_caches, self.dp_group, cache, self.kv_cache_spec)
         self.schedulers = [
@@ -151,7 +161,9 @@ class Engine:
         least = fixed + 2 * self.kv_cache_spec.block_bytes
         if cache.kv_cache_memory_bytes < least:
             parts = f"{records} records and one block of {block} tokens"
-            parts, lower = (f"{parts} and the hot entries", "records or hot") if cache.kv_device_entries else (parts, "records")
+            parts, lower = (
+                (f"{parts} and the hot entries", "records or hot") if cache.kv_device_entries else (parts, "records")
+            )
             raise UserError(
                 f"a cache of {cache.kv_cache_memory_bytes:,} bytes on the device is too small: {parts} take {least:,}; give it "
                 f"more, or lower max_num_seqs or the cache's {lower}"
@@ -205,7 +217,13 @@ class Engine:
         """Seed of the names of blocks: all that their contents depend on besides the tokens."""
         # Where bits are promised, blocks from another run are of use only if the same programs computed them.
         bits = (jax.__version__, jax.default_backend()) if self.limits.batch_invariant else ()
-        return block_hash.hash_seed(weights_digest.weights_digest(variables), self.model, self.kv_cache_spec.name, self.kv_cache_spec.block, *bits)
+        return block_hash.hash_seed(
+            weights_digest.weights_digest(variables),
+            self.model,
+            self.kv_cache_spec.name,
+            self.kv_cache_spec.block,
+            *bits,
+        )
 
     # --- requests --------------------------------------------------------------------------------------------------
 
@@ -346,7 +364,11 @@ class Engine:
                 tokens_DT[device, : len(known)] = known
                 scalars_3D[:, device] = read.start, read.count, read.request.state_slot
         self._kv_caches, x_D1XD, finite_D = model_steps.prefill(
-            self._model_def, self._weights, self._kv_caches, *self.dp_group.shard_rows((tokens_DT, *scalars_3D)), self._device_tables
+            self._model_def,
+            self._weights,
+            self._kv_caches,
+            *self.dp_group.shard_rows((tokens_DT, *scalars_3D)),
+            self._device_tables,
         )
         ended = [read if read and read.last else None for read in reads]
         if not any(ended):
@@ -406,13 +428,17 @@ class Engine:
             del self._dp_rank[id], self._sampling[id]
         return drawn
 
-    def _collect_device(self, device: int, plan: SchedulerOutput, size: int, finite, first, rows) -> list[SampledTokens]:
+    def _collect_device(
+        self, device: int, plan: SchedulerOutput, size: int, finite, first, rows
+    ) -> list[SampledTokens]:
         """The results of one device's plan, which are committed."""
         scheduler, drawn, failed = self.schedulers[device], [], []
         if read := plan.prefill:
             failed += [] if finite[device] else [read.request]
             if read.last or failed:
-                drawn.append(SampledTokens(read.request.id, *((first[0], device) if read.last else (_NOT_FINITE, 0)), 1))
+                drawn.append(
+                    SampledTokens(read.request.id, *((first[0], device) if read.last else (_NOT_FINITE, 0)), 1)
+                )
         for row, decode in enumerate(plan.decode, device * size):
             drawn.append(SampledTokens(decode.request.id, rows[0], row, int(rows[1][row])))
         alive = {id: s for id, s in scheduler.requests.items() if s.status not in _ENDED}
@@ -432,7 +458,9 @@ class Engine:
         state_slot_D[device], pages_DA[device] = sequence.state_slot, self._table(sequence)
         pages_DA[device, : sequence.num_cached_blocks] = -1
         if self.schedulers[device].fail_request(sequence.id):
-            self._kv_caches = model_steps.zero_state(self._model_def, self._kv_caches, *self.dp_group.shard_rows((state_slot_D, pages_DA)))
+            self._kv_caches = model_steps.zero_state(
+                self._model_def, self._kv_caches, *self.dp_group.shard_rows((state_slot_D, pages_DA))
+            )
 
     def stats(self) -> dict[str, float]:
         """Counts of sequences, pages and prefix hits, of the cache's bytes (`live.stats`), and of the tiers; of all

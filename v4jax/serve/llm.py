@@ -233,9 +233,10 @@ class LLM:
         if not self._parses and not self._warned and (found := self.tokenizer.special_tokens_in(prompt.text)):
             self._warned = True
             _log.warning(
-                "%s holds %s, read as plain text; pass parse_special_tokens=True to LLM to have special tokens", name,
+                "%s holds %s, read as plain text; pass parse_special_tokens=True to LLM to have special tokens",
+                name,
                 ", ".join(map(repr, found[:3])) + (", ..." if len(found) > 3 else ""),
-            )  # fmt: skip
+            )
         ids = self.tokenizer.encode_document(
             prompt.text, add_special_tokens=self._bos_id is None, parse_special_tokens=self._parses
         )

@@ -41,10 +41,15 @@ _GAUGES = {
     "queue_writes": "items that wait to be written to disk",
 }
 _TIER_GAUGES = {
-    "blocks": "blocks held", "records": "records held", "bytes": "bytes held", "budget": "bytes that may be held",
-    "breaker_open": "1 while reads are not tried", "paused": "1 while writes are not tried",
-    "read_ms_mean": "mean time of a read", "read_ms_max": "longest time of a read",
-}  # fmt: skip
+    "blocks": "blocks held",
+    "records": "records held",
+    "bytes": "bytes held",
+    "budget": "bytes that may be held",
+    "breaker_open": "1 while reads are not tried",
+    "paused": "1 while writes are not tried",
+    "read_ms_mean": "mean time of a read",
+    "read_ms_max": "longest time of a read",
+}
 _MILLISECONDS = re.compile(r"_ms(_|$)")
 
 

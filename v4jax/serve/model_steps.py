@@ -114,7 +114,9 @@ def prefill(structure, weights, live: KVCaches, tokens_1T: jax.Array, start_1, c
     for record 0.
     """
     model = structure.model(weights)
-    chunk = continuation_batch(tokens_1T[:, :-1], start_1, count_1, CacheSlots(state_slot_1, block_table_ZA[state_slot_1]))
+    chunk = continuation_batch(
+        tokens_1T[:, :-1], start_1, count_1, CacheSlots(state_slot_1, block_table_ZA[state_slot_1])
+    )
     x_BTXD, layers, _ = model.forward_hidden(chunk, live.layers)
     mtp = live.mtp
     if mtp is not None:
@@ -144,7 +146,9 @@ def decode(structure, weights, live: KVCaches, heads: DecodeState, rows, invaria
 
 def _read(model: Transformer, layers: KVCacheList, heads: DecodeState, state_slot_B, block_table_ZA):
     tokens_BT = jnp.concatenate([heads.token_Z[state_slot_B][:, None], heads.draft_ZK[state_slot_B]], axis=1)
-    chunk = continuation_batch(tokens_BT, heads.position_Z[state_slot_B], None, CacheSlots(state_slot_B, block_table_ZA[state_slot_B]))
+    chunk = continuation_batch(
+        tokens_BT, heads.position_Z[state_slot_B], None, CacheSlots(state_slot_B, block_table_ZA[state_slot_B])
+    )
     x_BTXD, layers, _ = model.forward_hidden(chunk, layers)
     return layers, x_BTXD, model.logits(x_BTXD)
 
@@ -157,7 +161,15 @@ def logits(structure, weights, x_BTXD: jax.Array) -> jax.Array:
 
 # Apart from `decode`, so that a batch with other sampling options does not compile the model again.
 @_jit_step(weights=False, donate=(2,), static=(5, 6))
-def sample_tokens(structure, logits_BTV: jax.Array, heads: DecodeState, place, options: SamplingTensors, plan: SamplingFlags, invariant: bool):
+def sample_tokens(
+    structure,
+    logits_BTV: jax.Array,
+    heads: DecodeState,
+    place,
+    options: SamplingTensors,
+    plan: SamplingFlags,
+    invariant: bool,
+):
     """Draw a token for every position read, and move each row behind those that its drafts foretold.
 
     place: (state_slot_B, position_B of the first token drawn or None: after each row's newest). Gives the heads, the
@@ -197,7 +209,9 @@ def propose_draft(structure, weights, mtp: PagedLayerCache, heads: DecodeState, 
     token the layer goes on from its own streams, for which it was not trained.
     """
     model, (token_BT, count_B) = structure.model(weights), drawn
-    place = CacheSlots(state_slot_B, jnp.where(state_slot_B > 0, state_slot_B, -1)[:, None])  # a window has no pages: these are not read
+    place = CacheSlots(
+        state_slot_B, jnp.where(state_slot_B > 0, state_slot_B, -1)[:, None]
+    )  # a window has no pages: these are not read
     start_B = heads.position_Z[state_slot_B] - count_B
     chunk = continuation_batch(token_BT, start_B, None, place)
     logits_BTV, x_BTXD, mtp = model.mtp_forward(x_BTXD, token_BT, chunk, mtp)

@@ -33,7 +33,9 @@ from v4jax.serve.model_steps import KVCaches
 _log = logging.getLogger(__name__)
 
 
-def build(live: KVCaches, places: DataParallelGroup, cache: config.Cache, layout: KVCacheSpec) -> OffloadConnector | None:
+def build(
+    live: KVCaches, places: DataParallelGroup, cache: config.Cache, layout: KVCacheSpec
+) -> OffloadConnector | None:
     """The tiers that a config asks for, told of in the log; None if it asks for none. Raises UserError."""
     if not (cache.kv_host_bytes or cache.kv_disk_bytes):
         return None
@@ -44,9 +46,21 @@ def build(live: KVCaches, places: DataParallelGroup, cache: config.Cache, layout
     directory = pathlib.Path(cache.kv_dir) / own
     if cache.kv_disk_bytes and own:  # the parent of all processes' directories decides where they lie, too
         os.close(open_private(directory.parent))
-    disk = DiskTier(directory, cache.kv_disk_bytes, cache.kv_eviction_policy, deadline=cache.kv_load_timeout_s) if cache.kv_disk_bytes else None
+    disk = (
+        DiskTier(directory, cache.kv_disk_bytes, cache.kv_eviction_policy, deadline=cache.kv_load_timeout_s)
+        if cache.kv_disk_bytes
+        else None
+    )
     try:
-        parking = OffloadConnector(live, places, host, disk, cache.kv_load_timeout_s, layout.block, second=cache.kv_admission_policy == "second")
+        parking = OffloadConnector(
+            live,
+            places,
+            host,
+            disk,
+            cache.kv_load_timeout_s,
+            layout.block,
+            second=cache.kv_admission_policy == "second",
+        )
     except BaseException:  # an interrupt: another engine of this process may want the directory
         if disk is not None:
             disk.close()
@@ -63,9 +77,16 @@ class OffloadConnector:
     """
 
     def __init__(
-        self, live: KVCaches, places: DataParallelGroup, host: HostTier | None, disk: DiskTier | None, deadline: float, tokens: int,
-        *, second: bool = False,
-    ):  # fmt: skip
+        self,
+        live: KVCaches,
+        places: DataParallelGroup,
+        host: HostTier | None,
+        disk: DiskTier | None,
+        deadline: float,
+        tokens: int,
+        *,
+        second: bool = False,
+    ):
         self._places, parts = places, places.split_devices(live)
         self.schemas = {kind: block_schema(parts[0], kind) for kind in ("block", "record")}
         leaves = jax.tree.leaves(parts[0])
@@ -75,7 +96,10 @@ class OffloadConnector:
         self._processes, here = places.processes, iter(parts)
         self.multi_process = len(set(self._processes)) > 1
         mine = [next(here) if process == jax.process_index() else None for process in self._processes]
-        self.device_connectors = [DeviceKVConnector(part, self.transfer, self.schemas, second=second, told=self.multi_process) for part in mine]
+        self.device_connectors = [
+            DeviceKVConnector(part, self.transfer, self.schemas, second=second, told=self.multi_process)
+            for part in mine
+        ]
         self._own = [bay for bay in self.device_connectors if bay.here]
         self.summary = self._describe(leaves[leaf_kinds(parts[0]).index("block")].shape[0] - 1, tokens)
 
@@ -124,7 +148,9 @@ class OffloadConnector:
         if not any(bay.has_transfers for bay in self.device_connectors):
             return live
         parts = self._places.split_devices(live)  # they are donated, and so `live` with them
-        return self._places.join_devices([bay.run_transfers(part, idle) for bay, part in zip(self._own, parts, strict=True)])
+        return self._places.join_devices(
+            [bay.run_transfers(part, idle) for bay, part in zip(self._own, parts, strict=True)]
+        )
 
     def wait_for_load(self) -> None:
         """Wait 10 ms for a load; to be called when there is nothing else to do."""

@@ -60,17 +60,24 @@ class SamplingParams:
         self._tuple("stop", str, _is_text, "strings that are not empty")
         self._tuple("stop_token_ids", numbers.Integral, lambda i: is_int(i) and i >= 0, "token ids")
         self._require("max_tokens", is_int(self.max_tokens) and self.max_tokens >= 1, "an integer of at least 1")
-        self._require("temperature", _is_real(self.temperature) and 0 <= self.temperature <= _MAX_TEMPERATURE,
-                      f"a number from 0 to {_MAX_TEMPERATURE:g}")  # fmt: skip
+        self._require(
+            "temperature",
+            _is_real(self.temperature) and 0 <= self.temperature <= _MAX_TEMPERATURE,
+            f"a number from 0 to {_MAX_TEMPERATURE:g}",
+        )
         self._require("top_k", is_int(self.top_k) and self.top_k >= -1, "an integer from 1, or 0 for all tokens")
         self._require("top_p", _is_real(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
         self._require("min_p", _is_real(self.min_p) and 0 <= self.min_p <= 1, "between 0 and 1")
-        self._require("seed", self.seed is None or (is_int(self.seed) and 0 <= self.seed < 2**64),
-                      "an integer from 0 to 2**64 - 1")  # fmt: skip
+        self._require(
+            "seed",
+            self.seed is None or (is_int(self.seed) and 0 <= self.seed < 2**64),
+            "an integer from 0 to 2**64 - 1",
+        )
         self._require("ignore_eos", isinstance(self.ignore_eos, (bool, np.bool_)), "True or False")
         reported = 0 if self.logprobs is None else self.logprobs
-        self._require("logprobs", is_int(reported) and 0 <= reported <= _MAX_LOGPROBS,
-                      f"an integer from 0 to {_MAX_LOGPROBS}")  # fmt: skip
+        self._require(
+            "logprobs", is_int(reported) and 0 <= reported <= _MAX_LOGPROBS, f"an integer from 0 to {_MAX_LOGPROBS}"
+        )
 
     @property
     def greedy(self) -> bool:

@@ -84,7 +84,11 @@ class Scheduler:
         kv_connector: KVConnector | None = None,
     ):
         self.block_pool, self.block_size, self.max_num_batched_tokens = blocks, block_tokens, max_num_batched_tokens
-        self.snapshot_interval_blocks, self.num_lookahead_tokens, self.deterministic_replay = snapshot_interval_blocks, lookahead, replay
+        self.snapshot_interval_blocks, self.num_lookahead_tokens, self.deterministic_replay = (
+            snapshot_interval_blocks,
+            lookahead,
+            replay,
+        )
         self.rollback_tokens = 2 * lookahead if slack is None else slack
         self.requests: dict[Hashable, Request] = {}  # all that hold anything or wait
         self._waiting: list[Request] = []  # by arrival, and all arrived after all active ones
@@ -192,7 +196,9 @@ class Scheduler:
                 if short:
                     continue
             boundary = position // self.block_size * self.block_size
-            written = most if sequence.num_inflight_decodes else most + self.num_lookahead_tokens  # rejected tokens of the last step
+            written = (
+                most if sequence.num_inflight_decodes else most + self.num_lookahead_tokens
+            )  # rejected tokens of the last step
             if boundary > sequence.last_snapshot_boundary and written - boundary <= self.rollback_tokens:
                 self._snapshot(sequence, boundary, draft)
             rows.append(DecodeRow(sequence, position))
@@ -252,9 +258,15 @@ class Scheduler:
         if not sequence.preemptions:
             self.block_pool.note(usable, found)
         sequence.block_ids = self.block_pool.touch(usable[:found]) + self.block_pool.allocate(need)
-        sequence.state_slot, sequence.num_prefill_tokens, sequence.status = self._slots.pop(), len(sequence.tokens), RequestStatus.PREFILL
+        sequence.state_slot, sequence.num_prefill_tokens, sequence.status = (
+            self._slots.pop(),
+            len(sequence.tokens),
+            RequestStatus.PREFILL,
+        )
         sequence.num_cached_blocks = sequence.num_published_blocks = found
-        sequence.num_computed_tokens = sequence.num_scheduled_tokens = sequence.last_snapshot_boundary = found * self.block_size
+        sequence.num_computed_tokens = sequence.num_scheduled_tokens = sequence.last_snapshot_boundary = (
+            found * self.block_size
+        )
         if record is not None:
             draft.sources.append(self.block_pool.pin(usable[found - 1]))
             draft.copies.append((record, sequence.state_slot))
@@ -283,7 +295,9 @@ class Scheduler:
 
     # --- committing ------------------------------------------------------------------------------------------------
 
-    def update_from_output(self, plan: SchedulerOutput, gained: Mapping[Hashable, Tokens[int]], finished: Collection[Hashable] = ()) -> None:
+    def update_from_output(
+        self, plan: SchedulerOutput, gained: Mapping[Hashable, Tokens[int]], finished: Collection[Hashable] = ()
+    ) -> None:
         """Take the results of the oldest plan under way.
 
         gained: the new tokens of every sequence that decoded or read the last of its prompt, by id; a sequence that
@@ -356,7 +370,9 @@ class Scheduler:
             sequence.max_len_reached = max(sequence.max_len_reached, len(sequence.tokens))
             del sequence.tokens[len(sequence.prompt) :]
         sequence.decode_snapshot = sequence.pending_prefix_hash = None
-        sequence.num_prefill_tokens = sequence.num_scheduled_tokens = sequence.num_computed_tokens = sequence.num_inflight_decodes = 0
+        sequence.num_prefill_tokens = sequence.num_scheduled_tokens = sequence.num_computed_tokens = (
+            sequence.num_inflight_decodes
+        ) = 0
         sequence.num_cached_blocks = sequence.num_published_blocks = sequence.last_snapshot_boundary = 0
         sequence.status = RequestStatus.WAITING
         bisect.insort(self._waiting, sequence, key=lambda s: s.arrival)
@@ -377,7 +393,10 @@ class Scheduler:
     def _block_hashes(self, sequence: Request) -> list[bytes]:
         """Names of all blocks that its tokens fill; none if it does not take part in the prefix cache."""
         if sequence.hash_seed is not None:
-            parent, done = (sequence.block_hashes or [sequence.hash_seed])[-1], len(sequence.block_hashes) * self.block_size
+            parent, done = (
+                (sequence.block_hashes or [sequence.hash_seed])[-1],
+                len(sequence.block_hashes) * self.block_size,
+            )
             if len(sequence.tokens) - done >= self.block_size:
                 sequence.block_hashes += block_hash.block_hashes(parent, sequence.tokens[done:], self.block_size)
         return sequence.block_hashes
@@ -406,7 +425,8 @@ class Scheduler:
         for rule, holds in {
             "sequences are in order of arrival, active ones before waiting ones": arrivals == sorted(arrivals),
             "every slot is free or one sequence's": len({*self._slots, *slots}) == len(self._slots) + len(slots),
-            "slots are held by the active and the leaving only": all(slots) and not any(s.state_slot for s in self._waiting),
+            "slots are held by the active and the leaving only": all(slots)
+            and not any(s.state_slot for s in self._waiting),
             "no sequence is lost": len(arrivals) + len(self._retiring) == len(self.requests),
             "one prompt is read at a time": sum(s.status is RequestStatus.PREFILL for s in self._active) <= 1,
         }.items():

@@ -55,8 +55,10 @@ def find_ends(
         named += [] if own is None else [f"the tokenizer {own}"]
         _log.warning(
             "the files disagree on what ends a text: %s; generation ends at %s (the first of these, and the "
-            "tokenizer's unless the first is null); pass eos_id= to LLM to choose", ", ".join(named), _list(ends.ids),
-        )  # fmt: skip
+            "tokenizer's unless the first is null); pass eos_id= to LLM to choose",
+            ", ".join(named),
+            _list(ends.ids),
+        )
     return ends
 
 
@@ -65,8 +67,10 @@ def warn_of_bos(model: config.Model, tokenizer: Tokenizer | None) -> None:
     if tokenizer is not None and None not in (tokenizer.bos_id, model.bos_id) and tokenizer.bos_id != model.bos_id:
         _log.warning(
             "the files disagree on bos: the tokenizer names %d, the model's config %d; the tokenizer's begins a text; "
-            "pass bos_id= to LLM to choose", tokenizer.bos_id, model.bos_id,
-        )  # fmt: skip
+            "pass bos_id= to LLM to choose",
+            tokenizer.bos_id,
+            model.bos_id,
+        )
 
 
 def _given(given: int | Iterable[int]) -> tuple[int, ...]:

@@ -25,8 +25,22 @@ from v4jax.tools.cost_model import Workload
 from v4jax.tools.topology import Topology, size
 
 EFFORT = {"exec_time_optimization_effort": -1.0}
-_WIDTH = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
-          "f32": 4, "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
+_WIDTH = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "f8e4m3fn": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
 _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 
@@ -70,9 +84,14 @@ def devices(topology: Topology) -> list[jax.Device]:
 
 
 def compile_step(
-    config: Config, topology: Topology, mesh: Mesh, work: Workload, stage: str = "program",
-    on: Sequence[jax.Device] | None = None, options: dict = EFFORT,
-) -> CompiledReport:  # fmt: skip
+    config: Config,
+    topology: Topology,
+    mesh: Mesh,
+    work: Workload,
+    stage: str = "program",
+    on: Sequence[jax.Device] | None = None,
+    options: dict = EFFORT,
+) -> CompiledReport:
     """Compile the step of `work.mode` on `mesh`, for devices `on` (default: the topology's), with compiler `options`.
 
     stage "program": to its end; "buffers": in another process and for the topology's devices, until the buffers are
@@ -82,9 +101,14 @@ def compile_step(
     if stage == "buffers":
         found, seconds = xla_dump.placed(_write, config, topology, mesh, work)
         return CompiledReport(
-            found.device_bytes, found.host_bytes, found.largest, topology.device_memory, collective_bytes(found.text),
-            seconds, stage,
-        )  # fmt: skip
+            found.device_bytes,
+            found.host_bytes,
+            found.largest,
+            topology.device_memory,
+            collective_bytes(found.text),
+            seconds,
+            stage,
+        )
     begun = time.process_time()
     lowered = _lower(config, topology, mesh, work, on)
     with tempfile.TemporaryDirectory(prefix="v4jax-plan-") as directory:
@@ -95,10 +119,16 @@ def compile_step(
     # memory when it refuses a program, which is what the buffers take.
     parts = found.device_bytes | {"program": memory.generated_code_size_in_bytes}
     return CompiledReport(
-        parts, found.host_bytes, found.largest, topology.device_memory, collective_bytes(program.as_text()),
-        time.process_time() - begun, stage, (cost.get("flops", 0.0), cost.get("bytes accessed", 0.0)),
+        parts,
+        found.host_bytes,
+        found.largest,
+        topology.device_memory,
+        collective_bytes(program.as_text()),
+        time.process_time() - begun,
+        stage,
+        (cost.get("flops", 0.0), cost.get("bytes accessed", 0.0)),
         (memory.alias_size_in_bytes, memory.peak_memory_in_bytes),
-    )  # fmt: skip
+    )
 
 
 def _lower(config, topology, mesh, work, on=None) -> jax.stages.Lowered:
@@ -136,12 +166,15 @@ def records(result: CompiledReport, at: dict) -> list[dict]:
         record("device_bytes_limit", result.limit, "B"),
         *(record("host_bytes", value, "B", part=part) for part, value in result.host_bytes.items()),
         record("largest_temporary", result.largest[0], "B", part=result.largest[1]),
-        *([record("flops_per_step", flops, "1", **rough), record("bytes_per_step", traffic, "B", **rough)]
-          if result.cost else []),
+        *(
+            [record("flops_per_step", flops, "1", **rough), record("bytes_per_step", traffic, "B", **rough)]
+            if result.cost
+            else []
+        ),
         *(record("collective_bytes", value, "B", part=part) for part, value in result.collectives.items()),
         record("fits", int(total <= result.limit), "1"),
         record("compile_seconds", result.seconds, "s"),
-    ]  # fmt: skip
+    ]
 
 
 def show(results: dict[str, CompiledReport], topology: Topology) -> None:

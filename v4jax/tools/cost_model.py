@@ -29,7 +29,9 @@ from v4jax.parallel.rules import MeshRules, validate_rules
 from v4jax.tools.topology import GIB, Topology, listed
 from v4jax.train.optim import MATRICES, NEWTON_SCHULZ_STEPS
 
-_HOST_RUNTIME_BYTES = 2 * GIB  # of host memory a chip, for programs and transfer buffers: an allowance, not a measurement
+_HOST_RUNTIME_BYTES = (
+    2 * GIB
+)  # of host memory a chip, for programs and transfer buffers: an allowance, not a measurement
 MODES = ("train", "prefill", "decode")
 
 
@@ -241,9 +243,11 @@ def _train(config: Config, topology: Topology, sharding: MeshRules, work: Worklo
     parts |= {"activations": kept + logits, "gathered": 2 * layer + whole + rounded}
     passes = 3 if config.train.remat else 2
     traffic = {
-        "weights": passes * m.num_hidden_layers * layer, "optimizer": 2 * (parts["weights"] + moments),
-        "gradients": 2 * parts["gradients"], "activations": passes * m.num_hidden_layers * (inside + streams) + 2 * logits,
-    }  # fmt: skip
+        "weights": passes * m.num_hidden_layers * layer,
+        "optimizer": 2 * (parts["weights"] + moments),
+        "gradients": 2 * parts["gradients"],
+        "activations": passes * m.num_hidden_layers * (inside + streams) + 2 * logits,
+    }
     travel, split_axes = sharding.axes("weights", "expert"), sharding.axes("weights", "expert_embed")
     dense = (count_parameters(m).total - count_parameters(m).by_group["routed experts"]) * width / tensor
     dense_axes = sharding.axes("weights", "embed")
@@ -292,7 +296,10 @@ def _names(spec: PartitionSpec, axis: int) -> tuple[str, ...]:
 
 def _serve(config: Config, topology: Topology, sharding: MeshRules, work: Workload, sent: Collectives):
     """Serving: weights in the model's dtype, the cache of all rows in `cache.kv_cache_dtype`, one chunk's activations."""
-    m, layout = config.model, KVCacheSpec(config.model, config.cache.kv_cache_dtype, config.cache.block_size, config.cache.kv_device_entries)
+    m, layout = (
+        config.model,
+        KVCacheSpec(config.model, config.cache.kv_cache_dtype, config.cache.block_size, config.cache.kv_device_entries),
+    )
     width = jnp.dtype(m.dtype).itemsize
     letters, shapes = parameter_shapes(m)
     where = sharding.parameters(letters, shapes)
@@ -303,7 +310,9 @@ def _serve(config: Config, topology: Topology, sharding: MeshRules, work: Worklo
     # Decoding reads a token of every row at once, a prefill the rows of a device one by one, and each chunk by chunk.
     chunk = min(work.context, config.serve.max_num_batched_tokens)
     tokens, steps = (max(1.0, rows), 1) if work.mode == "decode" else (chunk, rows * -(-work.context // chunk))
-    activations = tokens * (4 * 4 * m.mhc.hc_mult * m.hidden_size + 12 * m.num_attention_heads * m.head_dim + 4 * m.vocab_size)
+    activations = tokens * (
+        4 * 4 * m.mhc.hc_mult * m.hidden_size + 12 * m.num_attention_heads * m.head_dim + 4 * m.vocab_size
+    )
     parts = {"weights": weights, "kv": kv, "activations": activations}
     experts = count_parameters(m).by_group["routed experts"] * width / topology.devices
     # Of the experts, by a step's tokens, picked evenly.
@@ -312,12 +321,18 @@ def _serve(config: Config, topology: Topology, sharding: MeshRules, work: Worklo
     entry, key, each = layout.entry_bytes, layout.key_bytes if "csa" in m.layer_types else 0, 0.0
     for kind in m.layer_types:
         if kind == "csa":
-            each += work.context / m.compress_rate_csa * key + min(m.indexer.index_topk, work.context / m.compress_rate_csa) * entry
+            each += (
+                work.context / m.compress_rate_csa * key
+                + min(m.indexer.index_topk, work.context / m.compress_rate_csa) * entry
+            )
         elif kind == "hca":
             each += work.context / m.compress_rate_hca * entry
         each += m.sliding_window * m.head_dim * width
-    traffic = {"weights": steps * read, "kv": rows * each if work.mode == "decode" else steps * each / 2,
-               "activations": 2 * steps * activations}  # fmt: skip
+    traffic = {
+        "weights": steps * read,
+        "kv": rows * each if work.mode == "decode" else steps * each / 2,
+        "activations": 2 * steps * activations,
+    }
     numbers = steps * m.num_hidden_layers * tokens * m.hidden_size
     sent.exchange("all-to-all", numbers * m.moe.num_experts_per_tok * width * 2, sharding.axes("weights", "expert"))
     sent.gather("all-reduce", numbers * 4 * 2 * 2, sharding.axes("weights", "expert_mlp"))
@@ -341,7 +356,9 @@ def _token_axes(sharding: MeshRules) -> tuple[str, ...]:
     return sharding.axes("activations", "batch") + sharding.axes("activations", "token")
 
 
-def smallest_topology(config: Config, topology: Topology, work: Workload, reserve: float) -> tuple[Topology, CostEstimate] | None:
+def smallest_topology(
+    config: Config, topology: Topology, work: Workload, reserve: float
+) -> tuple[Topology, CostEstimate] | None:
     """The smallest listed topology of the same chip on which the closed form fits, or None."""
     for candidate in listed(topology.chip):
         try:

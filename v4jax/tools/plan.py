@@ -28,9 +28,15 @@ UNKNOWN = (
 
 
 def run(
-    config: Config, topology: str, mode: str = "train", context: int | None = None, concurrency: int | None = None,
-    analytic: bool = False, stage: str = "program", json: str | None = None,
-) -> list[dict]:  # fmt: skip
+    config: Config,
+    topology: str,
+    mode: str = "train",
+    context: int | None = None,
+    concurrency: int | None = None,
+    analytic: bool = False,
+    stage: str = "program",
+    json: str | None = None,
+) -> list[dict]:
     """Print the plan and return its records.
 
     topology: as `tools.topology.parse` reads it, or several with commas between, to compare in closed form. context:
@@ -49,13 +55,23 @@ def run(
     for place in places:
         mesh = default_mesh(config, place, work)
         found = estimate(config, place, mesh, work)
-        at = {"config": config.name, "topology": place.name, "mode": mode, "context": tokens, "concurrency": rows,
-              "precision": config.model.dtype}  # fmt: skip
+        at = {
+            "config": config.name,
+            "topology": place.name,
+            "mode": mode,
+            "context": tokens,
+            "concurrency": rows,
+            "precision": config.model.dtype,
+        }
         if mode != "train":
             at |= {"cache": config.cache.kv_cache_dtype, "hot": config.cache.kv_device_entries}
         else:
             how = config.train
-            at |= {"matmul": how.matmul_precision, "expert_weights": how.expert_weight_format, "offload": ",".join(how.offload)}
+            at |= {
+                "matmul": how.matmul_precision,
+                "expert_weights": how.expert_weight_format,
+                "offload": ",".join(how.offload),
+            }
         least = smallest_topology(config, place, work, RESERVE)
         least = least[0].name if least else "none"
         records += _records(config, place, found, least, at)
@@ -98,7 +114,11 @@ def _arms(config: Config, work: Workload) -> dict[str, Config]:
 def fits_anywhere(records: list[dict], config: Config) -> bool:
     """Whether the plan of `run` fits one of its topologies: as compiled, where it was, else in closed form."""
     found = [r for r in records if r["metric"] == "fits"]
-    asked = [r for r in found if r["source"] == "compiled" and r.get("hot", config.cache.kv_device_entries) == config.cache.kv_device_entries]
+    asked = [
+        r
+        for r in found
+        if r["source"] == "compiled" and r.get("hot", config.cache.kv_device_entries) == config.cache.kv_device_entries
+    ]
     return any(r["value"] for r in asked or found)
 
 
@@ -129,8 +149,11 @@ def _records(config: Config, topology: Topology, found: CostEstimate, least: str
         record("flops_per_step", found.flops, "1"),
         *(record("bytes_per_step", value, "B", part=part) for part, value in found.traffic.items()),
         *(record("collective_bytes", value, "B", part=part) for part, value in found.collectives.items()),
-        *(record("link_bytes", value, "B", link=link, part=part)
-          for link, parts in found.links.items() for part, value in parts.items()),
+        *(
+            record("link_bytes", value, "B", link=link, part=part)
+            for link, parts in found.links.items()
+            for part, value in parts.items()
+        ),
         *(record("step_seconds_bound", value, "s", part=part) for part, value in found.seconds.items()),
         record("step_seconds_bound", max(found.seconds.values()), "s", part="longest"),
         record("mfu_bound", found.mfu, "1"),
@@ -145,16 +168,36 @@ def _compare(config: Config, work: Workload, plans: list[tuple[Topology, Mesh, C
     for place, mesh, found in plans:
         held, longest = sum(found.device_bytes.values()), max(found.seconds, key=found.seconds.get)
         bound, sending = found.seconds[longest], max(found.seconds[link] for link in found.links)
-        rows.append([
-            place.name, place.chips, _axes(mesh), size(held), "yes" if fits(held, place) else "no",
-            size(sum(found.collectives.values())), f"{sending:.4g} s", f"{bound:.4g} s", longest,
-            f"{1e6 * place.chips * bound / work.tokens:,.2f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                place.name,
+                place.chips,
+                _axes(mesh),
+                size(held),
+                "yes" if fits(held, place) else "no",
+                size(sum(found.collectives.values())),
+                f"{sending:.4g} s",
+                f"{bound:.4g} s",
+                longest,
+                f"{1e6 * place.chips * bound / work.tokens:,.2f}",
+            ]
+        )
     print_table(
         f"{config.name}: {work.mode} of {work.rows} x {work.context} tokens, in closed form",
-        ["topology", "chips", "mesh", "bytes of a device", "fits", "sent by a device", "of that, at least", "step, at "
-         "least", "bound by", "chip-seconds a million tokens"], rows,
-    )  # fmt: skip
+        [
+            "topology",
+            "chips",
+            "mesh",
+            "bytes of a device",
+            "fits",
+            "sent by a device",
+            "of that, at least",
+            "step, at least",
+            "bound by",
+            "chip-seconds a million tokens",
+        ],
+        rows,
+    )
 
 
 def _axes(mesh: Mesh) -> str:
@@ -173,8 +216,12 @@ def _print(config: Config, topology: Topology, mesh, work: Workload, found: Cost
         f"layout {mesh.rules or 'none'} ({_axes(mesh)})"
     )
     print_table(title, ["bytes of a device", "closed form", "of memory"], rows)
-    collectives = [[f"{link}: {part}", size(value)] for link, parts in found.links.items()
-                   for part, value in parts.items() if value]  # fmt: skip
+    collectives = [
+        [f"{link}: {part}", size(value)]
+        for link, parts in found.links.items()
+        for part, value in parts.items()
+        if value
+    ]
     traffic = [[f"memory: {part}", size(value)] for part, value in found.traffic.items()]
     print_table("bytes of a device and step", ["", "closed form"], traffic + collectives)
     longest = max(found.seconds, key=found.seconds.get)

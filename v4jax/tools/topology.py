@@ -70,9 +70,22 @@ _LIST = [
     Chip("b200", 2250e12, 180 * GB, 8e12, 9e11, 5e10, 1, 8, 2048 * GB, _GPUS, 4500e12, _NVLINK, 8),
     # A rack joins 72 GPUs in trays of 4; meshes split by powers of two, so 64 of them are one domain.
     Chip("gb200", 2500e12, 186 * GB, 8e12, 9e11, 5e10, 1, 4, 960 * GB, _GPUS, 5000e12, _NVLINK, 64),
-    Chip("mi300x", 1307.4e12, 192 * GB, 5.3e12, 4.48e11, 5e10, 1, 8, 2048 * GB, _GPUS, None,
-         ("Infinity Fabric", "NIC"), 8),
-]  # fmt: skip
+    Chip(
+        "mi300x",
+        1307.4e12,
+        192 * GB,
+        5.3e12,
+        4.48e11,
+        5e10,
+        1,
+        8,
+        2048 * GB,
+        _GPUS,
+        None,
+        ("Infinity Fabric", "NIC"),
+        8,
+    ),
+]
 CHIPS = {chip.name: chip for chip in _LIST}
 TPUS = ("v5e", "v6e", "v5p", "tpu7x")
 _ALIASES = {"v5litepod": "v5e"}  # in accelerator types

@@ -119,8 +119,10 @@ class _Run:
         """Raise UserError for a run that would end before its newest checkpoint."""
         steps, done = self.config.train.steps, max(finished_steps(self.workdir), default=0)
         if done > steps:
-            raise UserError(f"{self.workdir} holds a checkpoint of step {done}, and train.steps is {steps}; "
-                            f"train to step {done} at least, or into another workdir")  # fmt: skip
+            raise UserError(
+                f"{self.workdir} holds a checkpoint of step {done}, and train.steps is {steps}; "
+                f"train to step {done} at least, or into another workdir"
+            )
 
     def run(self) -> dict[str, object]:
         with self.store:
@@ -141,13 +143,18 @@ class _Run:
             with spinner(f"{self.config.name}: initializing the parameters", is_primary()):
                 return self.trainer.init(), iterator, 0
         if is_primary():
-            print(f"{self.workdir}: going on from step {step} of {self.config.train.steps}", file=sys.stderr, flush=True)
+            print(
+                f"{self.workdir}: going on from step {step} of {self.config.train.steps}", file=sys.stderr, flush=True
+            )
         with spinner(f"{self.config.name}: restoring the checkpoint", is_primary()):
             state, extras = self._restore(step)
         iterator.set_state(extras["data"])
         if len(iterator.get_state()["former"]) > len(extras["data"]["former"]) and is_primary():
-            print(f"step {step}: reads other data from its first row on; checkpoints record which data it was before",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"step {step}: reads other data from its first row on; checkpoints record which data it was before",
+                file=sys.stderr,
+                flush=True,
+            )
         self.heldout_losses = {int(at): value for at, value in extras["heldout"].items()}
         return state, iterator, step
 
@@ -159,8 +166,10 @@ class _Run:
         tree, extras = self.store.restore(step, wanted)
         state = self.trainer.from_tree(tree)
         if not jax.device_get(self.trainer.finite(state)):
-            raise UserError(f"the checkpoint of step {step} in {self.workdir} holds values that are not finite; remove "
-                            f"{self.workdir}/checkpoints/{step} to go on from the one before")  # fmt: skip
+            raise UserError(
+                f"the checkpoint of step {step} in {self.workdir} holds values that are not finite; remove "
+                f"{self.workdir}/checkpoints/{step} to go on from the one before"
+            )
         return state, extras
 
     def _steps(self, state: TrainState, iterator, step: int) -> dict[str, object]:
@@ -267,8 +276,12 @@ class _Run:
         progress.shorten(steps)
         if is_primary():
             save_config(self.workdir, self.config)
-            print(f"a step takes {seconds:.2f} s: the run makes {steps} of {t.steps} steps, to end within "
-                  f"{t.max_seconds:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"a step takes {seconds:.2f} s: the run makes {steps} of {t.steps} steps, to end within "
+                f"{t.max_seconds:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
         return True
 
     def _open_metrics(self, step: int, values: dict[str, float]) -> None:
@@ -279,8 +292,11 @@ class _Run:
             self.writer.close()
         self.writer = MetricsWriter(self.workdir, step)
         if self.writer.damaged:
-            print(f"{self.workdir / 'metrics.jsonl'}: {self.writer.damaged} damaged lines are left out",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"{self.workdir / 'metrics.jsonl'}: {self.writer.damaged} damaged lines are left out",
+                file=sys.stderr,
+                flush=True,
+            )
         self._write(step, values)
         self.goodput = Goodput(read_metrics(self.workdir / "metrics.jsonl"))
 
@@ -301,11 +317,16 @@ class _Run:
             values = {name: float(value) for name, value in values.items()} | timing
             loss, spikes = values["loss"], int(values.get("skipped_row", 0))
             if t.spike_action == "off" and not (math.isfinite(loss) and math.isfinite(values["grad_norm"])):
-                raise UserError(f"the loss is {loss:.4g} and the gradient norm {values['grad_norm']:.4g} at step "
-                                f"{step}: {self._advice()}")  # fmt: skip
+                raise UserError(
+                    f"the loss is {loss:.4g} and the gradient norm {values['grad_norm']:.4g} at step "
+                    f"{step}: {self._advice()}"
+                )
             if spikes and is_primary():
-                print(f"step {step} skipped: loss {loss:.4g}, gradient norm {values['grad_norm']:.4g}",
-                      file=sys.stderr, flush=True)  # fmt: skip
+                print(
+                    f"step {step} skipped: loss {loss:.4g}, gradient norm {values['grad_norm']:.4g}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             last = {"goodput": self.goodput.share()} if step == fetched[-1][0] else {}
             if self.writer:
                 self.writer.write(step, values | last)
@@ -313,8 +334,10 @@ class _Run:
             self.writer.flush()
         progress.update(step, loss)
         if t.spike_action == "skip" and spikes >= t.spike_patience:
-            raise UserError(f"{spikes} steps in a row were skipped until step {step}, the last with a loss of "
-                            f"{loss:.4g} and a gradient norm of {values['grad_norm']:.4g}: {self._advice()}")  # fmt: skip
+            raise UserError(
+                f"{spikes} steps in a row were skipped until step {step}, the last with a loss of "
+                f"{loss:.4g} and a gradient norm of {values['grad_norm']:.4g}: {self._advice()}"
+            )
         return spikes
 
     def _advice(self) -> str:
@@ -372,7 +395,9 @@ class _Run:
         self.writer.close()
         last = {name: value for record in records for name, value in record.items()}
         if "goodput" in last:
-            print(f"goodput {last['goodput']:.0%}: of the time since the run began, steps took so much", file=sys.stderr)
+            print(
+                f"goodput {last['goodput']:.0%}: of the time since the run began, steps took so much", file=sys.stderr
+            )
         summary = {
             "name": self.config.name,
             "steps": steps,

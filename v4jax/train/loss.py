@@ -39,7 +39,12 @@ def loss(model: Transformer, batch: Batch, train: config.Train) -> tuple[jax.Arr
         parts["mtp"] = nll2 / jnp.maximum(count2, 1)
         balance, loads = balance + mtp_aux["balance"], jnp.concatenate([loads, mtp_aux["load_E"][None]])
     parts |= {"balance": balance, "indexer": aux["indexer"].sum()}
-    weights = {"loss": 1.0, "mtp": train.mtp_loss_weight, "balance": train.balance_loss_weight, "indexer": train.indexer_loss_weight}
+    weights = {
+        "loss": 1.0,
+        "mtp": train.mtp_loss_weight,
+        "balance": train.balance_loss_weight,
+        "indexer": train.indexer_loss_weight,
+    }
     total = sum(weights[name] * value for name, value in parts.items() if weights[name])
     return total, parts | {"load_E": loads}
 

@@ -17,10 +17,23 @@ from v4jax.parallel.rules import current_rules
 # output groups) count several matrices, each orthogonalized alone. Parameters not listed go to AdamW: embedding and
 # head by the report, norms, mHC bases and scales, and (unnamed in it, the only sensible choice) sinks and ape.
 MATRICES = {
-    "DQ": ("D", "Q"), "QNH": ("Q", "NH"), "DH": ("D", "H"), "GIR": ("I", "R"), "GRD": ("GR", "D"), "DW": ("D", "W"),
-    "QJL": ("Q", "JL"), "DJ": ("D", "J"), "MXD": ("DX", "M"), "YXD": ("DX", "Y"), "DE": ("D", "E"),
-    "EUDF": ("D", "F"), "EFD": ("F", "D"), "DUF": ("D", "F"), "FD": ("F", "D"), "DO": ("D", "O"),
-}  # fmt: skip
+    "DQ": ("D", "Q"),
+    "QNH": ("Q", "NH"),
+    "DH": ("D", "H"),
+    "GIR": ("I", "R"),
+    "GRD": ("GR", "D"),
+    "DW": ("D", "W"),
+    "QJL": ("Q", "JL"),
+    "DJ": ("D", "J"),
+    "MXD": ("DX", "M"),
+    "YXD": ("DX", "Y"),
+    "DE": ("D", "E"),
+    "EUDF": ("D", "F"),
+    "EFD": ("F", "D"),
+    "DUF": ("D", "F"),
+    "FD": ("F", "D"),
+    "DO": ("D", "O"),
+}
 _NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
 NEWTON_SCHULZ_STEPS = len(_NEWTON_SCHULZ)
 _UPDATE_RMS = 0.18

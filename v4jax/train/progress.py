@@ -25,9 +25,13 @@ class Progress:
         self._printed = time.monotonic()
         self._show, self._live = show, show and sys.stderr.isatty()
         columns = (
-            rp.SpinnerColumn(), rp.TextColumn("{task.description}"), rp.BarColumn(), rp.MofNCompleteColumn(),
-            rp.TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"), rp.TimeRemainingColumn(),
-        )  # fmt: skip
+            rp.SpinnerColumn(),
+            rp.TextColumn("{task.description}"),
+            rp.BarColumn(),
+            rp.MofNCompleteColumn(),
+            rp.TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
+            rp.TimeRemainingColumn(),
+        )
         self._bar = rp.Progress(*columns, console=rp.Console(stderr=True), disable=not self._live)
         self._task = self._bar.add_task(name, total=steps, completed=done, loss="...", speed="...")
 

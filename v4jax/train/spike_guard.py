@@ -35,7 +35,9 @@ def new_guard(train: config.Train) -> SpikeGuardState | None:
     return SpikeGuardState(jnp.zeros((2, train.spike_window), jnp.float32), zero, zero, zero)
 
 
-def check_step(guard: SpikeGuardState, loss: jax.Array, grad_norm: jax.Array, factor: float) -> tuple[jax.Array, SpikeGuardState]:
+def check_step(
+    guard: SpikeGuardState, loss: jax.Array, grad_norm: jax.Array, factor: float
+) -> tuple[jax.Array, SpikeGuardState]:
     """Whether to take a step with this loss and gradient norm (bool scalar), and the guard after it.
 
     A step is a spike if one of the two is no finite number or, once W steps were taken, if the logarithm of one lies
@@ -53,7 +55,9 @@ def check_step(guard: SpikeGuardState, loss: jax.Array, grad_norm: jax.Array, fa
         good &= (guard.num_steps < window) | ~high
     recent_2W = jnp.where(good, guard.recent_2W.at[:, guard.num_steps % window].set(now_2), guard.recent_2W)
     step = good.astype(jnp.int32)
-    return good, SpikeGuardState(recent_2W, guard.num_steps + step, (guard.consecutive_skips + 1) * (1 - step), guard.skipped + 1 - step)
+    return good, SpikeGuardState(
+        recent_2W, guard.num_steps + step, (guard.consecutive_skips + 1) * (1 - step), guard.skipped + 1 - step
+    )
 
 
 def select_state(good: jax.Array, new, old):

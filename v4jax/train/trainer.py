@@ -192,7 +192,9 @@ class Trainer:
         raise ValueError(f"no layer {layer}")
 
     def _to_flat(self, params: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return to_layer_dict(nnx.merge_state(from_stacked_dict(params, self._params), from_stacked_dict(fixed, self._fixed)), self.runs)
+        return to_layer_dict(
+            nnx.merge_state(from_stacked_dict(params, self._params), from_stacked_dict(fixed, self._fixed)), self.runs
+        )
 
     def from_tree(self, tree: dict[str, Any]) -> TrainState:
         """The inverse of `to_tree`."""
@@ -201,7 +203,9 @@ class Trainer:
         return self._jit(self._from_tree, None, self.state_sharding)(tree)
 
     def _from_tree(self, tree: dict[str, Any]) -> TrainState:
-        params, fixed = (to_stacked_dict(from_layer_dict(tree["model"], part, self.runs)) for part in (self._params, self._fixed))
+        params, fixed = (
+            to_stacked_dict(from_layer_dict(tree["model"], part, self.runs)) for part in (self._params, self._fixed)
+        )
         guard = tree["guard"] if "guard" in tree else new_guard(self.config.train)
         return TrainState(params, fixed, tree["opt"], tree["step"], guard)
 

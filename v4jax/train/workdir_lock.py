@@ -39,8 +39,12 @@ def workdir_lock(workdir: str | os.PathLike) -> Iterator[None]:
             refusal = f"{workdir} is in use by another trainer ({owner}); end that one, or choose another --workdir"
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                print(f"v4jax: {workdir} is on a file system without locks ({error.strerror}); see that no second run "
-                      "trains there", file=sys.stderr, flush=True)  # fmt: skip
+                print(
+                    f"v4jax: {workdir} is on a file system without locks ({error.strerror}); see that no second run "
+                    "trains there",
+                    file=sys.stderr,
+                    flush=True,
+                )
             else:
                 refusal = str(write_error(path, error, "nothing was trained"))
     try:

@@ -16,9 +16,10 @@ from v4jax.tools.bench import decode, generate, report
 pytestmark = pytest.mark.slow
 
 MODEL = weights.config(
-    layer_types=("csa",), indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=20),
+    layer_types=("csa",),
+    indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=20),
     moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=0),
-)  # fmt: skip
+)
 CONFIG = Config(name="mine", model=MODEL, serve=Serve(max_num_batched_tokens=16))
 CONTEXTS = (20, 300)
 
@@ -128,16 +129,19 @@ def test_generate_reads_prompts_through_the_engine(monkeypatch, capsys):
     assert "cache layout fp8: one request at a time" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("suite, options, words", [
-    ("decode", {"contexts": [10]}, "context 10 cannot be measured; take 17 to model.max_position_embeddings 4096"),
-    ("decode", {"contexts": [5000]}, "context 5000 cannot be measured"),
-    ("decode", {"contexts": ["4k"]}, "--contexts=4k are not numbers"),
-    ("decode", {"checkpoint": "DIR"}, "drop --checkpoint"),
-    ("generate", {"contexts": [4090]}, "needs contexts from 1 to 3839 tokens"),
-    ("generate", {"plot": "x.png"}, "draws no plot"),
-    ("kv", {"contexts": [64]}, "drop --contexts"),
-    ("decode", {"plot": "no/such/x.png"}, "there is no directory for no/such/x.png"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "suite, options, words",
+    [
+        ("decode", {"contexts": [10]}, "context 10 cannot be measured; take 17 to model.max_position_embeddings 4096"),
+        ("decode", {"contexts": [5000]}, "context 5000 cannot be measured"),
+        ("decode", {"contexts": ["4k"]}, "--contexts=4k are not numbers"),
+        ("decode", {"checkpoint": "DIR"}, "drop --checkpoint"),
+        ("generate", {"contexts": [4090]}, "needs contexts from 1 to 3839 tokens"),
+        ("generate", {"plot": "x.png"}, "draws no plot"),
+        ("kv", {"contexts": [64]}, "drop --contexts"),
+        ("decode", {"plot": "no/such/x.png"}, "there is no directory for no/such/x.png"),
+    ],
+)
 def test_what_cannot_be_measured_is_one_line(suite, options, words):
     with pytest.raises(UserError, match=words):
         bench.run(suite, config=CONFIG, **options)

@@ -20,8 +20,9 @@ def test_sizes_by_formula_and_from_live_arrays(tmp_path, capsys):
     tokens = [r for r in records if r["metric"] == "bytes_per_token"]
     sizes = {(r["config"], r["precision"], r["source"]): r["value"] for r in tokens}
     names = ("v4_flash", "v4_pro", "mine")
-    assert set(sizes) == {(name, layout, source) for name in names for layout in KV_CACHE_DTYPES
-                          for source in ("formula", "measured")}  # fmt: skip
+    assert set(sizes) == {
+        (name, layout, source) for name in names for layout in KV_CACHE_DTYPES for source in ("formula", "measured")
+    }
     for name in names:
         for layout in KV_CACHE_DTYPES:
             assert sizes[name, layout, "measured"] == sizes[name, layout, "formula"]

@@ -12,7 +12,10 @@ from v4jax.tools.bench import host_kv
 pytestmark = pytest.mark.slow
 
 MODEL = dataclasses.replace(
-    engine_harness.MODEL, layer_types=("csa",), num_nextn_predict_layers=0, moe=dataclasses.replace(engine_harness.MODEL.moe, num_hash_layers=0)
+    engine_harness.MODEL,
+    layer_types=("csa",),
+    num_nextn_predict_layers=0,
+    moe=dataclasses.replace(engine_harness.MODEL.moe, num_hash_layers=0),
 )
 CONFIG = config.Config(name="tiny", model=MODEL)
 

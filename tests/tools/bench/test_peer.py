@@ -14,7 +14,11 @@ from v4jax.tools.bench import vs_transformers
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
-MODEL = weights.config(layer_types=("csa",), moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=0), dtype="bfloat16")
+MODEL = weights.config(
+    layer_types=("csa",),
+    moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=0),
+    dtype="bfloat16",
+)
 CONFIG = Config(name="mine", model=MODEL, data=Data(seq_len=16))
 
 
@@ -30,7 +34,12 @@ def test_both_arms_run_the_same_model(monkeypatch, capfd):
     difference = re.search("largest logit difference (.*) of the logit spread", printed)[1]
     assert 0 < float(difference) < 1e-4
     assert re.findall(r"^\| (\w+) +\| (\d+) ", printed, re.M) == [
-        ("prefill", "9"), ("decode", "9"), ("prefill", "16"), ("decode", "16"), ("train", "16")]  # fmt: skip
+        ("prefill", "9"),
+        ("decode", "9"),
+        ("prefill", "16"),
+        ("decode", "16"),
+        ("train", "16"),
+    ]
     times = {(r["metric"], r["context"], r["arm"]): r["value"] for r in records if "arm" in r}
     assert len(times) == 15 and len(records) == 17 and all(value > 0 for value in times.values())
     assert all(r["suite"] == "vs_transformers" and r["rounds"] == 1 for r in records)

@@ -65,8 +65,9 @@ def test_it_ends_with_its_parent_in_the_middle_of_a_call(end):
         "    print('ready', ask('time') > 0, flush=True)\n"
         "    ask('sleep', 600)\n"
     )
-    program = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)  # fmt: skip
+    program = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert program.stdout.readline() == "ready True\n"
     if end == "kill":
         program.kill()

@@ -15,10 +15,13 @@ from v4jax.tools.bench import serve
 pytestmark = pytest.mark.slow
 
 MODEL = weights.config(
-    layer_types=("csa",), indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=4),
+    layer_types=("csa",),
+    indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=4),
     moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=0),
-)  # fmt: skip
-CONFIG = Config(name="mine", model=MODEL, serve=Serve(max_num_batched_tokens=16, max_model_len=64), cache=Cache(block_size=16))
+)
+CONFIG = Config(
+    name="mine", model=MODEL, serve=Serve(max_num_batched_tokens=16, max_model_len=64), cache=Cache(block_size=16)
+)
 SIZES = {"MANY": 6, "PROMPT": 10, "NEW": 6, "BURST": 24, "BURST_NEW": 6, "SHARED": 2, "POOL": 3}
 
 

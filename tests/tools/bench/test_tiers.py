@@ -9,9 +9,10 @@ from v4jax.tools.bench import host_kv, tiers
 pytestmark = pytest.mark.slow
 
 MODEL = weights.config(
-    layer_types=("csa",), indexer=config.Indexer(index_n_heads=16, index_head_dim=16, index_topk=20),
+    layer_types=("csa",),
+    indexer=config.Indexer(index_n_heads=16, index_head_dim=16, index_topk=20),
     moe=config.MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=0),
-)  # fmt: skip
+)
 CONFIG = config.Config(name="tiny", model=MODEL, serve=config.Serve(max_num_batched_tokens=16))
 
 

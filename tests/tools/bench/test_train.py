@@ -34,6 +34,8 @@ def test_ratios_are_to_the_plain_step_of_the_same_round(config, monkeypatch, cap
     monkeypatch.setattr(train, "timed", lambda work: work() and next(seconds))
     records = train._options(config, 3, {"config": "micro"})
     assert [(r["option"], r["metric"], r["value"], r["rounds"]) for r in records] == [
-        ("plain", "step_ratio", 1.0, 3), ("sharded, one device", "step_ratio", 1.5, 3)]  # fmt: skip
+        ("plain", "step_ratio", 1.0, 3),
+        ("sharded, one device", "step_ratio", 1.5, 3),
+    ]
     assert "| sharded, one device | 4.000 s | 1.50" in capsys.readouterr().out
     assert measure.relative_iqr([1.5, 1.0, 2.0]) == pytest.approx(records[1]["spread"])

@@ -96,9 +96,18 @@ class DiskTier:
         self._lock = threading.Lock()
         self._reads, self._writes = CircuitBreaker(clock), CircuitBreaker(clock, limit=1)
         self._count = Counter(
-            evictions=0, refused=0, corrupt=0, read_errors=0, write_errors=0, full=0, late=0, swept=0,
-            bytes_in=0, bytes_out=0, reads=0,
-        )  # fmt: skip
+            evictions=0,
+            refused=0,
+            corrupt=0,
+            read_errors=0,
+            write_errors=0,
+            full=0,
+            late=0,
+            swept=0,
+            bytes_in=0,
+            bytes_out=0,
+            reads=0,
+        )
         self._seconds = self._slowest = 0.0
         self._at = private_directory.open_private(self.directory)
         # Not in `close`: a thread that still waits for the disk would use a number that means another file by then.

@@ -34,7 +34,11 @@ class _RankQueue:
     """Keys by rank, the lowest first, of which only those that may go are ever looked at."""
 
     def __init__(self, may_go: Callable[[BlockKey], bool]):
-        self._evictable, self._rank, self._heap = may_go, {}, []  # what lies in the heap is stale if its rank is another
+        self._evictable, self._rank, self._heap = (
+            may_go,
+            {},
+            [],
+        )  # what lies in the heap is stale if its rank is another
 
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._rank

@@ -73,7 +73,9 @@ class OffloadManager:
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
         self._coming: dict[BlockKey, int] = {}  # on the way from the device: bytes
-        self._pending: dict[BlockKey, tuple[StoredBlock, bool]] = {}  # to be written; whether nobody else holds the item
+        self._pending: dict[
+            BlockKey, tuple[StoredBlock, bool]
+        ] = {}  # to be written; whether nobody else holds the item
         self._loose_bytes = 0
         self._count = Counter(saved=0, dropped=0, fetches=0, late=0)
         self._looked = Counter()
@@ -200,7 +202,9 @@ class OffloadManager:
         self._record_lookups(job, goal)
         if goal <= job.min_blocks:
             return False
-        keys = [self.block.key(name) for name in job.block_hashes[:goal]] + [self.record.key(job.block_hashes[goal - 1])]
+        keys = [self.block.key(name) for name in job.block_hashes[:goal]] + [
+            self.record.key(job.block_hashes[goal - 1])
+        ]
         for tier in self.tiers.values():
             tier.touch(keys)
         # What lies on the host must not wait for a disk that hangs.
@@ -298,8 +302,10 @@ class OffloadManager:
             counts = {f"transfer_{name}": count for name, count in self._count.items()}
         looked = {
             f"{tier}_{kind}_{what}": self._looked[f"{tier}_{kind}_{what}"]
-            for tier in self.tiers for kind in ("block", "record") for what in ("hits", "misses")
-        }  # fmt: skip
+            for tier in self.tiers
+            for kind in ("block", "record")
+            for what in ("hits", "misses")
+        }
         held = {f"{name}_{what}": value for name, tier in self.tiers.items() for what, value in tier.stats().items()}
         return counts | under_way | looked | held
 

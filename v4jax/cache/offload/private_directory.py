@@ -28,8 +28,10 @@ def open_private(path: pathlib.Path) -> int:
         if error.errno == errno.EPERM:
             raise UserError(f"{path} {error.strerror}") from error
         if path.is_symlink():
-            raise UserError(f"{path} is a symbolic link, which can be turned elsewhere at any time; name the directory "
-                            f"it leads to: {os.path.realpath(path)}") from error  # fmt: skip
+            raise UserError(
+                f"{path} is a symbolic link, which can be turned elsewhere at any time; name the directory "
+                f"it leads to: {os.path.realpath(path)}"
+            ) from error
         raise UserError(f"cannot keep the cache in {path}: {error.strerror}; name another") from error
 
 

@@ -162,9 +162,12 @@ def _backward(limit, fp8, saved, dout_BD):
     dx_BD = dx[slot_of_row].reshape(*weights_BK.shape, D).sum(1)
     dweights_BK = dw[slot_of_row].reshape(weights_BK.shape)
     return (
-        dx_BD.astype(x_BD.dtype), dweights_BK.astype(weights_BK.dtype),
-        dgate_up.reshape(E, D, 2, F).swapaxes(1, 2).astype(gate_up_EUDF.dtype), ddown.astype(down_EFD.dtype), None,
-    )  # fmt: skip
+        dx_BD.astype(x_BD.dtype),
+        dweights_BK.astype(weights_BK.dtype),
+        dgate_up.reshape(E, D, 2, F).swapaxes(1, 2).astype(gate_up_EUDF.dtype),
+        ddown.astype(down_EFD.dtype),
+        None,
+    )
 
 
 _experts.defvjp(_forward, _backward)

@@ -32,9 +32,12 @@ from v4jax.tools.bench.measure import interleave, timed
 from v4jax.tools.bench.report import record, short, write
 
 ARMS = {
-    "A0": ("dense", "bf16"), "A1": ("sparse", "bf16"), "A2": ("dense", "fp8"), "A3": ("sparse", "fp8"),
+    "A0": ("dense", "bf16"),
+    "A1": ("sparse", "bf16"),
+    "A2": ("dense", "fp8"),
+    "A3": ("sparse", "fp8"),
     "A3'": ("sparse", "fp8"),
-}  # fmt: skip
+}
 WEIGHTS = {"A4": ("sparse", "fp8")}  # with serve.quantization=fp8: A3 with weights in 8 bits too
 CONTEXTS = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
 STEPS = 16  # decode steps of a measurement, the last ones of the context
@@ -225,11 +228,13 @@ def _report(
     header = [f"KL, same token: {one} to {other}" for one, other in pairs]
     print_table(title, ["context", *arms, *map("/".join, speedups), *header], rows)
     records += _trend(contexts, middle, at)
-    print(f"dense: every compressed entry, sparse: the top {model.indexer.index_topk}; {model.dtype} products; "
-          f"medians of {len(next(iter(ms.values())))} x {STEPS} steps, arms in turn; {os.cpu_count()} CPU threads, "
-          f"load average {'unknown' if load is None else load}.\n"
-          "Weights and entries are random numbers, entries of unit variance; what FP8 costs a trained model is told by"
-          " `v4jax eval --suite=kv_quant`.")  # fmt: skip
+    print(
+        f"dense: every compressed entry, sparse: the top {model.indexer.index_topk}; {model.dtype} products; "
+        f"medians of {len(next(iter(ms.values())))} x {STEPS} steps, arms in turn; {os.cpu_count()} CPU threads, "
+        f"load average {'unknown' if load is None else load}.\n"
+        "Weights and entries are random numbers, entries of unit variance; what FP8 costs a trained model is told by"
+        " `v4jax eval --suite=kv_quant`."
+    )
     records += _control(contexts, ms, at)
     if plot:
         _plot(plot, name, contexts, middle, bounds)

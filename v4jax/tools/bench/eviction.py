@@ -46,17 +46,27 @@ def run(config: Config) -> list[dict]:
             total = totals[name]
             more = [a - b for a, b in zip(total, totals["lru"], strict=True)]
             mean = {tier: statistics.mean(rate[tier] for rate in rates) for tier in _TIERS}
-            rows.append([
-                f"{host / 20:.0%}", f"{disk / 20:.0%}" if disk else "none", name,
-                *(f"{mean[tier]:.1%}" for tier in _TIERS), f"{statistics.mean(total):.1%}",
-                f"{statistics.mean(best):.1%}", f"{statistics.mean(more):+.1%}", f"{sum(a > 0 for a in more)}",
-            ])  # fmt: skip
+            rows.append(
+                [
+                    f"{host / 20:.0%}",
+                    f"{disk / 20:.0%}" if disk else "none",
+                    name,
+                    *(f"{mean[tier]:.1%}" for tier in _TIERS),
+                    f"{statistics.mean(total):.1%}",
+                    f"{statistics.mean(best):.1%}",
+                    f"{statistics.mean(more):+.1%}",
+                    f"{sum(a > 0 for a in more)}",
+                ]
+            )
             at = {"config": config.name, "arm": name, "host_share": host / 20, "disk_share": disk / 20}
-            records += [record("eviction", f"{tier}_hit_rate", [rate[tier] for rate in rates], "ratio", **at)
-                        for tier in _TIERS]  # fmt: skip
-            records += [record("eviction", "hit_rate", total, "ratio", **at),
-                        record("eviction", "hit_ceiling", best, "ratio", **at),
-                        record("eviction", "hit_rate_beyond_lru", more, "ratio", **at)]  # fmt: skip
+            records += [
+                record("eviction", f"{tier}_hit_rate", [rate[tier] for rate in rates], "ratio", **at) for tier in _TIERS
+            ]
+            records += [
+                record("eviction", "hit_rate", total, "ratio", **at),
+                record("eviction", "hit_ceiling", best, "ratio", **at),
+                record("eviction", "hit_rate_beyond_lru", more, "ratio", **at),
+            ]
     title = f"{config.name}: {CONVERSATIONS} conversations, {SEEDS} seeds; host and disk as shares of all that is kept"
     tiers = [f"of {tier}" for tier in _TIERS]
     header = ["host", "disk", "policy", *tiers, "hits", "ceiling", "beyond lru", "seeds won"]

@@ -41,7 +41,10 @@ def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS) -> list
         raise UserError(f"suite 'generate' needs contexts from 1 to {most} tokens; give them as --contexts=256,1024")
     model = dataclasses.replace(config.model, num_nextn_predict_layers=0)
     limits = dict(max_num_seqs=1, max_model_len=contexts[-1] + DECODED, num_speculative_tokens=0)
-    serve, cache = dataclasses.replace(config.serve, **limits), dataclasses.replace(config.cache, enable_prefix_caching=False)
+    serve, cache = (
+        dataclasses.replace(config.serve, **limits),
+        dataclasses.replace(config.cache, enable_prefix_caching=False),
+    )
     engine = Engine(_random(model), serve, cache)
     rng = np.random.default_rng(0)
 
@@ -64,7 +67,9 @@ def _times(engine: Engine, prompt: list[int]) -> tuple[float, float]:
     start, stamps = time.perf_counter(), []
     engine.add_request("request", prompt, SamplingParams(max_tokens=DECODED, temperature=0.0))
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        read = progress.add_task(f"{len(prompt):,} tokens", total=-(-len(prompt) // engine.limits.max_num_batched_tokens))
+        read = progress.add_task(
+            f"{len(prompt):,} tokens", total=-(-len(prompt) // engine.limits.max_num_batched_tokens)
+        )
         while engine.busy:
             drawn = engine.step()
             stamps += [time.perf_counter()] * len(drawn)
@@ -78,8 +83,14 @@ def _report(config: Config, taken: dict[int, list[tuple[float, float]]]) -> list
     for length, times in taken.items():
         first, later = [a for a, _ in times], [1e3 * b for _, b in times]
         speed = [length / a for a in first]
-        rows.append([f"{length:,}", f"{statistics.median(first):.3g}", f"{statistics.median(speed):,.0f}",
-                     f"{statistics.median(later):.2f}"])  # fmt: skip
+        rows.append(
+            [
+                f"{length:,}",
+                f"{statistics.median(first):.3g}",
+                f"{statistics.median(speed):,.0f}",
+                f"{statistics.median(later):.2f}",
+            ]
+        )
         where = at | {"context": length}
         records += [
             record("generate", "prefill_time", first, "s", **where),

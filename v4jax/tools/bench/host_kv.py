@@ -123,24 +123,49 @@ def show_memory(sizes: dict[tuple[int, str], Bytes]) -> list[dict]:
         wide, plain, live = (sizes[context, arm] for arm in ("bf16", _FORMAT, "live"))
         less, pages = 1 - live.device / plain.device, 1 - live.entries / plain.entries
         target = TARGETS.get(context, 0.0)
-        rows.append([
-            f"{context:,}", mib(wide.device), mib(plain.device), mib(live.device), mib(live.host),
-            mib(live.device + live.host), f"{less:.1%}", f"{pages:.1%}", f"{target:.0%}",
-            f"{1 - plain.device / wide.device:.1%}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{context:,}",
+                mib(wide.device),
+                mib(plain.device),
+                mib(live.device),
+                mib(live.host),
+                mib(live.device + live.host),
+                f"{less:.1%}",
+                f"{pages:.1%}",
+                f"{target:.0%}",
+                f"{1 - plain.device / wide.device:.1%}",
+            ]
+        )
         at = {"config": PUBLISHED, "context": context, "concurrency": 1, "precision": _FORMAT, "slots": SLOTS}
         for metric, value, unit in [
-            ("device_bytes_plain", plain.device, "B"), ("device_bytes_live", live.device, "B"),
-            ("host_bytes_live", live.host, "B"), ("device_bytes_bf16", wide.device, "B"),
-            ("device_less", less, "share"), ("device_less_without_records", pages, "share"),
-            ("device_less_target", target, "share"), ("fp8_less", 1 - plain.device / wide.device, "share"),
-        ]:  # fmt: skip
+            ("device_bytes_plain", plain.device, "B"),
+            ("device_bytes_live", live.device, "B"),
+            ("host_bytes_live", live.host, "B"),
+            ("device_bytes_bf16", wide.device, "B"),
+            ("device_less", less, "share"),
+            ("device_less_without_records", pages, "share"),
+            ("device_less_target", target, "share"),
+            ("fp8_less", 1 - plain.device / wide.device, "share"),
+        ]:
             records.append(record("host_kv", metric, [value], unit, **at))
-    header = ["context", "bf16 MiB", "fp8 MiB", "live: device", "host", "both", "device less", "without records",
-              "target", "fp8 by bf16, apart"]  # fmt: skip
+    header = [
+        "context",
+        "bf16 MiB",
+        "fp8 MiB",
+        "live: device",
+        "host",
+        "both",
+        "device less",
+        "without records",
+        "target",
+        "fp8 by bf16, apart",
+    ]
     print_table(f"{PUBLISHED}: the cache of one sequence, {SLOTS:,} copies a CSA layer, from live arrays", header, rows)
-    print("device less: live by fp8, of all arrays, copies, their maps, window rows and compressor tails included; "
-          "without records: the last two left out, which do not grow.")  # fmt: skip
+    print(
+        "device less: live by fp8, of all arrays, copies, their maps, window rows and compressor tails included; "
+        "without records: the last two left out, which do not grow."
+    )
     return records
 
 
@@ -173,7 +198,9 @@ def _arm(model: Model, graph: tuple, context: int, hot: int) -> _Arm:
     layers = [[filled(kept, np.random.default_rng(i))] for i, kept in enumerate(layers)]
     block_table_ZA = np.full((ROWS + 1, blocks), -1, np.int32)
     block_table_ZA[1:] = 1 + np.arange(ROWS * blocks).reshape(ROWS, blocks)
-    return _Arm(*graph, KVCaches(layers, None), jax.device_put((np.arange(1, ROWS + 1, dtype=np.int32), block_table_ZA)))
+    return _Arm(
+        *graph, KVCaches(layers, None), jax.device_put((np.arange(1, ROWS + 1, dtype=np.int32), block_table_ZA))
+    )
 
 
 def _random(model: Model) -> Transformer:
@@ -200,10 +227,15 @@ def _speed(config: Config, rounds: int, contexts: Sequence[int]) -> list[dict]:
         rate = found / (found + fetched)
         ratio = [here / live for here, live in zip(taken["device"], taken["live"], strict=True)]
         speed = {name: [ROWS / seconds for seconds in times] for name, times in taken.items()}
-        rows.append([
-            f"{context:,}", *(f"{statistics.median(each):,.1f}" for each in speed.values()),
-            f"{statistics.median(ratio):.2f}x", "yes" if same else "no", f"{rate:.0%}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{context:,}",
+                *(f"{statistics.median(each):,.1f}" for each in speed.values()),
+                f"{statistics.median(ratio):.2f}x",
+                "yes" if same else "no",
+                f"{rate:.0%}",
+            ]
+        )
         at = {"config": config.name, "context": context, "concurrency": ROWS, "precision": _FORMAT, "slots": slots}
         records += [record("host_kv", "decode_speed", each, "1/s", arm=name, **at) for name, each in speed.items()]
         records += [
@@ -214,8 +246,10 @@ def _speed(config: Config, rounds: int, contexts: Sequence[int]) -> list[dict]:
     title = f"{config.name}: decoding {ROWS} sequences, {slots:,} copies a CSA layer, {_FORMAT}, {rounds} rounds"
     header = ["context", "tokens/s, all on the device", "live", "speed kept", "same bits", "found on the device"]
     print_table(title, header, rows)
-    print("Weights, entries and tokens are random numbers: picks jump about more than a trained model's.\n"
-          f"{os.cpu_count()} CPU threads; on a CPU host and device memory are one, and a fetch is a copy.")  # fmt: skip
+    print(
+        "Weights, entries and tokens are random numbers: picks jump about more than a trained model's.\n"
+        f"{os.cpu_count()} CPU threads; on a CPU host and device memory are one, and a fetch is a copy."
+    )
     return records
 
 
@@ -235,7 +269,10 @@ def hit_rates(checkpoint: str) -> dict[int, tuple[float, bool]]:
     a prompt and writes those.
     """
     model = store.load(checkpoint)
-    k, limits = model.config.indexer.index_topk, dataclasses.asdict(Serve(max_num_seqs=1, max_model_len=TEXT, max_num_batched_tokens=256))
+    k, limits = (
+        model.config.indexer.index_topk,
+        dataclasses.asdict(Serve(max_num_seqs=1, max_model_len=TEXT, max_num_batched_tokens=256)),
+    )
     sampling = SamplingParams(max_tokens=TEXT - 1, temperature=1.0, seed=0, ignore_eos=True)
     first = [model.config.bos_id or 0]
     [text] = LLM(model, **limits).generate([first], sampling)

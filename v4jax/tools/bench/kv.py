@@ -30,11 +30,19 @@ def run(config: Config) -> list[dict]:
         for name in KV_CACHE_DTYPES:
             layout = KVCacheSpec(each.model, name)
             formula, measured = layout.token_bytes, measured_token_bytes(layout)
-            rows.append([
-                each.name, name, layout.entry_bytes, layout.key_bytes if "csa" in each.model.layer_types else "",
-                f"{formula:,.2f}", f"{measured:,.2f}", f"{formula / plain:.0%}",
-                f"{formula * _MEGATOKEN / 2**30:.2f} GiB", f"{layout.state_bytes() / 2**20:.2f} MiB",
-            ])  # fmt: skip
+            rows.append(
+                [
+                    each.name,
+                    name,
+                    layout.entry_bytes,
+                    layout.key_bytes if "csa" in each.model.layer_types else "",
+                    f"{formula:,.2f}",
+                    f"{measured:,.2f}",
+                    f"{formula / plain:.0%}",
+                    f"{formula * _MEGATOKEN / 2**30:.2f} GiB",
+                    f"{layout.state_bytes() / 2**20:.2f} MiB",
+                ]
+            )
             at = {"config": each.name, "precision": name}
             records += [
                 record("kv", "bytes_per_token", [formula], "B", source="formula", **at),

@@ -13,9 +13,15 @@ from v4jax.tools.bench.measure import relative_iqr
 def record(suite: str, metric: str, values: list[float], unit: str, **coordinates) -> dict:
     """One flat record: the median of `values` with its spread, and where and how it was taken."""
     return {
-        "suite": suite, "metric": metric, "value": statistics.median(values), "unit": unit, **coordinates,
-        "device": jax.devices()[0].device_kind, "rounds": len(values), "spread": relative_iqr(values),
-    }  # fmt: skip
+        "suite": suite,
+        "metric": metric,
+        "value": statistics.median(values),
+        "unit": unit,
+        **coordinates,
+        "device": jax.devices()[0].device_kind,
+        "rounds": len(values),
+        "spread": relative_iqr(values),
+    }
 
 
 def write(figure, path: str) -> None:

@@ -55,10 +55,14 @@ def run(config: Config, rounds: int) -> list[dict]:
     block = KVCacheSpec(model, config.cache.kv_cache_dtype, config.cache.block_size).block
     need = max(_BLOCKS * block, PROMPT + NEW)
     if config.serve.max_model_len < need:
-        raise UserError(f"suite 'serve' needs --config.serve.max_model_len={need}, and it is {config.serve.max_model_len}")
+        raise UserError(
+            f"suite 'serve' needs --config.serve.max_model_len={need}, and it is {config.serve.max_model_len}"
+        )
     serve = dataclasses.replace(config.serve, max_num_seqs=MANY, num_speculative_tokens=0)
     tokens = max(POOL * _BLOCKS * block, MANY * -(-(PROMPT + NEW) // block) * block)
-    engine = Engine(_random(model), serve, dataclasses.replace(config.cache, kv_cache_tokens=tokens, enable_prefix_caching=True))
+    engine = Engine(
+        _random(model), serve, dataclasses.replace(config.cache, kv_cache_tokens=tokens, enable_prefix_caching=True)
+    )
     rng = np.random.default_rng(0)
     prompts = lambda count: rng.integers(2, model.vocab_size, (count, PROMPT)).tolist()
     arms = {count: lambda count=count: _serve(engine, [_asked(p, NEW) for p in prompts(count)]) for count in (1, MANY)}

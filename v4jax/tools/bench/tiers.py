@@ -70,7 +70,10 @@ def _restarts(config, model, serve, cache, rounds: int, contexts: Sequence[int])
     prompts = {length: rng.integers(2, model.config.vocab_size, length).tolist() for length in contexts}
     with tempfile.TemporaryDirectory(prefix="v4jax-tiers-") as directory:
         on_disk = dataclasses.replace(cache, enable_prefix_caching=True, kv_disk_bytes=_PLENTY, kv_dir=directory)
-        cold, salts = Engine(model, serve, dataclasses.replace(cache, enable_prefix_caching=True)), map(str, itertools.count())
+        cold, salts = (
+            Engine(model, serve, dataclasses.replace(cache, enable_prefix_caching=True)),
+            map(str, itertools.count()),
+        )
 
         def recompute(length: int) -> float:
             return _first(cold, prompts[length], answers, next(salts))  # what has another salt is not found
@@ -93,8 +96,15 @@ def _restarts(config, model, serve, cache, rounds: int, contexts: Sequence[int])
         again, warm = taken["recompute", length], taken["restart", length]
         ratio = [a / b for a, b in zip(again, warm, strict=True)]
         same = all(answer == answers[length][0] for answer in answers[length])
-        rows.append([f"{length:,}", f"{statistics.median(again):.3g}", f"{statistics.median(warm):.3g}",
-                     f"{statistics.median(ratio):.1f}x", "yes" if same else "no"])  # fmt: skip
+        rows.append(
+            [
+                f"{length:,}",
+                f"{statistics.median(again):.3g}",
+                f"{statistics.median(warm):.3g}",
+                f"{statistics.median(ratio):.1f}x",
+                "yes" if same else "no",
+            ]
+        )
         records += [
             record("tiers", "first_token", again, "s", arm="recompute", context=length, **at),
             record("tiers", "first_token", warm, "s", arm="restart", context=length, **at),
@@ -133,13 +143,21 @@ def _trace(config, model, serve, cache, conversations: int) -> list[dict]:
     tokens, rows, records = {}, [], []
     with tempfile.TemporaryDirectory(prefix="v4jax-tiers-") as directory:
         below = {
-            _ANEW: {}, "device": {}, "device, host": {"kv_host_bytes": host},
+            _ANEW: {},
+            "device": {},
+            "device, host": {"kv_host_bytes": host},
             "device, host; lru": {"kv_host_bytes": host, "kv_eviction_policy": "lru"},
             "device, host; asked for twice": {"kv_host_bytes": host, "kv_admission_policy": "second"},
             "device, host, disk": {"kv_host_bytes": host, "kv_disk_bytes": _PLENTY, "kv_dir": directory},
-        }  # fmt: skip
+        }
         for name, options in below.items():
-            options = dataclasses.replace(cache, enable_prefix_caching=True, kv_cache_memory_bytes=device, num_state_snapshots=records_kept, **options)
+            options = dataclasses.replace(
+                cache,
+                enable_prefix_caching=True,
+                kv_cache_memory_bytes=device,
+                num_state_snapshots=records_kept,
+                **options,
+            )
             engine = Engine(model, serve, options)
             anew = name == _ANEW
             _play(engine, turns(layout.block, 3, model.config.vocab_size, seed=1), {}, anew)  # compiles
@@ -148,19 +166,32 @@ def _trace(config, model, serve, cache, conversations: int) -> list[dict]:
             stats = engine.stats()
             engine.close()
             hits = {tier: stats.get(f"{tier}_block_hits", 0) for tier in ("host", "disk")}
-            rows.append([
-                name, f"{read / seconds:,.0f}", f"{seconds:.1f}", f"{stats['hit_rate']:.0%}",
-                f"{stats['hit_ceiling']:.0%}", f"{hits['host']:,.0f}", f"{hits['disk']:,.0f}",
-                f"{_resumable(stats):,.0f}", f"{_resumable(stats) / stats['kv_bytes'] * 1e9:,.0f}", f"{same:.1%}",
-            ])  # fmt: skip
+            rows.append(
+                [
+                    name,
+                    f"{read / seconds:,.0f}",
+                    f"{seconds:.1f}",
+                    f"{stats['hit_rate']:.0%}",
+                    f"{stats['hit_ceiling']:.0%}",
+                    f"{hits['host']:,.0f}",
+                    f"{hits['disk']:,.0f}",
+                    f"{_resumable(stats):,.0f}",
+                    f"{_resumable(stats) / stats['kv_bytes'] * 1e9:,.0f}",
+                    f"{same:.1%}",
+                ]
+            )
             at = {"config": config.name, "arm": name, "concurrency": BURST, "precision": cache.kv_cache_dtype}
             for metric, value, unit in [
-                ("tokens_per_second", read / seconds, "1/s"), ("hit_rate", stats["hit_rate"], "ratio"),
-                ("hit_ceiling", stats["hit_ceiling"], "ratio"), ("same_tokens", same, "ratio"),
-                ("resumable", _resumable(stats), "1"), ("device_bytes", stats["kv_bytes"], "B"),
+                ("tokens_per_second", read / seconds, "1/s"),
+                ("hit_rate", stats["hit_rate"], "ratio"),
+                ("hit_ceiling", stats["hit_ceiling"], "ratio"),
+                ("same_tokens", same, "ratio"),
+                ("resumable", _resumable(stats), "1"),
+                ("device_bytes", stats["kv_bytes"], "B"),
                 ("resumable_per_device_gb", _resumable(stats) / stats["kv_bytes"] * 1e9, "1"),
-                ("host_block_hits", hits["host"], "1"), ("disk_block_hits", hits["disk"], "1"),
-            ]:  # fmt: skip
+                ("host_block_hits", hits["host"], "1"),
+                ("disk_block_hits", hits["disk"], "1"),
+            ]:
                 records.append(record("tiers", f"trace_{metric}", [value], unit, **at))
     what = f"{conversations} conversations of {TURNS} turns, {SYSTEMS} shared beginnings, bursts of {BURST}"
     header = [
@@ -215,7 +246,9 @@ def _play(
         start = time.perf_counter()
         for conversation, new in burst:
             history[conversation] = [*history.get(conversation, ()), *new]
-            engine.add_request(conversation, history[conversation], _GREEDY, str((number, conversation)) if salted else "")
+            engine.add_request(
+                conversation, history[conversation], _GREEDY, str((number, conversation)) if salted else ""
+            )
             count += len(history[conversation]) + ANSWER
         answers = {conversation: [] for conversation, _ in burst}
         while engine.busy:

@@ -21,8 +21,12 @@ from v4jax.train.trainer import Trainer
 def run(config: Config, rounds: int) -> list[dict]:
     """Time of the whole step of `config`, of its loss, and of loss with gradients; tokens a second and product rate;
     then the step with other options of training (`options`) as ratios to the plain one."""
-    at = {"config": config.name, "context": config.data.seq_len, "concurrency": config.train.batch_size,
-          "precision": config.model.dtype}  # fmt: skip
+    at = {
+        "config": config.name,
+        "context": config.data.seq_len,
+        "concurrency": config.train.batch_size,
+        "precision": config.model.dtype,
+    }
     return _parts(config, rounds, at) + _options(config, rounds, at)
 
 
@@ -56,8 +60,10 @@ def _parts(config: Config, rounds: int, at: dict) -> list[dict]:
         f"{config.name}, {rows} x {length} tokens, {os.cpu_count()} CPU threads", ["part", "time", "of the step"], table
     )
     peak = limits["flops_per_second"]
-    print(f"{rows * length / median['whole step']:,.0f} tokens/s; products at {rate / 1e9:.0f} GFLOP/s, "
-          f"{rate / peak:.0%} of this machine's {peak / 1e9:.0f}")  # fmt: skip
+    print(
+        f"{rows * length / median['whole step']:,.0f} tokens/s; products at {rate / 1e9:.0f} GFLOP/s, "
+        f"{rate / peak:.0%} of this machine's {peak / 1e9:.0f}"
+    )
     records = [record("train", "time", values, "s", part=name, **at) for name, values in taken.items()]
     speeds = [rows * length / value for value in taken["whole step"]]
     return [
@@ -90,8 +96,9 @@ def options(config: Config) -> dict[str, Config]:
 
 def _options(config: Config, rounds: int, at: dict) -> list[dict]:
     """Steps of `options` in turn, from equal states."""
-    tokens = np.random.default_rng(0).integers(2, config.model.vocab_size, (config.train.batch_size,
-                                                                             config.data.seq_len + 1))  # fmt: skip
+    tokens = np.random.default_rng(0).integers(
+        2, config.model.vocab_size, (config.train.batch_size, config.data.seq_len + 1)
+    )
     batch = jax.device_get(as_batch(tokens))
 
     def arm(way):
@@ -108,8 +115,15 @@ def _options(config: Config, rounds: int, at: dict) -> list[dict]:
 
     taken = interleave({name: arm(way) for name, way in options(config).items()}, rounds)
     ratios = {name: [a / b for a, b in zip(values, taken["plain"], strict=True)] for name, values in taken.items()}
-    table = [[name, f"{statistics.median(taken[name]):.3f} s", f"{statistics.median(ratios[name]):.2f}",
-              f"{relative_iqr(ratios[name]):.0%}"] for name in ratios]  # fmt: skip
+    table = [
+        [
+            name,
+            f"{statistics.median(taken[name]):.3f} s",
+            f"{statistics.median(ratios[name]):.2f}",
+            f"{relative_iqr(ratios[name]):.0%}",
+        ]
+        for name in ratios
+    ]
     header = ["step", "time", "ratio", "spread"]
     print_table(f"{config.name}: a step, and its time against the plain one", header, table)
     return [record("train", "step_ratio", values, "1", option=name, **at) for name, values in ratios.items()]
@@ -120,8 +134,10 @@ def as_batch(tokens: np.ndarray) -> dict[str, jax.Array]:
     ids = tokens[:, :-1].astype(np.int32)
     positions = np.tile(np.arange(ids.shape[1], dtype=np.int32), (len(ids), 1))
     batch = {
-        "tokens_BT": ids, "targets_BT": tokens[:, 1:].astype(np.int32),
+        "tokens_BT": ids,
+        "targets_BT": tokens[:, 1:].astype(np.int32),
         "targets2_BT": np.pad(tokens[:, 2:], ((0, 0), (0, 1)), constant_values=-1).astype(np.int32),
-        "segments_BT": np.ones_like(ids), "positions_BT": positions,
-    }  # fmt: skip
+        "segments_BT": np.ones_like(ids),
+        "positions_BT": positions,
+    }
     return jax.device_put(batch)
