@@ -47,7 +47,7 @@ def test_the_events_are_those_of_jax():
     import jax
 
     with GenerationTimer() as timer:
-        list(timer.watch((0, str(jax.jit(lambda x: x * n)(1.0))) for n in (time.time(), 2.0)))
+        list(timer.watch((0, str(jax.jit(lambda x, n=n: x * n)(1.0))) for n in (time.time(), 2.0)))
     seen = len(timer._spans)
     assert seen >= 2  # tracing and compiling
     jax.jit(lambda x: x - 3.0)(1.0)
