@@ -84,7 +84,7 @@ class Poisoned(SgdTrainer):
         self.placed, model_loss = 0, self.model_loss
         self.model_loss = lambda params, fixed, batch: self._spoil(*model_loss(params, fixed, batch), batch)
 
-    def place(self, batch):
+    def shard_batch(self, batch):
         self.placed += 1
         return super().shard_batch(batch | {"positions_BT": batch["positions_BT"] + 4000 * (self.placed in self.bad)})
 

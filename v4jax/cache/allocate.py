@@ -20,7 +20,8 @@ from v4jax.models.transformer import KVCacheList, Transformer
 from v4jax.nn.csa import use_gather
 from v4jax.parallel.host_memory import is_host
 
-_HOST_PARTS = {"csa": "main", "hca": "tails"}  # part of a layer's state that lies in host memory, where `hot` says so
+# Field of PagedLayerCache that lies in host memory where `kv_device_entries` is set.
+HOST_FIELDS = {"csa": "entries", "hca": "compressor_state"}
 
 
 def allocate_layer(
@@ -28,17 +29,17 @@ def allocate_layer(
 ) -> PagedLayerCache:
     """Empty state of one layer of this kind. host: as in `new_host_entry_pool`; None: pinned memory beside the device that the
     rest is on. Raises UserError as these do."""
-    model, far = layout.model, _HOST_PARTS.get(kind) if layout.hot else None
+    model, far = layout.model, HOST_FIELDS.get(kind) if layout.hot else None
     size = (pages, layout.entries(kind), layout.name) if kind != "swa" else ()
-    pool = lambda part: None if part == far else new_pool(model, part, *size)
+    pool = lambda part: None if far == "entries" and part == "main" else new_pool(model, part, *size)
     kept = new_paged_layer_cache(model, kind, records, pool, jnp.dtype(model.dtype), slack)
     if far and host is None:
         [device] = kept.window_ring_ZSH.devices()
         host = functools.partial(pinned_zeros, device)
-    if far == "main":
+    if far == "entries":
         main, hot = new_host_entry_pool(model, *size, layout.hot, host)
         return dataclasses.replace(kept, entries=main, device_cache=hot)
-    if far == "tails":
+    if far == "compressor_state":
         return dataclasses.replace(
             kept, compressor_state={name: host(a.shape, a.dtype) for name, a in kept.compressor_state.items()}
         )

@@ -84,9 +84,9 @@ def serve(config: Config, mesh: Mesh, work: Workload, devices: Sequence[jax.Devi
 
     def placed(kind, kept):
         at = lambda where: jax.tree.map(lambda a: whole(a.shape, a.dtype, where), kept)
-        if not config.cache.kv_device_entries or kind not in allocate._HOST_PARTS:
+        if not config.cache.kv_device_entries or kind not in allocate.HOST_FIELDS:
             return at(here)
-        part = allocate._HOST_PARTS[kind]
+        part = allocate.HOST_FIELDS[kind]
         return dataclasses.replace(at(here), **{part: getattr(at(here.with_memory_kind("pinned_host")), part)})
 
     layers = jax.eval_shape(lambda: _layers(config, rows, work.context))

@@ -356,12 +356,12 @@ class _Run:
             raise UserError(f"{_ROLLBACKS} times the run went back to step {step} and spiked again: {self._advice()}")
         with jax.transfer_guard("allow"):
             state = self._restore(step)[0] if step else self.trainer.init()
-            row = jax.device_put(np.int32(0), state.guard.consecutive_skips.sharding)
+            skips = jax.device_put(np.int32(0), state.guard.consecutive_skips.sharding)
         self.heldout_losses = {at: value for at, value in self.heldout_losses.items() if at <= step}
         self._open_metrics(step, {"rolled_back_from": spiked})
         if is_primary():
             print(f"went back from step {spiked} to {step}, with the data after it", file=sys.stderr, flush=True)
-        return state._replace(guard=state.guard._replace(row=row)), step
+        return state._replace(guard=state.guard._replace(consecutive_skips=skips)), step
 
     def _evaluate(self, state: TrainState) -> tuple[float, float] | None:
         """Held-out nats a token and bits per byte; None if a stop signal came, which waits for a batch and not all."""
