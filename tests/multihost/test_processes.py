@@ -33,7 +33,7 @@ def text(tmp_path_factory):
 
 
 def command(text, workdir, *flags) -> list[str]:
-    return ["train", f"--config={ROOT}/tests/multihost/micro.py:{text}", f"--workdir={workdir}", *flags]
+    return ["train", f"--config={ROOT}/tests/multihost/micro_config.py:{text}", f"--workdir={workdir}", *flags]
 
 
 def launch(processes: int, devices: int, arguments: list[str]) -> subprocess.Popen:

@@ -111,5 +111,5 @@ def test_axes_without_a_layout_and_unknown_layouts_are_refused():
     tiny = config.load("tiny")
     with pytest.raises(ConfigError, match="mesh.fsdp is 2, but no layout says what to split"):
         config.validate(dataclasses.replace(tiny, mesh=Mesh(fsdp=2)))
-    with pytest.raises(ConfigError, match="no mesh layout 'fspd'; did you mean 'fsdp'"):
+    with pytest.raises(ConfigError, match="no sharding 'fspd'; did you mean 'fsdp'"):
         make_mesh_rules(Mesh("fspd"))

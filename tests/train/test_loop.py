@@ -84,7 +84,7 @@ def stopped(config, workdir, method: str, when) -> str:
 
 @pytest.mark.parametrize(
     "method, when, step",
-    [("_report", 1, 2), ("_measure", 1, 4), ("save", 1, 4), ("_evaluate", 2, 6), ("wait", 3, 6)],
+    [("_flush_metrics", 1, 2), ("_measure", 1, 4), ("save", 1, 4), ("_evaluate", 2, 6), ("wait", 3, 6)],
     ids=["while metrics are fetched", "before an evaluation", "while saving", "in the last evaluation", "at the end"],
 )
 def test_a_stop_at_any_moment_is_saved_and_resumes_bit_for_bit(small, tmp_path, method, when, step):
@@ -150,8 +150,8 @@ def test_a_stop_that_jax_turned_into_an_error_is_still_a_stop(small, tmp_path, c
 CHILD = textwrap.dedent("""
     import pickle, sys, time
     from v4jax.train import loop
-    place = loop.Trainer.place
-    loop.Trainer.place = lambda *a: time.sleep(0.02) or place(*a)  # so that no signal comes after the end
+    place = loop.Trainer.shard_batch
+    loop.Trainer.shard_batch = lambda *a: time.sleep(0.02) or place(*a)  # so that no signal comes after the end
     loop.baselines = lambda corpus: {"xz": 2.0, "xz_kind": "alone", "trigram": 3.0}
     loop.train(pickle.load(open(sys.argv[1], "rb")), sys.argv[2])
 """)
