@@ -48,7 +48,7 @@ _ENDED = (RequestStatus.FINISHED, RequestStatus.ABORTED, RequestStatus.ERROR)
 _LEAST_CHUNK = 16  # tokens
 _log = logging.getLogger(__name__)
 
-_NOT_FINITE = SamplerOutput(np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))  # stands for the sample of a chunk with non-finite values
+_NOT_FINITE = SamplerOutput(np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))  # for a non-finite chunk
 _NOBODY = SamplingParams(temperature=0.0, seed=0)
 
 
