@@ -2,8 +2,8 @@
 
 On a mesh the first axis of every array but the weights' is the devices', in the mesh's order: the rows of the first
 device, then those of the second, and so on. Experts are split over the devices and tokens travel to them; the other
-weights are whole on each (`configs/sharding/serve.py`). Every process of a mesh keeps the books of all devices and is told
-all tokens, so all of them plan the same steps; each sends its own devices their part.
+weights are replicated (`configs/sharding/serve.py`). Every process of a mesh runs the schedulers of all devices and
+receives all tokens, so all processes plan the same steps; each uploads the shards of its own devices.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ class DeviceKVConnector:
         self.num_restored += len(new or ())
         return True
 
-    # --- called by `KVConnector` ----------------------------------------------------------------------------------------
+    # --- called by `OffloadConnector` ------------------------------------------------------------------------------
 
     @property
     def num_idle(self) -> int:
@@ -220,7 +220,7 @@ class DeviceKVConnector:
 
     @property
     def has_transfers(self) -> bool:
-        """Whether `carry_out` has anything to do."""
+        """Whether `run_transfers` has anything to do."""
         return bool(self._moves or self.num_idle)
 
     def run_transfers(self, live: KVCaches, idle: bool = True) -> KVCaches:

@@ -1,18 +1,18 @@
-"""Many requests through one model at once, over the paged cache.
+"""The engine: runs many requests through one model at once, over the paged KV cache.
 
-Every `step` asks the scheduler for a plan (one chunk of one prompt, one token or a few for all that decode), sends it
-to the device, and then takes the results of the plan before: while the host turns tokens into text, the device
-computes. Nothing but the drawn tokens crosses to the host; tables and options cross to the device only when they
+Every `step` asks the scheduler for a plan (one prefill chunk, and one decode step of every running request), dispatches
+it to the device, and then collects the results of the plan before. The device computes while the host turns tokens
+into text. Only sampled tokens are copied to the host; block tables and sampling options are uploaded only when they
 change.
 
-On a mesh every device has a scheduler, records and pages of its own, and one step runs the plans of all devices: as
-many rows and as long a chunk on each as on the one that has most. A request stays on the device that it was given to:
-where most of it is known, or least is to do.
+On a mesh every device is a data-parallel rank with its own scheduler, state slots and blocks. One step runs the plans
+of all devices, padded to the largest batch and chunk among them. A request stays on the device to which it was
+assigned: the one with the longest cached prefix or the least work.
 
-**Errors.** An exception may leave a step anywhere: donated buffers are gone, the books are half changed. So every call
-that changes the engine marks it as broken and takes the mark back at its end, and every call first resets an engine
-that is marked: all requests are dropped, and the device's cache is allocated anew. The exception itself reaches the
-caller unchanged. Blocks in the tiers below the device stay: they carry names and checksums of their own.
+**Errors.** An exception may leave a step anywhere, with donated buffers gone and host state half changed. So every
+call that changes the engine sets `broken` at its start and clears it at its end, and every call first resets a broken
+engine: it drops all requests and allocates the device's cache anew. The exception itself reaches the caller unchanged.
+Blocks in the offload tiers stay, because they carry hashes and checksums of their own.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _ENDED = (RequestStatus.FINISHED, RequestStatus.ABORTED, RequestStatus.ERROR)
 _LEAST_CHUNK = 16  # tokens
 _log = logging.getLogger(__name__)
 
-_NOT_FINITE = SamplerOutput(np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))  # what a chunk that is not draws
+_NOT_FINITE = SamplerOutput(np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))  # for a non-finite chunk
 _NOBODY = SamplingParams(temperature=0.0, seed=0)
 
 
@@ -62,8 +62,11 @@ class SampledTokens(NamedTuple):
 
 
 class InflightStep(NamedTuple):
-    """A plan of each device under way, the results still on the devices: whether what was read is finite, the tokens
-    after prompts' last chunks, and the tokens of decode rows, `size` on each device."""
+    """One dispatched step, whose results are still on the devices.
+
+    `finite` tells which prefill chunks are finite; `first` holds the tokens sampled after prompts' last chunks, `rows`
+    those of the decode rows, `size` rows per device.
+    """
 
     plans: list[SchedulerOutput | None]
     size: int
@@ -73,7 +76,7 @@ class InflightStep(NamedTuple):
 
 
 def _whole(method):
-    """A method of `Engine` that is done to its end; after an exception inside it the next call resets the engine."""
+    """Decorate a method of `Engine`: after an exception inside it, the next call resets the engine."""
 
     @functools.wraps(method)
     def run(self, *args, **kwargs):
@@ -89,8 +92,12 @@ def _whole(method):
 class Engine:
     """Runs requests through one model; its cache is allocated here and lives as long as the engine.
 
-    limits and cache: of each device. on: the devices (`places.on`), None: the default one. One thread at a time may
-    call it; `engine_loop.EngineLoop` serves many. broken: whether the next call resets it first.
+    One thread at a time may call it; `engine_loop.EngineLoop` serves many threads. `broken` tells whether the next call
+    resets the engine first.
+
+    Args:
+        limits, cache: sizes of each device.
+        on: the devices (`data_parallel.data_parallel_group`); None means the default device.
     """
 
     def __init__(
@@ -153,7 +160,7 @@ class Engine:
         ]
 
     def _pages(self, cache: config.Cache, records: int) -> int:
-        """Pages of every pool, page 0 among them."""
+        """Number of blocks of every pool, including the null block 0."""
         k, block = self.limits.num_speculative_tokens, self.kv_cache_spec.block
         if not cache.kv_cache_memory_bytes:
             return 1 + (-(-cache.kv_cache_tokens // block) or self.limits.max_num_seqs * self._table_width)
@@ -165,24 +172,24 @@ class Engine:
                 (f"{parts} and the hot entries", "records or hot") if cache.kv_device_entries else (parts, "records")
             )
             raise UserError(
-                f"a cache of {cache.kv_cache_memory_bytes:,} bytes on the device is too small: {parts} take {least:,}; give it "
-                f"more, or lower max_num_seqs or the cache's {lower}"
+                f"a cache of {cache.kv_cache_memory_bytes:,} bytes on the device is too small: {parts} take "
+                f"{least:,}; give it more, or lower max_num_seqs or the cache's {lower}"
             )
         return self.kv_cache_spec.blocks_for(cache.kv_cache_memory_bytes - fixed)
 
     def reset(self) -> None:
-        """Drop all requests and all that the device's cache holds; what the tiers below hold stays.
+        """Drop all requests and the device's cache; the offload tiers keep their blocks.
 
         The arrays are allocated anew: a program that failed may have taken the old ones, or left NaN in them.
         """
         self.broken = True
         self._forget()
-        self._kv_caches = self._decode_state = self._device_tables = None  # freed first: there may be no room for both
+        self._kv_caches = self._decode_state = self._device_tables = None  # free before allocating: both may not fit
         self._allocate()
         self.broken = False
 
     def _forget(self) -> None:
-        """`reset`, of the host's books."""
+        """Reset the host state of all requests and schedulers."""
         self._dp_rank: dict[Hashable, Scheduler] = {}
         self._sampling: dict[Hashable, SamplingParams] = {}
         self._batch, self._device_batch = (), None
@@ -214,8 +221,8 @@ class Engine:
         self.reset()
 
     def _digest(self, variables) -> bytes:
-        """Seed of the names of blocks: all that their contents depend on besides the tokens."""
-        # Where bits are promised, blocks from another run are of use only if the same programs computed them.
+        """Hash everything but the tokens that block contents depend on; the seed of all block hashes."""
+        # Batch invariance promises equal bits, so only blocks computed by the same programs may be reused.
         bits = (jax.__version__, jax.default_backend()) if self.limits.batch_invariant else ()
         return block_hash.hash_seed(
             weights_digest.weights_digest(variables),
@@ -238,12 +245,13 @@ class Engine:
         if len(prompt) + sampling.max_tokens > limit:
             raise UserError(
                 f"{name} has {len(prompt)} tokens, which with max_tokens {sampling.max_tokens} exceeds max_model_len"
-                f" {limit}; shorten one of them or raise max_model_len (the model takes up to {self.model.max_position_embeddings})"
+                f" {limit}; shorten one of them or raise max_model_len (the model takes up to "
+                f"{self.model.max_position_embeddings})"
             )
         self.schedulers[0].check_fits(len(prompt), sampling.max_tokens)
 
     def add_request(self, id: Hashable, prompt: list[int], sampling: SamplingParams, salt: str = "") -> None:
-        """Queue a request that `check` has passed. salt: it shares blocks only with requests of the same salt.
+        """Queue a request that `check` accepted; it shares blocks only with requests of the same `salt`.
 
         Raises ValueError for an id that is in use.
         """
@@ -271,13 +279,13 @@ class Engine:
 
     @_whole
     def abort_request(self, id: Hashable) -> None:
-        """Drop a request, at any moment; what it holds is freed."""
+        """Drop a request at any moment and free its resources."""
         if id in self._dp_rank:
             self._dp_rank[id].abort_request(id)
 
     @property
     def busy(self) -> bool:
-        """Whether any request waits or runs, or results are under way."""
+        """Whether any request waits or runs, or a step is in flight."""
         self._recover()
         return self._has_work
 
@@ -289,10 +297,10 @@ class Engine:
 
     @_whole
     def step(self) -> list[SampledTokens]:
-        """Send the next plan to the device, take the results of the one before: new tokens by request.
+        """Dispatch the next plan, then return the new tokens of the plan before, per request.
 
-        A request whose logits were not finite has ended, failed, when its tokens (whose `finite` says so) come. An
-        exception ends all requests: nothing of them is left at the next call.
+        A request with non-finite logits has already failed when its tokens, marked by `finite_B`, are returned. An
+        exception ends all requests; the next call starts with an empty engine.
         """
         if self.kv_connector is not None:
             self.kv_connector.sync_loads()
@@ -307,14 +315,14 @@ class Engine:
         return drawn
 
     def _run_offload(self, waits: bool = False) -> None:
-        """Move between the device and the tiers below what the scheduler's books have moved."""
+        """Copy blocks between device and offload tiers, as the schedulers' block pools require."""
         if self.kv_connector is not None:
             self._kv_caches = self.kv_connector.run_transfers(self._kv_caches, idle=not self._has_work)
             if waits:
                 self.kv_connector.wait_for_load()
 
     def close(self, seconds: float = 10.0) -> None:
-        """Move what is idle to the tiers below the device, in so many seconds at most, and leave them. For good."""
+        """Store idle blocks in the offload tiers within `seconds`, then detach from the tiers permanently."""
         if self.kv_connector is not None:
             if self.broken:
                 self._forget()
@@ -354,7 +362,7 @@ class Engine:
         return row
 
     def _prefill(self, reads: list[PrefillChunk | None]):
-        """Read a chunk on each device that has one to read; draw where it was a prompt's last."""
+        """Prefill one chunk per device that has one; sample after a prompt's last chunk."""
         size = next(size for size in self._sizes if size >= max(read.count for read in reads if read))
         tokens_DT = np.zeros((len(reads), size + 1), np.int32)
         scalars_3D = np.zeros((3, len(reads)), np.int32)  # start, count, record
@@ -380,7 +388,7 @@ class Engine:
         return finite_D, self._sample(logits_DTV, self.dp_group.shard_rows((state_slot_D, position_D)), options, x_D1XD)
 
     def _options(self, ids: list[list[Hashable]], size: int):
-        """Sampling options of `size` rows on each device."""
+        """Build the sampling options, padded to `size` rows per device."""
         rows = [[self._sampling[id] for id in here] + [_NOBODY] * (size - len(here)) for here in ids]
         options, plan = make_sampling_tensors([row for here in rows for row in here])
         return self.dp_group.shard_rows(options), plan
@@ -401,7 +409,7 @@ class Engine:
         return self._sample(logits_BTV, (state_slot_B, None), options, x_BTXD)
 
     def _sample(self, logits_BTV, place, options, x_BTXD):
-        """Tokens of the positions just read, and drafts of what follows them."""
+        """Sample tokens of the positions just computed, and propose the draft tokens that follow."""
         self._decode_state, drawn = model_steps.sample_tokens(
             self._model_def, logits_BTV, self._decode_state, place, *options, self.limits.batch_invariant
         )
@@ -431,7 +439,7 @@ class Engine:
     def _collect_device(
         self, device: int, plan: SchedulerOutput, size: int, finite, first, rows
     ) -> list[SampledTokens]:
-        """The results of one device's plan, which are committed."""
+        """Commit the results of one device's plan and return its new tokens."""
         scheduler, drawn, failed = self.schedulers[device], [], []
         if read := plan.prefill:
             failed += [] if finite[device] else [read.request]
@@ -452,7 +460,7 @@ class Engine:
         return drawn
 
     def _fail(self, device: int, sequence: Request) -> None:
-        """End a request whose logits are not finite; what it alone wrote is wiped before others may get it."""
+        """End a request with non-finite logits, and zero the blocks it wrote before others may get them."""
         state_slot_D = np.zeros(self.dp_group.count, np.int32)
         pages_DA = np.full((self.dp_group.count, self._table_width), -1, np.int32)
         state_slot_D[device], pages_DA[device] = sequence.state_slot, self._table(sequence)
@@ -463,16 +471,18 @@ class Engine:
             )
 
     def stats(self) -> dict[str, float]:
-        """Counts of sequences, pages and prefix hits, of the cache's bytes (`live.stats`), and of the tiers; of all
-        devices together."""
+        """Counts of requests, blocks and prefix hits, cache bytes (`allocate.memory_stats`) and tier counters,
+        over all devices."""
         self._recover()
         below = {} if self.kv_connector is None else self.kv_connector.stats()
         return balance.merge_stats(self.schedulers) | allocate.memory_stats(self._kv_caches) | below
 
 
 def chunk_sizes(longest: int) -> list[int]:
-    """What prompt chunks of up to `longest` tokens are padded to, ascending: 16, 64, ..., and then quarters of the
-    longest. Few programs, and little padding where it costs most."""
+    """Ascending padded sizes of prompt chunks of up to `longest` tokens: 16, 64, ..., then quarters of `longest`.
+
+    Few sizes mean few compiled programs; the quarters limit padding where it costs most.
+    """
     sizes = {max(_LEAST_CHUNK, longest * quarters // 4) for quarters in (1, 2, 3, 4)}
     size = _LEAST_CHUNK
     while size < longest // 4:

@@ -41,7 +41,7 @@ class LLM:
     kv_host_bytes. What is not given comes from the checkpoint's config. Raises UserError.
 
     What begins a text: what the post-processor of tokenizer.json adds, as in transformers; with bos_id that id alone.
-    What ends it: eos_id, an id or a list of ids, or by the rule of `stop_tokens.find_ends` the ids that the checkpoint names.
+    What ends it: eos_id, an id or a list of ids; by default the ids of the checkpoint (`stop_tokens.find_ends`).
     parse_special_tokens: read special tokens such as "<eos>" in prompts as those tokens; by default they are text, and
     the first prompt that holds one is warned of. default_sampling_params: the options that generation_config.json sets,
     which count where no SamplingParams are passed, as in vLLM.
@@ -144,8 +144,8 @@ class LLM:
         With num_speculative_tokens also spec_decode_num_drafts, the decode steps of requests, and
         spec_decode_num_draft_tokens and spec_decode_num_accepted_tokens, the tokens proposed and accepted in them.
 
-        With CSA entries in host memory (`cache.kv_device_entries`) also hot_hits and hot_misses: picks of decode steps that were on
-        the device and that were fetched, over the layers; their share hot_hit_rate, and hot_fetched_bytes. kv_bytes is
+        With CSA entries in host memory (`cache.kv_device_entries`) also hot_hits and hot_misses: top-k entries of decode
+        steps that were on the device and that were fetched, over the layers; their share hot_hit_rate, and hot_fetched_bytes. kv_bytes is
         what is on the device, kv_host_bytes the rest.
 
         With tiers on host and disk also, as host_* and disk_*: blocks, records and bytes there, hits and misses of

@@ -1,14 +1,13 @@
-"""The programs that the engine compiles: read a prompt, decode, draw, draft, copy a record.
+"""Jitted steps of the engine: prefill, decode, sample, propose drafts, copy and zero state.
 
-Each takes the weights and the live state and gives the state back updated in place (it is donated). Shapes are static
-and few: prompt chunks and batches are rounded up, contexts of any length share one program, because what reads the
-past walks its pages only as far as they are filled. Rows beyond the batch read and write record 0, which belongs to
-nobody, and no page (which is how the model knows them: `ForwardBatch.valid_BT`).
+Each step takes the weights and the KV caches and returns the caches updated in place (they are donated). Shapes are
+static and few: prompt chunks and batches are padded, and contexts of any length share one program, because readers of
+the cache walk only the filled blocks. Padding rows of a batch use the null state slot 0 and have no block, by which
+the model recognizes them (`ForwardBatch.valid_BT`).
 
-A program is written for one device. For a model on a mesh it runs on all devices at once, within `shard_map`: there
-the first axis of every array but the weights' holds the rows of all devices (`serve.places`), hence the arrays of one
-element, [1], where a device does one thing of a kind, such as reading one chunk. Tokens travel to the experts; nothing
-else does.
+A step is written for one device. On a mesh it runs on all devices at once, inside `shard_map`. There the first axis of
+every array but the weights holds the rows of all devices (`serve.data_parallel`), so arrays with one item per device,
+such as a chunk's start, have shape [1]. Only the expert layers communicate: they send tokens to the experts' devices.
 """
 
 from __future__ import annotations
@@ -32,15 +31,17 @@ from v4jax.serve.sampling import SamplingFlags, SamplingTensors, sample
 
 
 class KVCaches(NamedTuple):
-    """What the model keeps on the device: the layers' states, and the MTP layer's if the engine speculates."""
+    """KV caches of all layers, and of the MTP layer if the engine uses speculative decoding."""
 
     layers: KVCacheList
     mtp: PagedLayerCache | None
 
 
 class DecodeState(NamedTuple):
-    """Where each record stands: its newest token (not yet read), the place of that token, and the tokens drafted after
-    it: int32 [records], [records], [records, speculative tokens]."""
+    """Decode state by state slot: the newest token, not yet fed to the model, its position, and its draft tokens.
+
+    Shapes: int32 [slots], [slots] and [slots, num_speculative_tokens].
+    """
 
     token_Z: jax.Array
     position_Z: jax.Array
@@ -58,13 +59,13 @@ class ModelDef:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._tree, weights))
 
     def placed(self, weights: list[jax.Array]) -> list[jax.Array]:
-        """The weights where they belong; those that are there already stay as they are."""
+        """Return the weights sharded over the mesh; correctly placed arrays are not copied."""
         if self.sharding is None:
             return weights
         return [jax.device_put(a, self.sharding.named(spec)) for a, spec in zip(weights, self.specs(), strict=True)]
 
     def specs(self) -> list[PartitionSpec]:
-        """How each of the weights is split over the mesh."""
+        """Return the PartitionSpec of each weight."""
         variables = jax.tree.unflatten(self._tree, range(self._tree.num_leaves))
         leaves = jax.tree.leaves(variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
         return [self.sharding.weight(leaf.letters) for leaf in leaves for _ in jax.tree.leaves(leaf)]
@@ -74,8 +75,12 @@ model_def = functools.lru_cache(maxsize=16)(ModelDef)  # models of equal structu
 
 
 def _jit_step(weights: bool = True, donate: tuple[int, ...] = (), static: tuple[int, ...] = ()):
-    """Compiles a function of (structure, ...), on the structure's mesh if it has one. weights: they come next, as a
-    list. donate, static: by place among all arguments."""
+    """Decorate a function of (model definition, ...) to be jitted, on the definition's mesh if it has one.
+
+    Args:
+        weights: whether the next argument is the list of weights.
+        donate, static: indices of donated and static arguments, counted over all arguments.
+    """
 
     def decorate(function):
         @functools.wraps(function)
@@ -107,11 +112,15 @@ def _on_mesh(function, structure: ModelDef, args: tuple, weights: bool, static: 
 
 @_jit_step(donate=(2,))
 def prefill(structure, weights, live: KVCaches, tokens_1T: jax.Array, start_1, count_1, state_slot_1, block_table_ZA):
-    """Read tokens_1T[0, :count] (T + 1 of them, the last one only to be drafted from) at `start` of one row.
+    """Prefill one chunk of one request.
 
-    The live state, the streams [1, 1, X, D] of the last token read, and whether they are finite, [1]: what is not
-    spreads to every later token through the window. start_1, count_1, state_slot_1 int32 [1]; a count of 0 reads nothing,
-    for record 0.
+    Args:
+        tokens_1T: int32 [1, T + 1]; the last token is only input of the MTP layer.
+        start_1, count_1, state_slot_1: int32 [1]. A count of 0, with slot 0, computes nothing.
+
+    Returns:
+        The KV caches, the streams [1, 1, X, D] of the last token, and bool [1], whether these are finite. A non-finite
+        value reaches every later token through the sliding window.
     """
     model = structure.model(weights)
     chunk = continuation_batch(
@@ -127,9 +136,14 @@ def prefill(structure, weights, live: KVCaches, tokens_1T: jax.Array, start_1, c
 
 @_jit_step(donate=(2,), static=(5,))
 def decode(structure, weights, live: KVCaches, heads: DecodeState, rows, invariant: bool):
-    """Read each row's newest token, and its drafts: the live state, the streams, float32 logits [B, T, V].
+    """Decode each row's newest token and its draft tokens.
 
-    rows: (state_slot_B, block_table_ZA). invariant: row by row, so that the bits of a row do not depend on the batch.
+    Args:
+        rows: (state_slot_B, block_table_ZA).
+        invariant: compute row by row, so that the bits of a row do not depend on the batch.
+
+    Returns:
+        The KV caches, the streams [B, T, X, D] and float32 logits [B, T, V].
     """
     model, (state_slot_B, block_table_ZA) = structure.model(weights), rows
     if not invariant:
@@ -159,7 +173,7 @@ def logits(structure, weights, x_BTXD: jax.Array) -> jax.Array:
     return structure.model(weights).logits(x_BTXD)
 
 
-# Apart from `decode`, so that a batch with other sampling options does not compile the model again.
+# Separate from `decode`, so that new sampling options do not recompile the model.
 @_jit_step(weights=False, donate=(2,), static=(5, 6))
 def sample_tokens(
     structure,
@@ -170,12 +184,17 @@ def sample_tokens(
     plan: SamplingFlags,
     invariant: bool,
 ):
-    """Draw a token for every position read, and move each row behind those that its drafts foretold.
+    """Sample a token at every computed position, and advance each row past its accepted draft tokens.
 
-    place: (state_slot_B, position_B of the first token drawn or None: after each row's newest). Gives the heads, the
-    `SamplerOutput` arrays [B, T, ...] and count_B of their tokens that count. What a row draws at a position depends on what
-    precedes it alone, so a draft that equals the token drawn is as good as no draft at all: the tokens are those of
-    plain decoding, whatever their distribution. invariant: row by row, as in `decode`.
+    The sample at a position depends only on the tokens before it. A draft token is accepted if it equals the sample, so
+    the tokens are those of decoding without drafts, whatever their distribution.
+
+    Args:
+        place: (state_slot_B, position_B of the first sample; None means the position after each row's newest token).
+        invariant: sample row by row, as in `decode`.
+
+    Returns:
+        The decode state, and (`SamplerOutput` arrays [B, T, ...], count_B of the tokens that are valid).
     """
     state_slot_B, position_B = place
     B, T, V = logits_BTV.shape
@@ -195,7 +214,7 @@ def sample_tokens(
     newest_B = jnp.take_along_axis(sampled.token_B, more_B[:, None], axis=1)[:, 0]
     heads = heads._replace(
         token_Z=heads.token_Z.at[state_slot_B].set(newest_B),
-        # Padding rows stay at the beginning: readers walk as far as the row furthest on.
+        # Padding rows stay at position 0, because cache readers walk as far as the longest row.
         position_Z=heads.position_Z.at[state_slot_B].set(jnp.where(state_slot_B > 0, position_B + more_B, 0)),
     )
     return heads, (sampled, more_B + 1)
@@ -203,15 +222,21 @@ def sample_tokens(
 
 @_jit_step(donate=(2, 3))
 def propose_draft(structure, weights, mtp: PagedLayerCache, heads: DecodeState, x_BTXD, drawn, state_slot_B):
-    """Tokens that may follow each row's newest one, by the MTP layer: its state, and the heads with the drafts.
+    """Propose draft tokens after each row's newest token, by the MTP layer.
 
-    x_BTXD: streams of the positions read last. drawn: (token_BT drawn there, count_B of them that count). Beyond one
-    token the layer goes on from its own streams, for which it was not trained.
+    Beyond the first draft token the layer continues from its own streams, for which it was not trained.
+
+    Args:
+        x_BTXD: streams of the positions computed last.
+        drawn: (token_BT sampled there, count_B of the valid ones).
+
+    Returns:
+        The MTP layer's cache, and the decode state with the draft tokens.
     """
     model, (token_BT, count_B) = structure.model(weights), drawn
     place = CacheSlots(
         state_slot_B, jnp.where(state_slot_B > 0, state_slot_B, -1)[:, None]
-    )  # a window has no pages: these are not read
+    )  # a window layer has no blocks, so the table only marks valid rows
     start_B = heads.position_Z[state_slot_B] - count_B
     chunk = continuation_batch(token_BT, start_B, None, place)
     logits_BTV, x_BTXD, mtp = model.mtp_forward(x_BTXD, token_BT, chunk, mtp)
@@ -227,7 +252,7 @@ def propose_draft(structure, weights, mtp: PagedLayerCache, heads: DecodeState, 
 
 @_jit_step(weights=False, donate=(1,))
 def copy_state(structure, live: KVCaches, source_1: jax.Array, target_1: jax.Array) -> KVCaches:
-    """One record to another, int32 [1]."""
+    """Copy one state slot to another; both int32 [1]."""
 
     def one(kept: PagedLayerCache) -> PagedLayerCache:
         return kept.map_state(lambda a: host_scatter(a, host_gather(a, source_1), target_1))
@@ -237,7 +262,7 @@ def copy_state(structure, live: KVCaches, source_1: jax.Array, target_1: jax.Arr
 
 @_jit_step(weights=False, donate=(1,))
 def zero_state(structure, live: KVCaches, state_slot_1: jax.Array, page_1A: jax.Array) -> KVCaches:
-    """Zeros in a record and in pages (int32, -1 for none): masks hide what is stale, but 0 * NaN is NaN."""
+    """Zero a state slot and blocks (int32, -1 for none). Masks hide stale values, but 0 * NaN is NaN."""
 
     def one(kept: PagedLayerCache) -> PagedLayerCache:
         return kept.map_state(lambda a: host_scatter(a, 0, state_slot_1)).zero_blocks(page_1A[0])

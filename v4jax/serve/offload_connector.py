@@ -1,4 +1,4 @@
-"""The tiers below the devices of an engine, which all of a process share, and a `bay.DeviceKVConnector` for the books of each.
+"""Offload tiers of an engine, shared by all devices of a process, and one `DeviceKVConnector` per device.
 
 A block that one device computed is found by a request on any other of its process. Of several processes each has tiers
 of its own, budgets and a directory among them, and a request goes where most of its prompt is (`found`).

@@ -1,4 +1,4 @@
-"""What the scheduler and the engine say to each other: sequences, and plans of what to run next."""
+"""Data that scheduler and engine exchange: requests, and plans of the next step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import NamedTuple
 class RequestStatus(enum.Enum):
     WAITING = "waiting"
     PREFILL = "prefill"
-    RUNNING = "running"  # all of its prompt has been sent to the device
-    PREEMPTED = "preempted"  # leaves its slot when the plans under way are committed, then waits
+    RUNNING = "running"  # its whole prompt has been sent to the device
+    PREEMPTED = "preempted"  # frees its slot when its plans in flight are committed, then waits
     FINISHED = "finished"
     ABORTED = "cancelled"
     ERROR = "failed"
@@ -20,11 +20,20 @@ class RequestStatus(enum.Enum):
 
 @dataclass(eq=False)
 class Request:
-    """One request. The engine reads `tokens`, `pages` (of block 0 on) and `slot` (its record, 0: none) and writes none.
+    """State of one request. The scheduler owns it; the engine only reads it.
 
-    computed: tokens whose entries the committed plans have written. sent: tokens that prefill has sent to the device.
-    goal: tokens to prefill in this life, which began with admission and ends with preemption. found: blocks that it
-    began behind.
+    A run of a request lasts from admission to preemption or end.
+
+    Attributes:
+        tokens: prompt and generated token ids.
+        block_ids: its KV blocks, in order of position.
+        state_slot: its state slot; 0 means none.
+        num_prefill_tokens: tokens to prefill in the current run.
+        num_scheduled_tokens: tokens that prefill has sent to the device.
+        num_computed_tokens: tokens whose entries committed plans have written.
+        num_inflight_decodes: decode steps of it that are not committed.
+        num_cached_blocks: prefix blocks reused from the cache in the current run.
+        num_published_blocks: leading blocks that it has found in or offered to the prefix cache.
     """
 
     id: Hashable
@@ -35,22 +44,22 @@ class Request:
     tokens: list[int]
     status: RequestStatus = RequestStatus.WAITING
     preemptions: int = 0
-    block_hashes: list[bytes] = field(default_factory=list)  # of full blocks; grows with the tokens
-    max_len_reached: int = 0  # most tokens that it had before a preemption that took some of them
-    # The rest is of one life.
+    block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks; grows with `tokens`
+    max_len_reached: int = 0  # most tokens that it had before a preemption dropped some
+    # The fields below belong to the current run.
     block_ids: list[int] = field(default_factory=list)
     state_slot: int = 0
     num_prefill_tokens: int = 0
     num_scheduled_tokens: int = 0
     num_computed_tokens: int = 0
     num_inflight_decodes: int = 0
-    last_step: int = 0  # serial of the last plan with it
+    last_step: int = 0  # step_id of the last plan with it
     num_cached_blocks: int = 0
     num_published_blocks: int = 0
-    last_snapshot_boundary: int = 0  # the last boundary whose record was considered
-    snapshots: list[bytes] = field(default_factory=list)  # names of the records it made
-    decode_snapshot: bytes | None = None  # the record that moves along with decoding
-    pending_prefix_hash: bytes | None = None  # the record that its prefill will leave
+    last_snapshot_boundary: int = 0  # last block boundary at which a snapshot was considered
+    snapshots: list[bytes] = field(default_factory=list)  # hashes of the snapshots that it made
+    decode_snapshot: bytes | None = None  # hash of the newest snapshot made while decoding
+    pending_prefix_hash: bytes | None = None  # hash of the prefix that its prefill will publish
 
     @property
     def max_len(self) -> int:
@@ -58,17 +67,17 @@ class Request:
 
     @property
     def is_replay(self) -> bool:
-        """Whether its next token came once before, in an earlier life."""
+        """Whether its next token was already generated in an earlier run."""
         return len(self.tokens) < self.max_len_reached
 
     @property
     def position(self) -> int:
-        """Tokens behind it when all plans under way are done, if each decode step adds one."""
+        """Computed tokens once all plans in flight are done, if each decode step adds one token."""
         return max(self.num_computed_tokens, self.num_scheduled_tokens) + self.num_inflight_decodes
 
 
 class PrefillChunk(NamedTuple):
-    """Read tokens[start : start + count]; at start 0 the slot's record is to be emptied first. last: then sample."""
+    """Prefill tokens[start : start + count]; start 0 resets the state slot first. last: sample a token after it."""
 
     request: Request
     start: int
@@ -77,7 +86,7 @@ class PrefillChunk(NamedTuple):
 
 
 class DecodeRow(NamedTuple):
-    """Add a token, or several. position: of the token to be fed; with lookahead, the least that it may be."""
+    """Decode one token or more. position: of the input token; with lookahead, its lower bound."""
 
     request: Request
     position: int
@@ -85,9 +94,12 @@ class DecodeRow(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SchedulerOutput:
-    """One call of the device: copy records (from, to; none is both), then prefill and decode, in any order.
+    """Plan of one step: first state copies, then prefill and decode in any order.
 
-    The tables are to be made of `Request.pages` before the scheduler is called again.
+    The engine must build the block tables from `Request.block_ids` before it calls the scheduler again.
+
+    Attributes:
+        copies: pairs (source slot, target slot); no slot is both a source and a target.
     """
 
     step_id: int

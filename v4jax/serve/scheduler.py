@@ -1,36 +1,38 @@
-"""Which sequences run next: continuous batching as a state machine over `cache.BlockPool`, without any device.
+"""Continuous-batching scheduler: a state machine over `cache.block_pool.BlockPool` that touches no device.
 
-`step` plans one call of the device, `commit` tells what came of it. First come, first served: the waiting sequence
-that arrived first is admitted when a slot is free and pages for its tokens and one block more can be had; one sequence
-reads its prompt at a time, a chunk a step, while all others decode. When pages run out, the sequence that arrived last
-gives its pages up (what it published stays findable until evicted) and waits again, before all that came later; it then
-reads its prompt and the tokens that it had as one prompt. The oldest is never made to wait by a younger one, and what
-does not fit alone is refused at `add`, so everything ends.
+`schedule` plans one step of the device; `update_from_output` commits its results. Requests are served first come,
+first served. The earliest waiting request is admitted when a state slot is free and the pool can give blocks for its
+tokens plus one block. One request prefills at a time, one chunk per step, while all others decode. When blocks run
+out, the request that arrived last is preempted: it frees its blocks (published ones stay findable until evicted) and
+waits again, ahead of later arrivals. On readmission it prefills its prompt and its generated tokens as one prompt. The
+oldest request never waits for a younger one, and `add_request` refuses what does not fit alone, so every request ends.
 
-**Replay.** Reading a token as part of a prompt and decoding it differ in the last bits. Where that matters, `replay`
-makes a preempted sequence decode its tokens anew (`Request.repeats` says that the next one is known already), and
-shares no block that decoding wrote.
+**Deterministic replay.** Prefill and decode of the same token differ in the last bits. Where bits matter,
+`deterministic_replay` makes a preempted request decode its tokens again (`Request.is_replay` says that the next token
+is already known), and no block written by decoding is shared.
 
-**One step ahead.** `step` may be called once before the last plan is committed; plans run and are committed in order.
-A plan is made from lengths, not from the values of tokens: `Request.ahead` counts the decode steps under way, each of
-which adds 1 to 1 + lookahead tokens, so a sequence's position lies in a known range. Three rules make that safe:
+**Async scheduling.** `schedule` may be called once before the last plan is committed. Plans run and are committed in
+order. A plan depends on lengths, not on token values: `Request.num_inflight_decodes` counts uncommitted decode steps,
+each of which adds 1 to 1 + num_lookahead_tokens tokens, so a request's position lies in a known range. Three rules
+make that safe:
 
-* Pages are allocated for the upper end of the range (never beyond what max_tokens allows; the device must write rows
-  that have no page to page 0), records are copied at the lower end.
-* What ends or is preempted while a plan with it is under way keeps its pages and its slot until that plan is
-  committed (`_leaving`): nothing that the device may still write is given to others. Preempted sequences keep the
-  tokens which that commit brings. While something is leaving, nobody else is preempted: room is on its way.
-* A block is published, and a record made findable, when the plan that wrote it is committed and its sequence has not
-  failed. So what is found has been computed from tokens that are known, and was judged by the engine.
+* Blocks are allocated for the upper end of the range, but never beyond max_tokens; the device must write rows that have
+  no block to block 0. State slots are copied at the lower end.
+* A request that ends or is preempted while a plan with it is in flight keeps its blocks and its slot until that plan
+  is committed (`_retiring`), so nothing that the device may still write is given to others. A preempted request keeps
+  the tokens of that commit. While a request is retiring, no other is preempted, because blocks will soon be free.
+* A block or a state snapshot becomes findable when the plan that wrote it is committed and its request has not failed.
+  Every findable block was therefore computed from known tokens and checked by the engine.
 
-**Failure.** `fail` is to be called before the commit of the plan that showed it. It makes unfindable everything that
-the sequence computed or kept in this life, blocks of its prompt too; blocks that it had found stay, as others vouched
-for them. Tokens that a failed or cancelled sequence still gains are ignored.
+**Failure.** Call `fail_request` before the commit of the plan that showed the failure. It makes unfindable every block
+and snapshot that the request computed in its current run, prompt blocks included. Blocks that it took from the prefix
+cache stay, because other requests computed them. Later tokens of a failed or aborted request are ignored.
 
-**Records.** A record is kept at the last block boundary before a prompt's end, if asked every so many blocks, and at
-the last boundary that decoding has passed; of the latter a sequence has only the newest, unless others resumed from the
-older ones. With lookahead, a copy may be taken when up to `slack` tokens behind the boundary have been written,
-rejected ones included: a record's rings must reach so far back, as they must `lookahead` for undoing rejected tokens.
+**State snapshots.** A snapshot is kept at the last block boundary before a prompt's end, every
+`snapshot_interval_blocks` blocks if asked for, and at the last boundary that decoding has passed. Of the decode
+snapshots, a request keeps only the newest and those from which others resumed. With lookahead, a snapshot may be
+copied when up to `rollback_tokens` tokens past its boundary have been written, rejected ones included. Its window
+rings must reach that far back, as they must reach `num_lookahead_tokens` back to undo rejected tokens.
 """
 
 from __future__ import annotations
@@ -46,12 +48,12 @@ from v4jax.core.errors import UserError
 from v4jax.serve.kv_connector import KVConnector
 from v4jax.serve.request import DecodeRow, PrefillChunk, Request, RequestStatus, SchedulerOutput
 
-_PREFETCH_REQUESTS = 2  # waiting sequences whose blocks are fetched from the tiers below the device
+_PREFETCH_REQUESTS = 2  # waiting requests whose blocks are prefetched from the offload tiers
 _LIVE = (RequestStatus.PREFILL, RequestStatus.RUNNING, RequestStatus.PREEMPTED)
 
 
 class PendingOutput:
-    """A plan in the making, and what its commit has to settle: copies out of records, and into them."""
+    """A plan being built, and the snapshot copies (sources and targets) that its commit finalizes."""
 
     def __init__(self, serial: int):
         self.serial = serial
@@ -62,12 +64,19 @@ class PendingOutput:
 
 
 class Scheduler:
-    """Sequences on `slots` records 1 to slots, over the pages and kept records of `blocks`.
+    """Schedules requests onto state slots and KV blocks of one device.
 
-    block_tokens: tokens of a block. max_num_batched_tokens: most tokens of one prompt in a plan; chunks end at its multiples,
-    and at the last block boundary before the prompt's end. snapshot_interval_blocks: blocks between further records (0: none).
-    lookahead: tokens that a decode step may add beyond one. slack: tokens behind its boundary that a record may hold.
-    replay: see above. kv_connector: of the tiers below the device; None without tiers.
+    Args:
+        blocks: the pool of KV blocks and state snapshots.
+        slots: number of state slots; their ids are 1 to `slots`.
+        block_tokens: tokens per block.
+        max_num_batched_tokens: maximum prompt tokens per plan. Chunks end at its multiples and at the last block
+            boundary before the prompt's end.
+        snapshot_interval_blocks: blocks between additional prompt snapshots; 0 takes none.
+        lookahead: tokens that a decode step may add beyond one.
+        slack: tokens past its boundary that a snapshot may hold; None means 2 * lookahead.
+        replay: deterministic replay, see the module docstring.
+        kv_connector: connector to the offload tiers; None without tiers.
     """
 
     def __init__(
@@ -90,21 +99,21 @@ class Scheduler:
             replay,
         )
         self.rollback_tokens = 2 * lookahead if slack is None else slack
-        self.requests: dict[Hashable, Request] = {}  # all that hold anything or wait
-        self._waiting: list[Request] = []  # by arrival, and all arrived after all active ones
+        self.requests: dict[Hashable, Request] = {}  # every request that waits or holds resources
+        self._waiting: list[Request] = []  # by arrival; each arrived after every active request
         self._active: list[Request] = []  # by arrival
         self._retiring: list[Request] = []
         self._most_slots, self._slots = slots, list(range(slots, 0, -1))
         self._inflight: deque[PendingOutput] = deque()
         self._step_id = self._committed = self._preemptions = 0
-        self._drafts = self._accepted = 0  # decode steps of requests, and tokens drafted that they accepted
-        self.arrivals = 0  # requests so far
+        self._drafts = self._accepted = 0  # decode steps of requests, and accepted draft tokens
+        self.arrivals = 0  # requests added so far
         self.kv_connector = kv_connector
         if kv_connector is not None:
             kv_connector.bind(blocks)
 
     def reset(self) -> None:
-        """Drop all requests and all that the blocks hold, whatever state an exception left them in; counts stay."""
+        """Drop all requests and the pool's contents, whatever state an exception left; counters stay."""
         self.block_pool.reset()
         if self.kv_connector is not None:
             self.kv_connector.bind(self.block_pool)
@@ -112,12 +121,20 @@ class Scheduler:
         self._slots = list(range(self._most_slots, 0, -1))
         self._inflight, self._committed = deque(), self._step_id
 
-    # --- what users of a request do --------------------------------------------------------------------------------
+    # --- requests --------------------------------------------------------------------------------------------------
 
     def add_request(self, id: Hashable, prompt: Tokens[int], max_tokens: int, *, seed: bytes | None = None) -> Request:
-        """Queue a request. seed: of the names of its blocks (`prefix.seed`), None: it shares and leaves nothing.
+        """Queue a request.
 
-        Raises UserError if the pool could not hold it even alone.
+        Args:
+            id: unique among the current requests.
+            prompt: token ids, at least one.
+            max_tokens: maximum new tokens, at least 1.
+            seed: seed of its block hashes (`block_hash.hash_seed`); None excludes it from the prefix cache.
+
+        Raises:
+            UserError: the pool could not hold the request even alone.
+            ValueError: the id is in use, the prompt is empty or max_tokens is below 1.
         """
         if id in self.requests or not prompt or max_tokens < 1:
             raise ValueError(f"request {id!r} is in use, has no prompt or is to add no tokens")
@@ -133,8 +150,8 @@ class Scheduler:
         need, most = self._pages(prompt_tokens + max_tokens - 1 + self.num_lookahead_tokens), self.block_pool.capacity
         if need > most:
             raise UserError(
-                f"a prompt of {prompt_tokens} tokens with max_tokens {max_tokens} needs {need} pages of {self.block_size} "
-                f"tokens, but the cache has {most}; shorten one of them or give the cache more memory"
+                f"a prompt of {prompt_tokens} tokens with max_tokens {max_tokens} needs {need} pages of "
+                f"{self.block_size} tokens, but the cache has {most}; shorten one of them or give the cache more memory"
             )
 
     def finish_request(self, id: Hashable) -> bool:
@@ -146,7 +163,7 @@ class Scheduler:
         return self._stop(id, RequestStatus.ABORTED)
 
     def fail_request(self, id: Hashable) -> bool:
-        """End a request whose results are not to be trusted, see above; False if it has ended already."""
+        """End a request with invalid results (see **Failure** above); False if it has ended already."""
         return self._stop(id, RequestStatus.ERROR)
 
     def _stop(self, id: Hashable, state: RequestStatus) -> bool:
@@ -163,7 +180,7 @@ class Scheduler:
     # --- planning --------------------------------------------------------------------------------------------------
 
     def schedule(self) -> SchedulerOutput | None:
-        """What to run next; None if there is nothing (then commit what is under way, or add requests)."""
+        """Plan the next step; None if nothing can run (commit the plan in flight, or add requests)."""
         if len(self._inflight) > 1:
             raise RuntimeError("two plans are under way; commit the older one first")
         if self.kv_connector is not None:
@@ -183,12 +200,15 @@ class Scheduler:
         return draft.plan
 
     def _decode(self, draft: PendingOutput) -> tuple[list[DecodeRow], bool]:
-        """Rows to decode, and whether one had to be left out for want of pages: then no younger one gets any."""
+        """Return the rows to decode, and whether a row was left out for lack of blocks.
+
+        After the first such row, no younger request gets new blocks.
+        """
         rows, short = [], False
         for sequence in list(self._active):
             position, limit = sequence.position, sequence.max_len
             if sequence.status is not RequestStatus.RUNNING or position + 1 >= limit:
-                continue  # preempted just now, or what is under way reaches max_tokens
+                continue  # just preempted, or the steps in flight reach max_tokens
             most = position + sequence.num_inflight_decodes * self.num_lookahead_tokens
             need = self._pages(min(most + 1, limit - 1) + self.num_lookahead_tokens) - len(sequence.block_ids)
             if need > 0:
@@ -198,7 +218,7 @@ class Scheduler:
             boundary = position // self.block_size * self.block_size
             written = (
                 most if sequence.num_inflight_decodes else most + self.num_lookahead_tokens
-            )  # rejected tokens of the last step
+            )  # includes the last step's rejected tokens
             if boundary > sequence.last_snapshot_boundary and written - boundary <= self.rollback_tokens:
                 self._snapshot(sequence, boundary, draft)
             rows.append(DecodeRow(sequence, position))
@@ -206,7 +226,7 @@ class Scheduler:
         return rows, short
 
     def _allocate_slots(self, sequence: Request, need: int) -> bool:
-        """Give it `need` more pages, at the cost of the youngest; False if it has to wait for them or was preempted."""
+        """Give a request `need` more blocks, preempting the youngest; False if it must wait or was preempted."""
         while (pages := self.block_pool.allocate(need)) is None:
             if self._retiring:
                 return False
@@ -220,7 +240,7 @@ class Scheduler:
         return True
 
     def _prefill(self, draft: PendingOutput, admit: bool) -> PrefillChunk | None:
-        """The next chunk of the one prompt that is being read; admit: otherwise of the first in the queue."""
+        """Return the next chunk of the prompt in prefill; with `admit`, else of the first waiting request."""
         sequence = next((s for s in self._active if s.status is RequestStatus.PREFILL), None)
         if sequence is None:
             sequence = self._admit(draft) if admit and self._waiting and self._slots else None
@@ -238,13 +258,13 @@ class Scheduler:
         return PrefillChunk(sequence, start, end - start, last=end == goal)
 
     def _admit(self, draft: PendingOutput) -> Request | None:
-        """Give the first in the queue a slot, what is known of its blocks, and pages; None if it has to wait."""
+        """Give the first waiting request a slot, its cached prefix and new blocks; None if it has to wait."""
         sequence = self._waiting[0]
         usable = self._prefix_hashes(sequence)
         found, record = self.block_pool.match_prefix(usable)
         promised = {other.pending_prefix_hash for other in self._active}
         if not promised.isdisjoint(usable[found:]):
-            return None  # somebody is computing what it could begin with
+            return None  # another request is computing a prefix that this one could reuse
         need = self._pages(len(sequence.tokens)) - found
         spare = self._pages(max(len(sequence.tokens), sequence.max_len_reached) + self.block_size) - found
         most = self._pages(sequence.max_len - 1 + self.num_lookahead_tokens) - found
@@ -275,7 +295,7 @@ class Scheduler:
         return sequence
 
     def _snapshot(self, sequence: Request, boundary: int, draft: PendingOutput) -> None:
-        """Copy the slot into a record for `boundary`, where the slot stands now (or not more than `slack` behind)."""
+        """Copy the state slot into a snapshot for `boundary`; the slot is at most `rollback_tokens` past it."""
         sequence.last_snapshot_boundary = boundary
         if sequence.hash_seed is None or boundary > self._num_shareable_tokens(sequence):
             return
@@ -298,11 +318,16 @@ class Scheduler:
     def update_from_output(
         self, plan: SchedulerOutput, gained: Mapping[Hashable, Tokens[int]], finished: Collection[Hashable] = ()
     ) -> None:
-        """Take the results of the oldest plan under way.
+        """Commit the results of the oldest plan in flight.
 
-        gained: the new tokens of every sequence that decoded or read the last of its prompt, by id; a sequence that
-        ended meanwhile may be left out. Tokens beyond max_tokens are dropped, and reaching it finishes the sequence.
-        finished: ids that end here for another reason; their tokens are to be cut where they end.
+        Args:
+            plan: the oldest uncommitted plan.
+            gained: new tokens by id, of every request that decoded or finished its prefill; a request that ended
+                meanwhile may be absent. Tokens beyond max_tokens are dropped; reaching max_tokens finishes the request.
+            finished: ids that end here for another reason; the caller cuts their tokens where they end.
+
+        Raises:
+            ValueError: the plan is not the oldest one, or a request gained an impossible number of tokens.
         """
         if not self._inflight or self._inflight[0].plan is not plan:
             raise ValueError("plans are committed once, in the order in which they were made")
@@ -323,8 +348,8 @@ class Scheduler:
             self._free(sequence)
 
     def _append_tokens(self, sequence: Request, plan: SchedulerOutput, tokens: Tokens[int]) -> None:
-        """Add what one plan brought, and publish the blocks that it filled."""
-        accepted = len(tokens) - 1  # by the model, whether or not max_tokens has room for them
+        """Append the tokens of one plan, and publish the blocks that it filled."""
+        accepted = len(tokens) - 1  # by the model, even beyond max_tokens
         tokens = list(tokens)[: sequence.max_len - len(sequence.tokens)]
         if plan.prefill is not None and plan.prefill.request is sequence:
             sequence.num_computed_tokens = plan.prefill.start + plan.prefill.count
@@ -347,10 +372,10 @@ class Scheduler:
             sequence.num_published_blocks = full
 
     def _retire(self, sequence: Request, state: RequestStatus) -> None:
-        """End or preempt; what it holds is let go when no plan with it is under way any more."""
+        """End or preempt a request; its resources are freed once no plan with it is in flight."""
         before, sequence.status = sequence.status, state
         if before is RequestStatus.PREEMPTED:
-            return  # it is leaving already
+            return  # it is retiring already
         (self._waiting if before is RequestStatus.WAITING else self._active).remove(sequence)
         if sequence.last_step > self._committed:
             self._retiring.append(sequence)
@@ -358,7 +383,7 @@ class Scheduler:
             self._free(sequence)
 
     def _free(self, sequence: Request) -> None:
-        """Let go of everything; a preempted sequence waits again, at its place by arrival."""
+        """Free all resources; a preempted request is queued again, in order of arrival."""
         self.block_pool.free(sequence.block_ids)
         if sequence.state_slot:
             self._slots.append(sequence.state_slot)
@@ -377,21 +402,21 @@ class Scheduler:
         sequence.status = RequestStatus.WAITING
         bisect.insort(self._waiting, sequence, key=lambda s: s.arrival)
 
-    # --- helpers, and what is seen from outside --------------------------------------------------------------------
+    # --- helpers and statistics ------------------------------------------------------------------------------------
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
     def _num_shareable_tokens(self, sequence: Request) -> int:
-        """Tokens whose blocks others may find."""
+        """Number of leading tokens whose blocks other requests may reuse."""
         return len(sequence.prompt) if self.deterministic_replay else sequence.max_len
 
     def _prefix_hashes(self, sequence: Request) -> list[bytes]:
-        """Names of the blocks that it could begin behind; one token must be left to read."""
+        """Hashes of the prefix blocks that it could reuse; at least one token must be left to prefill."""
         return self._block_hashes(sequence)[: (len(sequence.tokens) - 1) // self.block_size]
 
     def _block_hashes(self, sequence: Request) -> list[bytes]:
-        """Names of all blocks that its tokens fill; none if it does not take part in the prefix cache."""
+        """Hashes of all blocks that its tokens fill; empty if it is excluded from the prefix cache."""
         if sequence.hash_seed is not None:
             parent, done = (
                 (sequence.block_hashes or [sequence.hash_seed])[-1],
@@ -403,11 +428,11 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        """Whether anything waits, runs or is to be committed."""
+        """Whether any request waits or runs, or a plan is uncommitted."""
         return bool(self.requests or self._inflight)
 
     def stats(self) -> dict[str, float]:
-        """Sequences now, preemptions since the start, and what the blocks count."""
+        """Current requests, preemptions since the start, and the counters of the block pool."""
         counts = {"waiting": len(self._waiting), "running": len(self._active), "preemptions": self._preemptions}
         if self.num_lookahead_tokens:
             counts |= {
@@ -418,7 +443,7 @@ class Scheduler:
         return counts | self.block_pool.stats()
 
     def check_invariants(self) -> None:
-        """Raise AssertionError if any book does not add up."""
+        """Raise AssertionError if the state is inconsistent."""
         self.block_pool.check_invariants([sequence.block_ids for sequence in self.requests.values()])
         arrivals = [sequence.arrival for sequence in (*self._active, *self._waiting)]
         slots = [sequence.state_slot for sequence in (*self._active, *self._retiring)]
