@@ -1,5 +1,9 @@
-"""The cache of an engine: all of it on the device, or two parts in host memory (`cache.kv_device_entries`): the CSA layers' entries,
-of which steps read a few, and the tails of the HCA layers, which a step adds one row to and seldom reads."""
+"""Allocation of the KV caches of an engine.
+
+All arrays are on the device, unless `cache.kv_device_entries` is set. Then two parts are in host memory: the entries
+of CSA layers, of which a step reads few, and the compressor state of HCA layers, to which a step adds one row and
+which it seldom reads.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +31,19 @@ HOST_FIELDS = {"csa": "entries", "hca": "compressor_state"}
 def allocate_layer(
     layout: KVCacheSpec, kind: str, pages: int, records: int, slack: int = 0, host=None
 ) -> PagedLayerCache:
-    """Empty state of one layer of this kind. host: as in `new_host_entry_pool`; None: pinned memory beside the device that the
-    rest is on. Raises UserError as these do."""
+    """Allocate the empty cache of one layer.
+
+    Args:
+      layout: formats and sizes of the cache.
+      kind: layer type ("swa", "csa" or "hca").
+      pages: number of blocks.
+      records: number of state slots.
+      slack: tokens that speculative decoding may go back.
+      host: allocates host memory, as in `new_host_entry_pool`; None takes pinned memory of the layer's device.
+
+    Raises:
+      UserError: the layout cannot hold the model's shapes, or the device has no or too little pinned host memory.
+    """
     model, far = layout.model, HOST_FIELDS.get(kind) if layout.hot else None
     size = (pages, layout.entries(kind), layout.name) if kind != "swa" else ()
     pool = lambda part: None if far == "entries" and part == "main" else new_pool(model, part, *size)
@@ -70,8 +85,11 @@ def contiguous_caches(model: Transformer, batch: int, tokens: int) -> KVCacheLis
 
 
 def memory_stats(live) -> dict[str, float]:
-    """`kv_bytes`: of all arrays on the device; `kv_host_bytes`: of those in host memory. If there are such, of the
-    picks of decode steps, over the layers: how many were found on the device and were fetched, and bytes fetched."""
+    """Return `kv_bytes` (bytes on the device) and `kv_host_bytes` (bytes in host memory) of all caches in `live`.
+
+    With host-resident entries, `hot_hits` and `hot_misses` count top-k entries of decode steps over all layers that
+    were found on the device and that were fetched; `hot_fetched_bytes` are the bytes fetched.
+    """
     held = {False: 0, True: 0}
     for array in jax.tree.leaves(live):
         held[is_host(array)] += array.nbytes
@@ -93,7 +111,7 @@ def memory_stats(live) -> dict[str, float]:
 
 
 def check(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
-    """Raise UserError if entries cannot live in host memory, or if that would be of no use."""
+    """Raise UserError if host-resident entries are configured but impossible or useless for these limits."""
     if not cache.kv_device_entries:
         return
     if "csa" not in model.layer_types:
@@ -102,8 +120,8 @@ def check(model: config.Model, limits: config.Serve, cache: config.Cache) -> Non
     queries, k = 1 + limits.num_speculative_tokens, model.indexer.index_topk
     if cache.kv_device_entries < rows * queries * k:
         raise UserError(
-            f"cache hot of {cache.kv_device_entries} entries is less than a step may pick: {rows} sequences x {queries} tokens x "
-            f"topk {k}; give at least {rows * queries * k}, or lower max_num_seqs"
+            f"cache hot of {cache.kv_device_entries} entries is less than a step may pick: {rows} sequences x "
+            f"{queries} tokens x topk {k}; give at least {rows * queries * k}, or lower max_num_seqs"
         )
     layout = KVCacheSpec(model, cache.kv_cache_dtype, cache.block_size)
     blocks = -(-(limits.max_model_len + limits.num_speculative_tokens) // layout.block)

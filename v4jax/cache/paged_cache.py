@@ -1,6 +1,7 @@
-"""The past that outlives a call: records of fixed size and pages of entries (see `nn/kv_cache_interface.py` for the interface).
+"""The paged KV cache of one layer: state slots of fixed size and blocks of entries.
 
-Arrays are updated in place where they are donated, at the cost of what is written.
+`PagedLayerCache` implements `LayerCache` of `nn/kv_cache_interface.py`. Donated arrays are updated in place, so an
+update costs only the bytes that it writes.
 """
 
 from __future__ import annotations
@@ -21,46 +22,47 @@ from v4jax.parallel.host_memory import host_gather, host_scatter, is_host
 
 
 class EntryPool:
-    """Numbered pages of rows, in some format: arrays [pages, slots, ...], read and written by page and slot in it.
+    """Base class of the pools of entries or index keys: arrays [blocks, slots, ...], addressed by block and slot.
 
-    A format says how rows are stored. encoded: those rows [..., width] as a pool of arrays [..., n]; decoded: the rows
-    of such a pool, in dtype `compute`. shape: pages, rows of a page, numbers of a row.
+    A subclass defines the storage format by `encode` and `decode`. `shape` is (blocks, rows per block, row width).
     """
 
     shape: tuple[int, int, int]
 
     def encode(self, rows: jax.Array) -> EntryPool:
+        """Encode `rows` [..., width] into the storage format, as a pool of arrays [..., n]."""
         raise NotImplementedError
 
     def decode(self, compute: jnp.dtype) -> jax.Array:
+        """Decode all rows of this pool to [..., width] in dtype `compute`."""
         raise NotImplementedError
 
     def raw_fp8(self) -> QTensor | None:
-        """The rows as they are, of a format that stores them in e4m3."""
+        """Return the stored rows undecoded if the format is plain e4m3 with scales, else None."""
         return None
 
     def write(self, page: jax.Array, slot: jax.Array, rows: jax.Array) -> EntryPool:
-        """The pool with `rows` [..., width] at int32 page [...] and slot [...]; those out of range are dropped."""
+        """Write `rows` [..., width] at int32 block [...] and slot [...]; drop those out of range."""
         return jax.tree.map(lambda a, new: host_scatter(a, new, page, slot), self, self.encode(rows))
 
     def gather(self, page: jax.Array, slot: jax.Array, compute: jnp.dtype) -> jax.Array:
-        """Rows [..., width] in dtype `compute` at page [...] and slot [...], which lie in range (else: some row)."""
+        """Read rows [..., width] as `compute` at block [...] and slot [...]; out of range, an arbitrary row."""
         return jax.tree.map(lambda a: host_gather(a, page, slot), self).decode(compute)
 
     def gather_blocks(self, page: jax.Array) -> EntryPool:
-        """All rows of these pages, as a pool of arrays [..., slots, n]."""
+        """Read all rows of the given blocks, undecoded, as a pool of arrays [..., slots, n]."""
         return jax.tree.map(lambda a: host_gather(a, page), self)
 
 
 @pytree
 class FloatPool(EntryPool):
-    """A pool of floats: array [pages, slots, width]."""
+    """A pool that stores rows in a plain float dtype: array [blocks, slots, width]."""
 
     array: jax.Array
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Pages, rows of a page, numbers of a row."""
+        """(blocks, rows per block, row width)."""
         return self.array.shape
 
     def encode(self, rows: jax.Array) -> FloatPool:
@@ -72,9 +74,17 @@ class FloatPool(EntryPool):
 
 @pytree
 class PendingEntries:
-    """Entries on their way to host memory: rows of a pool [B, C, ...], at page_BC and slot_BC in it (out of range: not
-    complete), and index_BC in their row. They are written there when the layer is done, since XLA:TPU would bring all
-    of an array to the device that is written by the host and then read by the same program."""
+    """New entries that `commit` will write to the pool in host memory.
+
+    The write waits until the layer is done: XLA:TPU would copy a whole host array to the device if one program first
+    wrote it on the host and then read it.
+
+    Attributes:
+      rows: encoded entries [B, C, ...].
+      page_BC: int32 block of each entry in the pool; out of range for an incomplete entry, which is dropped.
+      slot_BC: int32 slot of each entry in its block.
+      index_BC: int32 index of each entry in its batch row.
+    """
 
     rows: EntryPool
     page_BC: jax.Array
@@ -82,7 +92,7 @@ class PendingEntries:
     index_BC: jax.Array
 
     def at(self, index: jax.Array, pages: int) -> tuple[jax.Array, jax.Array]:
-        """(whether entries index [B, ...] are among these, their numbers here)."""
+        """For entries `index` [B, ...], return (bool, whether pending; int32, position in C). pages: pool blocks."""
         wide = lambda a: a.reshape(-1, *[1] * (index.ndim - 1))
         number, count = index - wide(self.index_BC[:, 0]), self.page_BC.shape[1]
         inside, number = (number >= 0) & (number < count), jnp.clip(number, 0, count - 1)
@@ -91,8 +101,15 @@ class PendingEntries:
 
 @pytree
 class PendingState:
-    """Rows [B, N, W] on their way to a tail in host memory: to slots slot_BN of record_BN (out of range: nowhere). They
-    are written there when `PendingEntries` is, and for the same reason. read: true, and comes out of what was read of the tail."""
+    """Compressor state rows that `commit` will write to host memory, deferred for the reason of `PendingEntries`.
+
+    Attributes:
+      rows_BNW: the rows [B, N, W].
+      record_BN: int32 state slot of each row.
+      slot_BN: int32 position in the compressor state; out of range for a row that is not written.
+      read: scalar bool, always True, computed from the fetched state. It exists only to give the write a data
+        dependence on the read (see `PagedLayerCache.commit`).
+    """
 
     rows_BNW: jax.Array
     record_BN: jax.Array
@@ -102,8 +119,16 @@ class PendingState:
 
 @pytree
 class PagedEntryReader:
-    """A `EntryReader` of the pages that a table names. hot: copies through which a decode step reads picked rows; new: entries
-    that are not in those pages yet."""
+    """An `EntryReader` over the blocks of a block table.
+
+    Attributes:
+      entries: pool of entries.
+      index_keys: pool of index keys (CSA layers), else None.
+      device_cache: device cache of host-resident entries, through which a decode step reads its top-k entries.
+      pending_entries: new entries that are not in the pool yet; reads overlay them.
+      block_table_BA: int32 blocks of each batch row.
+      dtype: dtype that rows are decoded to.
+    """
 
     entries: EntryPool
     index_keys: EntryPool | None
@@ -136,7 +161,7 @@ class PagedEntryReader:
         return self._gather(self.index_keys, jnp.maximum(pick_BTK, 0))
 
     def _read_range(self, pool: EntryPool, first: jax.Array, count: int, coded: bool = False) -> jax.Array | QTensor:
-        """Whole pages where a run is made of them, rows one by one where it is not."""
+        """Read `count` rows from `first` on: by block if `count` is a multiple of the block's rows, else row by row."""
         slots, pages = pool.shape[1], self.block_table_BA.shape[1]
         if count % slots:
             slot = jnp.broadcast_to(first + jnp.arange(count), (self.block_table_BA.shape[0], count))
@@ -154,7 +179,7 @@ class PagedEntryReader:
         return self._overlay_pending(rows, slot) if pool is self.entries else rows
 
     def _overlay_pending(self, rows: jax.Array, index: jax.Array) -> jax.Array:
-        """Rows [B, ..., H] of entries index [B, ...], with the new ones among them."""
+        """Replace those of `rows` [B, ..., H], the entries `index` [B, ...], that are pending by their new values."""
         if self.pending_entries is None:
             return rows
         inside, number = self.pending_entries.at(index, self.entries.shape[0])
@@ -163,20 +188,25 @@ class PagedEntryReader:
         return jnp.where(inside[..., None], new, rows)
 
     def _physical(self, pool: EntryPool, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Page, and slot in it, of entries counted in their row."""
+        """Map entry indices of each batch row [B, ...] to (block, slot in the block)."""
         slots, row = pool.shape[1], jnp.arange(slot.shape[0]).reshape(-1, *[1] * (slot.ndim - 1))
         return self.block_table_BA[row, jnp.minimum(slot // slots, self.block_table_BA.shape[1] - 1)], slot % slots
 
 
 @pytree
 class PagedLayerCache:
-    """What outlives a call.
+    """The KV cache of one layer, which persists between calls.
 
-    window_ring_ZSH: for each record the last `window` rows (and a few more, so that speculation can go back), token t in slot
-    t mod size. tails: per compressor the projected rows of the last one (HCA) or two (CSA) windows, and a few more,
-    float32 [records, size, W], token t in slot t mod size. main, index: pools of entries and indexer keys. hot: where
-    `main` lies in host memory, copies of it; new: what is to be written there, late: to a tail "main" in host memory,
-    both None between calls.
+    Attributes:
+      window_ring_ZSH: ring of the last `sliding_window` KV rows of each state slot, plus slack rows so that
+        speculative decoding can go back. Token t is at position t mod size.
+      compressor_state: by compressor name, a ring of the projected rows of the last window (HCA) or last two windows
+        (CSA) plus slack rows, float32 [state slots, size, W]. Token t is at position t mod size.
+      entries: pool of entries; None in layers without compression.
+      index_keys: pool of index keys (CSA), else None.
+      device_cache: device cache of `entries` if those are in host memory, else None.
+      pending_entries: entries to be written to host memory. None between calls.
+      pending_state: rows to be written to compressor state "main" in host memory. None between calls.
     """
 
     window_ring_ZSH: jax.Array
@@ -188,7 +218,10 @@ class PagedLayerCache:
     pending_state: PendingState | None = None
 
     def update_window(self, kv_BTH: jax.Array, chunk: ForwardBatch, size: int) -> tuple[WindowKV, PagedLayerCache]:
-        """The ring with the call's tokens in it, if it has room beside `size`; else its last rows, then the call's."""
+        """Write the call's rows to the ring and return the window KV.
+
+        This is the ring itself if it holds the call's rows beside `size` past rows, else both concatenated.
+        """
         (_, slots, _), T, state_slot_B = self.window_ring_ZSH.shape, kv_BTH.shape[1], chunk.slots.state_slot_B
         if T <= slots - size + 1:
             window_ring_ZSH = _write_few(self.window_ring_ZSH, kv_BTH, chunk)
@@ -206,7 +239,7 @@ class PagedLayerCache:
     def compression_windows(
         self, name: str, rows_BTW: jax.Array, chunk: ForwardBatch, ratio: int, overlap: bool
     ) -> tuple[CompressionWindows, PagedLayerCache]:
-        """Windows that end inside the call, pieced together from the tail and the call's rows."""
+        """Assemble the windows that end inside the call from the compressor state and the call's rows."""
         tail_ZSW, state_slot_B, back = self.compressor_state[name], chunk.slots.state_slot_B, int(overlap)
         (_, slots, _), T = tail_ZSW.shape, rows_BTW.shape[1]
         count = (ratio - 1 + T) // ratio
@@ -245,7 +278,7 @@ class PagedLayerCache:
         chunk: ForwardBatch,
         ratio: int,
     ) -> PagedLayerCache:
-        """Write complete entries at their index; the others go out of range and are dropped."""
+        """Write complete entries at their index. Incomplete ones get a block out of range and are dropped."""
         block_table_BA, (pages, slots, _) = chunk.slots.block_table_BA, self.entries.shape
         number = jnp.minimum(windows.index_BC // slots, block_table_BA.shape[1] - 1)
         page_BC = jnp.where(windows.complete_BC, jnp.take_along_axis(block_table_BA, number, axis=1), pages)
@@ -262,7 +295,9 @@ class PagedLayerCache:
         rows = jax.eval_shape(self.entries.encode, kv_BCH)
         rows = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), rows)
 
-        def forget(pools):  # encoded here as there, for the same bits: what is fused with what decides them
+        def forget(pools):
+            # Encode inside the same fused region as the on-device path: XLA's fusion choice changes the last bits,
+            # and both paths must agree bit for bit.
             index, hot, _ = pools
             index, hot = index.write(page_BC, slot_BC, index_BCL), hot.invalidate(page_BC, slot_BC, old_BC)
             return index, hot, self.entries.encode(kv_BCH)
@@ -272,7 +307,7 @@ class PagedLayerCache:
         return dataclasses.replace(self, index_keys=index, device_cache=hot, pending_entries=new)
 
     def reader(self, chunk: ForwardBatch, dtype: jnp.dtype, times: int = 1) -> PagedEntryReader | None:
-        """The pages of the rows, every row `times` times, read as `dtype`."""
+        """Return a reader of the batch rows' blocks in `dtype`, each batch row repeated `times` times."""
         if self.entries is None:
             return None
         block_table_BA = chunk.slots.block_table_BA
@@ -282,23 +317,23 @@ class PagedLayerCache:
         return PagedEntryReader(self.entries, self.index_keys, self.device_cache, *rows, dtype)
 
     def with_reader(self, view: PagedEntryReader | None) -> PagedLayerCache:
-        """With the copies that reading made."""
+        """Take over the device cache of a reader, which holds the entries that the reader fetched."""
         return self if self.device_cache is None else dataclasses.replace(self, device_cache=view.device_cache)
 
     def map_state(self, change: Callable[[jax.Array], jax.Array]) -> PagedLayerCache:
-        """With `change` applied to every array of records."""
+        """Apply `change` to every array of state slots."""
         tails = {name: change(tail) for name, tail in self.compressor_state.items()}
         return dataclasses.replace(self, window_ring_ZSH=change(self.window_ring_ZSH), compressor_state=tails)
 
     def zero_blocks(self, page_A: jax.Array) -> PagedLayerCache:
-        """With zeros in these pages, int32; those out of range are passed over."""
+        """Zero the int32 blocks `page_A`. Numbers out of range are ignored."""
         zeros = lambda pool: jax.tree.map(lambda a: host_scatter(a, 0, page_A), pool)
         return dataclasses.replace(
             self, entries=zeros(self.entries), index_keys=zeros(self.index_keys)
         ).invalidate_copies(page_A)
 
     def invalidate_copies(self, page_A: jax.Array) -> PagedLayerCache:
-        """Without copies of these pages, to be called when they were written to."""
+        """Drop the blocks `page_A` from the device cache. Call it after writing to these blocks in host memory."""
         return (
             self
             if self.device_cache is None
@@ -306,9 +341,9 @@ class PagedLayerCache:
         )
 
     def commit(self, done: jax.Array) -> PagedLayerCache:
-        """What outlives the call: everything, and what is new where it belongs."""
-        # Written when all has been read, or the compilers would keep a copy of what is read: XLA:TPU heeds the barrier,
-        # both a number that comes out of what was fetched and says where to write, though it is always the same.
+        """Write pending entries and state to host memory, once the layer's output `done` is computed."""
+        # Write only after every read, or XLA keeps a copy of the whole pool. XLA:TPU orders by optimization_barrier. In
+        # addition, the write index depends on a fetched value (the condition is always true), which orders by data.
         first = done[(0,) * done.ndim]
         kept = self
         if self.pending_entries is not None:
@@ -339,9 +374,15 @@ def new_paged_layer_cache(
     dtype: jnp.dtype,
     slack: int = 0,
 ) -> PagedLayerCache:
-    """Empty state of one layer: `records` records in `dtype`, and the pools that `pool("main")`, `pool("index")` make.
+    """Allocate the empty cache of one layer.
 
-    A speculating engine goes back by up to `slack` tokens: rings and tails keep that many more.
+    Args:
+      model: the model's config.
+      kind: layer type ("swa", "csa" or "hca").
+      records: number of state slots.
+      pool: makes the pool of entries for "main" and that of index keys for "index".
+      dtype: dtype of the window ring. Compressor state is float32.
+      slack: extra rows of each ring, the number of tokens that speculative decoding may go back.
     """
     main, index, tails = None, None, {}
     if kind != "swa":
@@ -356,17 +397,17 @@ def new_paged_layer_cache(
 
 
 def _in_place(write, arrays, needed: jax.Array):
-    """write(arrays), where bool `needed` may say at run time that it would change nothing.
+    """Return write(arrays). The traced bool `needed` is False if the write would change nothing.
 
-    XLA:CPU fuses the update of an array into what reads it afterwards, which then also reads the array as it was, so
-    that all of it must be copied first. A loop of one turn at most keeps the two apart.
+    XLA:CPU fuses an update into the later read of the array. The fused read also needs the old array, so XLA copies
+    all of it first. A loop of at most one iteration prevents the fusion.
     """
     loop = lambda arrays: jax.lax.fori_loop(0, needed.astype(jnp.int32), lambda _, arrays: write(arrays), arrays)
     return jax.lax.platform_dependent(arrays, cpu=loop, default=write)
 
 
 def _slots(chunk: ForwardBatch, slots: int) -> jax.Array:
-    """Where the call's rows belong in a ring, int32 [B, T]: order mod slots, or `slots` for padding."""
+    """Ring position of each of the call's rows, int32 [B, T]: sequence index mod slots, or `slots` for padding."""
     valid_BT = chunk.seq_index_BT >= 0
     if chunk.num_valid_B is not None:
         valid_BT &= chunk.seq_index_BT < (chunk.start_B + chunk.num_valid_B)[:, None]
@@ -374,14 +415,14 @@ def _slots(chunk: ForwardBatch, slots: int) -> jax.Array:
 
 
 def _write_few(rings_ZSH: jax.Array, rows_BTH: jax.Array, chunk: ForwardBatch) -> jax.Array:
-    """Rings with the call's real rows, fewer than a ring has slots, at slot (order mod slots) of their records."""
+    """Write the call's valid rows, fewer than `slots`, to the rings of their state slots at index mod slots."""
     slot_BT, record_B1 = _slots(chunk, rings_ZSH.shape[1]), chunk.slots.state_slot_B[:, None]
     write = lambda rings: rings.at[record_B1, slot_BT].set(rows_BTH.astype(rings.dtype), mode="drop")
     return _in_place(write, rings_ZSH, (slot_BT < rings_ZSH.shape[1]).any())
 
 
 def _ring_after(ring_BSH: jax.Array, rows_BTH: jax.Array, chunk: ForwardBatch) -> jax.Array:
-    """The rings of the batch's rows, which were ring_BSH, with the last of the call's real rows."""
+    """Return the rings `ring_BSH` of the batch rows after writing the last of the call's valid rows."""
     slots, T = ring_BSH.shape[1], rows_BTH.shape[1]
     real_B = jnp.full(ring_BSH.shape[0], T) if chunk.num_valid_B is None else chunk.num_valid_B
     last_B = chunk.start_B + real_B - 1
@@ -394,10 +435,17 @@ def _ring_after(ring_BSH: jax.Array, rows_BTH: jax.Array, chunk: ForwardBatch) -
 def _read_far(
     tail_ZSW: jax.Array, rows_BTW: jax.Array, chunk: ForwardBatch, wanted: jax.Array | None
 ) -> tuple[jax.Array, PendingState]:
-    """Tails of the batch's rows, out of host memory: [B, slots, W], and what is to be written there.
+    """Read the batch rows' compressor state from host memory.
 
-    wanted: of a few rows, whether any window will be read, else nothing is fetched; the tails are then with these rows
-    in them. None: of many rows, and the tails as they were.
+    Args:
+      tail_ZSW: compressor state in host memory.
+      rows_BTW: the call's rows.
+      chunk: the call.
+      wanted: None if the call has more rows than the ring has room for. Else a traced bool, whether any window is
+        complete; if not, nothing is fetched.
+
+    Returns:
+      The state [B, slots, W], which includes the call's rows unless `wanted` is None, and the rows to write back.
     """
     (_, slots, _), state_slot_B = tail_ZSW.shape, chunk.slots.state_slot_B
     if wanted is None:

@@ -1,8 +1,9 @@
-"""A stored block or record as bytes: what lies in a file of the disk tier, and how it is recognized and verified.
+"""File format of one stored block or state snapshot in the disk tier, and its verification.
 
-Little-endian: magic (8 bytes), version and kind (2 each), length of the array table (4), block hash, parent's hash and schema digest (16
-each), length of the payload and its xxh3-64 (8 each), xxh3-64 of all that and the table (8); then the table, JSON
-padded with spaces so that the payload begins at a multiple of 64; then the payload. Nothing else is in the file.
+The fields are little-endian: magic (8 bytes), version and kind (2 each), length of the array table (4), block hash,
+parent's hash and schema digest (16 each), length of the payload and its xxh3-64 (8 each), xxh3-64 of all fields so far
+and the table (8). The table follows as JSON, padded with spaces so that the payload starts at a multiple of 64 bytes.
+The payload follows. The file contains nothing else.
 
 A block hash identifies the contents (`block_hash.block_hashes`: weights, config, tokens, salt), a schema their layout
 (the array table: name, dtype and shape of every array). Both form the key, so a change of either is a miss and never a

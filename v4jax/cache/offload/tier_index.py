@@ -1,7 +1,7 @@
-"""What one storage tier holds, by key, within a budget of bytes, and what goes first when it is full.
+"""Index of one storage tier: its keys, its byte budget and the order of eviction.
 
-Of the entries that nothing hangs on, the policy says which (`cache.kv_eviction_policy`): a block goes after the blocks that follow
-it and after the record that stands behind it, because those could not be used without it.
+The policy (`cache.kv_eviction_policy`) chooses a victim among the entries that no other entry depends on. A block is
+evicted after the blocks that follow it and after the state snapshot at its end, which are useless without it.
 """
 
 from __future__ import annotations
