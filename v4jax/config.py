@@ -162,9 +162,9 @@ class Train:
     remat: bool = False  # rematerialize layers, saving only the streams between them: a third more compute, less memory
     offload: tuple[str, ...] = ()  # kept in host memory between uses: optimizer (its state), streams (saved by remat)
     matmul_precision: str = "plain"  # plain, or fp8: matmuls of the weights that are released in FP8 (spec 8.4)
-    expert_weight_format: str = "plain"  # plain, or mxfp4: experts are rounded in the forward pass and when a checkpoint is loaded
-    spike_action: str = "off"  # off: NaN/Inf ends the run; skip: drop spike steps; rollback: skip, then reload a checkpoint
-    spike_factor: float = 8.0  # a spike exceeds the median of log loss or log grad norm by this many MADs; 0: NaN/Inf only
+    expert_weight_format: str = "plain"  # plain, or mxfp4: experts rounded in the forward pass and by loading
+    spike_action: str = "off"  # off: NaN/Inf ends the run; skip: drop the step; rollback: drop, later reload
+    spike_factor: float = 8.0  # a spike exceeds the median log loss or log grad norm by this many MADs; 0: NaN/Inf only
     spike_window: int = 64  # steps over which the median and the MAD are taken; skipped steps are not among them
     spike_patience: int = 5  # consecutive spikes after which `skip` ends the run and `rollback` reloads a checkpoint
     hang_timeout_s: float = 0.0  # dump all Python stacks if no step finishes for this many seconds; 0: never
@@ -197,10 +197,10 @@ class Cache:
     block_size: int = 0  # tokens per block; 0: the least multiple of all compression rates that is at least 256
     kv_cache_tokens: int = 0  # capacity in tokens of all sequences together; 0: max_num_seqs * max_model_len
     enable_prefix_caching: bool = True  # reuse blocks of earlier requests that begin with the same tokens
-    num_state_snapshots: int = 16  # state snapshots kept for prefix caching, at the last block boundary of prompts and outputs
+    num_state_snapshots: int = 16  # kept for prefix caching, at the last block boundary of each prompt and output
     snapshot_interval_blocks: int = 0  # blocks between further snapshots within a prompt; 0: none
     kv_cache_memory_bytes: int = 0  # accelerator memory for the KV cache in bytes; 0: as kv_cache_tokens needs
-    kv_device_entries: int = 0  # CSA entries per layer cached on the device (LRU), the rest in host memory; 0: all on device
+    kv_device_entries: int = 0  # CSA entries in host memory: number per layer cached on the device; 0: all on device
     kv_host_bytes: int = 0  # host memory in bytes for blocks that are offloaded from the device; 0: none
     kv_disk_bytes: int = 0  # disk space in bytes in kv_dir for offloaded blocks; 0: none
     kv_dir: str = ""  # directory of the offloaded blocks on disk
@@ -388,7 +388,8 @@ def validate(config: Config) -> Config:
         )
     _require(
         data.seq_len % config.model.alignment == 0,
-        f"data.seq_len {data.seq_len} must be a multiple of {config.model.alignment}, as all compression ratios divide it",
+        f"data.seq_len {data.seq_len} must be a multiple of {config.model.alignment}, "
+        "as all compression ratios divide it",
     )
     return config
 
