@@ -1,8 +1,10 @@
-"""The one configuration tree: frozen dataclasses, read from Python files, checked once.
+"""The configuration tree: frozen dataclasses that are read from Python files and validated once.
 
 A config file defines `get_config(arg="") -> Config` and imports only this module. On the command line
-`--config=tiny` names a packaged file, `--config=path/to/file.py:arg` (or `path/to/file`) any other, and
-`--config.train.steps=200` overrides a field with its own type (see `v4jax/cli.py`).
+`--config=tiny` names a packaged preset, `--config=path/to/file.py:arg` (or `path/to/file`) names any other file, and
+`--config.train.steps=200` overrides a field; the value is parsed with the field's type (see `v4jax/cli.py`).
+
+The comment after a field is its help text: `v4jax train --show_config` prints it beside the field.
 """
 
 from __future__ import annotations
@@ -22,82 +24,82 @@ from v4jax.core.paths import local_path
 
 
 class ConfigError(UserError):
-    """A configuration that cannot mean anything; the message names the field and the cure."""
+    """A configuration is invalid. The message is one line that names the field and the cure."""
 
 
 @dataclass(frozen=True)
 class RoPE:
-    """Rotary position embedding (spec 2.3). Layers without compression use `theta` and no YaRN."""
+    """Rotary position embedding (spec 2.3). Layers without compression use `rope_theta` and no YaRN."""
 
-    rope_theta: float = 10_000.0
-    compress_rope_theta: float = 160_000.0
-    yarn_factor: float = 1.0  # 1 switches YaRN off
-    yarn_original: int = 65_536
-    yarn_beta_fast: float = 32.0
-    yarn_beta_slow: float = 1.0
+    rope_theta: float = 10_000.0  # frequency base of layers without compression (swa)
+    compress_rope_theta: float = 160_000.0  # frequency base of layers with compression (csa, hca)
+    yarn_factor: float = 1.0  # YaRN context extension factor, in layers with compression only; 1 disables YaRN
+    yarn_original: int = 65_536  # context length in tokens before the YaRN extension
+    yarn_beta_fast: float = 32.0  # rotations over yarn_original above which YaRN keeps a frequency
+    yarn_beta_slow: float = 1.0  # rotations over yarn_original below which YaRN divides a frequency by yarn_factor
 
 
 @dataclass(frozen=True)
 class Indexer:
     """Lightning indexer of the CSA layers (spec 2.6)."""
 
-    index_n_heads: int = 64
-    index_head_dim: int = 128
-    index_topk: int = 512
+    index_n_heads: int = 64  # number of indexer heads
+    index_head_dim: int = 128  # dimension of an indexer head
+    index_topk: int = 512  # compressed entries that a query attends, those with the highest indexer scores
 
 
 @dataclass(frozen=True)
 class MoE:
     """Mixture of experts (spec 3). The first `num_hash_layers` layers choose experts by token id."""
 
-    n_routed_experts: int = 256
-    num_experts_per_tok: int = 6
-    moe_intermediate_size: int = 2048
-    n_shared_experts: int = 1
-    num_hash_layers: int = 3
-    routed_scaling_factor: float = 1.5
-    swiglu_limit: float = 10.0
+    n_routed_experts: int = 256  # number of routed experts per layer
+    num_experts_per_tok: int = 6  # routed experts that process each token
+    moe_intermediate_size: int = 2048  # inner dimension of an expert
+    n_shared_experts: int = 1  # experts that process every token
+    num_hash_layers: int = 3  # number of leading layers that choose experts by token id
+    routed_scaling_factor: float = 1.5  # factor on the weights of the routed experts
+    swiglu_limit: float = 10.0  # clamp on the gate and up activations of an expert
 
 
 @dataclass(frozen=True)
 class HyperConnection:
-    """Manifold-constrained hyper-connections (spec 4): `streams` copies of the residual."""
+    """Manifold-constrained hyper-connections (spec 4): `hc_mult` residual streams."""
 
-    hc_mult: int = 4
-    hc_sinkhorn_iters: int = 20
-    hc_eps: float = 1e-6
+    hc_mult: int = 4  # number of residual streams
+    hc_sinkhorn_iters: int = 20  # Sinkhorn iterations that make the mixing matrix doubly stochastic
+    hc_eps: float = 1e-6  # epsilon of the coefficients and of the Sinkhorn normalization
 
 
 LAYER_KINDS = ("swa", "csa", "hca")
-MODALITIES = ("text",)  # kinds of input that this version's models read
+MODALITIES = ("text",)  # kinds of input that models of this version can read
 
 
 @dataclass(frozen=True)
 class Model:
     """Shape of a DeepSeek-V4 model. `layer_types` names the attention kind of every backbone layer."""
 
-    vocab_size: int = 129_280
-    hidden_size: int = 4096
-    layer_types: tuple[str, ...] = ()
-    num_attention_heads: int = 64
-    head_dim: int = 512
-    qk_rope_head_dim: int = 64
-    q_lora_rank: int = 1024
-    o_groups: int = 8
-    o_lora_rank: int = 1024
-    sliding_window: int = 128
-    compress_rate_csa: int = 4
-    compress_rate_hca: int = 128
-    max_position_embeddings: int = 1_048_576
-    rms_norm_eps: float = 1e-6
-    num_nextn_predict_layers: int = 1
-    initializer_range: float = 0.02
-    bos_id: int | None = 0  # None: no token begins a text
-    eos_id: int | tuple[int, ...] | None = 1  # None: no token ends a text; a tuple: any of them does
-    dtype: str = "bfloat16"  # of activations and matrix products; norms, router, mHC, softmax are float32
-    kv_qdq: bool = False  # simulate FP8 entries and FP4 index keys (spec 2.4); transformers does not
-    modalities: tuple[str, ...] = MODALITIES  # of one token stream; any other than text is refused in this version
-    engram_layers: tuple[int, ...] = ()  # layers with n-gram tables; any is refused in this version
+    vocab_size: int = 129_280  # number of token ids
+    hidden_size: int = 4096  # dimension of a residual stream
+    layer_types: tuple[str, ...] = ()  # attention kind of each backbone layer: swa, csa or hca
+    num_attention_heads: int = 64  # number of query heads; all share one key-value head
+    head_dim: int = 512  # dimension of an attention head
+    qk_rope_head_dim: int = 64  # channels of an attention head that are rotated by RoPE
+    q_lora_rank: int = 1024  # rank of the query projection
+    o_groups: int = 8  # number of head groups of the output projection
+    o_lora_rank: int = 1024  # rank of the output projection, per group
+    sliding_window: int = 128  # most recent tokens that every layer attends uncompressed
+    compress_rate_csa: int = 4  # tokens per compressed entry of a csa layer
+    compress_rate_hca: int = 128  # tokens per compressed entry of an hca layer
+    max_position_embeddings: int = 1_048_576  # maximum sequence length in tokens
+    rms_norm_eps: float = 1e-6  # epsilon of RMSNorm
+    num_nextn_predict_layers: int = 1  # number of MTP layers: 0 or 1
+    initializer_range: float = 0.02  # standard deviation of the initial weights
+    bos_id: int | None = 0  # token id that begins a text; None: texts have no first token
+    eos_id: int | tuple[int, ...] | None = 1  # token id that ends a text, or several; None: no token ends it
+    dtype: str = "bfloat16"  # of activations and matmuls: bfloat16, float32; norms, router, mHC and softmax are float32
+    kv_qdq: bool = False  # simulate FP8 entries and FP4 index keys (spec 2.4); transformers has no such simulation
+    modalities: tuple[str, ...] = MODALITIES  # kinds of input in one token stream; this version accepts text only
+    engram_layers: tuple[int, ...] = ()  # layers with n-gram tables (Engram); this version accepts none
     rope: RoPE = field(default_factory=RoPE)
     indexer: Indexer = field(default_factory=Indexer)
     moe: MoE = field(default_factory=MoE)
@@ -105,25 +107,25 @@ class Model:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """All ids that end a text."""
+        """All token ids that end a text."""
         return () if self.eos_id is None else (self.eos_id,) if isinstance(self.eos_id, int) else tuple(self.eos_id)
 
     @property
     def num_hidden_layers(self) -> int:
-        """Number of backbone layers (MTP not counted)."""
+        """Number of backbone layers, without MTP layers."""
         return len(self.layer_types)
 
     def compress_rate(self, kind: str) -> int:
-        """Tokens per compressed entry of a layer kind; 0 for pure sliding window."""
+        """Tokens per compressed entry of a layer kind; 0 for "swa", which has only the sliding window."""
         return {"swa": 0, "csa": self.compress_rate_csa, "hca": self.compress_rate_hca}[kind]
 
     @property
     def alignment(self) -> int:
-        """Documents packed into one row start at multiples of this, so no entry pools two of them."""
+        """Packed documents start at multiples of this many tokens, so no entry pools tokens of two documents."""
         return math.lcm(*(self.compress_rate(kind) for kind in set(self.layer_types) - {"swa"}))
 
 
-SOURCES = ("shakespeare-kjv", "needle")  # what `Data.source` may name besides files
+SOURCES = ("shakespeare-kjv", "needle")  # values of `Data.source` that are not paths
 
 
 @dataclass(frozen=True)
@@ -131,62 +133,59 @@ class Data:
     """Where the text comes from and how it is cut into rows."""
 
     source: str = "shakespeare-kjv"  # the embedded corpus, "needle" (data/needle.py), or a path / glob of .txt, .jsonl
-    heldout: str = ""  # path / glob for evaluation; "" takes the corpus' own held-out split, or every 50th document
-    tokenizer: str = "auto"  # "auto": the packaged BPE; else a tokenizer.json
-    seq_len: int = 256
-    questions: int = 8  # source "needle": asked at the end of each row
-    on_change: str = "refuse"  # resuming a run on other data: refuse, or restart: read the new data from its first row
+    heldout: str = ""  # path / glob of evaluation text; "": the held-out split of the corpus, or every 50th document
+    tokenizer: str = "auto"  # "auto": the packaged BPE tokenizer; else the path of a tokenizer.json
+    seq_len: int = 256  # tokens per row of a batch
+    questions: int = 8  # source "needle": questions at the end of each row
+    on_change: str = "refuse"  # if a run resumes on changed data: refuse, or restart at the first row of the new data
 
 
 @dataclass(frozen=True)
 class Train:
-    """Optimization (spec 8.1, 8.3). Learning rates are peaks of a warm-up and cosine schedule."""
+    """Optimization (spec 8.1, 8.3). A learning rate is the peak of a schedule of linear warm-up and cosine decay."""
 
-    steps: int = 1000
-    max_seconds: float = 0.0  # fewer steps (half at least) where these would take longer; 0: never (time_budget.py)
-    batch_size: int = 8
+    steps: int = 1000  # optimizer steps of the run
+    max_seconds: float = 0.0  # run fewer steps, at least half, if `steps` would take longer than this; 0: no limit
+    batch_size: int = 8  # rows per step, over all devices
     lr: float = 1e-2  # matrices (Muon)
     adam_lr: float = 1e-2  # embedding, head, norms, biases (AdamW)
-    final_lr: float = 0.1  # fraction of the peak at the last step
-    warmup: int = 50
-    momentum: float = 0.95
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    mtp_loss_weight: float = 0.3
-    balance_loss_weight: float = 1e-4
-    indexer_loss_weight: float = 1.0
-    bias_update_speed: float = 1e-3
-    scan: bool = False  # hold repeated layers stacked and scan them: long models compile, small ones run faster without
-    remat: bool = False  # keep only the streams between layers for the backward pass: a third more work, less memory
-    offload: tuple[str, ...] = ()  # to host memory between uses: optimizer (its state), streams (what remat keeps)
-    matmul_precision: str = "plain"  # or "fp8": products of the matrices that are released in FP8 (spec 8.4)
-    expert_weight_format: str = "plain"  # or "mxfp4": rounded in the forward pass, and in what is made of a checkpoint
-    spike_action: str = (
-        "off"  # a step whose loss or gradient is no number or far too large: off (no number ends the run),
-    )
-    #                     skip (it changes nothing), rollback (and after too many, back to the last checkpoint)
-    spike_factor: float = 8.0  # too large: as many spreads above the median of the last steps; 0: only no number is
-    spike_window: int = 64  # how many last steps, of those taken
-    spike_patience: int = 5  # spikes in a row that are too many: `skip` then ends the run
-    hang_timeout_s: float = 0.0  # without an ended step after which all stacks are written out; 0: never
-    exit_on_hang: bool = False  # and then end with status 75, for the launcher to start the run again
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0  # 0: only at the end
-    eval_rows: int = 64
-    checkpoint_every: int = 200
-    keep_checkpoints: int = 2
+    final_lr: float = 0.1  # learning rate at the last step, as a fraction of the peak
+    warmup: int = 50  # steps of linear warm-up of the learning rates
+    momentum: float = 0.95  # momentum of Muon
+    weight_decay: float = 0.1  # decoupled weight decay
+    clip_norm: float = 1.0  # maximum global gradient norm
+    mtp_loss_weight: float = 0.3  # weight of the MTP loss
+    balance_loss_weight: float = 1e-4  # weight of the expert load-balancing loss
+    indexer_loss_weight: float = 1.0  # weight of the indexer loss
+    bias_update_speed: float = 1e-3  # change per step of the router bias that balances expert load
+    scan: bool = False  # scan over stacked layers: large models compile faster, small models run slower
+    remat: bool = False  # rematerialize layers, saving only the streams between them: a third more compute, less memory
+    offload: tuple[str, ...] = ()  # kept in host memory between uses: optimizer (its state), streams (saved by remat)
+    matmul_precision: str = "plain"  # plain, or fp8: matmuls of the weights that are released in FP8 (spec 8.4)
+    expert_weight_format: str = "plain"  # plain, or mxfp4: experts rounded in the forward pass and by loading
+    spike_action: str = "off"  # off: NaN/Inf ends the run; skip: drop the step; rollback: drop, later reload
+    spike_factor: float = 8.0  # a spike exceeds the median log loss or log grad norm by this many MADs; 0: NaN/Inf only
+    spike_window: int = 64  # steps over which the median and the MAD are taken; skipped steps are not among them
+    spike_patience: int = 5  # consecutive spikes after which `skip` ends the run and `rollback` reloads a checkpoint
+    hang_timeout_s: float = 0.0  # dump all Python stacks if no step finishes for this many seconds; 0: never
+    exit_on_hang: bool = False  # exit with status 75 after that dump, so that a launcher restarts the run
+    seed: int = 0  # seed of the initial weights and of the data order
+    log_every: int = 10  # steps between two log lines
+    eval_every: int = 0  # steps between two evaluations; 0: only at the end
+    eval_rows: int = 64  # held-out rows per evaluation; 0: all
+    checkpoint_every: int = 200  # steps between two checkpoints
+    keep_checkpoints: int = 2  # number of most recent checkpoints that are kept
 
 
 @dataclass(frozen=True)
 class Serve:
-    """Limits of one generation engine."""
+    """Limits of one inference engine."""
 
-    max_num_seqs: int = 8  # sequences that decode together
-    max_model_len: int = 4096  # prompt and new tokens
-    max_num_batched_tokens: int = 512  # most tokens of a prompt that are read between two decode steps
-    num_speculative_tokens: int = 0  # drafted by the MTP layer and verified in each step
-    batch_invariant: bool = False  # a request's tokens do not depend on what else runs, on chunks or on prefix hits
+    max_num_seqs: int = 8  # maximum number of sequences that decode together
+    max_model_len: int = 4096  # maximum tokens of a sequence, prompt and output
+    max_num_batched_tokens: int = 512  # maximum prompt tokens that are prefilled between two decode steps
+    num_speculative_tokens: int = 0  # draft tokens of the MTP layer that each step verifies
+    batch_invariant: bool = False  # outputs do not depend on other requests, on prefill chunks or on prefix cache hits
     quantization: str = "none"  # of the large matrices: none, or fp8 (see models/quantize.py)
 
 
@@ -194,64 +193,56 @@ class Serve:
 class Cache:
     """The KV cache of one engine."""
 
-    kv_cache_dtype: str = "auto"  # auto (the dtype of the model), bf16, fp8, fp8_fp4 (see cache/kv_cache_spec.py)
-    block_size: int = 0  # tokens of a page; 0: the least multiple of the compression ratios from 256 on
-    kv_cache_tokens: int = 0  # room for this many tokens of all sequences together; 0: for max_num_seqs of the longest
-    enable_prefix_caching: bool = True  # find the blocks of earlier requests that began alike
-    num_state_snapshots: int = (
-        16  # checkpoint records kept for that, one at each prompt's and output's last block boundary
-    )
-    snapshot_interval_blocks: int = 0  # and one every so many blocks of a prompt
-    kv_cache_memory_bytes: int = 0  # bytes of accelerator memory for all of that; 0: as `tokens` says
-    kv_device_entries: int = (
-        0  # entries a CSA layer that stay there, the ones picked last; all are in host memory, HCA tails too
-    )
-    kv_host_bytes: int = 0  # bytes of host memory for what leaves the device; 0: none
-    kv_disk_bytes: int = 0  # bytes of files in `directory` for it; 0: none
-    kv_dir: str = ""
-    kv_eviction_policy: str = (
-        "s3fifo"  # what goes first from a full host or disk: s3fifo, lru (see cache/offload/eviction.py)
-    )
-    kv_admission_policy: str = (
-        "all"  # what moves to host and disk: all, or second: what more than one request asked for
-    )
-    kv_load_timeout_s: float = 0.5  # seconds without progress after which a request no longer waits for host and disk
+    kv_cache_dtype: str = "auto"  # auto (dtype of the model), bf16, fp8, fp8_fp4 (see cache/kv_cache_spec.py)
+    block_size: int = 0  # tokens per block; 0: the least multiple of all compression rates that is at least 256
+    kv_cache_tokens: int = 0  # capacity in tokens of all sequences together; 0: max_num_seqs * max_model_len
+    enable_prefix_caching: bool = True  # reuse blocks of earlier requests that begin with the same tokens
+    num_state_snapshots: int = 16  # kept for prefix caching, at the last block boundary of each prompt and output
+    snapshot_interval_blocks: int = 0  # blocks between further snapshots within a prompt; 0: none
+    kv_cache_memory_bytes: int = 0  # accelerator memory for the KV cache in bytes; 0: as kv_cache_tokens needs
+    kv_device_entries: int = 0  # CSA entries in host memory: number per layer cached on the device; 0: all on device
+    kv_host_bytes: int = 0  # host memory in bytes for blocks that are offloaded from the device; 0: none
+    kv_disk_bytes: int = 0  # disk space in bytes in kv_dir for offloaded blocks; 0: none
+    kv_dir: str = ""  # directory of the offloaded blocks on disk
+    kv_eviction_policy: str = "s3fifo"  # of a full host or disk tier: s3fifo, lru (see cache/offload/eviction.py)
+    kv_admission_policy: str = "all"  # blocks that are offloaded: all, or second: those that two requests asked for
+    kv_load_timeout_s: float = 0.5  # seconds without progress after which a request stops waiting for host and disk
 
 
-MESH_AXES = ("slice", "data", "fsdp", "expert", "context", "tensor")  # slowest network first
+MESH_AXES = ("slice", "data", "fsdp", "expert", "context", "tensor")  # from the slowest network to the fastest
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Devices by axis. The layout's `fill` axis, where it is left at 1, takes the devices that the others leave."""
+    """Devices per mesh axis. If the `fill` axis of the rules is 1, it takes all devices that other axes do not use."""
 
-    rules: str = ""  # of configs/sharding, or a file; "": one device
-    slice: int = 1  # whole slices (pods), joined by the data-center network
-    data: int = 1
-    fsdp: int = 1
-    expert: int = 1
-    context: int = 1
-    tensor: int = 1
+    rules: str = ""  # sharding rules: a name in configs/sharding or a file; "": one device, no sharding
+    slice: int = 1  # slices (TPU pods), connected by the data-center network
+    data: int = 1  # data parallelism
+    fsdp: int = 1  # data parallelism with sharded weights
+    expert: int = 1  # expert parallelism
+    context: int = 1  # context parallelism
+    tensor: int = 1  # tensor parallelism
 
 
-ShardingRule = tuple[str, tuple[str, ...]]  # a logical axis and the mesh axes that split it, major first
+ShardingRule = tuple[str, tuple[str, ...]]  # a logical axis and the mesh axes that shard it, major first
 
 
 @dataclass(frozen=True)
 class ShardingRules:
-    """Which mesh axes split which logical axes (`core/axes.py`); what no rule names is whole on every device."""
+    """The mesh axes that shard each logical axis (`core/axes.py`). An axis without a rule is replicated."""
 
-    name: str
-    fill: str
-    weights: tuple[ShardingRule, ...] = ()  # of parameters with two axes or more; vectors are whole everywhere
-    activations: tuple[ShardingRule, ...] = ()  # batch, token, vocab
+    name: str  # name of the rules, as in configs/sharding
+    fill: str  # mesh axis that takes the devices that no other axis uses
+    weights: tuple[ShardingRule, ...] = ()  # of parameters with at least two axes; vectors are replicated
+    activations: tuple[ShardingRule, ...] = ()  # of batch, token and vocabulary axes
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything one run needs."""
+    """The configuration of one run: model, data, training, serving, KV cache and mesh."""
 
-    name: str = "unnamed"
+    name: str = "unnamed"  # name of the config
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
@@ -264,12 +255,21 @@ class Config:
 
 
 def to_dict(config) -> dict:
-    """Plain nested dict of a config (or of one of its parts); tuples stay tuples."""
+    """Convert a config, or one of its groups, to a nested dict. Tuples stay tuples."""
     return dataclasses.asdict(config)
 
 
 def from_dict(cls, values: dict, path: str = ""):
-    """Build `cls` from a nested dict. An unknown field raises ConfigError naming the nearest one."""
+    """Build a config dataclass from a nested dict.
+
+    Args:
+        cls: the dataclass, `Config` or one of its groups.
+        values: field values; a group is a dict. Lists become tuples. Missing fields keep their defaults.
+        path: dotted name of `cls` in a Config with a trailing dot, such as "model."; used in messages.
+
+    Raises:
+        ConfigError: a field is unknown (the message names the nearest known one), or a group is not a dict.
+    """
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
     kwargs = {}
@@ -290,12 +290,12 @@ def from_dict(cls, values: dict, path: str = ""):
 
 
 def preset_names() -> list[str]:
-    """Names that `--config=` accepts without a path, those of benchmarks as `bench/NAME`."""
+    """Preset names that `--config=` accepts. Benchmark presets are named `bench/NAME`."""
     return _stems(_preset_dir()) + [f"bench/{name}" for name in _stems(_preset_dir() / "bench")]
 
 
 def preset_summaries() -> dict[str, str]:
-    """The first sentence of each preset's docstring, by name; no preset is run."""
+    """The first paragraph of each preset's docstring, by preset name. The files are parsed, not executed."""
     sentences = {}
     for name in preset_names():
         module = ast.parse((_preset_dir() / f"{name}.py").read_text(encoding="utf-8"))
@@ -304,29 +304,34 @@ def preset_summaries() -> dict[str, str]:
 
 
 def sharding_names() -> list[str]:
-    """Names that `--config.mesh.rules=` accepts without a path."""
+    """Names of sharding rules that `--config.mesh.rules=` accepts."""
     return _stems(_preset_dir() / "sharding")
 
 
 def load(spec: str) -> Config:
-    """Read a config by preset name or file path, with an optional `:arg` passed to its get_config.
+    """Read and validate a config.
 
-    Raises ConfigError for an unknown name (with the nearest one) or a file without `get_config`.
+    Args:
+        spec: a preset name or a file path. An optional suffix `:arg` is passed to `get_config` of the file.
+
+    Raises:
+        ConfigError: the name is unknown (the message names the nearest one), the file does not define `get_config`, or
+            the config is invalid.
     """
     name, _, arg = spec.partition(":")
     return validate(_function(name, _preset_dir(), "get_config", "config")(arg))
 
 
 def load_sharding(name: str) -> ShardingRules:
-    """Read a rule table by its name in configs/sharding, or by file path. Raises ConfigError as `load` does."""
+    """Read sharding rules by their name in configs/sharding or by file path. Raises ConfigError as `load` does."""
     return _function(name, _preset_dir() / "sharding", "get_sharding", "sharding")()
 
 
 def _function(name: str, directory: pathlib.Path, function: str, what: str):
-    """`function` of the preset `name` in `directory`, or of the file of that path."""
+    """Import the preset `name` of `directory`, or the file of that path, and return its attribute `function`."""
     path = pathlib.Path(name) if name.endswith(".py") else directory / f"{name}.py"
     if not path.is_file() and not name.endswith(".py"):
-        path = pathlib.Path(f"{name}.py")  # `--config=mine` beside mine.py; the name of a preset is always the preset
+        path = pathlib.Path(f"{name}.py")  # `--config=mine` finds ./mine.py; a preset of that name has precedence
     if not path.is_file():
         known = preset_names() if what == "config" else _stems(directory)
         near = difflib.get_close_matches(name.removesuffix(".py"), known, n=1, cutoff=0.3)
@@ -345,7 +350,7 @@ def _stems(directory: pathlib.Path) -> list[str]:
 
 
 def _preset_dir() -> pathlib.Path:
-    """The presets: `configs/` beside the package in a checkout, `v4jax/_configs` in an installed wheel."""
+    """Directory of the presets: `configs/` beside the package in a checkout, `v4jax/_configs` in an installed wheel."""
     package = pathlib.Path(__file__).resolve().parent
     return package / "_configs" if (package / "_configs").is_dir() else package.parent / "configs"
 
@@ -383,22 +388,28 @@ def validate(config: Config) -> Config:
         )
     _require(
         data.seq_len % config.model.alignment == 0,
-        f"data.seq_len {data.seq_len} must be a multiple of {config.model.alignment}, as all compression ratios divide it",
+        f"data.seq_len {data.seq_len} must be a multiple of {config.model.alignment}, "
+        "as all compression ratios divide it",
     )
     return config
 
 
 def check_values(part, path: str = "") -> None:
-    """Raise ConfigError for a value of a wrong type, or outside the range that `core.config_limits` gives its field.
+    """Check the type, range and choices of every field against `core.config_limits`.
 
-    path: dotted name of the part in a Config, with a dot at its end, such as "model."; "" for a whole Config.
+    Args:
+        part: a Config or one of its groups.
+        path: dotted name of `part` in a Config with a trailing dot, such as "model."; "" for a Config.
+
+    Raises:
+        ConfigError: a value is invalid.
     """
     if found := config_limits.problem(part, path):
         raise ConfigError(found)
 
 
 def check_serving(model: Model, serve: Serve, cache: Cache) -> None:
-    """Raise ConfigError for limits of an engine and a cache that contradict each other or the model."""
+    """Raise ConfigError if the limits of an engine and its cache contradict each other or the model."""
     check_values(serve, "serve.")
     check_values(cache, "cache.")
     _require(
