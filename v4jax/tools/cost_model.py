@@ -284,8 +284,11 @@ def _train(config: Config, topology: Topology, sharding: MeshRules, work: Worklo
 
 
 def _muon(config: Config, sharding: MeshRules, sent: Collectives) -> float:
-    """Operations of one device that orthogonalize matrices (`parallel/matrix_exchange.py`). `sent` gets the bytes, in float32,
-    by which parts of a matrix come together on one device and lie as before, and replicas get each other's results."""
+    """Operations of one device that orthogonalize matrices (`parallel/matrix_exchange.py`).
+
+    Adds to `sent` the float32 bytes that gather a matrix on one device, shard it again, and exchange results between
+    replicas.
+    """
     letters, shapes = parameter_shapes(config.model)
     where, alike = sharding.parameters(letters, shapes), defaultdict(list)
     for name in letters:
@@ -316,7 +319,7 @@ def _names(spec: PartitionSpec, axis: int) -> tuple[str, ...]:
 
 
 def _serve(config: Config, topology: Topology, sharding: MeshRules, work: Workload, sent: Collectives):
-    """Serving: weights in the model's dtype, the cache of all rows in `cache.kv_cache_dtype`, one chunk's activations."""
+    """Serving: weights in the model's dtype, the KV cache of all rows, and the activations of one chunk."""
     m, layout = (
         config.model,
         KVCacheSpec(config.model, config.cache.kv_cache_dtype, config.cache.block_size, config.cache.kv_device_entries),
@@ -380,7 +383,7 @@ def _token_axes(sharding: MeshRules) -> tuple[str, ...]:
 def smallest_topology(
     config: Config, topology: Topology, work: Workload, reserve: float
 ) -> tuple[Topology, CostEstimate] | None:
-    """The smallest listed topology of the same chip whose estimate leaves the share `reserve` of memory free, or None."""
+    """The smallest listed topology of the chip whose estimate leaves the share `reserve` of memory free, or None."""
     for candidate in listed(topology.chip):
         try:
             plain = dataclasses.replace(config, mesh=Mesh())
