@@ -1,8 +1,9 @@
-"""The real program of a step, compiled ahead of time for TPUs with none present, and what the compiler says of it.
+"""Ahead-of-time compilation of a step for TPUs that need not be present, and the compiler's numbers about it.
 
-Most of a compile is machine code for thousands of small kernels. It is done at the compiler's lowest effort for running
-time, which chooses buffers and collectives by the same passes: on the gradient of two layers of `tiny`, by hand, at
-half the time and with 0.84 times the temporaries. Or it is left out (`stage="buffers"`, see `tools.buffers`).
+Most of the compile time goes into machine code for thousands of small kernels. The compiler therefore runs at its
+lowest effort for execution time, which chooses buffers and collectives by the same passes. In a manual test on the
+gradient of two layers of `tiny`, this halved the compile time and gave 0.84 times the temporaries. `stage="buffers"`
+omits the machine code (see `tools.xla_dump`).
 """
 
 from __future__ import annotations
@@ -45,16 +46,24 @@ _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-al
 
 
 class NoRoom(UserError):
-    """A whole program that the compiler refuses for want of device memory."""
+    """The compiler refused a program because device memory is too small."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledReport:
-    """Of one device: bytes by part on it and in host memory, the largest array among the temporaries (bytes, type),
-    and bytes of collectives by kind (loop bodies times their trips, where the compiler knows them). seconds: of CPUs,
-    to lower and compile until `stage`. Of a whole program alone, as XLA reports them: cost, operations and bytes
-    touched (loop bodies counted once); memory, bytes of the arguments that are updated in place, and the most that is
-    in use at once."""
+    """The compiler's numbers about the program of one device.
+
+    Attributes:
+      device_bytes: Bytes of device memory by part.
+      host_bytes: Bytes of host memory by part.
+      largest: Bytes and type of the largest temporary array.
+      limit: Bytes of memory of one device.
+      collectives: Bytes of collectives by kind; loop bodies count once per trip if the trip count is known.
+      seconds: CPU seconds to lower and compile until `stage`.
+      stage: "program" or "buffers".
+      cost: XLA's operations and bytes accessed, loop bodies counted once; None for stage "buffers".
+      memory: XLA's bytes of arguments that are updated in place, and peak bytes in use; None for stage "buffers".
+    """
 
     device_bytes: dict[str, int]
     host_bytes: dict[str, int]
@@ -68,9 +77,14 @@ class CompiledReport:
 
 
 def devices(topology: Topology) -> list[jax.Device]:
-    """Devices of the topology, good for compiling alone. Raises UserError without libtpu, or for an unknown shape."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would wait for a metadata server that is not here
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # or it allows one process a machine: no chip is used
+    """The topology's devices, usable only for compilation.
+
+    Raises:
+      UserError: libtpu is not installed, or does not know the shape.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu waits for a metadata server
+    # By default libtpu allows one process per machine. No chip is used here, so several are safe.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
     options = {"num_slices": topology.slices} if topology.slices > 1 else {}
@@ -92,11 +106,21 @@ def compile_step(
     on: Sequence[jax.Device] | None = None,
     options: dict = EFFORT,
 ) -> CompiledReport:
-    """Compile the step of `work.mode` on `mesh`, for devices `on` (default: the topology's), with compiler `options`.
+    """Compile the step of one mode ahead of time.
 
-    stage "program": to its end; "buffers": in another process and for the topology's devices, until the buffers are
-    placed. There a step that no device has room for is not refused: its bytes say so. Raises NoRoom if the compiler
-    finds no room for a whole program, and UserError as `tools.steps` does.
+    Args:
+      config: Model and options.
+      topology: The chips to compile for.
+      mesh: The mesh of the step.
+      work: Mode, rows and tokens of the step.
+      stage: "program" compiles to the end. "buffers" compiles in another process, for the topology's devices, until
+        buffers are assigned; a step that exceeds device memory is then reported instead of refused.
+      on: Devices of the mesh; None takes the topology's. Only for stage "program".
+      options: XLA compiler options; only for stage "program".
+
+    Raises:
+      NoRoom: The compiler refuses the program because device memory is too small.
+      UserError: As in `tools.aot_steps`.
     """
     if stage == "buffers":
         found, seconds = xla_dump.placed(_write, config, topology, mesh, work)
@@ -115,8 +139,8 @@ def compile_step(
         program = _compile(lowered, topology, options | {"xla_dump_to": directory})
         found = xla_dump.read(directory)
     memory, cost = program.memory_analysis(), program.cost_analysis()
-    # Its temporaries are not taken: they may be a third more than what the compiler itself counts against the device's
-    # memory when it refuses a program, which is what the buffers take.
+    # XLA's `memory_analysis` can give a third more temporaries than the compiler counts against device memory when it
+    # refuses a program. The buffer assignment is the number that it counts, so that one is used.
     parts = found.device_bytes | {"program": memory.generated_code_size_in_bytes}
     return CompiledReport(
         parts,
@@ -147,12 +171,12 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology, options: dict) -> 
 
 
 def _write(directory: str, config: Config, topology: Topology, mesh: Mesh, work: Workload) -> None:
-    """Have the compiler write what it makes of a step."""
+    """Compile a step and have XLA dump its files to `directory`."""
     _compile(_lower(config, topology, mesh, work), topology, EFFORT | {"xla_dump_to": directory})
 
 
 def records(result: CompiledReport, at: dict) -> list[dict]:
-    """Flat records, beside those of the closed form."""
+    """JSON records of the compiler's numbers; `at` holds the fields that all of them share."""
 
     def record(metric, value, unit, **more):
         return {"suite": "plan", "metric": metric, "value": value, "unit": unit} | at | {"stage": result.stage} | more
@@ -178,7 +202,7 @@ def records(result: CompiledReport, at: dict) -> list[dict]:
 
 
 def show(results: dict[str, CompiledReport], topology: Topology) -> None:
-    """The compiler's numbers as a table, a column for each of the programs compared."""
+    """Print the compiler's numbers as tables with one column per program."""
     one = next(iter(results.values()))
     done = {"program": "compiled", "buffers": "compiled until its buffers were placed"}[one.stage]
     took = ", ".join(f"{result.seconds:.0f} s" for result in results.values())
@@ -203,10 +227,11 @@ def show(results: dict[str, CompiledReport], topology: Topology) -> None:
 
 
 def collective_bytes(text: str) -> dict[str, float]:
-    """Bytes of the results of each kind of collective in optimized HLO, a loop's body counted once a trip.
+    """Bytes of the results of each kind of collective in optimized HLO; a loop body counts once per trip.
 
-    Trips come from `known_trip_count`, or from the one constant that the loop's condition compares with. A loop whose
-    trips are data counts as not run: of those that send, these are the further rounds of experts that are too busy.
+    The trip count is `known_trip_count`, or the only constant that the loop's condition compares with. A loop with a
+    data-dependent trip count counts as not executed. The only such loops with collectives are the additional dispatch
+    rounds of overloaded experts.
     """
     bodies: dict[str, list[str]] = {}
     entry = name = ""
@@ -244,7 +269,7 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int:
 
 
 def _largest(shapes: str) -> float:
-    """Bytes of the largest array in a result's type: of a started collective that is the result itself."""
+    """Bytes of the largest array in an HLO result type; for an asynchronous collective that array is its result."""
     sizes = [0.0]
     for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
         if kind in _WIDTH:

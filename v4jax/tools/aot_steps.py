@@ -1,7 +1,7 @@
 """The programs of a plan, lowered for devices that need not exist: a training step, a decode step, a prefill chunk.
 
-Both are the programs that run: the trainer's step, and the engine's (`serve.programs`) on a mesh, where each device
-holds the records and pages of its own rows.
+They are the programs of real runs: the trainer's step, and the engine's steps (`serve.model_steps`) on a mesh, where
+each device holds the state slots and KV blocks of its own rows.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _MATRICES = {"MXD": jnp.float32, "YXD": jnp.float32, "PW": jnp.float32, "VK": jn
 
 
 class LoweredStep(NamedTuple):
-    """A compiled-to-be function and abstract arguments with shardings."""
+    """A jitted function and its abstract arguments, which carry shardings."""
 
     function: jax.stages.Wrapped
     arguments: tuple
 
     def lower(self) -> jax.stages.Lowered:
-        """The program for the devices of its shardings."""
+        """Lower the function for the devices of the arguments' shardings."""
         return self.function.lower(*self.arguments)
 
 
@@ -53,11 +53,14 @@ def train(config: Config, mesh: Mesh, work: Workload, devices: Sequence[jax.Devi
 
 
 def serve(config: Config, mesh: Mesh, work: Workload, devices: Sequence[jax.Device]) -> LoweredStep:
-    """A step of `work.rows` sequences with room for `work.context` tokens each, split evenly over all devices.
+    """An engine step on `work.rows` sequences of up to `work.context` tokens, split evenly over all devices.
 
-    Mode "decode": one token of each sequence. Mode "prefill": on each device a chunk of one of its sequences. Weights
-    are in the model's dtype, the cache in `cache.kv_cache_dtype` with a page and a record to spare, as the engine holds them.
-    Raises UserError for rows that do not divide, and for meshes that no engine can be on (`serve.places`).
+    Mode "decode" computes one token of each sequence; mode "prefill" computes on each device a chunk of one sequence.
+    As in the engine, the weights are in the model's dtype, and the cache is in `cache.kv_cache_dtype` and includes the
+    null block and the null slot.
+
+    Raises:
+      UserError: The rows do not split evenly, or no engine supports the mesh (`serve.data_parallel`).
     """
     sharding = make_mesh_rules(mesh, devices)
     data_parallel.check(sharding)
@@ -106,8 +109,8 @@ def serve(config: Config, mesh: Mesh, work: Workload, devices: Sequence[jax.Devi
         tokens_DT, scalars_3D, block_table_ZA = inputs
         return model_steps.prefill(structure, weights, state, tokens_DT, *scalars_3D, block_table_ZA)
 
-    # The state's places are told, or what is in host memory would be written to a copy. The engine holds weights that a
-    # program does not use, such as those of the MTP layer, all the same.
+    # Output shardings keep the memory kind of the state; without them, host-resident arrays would be written to a copy.
+    # `keep_unused` counts weights that a program does not use (the MTP layer's), because the engine holds them too.
     results = jax.tree.map(lambda a: a.sharding, state), here, here
     jitted = jax.jit(run, donate_argnums=1, keep_unused=True, out_shardings=results)
     return LoweredStep(jitted, (weights, state, *inputs))
@@ -118,7 +121,7 @@ def _pages(config: Config, tokens: int) -> int:
 
 
 def _layers(config: Config, rows: int, tokens: int) -> list[PagedLayerCache]:
-    """What the engine's layers keep for `rows` sequences, with a record and a page to spare (number 0), as zeros."""
+    """Zeroed caches of the engine's layers for `rows` sequences, with the null block and the null slot (index 0)."""
     cache, pages = config.cache, 1 + rows * _pages(config, tokens)
     layout = KVCacheSpec(config.model, cache.kv_cache_dtype, cache.block_size, cache.kv_device_entries)
     return [allocate.allocate_layer(layout, kind, pages, 1 + rows, host=jnp.zeros) for kind in config.model.layer_types]

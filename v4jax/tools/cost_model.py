@@ -1,7 +1,7 @@
-"""The closed form of a plan: what a model needs on a topology, from shapes and rules alone.
+"""Analytic cost model of a plan: memory, traffic and time of a step, computed from shapes and sharding rules only.
 
-Bytes of state are exact, from the same rules that split it in a run. Activations, traffic and work are sums over the
-terms named in the docstrings; `plan` says what they leave out.
+Bytes of state are exact, because they come from the sharding rules of a run. Activations, traffic and operations are
+sums over the terms that the docstrings name. `tools.plan.UNKNOWN` lists what they omit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,13 @@ MODES = ("train", "prefill", "decode")
 
 @dataclass(frozen=True)
 class Workload:
-    """What is planned: the mode, tokens of a row (context), and rows (train: the batch, else sequences at once)."""
+    """The step to plan.
+
+    Attributes:
+      mode: "train", "prefill" or "decode".
+      context: Tokens of a row.
+      rows: Batch size in training, else number of concurrent sequences.
+    """
 
     mode: str
     context: int
@@ -51,15 +57,15 @@ class Workload:
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """One plan. device_bytes and traffic are by part, links by network and part, of one device and one step."""
+    """Costs of one step. `device_bytes`, `traffic` and `links` are bytes of one device, by part."""
 
     device_bytes: dict[str, float]
     host_bytes: float
-    flops: float  # of all devices together, without recomputation
-    device_flops: float  # of one device, with it
+    flops: float  # operations of all devices together, without recomputation
+    device_flops: float  # operations of one device, with recomputation
     traffic: dict[str, float]
-    links: dict[str, dict[str, float]]  # bytes sent, by the network that carries them (`Chip.links`) and part
-    seconds: dict[str, float]  # compute, memory, and each of the networks: the step takes at least the longest
+    links: dict[str, dict[str, float]]  # bytes sent, by network (`Chip.links`) and part
+    seconds: dict[str, float]  # time of compute, of memory and of each network; the maximum is the step's lower bound
     mfu: float
 
     @property
@@ -129,35 +135,44 @@ def default_mesh(config: Config, topology: Topology, work: Workload) -> Mesh:
 
 
 def abstract_sharding(mesh: Mesh, devices: int) -> MeshRules:
-    """The rules of a mesh on devices that need not exist."""
+    """The mesh rules of an abstract mesh, whose devices need not exist."""
     layout = configs.load_sharding(mesh.rules)
     validate_rules(layout)
     return MeshRules(AbstractMesh(sizes(mesh, layout, devices), MESH_AXES), layout)
 
 
 def parameter_shapes(model: configs.Model) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """Letters and shape of every trained parameter by its name; hash tables and router biases weigh nothing."""
+    """Axis letters and shapes of all trained parameters by name; hash tables and router biases are not trained."""
     rows = {".".join(path): row for path, row in parameter_table(model).items() if row[2]}
     return {name: letters for name, (letters, _, _) in rows.items()}, {name: row[1] for name, row in rows.items()}
 
 
 def state_bytes(config: Config, sharding: MeshRules) -> tuple[dict[str, float], float]:
-    """Bytes of one device, exact: weights, gradients and optimizer state in float32, as rules and shapes split them;
-    and of its share of host memory, where `train.offload` puts the optimizer (what comes back is then an estimate)."""
+    """Bytes of the training state of one device.
+
+    Weights, gradients and optimizer state are float32 and exact, by the sharding rules. If `train.offload` moves the
+    optimizer state to the host, its bytes on the device are an estimate.
+
+    Returns:
+      Bytes of device memory by part, and the device's bytes of host memory.
+    """
     letters, shapes = parameter_shapes(config.model)
     where = sharding.parameters(letters, shapes)
     numbers = {name: math.prod(where[name].shard_shape(shape)) for name, shape in shapes.items()}
     # Muon keeps one moment, AdamW two.
     moments = {name: 4 * count * (1 if letters[name] in MATRICES else 2) for name, count in numbers.items()}
     weights, optimizer, host = 4 * sum(numbers.values()), sum(moments.values()), 0
-    if "optimizer" in config.train.offload:  # on the device while it is used: one parameter's, as it was and will be
+    if "optimizer" in config.train.offload:  # on the device: old and new state of the parameter that is being updated
         optimizer, host = 2 * max(moments.values()), optimizer
     return {"weights": weights, "gradients": weights, "optimizer": optimizer}, host
 
 
 def attention_flops(model: configs.Model, context: float) -> float:
-    """Operations of one token that sees `context` tokens: both products with window, picked and visible entries, and
-    the indexer's scores; 2 a multiply-add."""
+    """Operations of attention for one token that attends to `context` tokens; a multiply-add counts as 2.
+
+    Counted are the two products with the window's keys, the top-k entries (CSA) and all visible entries (HCA), and the
+    indexer's scores.
+    """
     heads, total = 4 * model.num_attention_heads * model.head_dim, 0.0
     for kind in model.layer_types:
         seen = min(model.sliding_window, context)
@@ -172,7 +187,11 @@ def attention_flops(model: configs.Model, context: float) -> float:
 
 
 def estimate(config: Config, topology: Topology, mesh: Mesh, work: Workload) -> CostEstimate:
-    """The plan of one mode. Raises UserError where mesh, model and batch do not fit each other."""
+    """Estimate the costs of one step.
+
+    Raises:
+      UserError: The mode is unknown, or mesh, model and batch do not fit together.
+    """
     if work.mode not in MODES:
         raise UserError(f"no mode {work.mode!r}; one of {', '.join(MODES)}")
     sharding = abstract_sharding(mesh, topology.devices)
@@ -182,8 +201,8 @@ def estimate(config: Config, topology: Topology, mesh: Mesh, work: Workload) -> 
     counts = count_parameters(config.model)
     mean = work.context if work.mode == "decode" else work.context / 2
     attention = attention_flops(config.model, mean)
-    once = 2 * counts.active + attention  # forward, one token
-    times = 3 if work.mode == "train" else 1  # and twice that backward
+    once = 2 * counts.active + attention  # forward pass of one token
+    times = 3 if work.mode == "train" else 1  # the backward pass takes twice the operations of the forward pass
     again = 1 if work.mode == "train" and config.train.remat else 0
     flops = times * once * work.tokens
     device_flops = (times + again) * once * work.tokens / topology.devices
@@ -202,8 +221,10 @@ def estimate(config: Config, topology: Topology, mesh: Mesh, work: Workload) -> 
 
 
 def _narrow_flops(config: Config) -> float:
-    """Of a token's forward pass, the operations whose operands are in FP8: dense products (routed experts round what
-    they multiply, and multiply it as it was)."""
+    """Operations with FP8 operands in the forward pass of one token.
+
+    Only dense matmuls count: routed experts round their operands but multiply them in the original dtype.
+    """
     if config.train.matmul_precision != "fp8":
         return 0.0
     rows = parameter_table(config.model).items()
@@ -211,13 +232,13 @@ def _narrow_flops(config: Config) -> float:
     return 2 * sum(math.prod(shape) for path, (letters, shape, _) in rows if letters in dense and path[0] != "mtp")
 
 
-# Counted in the programs that tests/golden/compiled.json records: float32 copies of the rows that travel, alive at once
-# in the backward pass for each layer that is computed anew; copies of the logits; and of the vocabulary's two matrices.
+# Numbers of simultaneously live copies, counted in the compiled programs of tests/golden/compiled.json: float32 copies
+# of dispatched rows in the backward pass, per recomputed layer; copies of the logits; copies of embedding and head.
 _ROW_COPIES, _LOGITS, _VOCABULARY = 4.5, 2, 2
 
 
 def _train(config: Config, topology: Topology, sharding: MeshRules, work: Workload, sent: Collectives):
-    """Training: state as it lies; kept streams (with remat between units of layers), the inside of a unit; logits."""
+    """Training: sharded state, saved streams (with remat: between units), the activations of one unit, and logits."""
     m, (parts, host) = config.model, state_bytes(config, sharding)
     moments = host or parts["optimizer"]
     tokens = work.tokens / _token_shards(sharding, work)
@@ -229,17 +250,17 @@ def _train(config: Config, topology: Topology, sharding: MeshRules, work: Worklo
     runs = stacks(m, config.train.scan)
     units, longest = sum(run.repeats for run in runs), max(len(run.kinds) for run in runs)
     kept = units * streams + longest * inside if config.train.remat else m.num_hidden_layers * inside
-    if "streams" in config.train.offload:  # on the device: those that come and those that are used
+    if "streams" in config.train.offload:  # on the device: those in transfer and those in use
         kept, host = kept - max(units - 2, 0) * streams, host + units * streams
     vocabulary = sharding.size(sharding.axes("weights", "vocab"))
     logits = _LOGITS * tokens * m.vocab_size / vocabulary * 4
-    # Experts of a layer with their hidden size gathered, forward and as gradients; embedding and head likewise.
+    # Experts of one layer, gathered along the hidden axis, and their gradients; the same for embedding and head.
     expert_parts = sharding.size(sharding.axes("weights", "expert")) * tensor
     layer = 3 * D * F * m.moe.n_routed_experts / expert_parts * width
     whole = _VOCABULARY * D * m.vocab_size / vocabulary * 4
     split = sharding.size(sharding.axes("weights", "expert_embed"))
     plain = config.train.matmul_precision == config.train.expert_weight_format == "plain"
-    rounded = 0 if plain else layer / width * 4 / split  # a layer's own part of the experts once more, in float32
+    rounded = 0 if plain else layer / width * 4 / split  # a float32 copy of the device's shard of a layer's experts
     parts |= {"activations": kept + logits, "gathered": 2 * layer + whole + rounded}
     passes = 3 if config.train.remat else 2
     traffic = {
@@ -251,7 +272,7 @@ def _train(config: Config, topology: Topology, sharding: MeshRules, work: Worklo
     travel, split_axes = sharding.axes("weights", "expert"), sharding.axes("weights", "expert_embed")
     dense = (count_parameters(m).total - count_parameters(m).by_group["routed experts"]) * width / tensor
     dense_axes = sharding.axes("weights", "embed")
-    journeys = 2 * passes + 1  # there and back at each pass, and there once more: the backward pass computes rows anew
+    journeys = 2 * passes + 1  # dispatch and combine per pass; the backward pass repeats the dispatch
     replicas = [axis for axis in _token_axes(sharding) if axis not in (*travel, *split_axes)]
     sent.gather("all-gather", passes * m.num_hidden_layers * layer, split_axes)
     sent.gather("all-gather", passes * dense, dense_axes)
@@ -263,8 +284,11 @@ def _train(config: Config, topology: Topology, sharding: MeshRules, work: Worklo
 
 
 def _muon(config: Config, sharding: MeshRules, sent: Collectives) -> float:
-    """Operations of one device that orthogonalize matrices (`parallel/matrix_exchange.py`). `sent` gets the bytes, in float32,
-    by which parts of a matrix come together on one device and lie as before, and replicas get each other's results."""
+    """Operations of one device that orthogonalize matrices (`parallel/matrix_exchange.py`).
+
+    Adds to `sent` the float32 bytes that gather a matrix on one device, shard it again, and exchange results between
+    replicas.
+    """
     letters, shapes = parameter_shapes(config.model)
     where, alike = sharding.parameters(letters, shapes), defaultdict(list)
     for name in letters:
@@ -295,7 +319,7 @@ def _names(spec: PartitionSpec, axis: int) -> tuple[str, ...]:
 
 
 def _serve(config: Config, topology: Topology, sharding: MeshRules, work: Workload, sent: Collectives):
-    """Serving: weights in the model's dtype, the cache of all rows in `cache.kv_cache_dtype`, one chunk's activations."""
+    """Serving: weights in the model's dtype, the KV cache of all rows, and the activations of one chunk."""
     m, layout = (
         config.model,
         KVCacheSpec(config.model, config.cache.kv_cache_dtype, config.cache.block_size, config.cache.kv_device_entries),
@@ -304,10 +328,10 @@ def _serve(config: Config, topology: Topology, sharding: MeshRules, work: Worklo
     letters, shapes = parameter_shapes(m)
     where = sharding.parameters(letters, shapes)
     weights = sum(width * math.prod(where[name].shard_shape(shape)) for name, shape in shapes.items())
-    # A device has a page and a record to spare, and pages are whole.
+    # Each device adds a null block and a null slot; a sequence's last block may be partly filled.
     rows, pages = work.rows / topology.devices, -(-work.context // layout.block)
     kv = (1 + rows * pages) * layout.block_bytes + (1 + rows) * layout.state_bytes() + layout.device_cache_bytes
-    # Decoding reads a token of every row at once, a prefill the rows of a device one by one, and each chunk by chunk.
+    # A decode step computes one token of every row. Prefill computes a device's rows one by one, each in chunks.
     chunk = min(work.context, config.serve.max_num_batched_tokens)
     tokens, steps = (max(1.0, rows), 1) if work.mode == "decode" else (chunk, rows * -(-work.context // chunk))
     activations = tokens * (
@@ -315,7 +339,7 @@ def _serve(config: Config, topology: Topology, sharding: MeshRules, work: Worklo
     )
     parts = {"weights": weights, "kv": kv, "activations": activations}
     experts = count_parameters(m).by_group["routed experts"] * width / topology.devices
-    # Of the experts, by a step's tokens, picked evenly.
+    # Share of the experts that a step's tokens select, if tokens spread evenly.
     met = 1 - (1 - m.moe.num_experts_per_tok / m.moe.n_routed_experts) ** (tokens * topology.devices)
     read = weights - experts * (1 - met)
     entry, key, each = layout.entry_bytes, layout.key_bytes if "csa" in m.layer_types else 0, 0.0
@@ -342,7 +366,7 @@ def _serve(config: Config, topology: Topology, sharding: MeshRules, work: Worklo
 
 
 def _token_shards(sharding: MeshRules, work: Workload) -> int:
-    """Parts that the tokens of a step are split into; UserError where they do not divide."""
+    """Number of shards of a step's tokens. Raises UserError if rows or context do not divide evenly."""
     for name, size, letter in (("rows", work.rows, "B"), ("context", work.context, "T")):
         axes = sharding.activation(letter)[0] or ()
         number = sharding.size((axes,) if isinstance(axes, str) else axes)
@@ -359,7 +383,7 @@ def _token_axes(sharding: MeshRules) -> tuple[str, ...]:
 def smallest_topology(
     config: Config, topology: Topology, work: Workload, reserve: float
 ) -> tuple[Topology, CostEstimate] | None:
-    """The smallest listed topology of the same chip on which the closed form fits, or None."""
+    """The smallest listed topology of the chip whose estimate leaves the share `reserve` of memory free, or None."""
     for candidate in listed(topology.chip):
         try:
             plain = dataclasses.replace(config, mesh=Mesh())

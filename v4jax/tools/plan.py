@@ -22,8 +22,8 @@ UNKNOWN = (
     "It can't know: how evenly tokens spread over experts (even is assumed), how far collectives hide behind products "
     "(the bound takes the longest of compute, memory and either network, as if all overlapped), host input, stragglers "
     "and restarts. The closed form's activations are a sum of the largest arrays, not a schedule: on the flagships' "
-    f"steps that were compiled and fit, bytes of a device were within {MARGIN:.0%} and collectives in all within a factor of "
-    "2; of small models tiles and programs take more. The way to host memory is not timed."
+    f"steps that were compiled and fit, bytes of a device were within {MARGIN:.0%} and collectives in all within a "
+    "factor of 2; of small models tiles and programs take more. The way to host memory is not timed."
 )
 
 
@@ -39,12 +39,21 @@ def run(
 ) -> list[dict]:
     """Print the plan and return its records.
 
-    topology: as `tools.topology.parse` reads it, or several with commas between, to compare in closed form. context:
-    tokens of a row (default: data.seq_len in training, else serve.max_model_len). concurrency: rows (default:
-    train.batch_size or serve.max_num_seqs). analytic: the closed form alone. stage: how far TPU programs are compiled,
-    "program" or "buffers" (`tools.compiled`). Serving with `cache.kv_device_entries` is compiled without it too, to compare.
-    Raises UserError for what cannot be planned. A program that the compiler refuses for want of memory is a plan that
-    does not fit: it is told so, and has one record, `fits` of 0.
+    With `cache.kv_device_entries`, serving is also compiled without it, for comparison. A program that the compiler
+    refuses because memory is too small yields one record, `fits` with value 0.
+
+    Args:
+      config: The model and its options.
+      topology: A topology as `tools.topology.parse` reads it, or several separated by commas (only with `analytic`).
+      mode: "train", "prefill" or "decode".
+      context: Tokens of a row; default data.seq_len in training, else serve.max_model_len.
+      concurrency: Rows; default train.batch_size in training, else serve.max_num_seqs.
+      analytic: Skip the compilation.
+      stage: How far TPU programs are compiled, "program" or "buffers" (`tools.aot`).
+      json: File to which the records are written.
+
+    Raises:
+      UserError: The plan is impossible.
     """
     places = [parse(name) for name in topology.split(",")]
     if len(places) > 1 and not analytic:
@@ -104,7 +113,7 @@ def run(
 
 
 def _arms(config: Config, work: Workload) -> dict[str, Config]:
-    """What is compiled, by the name of its column: with the live tier (`cache.kv_device_entries`), the same without it as well."""
+    """Configs to compile by column name; with host-resident KV (`cache.kv_device_entries`), also one without it."""
     if work.mode == "train" or not config.cache.kv_device_entries:
         return {"compiler": config}
     near = dataclasses.replace(config, cache=dataclasses.replace(config.cache, kv_device_entries=0))

@@ -1,4 +1,4 @@
-"""The training run: data in, metrics and checkpoints out, exact resume."""
+"""The training loop: reads data, writes metrics and checkpoints, and resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -36,27 +36,31 @@ from v4jax.train.trainer import Trainer, TrainState
 from v4jax.train.watchdog import Watchdog
 from v4jax.train.workdir_lock import workdir_lock
 
-_ROLLBACKS = 3  # to one checkpoint, before the run gives up
+_ROLLBACKS = 3  # number of rollbacks to one checkpoint before the run gives up
 
 
 def train(config: Config, workdir: str, stop: StopSignals | None = None) -> dict[str, object]:
-    """Train to `config.train.steps`, going on from the newest checkpoint in `workdir` if there is one.
+    """Train until step `config.train.steps`, resuming from the newest checkpoint in `workdir` if there is one.
 
-    Leaves in `workdir`: v4jax.json and the tokenizer (so the directory is a checkpoint that `generate` takes),
-    checkpoints/, metrics.jsonl, tensorboard/, loss.png and, last of all, summary.json, whose values are returned.
-    A resumed run repeats the losses of an uninterrupted one bit for bit. A finished run is left as it is. With several
-    processes, the first writes everything but the checkpoints.
+    The run writes v4jax.json, the tokenizer, checkpoints/, metrics.jsonl, tensorboard/ and loss.png to `workdir`, and
+    summary.json last. The directory is then a checkpoint that `generate` can load. A resumed run repeats the losses of
+    an uninterrupted run bit for bit. A finished run is not changed. With several processes, all of them write the
+    checkpoints and only the first writes the other files.
 
-    SIGTERM and Ctrl-C (SIGINT) save and end the run; of several processes they reach all through any of them. What is
-    printed then says which checkpoint there is.
+    SIGTERM and SIGINT (Ctrl-C) save a checkpoint and end the run. With several processes, a signal to any of them stops
+    all. The last line printed names the newest checkpoint.
 
     Args:
-      config: The run. Its model and data must be those of the run that `workdir` holds already.
-      workdir: Directory of the run; one process (or one group of processes) at a time trains in it.
-      stop: The signals to obey, entered by the caller; None: this function enters its own.
+      config: The run's config. Its model and data must match those of a run that `workdir` already holds.
+      workdir: Directory of the run. Only one process, or one group of processes, may train in it at a time.
+      stop: Signal handlers that the caller has entered; None lets this function enter its own.
+
+    Returns:
+      The values of summary.json.
 
     Raises:
-      UserError: Whatever the user can cure: another run's workdir or one in use, data, mesh, disk, a diverged loss.
+      UserError: An error that the user can fix: `workdir` belongs to another run or is in use, or the data, the mesh,
+        the disk or the training itself (a diverged loss) is at fault.
       SystemExit: With code 143, after SIGTERM.
       KeyboardInterrupt: After SIGINT.
     """
@@ -78,14 +82,14 @@ def train(config: Config, workdir: str, stop: StopSignals | None = None) -> dict
 
 
 def _is_stop(error: BaseException | None) -> bool:
-    """Whether a stop signal is behind an error: JAX turns what is raised inside its callbacks into errors of its own."""
+    """Whether a stop signal caused the error: JAX wraps exceptions that are raised inside its callbacks."""
     while error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
         error = error.__cause__
     return error is not None
 
 
 def _where_it_stands(workdir: pathlib.Path) -> str:
-    """What a run that was stopped can go on from, by what is on disk and nothing else."""
+    """A line that names the checkpoint from which a stopped run resumes; only the disk is consulted."""
     steps = finished_steps(workdir)
     if not steps:
         return "stopped before the first checkpoint; the same command starts from the beginning"
@@ -106,13 +110,13 @@ class _Run:
             self.data = make_dataset(config, self.tokenizer, "train", **mine)
             self.heldout = make_dataset(config, self.tokenizer, "heldout", **mine)
         if extras := newest_extras(workdir):
-            iter(self.data).set_state(extras["data"])  # other data is refused before anything is written
+            iter(self.data).set_state(extras["data"])  # raises UserError for different data before anything is written
         self.store = TrainCheckpointer(workdir, config, self.tokenizer, keep=config.train.keep_checkpoints)
         self.began = time.time()
-        self.steps = 0  # done by this process, those that a rollback undid too
-        self.heldout_losses: dict[int, float] = {}  # step -> held-out nats a token
-        self.rollbacks: Counter[int] = Counter()  # step -> how often the run went back to it
-        self.writer: MetricsWriter | None = None  # of the lead
+        self.steps = 0  # steps done by this process, including steps that a rollback undid
+        self.heldout_losses: dict[int, float] = {}  # step -> held-out loss, nats per token
+        self.rollbacks: Counter[int] = Counter()  # checkpoint step -> number of rollbacks to it
+        self.writer: MetricsWriter | None = None  # only the first process has one
         self.goodput = Goodput([])
 
     def _check_steps(self) -> None:
@@ -132,12 +136,16 @@ class _Run:
             self.stop.check()
             if done < self.config.train.steps:
                 return self._steps(state, iterator, done)
-            # Stopped between the last checkpoint and the summary: no step was timed in this process.
+            # The run was stopped between its last checkpoint and its summary, so this process has timed no step.
             self._open_metrics(done, {})
             return self._finish(state, None)
 
     def _start(self) -> tuple[TrainState, object, int]:
-        """Fresh state, or the newest checkpoint's with the data where it was."""
+        """Initialize the state or restore the newest checkpoint.
+
+        Returns:
+          The state, the data iterator at the position that belongs to it, and the number of steps done.
+        """
         iterator, step = iter(self.data), self.store.latest()
         if step is None:
             with spinner(f"{self.config.name}: initializing the parameters", is_primary()):
@@ -159,7 +167,10 @@ class _Run:
         return state, iterator, step
 
     def _restore(self, step: int) -> tuple[TrainState, dict]:
-        """State and extras of a checkpoint; one of a run without a guard starts a fresh one."""
+        """Restore the state and extras of a checkpoint.
+
+        A checkpoint without a spike guard's state gets a new guard. Raises UserError if a restored value is not finite.
+        """
         wanted = self.trainer.abstract_tree()
         if not self.store.holds(step, "guard"):
             del wanted["guard"]
@@ -173,11 +184,11 @@ class _Run:
         return state, extras
 
     def _steps(self, state: TrainState, iterator, step: int) -> dict[str, object]:
-        """From step `step` to the last, then the summary."""
+        """Train from step `step` to the last step; returns the summary."""
         t, tokens = self.config.train, self.config.train.batch_size * self.config.data.seq_len
         waiting: list[tuple[int, dict[str, jax.Array]]] = []
         if is_primary():
-            (self.workdir / "summary.json").unlink(missing_ok=True)  # of fewer steps; its presence means a finished run
+            (self.workdir / "summary.json").unlink(missing_ok=True)  # it belongs to a shorter run and marks it finished
         self._open_metrics(step, {"started": self.began})
         progress = Progress(self.config.name, step, t.steps, tokens, is_primary())
         watchdog = Watchdog(t.hang_timeout_s, self.workdir / f"hang-{jax.process_index()}.txt", t.exit_on_hang)
@@ -194,7 +205,7 @@ class _Run:
                     state, metrics = self.trainer.step(state, batch)
                 watchdog.started(step, metrics["loss"])
                 if step == first:
-                    self.stop.deferred = True  # from here on there is something to save
+                    self.stop.deferred = True  # from now on there is progress to save
                     self.goodput.start_timer()
                     compiled = time.monotonic()
                 waiting.append((step, metrics))
@@ -207,14 +218,15 @@ class _Run:
                 spikes = self._flush_metrics(waiting, progress)
                 waiting.clear()
                 if step == measured and self._fit_steps(step, begun, compiled, progress):
-                    t, first = self.config.train, step + 1  # another program
+                    t, first = self.config.train, step + 1  # a new Trainer compiles again
                     due |= step == t.steps
                 stopping |= self._stop_asked()
                 with watchdog.paused():
                     if self._spiked(state, step, spikes, stopping or due or evaluate):
-                        state = metrics = None  # there may be no room for two
+                        state = metrics = None  # device memory may not hold two states
                         state, step = self._roll_back(step)
-                        continue  # to a run that stops, too: the step after is saved, with the data after the spike
+                        # A stopping run continues too: it saves the next step, with the data after the spike.
+                        continue
                     if evaluate and not stopping:
                         self._measure(state, step, progress)
                         stopping |= self._stop_asked()
@@ -233,7 +245,7 @@ class _Run:
         return self._finish(state, progress.tokens_per_second)
 
     def _stop_asked(self) -> bool:
-        """Whether a signal asked this process, alone in its run, to stop; several agree by `preempted` on a step."""
+        """Whether a signal stops this single-process run; several processes agree on a step through `preempted`."""
         return self.stop.asked is not None and not self.stop.shared
 
     def _evaluation_due(self, step: int) -> bool:
@@ -241,7 +253,7 @@ class _Run:
         return 0 < step < t.steps and t.eval_every > 0 and step % t.eval_every == 0 and step not in self.heldout_losses
 
     def _measure(self, state: TrainState, step: int, progress: Progress) -> None:
-        """Evaluate and record; a stop signal leaves it to the process that resumes."""
+        """Evaluate and record the held-out loss; after a stop signal, the process that resumes the run does it."""
         with progress.pause("evaluating"):
             measured = self._evaluate(state)
         if measured is not None:
@@ -249,10 +261,19 @@ class _Run:
             self._write(step, {"heldout_loss": measured[0]})
 
     def _spiked(self, state: TrainState, step: int, spikes: int, kept: bool) -> bool:
-        """Whether the run must go back to a checkpoint.
+        """Whether the run must roll back to a checkpoint.
 
-        Of a state that is to be kept, every number is looked at: an update can overflow where loss and gradient norm
-        are finite, and a checkpoint of it would be the end of the run. Raises UserError where nothing goes back.
+        A state that will be evaluated or saved is checked for values that are not finite: an update can overflow
+        although loss and gradient norm are finite, and a checkpoint of it could not be resumed from.
+
+        Args:
+          state: The state after `step`.
+          step: The last step done.
+          spikes: Number of consecutive skipped steps up to `step`.
+          kept: Whether the state will be evaluated or saved.
+
+        Raises:
+          UserError: The state is not finite and `train.spike_action` is not "rollback".
         """
         t = self.config.train
         if spikes >= t.spike_patience:
@@ -264,11 +285,15 @@ class _Run:
         raise UserError(f"the update of step {step} left values that are not finite: {self._advice()}")
 
     def _fit_steps(self, step: int, begun: float, compiled: float, progress: Progress) -> bool:
-        """Take fewer steps where all would not end in time. The first step compiled from `begun` to `compiled`."""
+        """Lower the number of steps if the run would exceed `train.max_seconds`.
+
+        `begun` and `compiled` are the times at which the first step's compilation began and ended, in seconds of
+        `time.monotonic`. Returns whether the number changed; there is a new Trainer then.
+        """
         t, now = self.config.train, time.monotonic()
         seconds = (now - compiled) / step
         steps = time_budget.fit_steps(t, step, seconds, compiled - begun, now - self.opened, len(self.heldout))
-        steps = min(map(int, all_gather_bytes(str(steps).encode())))  # all processes take the same number
+        steps = min(map(int, all_gather_bytes(str(steps).encode())))  # all processes must agree
         if steps == t.steps:
             return False
         self.config = time_budget.with_steps(self.config, steps)
@@ -285,7 +310,7 @@ class _Run:
         return True
 
     def _open_metrics(self, step: int, values: dict[str, float]) -> None:
-        """Metrics after step `step`, `values` first; those of steps that will be done again are forgotten."""
+        """Open the metrics file at `step` and write `values`; records of later steps are dropped."""
         if not is_primary():
             return
         if self.writer:
@@ -306,9 +331,18 @@ class _Run:
             self.writer.flush()
 
     def _flush_metrics(self, waiting, progress: Progress) -> int:
-        """Write the metrics of the steps since the last report; returns how many spikes in a row there were last.
+        """Write the metrics of the steps since the last report.
 
-        A loss or gradient norm that is not finite, or too many spikes, end the run, unless the guard is there for them.
+        Args:
+          waiting: (step, metrics on the device) of each step.
+          progress: The progress display to update.
+
+        Returns:
+          The number of consecutive skipped steps up to the last step.
+
+        Raises:
+          UserError: `train.spike_action` is "off" and a loss or gradient norm is not finite, or it is "skip" and
+            `train.spike_patience` consecutive steps were skipped.
         """
         t, fetched = self.config.train, jax.device_get(waiting)
         seconds = self.goodput.steps(len(fetched))
@@ -341,14 +375,24 @@ class _Run:
         return spikes
 
     def _advice(self) -> str:
-        with contextlib.suppress(UserError):  # a save under way may still become the last one
+        with contextlib.suppress(UserError):  # a save in progress may still become the newest checkpoint
             self.store.wait()
         step = self.store.latest()
         good = "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
         return f"lower train.lr or train.adam_lr, or raise train.warmup; {good}"
 
     def _roll_back(self, spiked: int) -> tuple[TrainState, int]:
-        """State and step of the newest checkpoint, or of the beginning; the data goes on after what spiked."""
+        """Restore the newest checkpoint, or the initial state if there is none; the data iterator is not rewound.
+
+        Args:
+          spiked: The step from which the run rolls back.
+
+        Returns:
+          The state and its step.
+
+        Raises:
+          UserError: The run rolled back to this checkpoint `_ROLLBACKS` times already.
+        """
         self.store.wait()
         step = self.store.latest() or 0
         self.rollbacks[step] += 1
@@ -364,7 +408,10 @@ class _Run:
         return state._replace(guard=state.guard._replace(consecutive_skips=skips)), step
 
     def _evaluate(self, state: TrainState) -> tuple[float, float] | None:
-        """Held-out nats a token and bits per byte; None if a stop signal came, which waits for a batch and not all."""
+        """Compute the held-out loss in nats per token and in bits per byte.
+
+        Returns None if a stop signal arrived; it is checked after each batch.
+        """
         totals = []
         for batch in self.heldout:
             totals.append(self.trainer.evaluate(state, self.trainer.shard_batch(batch)))
@@ -375,7 +422,10 @@ class _Run:
         return nll / max(count, 1), nll / math.log(2) / max(self.heldout.num_bytes, 1)
 
     def _finish(self, state: TrainState, tokens_per_second: float | None) -> dict:
-        """Held-out loss, plot and summary; the summary is written last, so that its presence means a finished run."""
+        """Measure the held-out loss, and write the plot and the summary.
+
+        summary.json is written last, so that its presence means that the run is finished.
+        """
         steps = self.config.train.steps
         with spinner(f"{self.config.name}: measuring the held-out loss", is_primary()):
             evaluated = self._evaluate(state)
@@ -387,7 +437,7 @@ class _Run:
             barrier("summary")
             return json.loads((self.workdir / "summary.json").read_text(encoding="utf-8"))
         measured = {"heldout_loss": self.heldout_losses[steps]}
-        if self.tokenizer is not None:  # text: bits per byte can stand beside those of other models
+        if self.tokenizer is not None:  # text data: bits per byte compare with other models
             measured["heldout_bits_per_byte"] = bits_per_byte
         records = read_metrics(self.workdir / "metrics.jsonl")
         if not any(record["step"] == steps and measured.keys() <= record.keys() for record in records):
@@ -418,7 +468,7 @@ class _Run:
         return summary
 
     def _marks(self) -> dict[str, float | str]:
-        """What simple compressors reach on the held-out text, in bits per byte."""
+        """Bits per byte of simple compressors (xz, a byte trigram model) on the held-out text."""
         if self.tokenizer is None:
             return {}
         marks = baselines(load_documents(self.config.data))
@@ -429,7 +479,7 @@ class _Run:
         }
 
     def _finished(self) -> dict[str, object] | None:
-        """The summary of a run that is finished, as its first process finds it; None if it must be made (again)."""
+        """Read and print the summary of a finished run; None if a file is missing, damaged or of another length."""
         data = b""
         if is_primary() and (self.workdir / "loss.png").is_file():
             with contextlib.suppress(OSError):

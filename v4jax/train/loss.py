@@ -1,4 +1,4 @@
-"""What training minimises: next token, token after next, balanced experts, and an indexer that follows attention."""
+"""Training losses: next token, token after next (MTP), expert load balance, and the indexer's distance to attention."""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,16 @@ Batch = dict[str, jax.Array]  # tokens_BT, targets_BT, targets2_BT, segments_BT,
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sum of -log p over targets >= 0 (nats, float32) and their number.
+    """Cross-entropy summed over tokens.
 
-    The target's logit is picked by comparison, not by a gather, whose gradient would be a scatter into [B, T, V].
+    The target's logit is selected by a comparison, because the gradient of a gather would be a scatter into [B, T, V].
+
+    Args:
+      logits_BTV: Logits [B, T, V].
+      targets_BT: int32 [B, T], token ids; negative targets are not counted.
+
+    Returns:
+      The sum of -log p in nats (float32 scalar), and the number of counted targets (int32 scalar).
     """
     is_target = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
     target_logit_BT = jnp.sum(jnp.where(is_target, logits_BTV, 0.0), axis=-1)
@@ -23,9 +30,17 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Arr
 
 
 def loss(model: Transformer, batch: Batch, train: config.Train) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Weighted sum of all losses (spec 3.3, 5.1, 8.3), and its parts with the expert loads (float32).
+    """Weighted sum of all losses (spec 3.3, 5.1, 8.3).
 
-    `load_E` has a row a layer, then one for the MTP layer where there is one.
+    Args:
+      model: The model.
+      batch: int32 arrays [B, T]; see `Batch`.
+      train: Weights of the losses.
+
+    Returns:
+      The weighted sum (float32 scalar), and a dict of its unweighted terms "loss" and, with an MTP layer, "mtp" (nats
+      per token), "balance" and "indexer" (float32 scalars), and of "load_E", the expert loads (float32 [layers, E]).
+      The MTP layer's loads are the last row of "load_E", if that layer is trained.
     """
     chunk = full_batch(batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"])
     x_BTXD, _, aux = model.forward_hidden(chunk, model.no_cache())
@@ -50,7 +65,7 @@ def loss(model: Transformer, batch: Batch, train: config.Train) -> tuple[jax.Arr
 
 
 def heldout_nll(model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Sum of next-token nats over the batch's targets, and their number: MTP plays no part."""
+    """Next-token loss of a batch, without MTP: the sum in nats over its targets, and the number of targets."""
     chunk = full_batch(batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"])
     x_BTXD, _, _ = model.forward_hidden(chunk, model.no_cache())
     return cross_entropy(model.logits(x_BTXD), batch["targets_BT"])

@@ -13,9 +13,10 @@ from v4jax import config
 from v4jax.parallel.matrix_exchange import map_whole_matrices
 from v4jax.parallel.rules import current_rules
 
-# Logical matrices by the letters of a parameter: inputs, outputs. Letters that are neither (experts, gate or up,
-# output groups) count several matrices, each orthogonalized alone. Parameters not listed go to AdamW: embedding and
-# head by the report, norms, mHC bases and scales, and (unnamed in it, the only sensible choice) sinks and ape.
+# Axis letters of a parameter -> (input axes, output axes) of its matrices. All other axes (experts, gate or up, output
+# groups) enumerate matrices, and each matrix is orthogonalized separately. Parameters that are not listed use AdamW:
+# the technical report says so of embedding, head, norms, and mHC bases and scales. It does not name attention sinks
+# and `ape`; they are no matrices of a linear map, so they use AdamW as well.
 MATRICES = {
     "DQ": ("D", "Q"),
     "QNH": ("Q", "NH"),
@@ -40,13 +41,24 @@ _UPDATE_RMS = 0.18
 
 
 def schedule(train: config.Train, peak: float) -> optax.Schedule:
-    """Linear warm-up to `peak`, then a cosine to `final_lr` of it at the last step."""
+    """Learning-rate schedule: linear warm-up from 0 to `peak`, then a cosine decay to `train.final_lr * peak`.
+
+    The warm-up takes `train.warmup` steps, and the decay ends at step `train.steps`.
+    """
     warmup = min(train.warmup, max(train.steps - 1, 0))
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(train.steps, warmup + 1), peak * train.final_lr)
 
 
 def make_optimizer(train: config.Train, letters: dict[str, str]) -> optax.GradientTransformation:
-    """Transformation of a flat dict of parameters; `letters` gives each one's axes, a stack axis in front not named."""
+    """The optimizer: clipping by global norm, then Muon for matrices and AdamW for all other parameters.
+
+    Args:
+      train: Learning rates, momentum, weight decay and clipping.
+      letters: Axis letters of each parameter by its flat name. A leading stack axis has no letter.
+
+    Returns:
+      A transformation of a flat dict of parameters.
+    """
     labels = {name: "muon" if axes in MATRICES else "adamw" for name, axes in letters.items()}
     adamw = optax.adamw(schedule(train, train.adam_lr), b1=0.9, b2=0.95, eps=1e-20, weight_decay=train.weight_decay)
     return optax.chain(
@@ -56,10 +68,10 @@ def make_optimizer(train: config.Train, letters: dict[str, str]) -> optax.Gradie
 
 
 def _muon(train: config.Train, letters: dict[str, str]) -> optax.GradientTransformation:
-    """Muon by the rule of spec 8.1.
+    """Muon as in spec 8.1.
 
-    M = mu M + G and U = mu M + G, without bias correction; U is orthogonalized by 8 + 2 Newton-Schulz steps and scaled
-    to an RMS of 0.18; weight decay is decoupled.
+    M = mu M + G and U = mu M + G (Nesterov momentum), without bias correction. U is orthogonalized by 8 + 2
+    Newton-Schulz steps and scaled to an RMS of 0.18. Weight decay is decoupled.
     """
 
     def orthogonal(updates, params=None):
@@ -81,11 +93,18 @@ def _muon(train: config.Train, letters: dict[str, str]) -> optax.GradientTransfo
 
 
 def orthogonalize(letters: str, leaves: Sequence[jax.Array]) -> list[jax.Array]:
-    """Every matrix of some parameters made orthogonal by Newton-Schulz steps, then scaled to an RMS of 0.18.
+    """Orthogonalize every matrix of the given parameters by Newton-Schulz steps and scale it to an RMS of 0.18.
 
-    leaves: parameters of these letters, with a stack axis in front or without; their matrices are of one shape.
-    On a mesh the devices share them, each works on whole ones. Elsewhere stacked layers come one after another: the
-    temporaries of one layer are several times its size.
+    On a mesh, the matrices are distributed over the devices, and each device computes unsharded matrices. On one
+    device, stacked layers are computed one after another, because the temporaries of one layer are several times as
+    large as the layer.
+
+    Args:
+      letters: Axis letters of the parameters; a key of `MATRICES`.
+      leaves: Parameters with these axes, with or without a leading stack axis. All their matrices have one shape.
+
+    Returns:
+      Arrays of the shapes of `leaves`.
     """
     sharding, sides = current_rules(), "".join(MATRICES[letters])
     counts = [letter for letter in letters if letter not in sides]
@@ -109,11 +128,11 @@ def orthogonalize(letters: str, leaves: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _newton_schulz(x: jax.Array) -> jax.Array:
-    """Singular values of [..., rows, columns] driven to 1 by X' = a X + (b A + c A A) X, A = X X^T (spec 8.1)."""
-    if tall := x.shape[-2] > x.shape[-1]:  # the same result, by smaller products
+    """Drive the singular values of x [..., rows, columns] to 1 by X' = a X + (b A + c A A) X, A = X X^T (spec 8.1)."""
+    if tall := x.shape[-2] > x.shape[-1]:  # the transpose gives the same result with smaller products
         x = x.mT
     norm = jnp.linalg.norm(x, ord="fro", axis=(-2, -1), keepdims=True)
-    x = x / jnp.where(norm > 0, norm, 1)  # a matrix of zeros, such as of an expert without tokens, stays one
+    x = x / jnp.where(norm > 0, norm, 1)  # a zero matrix (an expert without tokens) stays zero
 
     def step(x, coefficients):
         a = x @ x.mT
@@ -125,5 +144,14 @@ def _newton_schulz(x: jax.Array) -> jax.Array:
 
 
 def update_bias(bias_E: jax.Array, load_E: jax.Array, rate: float) -> jax.Array:
-    """Router biases after a step: up where an expert got less than the mean load, down where more."""
+    """Update the router biases for load balancing (spec 3.3).
+
+    Args:
+      bias_E: Biases [..., E].
+      load_E: Number of tokens of each expert in this step [..., E].
+      rate: The change of a bias in one step.
+
+    Returns:
+      The biases: raised for experts with less than the mean load, lowered for experts with more.
+    """
     return bias_E + rate * jnp.sign(load_E.mean(-1, keepdims=True) - load_E)

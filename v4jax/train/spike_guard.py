@@ -1,4 +1,4 @@
-"""Loss-spike guard: judges every step inside the compiled program, so that a bad one changes nothing but its count."""
+"""Loss-spike guard: decides inside the jitted step whether to apply the update; a skip changes only counters."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import jax.numpy as jnp
 
 from v4jax import config
 
-_LEAST = 1e-6  # losses and norms below count as this: their logarithm must exist
-_FLOOR = 0.02  # least spread of a logarithm: in a run that stands still, two per cent are no outlier's scale
-_SIGMA = 1.4826  # of a normal distribution, in median absolute deviations
+_LEAST = 1e-6  # losses and gradient norms are clamped to at least this value, so that their logarithm exists
+_FLOOR = 0.02  # minimum spread of the logarithms: in a run at a plateau, a change of 2% is no outlier
+_SIGMA = 1.4826  # standard deviation of a normal distribution divided by its median absolute deviation
 
 
 class SpikeGuardState(NamedTuple):
-    """What the guard remembers; part of the checkpoint.
+    """State of the guard; part of the checkpoint.
 
-    recent_2W: float32, logarithms of loss and gradient norm of the last W steps that were taken. taken: int32 scalar,
-    steps taken. row: int32 scalar, steps skipped since the last one that was taken. skipped: int32 scalar, all skipped.
+    Attributes:
+      recent_2W: float32 [2, W], logarithms of the loss and of the gradient norm of the last W applied steps, as a ring.
+      num_steps: int32 scalar, number of applied steps.
+      consecutive_skips: int32 scalar, number of steps skipped since the last applied step.
+      skipped: int32 scalar, number of all skipped steps.
     """
 
     recent_2W: jax.Array
@@ -28,7 +31,7 @@ class SpikeGuardState(NamedTuple):
 
 
 def new_guard(train: config.Train) -> SpikeGuardState | None:
-    """The guard before the first step; None where `train.spike_action` is off."""
+    """The guard's state before the first step; None if `train.spike_action` is "off"."""
     if train.spike_action == "off":
         return None
     zero = jnp.zeros((), jnp.int32)
@@ -38,12 +41,21 @@ def new_guard(train: config.Train) -> SpikeGuardState | None:
 def check_step(
     guard: SpikeGuardState, loss: jax.Array, grad_norm: jax.Array, factor: float
 ) -> tuple[jax.Array, SpikeGuardState]:
-    """Whether to take a step with this loss and gradient norm (bool scalar), and the guard after it.
+    """Decide whether to apply a step.
 
-    A step is a spike if one of the two is no finite number or, once W steps were taken, if the logarithm of one lies
-    more than `factor` spreads above the median of those of the last W. The spread is the median absolute deviation,
-    as a normal distribution's sigma: spikes that were let through do not move either much. Factor 0: numbers of any
-    size are good.
+    A step is a spike if its loss or gradient norm is not finite. Once W steps were applied, it is also a spike if the
+    logarithm of either exceeds the median of the last W applied steps by more than `factor` times their spread. The
+    spread is the median absolute deviation, scaled to the standard deviation of a normal distribution. Neither the
+    median nor this spread moves much if a spike was applied.
+
+    Args:
+      guard: The guard's state before the step.
+      loss: float scalar, nats per token.
+      grad_norm: float scalar, global norm of the gradients before clipping.
+      factor: Limit in spreads; 0 checks only for values that are not finite.
+
+    Returns:
+      Whether to apply the step (bool scalar), and the guard's state after it.
     """
     now_2 = jnp.log(jnp.maximum(jnp.stack([loss, grad_norm]).astype(jnp.float32), _LEAST))
     good = jnp.all(jnp.isfinite(now_2))
@@ -61,5 +73,5 @@ def check_step(
 
 
 def select_state(good: jax.Array, new, old):
-    """The tree `new` if the step is taken, else `old`, bit for bit."""
+    """The tree `new` if `good` (bool scalar), else `old`; both are passed on bit for bit."""
     return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)

@@ -1,4 +1,4 @@
-"""Training state and the compiled step, on one device or on a mesh of them."""
+"""Training state and the jitted training step, on one device or on a device mesh."""
 
 from __future__ import annotations
 
@@ -24,20 +24,31 @@ from v4jax.train.spike_guard import SpikeGuardState, check_step, new_guard, sele
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes, as pytrees of arrays keyed by flat names (`models.layer_stacks.to_stacked_dict`)."""
+    """Everything that a training step changes.
+
+    `params` and `fixed` are keyed by flat names (see `models.layer_stacks.to_stacked_dict`).
+    """
 
     params: dict[str, jax.Array]
     fixed: dict[str, jax.Array]  # router biases and hash tables
     opt: Any
-    step: jax.Array  # int32 scalar: steps done, skipped ones too
-    guard: SpikeGuardState | None = None  # against loss spikes, where `train.spike_action` asks for one
+    step: jax.Array  # int32 scalar: number of steps done, including skipped steps
+    guard: SpikeGuardState | None = None  # None if `train.spike_action` is "off"
 
 
 class Trainer:
-    """The parts of a run that do not change: model structure, optimizer, sharding and compiled functions.
+    """The constant parts of a training run: model structure, optimizer, shardings and jitted functions.
 
-    With a layout in `config.mesh` the state lies on the mesh of `devices` (default: all), the batch is split over it,
-    and every function is one program for all of them. Raises UserError for a mesh that does not fit the model.
+    If `config.mesh` names sharding rules, the state and the batch are sharded over the mesh, and every jitted function
+    is one SPMD program for all devices.
+
+    Args:
+      config: The run's config.
+      optimizer: The transformation of the parameters; None builds the one of `train.optim.make_optimizer`.
+      devices: The devices of the mesh; None takes all devices.
+
+    Raises:
+      UserError: The mesh does not fit the model or the batch.
     """
 
     def __init__(
@@ -66,11 +77,11 @@ class Trainer:
         self.step = self._jit(self._step, (state, batch), (state, self._replicated), donate_argnums=0)
         self.evaluate = self._jit(heldout, (state, batch), self._replicated)
         self.finite = self._jit(self._finite, (state,), self._replicated)
-        # Taking stacks apart is work for the device; without stacks it only renames, and a jit would copy everything.
+        # Unstacking layers slices arrays, so it is jitted. Without stacks it only renames, and jit would copy arrays.
         self._flat = self._jit(self._to_flat, None, None) if train.scan else self._to_flat
 
     def _place_on_mesh(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Where state, batch and results lie; all None without a mesh."""
+        """Set the shardings of the state, the batch and replicated results; all are None without a mesh."""
         self._replicated = self.batch_sharding = self.state_sharding = self._param_sharding = None
         self.process_share = (0, 1)
         if self.sharding is None:
@@ -88,7 +99,14 @@ class Trainer:
             self.state_sharding = self.state_sharding._replace(opt=opt)
 
     def _share(self) -> tuple[int, int]:
-        """(i, n): this process feeds part i of n equal parts of the batch's rows. Raises UserError for uneven ones."""
+        """The rows of the global batch that this process feeds.
+
+        Returns:
+          (i, n): the process feeds the i-th of n equal parts of the batch's rows.
+
+        Raises:
+          UserError: The mesh does not split `train.batch_size` or `data.seq_len` evenly.
+        """
         shape = (self.config.train.batch_size, self.config.data.seq_len)
         for size, letter, name in zip(shape, "BT", ("train.batch_size", "data.seq_len"), strict=True):
             axes = self.sharding.activation(letter)[0] or ()
@@ -100,13 +118,17 @@ class Trainer:
         return first // (last - first), shape[0] // (last - first)
 
     def _local_indices(self, shape: tuple[int, int]):
-        """Index of this process' part of the batch on each of its devices."""
+        """The index into the global batch of each device of this process."""
         where = self.batch_sharding.devices_indices_map(shape)
         mine = [index for device, index in where.items() if device.process_index == jax.process_index()]
-        return mine or list(where.values())  # devices of a topology that is only compiled for belong to nobody
+        return mine or list(where.values())  # devices of an ahead-of-time topology belong to no process
 
     def _state_shardings(self, state: TrainState) -> TrainState:
-        """A tree like `state` of shardings: an optimizer's array lies as the parameter whose name ends its path."""
+        """The sharding of every leaf of `state`.
+
+        An optimizer array takes the sharding of the parameter whose name is the last key of its path. Scalars and all
+        other leaves are replicated.
+        """
 
         def of(path, leaf):
             name = getattr(path[-1], "key", None) if path else None
@@ -117,7 +139,7 @@ class Trainer:
         return jax.tree_util.tree_map_with_path(of, state)
 
     def _jit(self, function, inputs, outputs, **options):
-        """`jax.jit`, on a mesh with the rules in force while it is traced."""
+        """`jax.jit`; on a mesh, the sharding rules are active while the function is traced."""
         if self.sharding is None:
             return jax.jit(function, **options)
 
@@ -128,7 +150,14 @@ class Trainer:
         return jax.jit(traced, in_shardings=inputs, out_shardings=outputs, **options)
 
     def shard_batch(self, batch: dict[str, np.ndarray]) -> Batch:
-        """This process' rows of a batch (its `share`), on the devices."""
+        """Transfer this process' rows of a batch to its devices.
+
+        Args:
+          batch: int32 arrays [rows of this process, T] by name; `process_share` tells which rows.
+
+        Returns:
+          The global batch, int32 [B, T] by name, with `batch_sharding`.
+        """
         if self.sharding is None:
             return jax.device_put(batch)
         rows, first = self.config.train.batch_size, self.process_share[0] * len(batch["tokens_BT"])
@@ -137,18 +166,18 @@ class Trainer:
             shape, sharding = (rows, mine.shape[1]), self.batch_sharding
             local = lambda index: mine[slice(*(i - first for i in index[0].indices(rows)[:2])), index[1]]
             places = sharding.addressable_devices_indices_map(shape).items()
-            # Transfers that are said, as the loop's guard wants them; `make_array_from_callback` counts as implicit.
+            # Explicit transfers pass the loop's `jax.transfer_guard`; `make_array_from_callback` counts as implicit.
             parts = [jax.device_put(local(index), device) for device, index in places]
             return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
         return {name: array(mine) for name, mine in batch.items()}
 
     def model(self, params: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> Transformer:
-        """The module with these arrays in it."""
+        """Merge the arrays, keyed by flat stacked names, into a module."""
         return nnx.merge(self._graph, from_stacked_dict(params, self._params), from_stacked_dict(fixed, self._fixed))
 
     def init(self) -> TrainState:
-        """State before the first step, drawn from `train.seed`."""
+        """Initialize the state of step 0; the random key is `train.seed`."""
         return self._jit(self._build, None, self.state_sharding)(jax.random.key(self.config.train.seed))
 
     def _build(self, key: jax.Array) -> TrainState:
@@ -158,15 +187,19 @@ class Trainer:
         return TrainState(params, fixed, self._optimizer.init(params), step, guard)
 
     def abstract(self) -> TrainState:
-        """Shapes and dtypes of the state, on a mesh with shardings; nothing computed."""
+        """The state as `jax.ShapeDtypeStruct`s, with shardings if there is a mesh; nothing is computed."""
         return _with(jax.eval_shape(self._build, jax.random.key(0)), self.state_sharding)
 
     def to_tree(self, state: TrainState) -> dict[str, Any]:
-        """What a checkpoint holds: the model under its per-layer names (any layout reads it), the rest as it is."""
+        """Convert the state to the tree that a checkpoint holds.
+
+        The model's arrays get per-layer names, so that a run with other stacks or sharding rules can read them. The
+        optimizer state keeps its structure.
+        """
         return self._tree(state, self._flat)
 
     def abstract_tree(self) -> dict[str, Any]:
-        """`to_tree` of `abstract`; on a mesh with the shardings that reading a checkpoint should give."""
+        """`to_tree` of `abstract`; on a mesh, with the shardings that a restored checkpoint must have."""
         tree = jax.eval_shape(lambda state: self._tree(state, self._to_flat), self.abstract())
         if self.sharding is None:
             return tree
@@ -180,7 +213,7 @@ class Trainer:
         return {"model": model, "opt": state.opt, "step": state.step, "guard": state.guard}
 
     def _stacked_name(self, name: str) -> str:
-        """Name in memory of the array that holds `name` of the flat per-layer names."""
+        """The flat stacked name of the array that holds the per-layer array `name`."""
         head, _, rest = name.partition(".")
         if head != "layers":
             return name
@@ -210,7 +243,7 @@ class Trainer:
         return TrainState(params, fixed, tree["opt"], tree["step"], guard)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        if "optimizer" in self.config.train.offload:  # its sharding brings it back to the host
+        if "optimizer" in self.config.train.offload:  # the output sharding moves the new state back to the host
             state = state._replace(opt=jax.device_put(state.opt, jax.memory.Space.Device))
         objective = lambda params: self.model_loss(params, state.fixed, batch)
         (_, parts), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
@@ -219,7 +252,7 @@ class Trainer:
         fixed = {name: self._balanced(name, array, loads) for name, array in state.fixed.items()}
         metrics = parts | {"grad_norm": optax.tree.norm(grads), "max_load": jnp.max(loads.max(1) / loads.mean(1))}
         params, guard = optax.apply_updates(state.params, updates), state.guard
-        updated = state.step if guard is None else state.step - guard.skipped  # skipped steps do not move a schedule
+        updated = state.step if guard is None else state.step - guard.skipped  # skipped steps do not advance a schedule
         metrics |= {name: rate(updated) for name, rate in self._rates.items()}
         if guard is not None:
             good, guard = check_step(guard, metrics["loss"], metrics["grad_norm"], self.config.train.spike_factor)
@@ -229,7 +262,7 @@ class Trainer:
         return TrainState(params, fixed, opt, state.step + 1, guard), metrics
 
     def _finite(self, state: TrainState) -> jax.Array:
-        """Whether every parameter and all of the optimizer's state are finite numbers: bool scalar."""
+        """Whether all parameters, buffers and optimizer arrays are finite: bool scalar."""
         leaves = jax.tree.leaves((state.params, state.fixed, state.opt))
         leaves = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
         if "optimizer" in self.config.train.offload:
@@ -245,7 +278,7 @@ class Trainer:
 
 
 def _with(tree, shardings):
-    """Abstract arrays with shardings; shardings None: as they are."""
+    """Add shardings to a tree of `jax.ShapeDtypeStruct`s; `shardings=None` returns the tree unchanged."""
     if shardings is None:
         return tree
     abstract = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -75,7 +75,8 @@ def _checked(model: Model, contexts: Sequence[int]) -> list[int]:
     for context in contexts:
         if not STEPS < context <= model.max_position_embeddings:
             raise UserError(
-                f"context {context} cannot be measured; take {STEPS + 1} to model.max_position_embeddings {model.max_position_embeddings}"
+                f"context {context} cannot be measured; take {STEPS + 1} to "
+                f"model.max_position_embeddings {model.max_position_embeddings}"
             )
     if not contexts:
         raise UserError("no contexts to measure; give at least one")

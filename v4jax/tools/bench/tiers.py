@@ -1,5 +1,5 @@
-"""What the tiers below the device are worth: device memory of one long sequence (suite 'host_kv' says more about that), a
-restart with a warm disk, and many conversations on little memory.
+"""Benefit of the offload tiers: device memory of one long sequence (see also suite 'host_kv'), a restart with a warm
+disk, and many conversations on little memory.
 
 All arms share weights and requests. Their tokens are compared: times and hits may differ, answers should not (without
 `serve.batch_invariant`, other companies in a batch change the last bits, which random weights may make a token of).
