@@ -1,7 +1,8 @@
 """Attention of a V4 layer (spec 2.3): shared key-value head, low-rank queries, sliding window, sinks.
 
-`SlidingWindowAttention` is the whole of a pure sliding-window layer. CSA and HCA layers extend it by two methods: `compress`
-(what they add to the past) and `remote` (which compressed entries a block of queries reads).
+`SlidingWindowAttention` implements pure sliding-window layers. CSA and HCA layers override three methods:
+`append_compressed` adds the call's entries to the cache, `indexer_queries` computes the indexer's inputs, and
+`attend_compressed` attends a tile of queries to the compressed entries.
 """
 
 from __future__ import annotations
@@ -30,14 +31,13 @@ from v4jax.nn.norm import RMSNorm, rms
 from v4jax.nn.rope import angles, frequencies, rotate
 from v4jax.parallel.context_parallel import ContextShards, active_context_shards
 
-_QUERY_TILE = 128  # queries of a block, rounded down to whole windows
-_MASKED_MAX = -1e30  # peak of a query that sees nothing: finite, so that its sums are 0 and not NaN
-MAX_DECODE_QUERIES = (
-    8  # queries of a decode step, drafts included: up to so many, what is read is the left operand of products
-)
-_MAX_BATCHED_TILES = (
-    8  # more blocks than this are walked one by one, and their softmax is computed anew in the backward pass
-)
+_QUERY_TILE = 128  # queries per tile, rounded down to a multiple of the window, at least one window
+_MASKED_MAX = -1e30  # lower bound of the logit maximum; finite, so that a fully masked query sums to 0 and not to NaN
+# At or below this many queries per row (a decode step, draft tokens included) the keys are the left matmul operand:
+# XLA:CPU would transpose them first as the right operand.
+MAX_DECODE_QUERIES = 8
+# Up to this many tiles are batched. More tiles are computed one by one, and the backward pass recomputes their softmax.
+_MAX_BATCHED_TILES = 8
 
 
 class SlidingWindowAttention(nnx.Module):
@@ -61,7 +61,17 @@ class SlidingWindowAttention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, chunk: ForwardBatch, past: LayerCache
     ) -> tuple[jax.Array, LayerCache, jax.Array]:
-        """x_BTD to y_BTD; the past with this call's tokens in it; the indexer loss of each query, float32 [B, T]."""
+        """Apply attention to the normalized sublayer input.
+
+        Args:
+          x_BTD: [B, T, D], sublayer input.
+          chunk: the tokens of the call.
+          past: the layer's cache before the call.
+
+        Returns:
+          y_BTD in the compute dtype, the cache with this call's tokens, and the indexer loss of each query, float32
+          [B, T] (0 in layers without an indexer).
+        """
         m, (B, T, _) = self.model, x_BTD.shape
         cos_sin = angles(chunk.positions_BT, frequencies(m.rope, m.qk_rope_head_dim, compressed=self.kind != "swa"))
         cos_sin_heads = tuple(a[:, :, None] for a in cos_sin)
@@ -85,26 +95,29 @@ class SlidingWindowAttention(nnx.Module):
         return einsum("BTGR,GRD->BTD", z_BTGR, self.o_up, self.dtype), past, loss_BT
 
     def append_compressed(self, x_BTD: jax.Array, chunk: ForwardBatch, past: LayerCache) -> LayerCache:
-        """Add this call's compressed entries to the past: none in a window layer."""
+        """Return the cache with this call's compressed entries; a window layer has none."""
         return past
 
     def indexer_queries(self, x_BTD: jax.Array, low_BTQ: jax.Array, cos_sin) -> tuple[jax.Array, ...]:
-        """Further arrays [B, T, ...] that `remote` needs of its queries: none in a window layer."""
+        """Return the arrays [B, T, ...] that `attend_compressed` gets as `extra`; a window layer has none."""
         return ()
 
     def attend_compressed(
         self, q_BTNH: jax.Array, extra, seq_index_BT, segments_BT, view: EntryReader
     ) -> tuple[SoftmaxPartial, IndexerTrace | None, EntryReader]:
-        """Attention of a block of queries over the compressed entries of `view`, how the indexer chose them, and the
-        view after that."""
+        """Attend a tile of queries to the compressed entries of `view`.
+
+        Returns:
+          The partial softmax, the indexer trace (None without an indexer), and the reader after the reads.
+        """
         raise NotImplementedError("a window layer keeps no entries")
 
     def _attend(
         self, q_BTNH, extra, rows: WindowKV, chunk: ForwardBatch, past: LayerCache
     ) -> tuple[jax.Array, jax.Array, LayerCache]:
-        """Attention in blocks of queries: memory grows with the block times the row, never with its square."""
+        """Attend in tiles of queries, so that memory grows with tile size times row length, not with its square."""
         window, T = self.model.sliding_window, q_BTNH.shape[1]
-        size = window * max(1, _QUERY_TILE // window)  # a block reads its own rows and the `window` before them
+        size = window * max(1, _QUERY_TILE // window)  # a tile reads its own rows and the `window` rows before them
         queries = (q_BTNH, chunk.seq_index_BT, chunk.segments_BT, *extra)
         if T <= size:
             o, loss, view = self._attend_tile(queries, rows, past.reader(chunk, self.dtype))
@@ -118,7 +131,7 @@ class SlidingWindowAttention(nnx.Module):
             return jnp.concatenate([before, blocked(a[:, window:])], axis=2)
 
         arguments = (jax.tree.map(split, queries), jax.tree.map(overlapping, rows.padded(pad)))
-        if blocks <= _MAX_BATCHED_TILES:  # blocks as rows of the batch: every product reads the arrays as they lie
+        if blocks <= _MAX_BATCHED_TILES:  # merge tiles into the batch axis: matmuls read the arrays without a copy
             merged = jax.tree.map(lambda a: a.reshape(B * blocks, *a.shape[2:]), arguments)
             o, loss, _ = self._attend_tile(*merged, past.reader(chunk, self.dtype, times=blocks))
         else:
@@ -132,8 +145,10 @@ class SlidingWindowAttention(nnx.Module):
     def _attend_context_parallel(
         self, split: ContextShards, q_BTNH, extra, rows: WindowKV, entries: DenseEntries | None
     ):
-        """As `_attend`, with the tokens of a row on several devices: a part needs the `window` rows of the part before
-        it, and the entries of all."""
+        """Apply `_attend` with the tokens of a row split over devices (context parallelism).
+
+        A shard needs the last `window` rows of the preceding shard, and the entries of all shards.
+        """
         m = self.model
         split.check(q_BTNH.shape[1], m.alignment, m.sliding_window)
 
@@ -151,14 +166,14 @@ class SlidingWindowAttention(nnx.Module):
     def _attend_tile(
         self, queries, rows: WindowKV, view: EntryReader | None
     ) -> tuple[jax.Array, jax.Array, EntryReader | None]:
-        """One softmax over the window's rows, the compressed entries and the sink (steps 9 to 11)."""
+        """Compute one softmax over window rows, compressed entries and the sink (spec 2.3, steps 9 to 11)."""
         q_BTNH, seq_index_BT, segments_BT, *extra = queries
         ago_BTS = seq_index_BT[:, :, None] - rows.seq_index_BS[:, None, :]
         seen_BTS = (ago_BTS >= 0) & (ago_BTS < self.model.sliding_window)
         if segments_BT is not None:
             seen_BTS &= segments_BT[:, :, None] == rows.segments_BS[:, None, :]
         part, scored = attend(q_BTNH, rows.kv_BSH, seen_BTS)[0], None
-        if view is not None and view.size:  # a fresh call may be shorter than one compression window
+        if view is not None and view.size:  # size is 0 if a call without history is shorter than one window
             far, scored, view = self.attend_compressed(q_BTNH, extra, seq_index_BT, segments_BT, view)
             part = part.merge(far)
         sink_N1 = self.sink[...].astype(jnp.float32)[:, None]
@@ -174,9 +189,12 @@ class SlidingWindowAttention(nnx.Module):
 
 @pytree
 class SoftmaxPartial:
-    """Attention over some of the rows, before the division: float32 sums over exp(logit - peak), per query and head.
+    """Unnormalized attention over a subset of the keys, per query and head, all float32.
 
-    peak_BTN1 takes no gradient, for no result depends on it.
+    Attributes:
+      max_BTN1: maximum of the logits. It has no gradient, because no normalized result depends on it.
+      sum_BTN1: sum of exp(logit - max).
+      o_BTNH: sum of exp(logit - max) times the value.
     """
 
     max_BTN1: jax.Array
@@ -184,14 +202,14 @@ class SoftmaxPartial:
     o_BTNH: jax.Array
 
     def merge(self, other: SoftmaxPartial) -> SoftmaxPartial:
-        """Attention over the rows of both."""
+        """Return the attention over the union of both subsets, which must be disjoint."""
         peak = jnp.maximum(self.max_BTN1, other.max_BTN1)
         a, b = jnp.exp(self.max_BTN1 - peak), jnp.exp(other.max_BTN1 - peak)
         return SoftmaxPartial(peak, self.sum_BTN1 * a + other.sum_BTN1 * b, self.o_BTNH * a + other.o_BTNH * b)
 
 
 class IndexerTrace(NamedTuple):
-    """What the indexer's loss needs: its scores of entries, which of them were read, and exp(logit - peak) of each."""
+    """Inputs of the indexer loss: index scores of entries, mask of the attended ones, and exp(logit - max) of each."""
 
     scores_BTC: jax.Array
     mask_BTC: jax.Array
@@ -199,13 +217,19 @@ class IndexerTrace(NamedTuple):
 
 
 def attend(q_BTNH: jax.Array, keys: jax.Array, mask_BTS: jax.Array) -> tuple[SoftmaxPartial, jax.Array]:
-    """Attention over rows shared by a batch row [B, S, H] or picked per query [B, T, S, H], and exp(logit - peak).
+    """Attend to keys, which are also the values.
 
-    Keys are also the values. A query that sees nothing gets a total of 0.
+    Args:
+      q_BTNH: [B, T, N, H], queries.
+      keys: [B, S, H] if all queries of a batch row share the keys, or [B, T, S, H] if each query has its own.
+      mask_BTS: bool [B, T, S], True for the keys that a query attends.
+
+    Returns:
+      The partial softmax and exp(logit - max), float32 [B, T, N, S]. A fully masked query has sum 0.
     """
     letters = "BSH" if keys.ndim == 3 else "BTSH"
     keys = keys.astype(q_BTNH.dtype)
-    if q_BTNH.shape[1] <= MAX_DECODE_QUERIES:  # keys on the left: on the right XLA:CPU would transpose them first
+    if q_BTNH.shape[1] <= MAX_DECODE_QUERIES:  # keys as the left operand: see MAX_DECODE_QUERIES
         out = "BSTN" if keys.ndim == 3 else "BTSN"
         logits = jnp.einsum(f"{letters},BTNH->{out}", keys, q_BTNH, preferred_element_type=jnp.float32)
         logits = jnp.moveaxis(logits, out.index("S"), -1)
@@ -219,10 +243,10 @@ def attend(q_BTNH: jax.Array, keys: jax.Array, mask_BTS: jax.Array) -> tuple[Sof
 
 
 def index_loss(scores_BTC: jax.Array, mask_BTC: jax.Array, mass_BTC: jax.Array) -> jax.Array:
-    """KL(teacher || softmax of the indexer scores) over the entries a query read: float32 [B, T].
+    """Return KL(teacher || softmax of the index scores) over the entries that a query attends, float32 [B, T].
 
     The teacher is the attention mass that the joint softmax (window, entries and sink) gives to each entry, summed
-    over heads and renormalised over the entries (spec 8.3). No gradient reaches the teacher.
+    over heads and renormalized over the entries (spec 8.3). No gradient reaches the teacher.
     """
     mass = jax.lax.stop_gradient(mass_BTC)
     sum_BT1 = mass.sum(-1, keepdims=True)

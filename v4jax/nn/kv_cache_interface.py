@@ -1,16 +1,17 @@
-"""What a layer keeps of the tokens it has seen, and the one interface through which attention reads it.
+"""The KV cache interface: the batch of one call, and how attention reads and extends a layer's cache.
 
-Attention never knows where its past lies. It asks a `LayerCache` for the rows of the sliding window and for the compression
-windows that a call completes, gives it the new entries, and reads the entries through a `EntryReader`: by index, in runs of
-consecutive ones or picked one by one. Two implementations here:
+Attention does not know where cached data is stored. It asks a `LayerCache` for the rows of the sliding window and for
+the compression windows that a call completes. It appends the new entries to the cache. It reads entries through an
+`EntryReader`, by index: a range of consecutive entries, or a gather of top-k entries. There are two implementations:
 
-* `NoCache`: the call is the whole history (training, scoring). Nothing outlives the call.
-* `PagedLayerCache`: arrays that outlive the call (generation). What is of fixed size a row (window, compressor tails) lies in
-  numbered *records*, the entries lie in numbered *pages*; `ForwardBatch.place` says which ones a row of the batch owns. Rows
-  may differ in length. A decode step touches the window, the picked entries and the indexer keys, nothing else.
+* `NoCache` (here): the call holds the full history (training, scoring). Nothing outlives the call.
+* `PagedLayerCache` (`cache/paged_cache.py`): arrays that outlive the call (generation). Data of fixed size per row
+  (window ring, compressor state) is stored in numbered state slots, entries are stored in numbered KV blocks.
+  `ForwardBatch.cache_slots` gives the slot and the blocks of each batch row. Rows may differ in length. A decode step
+  reads the window, the top-k entries and the index keys, and nothing else.
 
-Both are pytrees and are passed in and out of the forward explicitly. `PagedLayerCache` is in `cache/paged_cache.py`, pools of pages that
-quantize are in `cache/`.
+Both are pytrees and are explicit arguments and results of the forward. The pools of blocks, quantized ones included,
+are in `cache/`.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ from v4jax.core.pytree import pytree
 from v4jax.core.qtensor import QTensor
 from v4jax.parallel.context_parallel import active_context_shards
 
-NO_TOKEN = -(2**30)  # order of a row that holds nothing: before every window
+NO_TOKEN = -(2**30)  # seq_index of an empty window row; it is older than every window, so no query attends it
 
 
 @pytree
 class CacheSlots:
-    """Where the rows of a batch lie in a `PagedLayerCache` state.
+    """State slot and KV blocks of each batch row in a `PagedLayerCache`.
 
-    state_slot_B int32: record of each row. block_table_BA int32: page of each run of tokens, in order; -1 where a row has none:
-    nothing is written there, and what is read there is page 0 and visible to nobody.
+    Attributes:
+      state_slot_B: int32 [B], state slot of each row.
+      block_table_BA: int32 [B, A], blocks of each row, in the order of its tokens; -1 where the row has no block.
+        Writes to -1 are dropped. Reads from -1 return some stored block, which no query attends.
     """
 
     state_slot_B: jax.Array
@@ -44,10 +47,14 @@ class CacheSlots:
 class ForwardBatch:
     """The tokens of one call.
 
-    tokens_BT int32; positions_BT int32 (rotary position: inside the document); seq_index_BT int32 (place in the row's
-    history, which decides who sees whom); segments_BT int32 or None (document of each token, 0 = padding);
-    count_B int32 or None (tokens of each row that are real; the rest is padding on the right, None = all);
-    place or None (row b has record b and page b alone).
+    Attributes:
+      tokens_BT: int32 [B, T], token ids.
+      positions_BT: int32 [B, T], rotary positions, counted inside the document.
+      seq_index_BT: int32 [B, T], index of each token in the row's history. It decides causality and the window.
+      segments_BT: int32 [B, T], document of each token in packed rows, 0 for padding; None if rows are not packed.
+      num_valid_B: int32 [B], number of valid tokens of each row. The others are padding on the right. None means that
+        all tokens are valid.
+      cache_slots: state slot and blocks of each row; None means that row b has state slot b and block b alone.
     """
 
     tokens_BT: jax.Array
@@ -59,12 +66,15 @@ class ForwardBatch:
 
     @property
     def start_B(self) -> jax.Array:
-        """Tokens seen before this call."""
+        """int32 [B], number of tokens of each row that earlier calls have processed."""
         return self.seq_index_BT[:, 0]
 
     @property
     def valid_BT(self) -> jax.Array | None:
-        """Which tokens are real: not padding, and of a row that has a page, or it is nobody's; None: all are."""
+        """bool [B, T], True for tokens that are neither padding nor in an unused row (a row without a KV block).
+
+        None means that every token is valid.
+        """
         valid_BT = None
         if self.num_valid_B is not None:
             valid_BT = jnp.arange(self.tokens_BT.shape[1]) < self.num_valid_B[:, None]
@@ -75,21 +85,27 @@ class ForwardBatch:
 
     @property
     def slots(self) -> CacheSlots:
-        """`place`, or the one that None stands for."""
+        """`cache_slots`, or its default: row b has state slot b and block b."""
         row = jnp.arange(self.tokens_BT.shape[0], dtype=jnp.int32)
         return self.cache_slots or CacheSlots(row, row[:, None])
 
 
 @pytree
 class WindowKV:
-    """Keys (= values) of single tokens: kv_BSH, their seq_index_BS, and segments_BS where documents are packed."""
+    """Uncompressed keys (which are also the values) that sliding-window attention reads, one row per token.
+
+    Attributes:
+      kv_BSH: [B, S, H], keys.
+      seq_index_BS: int32 [B, S], index of each token in its row's history; NO_TOKEN for an empty row.
+      segments_BS: int32 [B, S], document of each token; None if rows are not packed.
+    """
 
     kv_BSH: jax.Array
     seq_index_BS: jax.Array
     segments_BS: jax.Array | None = None
 
     def padded(self, count: int) -> WindowKV:
-        """With `count` rows appended that no query sees."""
+        """Return the rows followed by `count` empty rows, which no query attends."""
         after = ((0, 0), (0, count))
         segments = None if self.segments_BS is None else jnp.pad(self.segments_BS, after)
         return WindowKV(
@@ -101,10 +117,14 @@ class WindowKV:
 
 @pytree
 class CompressionWindows:
-    """Compression windows that this call may complete: `now` and (overlapped layers) the one `before` each.
+    """Compression windows that this call may complete.
 
-    now_BCPW, before_BCPW or None; index_BC int32 is the entry's index in the row; position_BC int32 the rotary position
-    of its first token; complete_BC bool says whether its last token has been seen.
+    Attributes:
+      now_BCPW: projected values and gates of the tokens of each window, [B, C, P, 2 W]: values first, then gates.
+      before_BCPW: the same for the preceding window of each window; None in layers without overlap.
+      index_BC: int32 [B, C], index in its row of the entry that the window becomes.
+      position_BC: int32 [B, C], rotary position of the window's first token.
+      complete_BC: bool [B, C], True if the window's last token has been processed.
     """
 
     now_BCPW: jax.Array
@@ -115,37 +135,64 @@ class CompressionWindows:
 
 
 class EntryReader(Protocol):
-    """The entries of a layer, read by index: what a block of queries sees of its past.
+    """Read access by index to the entries and index keys of one layer.
 
-    size: entries there is room for. `rows` and `keys` give main entries [B, count, H] and indexer keys [B, count, L]
-    from index `first` on (any int32; what lies beyond the room is some row); `take_rows` and `take_keys` those at
-    pick_BTK int32, [B, T, K, ...], some finite row where that is negative; `take_rows` with the view after it, for a
-    past may keep what it fetched. With `coded`, keys that are stored in e4m3 come as they are. segments_BC: their
-    documents, where packed.
+    Attributes:
+      size: number of entries per row that the storage has room for.
+      segments_BC: int32 [B, C], document of each entry; None if rows are not packed.
     """
 
     size: int
     segments_BC: jax.Array | None
 
-    def read_entries(self, first: jax.Array, count: int) -> jax.Array: ...
-    def read_index_keys(self, first: jax.Array, count: int, coded: bool = False) -> jax.Array | QTensor: ...
-    def gather_entries(self, pick_BTK: jax.Array) -> tuple[jax.Array, EntryReader]: ...
-    def gather_index_keys(self, pick_BTK: jax.Array) -> jax.Array: ...
+    def read_entries(self, first: jax.Array, count: int) -> jax.Array:
+        """Return entries first .. first + count - 1 of every row, [B, count, H].
+
+        `first` is any int32. An index beyond `size` gives an arbitrary stored entry, which the caller has to mask.
+        """
+        ...
+
+    def read_index_keys(self, first: jax.Array, count: int, coded: bool = False) -> jax.Array | QTensor:
+        """Return the index keys of the same range, [B, count, L].
+
+        With `coded`, keys that are stored in e4m3 are returned as a QTensor instead of being dequantized.
+        """
+        ...
+
+    def gather_entries(self, pick_BTK: jax.Array) -> tuple[jax.Array, EntryReader]:
+        """Return the entries at int32 pick_BTK, [B, T, K, H], and the reader after the read.
+
+        A negative index gives some finite entry. The reader is returned because a cache may keep the entries that it
+        fetched (see `cache/entry_cache.py`).
+        """
+        ...
+
+    def gather_index_keys(self, pick_BTK: jax.Array) -> jax.Array:
+        """Return the index keys at int32 pick_BTK, [B, T, K, L]; a negative index gives some finite key."""
+        ...
 
 
 class LayerCache(Protocol):
-    """What a layer keeps, as attention uses it; every method that adds something returns the past with it.
+    """The cache of one layer, as attention uses it. Methods that change it return the changed cache."""
 
-    window: rows [B, S] that include the last `size` tokens before the call and the call's own. windows: those of
-    compressor `name` that may end inside the call. extend: add what was pooled from them. view: to read the entries,
-    every batch row `times` times, in `dtype`; None if the layer has none. after: the past once such a view, of the rows
-    as they are, was read. settled: what outlives the call, once the layer's output `done` is there.
-    """
+    def update_window(self, kv_BTH: jax.Array, chunk: ForwardBatch, size: int) -> tuple[WindowKV, LayerCache]:
+        """Add the call's keys. Return rows that include the last `size` tokens before the call and the call's own."""
+        ...
 
-    def update_window(self, kv_BTH: jax.Array, chunk: ForwardBatch, size: int) -> tuple[WindowKV, LayerCache]: ...
     def compression_windows(
         self, name: str, rows_BTW: jax.Array, chunk: ForwardBatch, ratio: int, overlap: bool
-    ) -> tuple[CompressionWindows, LayerCache]: ...
+    ) -> tuple[CompressionWindows, LayerCache]:
+        """Add the call's projected rows of compressor `name`. Return its windows that may end inside the call.
+
+        Args:
+          name: compressor, "main" or "index".
+          rows_BTW: values and gates of the call's tokens, concatenated on the last axis.
+          chunk: the call.
+          ratio: tokens per window.
+          overlap: also return the preceding window of each window.
+        """
+        ...
+
     def append(
         self,
         kv_BCH: jax.Array,
@@ -153,15 +200,32 @@ class LayerCache(Protocol):
         windows: CompressionWindows,
         chunk: ForwardBatch,
         ratio: int,
-    ) -> LayerCache: ...
-    def reader(self, chunk: ForwardBatch, dtype: jnp.dtype, times: int = 1) -> EntryReader | None: ...
-    def with_reader(self, view: EntryReader | None) -> LayerCache: ...
-    def commit(self, done: jax.Array) -> LayerCache: ...
+    ) -> LayerCache:
+        """Add the entries and (CSA) index keys that were pooled from `windows`."""
+        ...
+
+    def reader(self, chunk: ForwardBatch, dtype: jnp.dtype, times: int = 1) -> EntryReader | None:
+        """Return a reader of the entries in `dtype`, every batch row repeated `times` times; None without entries."""
+        ...
+
+    def with_reader(self, view: EntryReader | None) -> LayerCache:
+        """Return the cache after reads through `view`, a reader of unrepeated rows."""
+        ...
+
+    def commit(self, done: jax.Array) -> LayerCache:
+        """Return the state that outlives the call. `done` is the layer's output; pending writes come after it."""
+        ...
 
 
 @pytree
 class DenseEntries:
-    """A `EntryReader` of contiguous arrays: kv_BCH, indexer keys index_BCL (CSA), and segments_BC where packed."""
+    """An `EntryReader` of contiguous arrays.
+
+    Attributes:
+      kv_BCH: [B, C, H], entries.
+      index_BCL: [B, C, L], index keys; None outside of CSA layers.
+      segments_BC: int32 [B, C], document of each entry; None if rows are not packed.
+    """
 
     kv_BCH: jax.Array
     index_BCL: jax.Array | None = None
@@ -186,12 +250,15 @@ class DenseEntries:
 
 @pytree
 class NoCache:
-    """No past: the call's own tokens are all there is. Documents start at multiples of the compression ratios."""
+    """A cache without history: attention reads the call's own tokens alone.
+
+    Packed documents must start at multiples of the compression ratios.
+    """
 
     entries: DenseEntries | None = None
 
     def update_window(self, kv_BTH: jax.Array, chunk: ForwardBatch, size: int) -> tuple[WindowKV, NoCache]:
-        """`size` empty rows, then the call's rows."""
+        """Return `size` empty rows, then the call's rows."""
         before = ((0, 0), (size, 0))
         rows = WindowKV(
             jnp.pad(kv_BTH, (*before, (0, 0))),
@@ -203,7 +270,10 @@ class NoCache:
     def compression_windows(
         self, name: str, rows_BTW: jax.Array, chunk: ForwardBatch, ratio: int, overlap: bool
     ) -> tuple[CompressionWindows, NoCache]:
-        """Whole windows by reshape; `rows` hold values and gates side by side (gates: second half of W)."""
+        """Return the full windows of the call by reshape; a remainder of fewer than `ratio` tokens is dropped.
+
+        `rows_BTW` holds values in the first half of the last axis and gates in the second half.
+        """
         B, T, W = rows_BTW.shape
         count = T // ratio
         now = rows_BTW[:, : count * ratio].reshape(B, count, ratio, W)
@@ -226,27 +296,30 @@ class NoCache:
         chunk: ForwardBatch,
         ratio: int,
     ) -> NoCache:
-        """Keep the call's entries for the call itself."""
+        """Keep the entries until the end of the call."""
         (B, count), segments = kv_BCH.shape[:2], chunk.segments_BT
         if segments is not None:
             segments = segments[:, : count * ratio].reshape(B, count, ratio)[:, :, 0]
         return NoCache(DenseEntries(kv_BCH, index_BCL, segments))
 
     def reader(self, chunk: ForwardBatch, dtype: jnp.dtype, times: int = 1) -> DenseEntries | None:
-        """The call's entries, every row `times` times."""
+        """Return the call's entries, every row repeated `times` times."""
         return jax.tree.map(lambda a: jnp.repeat(a, times, axis=0) if times > 1 else a, self.entries)
 
     def with_reader(self, view: DenseEntries | None) -> NoCache:
-        """Reading changes nothing."""
+        """Return the cache unchanged."""
         return self
 
     def commit(self, done: jax.Array) -> NoCache:
-        """What outlives the call: nothing."""
+        """Return an empty cache: nothing outlives the call."""
         return NoCache()
 
 
 def _previous(a_BC: jax.Array, empty: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Of each entry the one before it, and `empty` of an entry for the first."""
+    """Shift [B, C, ...] by one along C. The first element becomes `empty` of an array of its shape.
+
+    With context parallelism, the first element of a shard comes from the preceding shard.
+    """
     shifted = lambda a, before: jnp.concatenate([before, a[:, :-1]], axis=1)
     if (split := active_context_shards()) is None:
         return shifted(a_BC, empty(a_BC[:, :1]))
@@ -254,18 +327,18 @@ def _previous(a_BC: jax.Array, empty: Callable[[jax.Array], jax.Array]) -> jax.A
 
 
 def _run(rows_BCH: jax.Array, first: jax.Array | int, count: int) -> jax.Array:
-    """`count` rows from `first` on; beyond the end, the last one."""
+    """Return rows first .. first + count - 1; indices beyond the end give the last row."""
     size = rows_BCH.shape[1]
     return rows_BCH if count == size else rows_BCH[:, jnp.minimum(first + jnp.arange(count), size - 1)]
 
 
 def _picked(rows_BCH: jax.Array, pick_BTK: jax.Array) -> jax.Array:
-    """Rows of each batch row's own array: [B, T, K, H]; the first one for negative numbers."""
+    """Gather [B, T, K, H] from each batch row's own array; negative indices give row 0."""
     return rows_BCH[jnp.arange(pick_BTK.shape[0])[:, None, None], jnp.maximum(pick_BTK, 0)]
 
 
 def identity_window(rows_BCPW: jax.Array) -> jax.Array:
-    """Rows that vanish in the pooling: value 0, gate -inf."""
+    """Return a window of the same shape that adds nothing to the pooling softmax: values 0, gates -inf."""
     half = rows_BCPW.shape[-1] // 2
     return jnp.broadcast_to(jnp.where(jnp.arange(2 * half) < half, 0.0, -jnp.inf), rows_BCPW.shape).astype(
         rows_BCPW.dtype

@@ -16,7 +16,8 @@ def frequencies(rope: config.RoPE, dim: int, compressed: bool) -> np.ndarray:
 
     The values are those of the released `precompute_freqs_cis` and of transformers, bit for bit at the published
     shapes. Each operation there rounds to float32, and at position 1e6 a frequency that is off by one ulp turns by up
-    to 0.06 rad more. The power alone is computed in float64 and rounded once, since numpy's float32 power is off by an ulp.
+    to 0.06 rad more. Only the power is computed in float64 and rounded once, since numpy's float32 power is off by an
+    ulp.
 
     Args:
       rope: bases and YaRN fields.
