@@ -414,8 +414,8 @@ def _main_help() -> str:
             "",
             "v4jax <command> --help lists its flags, their defaults and the presets; v4jax train --config=NAME "
             "--show_config lists",
-            "the fields of a config; v4jax completion bash|zsh prints a completion script; --debug shows where an error "
-            "came from;",
+            "the fields of a config; v4jax completion bash|zsh prints a completion script; --debug shows where an "
+            "error came from;",
             f"--version prints {v4jax.__version__}.",
         ]
     )

@@ -34,7 +34,7 @@ def put(shelf, key, parent, size):
         needed = {entry.parent if k.kind == "block" else k.block_hash for k, entry in shelf.entries.items()}
         gone.append(shelf.next_victim())
         assert gone[-1] in shelf and shelf.next_victim() == gone[-1]  # asked twice, it is the same
-        assert gone[-1].kind == "record" or gone[-1].name not in needed  # children leave before parents
+        assert gone[-1].kind == "record" or gone[-1].block_hash not in needed  # children leave before parents
         shelf.remove(gone[-1])
     shelf.add(key, parent, size)
     return gone

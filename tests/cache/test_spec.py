@@ -112,7 +112,7 @@ def test_a_block_that_a_ratio_does_not_divide(block, complaint):
 
 
 def test_layouts_that_cannot_be():
-    with pytest.raises(UserError, match="unknown cache layout 'int8'; one of auto, bf16, fp8, fp8_fp4"):
+    with pytest.raises(UserError, match="unknown kv_cache_dtype 'int8'; one of auto, bf16, fp8, fp8_fp4"):
         KVCacheSpec(FLASH, "int8")
     with pytest.raises(UserError, match="qk_rope_head_dim is all 16; take bf16"):
         KVCacheSpec(dataclasses.replace(SMALL, qk_rope_head_dim=16), "fp8")

@@ -165,7 +165,7 @@ def pools(engine):
         (dict(layout="fsdp"), {}, {}, "take layout 'serve'"),
         (dict(count=3), {}, {}, "4 experts cannot be split over 3 devices"),
         ({}, {"batch_invariant": True}, {}, "batch_invariant needs an engine on one device"),
-        ({}, {}, {"kv_device_entries": 64}, "cache hot needs an engine on one device"),
+        ({}, {}, {"kv_device_entries": 64}, "kv_device_entries needs an engine on one device"),
     ],
 )
 def test_what_cannot_be_is_one_line(model, where, limits, cache, says):

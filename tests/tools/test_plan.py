@@ -205,11 +205,12 @@ def test_what_training_offloads_and_rounds_is_planned_for():
 
 
 def recorded() -> dict[tuple, list[dict]]:
-    """What the compiler said of the flagships' steps, by config, topology, mode, context, rows and `cache.kv_device_entries`.
+    """What the compiler said of the flagships' steps, by config, topology, mode, context, rows and
+    `cache.kv_device_entries`.
 
-    From `v4jax plan --config=CONFIG --topology=TOPOLOGY --mode=MODE --context=CONTEXT --concurrency=ROWS --kv_device_entries=HOT
-    --stage=buffers --json=FILE`, the records whose source is "compiled", by `python -m tests.golden plans FILE...`.
-    Without machine code, they lack the program's bytes.
+    From `v4jax plan --config=CONFIG --topology=TOPOLOGY --mode=MODE --context=CONTEXT --concurrency=ROWS
+    --kv_device_entries=HOT --stage=buffers --json=FILE`, the records whose source is "compiled", by `python -m
+    tests.golden plans FILE...`. Without machine code, they lack the program's bytes.
     """
     groups = {}
     for record in json.loads((pathlib.Path(__file__).parents[1] / "golden" / "compiled.json").read_text()):

@@ -115,18 +115,20 @@ def check(model: config.Model, limits: config.Serve, cache: config.Cache) -> Non
     if not cache.kv_device_entries:
         return
     if "csa" not in model.layer_types:
-        raise UserError("cache hot is for the picked entries of csa layers, and this model has none: set it to 0")
+        raise UserError(
+            "kv_device_entries is for the top-k entries of csa layers, and this model has none: set it to 0"
+        )
     rows = 1 if limits.batch_invariant else limits.max_num_seqs
     queries, k = 1 + limits.num_speculative_tokens, model.indexer.index_topk
     if cache.kv_device_entries < rows * queries * k:
         raise UserError(
-            f"cache hot of {cache.kv_device_entries} entries is less than a step may pick: {rows} sequences x "
+            f"kv_device_entries of {cache.kv_device_entries} entries is less than a step may pick: {rows} sequences x "
             f"{queries} tokens x topk {k}; give at least {rows * queries * k}, or lower max_num_seqs"
         )
     layout = KVCacheSpec(model, cache.kv_cache_dtype, cache.block_size)
     blocks = -(-(limits.max_model_len + limits.num_speculative_tokens) // layout.block)
     if not use_gather(blocks * layout.entries("csa"), k, queries):
         raise UserError(
-            f"cache hot is of no use with max_model_len {limits.max_model_len}, where each step reads all entries of a "
+            f"kv_device_entries is of no use with max_model_len {limits.max_model_len}, where each step reads all entries of a "
             "row: set it to 0"
         )

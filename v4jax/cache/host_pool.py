@@ -83,7 +83,9 @@ def pinned_zeros(device: jax.Device, shape: tuple[int, ...], dtype: jnp.dtype) -
     Raises UserError where there is no such memory or not enough of it.
     """
     if "pinned_host" not in {memory.kind for memory in device.addressable_memories()}:
-        raise UserError(f"{device.platform} devices here have no pinned_host memory to keep entries in: set hot to 0")
+        raise UserError(
+            f"{device.platform} devices here have no pinned_host memory to keep entries in: set kv_device_entries to 0"
+        )
     make = functools.partial(jax.lax.full, shape, 0, dtype)
     where = SingleDeviceSharding(device, memory_kind="pinned_host")
     try:

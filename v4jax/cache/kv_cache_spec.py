@@ -77,17 +77,19 @@ def entry_format(model: config.Model, kind: str, layout: str) -> EntryFormat:
     Raises UserError for an unknown layout, and for shapes that it cannot hold.
     """
     if layout not in KV_CACHE_DTYPES:
-        raise UserError(f"unknown cache layout {layout!r}; one of {', '.join(KV_CACHE_DTYPES)}")
+        raise UserError(f"unknown kv_cache_dtype {layout!r}; one of {', '.join(KV_CACHE_DTYPES)}")
     width, rotary = {"main": (model.head_dim, model.qk_rope_head_dim), "index": (model.indexer.index_head_dim, 0)}[kind]
     if layout not in _FORMATS:
         return EntryFormat(width, model.dtype if layout == "auto" else "bfloat16")
     format = _FORMATS[layout][kind]
     if width == rotary:
         raise UserError(
-            f"layout {layout} quantizes what is not rotary, and model.qk_rope_head_dim is all {width}; take bf16"
+            f"kv_cache_dtype {layout} quantizes what is not rotary, and model.qk_rope_head_dim is all {width}; take bf16"
         )
     if format == "fp4" and width % 2:
-        raise UserError(f"layout {layout} packs pairs, and model.indexer.index_head_dim {width} is odd; take fp8")
+        raise UserError(
+            f"kv_cache_dtype {layout} packs pairs, and model.indexer.index_head_dim {width} is odd; take fp8"
+        )
     return EntryFormat(width, format, group_size(width - rotary, _GROUP[kind]), rotary)
 
 
@@ -200,7 +202,7 @@ class KVCacheSpec:
         if budget < 2 * self.block_bytes:
             raise UserError(
                 f"a cache of {budget:,} bytes holds no page beside the spare one: a page of {self.block} tokens takes "
-                f"{self.block_bytes:,} bytes in layout {self.name}; give at least {2 * self.block_bytes:,}"
+                f"{self.block_bytes:,} bytes in kv_cache_dtype {self.name}; give at least {2 * self.block_bytes:,}"
             )
         return budget // self.block_bytes
 

@@ -74,7 +74,10 @@ def save_config(path: str | os.PathLike, config: Config, tokenizer=None) -> None
 
 
 def read_config(path: str | os.PathLike) -> Config:
-    """Config in the v4jax.json of a directory. Version 1 is upgraded. Raises UserError for a damaged file or a later version."""
+    """Config in the v4jax.json of a directory; one of version 1 is upgraded.
+
+    Raises UserError for a damaged file or a later version.
+    """
     file = pathlib.Path(path) / CONFIG_NAME
     values = read_object(file)
     _warn_of_changes(file, dict(values))

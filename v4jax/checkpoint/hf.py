@@ -47,8 +47,8 @@ def read_hf(path: str | os.PathLike, dtype=None, verify: bool = True) -> tuple[M
 
     dtype: "float32" or "bfloat16" for the matrices; None keeps the stored type (float16 becomes float32, which holds
     it exactly; FP8 and FP4 become bfloat16, which holds them exactly too). Without MTP tensors the model has
-    num_nextn_predict_layers=0. All names and shapes are checked here, before any data is read. verify: compare tensors with the
-    checksums that `write_hf` left in the files; files of others have none. Raises UserError.
+    num_nextn_predict_layers=0. All names and shapes are checked here, before any data is read. verify: compare tensors
+    with the checksums that `write_hf` left in the files; files of others have none. Raises UserError.
     """
     values, source = hf_config.load_json(path)
     model = hf_config.from_hf(values, source)

@@ -44,8 +44,8 @@ def load(
     """The model of a Hugging Face directory, a v4jax directory, or a run's workdir (its newest checkpoint).
 
     dtype: "float32" or "bfloat16" for the matrices and the activations; None keeps the stored types. scan: hold
-    repeated layers stacked (see models/layer_stacks.py). placement: the sharding of each array; of sharded ones only the
-    local shards are read. quantization: "fp8" quantizes each large matrix as it comes (models/quantize.py), for
+    repeated layers stacked (see models/layer_stacks.py). placement: the sharding of each array; of sharded ones only
+    the local shards are read. quantization: "fp8" quantizes each large matrix as it comes (models/quantize.py), for
     inference; such a model cannot be saved. verify: compare what is read with the checksums that v4jax wrote. Arrays
     are read one after another, so the host holds one of them beside the model. Raises UserError.
     """

@@ -1,8 +1,9 @@
 """Checkpoints in orbax: the numbered steps of a training run. An exported model (export.py) is one step of weights.
 
 Every step holds items, one orbax tree each, stored flat: {name: array}. The item `model` goes by the flat per-layer
-names of models/layer_stacks.py, so that a step written from stacked layers fits an unrolled model; the leaves of other items,
-such as an optimizer's state, are named by their place in the tree. `extras` is JSON. `checksums` covers all of these.
+names of models/layer_stacks.py, so that a step written from stacked layers fits an unrolled model; the leaves of other
+items, such as an optimizer's state, are named by their place in the tree. `extras` is JSON. `checksums` covers all of
+these.
 
 A step is written to a temporary name and renamed when it is complete, so whatever stops a writer, the steps that have
 their final name are good. Arrays are read by byte range, through tensorstore.

@@ -162,7 +162,10 @@ def _open(item: pathlib.Path, bounded: bool) -> dict[str, tensorstore.TensorStor
 
 
 def _stored_bytes(folder: pathlib.Path) -> int:
-    """Bytes of all files below a folder. Raises OSError for a named pipe or a device, on which tensorstore would wait."""
+    """Bytes of all files below a folder.
+
+    Raises OSError for a named pipe or a device, on which tensorstore would wait.
+    """
     total = 0
     for directory, _, files in os.walk(folder):
         for name in files:

@@ -98,9 +98,9 @@ class NeedleRows:
 
     How many needles there are, and of how many different tokens their keys, is drawn anew for each row, evenly on a
     logarithmic scale: few needles are to teach it to look for values at all, before it tells keys apart; few key tokens
-    are to teach it to heed the whole key. Positions jump once, by up to what `max_position_embeddings` leaves and at a multiple
-    of the compression ratios: needles then lie at every distance that the model is to bridge, though rows are short
-    (PoSE, Zhu et al. 2023). seed None: the held-out rows, which are no training rows of any seed.
+    are to teach it to heed the whole key. Positions jump once, by up to what `max_position_embeddings` leaves and at a
+    multiple of the compression ratios: needles then lie at every distance that the model is to bridge, though rows are
+    short (PoSE, Zhu et al. 2023). seed None: the held-out rows, which are no training rows of any seed.
     """
 
     def __init__(self, model: config.Model, seq_len: int, questions: int, seed: int | None):
@@ -113,7 +113,8 @@ class NeedleRows:
         if self.most < 1 or self.jump < 0:
             raise UserError(
                 f"data.seq_len {seq_len} must hold {questions} questions and a needle, at least "
-                f"{questions * (QUESTION + VALUE) + NEEDLE + 1}, and at most model.max_position_embeddings {model.max_position_embeddings}"
+                f"{questions * (QUESTION + VALUE) + NEEDLE + 1}, and at most "
+                f"model.max_position_embeddings {model.max_position_embeddings}"
             )
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:

@@ -45,7 +45,7 @@ def run(
     trials: int = 100,
     bounds: str = "",
 ) -> list[dict]:
-    """Ask `trials` questions in each of `depths` depths of haystacks of `contexts` tokens, over bf16 and over `kv_cache_dtype`.
+    """Ask `trials` questions in each of `depths` depths of haystacks of `contexts` tokens, by both caches.
 
     bounds: "accuracy=0.9,lost=0.02", over the defaults; they hold in every bin. Prints a table for each context; a
     record says whether its bound holds. Raises UserError for a checkpoint of other data, impossible contexts, or an

@@ -40,8 +40,8 @@ _UNREAD = {
     "num_key_value_heads": 1,
     "n_shared_experts": 1,
 }
-# Integer fields that config.json and our dataclasses share. All are required: the defaults of transformers are the shape of
-# one model, not a neutral one.
+# Integer fields that config.json and our dataclasses share. All are required: the defaults of transformers are the
+# shape of one model, not a neutral one.
 _MODEL_INTEGERS = (
     "vocab_size",
     "hidden_size",
@@ -142,8 +142,8 @@ def to_hf(model: Model, weights_dtype: str | None = None) -> dict:
     """
     if model.moe.n_shared_experts != 1:
         raise UserError(
-            f"model.moe.n_shared_experts is {model.moe.n_shared_experts}; Hugging Face deepseek_v4 has exactly one shared expert, "
-            "save this model in the orbax format"
+            f"model.moe.n_shared_experts is {model.moe.n_shared_experts}; Hugging Face deepseek_v4 has exactly one "
+            "shared expert, save this model in the orbax format"
         )
     rope_factor = _rotary_factor(model)
     main = {"rope_type": "default", "rope_theta": model.rope.rope_theta, "partial_rotary_factor": rope_factor}

@@ -24,8 +24,8 @@ def indexer_scores(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
       tokens_BT: int32 [B, T], each row a whole history.
 
     Returns:
-      float32 [B, T, C]: for each query the score of each of the T // compress_rate_csa entries, later ones included. The layer
-      reads the `indexer.index_topk` highest of those that are complete before the query.
+      float32 [B, T, C]: for each query the score of each of the T // compress_rate_csa entries, later ones included.
+      The layer reads the `indexer.index_topk` highest of those that are complete before the query.
 
     Raises:
       UserError: The model has no CSA layer, or its layers are stacked.

@@ -1,7 +1,7 @@
 """From logical axes to mesh axes: how each array is split, by one rule table, and nothing guessed.
 
-Parameters carry letters (`nn/linear.py`), letters have logical names (`core/axes.py`), a layout (`configs/sharding`) says
-which mesh axes split a logical one. What cannot be meant is an error: a mesh axis twice in one array, a rule that
+Parameters carry letters (`nn/linear.py`), letters have logical names (`core/axes.py`), a layout (`configs/sharding`)
+says which mesh axes split a logical one. What cannot be meant is an error: a mesh axis twice in one array, a rule that
 nothing follows, a mesh axis that splits nothing, a size that does not divide.
 """
 
@@ -29,7 +29,8 @@ _ACTIVE: contextvars.ContextVar[MeshRules | None] = contextvars.ContextVar("shar
 class MeshRules:
     """A mesh and the rules by which arrays lie on it.
 
-    per_device: the program in force is already one device's (the body of a `shard_map` over all axes), arrays its parts.
+    per_device: the program in force is already one device's (the body of a `shard_map` over all axes), arrays its
+    parts.
     """
 
     mesh: Mesh

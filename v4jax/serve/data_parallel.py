@@ -141,6 +141,9 @@ def validate_engine(on: DataParallelGroup, model: config.Model, limits: config.S
             f"{model.moe.n_routed_experts} experts cannot be split over {over} devices; take a number that divides "
             "them, and let mesh.data take the rest"
         )
-    for name, given in {"batch_invariant": limits.batch_invariant, "cache hot": cache.kv_device_entries}.items():
+    for name, given in {
+        "batch_invariant": limits.batch_invariant,
+        "kv_device_entries": cache.kv_device_entries,
+    }.items():
         if given:
             raise UserError(f"{name} needs an engine on one device; leave it out, or the mesh")

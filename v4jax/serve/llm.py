@@ -144,9 +144,9 @@ class LLM:
         With num_speculative_tokens also spec_decode_num_drafts, the decode steps of requests, and
         spec_decode_num_draft_tokens and spec_decode_num_accepted_tokens, the tokens proposed and accepted in them.
 
-        With CSA entries in host memory (`cache.kv_device_entries`) also hot_hits and hot_misses: top-k entries of decode
-        steps that were on the device and that were fetched, over the layers; their share hot_hit_rate, and hot_fetched_bytes. kv_bytes is
-        what is on the device, kv_host_bytes the rest.
+        With CSA entries in host memory (`cache.kv_device_entries`) also hot_hits and hot_misses: top-k entries of
+        decode steps that were on the device and that were fetched, over the layers; their share hot_hit_rate,
+        and hot_fetched_bytes. kv_bytes is what is on the device, kv_host_bytes the rest.
 
         With tiers on host and disk also, as host_* and disk_*: blocks, records and bytes there, hits and misses of
         both, bytes moved, evictions, corrupt records, errors, the state of the breaker; and what is queued between

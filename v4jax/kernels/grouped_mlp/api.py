@@ -33,8 +33,8 @@ def experts(
       down_EFD: second matrix.
       limit: clamp of the SwiGLU.
       fp8: round what meets the matrices, forward and backward, in tiles of 1 x 128 along the hidden or inner size
-        (spec 8.4; `kernels.fp8_dot`). The matrices come rounded. Their own gradients take the same tiles: the rows of an
-        expert are too few to be tiled along.
+        (spec 8.4; `kernels.fp8_dot`). The matrices come rounded. Their own gradients take the same tiles: the rows
+        of an expert are too few to be tiled along.
       impl: "ref", "blocks", "ragged", or None for the backend's best; "blocks" where the weights are in 8 bits, because
         it widens one expert at a time and never all of them.
     """

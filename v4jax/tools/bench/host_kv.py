@@ -72,8 +72,8 @@ def _checked(model: Model, contexts: Sequence[int]) -> list[int]:
         entries = -(-context // layout.block) * layout.entries("csa")
         if not (STEPS < context <= model.max_position_embeddings and use_gather(entries, model.indexer.index_topk, 1)):
             raise UserError(
-                f"context {context} cannot be measured; take more than topk {model.indexer.index_topk} entries hold, and "
-                f"at most model.max_position_embeddings {model.max_position_embeddings}"
+                f"context {context} cannot be measured; take more than topk {model.indexer.index_topk} entries hold, "
+                f"and at most model.max_position_embeddings {model.max_position_embeddings}"
             )
     if not contexts:
         raise UserError("no contexts to measure; give at least one")
