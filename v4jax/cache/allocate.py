@@ -129,6 +129,6 @@ def check(model: config.Model, limits: config.Serve, cache: config.Cache) -> Non
     blocks = -(-(limits.max_model_len + limits.num_speculative_tokens) // layout.block)
     if not use_gather(blocks * layout.entries("csa"), k, queries):
         raise UserError(
-            f"kv_device_entries is of no use with max_model_len {limits.max_model_len}, where each step reads all entries of a "
-            "row: set it to 0"
+            f"kv_device_entries is of no use with max_model_len {limits.max_model_len}, where each step reads all "
+            "entries of a row: set it to 0"
         )

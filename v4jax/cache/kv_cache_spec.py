@@ -84,7 +84,8 @@ def entry_format(model: config.Model, kind: str, layout: str) -> EntryFormat:
     format = _FORMATS[layout][kind]
     if width == rotary:
         raise UserError(
-            f"kv_cache_dtype {layout} quantizes what is not rotary, and model.qk_rope_head_dim is all {width}; take bf16"
+            f"kv_cache_dtype {layout} quantizes what is not rotary, and model.qk_rope_head_dim is all {width}; "
+            "take bf16"
         )
     if format == "fp4" and width % 2:
         raise UserError(
