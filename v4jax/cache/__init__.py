@@ -1,1 +1,1 @@
-"""What a served model keeps of the tokens it has read, in pages, and how many bytes that takes."""
+"""The paged KV cache of a served model: its storage formats, sizes, block pool, prefix hashes and offload tiers."""

@@ -1,22 +1,29 @@
-"""Who owns which page and which kept record: the host's books of the paged cache.
+"""Block pool of the paged KV cache: reference counts, prefix-cache lookup and eviction of blocks and state snapshots.
 
-A *page* holds what one block of tokens leaves in every layer; page 0 is never given out. A *record* holds what else is
-needed to go on behind a block. Both are only numbers here. A page is
+A *block* holds the entries and index keys of `block_size` tokens in all layers. A *state snapshot* is a copy of a state
+slot (window rings and compressor state) at a block boundary, from which another sequence can resume. The pool runs on
+the host and handles only their numbers: block ids, and the ids of the state slots that are set aside for snapshots.
+Block 0 is reserved and never allocated.
+
+A block hash (`block_hash.block_hashes`) identifies the content of a block. A block is *findable* if a lookup of its
+hash returns it. Each block is in one of three states:
 
 * free;
-* in use: referenced by one sequence, or by several that found it under its name (`prefix.chain`);
-* idle: findable and referenced by nobody, until it is evicted to make room.
+* in use, i.e. referenced by the sequence that computed it or by sequences that found it under its hash;
+* idle, i.e. findable and referenced by no sequence, until it is evicted to make room.
 
-Idle pages are evicted by least recent use, and a parent never before an idle child of its: the pages of a sequence
-are released last block first, and a release renews the parents that others own, so use alone gives this order. A
-request counts as one use of its blocks, however many tokens it decodes.
+Idle blocks are evicted in order of least recent use, and a parent block is never evicted before an idle child. No extra
+bookkeeping is needed for the second rule, because the blocks of a sequence are released last block first, and a
+released duplicate also renews the block that owns its hash. A request counts as one use of its blocks, however many
+tokens it decodes.
 
-A name belongs to one page. A sequence that computes a block which is already findable keeps its own page, a
-*duplicate*: its table never changes under it. The duplicate is freed with the sequence, or takes the name over if the
-other page was evicted meanwhile.
+A hash belongs to one block. A sequence that computes a block whose hash is already findable keeps its own block, a
+*duplicate*, so its block table never changes under it. When the duplicate is released, it is freed, or it takes over
+the hash if the other block was evicted in the meantime.
 
-A kept record is found under the name of the block that it stands behind. It is pinned while a copy into it or out of
-it may be under way, and then neither given to others nor evicted; forgetting a pinned record only hides it.
+A snapshot is found under the hash of the block at whose end it was taken. It is pinned while a copy into it or out of
+it may be in flight. A pinned snapshot is neither reused nor evicted. Dropping a pinned snapshot only makes it
+unfindable; its slot is freed by the last unpin.
 """
 
 from __future__ import annotations
@@ -26,10 +33,25 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 class BlockPool:
-    """Pages 1 to pages - 1, and the records whose numbers are given.
+    """Pool of the blocks 1 to pages - 1 and of the given snapshot slots.
 
-    remember: how many names the hit-rate ceiling remembers. Nothing here raises for lack of room (None is returned,
-    and nothing has changed); ValueError means that the caller broke the rules, as in releasing a page twice.
+    No method raises for lack of room. `allocate` and `reserve_snapshot` then return None and change nothing. ValueError
+    means that the caller misused the pool, for example by releasing a block twice.
+
+    Args:
+      pages: number of blocks, including the reserved block 0.
+      records: ids of the state slots that hold snapshots.
+      remember: number of block hashes that are remembered to compute "hit_ceiling" (see `stats`).
+
+    Attributes:
+      capacity: number of blocks that can be allocated, pages - 1.
+      on_idle: callback(kind, parent, name, number, leaves), None without offload. It is called when a findable block
+        becomes idle, when a snapshot of an idle block is ready, and (leaves=True) just before either is evicted. `kind`
+        is "block" or "record" (a snapshot), `parent` the hash of the preceding block, `name` the hash of the block,
+        `number` the block id or the slot id of the snapshot.
+
+    Raises:
+      ValueError: `pages` is less than 2.
     """
 
     def __init__(self, pages: int, records: Iterable[int] = (), *, remember: int = 1 << 20):
@@ -41,30 +63,36 @@ class BlockPool:
         self._ever_seen: OrderedDict[bytes, None] = OrderedDict()
         self._remember = remember
         self._count = Counter(queries=0, hits=0, repeated=0, evictions=0, record_evictions=0)
-        # Told (kind, parent, name, number, whether it is evicted now) of idle blocks and of ready records behind them.
+        # Arguments: kind, parent hash, block hash, block or slot id, whether it is being evicted.
         self.on_idle: Callable[[str, bytes, bytes, int, bool], None] | None = None
 
     def reset(self) -> None:
-        """Free every page and record and forget every name; counts, and what the hit-rate ceiling remembers, stay."""
+        """Free all blocks and snapshots and forget all hashes. The counters and "hit_ceiling" keep their history."""
         self._references = [0] * (self.capacity + 1)
         self._free = list(range(self.capacity, 0, -1))
-        self._idle: OrderedDict[int, None] = OrderedDict()  # next to be evicted first
-        self._page: dict[bytes, int] = {}
-        self._name: dict[int, tuple[bytes, bytes]] = {}  # page: (parent, name), also of pages that are not findable
-        self._invalid: set[int] = set()  # pages in use that must not become findable (again)
+        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._page: dict[bytes, int] = {}  # block hash -> findable block
+        self._name: dict[int, tuple[bytes, bytes]] = {}  # block -> (parent hash, block hash), duplicates included
+        self._invalid: set[int] = set()  # blocks in use that must not become findable (again)
         self._free_slots = list(reversed(self._records))
-        self._record: OrderedDict[bytes, int] = OrderedDict()  # next to be evicted first
-        self._pins: Counter[int] = Counter()
-        self._uncommitted: set[bytes] = set()  # names of records that are still to be written
-        self._resumed: set[bytes] = set()  # names of records that somebody has resumed from
+        self._record: OrderedDict[bytes, int] = OrderedDict()  # block hash -> snapshot slot, least recently used first
+        self._pins: Counter[int] = Counter()  # snapshot slot -> copies in flight
+        self._uncommitted: set[bytes] = set()  # hashes whose snapshot is reserved but not yet written
+        self._resumed: set[bytes] = set()  # hashes from whose snapshot a sequence has resumed
 
-    # --- finding ---------------------------------------------------------------------------------------------------
+    # --- lookup ----------------------------------------------------------------------------------------------------
 
     def match_prefix(self, names: Sequence[bytes]) -> tuple[int, int | None]:
-        """(blocks to start behind, the record that stands there), or (0, None). Changes nothing.
+        """Find the longest cached prefix that a sequence can resume after. Changes nothing.
 
-        The longest run of findable pages from the first name on that ends at a ready record: no group of the cache may
-        be behind another.
+        A prefix of blocks is usable only if a committed snapshot exists at its end, because the window rings and the
+        compressor state must be at the same token as the entries.
+
+        Args:
+          names: block hashes of the sequence, from its first block on.
+
+        Returns:
+          (number of prefix blocks, snapshot slot at their end), or (0, None) if there is no usable prefix.
         """
         best = 0, None
         for count, name in enumerate(names, 1):
@@ -75,17 +103,28 @@ class BlockPool:
         return best
 
     def lookup(self, kind: str, name: bytes) -> int | None:
-        """The page (kind "block") or the ready record (kind "record") of a name; None if it cannot be found."""
+        """Return the block (kind "block") or the committed snapshot (kind "record") of a block hash, else None."""
         if kind == "record" and name in self._uncommitted:
             return None
         return (self._page if kind == "block" else self._record).get(name)
 
     def num_available(self, names: Sequence[bytes] = ()) -> int:
-        """Pages that `allocate` could give once the pages of `names` were acquired."""
+        """Return the number of blocks that `allocate` could give after `touch(names)`.
+
+        Args:
+          names: block hashes, all of them findable. Their idle blocks do not count, because `touch` takes them.
+        """
         return len(self._free) + len(self._idle) - sum(self._page[name] in self._idle for name in names)
 
     def touch(self, names: Sequence[bytes]) -> list[int]:
-        """Reference the findable pages of these names. Raises KeyError, before anything changes, for an unknown one."""
+        """Add a reference to the findable block of each hash, so that it cannot be evicted.
+
+        Returns:
+          The block ids, in the order of `names`.
+
+        Raises:
+          KeyError: a hash has no findable block. No reference is added then.
+        """
         pages = [self._page[name] for name in names]
         for page in pages:
             self._references[page] += 1
@@ -93,17 +132,22 @@ class BlockPool:
         return pages
 
     def note(self, names: Sequence[bytes], hits: int) -> None:
-        """Count a request's look-up of `names`, of which the first `hits` were used."""
+        """Count a request's prefix lookup in the hit statistics.
+
+        Args:
+          names: block hashes that the request looked up.
+          hits: number of leading blocks that the request reused.
+        """
         repeated = sum(i < hits or name in self._ever_seen for i, name in enumerate(names))
         self._count.update(queries=len(names), hits=hits, repeated=repeated)
         self._ever_seen.update(dict.fromkeys(names))
         while len(self._ever_seen) > self._remember:
             self._ever_seen.popitem(last=False)
 
-    # --- pages -----------------------------------------------------------------------------------------------------
+    # --- blocks ----------------------------------------------------------------------------------------------------
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` pages with one reference each, evicting as needed, or None if there are too few."""
+        """Take `count` blocks with one reference each and evict idle blocks as needed; None if too few are left."""
         if count > self.num_available():
             return None
         while len(self._free) < count:
@@ -114,14 +158,33 @@ class BlockPool:
         return pages
 
     def cache_block(self, parent: bytes, name: bytes, page: int) -> bool:
-        """Make a page in use findable; False if another has the name, and `page` stays its owner's duplicate."""
+        """Make a block in use findable under its hash.
+
+        Args:
+          parent: hash of the preceding block, or the hash seed for a first block.
+          name: hash of the block.
+          page: block id.
+
+        Returns:
+          True if the block is findable now. False if another block has the hash; `page` is then a duplicate.
+
+        Raises:
+          ValueError: the block is not in use, was invalidated or has another hash.
+        """
         if not self._references[page] or page in self._invalid or self._name.get(page, (parent, name))[1] != name:
             raise ValueError(f"page {page} is not in use, was retracted or has another name")
         self._name[page] = (parent, name)
         return self._page.setdefault(name, page) == page
 
     def free(self, pages: Sequence[int]) -> None:
-        """Drop one reference of each page, which are a sequence's in the order of its blocks."""
+        """Drop one reference to each block. A block without references becomes idle if it is findable, else free.
+
+        Args:
+          pages: block ids of one sequence, in the order of its tokens. They are released last block first.
+
+        Raises:
+          ValueError: a block is not in use, or is given more often than it is referenced. Nothing is released then.
+        """
         if any(self._references[page] < times for page, times in Counter(pages).items()):
             raise ValueError(f"pages {list(pages)} hold one that is not in use")
         for page in reversed(pages):
@@ -130,7 +193,10 @@ class BlockPool:
                 self._retire(page)
 
     def invalidate(self, pages: Iterable[int]) -> None:
-        """Make pages in use unfindable for good, with the records behind them: what computed them went wrong."""
+        """Make blocks in use unfindable for good, because the computation that filled them failed.
+
+        The snapshot at the end of a block is dropped too if the block was the one found under its hash.
+        """
         for page in pages:
             self._invalid.add(page)
             _, name = self._name.get(page, (None, None))
@@ -139,7 +205,7 @@ class BlockPool:
                 self.drop_snapshot(name)
 
     def _retire(self, page: int) -> None:
-        """A page that lost its last reference becomes idle if it can be found, else free."""
+        """Make a block that lost its last reference idle if it is findable or can take over its hash, else free."""
         _, name = self._name.get(page, (None, None))
         distrusted = page in self._invalid
         if name is not None and not distrusted and self._page.setdefault(name, page) == page:
@@ -148,30 +214,41 @@ class BlockPool:
             self._notify("block", name, False)
             return
         if self._page.get(name) in self._idle:
-            self._idle.move_to_end(self._page[name])  # its child may just have become idle
+            self._idle.move_to_end(self._page[name])  # a child may just have become idle
         self._name.pop(page, None)
         self._invalid.discard(page)
         self._free.append(page)
 
     def _evict(self) -> None:
+        """Evict the least recently used idle block and the snapshot at its end."""
         page = next(iter(self._idle))
         _, name = self._name[page]
         self._notify("record", name, True)
         self._notify("block", name, True)
         del self._idle[page], self._name[page], self._page[name]
-        self.drop_snapshot(name)  # unreachable now
+        self.drop_snapshot(name)  # no lookup can reach it without its block
         self._free.append(page)
         self._count["evictions"] += 1
 
     def _notify(self, kind: str, name: bytes, leaves: bool) -> None:
+        """Call `on_idle` if the block of the hash is idle and there is such a block or committed snapshot."""
         if self.on_idle is not None and (page := self._page.get(name)) in self._idle:
             if (number := self.lookup(kind, name)) is not None:
                 self.on_idle(kind, self._name[page][0], name, number, leaves)
 
-    # --- records ---------------------------------------------------------------------------------------------------
+    # --- snapshots -------------------------------------------------------------------------------------------------
 
     def reserve_snapshot(self, name: bytes) -> int | None:
-        """A pinned record to copy into, not found before `ready`; None if there is one already or none can be had."""
+        """Reserve a snapshot slot for the end of a block. It is pinned, and not findable before `commit_snapshot`.
+
+        If no slot is free, the least recently used unpinned snapshot is evicted.
+
+        Args:
+          name: hash of the block at whose end the snapshot is taken.
+
+        Returns:
+          The slot to copy into. None if the hash has a snapshot already or all slots are pinned.
+        """
         if name in self._record:
             return None
         if not self._free_slots:
@@ -188,7 +265,13 @@ class BlockPool:
         return record
 
     def commit_snapshot(self, name: bytes, record: int, *, valid: bool = True) -> None:
-        """The copy into `record` is done: let it be found if it is valid and was not forgotten meanwhile."""
+        """Unpin a snapshot whose copy is done, and make it findable unless it is invalid or has been dropped.
+
+        Args:
+          name: block hash that was given to `reserve_snapshot`.
+          record: slot that `reserve_snapshot` returned.
+          valid: False if the copied state must not be used; the snapshot is then dropped.
+        """
         if self._record.get(name) == record:
             self._uncommitted.discard(name)
             if not valid:
@@ -197,7 +280,14 @@ class BlockPool:
         self.unpin(record)
 
     def pin(self, name: bytes) -> int:
-        """The record of a name, for a copy out of it; counts as use. Raises KeyError if there is none."""
+        """Pin the snapshot of a block hash for a copy out of it. This counts as a use.
+
+        Returns:
+          The snapshot slot.
+
+        Raises:
+          KeyError: the hash has no snapshot.
+        """
         record = self._record[name]
         self._record.move_to_end(name)
         self._resumed.add(name)
@@ -205,7 +295,11 @@ class BlockPool:
         return record
 
     def unpin(self, record: int) -> None:
-        """The copy is done."""
+        """Remove one pin after a copy is done. The last unpin of a dropped snapshot frees its slot.
+
+        Raises:
+          ValueError: the slot is not pinned.
+        """
         if not self._pins[record]:
             raise ValueError(f"record {record} is not pinned")
         self._pins[record] -= 1
@@ -213,7 +307,12 @@ class BlockPool:
             self._free_slots.append(record)
 
     def drop_snapshot(self, name: bytes, *, unless_used: bool = False) -> None:
-        """Let a record go, if there is one; unless_used: not if somebody has resumed from it."""
+        """Drop the snapshot of a block hash, if there is one. A pinned slot is freed only by its last unpin.
+
+        Args:
+          name: block hash.
+          unless_used: keep the snapshot if a sequence has resumed from it.
+        """
         if name not in self._record or (unless_used and name in self._resumed):
             return
         record = self._record.pop(name)
@@ -222,10 +321,21 @@ class BlockPool:
         if not self._pins[record]:
             self._free_slots.append(record)
 
-    # --- seen from outside -----------------------------------------------------------------------------------------
+    # --- statistics and checks -------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, float]:
-        """Counts of pages and records now, of blocks since the start; hit_ceiling is what no cache could exceed."""
+        """Return the state of the pool and its counters.
+
+        Returns:
+          pages_free, pages_cached (idle), pages_in_use: current number of blocks in each state.
+          records_spare, records_kept: current number of free snapshot slots and of findable or reserved snapshots.
+          queries, hits, repeated: blocks since the start that requests looked up, that they reused, and that they
+            reused or had looked up before.
+          evictions, record_evictions: blocks evicted since the start, and snapshots evicted to make room for others.
+          hit_rate: hits / queries.
+          hit_ceiling: repeated / queries, the hit rate of an unlimited cache. It is an underestimate if more than
+            `remember` hashes were looked up.
+        """
         queries = max(self._count["queries"], 1)
         return {
             "pages_free": len(self._free),
@@ -239,9 +349,13 @@ class BlockPool:
         }
 
     def check_invariants(self, owners: Iterable[Sequence[int]] | None = None) -> None:
-        """Raise AssertionError if the books do not add up, in time linear in the pages.
+        """Check the consistency of the pool, in time linear in the number of blocks.
 
-        owners: the pages of everyone who holds some; then the references must be exactly theirs.
+        Args:
+          owners: block ids of every sequence. If given, the reference counts must equal the uses in them.
+
+        Raises:
+          AssertionError: an invariant does not hold.
         """
         self._check_pages()
         self._check_order()
@@ -253,6 +367,7 @@ class BlockPool:
             )
 
     def _check_pages(self) -> None:
+        """Check the states of the blocks and the map of hashes."""
         used = [page for page, references in enumerate(self._references) if references]
         _require(min(self._references) >= 0, "no negative references")
         _require(
@@ -267,12 +382,14 @@ class BlockPool:
         _require(not self._invalid & {*self._page.values()}, "retracted pages cannot be found")
 
     def _check_order(self) -> None:
+        """Check that no idle block is evicted before an idle child."""
         place = {page: i for i, page in enumerate(self._idle)}
         for page, i in place.items():
             parent = self._page.get(self._name[page][0])
             _require(place.get(parent, i + 1) > i, "idle parents are evicted after their idle children")
 
     def _check_records(self) -> None:
+        """Check the states of the snapshot slots."""
         kept = list(self._record.values())
         pinned = {record for record, pins in self._pins.items() if pins}
         hidden = pinned - set(kept)
@@ -286,5 +403,6 @@ class BlockPool:
 
 
 def _require(condition: bool, rule: str) -> None:
+    """Raise AssertionError, naming `rule`, if `condition` is false."""
     if not condition:
         raise AssertionError(f"the books of the cache are wrong; the rule: {rule}")
