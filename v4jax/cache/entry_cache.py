@@ -1,7 +1,7 @@
-"""Entries in host memory, and copies on the device of those that decode steps picked last.
+"""Device cache of host-resident CSA entries: an LRU cache of the entries that decode steps read.
 
-The host's pool is always whole: new entries are written there, and their copies, if there are any, are forgotten. So a
-copy never holds anything that is not in the pool, and the tokens can't depend on what happens to be copied.
+The pool in host memory is always complete. A new entry is written to the pool, and its cached copy, if there is one, is
+invalidated. A copy therefore always equals the pool's entry, so outputs do not depend on which entries are cached.
 """
 
 from __future__ import annotations
@@ -15,24 +15,28 @@ import numpy as np
 from v4jax.core.pytree import pytree
 from v4jax.parallel.host_memory import host_gather, host_scatter
 
-_AT_ONCE = 128  # entries that one turn of the loop fetches: a step with none to fetch costs no turn
-_NONE = -1
+_AT_ONCE = 128  # entries that one loop iteration fetches; a step without misses runs no iteration
+_NONE = -1  # no entry
 
 
 class Far(Protocol):
-    """A pool in host memory. `fetch`: a pool whose arrays [..., n] are the stored bits of rows at page and slot."""
+    """A pool of entries in host memory."""
 
-    def fetch(self, page: jax.Array, slot: jax.Array): ...
+    def fetch(self, page: jax.Array, slot: jax.Array):
+        """Copy the encoded rows at int32 block [...] and slot [...] to the device, as a pool of arrays [..., n]."""
+        ...
 
 
 @pytree
 class DeviceEntryCache:
-    """Copies of the entries that were picked last, by least recent use.
+    """LRU cache on the device for the entries of one layer's pool in host memory.
 
-    rows: a pool of one page, [1, 1 + copies, width]; its row 0 is never written and reads as zeros. at_ZP int32
-    [pages, slots]: the row that holds an entry of the host's pool, 0 for none. entry_S int32 [1 + copies]: the reverse,
-    page * slots + slot or -1. used_S uint32 [1 + copies]: the step that last asked for it. count_5 uint32: steps, and
-    low and high words of the picks that were found here and of those that were fetched.
+    Attributes:
+      rows: encoded rows, a pool of one block [1, 1 + copies, width]. Row 0 is never written and reads as zeros.
+      slot_of_entry_ZP: int32 [blocks, slots], the row that caches each entry of the host pool; 0 if none does.
+      entry_of_slot_S: int32 [1 + copies], the entry in each row, block * slots + slot; -1 for an empty row.
+      last_used_S: uint32 [1 + copies], the step that last read each row.
+      counters_5: uint32 [5], number of steps, then hits and misses as (low, high) words of 64 bits.
     """
 
     rows: object
@@ -44,16 +48,23 @@ class DeviceEntryCache:
     def fetch(
         self, far: Far, page: jax.Array, slot: jax.Array, wanted: jax.Array
     ) -> tuple[DeviceEntryCache, jax.Array]:
-        """(the copies with those of the wanted entries among them, their rows int32 [B, T, K], 0 for unwanted ones).
+        """Fetch the wanted entries that are not cached, evicting the least recently used rows.
 
-        page, slot int32, wanted bool [B, T, K], of each query distinct entries; there are at least as many copies as
-        numbers in them, so nothing that is wanted now has to go.
+        Args:
+          far: the pool in host memory.
+          page: int32 [B, T, K], block of each entry.
+          slot: int32 [B, T, K], slot of each entry in its block. The entries of one query are distinct. The cache has
+            at least B * T * K rows, so no wanted entry is evicted.
+          wanted: bool [B, T, K], False for entries that are not read.
+
+        Returns:
+          The cache, which holds all wanted entries, and their rows, int32 [B, T, K], 0 for unwanted ones.
         """
         shape, (_, slots) = page.shape, self.slot_of_entry_ZP.shape
         page_R, slot_R, wanted_R = (a.reshape(-1) for a in (page, slot, wanted))
         at_R = jnp.where(wanted_R, host_gather(self.slot_of_entry_ZP, page_R, slot_R), 0)
         missing_R, at_ZP = wanted_R & (at_R == 0), self.slot_of_entry_ZP
-        if shape[0] * shape[1] > 1:  # of several queries that miss the same entry one fetches it
+        if shape[0] * shape[1] > 1:  # if several queries miss the same entry, one fetches it
             claim_R = -1 - jnp.arange(page_R.shape[0], dtype=jnp.int32)
             at_ZP = host_scatter(at_ZP, claim_R, jnp.where(missing_R, page_R, _NONE), slot_R)
             missing_R &= host_gather(at_ZP, page_R, slot_R) == claim_R
@@ -88,13 +99,13 @@ class DeviceEntryCache:
         )
 
     def lookup(self, page: jax.Array, slot: jax.Array) -> jax.Array:
-        """The rows that hold these entries, int32 of any shape; 0 for what is not here, or out of range."""
+        """Return the rows that cache the entries at int32 block [...] and slot [...]; 0 if absent or out of range."""
         pages, slots = self.slot_of_entry_ZP.shape
         real = (page >= 0) & (page < pages) & (slot < slots)
         return jnp.where(real, host_gather(self.slot_of_entry_ZP, page, slot), 0)
 
     def invalidate(self, page: jax.Array, slot: jax.Array, row: jax.Array) -> DeviceEntryCache:
-        """Without copies of these entries, which `found` found in these rows."""
+        """Drop the cached entries at block [...] and slot [...], for which `lookup` returned `row` [...]."""
         return DeviceEntryCache(
             self.rows,
             host_scatter(self.slot_of_entry_ZP, 0, page, slot),
@@ -104,13 +115,19 @@ class DeviceEntryCache:
         )
 
     def invalidate_blocks(self, page_A: jax.Array) -> DeviceEntryCache:
-        """Without copies of the entries of these pages; numbers out of range are passed over."""
+        """Drop all cached entries of the int32 blocks `page_A`. Numbers out of range are ignored."""
         entries = page_A[:, None], jnp.arange(self.slot_of_entry_ZP.shape[1], dtype=jnp.int32)[None]
         return self.invalidate(*entries, self.lookup(*entries))
 
 
 def new_device_entry_cache(rows, pages: int, slots: int) -> DeviceEntryCache:
-    """Empty copies in `rows`, a pool of zeros of one page, of the entries of a host's pool of so many pages."""
+    """Allocate an empty device cache.
+
+    Args:
+      rows: pool of one block of zeros, [1, 1 + copies, width].
+      pages: number of blocks of the host pool.
+      slots: entries per block of the host pool.
+    """
     size = rows.shape[1]
     return DeviceEntryCache(
         rows,
@@ -122,12 +139,12 @@ def new_device_entry_cache(rows, pages: int, slots: int) -> DeviceEntryCache:
 
 
 def read_counters(count_5: np.ndarray) -> np.ndarray:
-    """int64 [2]: picks that were found, and those that were fetched."""
+    """Return (hits, misses), int64 [2], of `DeviceEntryCache.counters_5` as a uint32 array [5]."""
     return count_5[1::2] + (count_5[2::2].astype(np.int64) << 32)
 
 
 def _counted(count_5: jax.Array, *more: jax.Array) -> jax.Array:
-    """One step later: the two counters of 64 bits that much higher."""
+    """Add one step, and `more` to the two 64-bit counters."""
     out = [count_5[0] + 1]
     for low, high, add in zip(count_5[1::2], count_5[2::2], more, strict=True):
         new = low + add.astype(jnp.uint32)

@@ -1,7 +1,7 @@
-"""Pools in host memory, whose rows the device fetches one by one.
+"""Pools of entries in host memory, from which the device fetches single rows.
 
-A row is one run of 32-bit words, all its planes side by side: one piece to fetch, of the only width that XLA:TPU reads
-and writes in host memory in place (see `nn.memory`).
+A row is one run of 32-bit words that holds all its planes side by side, so a fetch reads one piece. XLA:TPU reads and
+writes host memory in place only in this width (see `parallel/host_memory.py`).
 """
 
 from __future__ import annotations
@@ -24,24 +24,29 @@ from v4jax.core.errors import UserError
 from v4jax.core.pytree import pytree
 from v4jax.parallel.host_memory import host_compute, host_gather
 
-_WORD = 4
+_WORD = 4  # bytes
 
 
 @pytree
 class HostEntryPool(EntryPool):
-    """A pool of any rows, as words: uint32 [pages, slots, words], in host memory."""
+    """A pool in host memory, in any storage format.
+
+    Attributes:
+      words: uint32 [blocks, slots, words per row].
+      row: storage format of a row.
+    """
 
     words: jax.Array
     row: kv_cache_spec.EntryFormat = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Pages, rows of a page, numbers of a row."""
+        """(blocks, rows per block, row width)."""
         return (*self.words.shape[:2], self.row.width)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row in host memory."""
+        """Bytes per row in host memory."""
         return self.words.shape[-1] * _WORD
 
     def encode(self, rows: jax.Array) -> HostEntryPool:
@@ -52,7 +57,7 @@ class HostEntryPool(EntryPool):
         return self._unpacked().decode(compute)
 
     def fetch(self, page: jax.Array, slot: jax.Array) -> EntryPool:
-        """The stored bits of rows at page and slot, on the device: a pool of arrays [..., n]."""
+        """Copy the encoded rows at int32 block [...] and slot [...] to the device, as a pool of arrays [..., n]."""
         return HostEntryPool(host_gather(self.words, page, slot), self.row)._unpacked()
 
     def _unpacked(self) -> EntryPool:
@@ -68,9 +73,18 @@ class HostEntryPool(EntryPool):
 def new_host_entry_pool(
     model: config.Model, pages: int, slots: int, layout: str, copies: int, host: Callable[..., jax.Array]
 ) -> tuple[HostEntryPool, DeviceEntryCache]:
-    """Empty pool of one layer's main entries, and room on the device for `copies` of them.
+    """Allocate an empty host pool for the main entries of one layer, and its device cache.
 
-    host: makes zeros of a shape and dtype in host memory, such as those of `pinned`. Raises UserError as `spec.row`.
+    Args:
+      model: the model's config.
+      pages: number of blocks.
+      slots: entries per block.
+      layout: one of `kv_cache_spec.KV_CACHE_DTYPES`.
+      copies: entries that the device cache has room for.
+      host: host(shape, dtype) allocates zeros in host memory, for example by `pinned_zeros`.
+
+    Raises:
+      UserError: the layout is unknown or cannot hold the model's shapes (see `kv_cache_spec.entry_format`).
     """
     row = kv_cache_spec.entry_format(model, "main", layout)
     words = host((pages, slots, row.words), jnp.uint32)
@@ -78,9 +92,17 @@ def new_host_entry_pool(
 
 
 def pinned_zeros(device: jax.Device, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Zeros in the host memory of a device, made by the host: the device may not have room for them. dtype: of 4 bytes.
+    """Allocate zeros in the pinned host memory of a device.
 
-    Raises UserError where there is no such memory or not enough of it.
+    The host computes them, because the device may not have room for them.
+
+    Args:
+      device: the device that addresses the memory.
+      shape: shape of the array.
+      dtype: a dtype of 4 bytes.
+
+    Raises:
+      UserError: the device has no or too little pinned host memory.
     """
     if "pinned_host" not in {memory.kind for memory in device.addressable_memories()}:
         raise UserError(
@@ -98,7 +120,7 @@ def pinned_zeros(device: jax.Device, shape: tuple[int, ...], dtype: jnp.dtype) -
 
 
 def _to_words(plane: jax.Array) -> jax.Array:
-    """Arrays [..., n] of 1, 2 or 4 bytes a number as uint32 [..., words], the last one padded."""
+    """Bitcast [..., n] of 1, 2 or 4 bytes per number to uint32 [..., words]. The last word is padded with zeros."""
     each = _WORD // plane.dtype.itemsize
     if each > 1:
         plane = jnp.pad(plane, [(0, 0)] * (plane.ndim - 1) + [(0, -plane.shape[-1] % each)])
@@ -107,6 +129,6 @@ def _to_words(plane: jax.Array) -> jax.Array:
 
 
 def _from_words(words: jax.Array, count: int, dtype: jnp.dtype) -> jax.Array:
-    """The first `count` numbers of what `_to_words` made of an array."""
+    """Invert `_to_words`: bitcast uint32 [..., words] to `dtype` [..., count]."""
     plane = jax.lax.bitcast_convert_type(words, dtype)
     return plane.reshape(*words.shape[:-1], -1)[..., :count]
