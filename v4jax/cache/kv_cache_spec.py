@@ -1,15 +1,14 @@
-"""What each layer keeps, and its size in bytes: from the config alone, nothing is allocated.
+"""Storage formats and sizes in bytes of the KV cache, computed from the config without allocating anything.
 
-A *page* holds the compressed entries of one block of tokens in one layer: main entries, and in CSA layers an indexer
-key beside each. A *record* is what else resumes a sequence at the end of a block: the window rows and the compressors'
-tails. Layouts of entries and keys (spec 2.10):
+A block holds the entries of `block` tokens in every layer: main entries, and in CSA layers an index key for each. A
+state slot holds the window rings and the compressor state of one sequence. Values of `kv_cache_dtype` (spec 2.10):
 
-    model    both in the model's own float type
+    auto     both in the model's own float type
     bf16     both in bfloat16
-    fp8      entries: e4m3 with a scale per 64, the rotary end in bfloat16; keys: e4m3 with a scale per 32
-    fp8_fp4  entries as in fp8; keys: e2m1 with a scale per 32
+    fp8      entries in e4m3 with a scale per 64, rotary channels in bfloat16; keys in e4m3 with a scale per 32
+    fp8_fp4  entries as in fp8; keys in e2m1 with a scale per 32
 
-Records keep the model's float type in every layout: they are few, and each step reads and writes them.
+State slots are not quantized in any format, because they are few and each step reads and writes them.
 """
 
 from __future__ import annotations
@@ -30,14 +29,18 @@ KV_CACHE_DTYPES = ("auto", "bf16", "fp8", "fp8_fp4")
 _FORMATS = {"fp8": {"main": "fp8", "index": "fp8"}, "fp8_fp4": {"main": "fp8", "index": "fp4"}}
 _GROUP = {"main": qdq.ENTRY_GROUP, "index": qdq.KEY_GROUP}
 _WORD = 4  # bytes that a quantized row is padded to a multiple of
-_PLACE, _COUNTS = 4, 20  # bytes of the number of a row in `nn.hot.DeviceEntryCache`, and of its counters
+_PLACE, _COUNTS = 4, 20  # bytes of an index in `DeviceEntryCache`, and of its counters
 
 
 @dataclass(frozen=True)
 class EntryFormat:
-    """How one main entry or one indexer key is stored: `width` numbers, of which the last `rotary` stay bfloat16.
+    """Storage format of one main entry or one index key.
 
-    format: "fp8" or "fp4" in groups of `group`; or the dtype of a plain row, where group and rotary are 0.
+    Attributes:
+      width: numbers per row.
+      format: "fp8" or "fp4" if quantized, else the dtype of the row.
+      group: numbers that share a scale; 0 if the row is not quantized.
+      rotary: rotary channels at the end of a quantized row, which stay bfloat16; 0 if the row is not quantized.
     """
 
     width: int
@@ -47,10 +50,10 @@ class EntryFormat:
 
     @property
     def planes(self) -> dict[str, tuple[int, str]]:
-        """Arrays of a pool of such rows: name to (numbers a row, dtype); bfloat16 is held as its bits, uint16.
+        """Arrays of a pool in this format, by name: (numbers per row, dtype). bfloat16 is stored as its bits, uint16.
 
-        The scales' plane is padded so that the planes of a row add up to whole words of 4 bytes. For the published
-        shape that gives the published record: 448 + 2 * 64 + 7 scales + 1 = 584 bytes, and 128 + 4 and 64 + 4 for keys.
+        The scales are padded so that the planes of a row add up to a multiple of 4 bytes. For the released models this
+        gives the sizes of spec 2.10: 448 + 2 * 64 + 7 scales + 1 = 584 bytes, and 128 + 4 and 64 + 4 bytes for keys.
         """
         if not self.group:
             return {"rows": (self.width, "uint16" if self.format == "bfloat16" else self.format)}
@@ -62,19 +65,25 @@ class EntryFormat:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one row over its planes."""
+        """Bytes per row, summed over its planes."""
         return sum(count * jnp.dtype(dtype).itemsize for count, dtype in self.planes.values())
 
     @property
     def words(self) -> int:
-        """Words of a row in host memory, where each plane is padded to whole ones (`cache.far`)."""
+        """32-bit words per row in host memory, where each plane is padded to whole words (see `host_pool`)."""
         return sum(-(-count * jnp.dtype(dtype).itemsize // _WORD) for count, dtype in self.planes.values())
 
 
 def entry_format(model: config.Model, kind: str, layout: str) -> EntryFormat:
-    """The row of a main entry (kind "main") or of an indexer key ("index"). Groups are equal, the fewest that fit.
+    """Return the storage format of a main entry or an index key, with the fewest equal groups that the format allows.
 
-    Raises UserError for an unknown layout, and for shapes that it cannot hold.
+    Args:
+      model: the model's config.
+      kind: "main" or "index".
+      layout: one of `KV_CACHE_DTYPES`.
+
+    Raises:
+      UserError: the layout is unknown or cannot hold the model's shapes.
     """
     if layout not in KV_CACHE_DTYPES:
         raise UserError(f"unknown kv_cache_dtype {layout!r}; one of {', '.join(KV_CACHE_DTYPES)}")
@@ -95,13 +104,13 @@ def entry_format(model: config.Model, kind: str, layout: str) -> EntryFormat:
 
 
 def block_size(model: config.Model, wanted: int = 256) -> int:
-    """Tokens of a block: the least multiple of all compression ratios in use that is at least `wanted`."""
+    """Return tokens per block: the least multiple of all compression ratios in use that is at least `wanted`."""
     step = math.lcm(*(model.compress_rate(kind) for kind in _compressed(model)))
     return max(1, -(-wanted // step)) * step
 
 
 def validate_block_size(model: config.Model, block: int) -> int:
-    """A block size that a user gave, if every ratio divides it. Raises UserError naming the first that does not."""
+    """Return `block` (tokens). Raises UserError if it is below 1 or not a multiple of every compression ratio."""
     for kind in sorted(set(_compressed(model))):
         ratio = model.compress_rate(kind)
         if block < 1 or block % ratio:
@@ -116,11 +125,18 @@ def validate_block_size(model: config.Model, block: int) -> int:
 
 @dataclass(frozen=True)
 class KVCacheSpec:
-    """Sizes of a model's cache. name: one of LAYOUTS; block: tokens of a page, 0 for `block_tokens(model)`; hot: rows
-    that the device keeps of a CSA layer's main entries, which then lie in host memory as the tails of HCA layers do, 0
-    if all of it lies on the device.
+    """Sizes of a model's KV cache.
 
-    Raises UserError for an unknown name, shapes that the layout cannot hold, or a block that a ratio does not divide.
+    Attributes:
+      model: the model's config.
+      name: one of `KV_CACHE_DTYPES`.
+      block: tokens per block; 0 is replaced by `block_size(model)`.
+      hot: entries per CSA layer that are cached on the device. If it is not 0, the main entries of CSA layers and the
+        compressor state of HCA layers are in host memory. 0 keeps everything on the device.
+
+    Raises:
+      UserError: the name is unknown, the format cannot hold the model's shapes, or a compression ratio does not divide
+        the block.
     """
 
     model: config.Model
@@ -136,45 +152,49 @@ class KVCacheSpec:
 
     @property
     def entry_bytes(self) -> int:
-        """Bytes of one main entry."""
+        """Bytes per main entry."""
         return entry_format(self.model, "main", self.name).nbytes
 
     @property
     def key_bytes(self) -> int:
-        """Bytes of one indexer key."""
+        """Bytes per index key."""
         return entry_format(self.model, "index", self.name).nbytes
 
     def entries(self, kind: str) -> int:
-        """Entries that a page of a layer of this kind (csa, hca) holds."""
+        """Return entries per block in a layer of type `kind` ("csa" or "hca")."""
         return self.block // self.model.compress_rate(kind)
 
     @property
     def block_bytes(self) -> int:
-        """Bytes on the device of one page over all layers."""
+        """Bytes on the device per block, over all layers."""
         main = lambda: _PLACE if self.hot else self.entry_bytes
         size = {"csa": lambda: main() + self.key_bytes, "hca": lambda: self.entry_bytes}
         return sum(self.entries(kind) * size[kind]() for kind in _compressed(self.model))
 
     @property
     def host_block_bytes(self) -> int:
-        """Bytes in host memory of one page over all layers: 0 where all of it lies on the device."""
+        """Bytes in host memory per block, over all layers; 0 if everything is on the device."""
         layers = self.model.layer_types.count("csa") if self.hot else 0
         return layers and layers * self.entries("csa") * _WORD * entry_format(self.model, "main", self.name).words
 
     @property
     def device_cache_bytes(self) -> int:
-        """Bytes on the device of what is kept there of entries in host memory, beside the pages, over all layers."""
+        """Bytes of the device caches of host-resident entries, over all layers, beside those that count per block."""
         layers = self.model.layer_types.count("csa") if self.hot else 0
         return layers and layers * ((1 + self.hot) * (self.entry_bytes + 2 * _PLACE) + _COUNTS)
 
     @property
     def token_bytes(self) -> float:
-        """Bytes that one more token of context takes, over all layers: a page's share."""
+        """Bytes on the device per token of context, over all layers: block_bytes / block."""
         return self.block_bytes / self.block
 
     def state_bytes(self, slack: int = 0, mtp: bool = False) -> int:
-        """Bytes on the device of one record over the layers; mtp: with the MTP layer's. The tails of HCA layers are not
-        there where CSA entries are not."""
+        """Return bytes on the device per state slot, over all layers. Host-resident compressor state does not count.
+
+        Args:
+          slack: extra rows of each ring, the number of tokens that speculative decoding may go back.
+          mtp: include the MTP layer.
+        """
 
         def kept(kind: str) -> int:
             past = self._record(kind, slack)
@@ -185,7 +205,7 @@ class KVCacheSpec:
         return sum(sizes[kind] for kind in kinds)
 
     def host_state_bytes(self, slack: int = 0) -> int:
-        """Bytes in host memory of one record over the layers: 0 where all of it lies on the device."""
+        """Return bytes in host memory per state slot, over all layers; 0 if everything is on the device."""
         layers = self.model.layer_types.count("hca") if self.hot else 0
         return layers and layers * _bytes(self._record("hca", slack).compressor_state)
 
@@ -194,9 +214,10 @@ class KVCacheSpec:
         return jax.eval_shape(lambda: new_paged_layer_cache(self.model, kind, 1, lambda part: None, dtype, slack))
 
     def blocks_for(self, budget: int) -> int:
-        """Pages that `budget` bytes hold, page 0 (which is never given out) among them.
+        """Return the number of blocks that fit in `budget` bytes, including the reserved block 0.
 
-        Raises UserError if that leaves none to give out, or if the model has window layers only and needs none.
+        Raises:
+          UserError: fewer than 2 blocks fit, or the model has window layers only and needs no blocks.
         """
         if not self.block_bytes:
             raise UserError("a model of window layers alone keeps no pages, so no byte budget says how many")
@@ -213,5 +234,5 @@ def _bytes(tree) -> int:
 
 
 def _compressed(model: config.Model) -> list[str]:
-    """Kinds of the layers that keep entries, layer by layer."""
+    """Return the type of each layer that has entries, in layer order."""
     return [kind for kind in model.layer_types if model.compress_rate(kind)]

@@ -1,4 +1,4 @@
-"""What makes two models the same to a cache that outlives them: their weights, however many devices hold them."""
+"""Digest of a model's weights, independent of the mesh. It ties a cache that outlives the model to its weights."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from v4jax.parallel import distributed
 
 
 def weights_digest(variables: nnx.State) -> bytes:
-    """16 bytes over all weights, the same on any mesh. To be called by all processes at the same point."""
+    """Return a digest of all weights, 16 bytes, the same on any mesh. All processes must call it at the same point."""
     whole, experts = {}, {}
     is_variable = lambda node: isinstance(node, nnx.Variable)
     for path, variable in jax.tree_util.tree_leaves_with_path(variables, is_leaf=is_variable):
         letters = getattr(variable, "letters", "")  # a parameter that was replaced by hand may have none
-        split = len(letters) > 1 and letters[0] == "E"  # perhaps no process has all of them
+        split = len(letters) > 1 and letters[0] == "E"  # expert weights; perhaps no process has all of them
         for inside, leaf in jax.tree_util.tree_leaves_with_path(variable):
             (experts if split else whole)[jax.tree_util.keystr(path + inside)] = leaf
     return block_hash.tree_digest(whole | _row_digests(experts))
 
 
 def _row_digests(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
-    """`prefix.row_digests` of arrays whose first axis may be split over the devices of all processes."""
+    """Apply `block_hash.row_digests` to arrays whose first axis may be sharded over all processes."""
     found = {name: np.zeros((len(array), block_hash.SIZE), np.uint8) for name, array in arrays.items()}
     for name, array in arrays.items():
         for shard in array.addressable_shards:
@@ -33,7 +33,7 @@ def _row_digests(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
         return found
     each = distributed.all_gather_bytes(
         np.concatenate(list(found.values())).tobytes()
-    )  # zeros from who does not have a row
+    )  # a process sends zeros for rows that it does not hold
     known = np.max([np.frombuffer(data, np.uint8) for data in each], axis=0).reshape(-1, block_hash.SIZE)
     ends = np.cumsum([len(rows) for rows in found.values()])
     return dict(zip(found, np.split(known, ends[:-1]), strict=True))
