@@ -1,8 +1,8 @@
-"""Names of blocks: a hash chain over token ids, so that equal names mean equal cache contents.
+"""Block hashes: a hash chain over token ids, so that equal hashes mean equal cache contents.
 
-The first link is a seed that holds everything besides the tokens that the contents depend on: the weights themselves
-(training changes them under one name), config, precision, layout and a tenant's salt. Whatever differs is a miss,
-never a collision.
+The chain starts at a seed, which covers everything besides the tokens that the contents depend on: the weights
+themselves (training changes them under one name), config, precision, cache format and a tenant's salt. A difference in
+any of them gives a cache miss, never a false hit.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-SIZE = 16  # bytes of a name
-_PIECE = 16 << 20  # bytes hashed by one thread at a time; part of what `digest` means
+SIZE = 16  # bytes per hash
+_PIECE = 16 << 20  # bytes that one thread hashes at a time; changing it changes `tree_digest`
 
 
 def hash_seed(weights_digest: bytes, *parts: object, salt: str = "") -> bytes:
-    """The parent of a first block: 16 bytes.
+    """Return the hash seed, the parent of a sequence's first block, 16 bytes.
 
-    parts: bytes, or values whose `repr` says all of them (strings, numbers, frozen dataclasses of such). salt: pages
-    are found only by requests with the same one.
+    Args:
+      weights_digest: digest of the weights.
+      *parts: bytes, or values whose `repr` is complete (strings, numbers, frozen dataclasses of these).
+      salt: blocks are shared only between requests with the same salt.
     """
     whole = hashlib.blake2b(digest_size=SIZE)
     for part in (weights_digest, salt, *parts):
@@ -31,9 +33,14 @@ def hash_seed(weights_digest: bytes, *parts: object, salt: str = "") -> bytes:
 
 
 def block_hashes(parent: bytes, token_ids: Sequence[int] | np.ndarray, block: int) -> list[bytes]:
-    """Names of the full blocks of `block` tokens that follow `parent` (a seed or a block's name); the rest is left.
+    """Return the hashes of the full blocks that follow `parent`. Tokens after the last full block are ignored.
 
-    Every name is blake2b over the one before and the block's ids as little-endian int32, which they must fit.
+    A hash is blake2b over the preceding hash and the block's token ids as little-endian int32.
+
+    Args:
+      parent: the seed or the hash of the preceding block.
+      token_ids: token ids, which must fit in int32.
+      block: tokens per block.
     """
     count = len(token_ids) // block
     data = memoryview(np.asarray(token_ids[: count * block], "<i4").tobytes())
@@ -45,10 +52,10 @@ def block_hashes(parent: bytes, token_ids: Sequence[int] | np.ndarray, block: in
 
 
 def tree_digest(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """16 bytes over the names, dtypes, shapes and contents of arrays, in any order of names.
+    """Return a digest of the names, dtypes, shapes and contents of arrays, 16 bytes, independent of their order.
 
-    Takes whatever `np.asarray` takes, one array at a time. Large arrays are hashed in pieces, by as many threads as
-    there are cores (hashing holds no interpreter lock).
+    Values are converted by `np.asarray`, one at a time. Large arrays are hashed in pieces by a pool of threads, because
+    hashing releases the interpreter lock.
     """
     whole = hashlib.blake2b(digest_size=SIZE)
     with ThreadPoolExecutor() as pool:
@@ -63,7 +70,10 @@ def tree_digest(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def row_digests(array: np.ndarray) -> np.ndarray:
-    """16 bytes over the contents of each row of an array: uint8 [rows, 16]; for `digest` where no one has all rows."""
+    """Return a digest of each row of an array, uint8 [rows, 16].
+
+    It is an input of `tree_digest` for arrays of which no process holds all rows.
+    """
     rows = np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint8)
     with ThreadPoolExecutor() as pool:
         return np.array([list(name) for name in pool.map(_hash, rows)], np.uint8).reshape(len(array), SIZE)

@@ -66,9 +66,11 @@ class FloatPool(EntryPool):
         return self.array.shape
 
     def encode(self, rows: jax.Array) -> FloatPool:
+        """Cast `rows` [..., width] to the pool's dtype."""
         return FloatPool(rows.astype(self.array.dtype))
 
     def decode(self, compute: jnp.dtype) -> jax.Array:
+        """Cast all rows to dtype `compute`."""
         return self.array.astype(compute)
 
 
@@ -140,15 +142,23 @@ class PagedEntryReader:
 
     @property
     def size(self) -> int:
+        """Number of entries that the block table of a row has room for."""
         return self.block_table_BA.shape[1] * self.entries.shape[1]
 
     def read_entries(self, first, count):
+        """Return entries first .. first + count - 1 of every row, pending ones included, [B, count, H]."""
         return self._read_range(self.entries, first, count)
 
     def read_index_keys(self, first, count, coded=False):
+        """Return the index keys of the same range, [B, count, L]; with `coded`, plain e4m3 keys as a QTensor."""
         return self._read_range(self.index_keys, first, count, coded)
 
     def gather_entries(self, pick_BTK):
+        """Return the entries at int32 pick_BTK, [B, T, K, H], and the reader after the read.
+
+        With host-resident entries, a call of at most `MAX_DECODE_QUERIES` queries per row reads through the device
+        cache, which then holds the fetched entries. A larger call reads from host memory directly.
+        """
         slot_BTK = jnp.maximum(pick_BTK, 0)
         if self.device_cache is None or pick_BTK.shape[1] > MAX_DECODE_QUERIES:
             return self._gather(self.entries, slot_BTK), self
@@ -158,6 +168,7 @@ class PagedEntryReader:
         return self._overlay_pending(rows, slot_BTK), dataclasses.replace(self, device_cache=hot)
 
     def gather_index_keys(self, pick_BTK):
+        """Return the index keys at int32 pick_BTK, [B, T, K, L]."""
         return self._gather(self.index_keys, jnp.maximum(pick_BTK, 0))
 
     def _read_range(self, pool: EntryPool, first: jax.Array, count: int, coded: bool = False) -> jax.Array | QTensor:
@@ -175,6 +186,7 @@ class PagedEntryReader:
         return self._overlay_pending(rows, jnp.broadcast_to(first + jnp.arange(count), rows.shape[:2]))
 
     def _gather(self, pool: EntryPool, slot: jax.Array) -> jax.Array:
+        """Read the rows of `pool` at entry indices `slot` [B, ...] row by row."""
         rows = pool.gather(*self._physical(pool, slot), self.dtype)
         return self._overlay_pending(rows, slot) if pool is self.entries else rows
 

@@ -1,8 +1,8 @@
-"""Pools of one layer's main entries or indexer keys, in every layout (see `paged_cache.EntryPool` for what a pool is).
+"""Device pools of one layer's main entries or index keys, in every storage format (see `paged_cache.EntryPool`).
 
-The planes of a pool are arrays [pages, entries of a page, ...] that lie apart, never interleaved in records: what a
-reader takes of a plane is contiguous. Those of 16 bits and less are unsigned integers, so that a write in place costs
-what it writes: XLA:CPU updates a bfloat16 array by way of a float32 copy of the whole of it.
+The planes of a pool are separate arrays [blocks, entries per block, ...], not interleaved, so a read of one plane is
+contiguous. Planes of 16 bits or less are unsigned integers, so that an in-place write costs only the bytes that it
+writes. XLA:CPU would update a bfloat16 array through a float32 copy of the whole array.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from v4jax.core.qtensor import QTensor, dequantize, quantize
 
 @pytree
 class Bf16Pool(EntryPool):
-    """A pool of bfloat16 numbers, held as their bits: uint16 [pages, slots, width]."""
+    """A pool of bfloat16 rows, stored as their bits: uint16 [blocks, slots, width]."""
 
     bits: jax.Array
 
@@ -40,9 +40,13 @@ class Bf16Pool(EntryPool):
 
 @pytree
 class QuantizedPool(EntryPool):
-    """A pool of rows in 8 or 4 bits: planes of values and of scales, and a pool of the rotary ends, if any.
+    """A pool of rows in 8 or 4 bits. A read dequantizes only the rows that it returns.
 
-    Only rows that are asked for are dequantized.
+    Attributes:
+      values: uint8 [blocks, slots, n], e4m3 codes or pairs of e2m1 codes.
+      scales: uint8 [blocks, slots, n], one scale per group, then padding.
+      rotary: pool of the rotary channels at the end of each row; None if there are none.
+      row: storage format of a row.
     """
 
     values: jax.Array
@@ -60,7 +64,7 @@ class QuantizedPool(EntryPool):
         return (self.row.width - self.row.rotary) // self.row.group
 
     def encode(self, rows: jax.Array) -> QuantizedPool:
-        """Rows are rounded as spec 2.4 says."""
+        """Quantize `rows` [..., width] with the rounding of spec 2.4; rotary channels become bfloat16."""
         split = self.row.width - self.row.rotary
         values, scales = quantize(rows[..., :split], self.row.format, self.row.group)
         spare = self.scales.shape[-1] - scales.shape[-1]
@@ -72,27 +76,35 @@ class QuantizedPool(EntryPool):
         return QTensor(self.values, self.scales[..., : self._groups]) if whole else None
 
     def decode(self, compute: jnp.dtype) -> jax.Array:
-        """`compute` is float32 or bfloat16."""
+        """Dequantize all rows to [..., width] in dtype `compute`, which is float32 or bfloat16."""
         x = dequantize(self.values, self.scales[..., : self._groups], self.row.format, compute)
         if self.rotary is None:
             return x
         rotary = self.rotary.decode(compute)
-        # Joined piece by piece: along the last axis XLA:CPU would write the values twice.
+        # Concatenate in pieces, because XLA:CPU would write the values twice in a concatenation along the last axis.
         piece = math.gcd(x.shape[-1], self.row.rotary)
         both = [a.reshape(*a.shape[:-1], -1, piece) for a in (x, rotary)]
         return jnp.concatenate(both, axis=-2).reshape(*x.shape[:-1], self.row.width)
 
 
 def new_pool(model: config.Model, kind: str, pages: int, entries_per_page: int, layout: str) -> EntryPool:
-    """Empty pool of one layer's main entries (kind "main") or indexer keys ("index"); rows read as zeros.
+    """Allocate an empty pool of one layer. Its rows read as zeros.
 
-    layout: one of `spec.KV_CACHE_DTYPES`. Raises UserError as `spec.row` does.
+    Args:
+      model: the model's config.
+      kind: "main" for main entries, "index" for index keys.
+      pages: number of blocks.
+      entries_per_page: entries per block.
+      layout: one of `kv_cache_spec.KV_CACHE_DTYPES`.
+
+    Raises:
+      UserError: the layout is unknown or cannot hold the model's shapes (see `kv_cache_spec.entry_format`).
     """
     return zeros(kv_cache_spec.entry_format(model, kind, layout), pages, entries_per_page)
 
 
 def zeros(row: kv_cache_spec.EntryFormat, pages: int, slots: int) -> EntryPool:
-    """Empty pool of such rows."""
+    """Allocate an empty pool of `pages` blocks with `slots` rows each, in storage format `row`."""
     planes = {name: jnp.zeros((pages, slots, count), dtype) for name, (count, dtype) in row.planes.items()}
     if row.group:
         return QuantizedPool(
