@@ -43,7 +43,8 @@ def open_trusted(path: pathlib.Path) -> int:
       The descriptor of the directory, which the caller must close.
 
     Raises:
-      PermissionError: Another user owns the directory, or every user can write to it (errno EPERM).
+      PermissionError: Every user can write to the directory, or another user than root owns it (errno EPERM). The
+        owner is not checked if this process runs as root.
       OSError: The path is a symbolic link or cannot be opened as a directory.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
