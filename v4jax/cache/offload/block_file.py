@@ -8,6 +8,8 @@ The payload follows. The file contains nothing else.
 A block hash identifies the contents (`block_hash.block_hashes`: weights, config, tokens, salt), a schema their layout
 (the array table: name, dtype and shape of every array). Both form the key, so a change of either is a miss and never a
 collision.
+
+In identifiers and in the kind of a key, "record" is a state snapshot.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-import ml_dtypes  # noqa: F401 - teaches numpy the names of its dtypes
+import ml_dtypes  # noqa: F401 - registers bfloat16 and the float8 dtypes with numpy
 import numpy as np
 import xxhash
 
@@ -35,23 +37,29 @@ _FILE = re.compile(r"([0-9a-f]{32})-([0-9a-f]{32})-([0-9a-f]{32})\.(block|record
 
 
 class CorruptBlockError(Exception):
-    """Stored bytes are not what their key promises; the message says in which way."""
+    """Stored bytes do not match their key or checksum. The message names the mismatch."""
 
 
 class BlockKey(NamedTuple):
-    """kind: "block" or "record"; block_hash and schema: 16 bytes each."""
+    """Key of a stored item in every tier.
+
+    Attributes:
+      kind: "block" for a KV block, "record" for a state snapshot.
+      block_hash: 16 bytes; hash of the block, or of the block that the state snapshot ends.
+      schema: 16 bytes; `BlockSchema.digest` of the payload's layout.
+    """
 
     kind: str
     block_hash: bytes
     schema: bytes
 
     def file(self, parent: bytes) -> str:
-        """Name of its file, which tells everything that an index needs."""
+        """Name of the item's file. It contains the key and the parent's hash, which is all that an index needs."""
         return f"{self.block_hash.hex()}-{parent.hex()}-{self.schema.hex()}.{self.kind}"
 
 
 def parse_filename(file: str) -> tuple[BlockKey, bytes] | None:
-    """(key, parent) of a file's name, None for a file that is none of ours."""
+    """(key, parent's hash) from a file name; None if the disk tier does not write such a name."""
     match = _FILE.fullmatch(file)
     if match is None:
         return None
@@ -61,7 +69,12 @@ def parse_filename(file: str) -> tuple[BlockKey, bytes] | None:
 
 @dataclass(frozen=True)
 class BlockSchema:
-    """What a payload is made of: (name, dtype, shape) of every array, in the order in which their bytes follow."""
+    """Layout of a payload.
+
+    Attributes:
+      kind: "block" or "record".
+      table: (name, dtype, shape) of every array, in the order of their bytes in the payload.
+    """
 
     kind: str
     table: tuple[tuple[str, str, tuple[int, ...]], ...]
@@ -74,7 +87,7 @@ class BlockSchema:
 
     @cached_property
     def digest(self) -> bytes:
-        """16 bytes that another kind, table or version of this format does not have."""
+        """16-byte BLAKE2b hash of the format version, the kind and the table."""
         return hashlib.blake2b(repr((VERSION, self.kind)).encode() + self.packed, digest_size=16).digest()
 
     @cached_property
@@ -93,19 +106,39 @@ class BlockSchema:
 
 
 def checksum(data: np.ndarray | bytes | memoryview) -> int:
-    """xxh3-64 of bytes."""
+    """The xxh3-64 hash of bytes, as an unsigned 64-bit integer."""
     return xxhash.xxh3_64_intdigest(data)
 
 
 def encode_header(schema: BlockSchema, block_hash: bytes, parent: bytes, payload_sum: int) -> bytes:
-    """All of a file that precedes the payload."""
+    """The bytes of a file that precede the payload: fields, their checksum and the array table.
+
+    Args:
+      schema: Layout of the payload.
+      block_hash: 16 bytes.
+      parent: Hash of the preceding block, 16 bytes.
+      payload_sum: `checksum` of the payload.
+    """
     fields = (_MAGIC, VERSION, KINDS.index(schema.kind), len(schema.packed), block_hash, parent, schema.digest)
     start = _HEADER.pack(*fields, schema.nbytes, payload_sum)
     return start + _SUM.pack(checksum(start + schema.packed)) + schema.packed
 
 
 def decode_payload(data: np.ndarray, schema: BlockSchema, block_hash: bytes, parent: bytes) -> tuple[np.ndarray, int]:
-    """(payload, its checksum) of a whole file (uint8 [bytes]), every byte of it verified. Raises Corrupt."""
+    """Verify every byte of a file and return its payload.
+
+    Args:
+      data: uint8 [bytes], the contents of the file.
+      schema: Expected layout of the payload.
+      block_hash: Expected block hash, 16 bytes.
+      parent: Expected hash of the preceding block, 16 bytes.
+
+    Returns:
+      (payload, checksum): a view into `data`, uint8 [schema.nbytes], and its xxh3-64.
+
+    Raises:
+      CorruptBlockError: The size, a checksum or a header field does not match.
+    """
     if data.size != schema.file_bytes:
         raise CorruptBlockError(f"{data.size} bytes where {schema.file_bytes} belong")
     split = schema.file_bytes - schema.nbytes

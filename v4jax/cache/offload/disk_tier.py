@@ -1,8 +1,12 @@
-"""The disk tier: a directory of files, one a block or record (see `cache/offload/block_file.py` for what is in a file).
+"""The disk tier: a directory with one file per KV block or state snapshot.
 
-The files are the index: their names say what they hold, so a directory that a killed process left is as good as one
-that was closed. A file is written under a temporary name and renamed when whole, without waiting for the disk: what a
-crash of the machine tears fails its checksum, and is a miss. One process at a time owns a directory.
+`cache/offload/block_file.py` specifies the contents of a file. File names contain the whole key, so the index is
+rebuilt from the names at startup. A directory is therefore as usable after a killed process as after a clean shutdown.
+
+A file is written under a temporary name and renamed when it is complete. There is no fsync: a file that a crash of the
+machine leaves incomplete fails its checksum and counts as a miss. One process at a time owns a directory.
+
+In identifiers and in the kind of a key, "record" is a state snapshot.
 """
 
 from __future__ import annotations
@@ -25,19 +29,26 @@ from v4jax.cache.offload.block_file import BlockKey, BlockSchema, CorruptBlockEr
 from v4jax.cache.offload.host_tier import CircuitBreaker, StoredBlock
 from v4jax.cache.offload.tier_index import TierIndex
 
-_UNIT = 4096  # bytes in which a file takes space
-_PARTIAL = ".partial"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNIT = 4096  # bytes; a file is charged a multiple of this
+_PARTIAL = ".partial"  # suffix of a file that is being written
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors that evicting files may cure
 
 
 class FileSystem:
-    """What the disk tier asks of a file system: the place to put faults in. Everything raises OSError.
+    """File operations of the disk tier. Tests replace it to inject faults.
 
-    Files are named inside a directory, of which `at` is the descriptor; links are not followed.
+    Every method names a file relative to `at`, the descriptor of its directory. No method follows symbolic links. Every
+    method raises OSError if the operation fails.
     """
 
     def write(self, name: str, pieces: Sequence[bytes | np.ndarray], at: int) -> None:
-        """A new file, its space reserved first, readable by its owner alone."""
+        """Write a new file with mode 0600, after reserving its space. An existing file is an error.
+
+        Args:
+          name: Name of the file.
+          pieces: Contents of the file in order; bytes or uint8 [bytes].
+          at: Descriptor of the directory.
+        """
         descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=at)
         with open(descriptor, "wb", buffering=0) as file:
             _reserve(descriptor, sum(len(piece) for piece in pieces))
@@ -47,7 +58,7 @@ class FileSystem:
                     rest = rest[file.write(rest) :]
 
     def read(self, name: str, most: int, at: int) -> np.ndarray:
-        """The first `most` bytes of a file, or all of them: uint8 [bytes]."""
+        """Read a regular file up to its end or `most` bytes, whichever comes first: uint8 [bytes]."""
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=at)
         with open(descriptor, "rb", buffering=0) as file:
             status = os.fstat(descriptor)
@@ -60,7 +71,7 @@ class FileSystem:
         return data[:count]
 
     def rename(self, name: str, target: str, at: int) -> None:
-        """Give a file its final name, whatever had it before."""
+        """Rename a file to `target`, and replace a file of that name if there is one."""
         os.replace(name, target, src_dir_fd=at, dst_dir_fd=at)
 
     def remove(self, name: str, at: int) -> None:
@@ -68,16 +79,16 @@ class FileSystem:
         os.remove(name, dir_fd=at)
 
     def used(self, name: str, at: int) -> None:
-        """Mark a file as used now, for the order in which a later process evicts."""
+        """Set the modification time of a file to now. The next process enters the files in this order."""
         os.utime(name, dir_fd=at, follow_symlinks=False)
 
 
 class DiskTier:
-    """Items in the files of a directory, which is made if need be.
+    """Tier that holds items in the files of one directory. All methods are safe to call from several threads.
 
-    policy: what goes first (`policy.POLICIES`). deadline: seconds that a read may take without counting against the
-    disk; who waits gives up by then and calls `late`. A directory that takes the path of this one later is not touched.
-    Raises UserError if the directory cannot be used or trusted, or is in use.
+    One circuit breaker stops reads after 3 consecutive read errors or timeouts; another stops writes after one failed
+    write. The tier keeps the descriptor of its directory, so it never touches a directory that takes the same path
+    later.
     """
 
     def __init__(
@@ -90,6 +101,20 @@ class DiskTier:
         files: FileSystem | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
+        """Open and lock the directory, and enter the files that it contains.
+
+        Args:
+          directory: The directory; it is created with mode 0700 if it does not exist.
+          budget: Bytes of disk space that the files may take, each file rounded up to 4096 bytes.
+          policy: Eviction policy, a key of `eviction.POLICIES`.
+          deadline: Seconds. A read that takes longer does not reset the read breaker; whoever waits for it stops
+            waiting after that time and calls `record_timeout`.
+          files: File operations; None for those of the operating system.
+          clock: Returns the time in seconds.
+
+        Raises:
+          UserError: The directory cannot be used or trusted, or another engine uses it.
+        """
         self.directory, self.deadline = pathlib.Path(directory), deadline
         self._files, self._clock = files or FileSystem(), clock
         self._index, self._reserved = TierIndex(budget, policy), 0
@@ -110,7 +135,8 @@ class DiskTier:
         )
         self._seconds = self._slowest = 0.0
         self._at = private_directory.open_private(self.directory)
-        # Not in `close`: a thread that still waits for the disk would use a number that means another file by then.
+        # The descriptor is not closed in `close`: a thread that still waits for the disk would then use a descriptor
+        # number that may belong to another file.
         weakref.finalize(self, os.close, self._at)
         self._owner = private_directory.lock(self._at, self.directory)
         self._scan()
@@ -119,7 +145,12 @@ class DiskTier:
         return key in self._index and not self._reads.open
 
     def get(self, schema: BlockSchema, block_hash: bytes) -> StoredBlock | None:
-        """The item, every byte verified; None if it is not here, or could not be read and is therefore forgotten."""
+        """Read an item and verify every byte.
+
+        Returns:
+          The item, or None if the tier does not hold it, reads are stopped or the read failed. An item that could not
+          be read, or is corrupt, is discarded.
+        """
         key = schema.key(block_hash)
         with self._lock:
             entry = self._index.entries.get(key)
@@ -133,7 +164,7 @@ class DiskTier:
             self._failed_read(error)
             self.discard(key)
             return None
-        with contextlib.suppress(OSError):  # the order of eviction is worth no error
+        with contextlib.suppress(OSError):  # a wrong eviction order is better than a failed read
             self._files.used(file, self._at)
         seconds = self._clock() - start
         with self._lock:
@@ -147,18 +178,26 @@ class DiskTier:
         with self._lock:
             if isinstance(error, CorruptBlockError):
                 self._count.update(corrupt=1)
-            elif not isinstance(error, FileNotFoundError):  # who removes files makes no disk fail
+            elif not isinstance(error, FileNotFoundError):  # a removed file is no disk fault
                 self._count.update(read_errors=1)
                 self._reads.failed()
 
     def record_timeout(self) -> None:
-        """Somebody gave up waiting for a read."""
+        """Count a read whose caller stopped waiting; the read breaker counts it as a failure."""
         with self._lock:
             self._count.update(late=1)
             self._reads.failed()
 
     def put(self, item: StoredBlock) -> tuple[bool, list[StoredBlock]]:
-        """(whether it is here now, nothing: what had to go is gone)."""
+        """Write an item, and evict others to make room.
+
+        If the file system reports that it is full, at least the size of the file is evicted and the write is tried once
+        more. The tier refuses an item while a breaker is open, or if the file is larger than the budget.
+
+        Returns:
+          (held, []): whether the tier holds the item now. The list of evicted items is always empty, because their
+          files are removed and there is no slower tier to take them.
+        """
         key, size = item.key, allocated_size(item.schema.file_bytes)
         with self._lock:
             if key in self._index:
@@ -173,7 +212,7 @@ class DiskTier:
         if error is not None and error.errno in _FULL:
             with self._lock:
                 free = self._index.budget - self._index.used - self._reserved
-                gone = self._make_room(free + size)  # evicts `size` bytes at least
+                gone = self._make_room(free + size)  # evicts at least `size` bytes if there are as many
             self._unlink(gone)
             error = self._write(item)
         with self._lock:
@@ -200,7 +239,11 @@ class DiskTier:
         return None
 
     def _make_room(self, size: int) -> list[str]:
-        """Strike out what goes first until `size` bytes more fit; their files are still to be removed."""
+        """Remove victims from the index until `size` more bytes fit or the index is empty. The caller holds the lock.
+
+        Returns:
+          Names of the victims' files, which the caller must remove without the lock.
+        """
         gone = []
         while not self._index.has_room(self._reserved + size) and (key := self._index.next_victim()) is not None:
             gone.append(key.file(self._index.remove(key).parent))
@@ -208,19 +251,24 @@ class DiskTier:
         return gone
 
     def touch(self, keys: Iterable[BlockKey]) -> None:
-        """One request uses these keys, as far as they are here."""
+        """Count one use by one request of those keys that the tier holds. Other keys are ignored."""
         with self._lock:
             self._index.touch(keys)
 
     def discard(self, key: BlockKey) -> None:
-        """Forget an item and remove its file, if it is here."""
+        """Remove an item and its file if the tier holds it."""
         with self._lock:
             entry = self._index.remove(key)
         if entry is not None:
             self._remove(key.file(entry.parent))
 
     def stats(self) -> dict[str, float]:
-        """Counts since the start, and what is here now; breaker_open: reads are not tried; paused: writes are not."""
+        """Counters since the start, and the present state.
+
+        Returns:
+          Counters by name, the number of blocks and records, bytes held and budget, and mean and longest time of a read
+          in ms. `breaker_open` is 1 while reads are stopped, `paused` is 1 while writes are stopped, else 0.
+        """
         with self._lock:
             held = {"blocks": self._index.count["block"], "records": self._index.count["record"]}
             state = {"breaker_open": int(self._reads.open), "paused": int(self._writes.open)}
@@ -229,7 +277,7 @@ class DiskTier:
             return held | {"bytes": self._index.used, "budget": self._index.budget, **self._count, **state, **times}
 
     def check_invariants(self) -> None:
-        """Raise AssertionError if books and files differ; nobody may be writing."""
+        """Raise AssertionError if the index is inconsistent or does not match the files. No write may be running."""
         with self._lock:
             self._index.check_invariants()
             files = set(os.listdir(self._at)) - {private_directory.LOCK}
@@ -238,13 +286,17 @@ class DiskTier:
                 raise AssertionError(f"the disk tier's files and books differ in {files ^ booked or self._reserved}")
 
     def close(self) -> None:
-        """Leave the directory to others. The files stay."""
+        """Release the lock of the directory. The files stay."""
         self._owner.close()
 
     # --- the directory ---------------------------------------------------------------------------------------------
 
     def _scan(self) -> None:
-        """Enter the files that are there, the least recently used first, and remove what is of no use."""
+        """Enter the files of the directory into the index, least recently used first.
+
+        Incomplete files, non-regular files, files larger than the budget and second files of a key are removed. Files
+        whose names this tier does not write are left alone.
+        """
         found = []
         with os.scandir(self._at) as entries:
             for entry in entries:
@@ -265,12 +317,12 @@ class DiskTier:
             self._remove(file)
 
     def _remove(self, file: str) -> None:
-        with contextlib.suppress(OSError):  # gone already, or the next process that owns the directory finds it again
+        with contextlib.suppress(OSError):  # the file is gone already, or the next owner's scan finds it
             self._files.remove(file, self._at)
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Take the space of a file before it is written, where the file system can do that."""
+    """Allocate the disk space of a file before it is written, if the file system supports that."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(descriptor, 0, size)
@@ -280,5 +332,5 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 def allocated_size(size: int) -> int:
-    """Bytes that a file of this size takes."""
+    """Disk space in bytes charged for a file of `size` bytes, a multiple of 4096."""
     return -(-size // _UNIT) * _UNIT

@@ -1,8 +1,8 @@
-"""In which order a full tier lets things go: by last use, or by whether they were used at all.
+"""Eviction policies of a full tier: least recently used, and S3-FIFO.
 
-A policy is told of everything that enters, is used or leaves, and names what goes first among what may go at all (the
-shelf says what: nothing that something else hangs on). One request counts as one use of what it reads, however long
-it lasts.
+A policy is notified when a key is added, used or removed, and chooses the victim among the evictable keys. The tier's
+index (`tier_index.TierIndex`) decides which keys are evictable: those that no other entry depends on. One request
+counts as one use of each key that it reads, however long the request lasts.
 """
 
 from __future__ import annotations
@@ -14,42 +14,55 @@ from typing import Protocol
 
 from v4jax.cache.offload.block_file import BlockKey
 
-_SMALL = 0.1  # of the budget, for what is new
-_MOST_USES = 3  # that are remembered, and so rounds that a key stays without being used
+_SMALL = 0.1  # share of the byte budget for the small queue of S3-FIFO, which holds new keys
+_MOST_USES = 3  # cap of the use counter, and so of the rounds that an unused key stays in the main queue
 
 
 class EvictionPolicy(Protocol):
-    """add: a new key. use: one request uses these, which are there. free: nothing hangs on it any more. first: the key
-    to go, still there; None if none may. may_go: asked again and again, for it changes."""
+    """Order in which a tier evicts its keys. The owner holds a lock around every call.
+
+    The constructor takes the byte budget of the tier and `may_go`, which returns whether a key is evictable now. The
+    answer changes over time, so the policy asks again for every victim.
+    """
 
     def __init__(self, budget: int, may_go: Callable[[BlockKey], bool]): ...
-    def add(self, key: BlockKey, size: int) -> None: ...
-    def touch(self, keys: Iterable[BlockKey]) -> None: ...
-    def remove(self, key: BlockKey) -> None: ...
-    def release(self, key: BlockKey) -> None: ...
-    def victim(self) -> BlockKey | None: ...
+
+    def add(self, key: BlockKey, size: int) -> None:
+        """Add a new key, whose entry takes `size` bytes of the budget."""
+
+    def touch(self, keys: Iterable[BlockKey]) -> None:
+        """Count one use of keys by one request. All of them are in the tier."""
+
+    def remove(self, key: BlockKey) -> None:
+        """Remove a key, whether it was the victim or not."""
+
+    def release(self, key: BlockKey) -> None:
+        """Note that no entry depends on a key any more, so that it may have become evictable."""
+
+    def victim(self) -> BlockKey | None:
+        """Return the key to evict next, without removing it; None if no key is evictable."""
 
 
 class _RankQueue:
-    """Keys by rank, the lowest first, of which only those that may go are ever looked at."""
+    """Priority queue of keys, lowest rank first. Its heap holds only keys that were evictable when they were pushed."""
 
     def __init__(self, may_go: Callable[[BlockKey], bool]):
         self._evictable, self._rank, self._heap = (
             may_go,
             {},
             [],
-        )  # what lies in the heap is stale if its rank is another
+        )  # a heap item is stale if its rank is not the present rank of its key
 
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._rank
 
     def put(self, key: BlockKey, rank: int) -> None:
-        """Enter a key, or give it another rank."""
+        """Add a key, or change its rank."""
         self._rank[key] = rank
         self.release(key)
 
     def release(self, key: BlockKey) -> None:
-        """It may go now, perhaps."""
+        """Push a key onto the heap if it is evictable; rebuild the heap if it is mostly stale."""
         if self._evictable(key):
             heapq.heappush(self._heap, (self._rank[key], key))
         if len(self._heap) > 4 * len(self._rank) + 64:
@@ -60,7 +73,7 @@ class _RankQueue:
         del self._rank[key]
 
     def victim(self) -> BlockKey | None:
-        """The key that goes first; None if none may."""
+        """The evictable key of lowest rank; None if no key is evictable."""
         while self._heap:
             rank, key = self._heap[0]
             if self._rank.get(key) == rank and self._evictable(key):
@@ -70,7 +83,7 @@ class _RankQueue:
 
 
 class LRUPolicy:
-    """The least recently used goes first."""
+    """Least recently used: evicts the key whose last use is oldest."""
 
     def __init__(self, budget: int, may_go: Callable[[BlockKey], bool]):
         self._queue, self._clock = _RankQueue(may_go), 0
@@ -94,11 +107,11 @@ class LRUPolicy:
 
 
 class S3FIFOPolicy:
-    """What is new waits in a small queue and goes from there, first come first gone, unless it was used (Yang et al.,
-    SOSP 2023, "FIFO queues are all you need for cache eviction").
+    """S3-FIFO (Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023).
 
-    What was used moves to the main queue, where each use is good for one more round. Of what went unused the key is
-    remembered, up to what would fill the tier once more: if it comes again, it goes to the main queue at once.
+    New keys enter a small FIFO queue and are evicted from there unless they were used. Used keys move to the main FIFO
+    queue, where each use buys one more round. Keys that are removed from the tier while in the small queue
+    are remembered as ghosts, up to one budget of bytes. A ghost that is added again enters the main queue at once.
     """
 
     def __init__(self, budget: int, may_go: Callable[[BlockKey], bool]):

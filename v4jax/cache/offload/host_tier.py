@@ -1,7 +1,9 @@
-"""Tiers of storage for blocks and records that are not on the device: host memory, and files in a directory.
+"""The host memory tier for KV blocks and state snapshots that are not on the device, and parts that all tiers share.
 
-A tier may lose what it was given and may refuse to take more; it never gives bytes that it has not verified. So a fault
-costs time, nothing else. Every tier counts what happens to it, and holds its budget at every moment.
+A tier may lose an item and may refuse one, but it never returns bytes without verifying their checksum. So a fault
+costs time and never changes an answer. Every tier stays within its byte budget at all times and keeps counters.
+
+In identifiers and in the kind of a key, "record" is a state snapshot.
 """
 
 from __future__ import annotations
@@ -18,13 +20,21 @@ from v4jax.cache.offload.block_file import BlockKey, BlockSchema, checksum
 from v4jax.cache.offload.tier_index import TierIndex
 
 if TYPE_CHECKING:
-    import jax  # what needs the tiers alone starts without it
+    import jax  # for annotations only, so that importing the tiers does not import jax
 
-_PAUSE, _MOST_PAUSE = 5.0, 300.0  # seconds without a try after trouble; doubles up to the second
+_PAUSE, _MOST_PAUSE = 5.0, 300.0  # seconds that a breaker stays open: at first, and at most
 
 
 class StoredBlock(NamedTuple):
-    """One block or record: its bytes (uint8 [bytes], a numpy array or one of JAX in host memory) and their checksum."""
+    """One KV block or state snapshot with its payload.
+
+    Attributes:
+      schema: Layout of the payload.
+      block_hash: 16 bytes; hash of the block, or of the block that the state snapshot ends.
+      parent: 16 bytes; hash of the preceding block.
+      payload: uint8 [schema.nbytes], a numpy array or a JAX array in host memory.
+      checksum: xxh3-64 of the payload.
+    """
 
     schema: BlockSchema
     block_hash: bytes
@@ -34,43 +44,59 @@ class StoredBlock(NamedTuple):
 
     @property
     def key(self) -> BlockKey:
+        """Key of the item in a tier."""
         return self.schema.key(self.block_hash)
 
     @property
     def is_intact(self) -> bool:
-        """Whether the bytes still have their checksum."""
+        """Whether the payload still matches its checksum."""
         return checksum(np.asarray(self.payload)) == self.checksum
 
 
 class CircuitBreaker:
-    """Opens at `limit` failures in a row: then nothing is tried for a while, and twice as long if the next try
-    fails."""
+    """Stops operations for a while after `limit` consecutive failures.
+
+    The breaker opens for 5 s at first. Each time it opens again without a success in between, the time doubles, up to
+    300 s.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, limit: int = 3):
+        """Start closed.
+
+        Args:
+          clock: Returns the time in seconds.
+          limit: Number of consecutive failures that open the breaker.
+        """
         self._clock, self._limit = clock, limit
         self._failures, self._pause, self._until = 0, _PAUSE, 0.0
 
     @property
     def open(self) -> bool:
-        """Whether nothing is to be tried now."""
+        """Whether callers must not try the operation now."""
         return self._clock() < self._until
 
     def failed(self) -> None:
-        """A try failed. Those that began before it opened do not count again."""
+        """Record a failure. While the breaker is open, a failure does not prolong it."""
         self._failures += 1
         if self._failures >= self._limit and not self.open:
             self._until = self._clock() + self._pause
             self._pause = min(2 * self._pause, _MOST_PAUSE)
 
     def worked(self) -> None:
-        """A try did not fail."""
+        """Record a success, which closes the breaker and resets its failure count and its time."""
         self._failures, self._pause, self._until = 0, _PAUSE, 0.0
 
 
 class HostTier:
-    """Items in the memory of this process. policy: what goes first (`policy.POLICIES`)."""
+    """Tier that holds items in the memory of this process. All methods are safe to call from several threads."""
 
     def __init__(self, budget: int, policy: str):
+        """Start empty.
+
+        Args:
+          budget: Payload bytes that the tier may hold.
+          policy: Eviction policy, a key of `eviction.POLICIES`.
+        """
         self._limits = budget, policy
         self._shelf, self._items = TierIndex(*self._limits), {}
         self._lock = threading.Lock()
@@ -80,7 +106,11 @@ class HostTier:
         return key in self._shelf
 
     def get(self, schema: BlockSchema, block_hash: bytes) -> StoredBlock | None:
-        """The item, verified; None if it is not (or no longer) here, or was damaged and is therefore forgotten."""
+        """Read and verify an item.
+
+        Returns:
+          The item, or None if the tier does not hold it or its checksum does not match. A corrupt item is discarded.
+        """
         with self._lock:
             item = self._items.get(schema.key(block_hash))
         if item is None:
@@ -94,7 +124,11 @@ class HostTier:
         return item
 
     def put(self, item: StoredBlock) -> tuple[bool, list[StoredBlock]]:
-        """(whether it is here now, what had to go to make room)."""
+        """Add an item, and evict others to make room. The tier refuses an item that is larger than the budget.
+
+        Returns:
+          (held, evicted): whether the tier holds the item now, and the items that were evicted for it.
+        """
         gone = []
         with self._lock:
             if item.key in self._shelf:
@@ -112,30 +146,30 @@ class HostTier:
         return True, gone
 
     def touch(self, keys: Iterable[BlockKey]) -> None:
-        """One request uses these keys, as far as they are here."""
+        """Count one use by one request of those keys that the tier holds. Other keys are ignored."""
         with self._lock:
             self._shelf.touch(keys)
 
     def discard(self, key: BlockKey) -> None:
-        """Forget an item, if it is here."""
+        """Remove an item if the tier holds it."""
         with self._lock:
             if self._shelf.remove(key) is not None:
                 del self._items[key]
 
     def stats(self) -> dict[str, float]:
-        """Counts since the start, and what is here now."""
+        """Counters since the start, and the number of blocks and records, bytes held and budget now."""
         with self._lock:
             held = {"blocks": self._shelf.count["block"], "records": self._shelf.count["record"]}
             return held | {"bytes": self._shelf.used, "budget": self._shelf.budget, **self._count}
 
     def check_invariants(self) -> None:
-        """Raise AssertionError if the books do not add up."""
+        """Raise AssertionError if the index is inconsistent or does not match the items."""
         with self._lock:
             self._shelf.check_invariants()
             if self._items.keys() != self._shelf.entries.keys():
                 raise AssertionError("the host tier's items and books differ")
 
     def close(self) -> None:
-        """Let everything go."""
+        """Remove all items, which frees their memory."""
         with self._lock:
             self._shelf, self._items = TierIndex(*self._limits), {}

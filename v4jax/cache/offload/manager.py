@@ -1,9 +1,16 @@
-"""Moves blocks and records between the device's caller, the host tier and the disk tier, on threads of its own.
+"""Manager of the host and disk tiers: stores KV blocks and state snapshots there and loads them back, on threads.
 
-Down: `save` queues what was copied off the device; one thread sums it up and puts it on the host, another writes it to
-disk. What does not fit the bounded queues is dropped and counted: it is a cache. Up: `fetch` reads the pieces of one
-prefix, host first, all verified, on another thread. Nobody waits for a thread: whoever needs a fetch asks whether it is
-done, and gives up when it has made no progress within the deadline.
+Store: `OffloadManager.store` queues bytes that were copied off the device. One thread computes their checksum and puts
+them into the host tier; a second thread writes them to the disk tier. The queues are bounded. An item that does not fit
+is dropped and counted, because a cache may lose anything.
+
+Load: `OffloadManager.load` queues a `LoadJob` for one prefix. A reader thread reads the missing blocks and the state
+snapshot, from the host tier first, and verifies every checksum.
+
+The caller never blocks on a load. It polls `LoadJob.done`, and cancels the job when `OffloadManager.expired` reports
+that the job made no progress within the deadline.
+
+In identifiers and in the kind of a key, "record" is a state snapshot.
 """
 
 from __future__ import annotations
@@ -23,17 +30,29 @@ from v4jax.cache.offload.block_file import BlockKey, BlockSchema, checksum
 from v4jax.cache.offload.disk_tier import DiskTier
 from v4jax.cache.offload.host_tier import HostTier, StoredBlock
 
-_READERS = 2
+_READERS = 2  # threads for loads that may read from disk
 _log = logging.getLogger(__name__)
-ROOM = 256 << 20
+ROOM = 256 << 20  # default bound, in bytes, of each of the two queues: off the device, and to disk
 
 
 @dataclass(eq=False)
 class LoadJob:
-    """What of one chain of names is to come up, and what has come.
+    """A load of one prefix from the host and disk tiers: the requested block hashes and the results so far.
 
-    blocks_here, records_here: names that are on the device. least: blocks that can be had without this. In the end,
-    `boundary` blocks can be begun behind: `blocks` (by name) and `record` are what of it was not on the device.
+    Attributes:
+      block_hashes: Block hashes of the prefix, first block first, 16 bytes each.
+      resident_blocks: Hashes of the blocks that are on the device and need no load.
+      resident_snapshots: Hashes of the blocks whose state snapshot is on the device and needs no load.
+      min_blocks: Number of prefix blocks that the request can reuse without this load. The load is worthwhile only if
+        it makes more blocks available.
+      num_loaded: After `done`, number of prefix blocks after which the request can resume; 0 if the load failed.
+      blocks: Loaded blocks by hash. They are the blocks of the prefix that were not on the device.
+      record: The loaded state snapshot at the end of block `num_loaded`, or None if it is on the device.
+      done: Set when the load has ended, with or without success.
+      cancelled: Set by the caller to stop the load before its next read.
+      host_only: Every missing block is in the host tier, so that a slow disk cannot delay the load.
+      last_progress: `time.monotonic()` in seconds at the last progress.
+      failed: Keys that could not be read in this job; the job does not try them again.
     """
 
     block_hashes: Sequence[bytes]
@@ -45,16 +64,15 @@ class LoadJob:
     record: StoredBlock | None = None
     done: threading.Event = field(default_factory=threading.Event)
     cancelled: bool = False
-    host_only: bool = False  # nothing of it has to come from disk
-    last_progress: float = field(default_factory=time.monotonic)  # of the last progress
+    host_only: bool = False
+    last_progress: float = field(default_factory=time.monotonic)
     failed: set[BlockKey] = field(default_factory=set)
 
 
 class OffloadManager:
-    """The tiers below the device (either may be None) and the threads between them.
+    """The host tier, the disk tier and the threads that move KV blocks and state snapshots between them.
 
-    block, record: their forms. place: puts bytes from a file where the host tier is to hold them. deadline: seconds
-    without progress after which a fetch is late. room: bytes under way from the device, and as many on to disk.
+    All methods but `flush` and `close` return without waiting for a transfer. The threads are daemons.
     """
 
     def __init__(
@@ -68,15 +86,27 @@ class OffloadManager:
         deadline: float = 0.5,
         room: int = ROOM,
     ):
+        """Start the threads.
+
+        Args:
+          block: Schema of a KV block.
+          record: Schema of a state snapshot.
+          host: The host tier, or None for no host tier.
+          disk: The disk tier, or None for no disk tier.
+          place: Copies a payload that was read from a file (uint8 [bytes]) into the memory that the host tier uses.
+          deadline: Seconds without progress after which a load has timed out.
+          room: Bytes that may be queued from the device, and also bytes that may be queued for the disk while no tier
+            holds them. It is raised to two payloads of the larger schema if it is below that.
+        """
         self.block, self.record, self.host, self.disk, self._place = block, record, host, disk, place
         self.deadline, self._room = deadline, max(room, 2 * max(block.nbytes, record.nbytes))
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
-        self._coming: dict[BlockKey, int] = {}  # on the way from the device: bytes
-        self._pending: dict[
-            BlockKey, tuple[StoredBlock, bool]
-        ] = {}  # to be written; whether nobody else holds the item
-        self._loose_bytes = 0
+        # Payload bytes of the items that `store` queued and that are not in a tier yet.
+        self._coming: dict[BlockKey, int] = {}
+        # Items queued for the disk, each with a flag that is True if the queue holds the only reference ("loose").
+        self._pending: dict[BlockKey, tuple[StoredBlock, bool]] = {}
+        self._loose_bytes = 0  # payload bytes of the loose items in `_pending`
         self._count = Counter(saved=0, dropped=0, fetches=0, late=0)
         self._looked = Counter()
         self._saves, self._writes, self._reads, self._quick = (queue.SimpleQueue() for _ in range(4))
@@ -87,30 +117,40 @@ class OffloadManager:
 
     @property
     def tiers(self) -> dict[str, HostTier | DiskTier]:
-        """Those there are, by name, the fast one first."""
+        """The tiers that exist, by name ("host", "disk"), the faster tier first."""
         return {name: tier for name, tier in (("host", self.host), ("disk", self.disk)) if tier is not None}
 
-    # --- down ------------------------------------------------------------------------------------------------------
+    # --- store -----------------------------------------------------------------------------------------------------
 
     def should_store(self, key: BlockKey) -> bool:
-        """Whether saving it would be of use: no tier has it, and it is not on its way to one."""
+        """Whether a key is worth storing: no tier contains it, and it is not queued for one."""
         known = key in self._coming or key in self._pending or any(key in tier for tier in self.tiers.values())
         return not known
 
     def num_free(self, schema: BlockSchema) -> int:
-        """How many more of a schema `store` may be given now."""
+        """Number of further payloads of a schema that fit the queue from the device now.
+
+        The caller must pass no more than that to `store`, which does not check it.
+        """
         with self._lock:
             return max(self._room - sum(self._coming.values()), 0) // schema.nbytes
 
     def store(self, schema: BlockSchema, block_hash: bytes, parent: bytes, payload: jax.Array | np.ndarray) -> None:
-        """Send the bytes of a block or record down; they may still be on their way from the device."""
+        """Queue the payload of a KV block or state snapshot for the tiers below the device.
+
+        Args:
+          schema: Schema of the payload.
+          block_hash: 16 bytes; hash of the block, or of the block that the state snapshot ends.
+          parent: 16 bytes; hash of the preceding block.
+          payload: uint8 [schema.nbytes]. The copy off the device may still be running.
+        """
         key = schema.key(block_hash)
         try:
             with self._lock:
                 self._count.update(saved=1)
                 self._coming[key] = schema.nbytes
             self._saves.put((schema, block_hash, parent, payload))
-        except BaseException:  # an interrupt, after which nobody might take it
+        except BaseException:  # after an interrupt, no thread might receive the item, and the key would stay queued
             self._arrived(key)
             raise
 
@@ -120,7 +160,7 @@ class OffloadManager:
             self._settled.notify_all()
 
     def record_dropped(self, count: int) -> None:
-        """So many were not saved, for want of room or because the copy failed."""
+        """Count `count` items that were not stored, because the queue was full or the copy off the device failed."""
         with self._lock:
             self._count.update(dropped=count)
 
@@ -128,13 +168,16 @@ class OffloadManager:
         try:
             item = StoredBlock(schema, block_hash, parent, payload, checksum(np.asarray(payload)))
             self._insert(item)
-        except (RuntimeError, MemoryError):  # what JAX raises if the copy off the device failed
+        except (RuntimeError, MemoryError):  # JAX raises these if the copy off the device failed
             self.record_dropped(1)
         finally:
             self._arrived(schema.key(block_hash))
 
     def _insert(self, item: StoredBlock, stored: bool = False) -> None:
-        """Put an item on the host, and what that pushes out on disk; the item itself too unless it came from there."""
+        """Put an item into the host tier, and queue that tier's victims for the disk.
+
+        The item itself is queued for the disk too, unless it was read from there (`stored`).
+        """
         held, gone = self.host.put(item) if self.host is not None else (False, [])
         if self.disk is None:
             return
@@ -145,7 +188,13 @@ class OffloadManager:
                 self._to_disk(item, loose=not held)
 
     def _to_disk(self, item: StoredBlock, loose: bool) -> None:
-        """Queue a write, under the lock. loose: nobody else holds the item, so that it counts against the room."""
+        """Queue an item for the disk. The caller holds the lock.
+
+        Args:
+          item: The item. An earlier entry of the queue with the same key is replaced.
+          loose: The host tier does not hold the item, so that the queue alone keeps its memory. Its bytes then count
+            against `room`, and the item is dropped if they do not fit.
+        """
         key = item.key
         if key in self.disk:
             return
@@ -166,7 +215,7 @@ class OffloadManager:
     def _write(self, key: BlockKey) -> None:
         with self._lock:
             item, _ = self._pending.get(key, (None, False))
-        if item is not None:  # not dropped meanwhile
+        if item is not None:  # None if the item was dropped from the queue in the meantime
             try:
                 self.disk.put(item)
             finally:
@@ -175,29 +224,54 @@ class OffloadManager:
                     self._settled.notify_all()
 
     def flush(self, seconds: float) -> bool:
-        """Wait until nothing is on its way down, so long at most; whether that is so."""
+        """Wait until every queued store is finished.
+
+        Args:
+          seconds: The longest wait in seconds.
+
+        Returns:
+          Whether the queues are empty; False if the wait timed out.
+        """
         with self._lock:
             return self._settled.wait_for(lambda: not self._coming and not self._pending, seconds)
 
     def close(self, seconds: float = 10.0) -> None:
-        """Flush, end the threads as soon as they have nothing to do, and leave the tiers."""
+        """Flush for at most `seconds`, tell the threads to end after their queued work, and close the tiers.
+
+        Items that are not written to disk by then are dropped.
+        """
         self.flush(seconds)
         with self._lock:
-            self._pending.clear()  # the directory may be another's soon
+            self._pending.clear()  # another process may lock the directory after this
             self._loose_bytes = 0
         for todo, _ in self._threads:
             todo.put(None)
         for tier in self.tiers.values():
             tier.close()
 
-    # --- up --------------------------------------------------------------------------------------------------------
+    # --- load ------------------------------------------------------------------------------------------------------
 
     def lookup(self, names: Sequence[bytes]) -> int:
-        """Blocks, from the first of these on, behind which a request can begin by what is here, as far as is known."""
+        """Number of prefix blocks after which a request can resume from the tiers alone.
+
+        The answer comes from the indexes of the tiers; no bytes are read, so that a later load may still fail.
+
+        Args:
+          names: Block hashes of the prefix, first block first.
+
+        Returns:
+          Length of the longest prefix that the tiers contain and that ends at a state snapshot; 0 if there is none.
+        """
         return self._longest_prefix(LoadJob(names, frozenset(), frozenset(), 0))
 
     def load(self, job: LoadJob) -> bool:
-        """Begin to fetch, if the tiers have what it takes to start behind more blocks; counts as one use of those."""
+        """Start a load if it would make more than `job.min_blocks` prefix blocks available.
+
+        A started load counts as one use of its keys for the eviction policy of every tier.
+
+        Returns:
+          Whether the load was started. If not, `job.done` is never set.
+        """
         goal = self._longest_prefix(job)
         self._record_lookups(job, goal)
         if goal <= job.min_blocks:
@@ -207,18 +281,18 @@ class OffloadManager:
         ]
         for tier in self.tiers.values():
             tier.touch(keys)
-        # What lies on the host must not wait for a disk that hangs.
+        # A load that needs only the host tier has a thread of its own, so that it never waits for a hanging disk.
         job.host_only = self.host is not None and all(key in self.host for key in keys if self._needs(job, key))
         self._count.update(fetches=1)
         (self._quick if job.host_only else self._reads).put((job,))
         return True
 
     def expired(self, job: LoadJob) -> bool:
-        """Whether a load runs that has made no progress within the deadline."""
+        """Whether a load is still running and has made no progress within the deadline."""
         return not job.done.is_set() and time.monotonic() - job.last_progress > self.deadline
 
     def give_up(self, job: LoadJob) -> None:
-        """Cancel a load that expired, and count it against the tier that it waits for."""
+        """Cancel a load that expired, and count it as a timeout of the disk tier unless the load is host-only."""
         job.cancelled = True
         self._count.update(late=1)
         if self.disk is not None and not job.host_only:
@@ -234,7 +308,10 @@ class OffloadManager:
             job.done.set()
 
     def _longest_prefix(self, job: LoadJob) -> int:
-        """Most blocks in a row, as far as is known, that end at a record."""
+        """Length in blocks of the longest known prefix that ends at a state snapshot; 0 if there is none.
+
+        A block or snapshot is known if it is on the device, loaded by this job, queued, or in the index of a tier.
+        """
         best = 0
         for count, name in enumerate(job.block_hashes, 1):
             if not (name in job.resident_blocks or name in job.blocks or self._has(job, self.block.key(name))):
@@ -250,7 +327,11 @@ class OffloadManager:
         return key not in job.failed and not self.should_store(key)
 
     def _load_missing(self, job: LoadJob, goal: int) -> bool:
-        """Read what is missing; False at the first piece that cannot be had: then there may be another goal."""
+        """Read the missing state snapshot and blocks of the first `goal` blocks into the job.
+
+        Returns:
+          Whether everything was read. It stops at the first failure; a shorter prefix may then still be possible.
+        """
         last, job.record = job.block_hashes[goal - 1], None
         if last not in job.resident_snapshots:
             job.record = self._read(job, self.record, last)
@@ -281,10 +362,14 @@ class OffloadManager:
             job.failed.add(key)
         return item
 
-    # --- seen from outside -----------------------------------------------------------------------------------------
+    # --- statistics ------------------------------------------------------------------------------------------------
 
     def _record_lookups(self, job: LoadJob, goal: int) -> None:
-        """Count what a request looks up below the device: each tier is asked for what the ones above do not have."""
+        """Count the hits and misses of one request in every tier.
+
+        A tier counts only lookups that missed in the faster tiers. The request looks up the blocks of its prefix that
+        are not on the device, and the state snapshot after block `goal` (after block 1 if `goal` is 0).
+        """
         asked = [("block", self.block.key(name)) for name in job.block_hashes if name not in job.resident_blocks]
         last = job.block_hashes[max(goal, 1) - 1] if job.block_hashes else None
         if last is not None and last not in job.resident_snapshots:
@@ -296,7 +381,7 @@ class OffloadManager:
             asked = missed
 
     def stats(self) -> dict[str, float]:
-        """Counts since the start, of what is under way, and of every tier."""
+        """Counters since the start, the current queue lengths, and the statistics of every tier."""
         with self._lock:
             under_way = {"queue_saves": len(self._coming), "queue_writes": len(self._pending)}
             counts = {f"transfer_{name}": count for name, count in self._count.items()}
@@ -311,9 +396,10 @@ class OffloadManager:
 
 
 def _serve(todo: queue.SimpleQueue, work: Callable[..., None]) -> None:
+    """Call `work` with every argument tuple of a queue until None arrives. An exception is logged, not raised."""
     while (arguments := todo.get()) is not None:
         try:
             work(*arguments)
         except Exception:
             _log.exception("the cache leaves out a block or record that could not be moved")
-        del arguments  # it may hold a whole prefix
+        del arguments  # otherwise a whole prefix stays in memory while the thread waits

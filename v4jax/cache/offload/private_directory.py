@@ -1,8 +1,9 @@
-"""A directory that one engine keeps its files in: opened once, checked, locked, and used by descriptor from then on.
+"""Opens, checks and locks the directory in which one engine stores its files.
 
-Whoever can write into the directory can change what a model answers, and a link in it leads to files of others. So the
-directory must not be a symbolic link, not belong to another user, and not be writable by everybody. All files are then
-reached through the descriptor, which goes on meaning this directory when another takes its path.
+Anyone who can write into the directory can change the answers of the model, and a symbolic link can lead to other
+users' files. So the directory must not be a symbolic link, belong to another user (root is allowed) or be writable by
+every user. Files are then opened relative to its descriptor, which refers to the same directory even if another
+directory takes its path.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ LOCK = "lock"
 
 
 def open_private(path: pathlib.Path) -> int:
-    """Descriptor of a directory, which is made if need be, with mode 0700. Raises UserError if it cannot be trusted."""
+    """Open a directory, created with mode 0700 if missing. Raises UserError if it cannot be used or trusted."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         return open_trusted(path)
@@ -36,7 +37,16 @@ def open_private(path: pathlib.Path) -> int:
 
 
 def open_trusted(path: pathlib.Path) -> int:
-    """Descriptor of a directory that is there. Raises OSError for a symbolic link, and for files of unknown origin."""
+    """Open an existing directory and check who can write to it.
+
+    Returns:
+      The descriptor of the directory, which the caller must close.
+
+    Raises:
+      PermissionError: Every user can write to the directory, or another user than root owns it (errno EPERM). The
+        owner is not checked if this process runs as root.
+      OSError: The path is a symbolic link or cannot be opened as a directory.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     status, user = os.fstat(descriptor), os.geteuid()
     complaint = ""
@@ -51,9 +61,17 @@ def open_trusted(path: pathlib.Path) -> int:
 
 
 def lock(directory: int, path: pathlib.Path) -> BinaryIO:
-    """The locked lock file of a directory; closing it releases the lock.
+    """Lock a directory for one engine.
 
-    path: of the directory, for messages. Raises UserError if another engine has the lock, or its file is no file.
+    Args:
+      directory: Descriptor of the directory.
+      path: Path of the directory, for error messages.
+
+    Returns:
+      The locked file. Closing it releases the lock.
+
+    Raises:
+      UserError: Another engine holds the lock, the lock file is not a regular file, or it cannot be locked.
     """
     try:
         return take_lock(LOCK, at=directory)

@@ -16,32 +16,40 @@ from v4jax.cache.offload.eviction import POLICIES
 
 @dataclass
 class IndexEntry:
-    """size: bytes charged to the budget."""
+    """One entry of the index.
+
+    Attributes:
+      parent: Hash of the preceding block, 16 bytes.
+      size: Bytes charged to the budget.
+    """
 
     parent: bytes
     size: int
 
 
 class TierIndex:
-    """Books alone, no bytes. The owner holds a lock around every call. policy: one of `policy.POLICIES`."""
+    """Keys, sizes and eviction order of a tier, without the payloads. The owner holds a lock around every call.
+
+    The constructor takes the budget in bytes and the eviction policy, a key of `eviction.POLICIES`.
+    """
 
     def __init__(self, budget: int, policy: str):
         self.budget, self.used = budget, 0
         self.entries: dict[BlockKey, IndexEntry] = {}
         self.count = dict.fromkeys(KINDS, 0)
-        self._blocks: defaultdict[bytes, set[BlockKey]] = defaultdict(set)  # by name; several only if forms differ
-        self._dependents: Counter[bytes] = Counter()  # by name of a block: the entries that need it
+        self._blocks: defaultdict[bytes, set[BlockKey]] = defaultdict(set)  # by hash; several if schemas differ
+        self._dependents: Counter[bytes] = Counter()  # by block hash: number of entries that need it
         self._policy = POLICIES[policy](budget, self._is_leaf)
 
     def __contains__(self, key: BlockKey) -> bool:
         return key in self.entries
 
     def has_room(self, size: int) -> bool:
-        """Whether so many bytes more are within the budget."""
+        """Whether `size` more bytes fit the budget."""
         return self.used + size <= self.budget
 
     def add(self, key: BlockKey, parent: bytes, size: int) -> None:
-        """Enter a new key. Raises ValueError if it is there already or does not fit."""
+        """Add a new key of `size` bytes. Raises ValueError if the index contains it or it does not fit."""
         if key in self.entries or not self.has_room(size):
             raise ValueError(f"{key} is there already, or {size} bytes do not fit")
         self.entries[key] = IndexEntry(parent, size)
@@ -53,7 +61,7 @@ class TierIndex:
         self._policy.add(key, size)
 
     def remove(self, key: BlockKey) -> IndexEntry | None:
-        """Strike a key out; None if it is not there."""
+        """Remove a key and return its entry; None if the index does not contain it."""
         entry = self.entries.pop(key, None)
         if entry is None:
             return None
@@ -73,16 +81,16 @@ class TierIndex:
         return entry
 
     def touch(self, keys: Iterable[BlockKey]) -> None:
-        """One request uses these keys: all at the same moment, however long it lasts."""
+        """Count one use by one request of those keys that the index contains, all at the same time."""
         self._policy.touch([key for key in keys if key in self.entries])
 
     def next_victim(self) -> BlockKey | None:
-        """The key that goes first, still there; None if there is none."""
+        """The key to evict next, without removing it; None if the index is empty."""
         first = self._policy.victim()
-        return first if first is not None else next(iter(self.entries), None)  # forged names may hang in a ring
+        return first if first is not None else next(iter(self.entries), None)  # forged hashes may form a cycle
 
     def check_invariants(self) -> None:
-        """Raise AssertionError if the books do not add up, in time linear in the entries."""
+        """Raise AssertionError if the index is inconsistent. Takes time linear in the number of entries."""
         sizes = sum(entry.size for entry in self.entries.values())
         hanging = Counter(_required_block(key, entry.parent) for key, entry in self.entries.items())
         blocks = {key for keys in self._blocks.values() for key in keys}
@@ -97,5 +105,5 @@ class TierIndex:
 
 
 def _required_block(key: BlockKey, parent: bytes) -> bytes:
-    """Name of the block without which an entry is of no use: the one before a block, the one behind a record."""
+    """Hash of the block that an entry depends on: its parent for a block, the block that it ends for a snapshot."""
     return parent if key.kind == "block" else key.block_hash
