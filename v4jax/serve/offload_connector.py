@@ -1,7 +1,8 @@
 """Offload tiers of an engine, shared by all devices of a process, and one `DeviceKVConnector` per device.
 
-A block that one device computed is found by a request on any other of its process. Of several processes each has tiers
-of its own, budgets and a directory among them, and a request goes where most of its prompt is (`found`).
+A request on any device of a process can reuse a block that another device of that process computed. Each process has
+its own tiers, with its own budgets and directory, so a request is assigned with regard to the process that stores most
+of its prompt (`OffloadConnector.num_offloaded_blocks`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _log = logging.getLogger(__name__)
 def build(
     live: KVCaches, places: DataParallelGroup, cache: config.Cache, layout: KVCacheSpec
 ) -> OffloadConnector | None:
-    """The tiers that a config asks for, told of in the log; None if it asks for none. Raises UserError."""
+    """Build the tiers of a config and log their capacity; None if the config has none. Raises UserError."""
     if not (cache.kv_host_bytes or cache.kv_disk_bytes):
         return None
     if not layout.block_bytes:
@@ -115,9 +116,10 @@ class OffloadConnector:
         return ", ".join(parts)
 
     def sync_loads(self) -> None:
-        """Tell all processes what has come up for the requests that wait, by the process whose device they are on.
+        """Share the results of the waiting requests' loads among all processes.
 
-        To be called by all of them at the same step; alone, nothing is to be told.
+        The process that owns a request's device reports its result. All processes must call this at the same step; with
+        one process it does nothing.
         """
         if not self.multi_process:
             return
@@ -130,9 +132,10 @@ class OffloadConnector:
                 visit.num_loaded = None if boundary < 0 else int(boundary)
 
     def num_offloaded_blocks(self, names: Sequence[bytes]) -> list[int]:
-        """Blocks, from the first of these on, behind which a request on each device can begin by what lies below it.
+        """Return, for each device, the number of prefix blocks that a request could load from the device's tiers.
 
-        To be called by all processes at the same step. Where all devices share the tiers it makes no difference: zeros.
+        All processes must call this at the same step. With one process all devices share the tiers, so the numbers
+        would not affect the choice of a device, and all are 0.
         """
         if not self.multi_process:
             return [0] * len(self.device_connectors)
@@ -141,9 +144,9 @@ class OffloadConnector:
         return [by_process[process] for process in self._processes]
 
     def run_transfers(self, live: KVCaches, idle: bool = True) -> KVCaches:
-        """The live state after all that the books changed; to be called before the next plan is sent.
+        """Return the KV caches after the copies that the block pools need; call before the next plan is dispatched.
 
-        idle: nothing waits for the devices, so that any number of blocks may be copied that could also wait.
+        idle: nothing waits for the devices, so idle blocks are copied without the limit per call.
         """
         if not any(bay.has_transfers for bay in self.device_connectors):
             return live
@@ -157,7 +160,7 @@ class OffloadConnector:
         any(bay.wait_for_load(0.01) for bay in self.device_connectors)  # the first that waits: the others go on
 
     def flush(self, live: KVCaches, seconds: float) -> bool:
-        """Move everything down that is idle, in so many seconds at most; whether that was enough."""
+        """Offload all idle blocks within `seconds`; return whether nothing is left queued."""
         end = time.monotonic() + seconds
         while any(bay.num_idle for bay in self.device_connectors) and time.monotonic() < end:
             for bay, part in zip(self._own, self._places.split_devices(live), strict=True):
@@ -166,12 +169,12 @@ class OffloadConnector:
         return self.transfer.flush(max(end - time.monotonic(), 0))
 
     def close(self, live: KVCaches, seconds: float) -> None:
-        """`flush`, then leave the tiers."""
+        """Flush for at most `seconds`, then close the tiers."""
         self.flush(live, seconds)
         self.transfer.close(0.0)
 
     def stats(self) -> dict[str, float]:
-        """What the tiers of this process count, and blocks that came back from those of all."""
+        """Return the counters of this process's tiers, and blocks restored and idle, summed over all devices."""
         return self.transfer.stats() | {
             "restored_blocks": sum(bay.num_restored for bay in self.device_connectors),
             "queue_idle": sum(bay.num_idle for bay in self.device_connectors),
@@ -179,7 +182,7 @@ class OffloadConnector:
 
 
 def _to_host(memory: SingleDeviceSharding | None, payload: np.ndarray) -> np.ndarray | jax.Array:
-    """Bytes from a file, where the host tier keeps them."""
+    """Copy a file's bytes to the memory in which the host tier stores them: pinned memory if there is any."""
     try:
         return payload if memory is None else jax.device_put(payload, memory)
     except RuntimeError:  # no pinned memory is left
