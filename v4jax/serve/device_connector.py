@@ -36,8 +36,8 @@ from v4jax.parallel.host_memory import host_gather, host_scatter
 from v4jax.serve.model_steps import KVCaches
 from v4jax.serve.request import Request, RequestStatus
 
-_BATCH = 8  # blocks or records copied by one call, if more than one
-_REMEMBERED = 1 << 20  # names of blocks
+_BATCH = 8  # blocks or snapshots per copy program, if more than one
+_REMEMBERED = 1 << 20  # block hashes whose look-ups are remembered
 
 
 class StoreOp(NamedTuple):
@@ -68,10 +68,10 @@ class DeviceKVConnector:
     """The `KVConnector` of one device.
 
     Args:
-        live: caches of the device; None for a device of another process, of which only the block pool is here.
-        transfer: moves blocks between the tiers.
-        schemas: of a "block" and of a "record".
-        second: store only blocks that a second request asked for.
+        live: KV caches of the device; None for a device of another process, of which this process has only the pool.
+        transfer: the offload tiers of this process.
+        schemas: schemas of the kinds "block" and "record".
+        second: store only blocks that a second request looked up.
         told: `OffloadConnector.sync_loads` sets the result of each load (several processes).
     """
 
@@ -91,7 +91,7 @@ class DeviceKVConnector:
             self._device = SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
         self._moves: list[StoreOp | LoadOp] = []  # in the order of the block pool's changes
         self._backlog: dict[str, dict[bytes, StoreOp]] = {"block": {}, "record": {}}
-        self._second, self._asked = second, OrderedDict()  # by name: whether more than one request asked for it
+        self._second, self._asked = second, OrderedDict()  # block hash -> whether more than one request looked it up
         self._visits: dict[Request, PendingLoad | None] = {}
         self._blocks: BlockPool | None = None
         self.num_restored = 0
@@ -254,7 +254,7 @@ class DeviceKVConnector:
             try:
                 payloads = pack_blocks(live, self._kinds, kind, jax.device_put(numbers, self._device))[: len(batch)]
                 payloads = jax.device_put(payloads, self._pinned) if self._pinned else payloads
-            except RuntimeError:  # no memory for a copy
+            except RuntimeError:  # no memory for the copy
                 self.transfer.record_dropped(len(batch))
                 continue
             for save, payload in zip(batch, payloads, strict=True):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from v4jax.serve.llm import LLM
 
 _TIERS = ("host", "disk")
-# Gauges and their help; every other name of `LLM.stats` is a counter.
+# Gauges and their help; a name of `LLM.stats` in neither table is a counter.
 _GAUGES = {
     "waiting": "requests that wait to be admitted",
     "running": "requests that read a prompt or decode",

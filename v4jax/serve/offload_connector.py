@@ -45,7 +45,7 @@ def build(
     host = HostTier(cache.kv_host_bytes, cache.kv_eviction_policy) if cache.kv_host_bytes else None
     own = str(jax.process_index()) if jax.process_count() > 1 else ""
     directory = pathlib.Path(cache.kv_dir) / own
-    if cache.kv_disk_bytes and own:  # the parent of all processes' directories decides where they lie, too
+    if cache.kv_disk_bytes and own:  # the directories of all processes share this parent, so it must be private too
         os.close(open_private(directory.parent))
     disk = (
         DiskTier(directory, cache.kv_disk_bytes, cache.kv_eviction_policy, deadline=cache.kv_load_timeout_s)
@@ -62,7 +62,7 @@ def build(
             layout.block,
             second=cache.kv_admission_policy == "second",
         )
-    except BaseException:  # an interrupt: another engine of this process may want the directory
+    except BaseException:  # such as an interrupt; another engine of this process may use the directory next
         if disk is not None:
             disk.close()
         raise
@@ -71,10 +71,10 @@ def build(
 
 
 class OffloadConnector:
-    """The tiers of one engine, those of this process, and a `DeviceKVConnector` for each device.
+    """The offload tiers of one engine in this process, and a `DeviceKVConnector` for each device of all processes.
 
-    tokens: of a block. second: store only blocks that a second request asked for. summary: what each tier holds, in
-    tokens.
+    tokens: tokens per block. deadline: seconds without progress after which a load is abandoned. second: store only
+    blocks that a second request looked up. summary: capacity of device and tiers in tokens, as text.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class OffloadConnector:
         leaves = jax.tree.leaves(parts[0])
         place = functools.partial(_to_host, pinned_sharding(*leaves[0].devices()))
         self.transfer = OffloadManager(*self.schemas.values(), host, disk, place=place, deadline=deadline)
-        weakref.finalize(self, self.transfer.close)  # an engine that nobody closed, or the end of the process
+        weakref.finalize(self, self.transfer.close)  # for an engine that was never closed, and at process exit
         self._processes, here = places.processes, iter(parts)
         self.multi_process = len(set(self._processes)) > 1
         mine = [next(here) if process == jax.process_index() else None for process in self._processes]
@@ -150,14 +150,14 @@ class OffloadConnector:
         """
         if not any(bay.has_transfers for bay in self.device_connectors):
             return live
-        parts = self._places.split_devices(live)  # they are donated, and so `live` with them
+        parts = self._places.split_devices(live)  # the parts are donated, which also invalidates `live`
         return self._places.join_devices(
             [bay.run_transfers(part, idle) for bay, part in zip(self._own, parts, strict=True)]
         )
 
     def wait_for_load(self) -> None:
-        """Wait 10 ms for a load; to be called when there is nothing else to do."""
-        any(bay.wait_for_load(0.01) for bay in self.device_connectors)  # the first that waits: the others go on
+        """Wait at most 10 ms for a load; call it when the engine has no other work."""
+        any(bay.wait_for_load(0.01) for bay in self.device_connectors)  # `any` stops at the first that waits
 
     def flush(self, live: KVCaches, seconds: float) -> bool:
         """Offload all idle blocks within `seconds`; return whether nothing is left queued."""
