@@ -42,8 +42,8 @@ class LLM:
 
     Args:
         model: a directory (a run, an orbax checkpoint or Hugging Face weights) or a Transformer.
-        tokenizer: a Tokenizer or the path of one. None means the tokenizer of the directory. Without a tokenizer,
-            prompts must be token ids.
+        tokenizer: a Tokenizer or the path of a tokenizer.json. None means the tokenizer of the directory. Without a
+            tokenizer, prompts must be token ids.
         dtype: "float32" or "bfloat16"; allowed only if `model` is a directory.
         mesh: a MeshConfig, such as MeshConfig("serve"), over all devices of all processes. It shards the experts over
             the devices. Every device has its own batch and its own KV cache, of the sizes given in `options`. None

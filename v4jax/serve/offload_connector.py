@@ -45,7 +45,7 @@ def build(
     host = HostTier(cache.kv_host_bytes, cache.kv_eviction_policy) if cache.kv_host_bytes else None
     own = str(jax.process_index()) if jax.process_count() > 1 else ""
     directory = pathlib.Path(cache.kv_dir) / own
-    if cache.kv_disk_bytes and own:  # the directories of all processes share this parent, so it must be private too
+    if cache.kv_disk_bytes and own:  # the directories of all processes share this parent, so it must be trusted too
         os.close(open_private(directory.parent))
     disk = (
         DiskTier(directory, cache.kv_disk_bytes, cache.kv_eviction_policy, deadline=cache.kv_load_timeout_s)
