@@ -1,4 +1,4 @@
-"""From prompts to text: sampling, the batched engine, and `LLM`, its face in Python."""
+"""Serving: sampling, the batched engine, and its Python API `LLM`."""
 
 from v4jax.config import Mesh as MeshConfig
 from v4jax.serve.llm import LLM

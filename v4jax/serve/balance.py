@@ -1,4 +1,4 @@
-"""Which device of a mesh a request goes to, and what the books of all of them say together."""
+"""Assignment of requests to the devices of a mesh, and the sum of the devices' counters."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ def select_rank(
     seed: bytes | None,
     below: Callable[[Sequence[bytes]], Sequence[int]] | None = None,
 ) -> Scheduler:
-    """The scheduler that has least to do, in tokens, until the request is done; of several the one that was given
-    fewest requests.
+    """Choose the scheduler with the fewest tokens left to compute, the new request included.
 
-    What it finds of the prompt, or tiers below it hold, need not be read. seed: of the names of the prompt's blocks, or
-    None. below: blocks that the tiers below each hold of those with such names.
+    Prompt tokens in cached blocks, of the device or of its offload tiers, do not count. Ties go to the scheduler that
+    has received the fewest requests.
+
+    Args:
+        schedulers: one per device.
+        prompt: token ids of the request.
+        max_tokens: maximum new tokens of the request.
+        seed: seed of the prompt's block hashes; None ignores the caches.
+        below: maps block hashes to the number of prefix blocks in the tiers of each device; None without tiers.
     """
     if len(schedulers) == 1:
         return schedulers[0]
@@ -37,7 +43,7 @@ def select_rank(
 
 
 def merge_stats(schedulers: Sequence[Scheduler]) -> dict[str, float]:
-    """`Scheduler.stats`, counts added up, rates those of all."""
+    """Sum `Scheduler.stats` over the devices; rates are computed from the sums."""
     each = [scheduler.stats() for scheduler in schedulers]
     total = {name: sum(stats[name] for stats in each) for name in each[0]}
     queries = max(total["queries"], 1)

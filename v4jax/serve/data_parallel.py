@@ -1,9 +1,9 @@
-"""Where an engine's arrays lie: on one device, or on all devices of a mesh, each with records and pages of its own.
+"""Placement of an engine's arrays: one device, or all devices of a mesh, each with its own state slots and KV blocks.
 
-On a mesh the first axis of every array but the weights' is the devices', in the mesh's order: the rows of the first
-device, then those of the second, and so on. Experts are split over the devices and tokens travel to them; the other
-weights are replicated (`configs/sharding/serve.py`). Every process of a mesh runs the schedulers of all devices and
-receives all tokens, so all processes plan the same steps; each uploads the shards of its own devices.
+On a mesh, the first axis of every array except the weights concatenates the rows of the devices, in the mesh's order.
+Experts are sharded over the devices, and tokens are dispatched to them; all other weights are replicated
+(`configs/sharding/serve.py`). Every process runs the schedulers of all devices and receives all tokens, so all
+processes plan the same steps. Each process uploads only the shards of its own devices.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from v4jax.parallel.rules import MeshRules, make_mesh_rules
 
 
 class DataParallelGroup:
-    """count: devices. sharding: the mesh and its rules, None for one device."""
+    """The devices of an engine. count: number of devices. sharding: the mesh and its rules; None for one device."""
 
     def __init__(self, sharding: MeshRules | None):
         self.sharding, self.count = sharding, 1
@@ -35,43 +35,43 @@ class DataParallelGroup:
 
     @property
     def processes(self) -> list[int]:
-        """Index of every device's process, in the mesh's order."""
+        """Process index of every device, in the mesh's order."""
         if self.sharding is None:
             return [jax.process_index()]
         return [device.process_index for device in self.sharding.mesh.devices.flat]
 
     @property
     def placement(self) -> ShardingFn | None:
-        """Where weights go as they are read."""
+        """Sharding of each weight while a checkpoint is read; None on one device."""
         if self.sharding is None:
             return None
         return lambda letters, _: self.sharding.named(self.sharding.weight(letters))
 
     def shard_rows(self, tree):
-        """Arrays of the host (numpy), all devices' rows, to the devices."""
+        """Upload numpy arrays that hold the rows of all devices; each device gets its own rows."""
         if self.sharding is None:
             return jax.device_put(tree)
         part = lambda a, i: a[i * (len(a) // self.count) :][: len(a) // self.count]
         return jax.tree.map(lambda a: self._array([part(a, i) for i, _ in self._mine]), tree)
 
     def replicate(self, tree):
-        """Arrays of one device, the same for every device: all devices' rows.
+        """Give every device a copy of one device's arrays, concatenated along the first axis.
 
-        On one device they are bound to it, as what programs return is once such arrays, or those that come back from
-        host memory, are among their arguments: else each program would be compiled again for its own results.
+        On one device, commit the arrays to it. Outputs of a jitted function are committed as soon as one input is, so
+        starting from uncommitted arrays would compile every step function twice.
         """
         if self.sharding is None:
             return jax.tree.map(_committed, tree)
         return jax.tree.map(lambda a: self._array([a] * len(self._mine)), tree)
 
     def _array(self, parts: list) -> jax.Array:
-        """What each device of this process is to have, as its part of one array."""
+        """Build one global array from the parts of this process's devices, in their order."""
         parts = jax.device_put(parts, [device for _, device in self._mine])
         shape = (self.count * parts[0].shape[0], *parts[0].shape[1:])
         return jax.make_array_from_single_device_arrays(shape, self._rows, parts)
 
     def split_devices(self, tree) -> list:
-        """The same arrays as those of each device of this process, with no copy; to be `joined` again."""
+        """Split global arrays into one tree per device of this process, without a copy; undo with `join_devices`."""
         if self.sharding is None:
             return [tree]
         leaves, structure = jax.tree.flatten(tree)
@@ -80,13 +80,13 @@ class DataParallelGroup:
         return [jax.tree.unflatten(structure, [each[i].data for each in shards]) for i in place.values()]
 
     def join_devices(self, trees: list):
-        """What `split` took apart, the devices' trees perhaps changed."""
+        """Join one tree per device of this process, as `split_devices` returns them, into global arrays."""
         if self.sharding is None:
             return trees[0]
         return jax.tree.map(lambda *parts: self._array(list(parts)), *trees)
 
     def get(self, tree):
-        """Arrays of the devices to the host, all devices' rows, in every process."""
+        """Copy global arrays, the rows of all devices, to the host; every process gets all rows."""
         if self.sharding is not None and jax.process_count() > 1:
             tree = _gathered(NamedSharding(self.sharding.mesh, PartitionSpec()))(tree)
         return jax.device_get(tree)
@@ -105,17 +105,21 @@ def _gathered(whole: NamedSharding):
 
 
 def row_spec(sharding: MeshRules) -> PartitionSpec:
-    """How the devices' rows are split."""
+    """PartitionSpec that shards the first axis over the devices."""
     return PartitionSpec(sharding.axes("activations", "batch"))
 
 
 def data_parallel_group(mesh: config.Mesh | None, devices: Sequence[jax.Device] | None = None) -> DataParallelGroup:
-    """Over `devices` (default: all of all processes), or on one device if the mesh has no layout. Raises UserError."""
+    """Make the group over `devices` (default: all devices of all processes), or of one device if `mesh` is falsy.
+
+    Raises:
+        UserError: serving cannot use the mesh or its layout.
+    """
     return DataParallelGroup(make_mesh_rules(mesh, devices) if mesh else None)
 
 
 def check(sharding: MeshRules) -> None:
-    """Raise UserError unless rows are split over all devices, and of the weights nothing but experts."""
+    """Raise UserError unless rows are sharded over all devices, and no weights but experts are sharded."""
     layout, mesh = sharding.rules, sharding.mesh
     everywhere = sharding.axes("activations", "batch")
     if sharding.size(everywhere) != mesh.size:
@@ -132,7 +136,7 @@ def check(sharding: MeshRules) -> None:
 
 
 def validate_engine(on: DataParallelGroup, model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
-    """Raise UserError for experts that the devices do not divide, and for what an engine does on one device alone."""
+    """Raise UserError if the experts do not divide over the devices, or an option needs an engine on one device."""
     if on.sharding is None:
         return
     over = on.sharding.size(on.sharding.axes("weights", "expert"))

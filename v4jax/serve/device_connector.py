@@ -1,15 +1,14 @@
-"""Between the books of one device and the tiers below it: what is let go moves down, what is asked for comes up.
+"""Copies blocks and state snapshots (kind "record") between one device and the offload tiers.
 
-Down: a block that is idle, and the record behind it, are copied to the tiers when there is room on the way, at the
-latest when they are evicted: their arrays are read before the next plan writes to them. Only what is idle moves: it was
-computed by a request that did not fail. Up: when a request waits, the pieces of its prefix that the device lacks are
-read and verified by other threads; when it can be admitted, they are put into the books and the arrays as if they had
-never left, and the scheduler finds them there. A request waits for that no longer than the deadline, and reads its
-prompt itself if it must.
+Store: an idle block and the snapshot behind it are copied to the tiers when the queue has room, at the latest when they
+are evicted; their arrays are read before the next plan overwrites them. Only idle blocks are stored, because they were
+computed by requests that did not fail. Load: other threads read and verify the prefix blocks that a waiting request
+lacks on the device. When the request can be admitted, the blocks enter the block pool and the arrays, and the scheduler
+finds them as cached. A load without progress within the deadline is abandoned, and the request prefills its prompt.
 
-In a run of several processes each keeps the books of all devices, and has tiers for its own. What of a prompt came up,
-and whether a request still waits, the process of the request's device says, and all are told at the same step
-(`KVConnector.agree`), so that the books of all stay equal.
+With several processes, each has the block pools of all devices, and tiers for its own devices. The process that owns a
+request's device decides whether its load is done and what it loaded. All processes learn that at the same step
+(`OffloadConnector.sync_loads`), so their block pools stay equal.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ from v4jax.parallel.host_memory import host_gather, host_scatter
 from v4jax.serve.model_steps import KVCaches
 from v4jax.serve.request import Request, RequestStatus
 
-_BATCH = 8  # blocks or records copied by one call, if more than one
-_REMEMBERED = 1 << 20  # names of blocks
+_BATCH = 8  # blocks or snapshots per copy program, if more than one
+_REMEMBERED = 1 << 20  # block hashes whose look-ups are remembered
 
 
 class StoreOp(NamedTuple):
@@ -56,12 +55,12 @@ class LoadOp(NamedTuple):
 
 @dataclass(eq=False)
 class PendingLoad:
-    """What is done for one request that waits. fetching: by this process. boundary: blocks that it can begin behind,
-    once that is known."""
+    """Outstanding prefix load of one waiting request. fetching: this process issued the load. num_loaded: number of
+    prefix blocks available once the load is decided, else None."""
 
     job: LoadJob
     fetching: bool
-    again: bool = False  # it is the second one, after pieces were evicted meanwhile
+    again: bool = False  # the second load, after blocks were evicted during the first
     num_loaded: int | None = None
 
 
@@ -69,11 +68,11 @@ class DeviceKVConnector:
     """The `KVConnector` of one device.
 
     Args:
-        live: caches of the device; None for a device of another process, of which only the block pool is here.
-        transfer: moves blocks between the tiers.
-        schemas: of a "block" and of a "record".
-        second: store only blocks that a second request asked for.
-        told: `OffloadConnector.sync_loads` sets the result of each load.
+        live: KV caches of the device; None for a device of another process, of which this process has only the pool.
+        transfer: the offload tiers of this process.
+        schemas: schemas of the kinds "block" and "record".
+        second: store only blocks that a second request looked up.
+        told: `OffloadConnector.sync_loads` sets the result of each load (several processes).
     """
 
     def __init__(
@@ -90,9 +89,9 @@ class DeviceKVConnector:
             [device] = jax.tree.leaves(live)[0].devices()
             self._kinds, self._pinned = leaf_kinds(live), pinned_sharding(device)
             self._device = SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
-        self._moves: list[StoreOp | LoadOp] = []  # in the order in which the books were changed
+        self._moves: list[StoreOp | LoadOp] = []  # in the order of the block pool's changes
         self._backlog: dict[str, dict[bytes, StoreOp]] = {"block": {}, "record": {}}
-        self._second, self._asked = second, OrderedDict()  # by name: whether more than one request asked for it
+        self._second, self._asked = second, OrderedDict()  # block hash -> whether more than one request looked it up
         self._visits: dict[Request, PendingLoad | None] = {}
         self._blocks: BlockPool | None = None
         self.num_restored = 0
@@ -105,10 +104,10 @@ class DeviceKVConnector:
         self._blocks, block_pool.on_idle = block_pool, self.on_block_idle
         self._moves, self._backlog, self._visits = [], {"block": {}, "record": {}}, {}
 
-    # --- called by the books ---------------------------------------------------------------------------------------
+    # --- called by the block pool ----------------------------------------------------------------------------------
 
     def on_block_idle(self, kind: str, parent: bytes, name: bytes, number: int, leaves: bool) -> None:
-        """A block became idle, or a record behind an idle block ready; leaves: it is evicted now."""
+        """Note an idle block, or a committed snapshot behind one. leaves: it is evicted now, so copy it at once."""
         if not self.here:
             return
         save = StoreOp(kind, parent, name, number)
@@ -144,13 +143,13 @@ class DeviceKVConnector:
 
     @property
     def pending(self) -> list[PendingLoad]:
-        """Of the requests that wait, in the order in which all processes met them."""
+        """Undecided loads of waiting requests, in the order of `prefetch`, which is the same in all processes."""
         return [visit for visit in self._visits.values() if visit is not None and visit.num_loaded is None]
 
     def poll(self, visit: PendingLoad) -> int | None:
-        """Blocks at the beginning of the prefix that a load brought to this process; None while it runs.
+        """Return the number of prefix blocks available after a load by this process; None while the load runs.
 
-        A load that expired is given up, and brought nothing.
+        An expired load is abandoned and gives 0.
         """
         return None if self._runs(visit) else self._result(visit)
 
@@ -183,18 +182,18 @@ class DeviceKVConnector:
         return second is None
 
     def _install(self, visit: PendingLoad, seed: bytes) -> bool:
-        """Put what was fetched into the books, to be copied before the next plan; False if some of it is gone again."""
+        """Enter loaded blocks into the pool; False if blocks that were on the device at the start were evicted."""
         blocks, job, names = self._blocks, visit.job, visit.job.block_hashes[: visit.num_loaded]
         if not names:
             return True
         lacking = [name for name in names if not blocks.lookup("block", name)]
         record_here = blocks.lookup("record", names[-1])
-        # What was on the device when the fetch began was not fetched.
+        # The load left out what was on the device when it began.
         if job.resident_blocks & set(lacking) or (not record_here and names[-1] in job.resident_snapshots):
             return False
         record = None if record_here else blocks.reserve_snapshot(names[-1])
         if not record_here and record is None:
-            return True  # all records are in use: no reason to try again at once
+            return True  # all snapshots are in use, so a second load would not help
         held = blocks.touch([name for name in names if name not in set(lacking)])
         new = blocks.allocate(len(lacking))
         if new is not None:
@@ -215,7 +214,7 @@ class DeviceKVConnector:
 
     @property
     def num_idle(self) -> int:
-        """Blocks and records that could move down."""
+        """Number of idle blocks and snapshots that wait to be offloaded."""
         return sum(map(len, self._backlog.values()))
 
     @property
@@ -224,9 +223,9 @@ class DeviceKVConnector:
         return bool(self._moves or self.num_idle)
 
     def run_transfers(self, live: KVCaches, idle: bool = True) -> KVCaches:
-        """The live state after all that the books changed; to be called before the next plan is sent.
+        """Return the KV caches after the copies that the block pool needs; call before the next plan is dispatched.
 
-        idle: nothing waits for the device, so that any number of blocks may be copied that could also wait.
+        idle: nothing waits for the device, so idle blocks are copied without the limit per call.
         """
         moves, self._moves = self._moves, []
         for (sort, kind), run in itertools.groupby(moves, lambda move: (type(move), move.kind)):
@@ -255,7 +254,7 @@ class DeviceKVConnector:
             try:
                 payloads = pack_blocks(live, self._kinds, kind, jax.device_put(numbers, self._device))[: len(batch)]
                 payloads = jax.device_put(payloads, self._pinned) if self._pinned else payloads
-            except RuntimeError:  # no memory for a copy
+            except RuntimeError:  # no memory for the copy
                 self.transfer.record_dropped(len(batch))
                 continue
             for save, payload in zip(batch, payloads, strict=True):
@@ -264,7 +263,7 @@ class DeviceKVConnector:
     def _restore(self, live: KVCaches, kind: str, restores: list[LoadOp]) -> KVCaches:
         for batch in _batches(restores):
             size = _BATCH if len(batch) > 1 else 1
-            numbers = np.full(size, np.iinfo(np.int32).max, np.int32)  # what is padded goes nowhere
+            numbers = np.full(size, np.iinfo(np.int32).max, np.int32)  # padding is out of range and dropped
             numbers[: len(batch)] = [restore.number for restore in batch]
             payloads = jax.device_put([restore.item.payload for restore in batch], self._device)
             payloads += payloads[-1:] * (size - len(batch))
@@ -272,7 +271,7 @@ class DeviceKVConnector:
         return live
 
     def wait_for_load(self, seconds: float) -> bool:
-        """Wait for the load of the first request in the queue, so long at most; False if it waits for none."""
+        """Wait at most `seconds` for the load of the first waiting request; False if it has none."""
         request, visit = next(iter(self._visits.items()), (None, None))
         if visit is None or not self.is_loading(request):
             return False
@@ -282,7 +281,7 @@ class DeviceKVConnector:
 
 
 def pinned_sharding(device: jax.Device) -> SingleDeviceSharding | None:
-    """Host memory that the device can copy to by itself; None if it has none."""
+    """Sharding of the device's pinned host memory; None if it has none."""
     has = "pinned_host" in {memory.kind for memory in device.addressable_memories()}
     return SingleDeviceSharding(device, memory_kind="pinned_host") if has else None
 
@@ -291,14 +290,14 @@ def pinned_sharding(device: jax.Device) -> SingleDeviceSharding | None:
 
 
 def leaf_kinds(live: KVCaches) -> tuple[str, ...]:
-    """Of every leaf: "block" if its rows are pages, "record" if they are records, "hot" if it belongs to copies."""
+    """Kind of every leaf: "block" (rows are KV blocks), "record" (rows are state slots), "hot" (device entries)."""
     parts = {"entries": "block", "index_keys": "block", "device_cache": "hot"}
     kind = lambda path: next((parts[name] for key in path if (name := getattr(key, "name", None)) in parts), "record")
     return tuple(kind(path) for path, _ in jax.tree_util.tree_leaves_with_path(live))
 
 
 def block_schema(live: KVCaches, kind: str) -> BlockSchema:
-    """What one block or record is made of: a row of every array that has such rows."""
+    """Schema of one block or state snapshot: a row of every array of that kind."""
     leaves = zip(jax.tree_util.tree_leaves_with_path(live), leaf_kinds(live), strict=True)
     rows = [(jax.tree_util.keystr(path), leaf) for (path, leaf), its in leaves if its == kind]
     return BlockSchema(kind, tuple((name, leaf.dtype.name, tuple(leaf.shape[1:])) for name, leaf in rows))
@@ -306,7 +305,7 @@ def block_schema(live: KVCaches, kind: str) -> BlockSchema:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def pack_blocks(live: KVCaches, kinds: tuple[str, ...], kind: str, number_N: jax.Array) -> list[jax.Array]:
-    """The bytes of so many blocks or records, each an array uint8 [bytes], so that one copy moves it."""
+    """Gather N blocks or snapshots; each becomes one uint8 [bytes] array, so that one copy moves it."""
     count = number_N.shape[0]
     rows = [host_gather(leaf, number_N) for leaf, its in zip(jax.tree.leaves(live), kinds, strict=True) if its == kind]
     data = jnp.concatenate([jax.lax.bitcast_convert_type(row, jnp.uint8).reshape(count, -1) for row in rows], axis=1)
@@ -317,7 +316,7 @@ def pack_blocks(live: KVCaches, kinds: tuple[str, ...], kind: str, number_N: jax
 def unpack_blocks(
     live: KVCaches, kinds: tuple[str, ...], kind: str, number_N: jax.Array, payloads: list[jax.Array]
 ) -> KVCaches:
-    """The live state with such bytes in the rows number_N; numbers out of range are dropped."""
+    """Write the bytes of N blocks or snapshots to the rows number_N; rows out of range are dropped."""
     leaves, tree = jax.tree.flatten(live)
     data, start = jnp.stack(payloads), 0
     for i, (leaf, its) in enumerate(zip(leaves, kinds, strict=True)):

@@ -1,16 +1,16 @@
-"""One engine for callers on many threads: a thread of its own makes the steps while there is work.
+"""Shares one engine among callers on many threads; a separate thread runs the engine's steps while there is work.
 
-Callers hand their requests to the loop and wait for text, so a signal (Ctrl-C, SIGALRM), which Python raises in the
-main thread, ends the wait of one caller at once and never strikes inside a step. The requests of all callers share the
-engine's batch. The thread starts with the first request and ends with the last one, so an `LLM` that nobody holds any
-more is freed, and a program ends without waiting for anything idle.
+Callers submit requests to the loop and wait for text. The requests of all callers share the engine's batch. Python
+handles signals (Ctrl-C, SIGALRM) in the main thread, so a signal ends the wait of one caller at once and never
+interrupts a step. The thread starts with the first request and ends when no work is left. An unreferenced `LLM` can
+therefore be freed, and a program ends without waiting for an idle thread.
 
-The loop refers to callers weakly: a caller that was interrupted, closed or garbage collected is noticed before the next
-step, and its requests are cancelled. An exception of the engine ends all requests that run, each caller raises it, and
-the engine resets itself (`engine.Engine.reset`).
+The loop holds only weak references to calls. Before every step it looks for calls that were interrupted, closed or
+garbage collected, and aborts their requests. An exception in the engine ends all running requests, every caller raises
+it, and the engine resets itself (`engine.Engine.reset`).
 
-In a run of several processes all of them must make the same steps. There the caller's own thread makes them, one thread
-alone may call, and an exception is final.
+With several processes, all processes must run the same steps. The caller's own thread then runs the steps, only one
+thread may call, and after an exception the engine is unusable.
 """
 
 from __future__ import annotations
@@ -36,19 +36,31 @@ _log = logging.getLogger(__name__)
 
 
 class Request(Protocol):
-    """One request of a caller: what the engine is asked for, and what becomes of it. `take` and `shown` are called by
-    the loop's thread; the caller reads the rest once the request has ended, when `finish_reason` is not None."""
+    """One request of a caller: the input of the engine, and the object that receives its output.
+
+    prompt_ids: token ids of the prompt. sampling: sampling options. finish_reason: None until the request has ended;
+    the caller reads results only then. The loop's thread calls both methods.
+    """
 
     prompt_ids: list[int]
     sampling: SamplingParams
     finish_reason: str | None
 
-    def take(self, drawn: SampledTokens) -> None: ...
-    def shown(self) -> str: ...
+    def take(self, drawn: SampledTokens) -> None:
+        """Append the tokens of one step; set `finish_reason` if they end the request."""
+        ...
+
+    def shown(self) -> str:
+        """Return the text to stream that became complete since the last call; may be ""."""
+        ...
 
 
 class _Call:
-    """The requests of one `run`. events: (index, text), at the end None or the exception that ended it."""
+    """The requests of one `EngineLoop.run`.
+
+    events: (index of the request, new text), and at the end None or the exception that ended the call. left: the caller
+    no longer waits.
+    """
 
     def __init__(self, requests: Sequence[Request], stream: bool):
         self.requests, self.stream, self.left = requests, stream, False
@@ -56,41 +68,48 @@ class _Call:
 
 
 class _Shared:
-    """What the loop's finalizer needs without holding the loop."""
+    """State shared by the loop and its finalizer, which must not reference the loop.
+
+    closing: no further request is accepted. thread: the thread that last ran the engine, if any.
+    """
 
     closing = False
     thread: threading.Thread | None = None
 
 
 class EngineLoop:
-    """Runs the requests of any number of callers on one engine, which nobody else may call meanwhile."""
+    """Runs the requests of any number of callers on one engine; nothing else may call the engine meanwhile."""
 
     def __init__(self, engine: Engine):
         self._engine, self._shared, self._process = engine, _Shared(), os.getpid()
         self._inline = len(set(engine.dp_group.processes)) > 1
-        self._device = jax.config.jax_default_device  # of this thread; the loop's thread would have another
-        self._driving = threading.Lock()  # held by the thread that calls the engine
+        self._device = jax.config.jax_default_device  # thread-local; passed on to the loop's thread
+        self._driving = threading.Lock()  # held by the thread that runs the engine
         self._ids = itertools.count()
         self._inbox: queue.SimpleQueue[weakref.ref[_Call]] = queue.SimpleQueue()
         self._tasks: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue]] = queue.SimpleQueue()
-        self._due: list[tuple[Callable[[], Any], queue.SimpleQueue]] = []  # tasks for the end of the turn
-        self._running: dict[weakref.ref[_Call], dict[int, int]] = {}  # of each call: index of a request by its id
-        self._call: dict[int, weakref.ref[_Call]] = {}  # of each id that runs
-        self._ended: list[tuple[weakref.ref[_Call], BaseException | None]] = []  # to be told
-        # At the end of the process too, before the tiers are left: a thread must not compute while JAX is taken down.
+        self._due: list[tuple[Callable[[], Any], queue.SimpleQueue]] = []  # tasks to run at the end of this turn
+        self._running: dict[weakref.ref[_Call], dict[int, int]] = {}  # per call: request id -> index
+        self._call: dict[int, weakref.ref[_Call]] = {}  # running request id -> its call
+        self._ended: list[tuple[weakref.ref[_Call], BaseException | None]] = []  # calls to notify
+        # Also runs at process exit, before the tiers are closed, because no thread may compute while JAX shuts down.
         weakref.finalize(self, _stop, self._shared)
 
     # --- called by any thread --------------------------------------------------------------------------------------
 
     def run(self, requests: Sequence[Request], stream: bool = False) -> Iterator[tuple[int, str]]:
-        """Run requests that `Engine.check` has passed to their end; with `stream`, yield their text while it comes.
+        """Run requests to their end.
+
+        Args:
+            requests: requests that `Engine.check` accepted.
+            stream: yield the text of the requests as it is generated; otherwise nothing is yielded.
 
         Yields:
-            (index of the request, new text), text never empty.
+            (index of the request, new text); the text is never empty.
 
         Raises:
-            UserError: the loop is closed, or closes meanwhile.
-            BaseException: whatever escaped from the engine's step.
+            UserError: the loop is closed, or is closed before the requests end.
+            BaseException: any exception that left a step of the engine.
         """
         call = _Call(requests, stream)
         try:
@@ -104,14 +123,19 @@ class EngineLoop:
             call.left = True
 
     def do(self, task: Callable[[], Any]) -> Any:
-        """What `task` returns, called between two steps, when the engine is nobody else's."""
+        """Call `task` between two steps, when it may use the engine, and return its result."""
         self._check_process()
         answer: queue.SimpleQueue = queue.SimpleQueue()
         self._tasks.put((task, answer))
         return self._answer(self._next(answer))
 
     def close(self, seconds: float | None = None) -> None:
-        """End all requests with a UserError and close the engine; waits so long at most for that (None: to the end)."""
+        """End all requests with a UserError and close the engine.
+
+        Args:
+            seconds: maximum wait for the engine to finish its current step and close; None waits without limit. After
+                that time the engine closes in the background, if it still can.
+        """
         self._check_process()
         self._shared.closing = True
         answer: queue.SimpleQueue = queue.SimpleQueue()
@@ -134,7 +158,15 @@ class EngineLoop:
             )
 
     def _next(self, events: queue.SimpleQueue, seconds: float | None = None) -> Any:
-        """The next event for a caller, who waits for the loop's thread or is it. Raises queue.Empty after `seconds`."""
+        """Return the caller's next event.
+
+        The caller waits for the loop's thread, which is started if it is not running. With several processes the
+        caller's thread runs the engine itself, and `seconds` is ignored.
+
+        Raises:
+            queue.Empty: the loop's thread sent no event within `seconds`.
+            UserError: with several processes, another thread is running the engine.
+        """
         if not self._inline:
             if events.empty() and not self._driving.locked():
                 threading.Thread(target=self._drive, name="v4jax-engine", daemon=True).start()
@@ -154,10 +186,10 @@ class EngineLoop:
             raise result
         return result
 
-    # --- called by the thread that drives the engine ---------------------------------------------------------------
+    # --- called by the thread that runs the engine -----------------------------------------------------------------
 
     def _drive(self) -> None:
-        """Make steps until there is nothing to do. Of several threads that try, one does."""
+        """Run turns until no work is left. If several threads call this, only one of them runs the engine."""
         while self._driving.acquire(blocking=False):
             self._shared.thread = threading.current_thread()
             try:
@@ -166,11 +198,11 @@ class EngineLoop:
                         pass
             finally:
                 self._driving.release()
-            if self._inbox.empty() and self._tasks.empty():  # what comes from now on starts a thread
+            if self._inbox.empty() and self._tasks.empty():  # later requests start a new thread
                 return
 
     def _turn(self) -> bool:
-        """One step, and what is to be done before and after it; whether there is more to do."""
+        """Accept and cancel calls, run one step of the engine, and notify callers; return whether work is left."""
         try:
             self._take_in()
             busy = self._has_work()
@@ -178,25 +210,26 @@ class EngineLoop:
                 for drawn in self._engine.step():
                     self._take(drawn)
                 busy = self._has_work()
-        except BaseException as error:  # every kind, because callers wait for this thread
+        except BaseException as error:  # BaseException, because callers wait for this thread
             ran = bool(self._running)
             self._fail(error)
             if self._inline:
                 raise
             if ran:
-                return True  # the engine is reset first, then the callers are told
+                return True  # the next turn resets the engine before it notifies the callers
             busy = False  # the reset failed; the next request tries again
-        if self._running or not busy:  # else the last plan under way is committed first, so that nothing is held
+        # If only the last plan in flight is left, commit it before notifying, so that the requests' blocks are free.
+        if self._running or not busy:
             self._tell()
         return busy or not self._inbox.empty() or not self._tasks.empty()
 
     def _has_work(self) -> bool:
-        """Whether the engine has anything to do, which resets one that is broken, unless that is closed next."""
+        """Whether the engine has work. The check resets a broken engine, unless the engine is about to be closed."""
         return not (self._shared.closing and self._engine.broken) and self._engine.busy
 
     def _take_in(self) -> None:
-        """Add the requests of new calls, cancel those of calls that were left."""
-        while not self._tasks.empty():  # first, so that they see cancelled what was left before they came
+        """Add the requests of new calls, and abort those of calls whose caller no longer waits."""
+        while not self._tasks.empty():  # first, so that a task sees every cancellation that preceded it
             self._due.append(self._tasks.get())
         while not self._inbox.empty():
             ref = self._inbox.get()
@@ -215,7 +248,7 @@ class EngineLoop:
             self._cancel(ref, UserError(_CLOSED) if closing else None)
 
     def _take(self, drawn: SampledTokens) -> None:
-        """Hand new tokens to their request, and its text to the caller."""
+        """Pass new tokens to their request, and the text that results to the caller."""
         ref = self._call.get(drawn.id)
         if ref is None or (call := ref()) is None:
             return
@@ -224,7 +257,7 @@ class EngineLoop:
         try:
             request.take(drawn)
             text = request.shown() if call.stream else ""
-        except Exception as error:  # a tokenizer that cannot decode, say: other callers have no part in it
+        except Exception as error:  # such as a failing tokenizer; other callers are not affected
             return self._cancel(ref, error)
         if text:
             call.events.put((ids[drawn.id], text))
@@ -240,9 +273,9 @@ class EngineLoop:
         self._end(ref, error)
 
     def _fail(self, error: BaseException) -> None:
-        """End all calls that run with the exception that ended a step."""
-        self._engine.broken = True  # wherever it was raised, nobody runs these requests any more
-        traceback.clear_frames(error.__traceback__)  # they may hold the arrays that the reset replaces
+        """End all running calls with the exception that ended a step."""
+        self._engine.broken = True  # these requests end now, even if the exception was raised outside the engine
+        traceback.clear_frames(error.__traceback__)  # frames may hold arrays that the reset must free
         if not self._running:
             _log.error("the engine failed while nobody waited for it", exc_info=error)
         for ref in list(self._running):
@@ -254,7 +287,7 @@ class EngineLoop:
         self._ended.append((ref, error))
 
     def _tell(self) -> None:
-        """Wake the callers whose requests have ended, and do the tasks that are due."""
+        """Wake the callers whose requests have ended, and run the tasks that are due."""
         ended, self._ended = self._ended, []
         for ref, error in ended:
             if (call := ref()) is not None:

@@ -1,4 +1,4 @@
-"""`LLM`: a model, its tokenizer and an engine behind vLLM's names."""
+"""`LLM`: text generation with one model, its tokenizer and an engine, under vLLM's names."""
 
 from __future__ import annotations
 
@@ -25,32 +25,44 @@ from v4jax.serve.prompts import Parsed, Prompt
 from v4jax.serve.sampling import Logprob, SamplerOutput, SamplingParams, is_int, shown
 from v4jax.serve.stop_tokens import Ends, find_ends, warn_of_bos
 
-_LAST_SECONDS = 10.0  # for the tiers, after an interrupt
+_LAST_SECONDS = 10.0  # seconds that closing waits for the offload tiers after an interrupt
 _log = logging.getLogger(__name__)
 
 
 class LLM:
     """Generates text with one model.
 
-    model: a directory (a run, an orbax checkpoint or Hugging Face weights) or a Transformer. tokenizer: a Tokenizer or
-    its path; by default the directory's own; without one, prompts must be token ids. dtype: "float32" or "bfloat16",
-    for a directory only. mesh: a MeshConfig, such as MeshConfig("serve"): over all devices of all
-    processes, experts split and each device with a batch and a cache of its own, of the sizes given here; all processes
-    then make the same calls, and get the same. options: fields of `config.Serve` and
-    `config.Cache`, such as max_num_seqs, max_model_len, quantization="fp8", kv_cache_dtype="fp8", block_size,
-    kv_host_bytes. What is not given comes from the checkpoint's config. Raises UserError.
+    Threads: any number of threads may call an LLM, and their requests share the batch. The LLM computes in a thread of
+    its own, so JAX settings of the caller's thread (context managers) do not apply; use `jax.config.update` instead.
+    An exception in a step reaches every caller whose requests were running. The LLM stays usable afterwards, with an
+    empty device cache. An interrupt (Ctrl-C) ends only the call that receives it.
 
-    What begins a text: what the post-processor of tokenizer.json adds, as in transformers; with bos_id that id alone.
-    What ends it: eos_id, an id or a list of ids; by default the ids of the checkpoint (`stop_tokens.find_ends`).
-    parse_special_tokens: read special tokens such as "<eos>" in prompts as those tokens; by default they are text, and
-    the first prompt that holds one is warned of. default_sampling_params: the options that generation_config.json sets,
-    which count where no SamplingParams are passed, as in vLLM.
+    Several processes: all processes must make the same calls, and all get the same results. The caller's thread
+    computes, only one thread may call, and after an exception the LLM is unusable.
 
-    Any number of threads may call it; their requests share the batch. A thread of the LLM computes, so settings of JAX
-    that hold for the caller's thread alone (its context managers) do not reach it: use `jax.config.update`. An
-    exception of a step reaches every caller whose requests were running; then the LLM can be used again, with an empty
-    cache on the device. An interrupt (Ctrl-C) ends the call that it strikes, no other. In a run of several processes
-    the caller's thread computes, one thread alone may call, and an exception is final.
+    Args:
+        model: a directory (a run, an orbax checkpoint or Hugging Face weights) or a Transformer.
+        tokenizer: a Tokenizer or the path of a tokenizer.json. None means the tokenizer of the directory. Without a
+            tokenizer, prompts must be token ids.
+        dtype: "float32" or "bfloat16"; allowed only if `model` is a directory.
+        mesh: a MeshConfig, such as MeshConfig("serve"), over all devices of all processes. It shards the experts over
+            the devices. Every device has its own batch and its own KV cache, of the sizes given in `options`. None
+            means one device.
+        bos_id: the only id put before a text prompt. None means the ids that the post-processor of tokenizer.json
+            adds, as in transformers.
+        eos_id: the id or ids that end a text. None means the ids of the checkpoint (`stop_tokens.find_ends`).
+        parse_special_tokens: encode special tokens in prompts, such as "<eos>", as those tokens. By default they are
+            plain text, and the first prompt that contains one logs a warning.
+        **options: fields of `config.Serve` and `config.Cache`, such as max_num_seqs, max_model_len,
+            quantization="fp8", kv_cache_dtype="fp8", block_size or kv_host_bytes. Fields that are not given come from
+            the checkpoint's config.
+
+    Attributes:
+        default_sampling_params: the sampling options that generation_config.json sets. They apply where no
+            SamplingParams are passed, as in vLLM.
+
+    Raises:
+        UserError: an argument or an option is invalid.
     """
 
     def __init__(
@@ -101,19 +113,21 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Continue every prompt under one SamplingParams or one each.
+        """Generate one continuation of every prompt.
 
         Args:
             prompts: a string, a list of token ids, {"prompt": "..."} or {"prompt_token_ids": [...]}, or a list of
-                these. Strings are read as the beginning of a document (see `LLM`). Any number of prompts: they join
-                and leave the running batch as there is room.
-            sampling_params: None stands for `get_default_sampling_params()`.
+                these. A string is encoded as the beginning of a document (see `LLM`, `bos_id`). The number of prompts
+                is not limited: prompts join and leave the running batch as it has room.
+            sampling_params: one SamplingParams for all prompts, or a list with one for each prompt. None means
+                `get_default_sampling_params()`.
 
         Returns:
-            One RequestOutput a prompt. A request whose logits are not finite ends alone, with finish_reason "error".
+            One RequestOutput per prompt, in the order of the prompts. A request whose logits are not finite ends with
+            finish_reason "error"; the other requests are not affected.
 
         Raises:
-            UserError: a request cannot be run; nothing has run then.
+            UserError: a request is invalid. It is raised before any request runs.
         """
         rows = self._rows(prompts, sampling_params)
         for _ in self._run(rows):
@@ -125,32 +139,46 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[tuple[int, str]]:
-        """`generate`, as (index of the prompt, piece of its text) while the pieces come.
+        """Generate like `generate`, and yield text as it is generated.
 
-        A piece never ends inside a character or in what may become a stop string; the pieces of a prompt join to its
-        text. After the last piece, UserError if a request ended in an error. Closing the iterator frees what it held.
+        Closing the iterator cancels its requests.
+
+        Args:
+            prompts, sampling_params: as for `generate`.
+
+        Yields:
+            (index of the prompt, piece of its text). A piece never ends inside a character or inside a possible stop
+            string. The pieces of one prompt concatenate to its text.
+
+        Raises:
+            UserError: there is no tokenizer, or a request is invalid (both before any request runs), or a request
+                ended with an error (after the last piece of all prompts).
         """
         self._need_tokenizer("streaming text")
         return self._stream(self._rows(prompts, sampling_params))
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """SamplingParams of `default_sampling_params`, which generation_config.json sets."""
+        """Return the SamplingParams of `default_sampling_params`, the options that generation_config.json sets."""
         return SamplingParams(**self.default_sampling_params)
 
     def stats(self) -> dict[str, float]:
-        """What the engine counts: sequences waiting and running, pages and records, prefix hits, bytes of the cache;
-        prompt_tokens and generation_tokens of the requests that have ended.
+        """Return the counters and gauges of the engine, between two of its steps.
 
-        With num_speculative_tokens also spec_decode_num_drafts, the decode steps of requests, and
-        spec_decode_num_draft_tokens and spec_decode_num_accepted_tokens, the tokens proposed and accepted in them.
+        Always: the numbers of waiting and running requests, KV blocks (`pages_*`), state snapshots (`records_*`),
+        prefix cache hits, bytes of the KV cache, and prompt_tokens and generation_tokens of the requests that have
+        ended.
 
-        With CSA entries in host memory (`cache.kv_device_entries`) also hot_hits and hot_misses: top-k entries of
-        decode steps that were on the device and that were fetched, over the layers; their share hot_hit_rate,
-        and hot_fetched_bytes. kv_bytes is what is on the device, kv_host_bytes the rest.
+        With num_speculative_tokens: spec_decode_num_drafts is the number of decode steps, summed over requests;
+        spec_decode_num_draft_tokens and spec_decode_num_accepted_tokens are the tokens proposed and accepted in them.
 
-        With tiers on host and disk also, as host_* and disk_*: blocks, records and bytes there, hits and misses of
-        both, bytes moved, evictions, corrupt records, errors, the state of the breaker; and what is queued between
-        them.
+        With CSA entries in host memory (`cache.kv_device_entries`): hot_hits and hot_misses count the top-k entries of
+        decode steps, summed over layers, that were on the device and that were fetched from the host. hot_hit_rate is
+        the fraction of hits, hot_fetched_bytes the bytes fetched. kv_bytes counts the arrays on the device,
+        kv_host_bytes those in host memory.
+
+        With offload tiers: host_* and disk_* report blocks, state snapshots and bytes stored in the tier, hits and
+        misses of both, bytes moved, evictions, corrupt items, errors and the state of the circuit breaker. queue_*
+        report the items queued between the tiers.
         """
         with self._counting:
             tokens = dict(self._tokens)
@@ -158,15 +186,16 @@ class LLM:
 
     @property
     def cache_summary(self) -> str:
-        """What device, host and disk hold of the KV cache, in tokens; "" if there is nothing below the device."""
+        """Capacity of the KV cache on device, host and disk, in tokens, as text; "" without offload tiers."""
         parking = self.engine.kv_connector
         return "" if parking is None else parking.summary
 
     def close(self) -> None:
-        """Move what is worth keeping to the tiers below the device, if there are any, and leave their directory.
+        """Offload the idle blocks to the tiers, if there are any, and release the disk tier's directory.
 
-        Without this it is done when the process ends, or a crash leaves the last few blocks unsaved. What runs in other
-        threads ends with a UserError, and so does every later request.
+        Without this call, copies that are already queued are still stored when the process ends, but idle blocks that
+        were not yet copied off the device are lost. A crash loses both. Requests that run in other threads end with a
+        UserError, and so does every later request.
         """
         self._loop.close()
 
@@ -179,7 +208,7 @@ class LLM:
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         if kind is None or issubclass(kind, Exception):
             self.close()
-        else:  # an interrupt: nobody waits for a program that is being compiled
+        else:  # an interrupt must not wait for a step that is still being compiled
             self._loop.close(_LAST_SECONDS if self.cache_summary else 0.0)
 
     def _stream(self, rows: list[RequestState]) -> Iterator[tuple[int, str]]:
@@ -189,7 +218,7 @@ class LLM:
                 raise UserError(f"prompt {index} was stopped: {row.error}")
 
     def _run(self, rows: list[RequestState], stream: bool = False) -> Iterator[tuple[int, str]]:
-        """`EngineLoop.run`, whose tokens are counted in the end."""
+        """Run the requests like `EngineLoop.run`, and count their tokens when they end, also after an exception."""
         try:
             yield from self._loop.run(rows, stream)
         finally:
@@ -216,7 +245,7 @@ class LLM:
         ids, size = self._ids(name, prompt), self.engine.model.vocab_size
         if bad := [i for i in sampling.stop_token_ids if i >= size]:
             raise UserError(f"{name} has {bad[0]} among its stop_token_ids; the model's ids are 0 to {size - 1}")
-        if sampling.max_tokens == self.default_sampling_params.get("max_tokens"):  # an upper bound, not a wish
+        if sampling.max_tokens == self.default_sampling_params.get("max_tokens"):  # a default is only an upper bound
             room = max(1, self.engine.limits.max_model_len - len(ids))
             sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
         self.engine.check(ids, sampling, name)
@@ -226,7 +255,7 @@ class LLM:
         return RequestState(prompt.text, ids, sampling, ends, Detokenizer(self.tokenizer) if self.tokenizer else None)
 
     def _ids(self, name: str, prompt: Parsed) -> list[int]:
-        """Token ids of a prompt; [] for one that has none."""
+        """Return the token ids of a prompt, encoded from its text if it was not given as ids; may be empty."""
         if prompt.ids is not None:
             return prompt.ids
         self._need_tokenizer(f"{name} is text, which")
@@ -254,7 +283,7 @@ class LLM:
 
 
 class RequestState:
-    """One request while it is generated."""
+    """Text and tokens of one request, from submission to its RequestOutput; an `engine_loop.Request`."""
 
     def __init__(
         self,
@@ -266,7 +295,9 @@ class RequestState:
     ):
         self.prompt, self.prompt_ids, self.sampling = prompt, prompt_ids, sampling
         self.ends, self.detokenizer = ends, detokenizer
-        self.text, self.new, self.held = "", "", ""  # complete; of it not yet given out; may begin a stop string
+        # text: safe to return. new: the end of `text` that `shown` has not returned. held: text after it, which may
+        # be the beginning of a stop string.
+        self.text, self.new, self.held = "", "", ""
         self.token_ids: list[int] = []
         self.logprobs: list[dict[int, Logprob]] = []
         self.finish_reason: str | None = None
@@ -274,13 +305,13 @@ class RequestState:
         self.error: str | None = None
 
     def take(self, drawn: SampledTokens) -> None:
-        """Take the tokens of one step, as far as they count."""
+        """Append the tokens of one step, up to the token that finishes the request; later ones are ignored."""
         for i in range(drawn.count):
             if self.finish_reason is None:
                 self._take(jax.tree.map(lambda a, i=i: a[drawn.row, i], drawn.sampled))
 
     def shown(self) -> str:
-        """Text that is complete and was not given out yet."""
+        """Return the text that became safe to show since the last call."""
         new, self.new = self.new, ""
         return new
 
@@ -309,7 +340,7 @@ class RequestState:
             self._finish("length")
 
     def _finish(self, reason: str) -> None:
-        """End here: what was held back is text after all."""
+        """End the request; text held back as a possible stop string becomes part of its text."""
         if self.detokenizer:
             self._show(self.detokenizer.flush())
         if self.finish_reason is None:
@@ -317,20 +348,25 @@ class RequestState:
             self.text, self.new, self.held = self.text + self.held, self.new + self.held, ""
 
     def _show(self, text: str) -> None:
-        """Add text; give out what no stop string can touch any more, and finish at the first stop string."""
+        """Append decoded text, hold back a possible beginning of a stop string, and finish at a complete one."""
         text = self.held + text
         shown, stopped, self.held = split_at_stop(text, self.sampling.stop)
         if stopped:
             self.finish_reason = "stop"
             here = [stop for stop in self.sampling.stop if text.startswith(stop, len(shown))]
-            self.stop_reason = min(here, key=len)  # the one that is complete first
+            self.stop_reason = min(here, key=len)  # of several that begin here, the shortest is complete first
         self.text, self.new = self.text + shown, self.new + shown
 
 
 def split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool, str]:
-    """(text that is safe to show, whether a stop string ended it, the rest, which may begin a stop string).
+    """Split text into a part that is safe to show and a part that may belong to a stop string.
 
-    The stop string that is complete first counts, the longest of several, so the cuts between tokens do not matter.
+    The stop string whose end comes first in the text counts, and of several with that end the longest. The result
+    therefore does not depend on how the text is cut into tokens.
+
+    Returns:
+        (safe text, whether a stop string ended it, held text). The held text is the longest end of `text` that is the
+        beginning of a stop string; it is "" if a stop string ended the text.
     """
     found = [(start + len(stop), start) for stop in stops if (start := text.find(stop)) >= 0]
     if found:
@@ -343,7 +379,7 @@ def split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool, str]:
 
 
 def _logprobs(sampled: SamplerOutput, count: int) -> dict[int, Logprob]:
-    """The chosen token, then the `count` likeliest ones, of the arrays of one position."""
+    """Return the Logprob of the sampled token, then of the `count` likeliest tokens, of one position."""
     found = {int(sampled.token_B): Logprob(float(sampled.logprob_B), int(sampled.rank_B))}
     for rank, (i, logprob) in enumerate(zip(sampled.top_ids_BK[:count], sampled.top_BK[:count], strict=True), 1):
         found.setdefault(int(i), Logprob(float(logprob), rank))
@@ -351,7 +387,7 @@ def _logprobs(sampled: SamplerOutput, count: int) -> dict[int, Logprob]:
 
 
 def _check_types(model, tokenizer, mesh) -> None:
-    """Raise UserError for an argument of `LLM` that is something else."""
+    """Raise UserError for an argument of `LLM` that has the wrong type."""
     path = (str, os.PathLike)
     for name, value, kinds, cure in [
         ("model", model, (*path, Transformer), "a checkpoint's directory or a Transformer"),
@@ -363,9 +399,12 @@ def _check_types(model, tokenizer, mesh) -> None:
 
 
 def _engine_config(stored: config.Config, options: dict) -> tuple[config.Serve, config.Cache]:
-    """The checkpoint's Serve and Cache, with the options that were given (None: not given).
+    """Override the checkpoint's Serve and Cache configs with the options of `LLM`; None means not given.
 
-    max_model_len of the checkpoint is cut to the positions of its model. Raises UserError for an unknown option.
+    The checkpoint's max_model_len is first limited to max_position_embeddings of its model.
+
+    Raises:
+        UserError: an option is unknown.
     """
     given = {name: value for name, value in options.items() if value is not None}
     model_len = min(stored.serve.max_model_len, stored.model.max_position_embeddings)

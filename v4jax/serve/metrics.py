@@ -1,12 +1,12 @@
-"""What an engine counts, for Prometheus.
+"""Prometheus metrics of an engine.
 
     import v4jax.serve.metrics
     from prometheus_client import REGISTRY, start_http_server
 
-    REGISTRY.register(v4jax.serve.metrics.Metrics(llm))
+    REGISTRY.register(v4jax.serve.metrics.EngineCollector(llm))
     start_http_server(9100)
 
-Names start with `v4jax_`; sizes are bytes, times seconds; what belongs to one tier has the label `tier`.
+Metric names start with `v4jax_`. Sizes are in bytes, times in seconds. Metrics of a tier have the label `tier`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from v4jax.serve.llm import LLM
 
 _TIERS = ("host", "disk")
-# What goes up and down; all else only counts up. With `LLM.stats` as the source of every name, nothing is told twice.
+# Gauges and their help; a name of `LLM.stats` in neither table is a counter.
 _GAUGES = {
     "waiting": "requests that wait to be admitted",
     "running": "requests that read a prompt or decode",
@@ -54,17 +54,17 @@ _MILLISECONDS = re.compile(r"_ms(_|$)")
 
 
 class EngineCollector(Collector):
-    """A collector of `llm.stats()`, read anew at every scrape; holds on to the LLM."""
+    """Exports `llm.stats()`, which it reads at every scrape; keeps a reference to the LLM."""
 
     def __init__(self, llm: LLM):
         self._stats: Callable[[], dict[str, float]] = llm.stats
 
     def describe(self) -> list[Metric]:
-        """Nothing beforehand: registering must not wait for an engine at work."""
+        """Return no metrics, because registering must not wait for a busy engine."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """One family a count."""
+        """Yield one metric family per metric name."""
         families: dict[str, Metric] = {}
         for stat, value in self._stats().items():
             tier, _, rest = stat.partition("_")

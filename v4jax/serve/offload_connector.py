@@ -1,7 +1,8 @@
 """Offload tiers of an engine, shared by all devices of a process, and one `DeviceKVConnector` per device.
 
-A block that one device computed is found by a request on any other of its process. Of several processes each has tiers
-of its own, budgets and a directory among them, and a request goes where most of its prompt is (`found`).
+A request on any device of a process can reuse a block that another device of that process computed. Each process has
+its own tiers, with its own budgets and directory, so a request is assigned with regard to the process that stores most
+of its prompt (`OffloadConnector.num_offloaded_blocks`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _log = logging.getLogger(__name__)
 def build(
     live: KVCaches, places: DataParallelGroup, cache: config.Cache, layout: KVCacheSpec
 ) -> OffloadConnector | None:
-    """The tiers that a config asks for, told of in the log; None if it asks for none. Raises UserError."""
+    """Build the tiers of a config and log their capacity; None if the config has none. Raises UserError."""
     if not (cache.kv_host_bytes or cache.kv_disk_bytes):
         return None
     if not layout.block_bytes:
@@ -44,7 +45,7 @@ def build(
     host = HostTier(cache.kv_host_bytes, cache.kv_eviction_policy) if cache.kv_host_bytes else None
     own = str(jax.process_index()) if jax.process_count() > 1 else ""
     directory = pathlib.Path(cache.kv_dir) / own
-    if cache.kv_disk_bytes and own:  # the parent of all processes' directories decides where they lie, too
+    if cache.kv_disk_bytes and own:  # the directories of all processes share this parent, so it must be trusted too
         os.close(open_private(directory.parent))
     disk = (
         DiskTier(directory, cache.kv_disk_bytes, cache.kv_eviction_policy, deadline=cache.kv_load_timeout_s)
@@ -61,7 +62,7 @@ def build(
             layout.block,
             second=cache.kv_admission_policy == "second",
         )
-    except BaseException:  # an interrupt: another engine of this process may want the directory
+    except BaseException:  # such as an interrupt; another engine of this process may use the directory next
         if disk is not None:
             disk.close()
         raise
@@ -70,10 +71,10 @@ def build(
 
 
 class OffloadConnector:
-    """The tiers of one engine, those of this process, and a `DeviceKVConnector` for each device.
+    """The offload tiers of one engine in this process, and a `DeviceKVConnector` for each device of all processes.
 
-    tokens: of a block. second: store only blocks that a second request asked for. summary: what each tier holds, in
-    tokens.
+    tokens: tokens per block. deadline: seconds without progress after which a load is abandoned. second: store only
+    blocks that a second request looked up. summary: capacity of device and tiers in tokens, as text.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class OffloadConnector:
         leaves = jax.tree.leaves(parts[0])
         place = functools.partial(_to_host, pinned_sharding(*leaves[0].devices()))
         self.transfer = OffloadManager(*self.schemas.values(), host, disk, place=place, deadline=deadline)
-        weakref.finalize(self, self.transfer.close)  # an engine that nobody closed, or the end of the process
+        weakref.finalize(self, self.transfer.close)  # for an engine that was never closed, and at process exit
         self._processes, here = places.processes, iter(parts)
         self.multi_process = len(set(self._processes)) > 1
         mine = [next(here) if process == jax.process_index() else None for process in self._processes]
@@ -115,9 +116,10 @@ class OffloadConnector:
         return ", ".join(parts)
 
     def sync_loads(self) -> None:
-        """Tell all processes what has come up for the requests that wait, by the process whose device they are on.
+        """Share the results of the waiting requests' loads among all processes.
 
-        To be called by all of them at the same step; alone, nothing is to be told.
+        The process that owns a request's device reports its result. All processes must call this at the same step; with
+        one process it does nothing.
         """
         if not self.multi_process:
             return
@@ -130,9 +132,10 @@ class OffloadConnector:
                 visit.num_loaded = None if boundary < 0 else int(boundary)
 
     def num_offloaded_blocks(self, names: Sequence[bytes]) -> list[int]:
-        """Blocks, from the first of these on, behind which a request on each device can begin by what lies below it.
+        """Return, for each device, the number of prefix blocks that a request could load from the device's tiers.
 
-        To be called by all processes at the same step. Where all devices share the tiers it makes no difference: zeros.
+        All processes must call this at the same step. With one process all devices share the tiers, so the numbers
+        would not affect the choice of a device, and all are 0.
         """
         if not self.multi_process:
             return [0] * len(self.device_connectors)
@@ -141,23 +144,23 @@ class OffloadConnector:
         return [by_process[process] for process in self._processes]
 
     def run_transfers(self, live: KVCaches, idle: bool = True) -> KVCaches:
-        """The live state after all that the books changed; to be called before the next plan is sent.
+        """Return the KV caches after the copies that the block pools need; call before the next plan is dispatched.
 
-        idle: nothing waits for the devices, so that any number of blocks may be copied that could also wait.
+        idle: nothing waits for the devices, so idle blocks are copied without the limit per call.
         """
         if not any(bay.has_transfers for bay in self.device_connectors):
             return live
-        parts = self._places.split_devices(live)  # they are donated, and so `live` with them
+        parts = self._places.split_devices(live)  # the parts are donated, which also invalidates `live`
         return self._places.join_devices(
             [bay.run_transfers(part, idle) for bay, part in zip(self._own, parts, strict=True)]
         )
 
     def wait_for_load(self) -> None:
-        """Wait 10 ms for a load; to be called when there is nothing else to do."""
-        any(bay.wait_for_load(0.01) for bay in self.device_connectors)  # the first that waits: the others go on
+        """Wait at most 10 ms for a load; call it when the engine has no other work."""
+        any(bay.wait_for_load(0.01) for bay in self.device_connectors)  # `any` stops at the first that waits
 
     def flush(self, live: KVCaches, seconds: float) -> bool:
-        """Move everything down that is idle, in so many seconds at most; whether that was enough."""
+        """Offload all idle blocks within `seconds`; return whether nothing is left queued."""
         end = time.monotonic() + seconds
         while any(bay.num_idle for bay in self.device_connectors) and time.monotonic() < end:
             for bay, part in zip(self._own, self._places.split_devices(live), strict=True):
@@ -166,12 +169,12 @@ class OffloadConnector:
         return self.transfer.flush(max(end - time.monotonic(), 0))
 
     def close(self, live: KVCaches, seconds: float) -> None:
-        """`flush`, then leave the tiers."""
+        """Flush for at most `seconds`, then close the tiers."""
         self.flush(live, seconds)
         self.transfer.close(0.0)
 
     def stats(self) -> dict[str, float]:
-        """What the tiers of this process count, and blocks that came back from those of all."""
+        """Return the counters of this process's tiers, and blocks restored and idle, summed over all devices."""
         return self.transfer.stats() | {
             "restored_blocks": sum(bay.num_restored for bay in self.device_connectors),
             "queue_idle": sum(bay.num_idle for bay in self.device_connectors),
@@ -179,7 +182,7 @@ class OffloadConnector:
 
 
 def _to_host(memory: SingleDeviceSharding | None, payload: np.ndarray) -> np.ndarray | jax.Array:
-    """Bytes from a file, where the host tier keeps them."""
+    """Copy a file's bytes to the memory in which the host tier stores them: pinned memory if there is any."""
     try:
         return payload if memory is None else jax.device_put(payload, memory)
     except RuntimeError:  # no pinned memory is left

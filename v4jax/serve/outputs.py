@@ -1,4 +1,4 @@
-"""What `LLM.generate` returns, in the form of vLLM."""
+"""Results of `LLM.generate`, in the form of vLLM."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from v4jax.serve.sampling import Logprob
 class CompletionOutput:
     """One continuation of a prompt.
 
-    index: 0, the number of the continuation. text: without the stop string, "" if there is no tokenizer. token_ids:
-    with the token that ended it. logprobs: per token {id: Logprob}, the chosen one first, or None if not asked for.
-    finish_reason: "stop" (end of document, stop string or stop token), "length" (max_tokens) or "error". stop_reason:
-    the stop string or the stop token id that ended it; None for the eos token and for every other finish_reason.
+    Attributes:
+        index: number of the continuation, always 0.
+        text: generated text without the stop string; "" without a tokenizer.
+        token_ids: generated token ids, including the token that ended the text.
+        logprobs: for each token {id: Logprob}, the sampled token first; None if not requested.
+        finish_reason: "stop" (end of document, stop string or stop token), "length" (max_tokens) or "error".
+        stop_reason: the stop string or the stop token id that ended the text; None for the eos token and for every
+            other finish_reason.
     """
 
     index: int
@@ -27,10 +31,13 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """What one prompt became.
+    """Result of one prompt. The fields of its continuation are also properties: `out.text` is `out.outputs[0].text`.
 
-    prompt: its text, None if it came as token ids alone. outputs: its one continuation, whose fields are also those of
-    this object, so `out.text` is `out.outputs[0].text`. error: what went wrong where finish_reason is "error".
+    Attributes:
+        prompt: text of the prompt; None if only token ids were given.
+        prompt_token_ids: token ids of the prompt.
+        outputs: the one continuation.
+        error: description of the error if finish_reason is "error", else None.
     """
 
     prompt: str | None

@@ -1,4 +1,4 @@
-"""The forms in which `LLM` takes prompts; they are those of vLLM."""
+"""Parsing of the prompt forms that `LLM` accepts; they are vLLM's."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _KEYS = {"prompt", "prompt_token_ids"}
 
 
 class Parsed(NamedTuple):
-    """One prompt: its text, its token ids, or both; the ids are what runs where both are given."""
+    """One prompt as text, token ids or both. If both are given, the model runs on the ids."""
 
     text: str | None
     ids: list[int] | None
 
 
 def parse(prompts: Prompt | Iterable[Prompt]) -> list[Parsed]:
-    """One prompt in any form, or any number of prompts, as a list.
+    """Convert one prompt in any form, or any number of prompts, to a list. A flat list of integers is one prompt.
 
-    A flat list of integers is one prompt. Raises UserError, naming the prompt by its number, for any other form, and
-    for text that holds a lone surrogate.
+    Raises:
+        UserError: a prompt, named by its number, has an unknown form, or its text contains a lone surrogate.
     """
     if isinstance(prompts, (str, Mapping)) or (_is_ids(prompts) and len(prompts)):
         return [_parse_one("prompt 0", prompts)]
@@ -69,7 +69,7 @@ def _text(name: str, text: str) -> str:
 
 
 def _is_ids(value) -> bool:
-    """Whether this is a list of integers, or an array with one axis of them."""
+    """Whether a value is a list of integers or a one-dimensional array of integers."""
     if isinstance(value, (str, bytes, bytearray)) or not (isinstance(value, Sequence) or _axes(value) == 1):
         return False
     items = value if isinstance(value, Sequence) else value.tolist()
@@ -77,5 +77,5 @@ def _is_ids(value) -> bool:
 
 
 def _axes(value) -> int | None:
-    """Axes of an array of any library; None if this is no array."""
+    """Number of axes of an array of any library; None if the value is no array."""
     return len(value.shape) if hasattr(value, "shape") and hasattr(value, "tolist") else None

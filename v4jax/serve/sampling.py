@@ -1,4 +1,4 @@
-"""How the next token is chosen: the options of a request, and the batched sampler that runs on the device."""
+"""Sampling: the options of a request, and the batched sampler that runs on the device."""
 
 from __future__ import annotations
 
@@ -16,24 +16,34 @@ import numpy as np
 
 from v4jax.core.errors import UserError
 
-_GREEDY_BELOW = 1e-5  # a temperature under this is 0, as in vLLM: dividing by it would overflow
-_MAX_TEMPERATURE = 100.0  # logits over more than this are all but equal: the value is a mistake
-_HUGE = float(np.finfo(np.float32).max)  # comparing with it refuses NaN, infinities and integers of any length
+_GREEDY_BELOW = 1e-5  # a lower temperature counts as 0, as in vLLM, because dividing by it would overflow
+_MAX_TEMPERATURE = 100.0  # a higher one makes the scaled logits nearly equal, so it is a mistake
+_HUGE = float(np.finfo(np.float32).max)  # comparing with it rejects NaN, infinities and integers beyond float32
 _MAX_LOGPROBS = 20  # vLLM's default limit
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Options of one request; names and meanings are vLLM's.
+    """Sampling options of one request; names and meanings are vLLM's.
 
-    max_tokens: most tokens to add. temperature: from 0 to 100; below 1e-5 the likeliest token is always taken. top_k:
-    sample among the k likeliest (0 or -1: all). top_p: among the fewest that hold this probability. min_p: drop tokens
-    below this fraction of the likeliest one's probability. The filters apply in the order min_p, top_k, top_p, each to
-    what the one before left, and the likeliest token always stays. seed: the same seed gives the same tokens, whatever
-    else is in the batch (None: a new one every time). stop: strings that end the text and are cut from it.
-    stop_token_ids: ids that end it, like the end of the document, which `ignore_eos` passes over. logprobs: report the
-    chosen token's and the n likeliest tokens' log-probabilities (0: the chosen one's alone). Raises UserError for an
-    unknown name or a value out of range.
+    The filters apply in the order min_p, top_k, top_p, each to the tokens that the filter before left. The likeliest
+    token always stays.
+
+    Args:
+        max_tokens: maximum number of tokens to generate.
+        temperature: divisor of the logits, from 0 to 100; below 1e-5 decoding is greedy.
+        top_k: sample among the k likeliest tokens; 0 and -1 mean all.
+        top_p: sample among the smallest set of likeliest tokens whose probabilities sum to at least top_p.
+        min_p: drop tokens whose probability is below this fraction of the likeliest token's.
+        seed: the same seed gives the same tokens, whatever else is in the batch. None draws a new seed per request.
+        stop: a string or strings that end the text; they are cut from it.
+        stop_token_ids: an id or ids that end the text, in addition to the ids that end every text of the model.
+        ignore_eos: generate on after the ids that end every text of the model.
+        logprobs: number of likeliest tokens, up to 20, whose log-probabilities are reported beside the sampled token's;
+            0 reports only the sampled token's, None reports none.
+
+    Raises:
+        UserError: an option is unknown, or its value is out of range.
     """
 
     max_tokens: int = 16
@@ -81,11 +91,21 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Nothing is drawn."""
+        """Whether the likeliest token is always taken, without random numbers."""
         return self.temperature < _GREEDY_BELOW
 
     def _tuple(self, name: str, single: type, good: Callable[[Any], object], meaning: str) -> None:
-        """Make a field that holds one value, several or None a tuple; raise UserError unless all are good."""
+        """Convert a field that holds one value, several or None to a tuple.
+
+        Args:
+            name: the field.
+            single: type of a single value.
+            good: whether a value is valid.
+            meaning: description of valid values, for the message.
+
+        Raises:
+            UserError: the field is no collection, or one of its values is not valid.
+        """
         value = getattr(self, name)
         several = (value,) if isinstance(value, single) else () if value is None else value
         is_list = isinstance(several, (list, tuple, set, frozenset, range)) or getattr(several, "ndim", 0) == 1
@@ -98,24 +118,31 @@ class SamplingParams:
 
 
 class Logprob(NamedTuple):
-    """Natural logarithm of a token's probability under the model (no temperature, no filter), and its rank from 1."""
+    """Log-probability (natural) of a token under the model, before temperature and filters, and its rank from 1."""
 
     logprob: float
     rank: int
 
 
 class SamplingFlags(NamedTuple):
-    """What a batch needs computed; part of the compiled program. Rows that need less are not changed by it."""
+    """The parts of `sample` that a batch needs; static, so each combination is a compiled program of its own.
 
-    needs_noise: bool  # some row is not greedy
-    needs_sort: bool  # some row has top_k or top_p, which take a sort
-    logprobs: int | None  # most alternatives that a row reports, rounded up to a power of two
+    A row that needs fewer parts than its batch gets the same token as alone.
+    """
+
+    needs_noise: bool  # at least one row is not greedy
+    needs_sort: bool  # at least one row that is not greedy has top_k or top_p, which need a sort
+    logprobs: int | None  # maximum of the rows' `logprobs`, rounded up to a power of two; None: no row has any
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplingTensors:
-    """The options of a batch's rows, as arrays: float32 and int32 [B], seeds as two words, uint32 [B, 2]."""
+    """Sampling options of the rows of a batch.
+
+    temperature_B, top_p_B, min_p_B: float32 [B]; temperature 0 means greedy. top_k_B: int32 [B]. seed_B2: uint32
+    [B, 2], the high and low words of the 64-bit seeds.
+    """
 
     temperature_B: jax.Array
     top_k_B: jax.Array
@@ -127,9 +154,13 @@ class SamplingTensors:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplerOutput:
-    """One token of every row: token_B int32; finite_B bool, False where the logits held NaN or infinity (the token then
-    means nothing). With logprobs: logprob_B float32 and rank_B int32 of the token, top_BK float32 of the likeliest
-    tokens and their ids top_ids_BK, else None."""
+    """One sampled token for every row.
+
+    token_B: int32 [B], the sampled token ids. finite_B: bool [B], False where the logits contained NaN or infinity; the
+    token is then meaningless. The other fields are None unless `SamplingFlags.logprobs` is set. logprob_B: float32 [B],
+    log-probabilities of the sampled tokens. rank_B: int32 [B], their ranks from 1. top_BK: float32 [B, K],
+    log-probabilities of the K likeliest tokens in descending order. top_ids_BK: int32 [B, K], their ids.
+    """
 
     token_B: jax.Array
     finite_B: jax.Array
@@ -140,7 +171,10 @@ class SamplerOutput:
 
 
 def make_sampling_tensors(rows: Sequence[SamplingParams]) -> tuple[SamplingTensors, SamplingFlags]:
-    """Options of rows, numpy arrays, and what they need computed."""
+    """Collect the options of all rows in numpy arrays, and determine the parts of `sample` that they need.
+
+    A row without a seed gets a random one.
+    """
     column = lambda name, dtype: np.array([getattr(row, name) for row in rows], dtype)
     seeds = [secrets.randbits(64) if row.seed is None else int(row.seed) for row in rows]
     options = SamplingTensors(
@@ -162,10 +196,16 @@ def make_sampling_tensors(rows: Sequence[SamplingParams]) -> tuple[SamplingTenso
 
 
 def sample(logits_BV: jax.Array, options: SamplingTensors, position_B: jax.Array, plan: SamplingFlags) -> SamplerOutput:
-    """Choose a token for every row of float32 logits.
+    """Sample one token for every row, by the Gumbel-max trick.
 
-    The noise of a row depends on its seed and on position_B, int32, the place of the new token in the row, alone; it is
-    laid out by token id, so it does not depend on what the other rows need computed either. Ties go to the lowest id.
+    The noise of a row depends only on its seed and its position. Noise is indexed by token id, not by sorted order, so
+    the token of a row does not depend on whether another row needs a sort. Ties go to the lowest token id.
+
+    Args:
+        logits_BV: float32 [B, V].
+        options: sampling options of the B rows.
+        position_B: int32 [B], position of the new token in the sequence of its row.
+        plan: the parts to compute; static under jit.
     """
     finite_B = jnp.isfinite(logits_BV).all(-1)
     logits_BV = jnp.where(finite_B[:, None], logits_BV, 0.0)
@@ -185,13 +225,20 @@ def sample(logits_BV: jax.Array, options: SamplingTensors, position_B: jax.Array
 
 
 def _noise(seed_2: jax.Array, position: jax.Array, count: int) -> jax.Array:
-    """Gumbel noise [count] of one row and position; its generator is named, so that no setting of JAX changes it."""
+    """Return Gumbel noise, float32 [count], of one row and position.
+
+    The generator is fixed to threefry2x32, so that JAX's default generator does not change the tokens of a seed.
+    """
     key = jax.random.fold_in(jax.random.wrap_key_data(seed_2, impl="threefry2x32"), position)
     return jax.random.gumbel(key, (count,), jnp.float32)
 
 
 def _apply_top_k_top_p(logits_BV: jax.Array, options: SamplingTensors, cut: bool) -> jax.Array:
-    """Logits over the temperature, the likeliest at 0, and -inf where min_p, then top_k, then top_p drop a token."""
+    """Scale the logits by 1 / temperature and set tokens that min_p, then top_k, then top_p drop to -inf.
+
+    Each row is shifted so that its maximum is 0. top_k and top_p apply only if `cut` is true (some row has them).
+    Of tokens with equal logits at the cut of top_k and top_p, those with the lowest ids stay.
+    """
     column = lambda a_B: a_B[:, None]
     temperature_B = jnp.where(options.temperature_B > 0, options.temperature_B, 1.0)
     x_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / column(temperature_B)
@@ -204,9 +251,9 @@ def _apply_top_k_top_p(logits_BV: jax.Array, options: SamplingTensors, cut: bool
     in_k_BV = jnp.arange(V) < column(k_B)
     p_BV = jax.nn.softmax(jnp.where(in_k_BV, sorted_BV, -jnp.inf), -1)
     before_BV = jnp.cumsum(p_BV, -1) - p_BV
-    # The rounding of the sum must not drop tokens of a row that asks for all of them.
+    # The rounding of the cumulative sum must not drop tokens of a row with top_p 1.
     in_p_BV = (before_BV < column(options.top_p_B)) | (column(options.top_p_B) >= 1)
-    # No filter drops the likeliest token: a top_p that float32 cannot tell from 0 would drop all.
+    # Always keep the likeliest token: a top_p that is 0 in float32 would drop all tokens.
     keep_B1 = column(jnp.maximum((in_k_BV & in_p_BV).sum(-1), 1))
     last_B1 = jnp.take_along_axis(sorted_BV, keep_B1 - 1, -1)
     above_BV, equal_BV = x_BV > last_B1, x_BV == last_B1
@@ -215,7 +262,7 @@ def _apply_top_k_top_p(logits_BV: jax.Array, options: SamplingTensors, cut: bool
 
 
 def is_int(value) -> bool:
-    """Whether it is an integer of any library; True and False are none."""
+    """Whether a value is an integer of Python or of another library (`numbers.Integral`); bools are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -224,13 +271,13 @@ def _is_real(value) -> bool:
 
 
 def shown(value) -> str:
-    """The beginning of what `repr` says, on one line."""
+    """Return the first 60 characters of a value's repr, on one line, for messages."""
     try:
         return " ".join(f"{value!r:.60}".split())
-    except ValueError:  # Python writes out no integer of more than 4,300 digits
+    except ValueError:  # Python refuses to format an integer of more than 4,300 digits
         return "an integer of thousands of digits"
 
 
 def _is_text(value) -> bool:
-    """Whether it is text that a model can write: not empty, and without lone surrogates, which have no UTF-8 form."""
+    """Whether a value is a string that a model can generate: not empty, and encodable as UTF-8 (no lone surrogate)."""
     return isinstance(value, str) and value != "" and not any("\ud800" <= c <= "\udfff" for c in value)

@@ -1,4 +1,4 @@
-"""Which token ids end a text, where several files of a checkpoint name some."""
+"""Resolution of the token ids that end a text, which several files of a checkpoint may specify."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 class Ends(NamedTuple):
-    """ids: any of them ends a text. eos_id: the one of them that vLLM calls the eos token, None if there is none."""
+    """Token ids that end a text. eos_id: the one of `ids` that is vLLM's eos token; None if there is none."""
 
     ids: frozenset[int]
     eos_id: int | None
@@ -28,17 +28,20 @@ def find_ends(
     tokenizer: Tokenizer | None,
     given: int | Iterable[int] | None = None,
 ) -> Ends:
-    """The ids that end a text.
+    """Return the ids that end a text.
 
-    The rule is vLLM's: the ids of generation_config.json, or, where it names none, those of the model's config, and
-    with them the eos of the tokenizer. A file that says null in the place of ids says that nothing ends a text, and
-    then the eos of the tokenizer does not either. Logs one warning where the three disagree.
+    The rule is vLLM's. The ids are those of generation_config.json or, if it has no such field, of the model's config;
+    the tokenizer's eos is added. If that file sets null, nothing ends a text, not even the tokenizer's eos. If the
+    three sources disagree, one warning is logged.
 
     Args:
-        given: the ids that the user names; they alone count then, and an empty list means that nothing ends a text.
+        model: the model's config.
+        generation: the contents of generation_config.json.
+        tokenizer: the tokenizer, if any.
+        given: an id or ids given by the user, which replace all others; an empty list means that nothing ends a text.
 
     Raises:
-        UserError: `given` is no id and no list of ids.
+        UserError: `given` is neither an id nor a list of ids.
     """
     own = None if tokenizer is None else tokenizer.eos_id
     if given is not None:
@@ -63,7 +66,7 @@ def find_ends(
 
 
 def warn_of_bos(model: config.Model, tokenizer: Tokenizer | None) -> None:
-    """Log one warning where the tokenizer and the model's config name two ids of bos; the tokenizer's counts."""
+    """Log a warning if tokenizer and model config have different bos ids; the tokenizer's is used."""
     if tokenizer is not None and None not in (tokenizer.bos_id, model.bos_id) and tokenizer.bos_id != model.bos_id:
         _log.warning(
             "the files disagree on bos: the tokenizer names %d, the model's config %d; the tokenizer's begins a text; "
