@@ -34,11 +34,17 @@ def ep_experts(
     limit: float,
     fp8: bool = False,
 ) -> jax.Array:
-    """As `kernels.experts.experts` on arrays that `sharding` splits: float32 [B, T, D].
+    """Compute `kernels.grouped_mlp.experts` on arrays that `sharding` splits.
 
-    Inside of one device the arrays are its parts, and there is no gradient. A pick that is no expert's number stands
-    for none, and what it gives is undefined. The routing weights apply to what comes back, in float32. Raises UserError
-    for a layout that this cannot follow.
+    If `sharding.per_device`, the arrays are the shards of one device, and the result has no gradient. An index that is
+    no expert's stands for no expert, and its output is undefined. The routing weights multiply the combined rows, in
+    float32.
+
+    Returns:
+      float32 [B, T, D].
+
+    Raises:
+      UserError: the layout splits the experts in a way that `validate_ep` refuses.
     """
     validate_ep(sharding)
     if sharding.per_device:

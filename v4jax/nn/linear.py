@@ -27,9 +27,9 @@ def param(letters: str, value: jax.Array) -> nnx.Param:
 
 
 def einsum(spec: str, x: jax.Array, w: nnx.Param, dtype: jnp.dtype) -> jax.Array:
-    """`einsum(spec, x, w)` computed and returned in `dtype`; letters follow the alphabet. w may hold a QTensor.
+    """Return `einsum(spec, x, w)`, computed in `dtype`. Letters follow the axis alphabet, and w may hold a QTensor.
 
-    A weight that `low_precision` marked is multiplied in FP8, with float32 sums.
+    A weight that `mark_low_precision` marked is multiplied in FP8, with float32 sums.
     """
     if is_fp8(w):
         return _project_fp8(spec, x, w[...]).astype(dtype)
@@ -37,8 +37,10 @@ def einsum(spec: str, x: jax.Array, w: nnx.Param, dtype: jnp.dtype) -> jax.Array
 
 
 def mark_low_precision(model: nnx.Module, matmul: str, expert_weights: str) -> None:
-    """Mark the parameters that are multiplied in FP8 or rounded to MXFP4 (`config.Train`): what was declared once, with
-    its letters, says how it is used, and no layer has a mode."""
+    """Mark the parameters that are multiplied in FP8 or rounded to MXFP4 (`config.Train`).
+
+    The mark is metadata of the parameter, chosen by its axis letters, so that no layer needs a mode.
+    """
     for _, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.Param):
             letters = variable.get_metadata("letters")
@@ -59,8 +61,11 @@ def is_mxfp4(w: nnx.Param) -> bool:
 
 
 def _project_fp8(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """The product of `project` as one of [B, T, D] and [D, U, F]: the second letter of x, with what follows it up to
-    the contracted ones, counts tokens; U counts matrices, and stays apart from F, which may be split over devices."""
+    """Compute the product of `einsum` as an FP8 product of [B, T, D] and [D, U, F].
+
+    The axes of x from the second up to the contracted ones are merged into T. U counts matrices and stays separate from
+    F, which may be split over devices.
+    """
     left, right = spec.split("->")[0].split(",")
     inner = len([letter for letter in left if letter in right])
     U = w.shape[inner] if right[inner] == "U" else 1
