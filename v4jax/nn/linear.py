@@ -8,7 +8,7 @@ from flax import nnx
 
 from v4jax.kernels import fp8_dot
 
-# Letters of the matrices that are released in FP8 (spec 9.1) and multiplied in FP8 (spec 9.3: `wo_a` is not).
+# Axis letters of matrices that are released in FP8 (spec 9.1) and multiplied in FP8 (spec 9.3, so without `wo_a`).
 FP8_WEIGHT_AXES = {"DQ", "QNH", "DH", "GRD", "QJL", "DUF", "FD", "DO", "EUDF", "EFD"}
 
 
@@ -17,12 +17,12 @@ class Buffer(nnx.Variable):
 
 
 def normal_param(rngs: nnx.Rngs, letters: str, shape: tuple[int, ...], std: float) -> nnx.Param:
-    """A float32 matrix drawn from N(0, std), its axes named by `letters` of the alphabet."""
+    """Return a float32 parameter drawn from N(0, std); `letters` of the axis alphabet name its axes."""
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), letters=letters)
 
 
 def param(letters: str, value: jax.Array) -> nnx.Param:
-    """A parameter with a given initial value."""
+    """Return a float32 parameter with the given initial value."""
     return nnx.Param(jnp.asarray(value, jnp.float32), letters=letters)
 
 

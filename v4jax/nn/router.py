@@ -10,7 +10,7 @@ from v4jax.parallel.context_parallel import shard_local
 
 
 class Router(nnx.Module):
-    """Scores of all experts and the K experts of each token; `hashed` layers read these from a table by token id."""
+    """Scores of all experts and the K experts of each token; `hashed` layers read the latter from a table."""
 
     def __init__(self, model: config.Model, hashed: bool, rngs: nnx.Rngs):
         moe = model.moe
