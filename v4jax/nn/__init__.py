@@ -1,1 +1,1 @@
-"""Modules in flax.nnx, one section of the paper a file."""
+"""flax.nnx modules; each file implements one section of the paper."""

@@ -1,4 +1,4 @@
-"""Compressed sparse attention (spec 2.5, 2.6): overlapped entries, read where the indexer points."""
+"""Compressed sparse attention (spec 2.5, 2.6): queries attend the top-k entries that the indexer selects."""
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,14 @@ from v4jax.nn.hca import HeavilyCompressedAttention
 from v4jax.nn.indexer import Indexer, score, score_picked, topk_search
 from v4jax.nn.kv_cache_interface import EntryReader, ForwardBatch, LayerCache
 
-# Reading every entry through a mask costs products with all of them, gathering costs traffic per pick: with up to
-# this many entries a pick the mask is taken: an estimate for XLA:CPU, that no bench has measured yet.
+# A prefill reads all entries through a mask if there are at most this many entries per top-k index, and gathers the
+# top-k entries otherwise. The mask costs matmuls with all entries, the gather costs memory traffic per index. The value
+# is an estimate for XLA:CPU, which no benchmark has measured yet.
 _DENSE_ENTRIES_PER_PICK = 4
 
 
 class CompressedSparseAttention(HeavilyCompressedAttention):
-    """A layer that attends its window and the `topk` entries that its indexer scores highest."""
+    """A layer that attends its window and the `index_topk` entries that its indexer scores highest."""
 
     kind = "csa"
     piece = 1024
@@ -28,7 +29,7 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
 
     def append_compressed(self, x_BTD: jax.Array, chunk: ForwardBatch, past: LayerCache) -> LayerCache:
         kv_BCH, windows, past = self.entries(x_BTD, chunk, past)
-        # The indexer learns from its own loss alone, and moves nothing else (spec 8.3).
+        # The indexer trains on its own loss alone, and that loss has no gradient for other parameters (spec 8.3).
         index_BCL, _, past = self.indexer.compressor(jax.lax.stop_gradient(x_BTD), chunk, past, "index")
         if self.model.kv_qdq:
             index_BCL = qdq.keys(index_BCL)
@@ -43,7 +44,7 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
         q_BTJL, w_BTJ = extra
         readable = self.entry_mask(seq_index_BT, segments_BT, view)
         k = min(self.model.indexer.index_topk, view.size)
-        if view.size == k > self.piece:  # a dense model, for comparison: nothing is left to choose
+        if view.size == k > self.piece:  # top-k covers all entries: a dense model, for comparison
             return super().attend_compressed(q_BTNH, extra, seq_index_BT, segments_BT, view)
         if not use_gather(view.size, k, seq_index_BT.shape[1]):
             mask_BTC = readable(0, view.size)
@@ -56,7 +57,7 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
         mask_BTK = picks_BTK >= 0
         rows_BTKH, after = view.gather_entries(picks_BTK)
         part, p_BTNK = attend(q_BTNH, rows_BTKH, mask_BTK)
-        # Scored anew, for the loss alone: its gradient then needs the picked keys, not the scores of all.
+        # Score the top-k entries again for the indexer loss: its gradient then needs their keys alone.
         return (
             part,
             IndexerTrace(score_picked(q_BTJL, w_BTJ, view.gather_index_keys(picks_BTK)), mask_BTK, p_BTNK),
@@ -65,12 +66,15 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
 
 
 def use_gather(entries: int, k: int, queries: int) -> bool:
-    """Whether so many queries of a row read k picked entries each: else all, through a mask."""
+    """Return whether `queries` queries per row gather their k top-k entries; otherwise they read all through a mask."""
     return entries > k and (entries > _DENSE_ENTRIES_PER_PICK * k or queries == 1)
 
 
 def _topk_mask(scores_BTC: jax.Array, k: int) -> jax.Array:
-    """The set that `search` picks, as a mask: above the k-th score, and of its equals those with the lowest index."""
+    """Return the set that `topk_search` selects as a mask, bool [B, T, C].
+
+    The set holds the scores above the k-th highest, and of those equal to it the ones with the lowest index.
+    """
     scores = jax.lax.stop_gradient(scores_BTC)
     kth = jax.lax.top_k(scores, k)[0][..., -1:]
     above, equal = scores > kth, scores == kth

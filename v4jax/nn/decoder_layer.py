@@ -1,4 +1,4 @@
-"""One layer: attention and experts, each inside its hyper-connection (spec 4.2)."""
+"""One layer: attention and experts, each wrapped in a hyper-connection (spec 4.2)."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ ATTENTION = {"swa": SlidingWindowAttention, "csa": CompressedSparseAttention, "h
 
 
 class DecoderLayer(nnx.Module):
-    """A layer of attention kind `kind`; `hashed` says how its router chooses."""
+    """A layer of attention kind `kind`; with `hashed`, its router chooses by token id."""
 
     def __init__(self, model: config.Model, kind: str, hashed: bool, rngs: nnx.Rngs):
         self.attn_norm = RMSNorm("D", model.hidden_size, model.rms_norm_eps)
@@ -30,7 +30,12 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x_BTXD: jax.Array, chunk: ForwardBatch, past: LayerCache
     ) -> tuple[jax.Array, LayerCache, dict[str, jax.Array]]:
-        """Streams x_BTXD through the layer; the past with this call in it; losses and expert loads."""
+        """Apply the layer to the residual streams x_BTXD.
+
+        Returns:
+          Streams x_BTXD, the cache with this call's tokens, and a dict of float32 arrays: "balance" (scalar, balance
+          loss), "indexer" (scalar, mean indexer loss of valid tokens) and "load_E" ([E], tokens per expert).
+        """
         read, write, mix = self.attn_mhc(x_BTXD)
         y_BTD, past, index_BT = self.attn(self.attn_norm(hc_pre(x_BTXD, read)), chunk, past)
         x_BTXD = hc_post(x_BTXD, y_BTD, write, mix)

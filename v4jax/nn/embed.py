@@ -10,19 +10,19 @@ from v4jax.parallel.rules import constrain
 
 
 class Embed(nnx.Module):
-    """Rows of a table by token id."""
+    """Token embedding table."""
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         self.copies, self.dtype = model.mhc.hc_mult, jnp.dtype(model.dtype)
         self.table = normal_param(rngs, "VD", (model.vocab_size, model.hidden_size), model.initializer_range)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """int32 [B, T] to [B, T, D]."""
-        # Said here, or a table split by D leaves the compiler with all rows of the batch on every device.
+        """Return the embeddings [B, T, D] of int32 token ids [B, T]."""
+        # Constrain the result. Otherwise XLA replicates the whole batch if the table is split by D.
         return constrain(self.table[...][tokens_BT].astype(self.dtype), "BTD")
 
     def embed_streams(self, tokens_BT: jax.Array) -> jax.Array:
-        """The embedding copied into every residual stream, unscaled: [B, T, X, D] (spec 4.1)."""
+        """Return the embedding copied into every residual stream, unscaled, [B, T, X, D] (spec 4.1)."""
         x_BTD = self(tokens_BT)
         return jnp.broadcast_to(x_BTD[:, :, None], (*x_BTD.shape[:2], self.copies, x_BTD.shape[2]))
 
@@ -34,5 +34,5 @@ class LMHead(nnx.Module):
         self.weight = normal_param(rngs, "DV", (model.hidden_size, model.vocab_size), model.initializer_range)
 
     def __call__(self, h_BTD: jax.Array) -> jax.Array:
-        """[B, T, D] to float32 logits [B, T, V]; the weight is promoted, as in the released model (spec 4.3)."""
+        """Return float32 logits [B, T, V]; the weight is cast to float32 as in the released model (spec 4.3)."""
         return jnp.einsum("BTD,DV->BTV", h_BTD.astype(jnp.float32), self.weight[...].astype(jnp.float32))

@@ -1,9 +1,10 @@
-"""Routed experts on a mesh: tokens travel to the devices that hold their experts, and no token is dropped.
+"""Routed experts on a mesh: tokens are dispatched to the devices of their experts, and none is dropped.
 
-Every device sorts its (token, pick) rows by expert, sends them along the mesh axes that split the experts, computes
-what arrives with its own experts, and sends it back, where it is weighted and summed. The rest of an expert matrix may
-be split too: its hidden size over axes that split the tokens (gathered before use, gradients summed and split again),
-its inner size over axes that do not (partial sums, added up at the end).
+Every device sorts its (token, expert) rows by expert and dispatches them along the mesh axes that split the experts. It
+computes the rows that it receives with its own experts and returns them. The source weights and sums them. The other
+axes of an expert matrix may be split too. The hidden size may be split over axes that split the tokens: it is gathered
+before use, and its gradient is reduce-scattered. The inner size may be split over axes that do not split the tokens:
+the devices compute partial sums, which are added at the end.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from v4jax.kernels.grouped_mlp import experts
 from v4jax.parallel.rules import MeshRules
 from v4jax.parallel.token_dispatch import TokenDispatcher
 
-# Rows of a round, against the number that arrives if all experts are equally busy. Beyond it a second round begins: it
-# costs time, never tokens. An estimate: routing that the balance rules hold within a third of the mean needs one.
+# Rows per round, relative to the number that a device receives if all experts have equal load. More rows need another
+# round, which costs time but drops no token. The value is an estimate: one round is enough for routing that the balance
+# rules hold within a third of the mean.
 _CAPACITY_FACTOR = 1.5
 _RAGGED = {"cpu": False}  # platforms without `lax.ragged_all_to_all`
 
@@ -34,11 +36,17 @@ def ep_experts(
     limit: float,
     fp8: bool = False,
 ) -> jax.Array:
-    """As `kernels.experts.experts` on arrays that `sharding` splits: float32 [B, T, D].
+    """Compute `kernels.grouped_mlp.experts` on arrays that `sharding` splits.
 
-    Inside of one device the arrays are its parts, and there is no gradient. A pick that is no expert's number stands
-    for none, and what it gives is undefined. The routing weights apply to what comes back, in float32. Raises UserError
-    for a layout that this cannot follow.
+    If `sharding.per_device`, the arrays are the shards of one device, and the result has no gradient. An index that is
+    no expert's stands for no expert, and its output is undefined. The routing weights multiply the combined rows, in
+    float32.
+
+    Returns:
+      float32 [B, T, D].
+
+    Raises:
+      UserError: the layout splits the experts in a way that `validate_ep` refuses.
     """
     validate_ep(sharding)
     if sharding.per_device:
@@ -47,7 +55,7 @@ def ep_experts(
 
 
 def validate_ep(sharding: MeshRules) -> None:
-    """Raise UserError unless experts and their hidden size are split along axes of the tokens, their width is not."""
+    """Raise UserError unless experts and hidden size are split along token axes and the inner size is not."""
     tokens = _token_axes(sharding)
     for name, inside in (("expert", True), ("expert_embed", True), ("expert_mlp", False)):
         for axis in sharding.axes("weights", name):
@@ -93,16 +101,16 @@ _routed.defvjp(_save, _gradients)
 
 
 def _forward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EUDF, down_EFD, picks_BTK):
-    """The shard_map body: one device's tokens, its part of the matrices."""
+    """Run the experts on one device's tokens with its shard of the matrices (the shard_map body)."""
     rounds, one = _dispatch_plan(sharding, _products(sharding, limit, fp8), picks_BTK, gate_up_EUDF.shape[0])
     arguments = (_flat(x_BTD), _flat(weights_BTK), *_gathered(sharding, x_BTD.dtype, gate_up_EUDF, down_EFD))
-    first = one(jnp.int32(0), *arguments)  # outside of the loop, so that it can overlap with what is independent
+    first = one(jnp.int32(0), *arguments)  # outside the loop, so that it can overlap with independent work
     y_BD = jax.lax.fori_loop(1, rounds, lambda turn, y: y + one(turn, *arguments), first)
     return jax.lax.psum(y_BD, _width_axes(sharding)).reshape(x_BTD.shape)
 
 
 def _backward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EUDF, down_EFD, picks_BTK, dy_BTD):
-    """Each round once more, with its gradients; those of a matrix are summed over the devices that used it."""
+    """Recompute each round with its gradients; those of a matrix are summed over the devices that used it."""
     rounds, one = _dispatch_plan(sharding, _products(sharding, limit, fp8), picks_BTK, gate_up_EUDF.shape[0])
     arguments = (_flat(x_BTD), _flat(weights_BTK), *_gathered(sharding, x_BTD.dtype, gate_up_EUDF, down_EFD))
     pull = lambda turn: jax.vjp(functools.partial(one, turn), *arguments)[1](_flat(dy_BTD))
@@ -119,12 +127,12 @@ def _backward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EUDF, down_EFD, 
 
 
 def _products(sharding, limit, fp8):
-    """The expert products of the mesh's devices, which need not be of this process' backend."""
+    """Return the expert kernel for the mesh's platform, which may differ from the backend of this process."""
     return functools.partial(experts, limit=limit, fp8=fp8, impl="blocks" if sharding.platform == "cpu" else "ragged")
 
 
 def _dispatch_plan(sharding, products, picks_BTK, experts_here):
-    """How many rounds there are, and one of them: (turn, x_BD, weights_BK, gate_up, down) -> its part of y_BD."""
+    """Return the number of rounds and the function of one: (turn, x_BD, weights_BK, gate_up, down) -> partial y_BD."""
     picks_BK = _flat(picks_BTK)
     axes = sharding.axes("weights", "expert")
     if not axes:
@@ -141,15 +149,15 @@ def _dispatch_plan(sharding, products, picks_BTK, experts_here):
     most = P * B * min(K, experts_here)
     room = min(most, -(-int(_CAPACITY_FACTOR * B * K) // 8) * 8)
     travel = TokenDispatcher(axes, _RAGGED.get(sharding.platform, True), room, jax.lax.axis_index(axes), count_PP)
-    home_R = jnp.minimum(picks_R[order_R] // experts_here, P - 1)  # picks of no expert come last, and stay
-    # Arrivals lie by source, each source's by expert: the expert of a slot follows from the counts alone.
+    home_R = jnp.minimum(picks_R[order_R] // experts_here, P - 1)  # rows without an expert come last and are not sent
+    # Received rows are ordered by source, then by expert, so the counts alone give the expert of a slot.
     ends_PE = jnp.cumsum(jax.lax.dynamic_slice_in_dim(counts_PE, travel.me * experts_here, experts_here, 1).reshape(-1))
 
     def one(turn, x_BD, weights_BK, gate_up_EUDF, down_EFD):
         arrival = travel.arrivals(turn)
         expert = jnp.searchsorted(ends_PE, arrival, side="right") % experts_here
         full = arrival < travel.arriving
-        pick = jnp.where(full, expert, experts_here).astype(jnp.int32)  # beyond the last expert: computed by none
+        pick = jnp.where(full, expert, experts_here).astype(jnp.int32)  # empty slots belong to no expert
         here = travel.dispatch(x_BD[order_R // K], turn)
         done = products(here, pick[:, None], full[:, None].astype(jnp.float32), gate_up_EUDF, down_EFD)
         done = jnp.where(full[:, None], done, 0).astype(x_BD.dtype)
@@ -168,7 +176,7 @@ def _width_axes(sharding) -> tuple[str, ...]:
 
 
 def _gathered(sharding, dtype, gate_up_EUDF, down_EFD):
-    """This device's experts with their whole hidden size, in the compute dtype."""
+    """Return this device's experts with their unsharded hidden size, in the compute dtype."""
     axes = sharding.axes("weights", "expert_embed")
     gather = lambda a, axis: jax.lax.all_gather(a, axes, axis=axis, tiled=True) if axes else a
     whole = lambda a, axis: gather(a.astype(dtype), axis)
@@ -176,7 +184,7 @@ def _gathered(sharding, dtype, gate_up_EUDF, down_EFD):
 
 
 def _scattered(sharding, gradient, axis):
-    """Summed over all devices that hold these experts, and split as the matrix is."""
+    """Sum the gradient over all devices that used these experts, and split it like the matrix."""
     split = sharding.axes("weights", "expert_embed")
     held = sharding.axes("weights", "expert") + split
     if split:

@@ -1,4 +1,4 @@
-"""Heavily compressed attention (spec 2.7): every visible entry is read, and there are few."""
+"""Heavily compressed attention (spec 2.7): a query attends all visible entries, which are few."""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ from v4jax.nn.compressor import Compressor
 from v4jax.nn.indexer import causal_mask
 from v4jax.nn.kv_cache_interface import EntryReader, ForwardBatch, LayerCache
 
-_MAX_SINGLE_PASS = 1024  # up to this many entries are read in one go, more in pieces, as far as they are visible
-_FEW_PIECE = 1024  # entries of a piece where queries are few: their logits are small
+_MAX_SINGLE_PASS = 1024  # up to this many entries are read at once; more are read in pieces, up to the last visible
+_FEW_PIECE = 1024  # entries per piece in a decode step, where few queries have small logits
 
 
 class HeavilyCompressedAttention(SlidingWindowAttention):
@@ -30,7 +30,7 @@ class HeavilyCompressedAttention(SlidingWindowAttention):
         return past.append(kv_BCH, None, windows, chunk, self.compressor.ratio)
 
     def entries(self, x_BTD: jax.Array, chunk: ForwardBatch, past: LayerCache):
-        """The call's main entries [B, C, H], as the cache stores them, the windows they pool, and the past."""
+        """Return the call's main entries [B, C, H] as the cache stores them, their windows, and the changed cache."""
         kv_BCH, windows, past = self.compressor(x_BTD, chunk, past, "main")
         return qdq.entries(kv_BCH, self.model.qk_rope_head_dim) if self.model.kv_qdq else kv_BCH, windows, past
 
@@ -46,7 +46,7 @@ class HeavilyCompressedAttention(SlidingWindowAttention):
         return jax.lax.fori_loop(1, last, lambda i, part: part.merge(read(i)), read(0)), None, view
 
     def entry_mask(self, seq_index_BT: jax.Array, segments_BT: jax.Array | None, view: EntryReader):
-        """(first, count) to bool [B, T, count]: entries that are complete for a query and of its own document."""
+        """Return a function (first, count) to bool [B, T, count]: True for complete entries of the query's document."""
 
         def mask(first, count):
             mask_BTC = causal_mask(seq_index_BT, self.compressor.ratio, first, count)
@@ -57,12 +57,12 @@ class HeavilyCompressedAttention(SlidingWindowAttention):
         return mask
 
     def num_visible(self, seq_index_BT: jax.Array) -> jax.Array:
-        """Entries that the last query sees: no reader looks further."""
+        """Return the number of entries that the last query sees, int32 scalar; later entries need not be read."""
         return (seq_index_BT.max() + 1) // self.compressor.ratio
 
 
 def entry_segments(view: EntryReader, first, count: int) -> jax.Array:
-    """Documents of `count` entries from `first` on: [B, count]."""
+    """Return the documents of `count` entries from `first` on, int32 [B, count]."""
     if count == view.size:
         return view.segments_BC
     return jnp.take(view.segments_BC, first + jnp.arange(count), axis=1, mode="clip")

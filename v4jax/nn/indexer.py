@@ -1,4 +1,4 @@
-"""Lightning indexer: which compressed entries a query reads (spec 2.6)."""
+"""Lightning indexer: it selects the compressed entries that a query attends (spec 2.6)."""
 
 import jax
 import jax.numpy as jnp
@@ -13,28 +13,30 @@ from v4jax.nn.kv_cache_interface import EntryReader
 from v4jax.nn.linear import einsum, normal_param
 from v4jax.nn.rope import rotate
 
-_PIECE = 1024  # entries that are scored at once
-_FEW_PIECE = 256  # at least, in a decode step
-_FEW_NUMBERS = 2**17  # numbers in the keys of a small piece of a decode step; a big one has `_BIG` times as many
+_PIECE = 1024  # entries that are scored at once in a prefill
+_FEW_PIECE = 256  # least number of entries that are scored at once in a decode step
+# Elements of the index keys in a small piece of a decode step. A big piece has `_BIG` times as many.
+_FEW_NUMBERS = 2**17
 _BIG = 4
-_CODED = ("gpu",)  # backends that are given keys in e4m3 as they lie, where they lie so; others get them widened
-_TILE = 64  # queries that XLA:CPU scores at once: with a piece of keys their scores still fit its caches
+# Backends that multiply keys stored in e4m3 without dequantizing them first. Others get dequantized keys.
+_CODED = ("gpu",)
+_TILE = 64  # queries that XLA:CPU scores at once; their scores for one piece of keys fit the CPU's caches
 
 
 class Indexer(nnx.Module):
-    """Small queries of its own, its own compressed keys, and a weight per head."""
+    """Low-dimensional queries, compressed index keys and a weight per head, all separate from the attention."""
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         heads, dim = model.indexer.index_n_heads, model.indexer.index_head_dim
         self.rounded, self.dtype, self.scale = model.kv_qdq, jnp.dtype(model.dtype), dim**-0.5 * heads**-0.5
-        # Only queries that FP4 holds lose nothing in a product with keys in e4m3.
+        # A product with keys in e4m3 rounds the queries to e4m3. Only queries rounded to FP4 lose nothing by that.
         self.raw_fp8 = model.kv_qdq and jax.default_backend() in _CODED
         self.q_up = normal_param(rngs, "QJL", (model.q_lora_rank, heads, dim), model.initializer_range)
         self.weight = normal_param(rngs, "DJ", (model.hidden_size, heads), model.initializer_range)
         self.compressor = Compressor(model, "csa", "L", dim, rngs)
 
     def queries(self, x_BTD: jax.Array, low_BTQ: jax.Array, cos_sin) -> tuple[jax.Array, jax.Array]:
-        """Rotated queries q_BTJL and head weights w_BTJ (float32, scale folded in)."""
+        """Return rotated queries q_BTJL and head weights w_BTJ, which are float32 and include the scale."""
         q = rotate(einsum("BTQ,QJL->BTJL", low_BTQ, self.q_up, self.dtype), cos_sin)
         if self.rounded:
             q = qdq.keys(q)
@@ -43,10 +45,10 @@ class Indexer(nnx.Module):
 
 
 def score(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BCL: jax.Array | QTensor) -> jax.Array:
-    """I[t, c] = sum_j w[t, j] relu(q[t, j] . k[c]): float32 [B, T, C].
+    """Return I[t, c] = sum_j w[t, j] relu(q[t, j] . k[c]), float32 [B, T, C].
 
-    Entries are the minor axis throughout, and the sum over heads is a product: as a reduction over a middle axis
-    XLA:CPU took 17 times as long, half of a prefill.
+    Entries are the minor axis throughout, and the sum over heads is a matmul. A reduction over a middle axis took
+    XLA:CPU 17 times as long, which was half of a prefill.
     """
     if isinstance(keys_BCL, QTensor):
         B, T, J, L = q_BTJL.shape
@@ -57,7 +59,7 @@ def score(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BCL: jax.Array | QTensor) ->
 
 
 def score_picked(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BTKL: jax.Array) -> jax.Array:
-    """`score` for keys of each query's own: float32 [B, T, K]."""
+    """Return `score` where each query has its own K keys, float32 [B, T, K]."""
     dots_BTJK = jnp.einsum("BTJL,BTKL->BTJK", q_BTJL, keys_BTKL, preferred_element_type=jnp.float32)
     return jnp.einsum("BTJK,BTJ->BTK", jax.nn.relu(dots_BTJK), w_BTJ)
 
@@ -65,15 +67,24 @@ def score_picked(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BTKL: jax.Array) -> j
 def topk_search(
     q_BTJL: jax.Array, w_BTJ: jax.Array, view: EntryReader, readable, limit: jax.Array, k: int, coded: bool = False
 ) -> jax.Array:
-    """Indices of the k entries of `view` that score highest, int32 [B, T, k], -1 where fewer are visible.
+    """Return the indices of the k entries that score highest for each query. The result has no gradient.
 
-    Ties go to the lowest index: relu makes exact zeros common, so the order has to be a rule (spec 11.4). transformers
-    has none, torch.topk promises no order: with few heads its picks, and then its logits, may differ. Entries are
-    looked at in pieces, so the scores of a block of queries never exist whole; the best so far stand before a piece's,
-    which keeps the rule. No gradient.
+    Ties go to the lowest index, because relu makes exact zeros common (spec 11.4). transformers has no such rule, since
+    torch.topk promises no order. With few heads its top-k indices, and then its logits, may differ. Entries are scored
+    in pieces, so the scores of all entries never exist at once. The best entries so far are concatenated before those
+    of a piece, which keeps the order of ties.
 
-    readable(first, count) gives the mask of a piece, bool [B, T, count]; entries from `limit` (int32) on are visible to
-    nobody and are not looked at. coded: see `EntryReader.keys`.
+    Args:
+      q_BTJL: indexer queries.
+      w_BTJ: float32 head weights.
+      view: reader of the index keys.
+      readable: function (first, count) that returns the mask of a piece, bool [B, T, count].
+      limit: int32 scalar; no query sees entries from this index on, and they are not scored.
+      k: number of entries to select.
+      coded: read keys that are stored in e4m3 without dequantizing (see `EntryReader.read_index_keys`).
+
+    Returns:
+      int32 [B, T, k], -1 where a query sees fewer than k entries.
     """
     B, T, _, L = q_BTJL.shape
     q_BTJL, w_BTJ = jax.lax.stop_gradient((q_BTJL, w_BTJ))
@@ -97,7 +108,7 @@ def topk_search(
         return values_BTK, jnp.take_along_axis(jnp.concatenate([picks_BTK, index], -1), at, -1)
 
     best, done = (jnp.full((B, T, k), -jnp.inf), jnp.full((B, T, k), -1, jnp.int32)), 0
-    if big > piece:  # whole big pieces first, so that what is left to the small ones is short
+    if big > piece:  # full big pieces first, so that few entries remain for small pieces
         done = limit // big
         best = jax.lax.fori_loop(0, done, lambda i, best: look(i * big, big, best), best)
         done *= big // piece
@@ -105,9 +116,10 @@ def topk_search(
 
 
 def _score_few(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BCL: jax.Array) -> jax.Array:
-    """`score` for few queries: as right operands XLA:CPU would transpose the keys, half of a step at a million tokens.
+    """Return `score` for a few queries, with the keys as the left matmul operand.
 
-    The sum over heads is one product of all queries' heads, each with its own column of weights.
+    XLA:CPU would transpose keys that are the right operand, which took half of a step at a million tokens. The sum over
+    heads is one matmul over the heads of all queries, in which each query has its own column of weights.
     """
     dots_BCTJ = jnp.einsum("BCL,BTJL->BCTJ", keys_BCL, q_BTJL, preferred_element_type=jnp.float32)
     B, C, T, J = dots_BCTJ.shape
@@ -118,7 +130,7 @@ def _score_few(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BCL: jax.Array) -> jax.
 
 
 def _score_tiled(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BCL: jax.Array) -> jax.Array:
-    """`score` in tiles of queries, so that the scores of single heads do not go through memory."""
+    """Return `score`, computed in tiles of queries so that the scores of single heads stay in the CPU caches."""
     B, T, J, L = q_BTJL.shape
     size = min(_TILE, T)
     if T % size:
@@ -130,5 +142,8 @@ def _score_tiled(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BCL: jax.Array) -> ja
 
 
 def causal_mask(seq_index_BT: jax.Array, ratio: int, first: jax.Array | int, count: int) -> jax.Array:
-    """Entry i is visible to query t when i < (t + 1) // ratio (spec 2.5): bool [B, T, count], entries from `first`."""
+    """Return bool [B, T, count], True if a query sees the entry, for entries from `first` on.
+
+    Query t sees entry i if i < (t + 1) // ratio (spec 2.5).
+    """
     return first + jnp.arange(count) < ((seq_index_BT + 1) // ratio)[..., None]

@@ -8,7 +8,7 @@ from flax import nnx
 
 from v4jax.kernels import fp8_dot
 
-# Letters of the matrices that are released in FP8 (spec 9.1) and multiplied in FP8 (spec 9.3: `wo_a` is not).
+# Axis letters of matrices that are released in FP8 (spec 9.1) and multiplied in FP8 (spec 9.3, so without `wo_a`).
 FP8_WEIGHT_AXES = {"DQ", "QNH", "DH", "GRD", "QJL", "DUF", "FD", "DO", "EUDF", "EFD"}
 
 
@@ -17,19 +17,19 @@ class Buffer(nnx.Variable):
 
 
 def normal_param(rngs: nnx.Rngs, letters: str, shape: tuple[int, ...], std: float) -> nnx.Param:
-    """A float32 matrix drawn from N(0, std), its axes named by `letters` of the alphabet."""
+    """Return a float32 parameter drawn from N(0, std); `letters` of the axis alphabet name its axes."""
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), letters=letters)
 
 
 def param(letters: str, value: jax.Array) -> nnx.Param:
-    """A parameter with a given initial value."""
+    """Return a float32 parameter with the given initial value."""
     return nnx.Param(jnp.asarray(value, jnp.float32), letters=letters)
 
 
 def einsum(spec: str, x: jax.Array, w: nnx.Param, dtype: jnp.dtype) -> jax.Array:
-    """`einsum(spec, x, w)` computed and returned in `dtype`; letters follow the alphabet. w may hold a QTensor.
+    """Return `einsum(spec, x, w)`, computed in `dtype`. Letters follow the axis alphabet, and w may hold a QTensor.
 
-    A weight that `low_precision` marked is multiplied in FP8, with float32 sums.
+    A weight that `mark_low_precision` marked is multiplied in FP8, with float32 sums.
     """
     if is_fp8(w):
         return _project_fp8(spec, x, w[...]).astype(dtype)
@@ -37,8 +37,10 @@ def einsum(spec: str, x: jax.Array, w: nnx.Param, dtype: jnp.dtype) -> jax.Array
 
 
 def mark_low_precision(model: nnx.Module, matmul: str, expert_weights: str) -> None:
-    """Mark the parameters that are multiplied in FP8 or rounded to MXFP4 (`config.Train`): what was declared once, with
-    its letters, says how it is used, and no layer has a mode."""
+    """Mark the parameters that are multiplied in FP8 or rounded to MXFP4 (`config.Train`).
+
+    The mark is metadata of the parameter, chosen by its axis letters, so that no layer needs a mode.
+    """
     for _, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.Param):
             letters = variable.get_metadata("letters")
@@ -59,8 +61,11 @@ def is_mxfp4(w: nnx.Param) -> bool:
 
 
 def _project_fp8(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """The product of `project` as one of [B, T, D] and [D, U, F]: the second letter of x, with what follows it up to
-    the contracted ones, counts tokens; U counts matrices, and stays apart from F, which may be split over devices."""
+    """Compute the product of `einsum` as an FP8 product of [B, T, D] and [D, U, F].
+
+    The axes of x from the second up to the contracted ones are merged into T. U counts matrices and stays separate from
+    F, which may be split over devices.
+    """
     left, right = spec.split("->")[0].split(",")
     inner = len([letter for letter in left if letter in right])
     U = w.shape[inner] if right[inner] == "U" else 1

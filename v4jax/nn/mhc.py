@@ -9,23 +9,24 @@ from v4jax import config
 from v4jax.kernels.sinkhorn import sinkhorn
 from v4jax.nn.linear import normal_param, param
 
-_FEW_TOKENS = 16  # up to here XLA:CPU is twice as fast with the weight as left operand, beyond with the tokens
+# Up to this many tokens XLA:CPU is twice as fast with the weight as left operand, beyond that with the tokens.
+_FEW_TOKENS = 16
 
 
 def _mean(n: int) -> np.ndarray:
-    """What a sigmoid takes to 1 / n, n times; to 0.98 for a single stream, for 1 is out of its reach."""
+    """Return n logits whose sigmoid is 1 / n; for n = 1 the sigmoid is 0.98, because it cannot reach 1."""
     return np.full(n, -np.log(max(n - 1, 0.02)))
 
 
 def _coefficients(x_BTXD: jax.Array, fn_MXD: jax.Array, rms_norm_eps: float) -> jax.Array:
-    """`(fn vec(X)) * rsqrt(mean(vec(X)^2) + eps)`: float32 [M, B, T].
+    """Return `(fn vec(X)) * rsqrt(mean(vec(X)^2) + eps)`, float32 [M, B, T].
 
-    Coefficients lead, so that the little arithmetic on them runs over tokens. So they do in fn: XLA:CPU is 4 times
-    slower on the weight gradient of a product with few output columns than on one with few rows.
+    The coefficient axis M comes first, so that elementwise work runs over tokens. It comes first in fn too: XLA:CPU is
+    4 times slower on the weight gradient of a matmul with few output columns than on one with few output rows.
     """
     x = x_BTXD.astype(jnp.float32)
     inverse_rms_BT = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=(-2, -1)) + rms_norm_eps)
-    # Streams and hidden size as one axis V = X D, or XLA orders them anew and copies the weight at every call.
+    # Merge streams and hidden size into one axis V = X D. Otherwise XLA transposes and copies the weight in each call.
     fn_MV, x_BTV = fn_MXD.astype(jnp.float32).reshape(fn_MXD.shape[0], -1), x.reshape(*x.shape[:2], -1)
     if x.shape[0] * x.shape[1] <= _FEW_TOKENS:
         return jnp.einsum("MV,BTV->MBT", fn_MV, x_BTV) * inverse_rms_BT
@@ -33,7 +34,7 @@ def _coefficients(x_BTXD: jax.Array, fn_MXD: jax.Array, rms_norm_eps: float) -> 
 
 
 class HyperConnection(nnx.Module):
-    """Coefficients around one sublayer: what it reads, how its output is written, how the streams mix."""
+    """Coefficients of one sublayer: weights of its input, of its output, and of the mix of the streams."""
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         n = model.mhc.hc_mult
@@ -43,14 +44,14 @@ class HyperConnection(nnx.Module):
             model.mhc.hc_eps,
             model.rms_norm_eps,
         )
-        # Start near a plain residual network (spec 4.5): read the mean of the streams, write with 1, mix by about I.
+        # Start near a plain residual network (spec 4.5): read is 1 / n, write is 1, mix is close to the identity.
         read, write, mix = _mean(n), np.zeros(n), 4.0 * np.eye(n)
         self.fn = normal_param(rngs, "MXD", (2 * n + n * n, n, model.hidden_size), model.initializer_range)
         self.base = param("M", np.concatenate([read, write, mix.reshape(-1)]))
         self.scale = param("S", np.full(3, 0.1))
 
     def __call__(self, x_BTXD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """read_XBT, write_XBT and the doubly stochastic mix_XYBT, all float32."""
+        """Return read_XBT, write_XBT and the doubly stochastic mix_XYBT, all float32."""
         n = self.streams
         m = _coefficients(x_BTXD, self.fn[...], self.rms_norm_eps)
         scale, base = self.scale[...].astype(jnp.float32), self.base[...].astype(jnp.float32)[:, None, None]
@@ -61,7 +62,7 @@ class HyperConnection(nnx.Module):
 
 
 class HyperHead(nnx.Module):
-    """The last read of the streams, before the final norm (spec 4.3)."""
+    """The weighted sum of the streams before the final norm (spec 4.3)."""
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         n = model.mhc.hc_mult
@@ -71,7 +72,7 @@ class HyperHead(nnx.Module):
         self.scale = param("S", np.full(1, 0.1))
 
     def __call__(self, x_BTXD: jax.Array) -> jax.Array:
-        """x_BTXD to x_BTD, in the same dtype."""
+        """Reduce the streams x_BTXD to x_BTD, in the same dtype."""
         m = _coefficients(x_BTXD, self.fn[...], self.rms_norm_eps)
         read = jax.nn.sigmoid(
             m * self.scale[...].astype(jnp.float32) + self.base[...].astype(jnp.float32)[:, None, None]
@@ -80,11 +81,11 @@ class HyperHead(nnx.Module):
 
 
 def hc_pre(x_BTXD: jax.Array, read_XBT: jax.Array) -> jax.Array:
-    """The sublayer's input: sum_j read_j X_j in float32, returned in x's dtype, [B, T, D]."""
+    """Return the sublayer's input sum_j read_j X_j [B, T, D], computed in float32 and cast to x's dtype."""
     return jnp.einsum("BTXD,XBT->BTD", x_BTXD.astype(jnp.float32), read_XBT).astype(x_BTXD.dtype)
 
 
 def hc_post(x_BTXD: jax.Array, y_BTD: jax.Array, write_XBT: jax.Array, mix_XYBT: jax.Array) -> jax.Array:
-    """X'_k = write_k y + sum_j mix[j, k] X_j: the sum runs over the FIRST index of the mix (spec 4.2)."""
+    """Return X'_k = write_k y + sum_j mix[j, k] X_j. The sum runs over the FIRST index of mix (spec 4.2)."""
     mixed = jnp.einsum("BTXD,XYBT->BTYD", x_BTXD.astype(jnp.float32), mix_XYBT)
     return (mixed + jnp.einsum("BTD,YBT->BTYD", y_BTD.astype(jnp.float32), write_XBT)).astype(x_BTXD.dtype)

@@ -18,8 +18,8 @@ from v4jax.parallel.rules import current_rules
 class ExpertWeights(nnx.Module):
     """Weights of E expert networks, or of a single one.
 
-    Routed experts keep gate and up as matrices apart, "EUDF": lying next to each other in a row, "EDUF", a TPU would
-    have to copy them all for each product. A single one keeps them as "DUF", for one product of both.
+    Routed experts store gate and up as separate matrices, "EUDF". In the layout "EDUF" a TPU would copy all of them for
+    each matmul. A single expert stores them as "DUF", so that one matmul computes both.
     """
 
     def __init__(self, model: config.Model, inner: int, count: int | None, rngs: nnx.Rngs):
@@ -34,18 +34,18 @@ class ExpertWeights(nnx.Module):
             self.down = normal_param(rngs, "EFD", (count, inner, D), std)
 
     def matrices(self) -> tuple[jax.Array, jax.Array]:
-        """gate_up_EUDF and down_EFD as the routed experts use them: rounded where training says so."""
+        """Return gate_up_EUDF and down_EFD as the routed experts use them, rounded if training asks for it."""
         both = self.gate_up[...], self.down[...]
         if is_mxfp4(self.gate_up):
             both = map(qdq.mxfp4, both)
-        if is_fp8(self.gate_up):  # which holds what FP4 can, if scales within a block differ by up to 2^14 (spec 8.4)
+        if is_fp8(self.gate_up):  # exact for FP4 values if scales within a block differ by up to 2^14 (spec 8.4)
             one = lambda w_DF: fp8_dot.weights(w_DF[:, None])[:, 0]
             both = (jax.vmap(one)(w.reshape(-1, *w.shape[-2:])).reshape(w.shape) for w in both)
         return tuple(both)
 
 
 class MoE(nnx.Module):
-    """The feed-forward sublayer. Layers with `hashed` routing exclude themselves from the balance loss (spec 3.3)."""
+    """The feed-forward sublayer. Layers with `hashed` routing return a balance loss of 0 (spec 3.3)."""
 
     def __init__(self, model: config.Model, hashed: bool, rngs: nnx.Rngs):
         moe = model.moe
@@ -55,11 +55,11 @@ class MoE(nnx.Module):
         self.shared = ExpertWeights(model, moe.moe_intermediate_size * moe.n_shared_experts, None, rngs)
 
     def __call__(self, x_BTD: jax.Array, chunk: ForwardBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """y_BTD, the balance loss (float32 scalar) and the load of each expert, tokens [E]."""
+        """Return y_BTD, the balance loss (float32 scalar) and the number of tokens of each expert, float32 [E]."""
         picks_BTK, weights_BTK, scores_BTE = self.router(x_BTD, chunk.tokens_BT)
         matrices, narrow = self.experts.matrices(), is_fp8(self.experts.gate_up)
         taken_BTK, valid_BT = picks_BTK, chunk.valid_BT
-        if valid_BT is not None:  # nobody reads what padding gives: no expert computes it, and it does not travel
+        if valid_BT is not None:  # route padding to no expert: it is neither computed nor dispatched
             taken_BTK = jnp.where(valid_BT[..., None], picks_BTK, scores_BTE.shape[-1])
         if (sharding := current_rules()) is not None:
             routed = ep_experts(sharding, x_BTD, taken_BTK, weights_BTK, *matrices, self.limit, narrow)

@@ -26,12 +26,21 @@ class MTP(nnx.Module):
         self.norm = RMSNorm("D", D, model.rms_norm_eps)
 
     def __call__(self, x_BTXD: jax.Array, next_BTD: jax.Array, chunk: ForwardBatch, past: LayerCache):
-        """x_BTXD: all streams of the last backbone layer (the collapsed state is not enough, spec 5.1). next_BTD:
-        embedding of the token after each position. Returns the layer's own streams, the past, and the block's aux."""
+        """Apply the MTP layer.
+
+        Args:
+          x_BTXD: all residual streams of the last backbone layer; the collapsed state is not enough (spec 5.1).
+          next_BTD: embedding of the token after each position.
+          chunk: the tokens of the call.
+          past: the layer's cache before the call.
+
+        Returns:
+          The layer's output streams, the changed cache, and the auxiliary values of `DecoderLayer`.
+        """
         hidden = einsum("BTXD,DO->BTXO", self.hidden_norm(x_BTXD), self.hidden_proj, self.dtype)
         embed = einsum("BTD,DO->BTO", self.embed_norm(next_BTD), self.embed_proj, self.dtype)
         return self.block(hidden + embed[:, :, None], chunk, past)
 
     def read(self, x_BTXD: jax.Array) -> jax.Array:
-        """What the shared head sees of the layer's streams: h_BTD."""
+        """Return the input h_BTD of the shared head, computed from the layer's streams."""
         return self.norm(self.head_mhc(x_BTXD))

@@ -1,4 +1,4 @@
-"""Storage rounding in the forward pass (spec 2.4, 2.5): what a model trained for FP8 entries and FP4 keys computes.
+"""Storage rounding in the forward pass (spec 2.4, 2.5): the rounding of a model trained for FP8 entries and FP4 keys.
 
 An engine whose cache stores these formats reproduces such a model exactly. Gradients pass straight through.
 """
@@ -11,28 +11,29 @@ import numpy as np
 
 from v4jax.core.qtensor import dequantize, group_size, quantize
 
-ENTRY_GROUP, KEY_GROUP = 64, 32  # most numbers that share a scale
+ENTRY_GROUP, KEY_GROUP = 64, 32  # maximum group size, in elements that share a scale
 
 
 def entries(kv: jax.Array, qk_rope_head_dim: int) -> jax.Array:
-    """Main entries or window rows [..., H]: FP8 in groups of up to 64, all but the rotary channels at the end."""
+    """Round main entries or window rows [..., H] to FP8 in groups of up to 64, except the last (rotary) channels."""
     plain = kv.shape[-1] - qk_rope_head_dim
     return jnp.concatenate([_rounded(kv[..., :plain], "fp8", group_size(plain, ENTRY_GROUP)), kv[..., plain:]], axis=-1)
 
 
 def keys(x: jax.Array) -> jax.Array:
-    """Indexer queries or keys [..., L], L a power of two: rotated by a Hadamard matrix, then FP4 in groups of up to 32.
+    """Rotate indexer queries or keys [..., L] by a Hadamard matrix and round them to FP4 in groups of up to 32.
 
-    The rotation spreads outliers over all channels and, done to both sides, changes no product.
+    L is a power of two. The rotation spreads outliers over all channels. Applied to queries and keys, it changes no dot
+    product.
     """
     turned = jnp.einsum("...k,kl->...l", x.astype(jnp.float32), _hadamard(x.shape[-1]))
     return _rounded(turned.astype(x.dtype), "fp4", group_size(x.shape[-1], KEY_GROUP))
 
 
 def mxfp4(w: jax.Array) -> jax.Array:
-    """Matrices [..., in, out] as FP4 holds them: e2m1 in groups of 32 along the input, with e8m0 scales (spec 8.4).
+    """Round matrices [..., in, out] to MXFP4: e2m1 in groups of 32 along the input, with e8m0 scales (spec 8.4).
 
-    Returned in its own type; numbers that FP4 can hold come out as they are. Gradients pass straight through.
+    The result has the dtype of w. Values that FP4 represents are unchanged. Gradients pass straight through.
     """
     turned = jax.lax.stop_gradient(w).mT
     rounded = dequantize(*quantize(turned, "fp4", KEY_GROUP), "fp4", jnp.float32)
@@ -47,7 +48,7 @@ def _rounded(x: jax.Array, format: str, group: int) -> jax.Array:
 
 @functools.cache
 def _hadamard(size: int) -> np.ndarray:
-    """Orthonormal Hadamard matrix of Sylvester's construction, symmetric: float32 [size, size]."""
+    """Return the symmetric orthonormal Hadamard matrix of Sylvester's construction, float32 [size, size]."""
     matrix = np.ones((1, 1), np.float32)
     while matrix.shape[0] < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])

@@ -12,7 +12,7 @@ from v4jax import config
 
 @functools.cache
 def frequencies(rope: config.RoPE, dim: int, compressed: bool) -> np.ndarray:
-    """Angular frequency of each pair of rotary channels.
+    """Return the angular frequency of each pair of rotary channels.
 
     The values are those of the released `precompute_freqs_cis` and of transformers, bit for bit at the published
     shapes. Each operation there rounds to float32, and at position 1e6 a frequency that is off by one ulp turns by up
@@ -26,7 +26,7 @@ def frequencies(rope: config.RoPE, dim: int, compressed: bool) -> np.ndarray:
         for layers without compression, which have neither.
 
     Returns:
-      float32 [dim / 2], radians a position (spec 2.3, golden values in the tests).
+      float32 [dim / 2], radians per position (spec 2.3, golden values in the tests).
     """
     theta = np.float32(rope.compress_rope_theta if compressed else rope.rope_theta)
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
@@ -44,9 +44,9 @@ def frequencies(rope: config.RoPE, dim: int, compressed: bool) -> np.ndarray:
 
 
 def _correction_range(rope: config.RoPE, dim: int) -> tuple[int, int]:
-    """First and last pair of YaRN's ramp, clipped to the channels (spec 2.3).
+    """Return first and last pair of YaRN's ramp, clipped to the channels (spec 2.3).
 
-    The range is reversed, and the ramp with it, where beta_fast is below beta_slow: the reference does not refuse that.
+    If beta_fast is below beta_slow, the range and the ramp are reversed, because the reference does not refuse that.
     """
     turns = lambda beta: rope.yarn_original / (beta * 2 * math.pi)
     bound = lambda beta: dim * math.log(turns(beta)) / (2 * math.log(rope.compress_rope_theta))
@@ -55,7 +55,7 @@ def _correction_range(rope: config.RoPE, dim: int) -> tuple[int, int]:
 
 
 def angles(positions: jax.Array, freq: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [*positions.shape, dim / 2]."""
+    """Return cos and sin of the rotary angles, float32 [*positions.shape, dim / 2]."""
     angle = positions[..., None].astype(jnp.float32) * freq
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -63,7 +63,8 @@ def angles(positions: jax.Array, freq: np.ndarray) -> tuple[jax.Array, jax.Array
 def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], inverse: bool = False) -> jax.Array:
     """Rotate the pairs (2j, 2j+1) of the last channels of x [..., H] by angles that broadcast to [..., dim / 2].
 
-    `inverse` turns back (the output de-rotation, step 11 of spec 2.3). Rotation in float32, result in x.dtype.
+    `inverse` rotates back (the de-rotation of the output, step 11 of spec 2.3). The rotation is computed in float32 and
+    the result has x.dtype.
     """
     cos, sin = cos_sin
     half = cos.shape[-1]

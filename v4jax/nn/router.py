@@ -1,4 +1,4 @@
-"""Routing of tokens to experts (spec 3.1): sqrt-softplus scores, bias-corrected choice, or choice by token id."""
+"""Routing of tokens to experts (spec 3.1): sqrt-softplus scores, and top-k with a bias or a table by token id."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from v4jax.parallel.context_parallel import shard_local
 
 
 class Router(nnx.Module):
-    """Scores of all experts, and the K experts of each token. `hashed` layers choose by a table of token ids."""
+    """Scores of all experts and the K experts of each token; `hashed` layers read the latter from a table."""
 
     def __init__(self, model: config.Model, hashed: bool, rngs: nnx.Rngs):
         moe = model.moe
@@ -24,17 +24,17 @@ class Router(nnx.Module):
             self.bias = Buffer(jnp.zeros(moe.n_routed_experts, jnp.float32), letters="E")
 
     def __call__(self, x_BTD: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """picks_BTK int32, their weights_BTK and all scores_BTE, float32.
+        """Return the experts picks_BTK (int32), their weights_BTK and all scores_BTE (float32).
 
-        The bias moves the choice only, never the weight.
+        The bias changes the choice of experts only, never their weights.
         """
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), self.weight[...].astype(jnp.float32))
-        # Below -87 softplus underflows to 0, where the root has no gradient but NaN.
+        # Below -87 softplus underflows to 0, where the gradient of the square root is NaN.
         scores_BTE = jnp.sqrt(jax.nn.softplus(jnp.maximum(logits_BTE, -80.0)))
         if self.hashed:
             picks_BTK = self.table[...][tokens_BT]
         else:
-            # Said to be each token's own: XLA:CPU would gather the scores of all rows on every device.
+            # Run top-k on local tokens. Otherwise XLA:CPU gathers the scores of all rows on every device.
             choose = lambda scores_BTE: jax.lax.top_k(scores_BTE, self.active)[1]
             picks_BTK = shard_local(choose, jax.lax.stop_gradient(scores_BTE + self.bias[...]))
         chosen_BTK = jnp.take_along_axis(scores_BTE, picks_BTK, axis=-1)
@@ -43,9 +43,9 @@ class Router(nnx.Module):
 
 
 def hash_table(vocab: int, experts: int, active: int) -> jax.Array:
-    """A fixed table of `active` distinct experts per token id, spread evenly, int32 [V, K].
+    """Return a fixed table of `active` distinct experts per token id, spread evenly, int32 [V, K].
 
-    How the released tables were made is unpublished (spec 3.1). Here an id's experts are an arithmetic
+    How the released tables were made is unpublished (spec 3.1). In this table the experts of an id are an arithmetic
     sequence modulo E whose start and step come from the mixed bits of the id; (K - 1) steps stay below E.
     """
     mixed_V1 = (jnp.arange(vocab, dtype=jnp.uint32)[:, None] + 1) * jnp.uint32(2_654_435_761)  # Knuth's multiplier
@@ -56,9 +56,10 @@ def hash_table(vocab: int, experts: int, active: int) -> jax.Array:
 def balance_loss(
     scores_BTE: jax.Array, picks_BTK: jax.Array, valid_BT: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Sequence-wise balance loss, mean over rows, and tokens per expert load_E, both float32 (spec 3.3).
+    """Return the sequence-wise balance loss, mean over rows, and tokens per expert load_E, float32 (spec 3.3).
 
-    sum_e f_e P_e with f_e = E / (K S) #{t: e in picks(t)} and P_e = mean_t s_e / sum s; gradient through P alone.
+    The loss of a row is sum_e f_e P_e with f_e = E / (K S) #{t: e in picks(t)} and P_e = mean_t s_e / sum s. S is the
+    number of valid tokens. The gradient passes through P alone.
     """
     E, K = scores_BTE.shape[-1], picks_BTK.shape[-1]
     chosen_BTE = jax.nn.one_hot(picks_BTK, E, dtype=jnp.float32).sum(2)
