@@ -108,8 +108,8 @@ def make_mesh_rules(mesh: config.Mesh, devices: Sequence[jax.Device] | None = No
         The mesh and its rules, or None if the config names no layout.
 
     Raises:
-        UserError: the layout is invalid (`validate_rules`), the axis sizes do not fit the devices (`make_mesh`), or
-            no rule uses a mesh axis larger than 1.
+        UserError: the layout is invalid (`validate_rules`), the axis sizes do not fit the devices (`make_mesh`), or a
+            mesh axis larger than 1 appears in no rule.
     """
     if not mesh.rules:
         return None
