@@ -45,7 +45,7 @@ def make_mesh(mesh: config.Mesh, layout: config.ShardingRules, devices: Sequence
     """Build the mesh. Every axis has type Auto, so the compiler inserts the collectives.
 
     Devices that are neighbors along the last axes are neighbors in the machine. If the devices have several slice
-    indices, the axis `slice` follows them. Otherwise it is cut from the order of the devices.
+    indices, the axis `slice` follows them. Otherwise it is cut from the order of processes.
 
     Args:
         mesh: the configured sizes.
