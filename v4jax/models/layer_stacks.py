@@ -15,7 +15,7 @@ from flax import nnx
 from v4jax import config
 from v4jax.core.errors import UserError
 
-LayerKind = tuple[str, bool]  # (attention kind, whether experts are chosen by a hash of the token id)
+LayerKind = tuple[str, bool]  # (attention kind, whether the token id chooses the experts)
 
 
 class LayerStack(NamedTuple):
