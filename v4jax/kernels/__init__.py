@@ -1,1 +1,1 @@
-"""Hot operations. Each folder holds an api, a reference that is the specification, and implementations."""
+"""Hot operations, one folder each: a public API, a float32 reference that specifies the result, implementations."""

@@ -1,1 +1,1 @@
-"""The whole model, its layout in memory, and its config in other tongues."""
+"""The full model, its layer stacks, parameter counts, and conversion of Hugging Face configs."""

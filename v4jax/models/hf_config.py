@@ -1,9 +1,9 @@
-"""Hugging Face config.json of `deepseek_v4` <-> `v4jax.config.Model`.
+"""Conversion between the Hugging Face config.json of `deepseek_v4` and `v4jax.config.Model`.
 
-Two spellings are read: the released one (compress_ratios, num_hash_layers, rope_scaling, qk_rope_head_dim) and that of
-transformers 5 (layer_types, compress_rates, mlp_layer_types, nested rope_parameters). Where both occur the precedence
-is transformers'. Written files use the second, plus those released fields that transformers skips over. What the
-format cannot say goes under the key "v4jax", which transformers keeps and ignores.
+The reader accepts two formats: the released one (compress_ratios, num_hash_layers, rope_scaling, qk_rope_head_dim) and
+that of transformers 5 (layer_types, compress_rates, mlp_layer_types, nested rope_parameters). If a file has fields of
+both, the precedence is that of transformers. The writer uses the second format, plus the released fields that
+transformers ignores. Fields that the format lacks go under the key "v4jax", which transformers keeps and ignores.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ _LAYER_TYPES = {
     "heavily_compressed_attention": "hca",
 }
 _TYPE_OF_KIND = {kind: name for name, kind in _LAYER_TYPES.items()}
-# In the released spelling 4 and 128 are labels of the layer kind; the rates may be overridden beside them.
+# In the released format 4 and 128 only label the layer kind. Other fields may override the compression rates.
 _KIND_OF_RATIO = {0: "swa", 4: "csa", 128: "hca"}
-# Fields that change the mathematics in transformers and have one value here, which is its default too.
+# Fields that change the computation in transformers. v4jax supports only these values, which are also the defaults.
 _FIXED = {
     "scoring_func": "sqrtsoftplus",
     "mlp_bias": False,
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
-# Fields that transformers' model of this type does not read. They are written with the values of the release.
+# Fields that the transformers model does not read. They are written with the values of the released config.
 _UNREAD = {
     "norm_topk_prob": True,
     "attention_bias": False,
     "num_key_value_heads": 1,
     "n_shared_experts": 1,
 }
-# Integer fields that config.json and our dataclasses share. All are required: the defaults of transformers are the
-# shape of one model, not a neutral one.
+# Integer fields with the same name in config.json and in our dataclasses. All are required, because the defaults of
+# transformers are the shape of one particular model.
 _MODEL_INTEGERS = (
     "vocab_size",
     "hidden_size",
@@ -57,9 +57,9 @@ _MOE_INTEGERS = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_si
 _INDEXER_INTEGERS = ("index_n_heads", "index_head_dim", "index_topk")
 _MHC_INTEGERS = ("hc_mult", "hc_sinkhorn_iters")
 _YARN_FIELDS = ("yarn_original", "yarn_beta_fast", "yarn_beta_slow")
-_MOST = 1e15  # larger integers are slips; each field has a tighter bound of its own
+_MOST = 1e15  # larger integers are mistakes; each field also has a tighter bound of its own
 _OWN_FIELDS = ("dtype", "kv_qdq", "rope")
-# Fields that `to_hf` says in other words, and how weights were stored before they were read.
+# Fields that `to_hf` writes under other names, and fields that describe how the source stored its weights.
 _REPLACED = {
     "compress_rate_csa",
     "compress_rate_hca",
@@ -72,12 +72,23 @@ _REPLACED = {
 
 
 def read(path: str | os.PathLike) -> Model:
-    """Model of a config.json, given the file or its directory. Raises UserError for any file that is not V4."""
+    """Read the model config from a config.json or its directory.
+
+    Raises:
+        UserError: the file is missing or is not a valid V4 config.
+    """
     return from_hf(*load_json(path))
 
 
 def load_json(path: str | os.PathLike) -> tuple[dict, str]:
-    """Raw fields of a config.json and the name to blame in messages. Raises UserError."""
+    """Load a config.json, given the file or its directory.
+
+    Returns:
+        The raw fields, and the path for error messages.
+
+    Raises:
+        UserError: the file is missing or is not a JSON object.
+    """
     path = pathlib.Path(path)
     path = path / "config.json" if path.is_dir() or path.suffix != ".json" else path
     if not os.path.lexists(path):
@@ -86,10 +97,17 @@ def load_json(path: str | os.PathLike) -> tuple[dict, str]:
 
 
 def from_hf(values: dict, source: str = "config.json") -> Model:
-    """Fields of a config.json -> Model. Raises UserError naming `source`, the field and the cure.
+    """Convert the fields of a config.json to a Model.
 
-    Each field is held against its range, relations between fields are not yet (`v4jax.config.validate`): what can run
-    is the caller's question.
+    Each field is checked against its range. Most relations between fields are not checked; the caller does that with
+    `v4jax.config.validate` before it runs the model.
+
+    Args:
+        values: the fields.
+        source: name of the file in error messages.
+
+    Raises:
+        UserError: a field is invalid. The message names `source`, the field and the cure.
     """
     fields = _Fields(values, source)
     found = values.get("model_type")
@@ -135,10 +153,14 @@ def from_hf(values: dict, source: str = "config.json") -> Model:
 
 
 def to_hf(model: Model, weights_dtype: str | None = None) -> dict:
-    """Model -> fields of a config.json, from which transformers builds the same model.
+    """Convert a Model to the fields of a config.json from which transformers builds the same model.
 
-    weights_dtype: what the weights are stored in ("float32", "bfloat16"), if other than model.dtype.
-    Raises UserError for a model that the format cannot describe.
+    Args:
+        model: the model config.
+        weights_dtype: dtype of the stored weights ("float32", "bfloat16"). None means model.dtype.
+
+    Raises:
+        UserError: the format cannot describe this model.
     """
     if model.moe.n_shared_experts != 1:
         raise UserError(
@@ -201,7 +223,7 @@ def to_hf(model: Model, weights_dtype: str | None = None) -> dict:
 
 
 def unknown_fields(values: dict) -> dict:
-    """The fields of a config.json that v4jax neither reads nor writes, for a conversion to hand on."""
+    """Return the fields of a config.json that v4jax neither reads nor writes, so that a conversion can copy them."""
     written = to_hf(from_hf(values))
     return {name: value for name, value in values.items() if name not in written and name not in _REPLACED}
 
@@ -210,7 +232,7 @@ def unknown_fields(values: dict) -> dict:
 
 
 class _Fields:
-    """The json values with checked access; every message names the file."""
+    """The fields of a config.json with checked access. Every error message names the file."""
 
     def __init__(self, values: dict, source: str):
         self.values, self.source = values, source
@@ -239,7 +261,7 @@ class _Fields:
         return float(value)
 
     def own(self, name: str, value, known: tuple[str, ...]) -> dict:
-        """An object of v4jax's own making; a field outside `known` comes from a newer version or a slip."""
+        """Return an object that v4jax itself wrote. A field outside `known` is an error: a newer version or a typo."""
         if not isinstance(value, dict):
             self.fail(f"{name} must be an object")
         for key in value:
@@ -248,7 +270,7 @@ class _Fields:
         return value
 
     def list(self, name: str, length: int, known: tuple) -> list:
-        """The first `length` entries of a per-layer list (drafts follow), each one of `known`."""
+        """Return the first `length` entries of a per-layer list, each in `known`. MTP layers follow and are ignored."""
         value = self.values[name]
         if not isinstance(value, list) or len(value) < length:
             self.fail(f"{name} must list one value for each of the {length} layers")
@@ -283,7 +305,10 @@ def _hash_layers(fields: _Fields, layers: int) -> int:
 
 
 def _rates(fields: _Fields, schedule: tuple[str, ...]) -> tuple[int, int]:
-    """Compression rates of CSA and HCA layers; what is given for a kind without layers has no effect."""
+    """Return the compression rates of CSA and HCA layers.
+
+    An invalid rate is an error only if the model has layers of that kind.
+    """
     rates = fields.get("compress_rates", {})
     if not isinstance(rates, dict):
         fields.fail("compress_rates must be an object")
@@ -299,7 +324,7 @@ def _rates(fields: _Fields, schedule: tuple[str, ...]) -> tuple[int, int]:
 
 
 def _mtp_layers(fields: _Fields) -> int:
-    """0 or 1: drafts after the first are not read, as transformers reads none."""
+    """Return 0 or 1. MTP layers after the first are ignored; transformers ignores all of them."""
     count = fields.get("num_nextn_predict_layers", 0)
     if type(count) is not int or count < 0:
         fields.fail(f"num_nextn_predict_layers is {count!r}, which is no count")
@@ -307,7 +332,7 @@ def _mtp_layers(fields: _Fields) -> int:
 
 
 def _token(fields: _Fields, name: str, default: int) -> int | None:
-    """A token id; None if the field is null. A field that is absent has transformers' default."""
+    """Return a token id, or None if the field is null. A missing field has transformers' default."""
     value = fields.values.get(name, default)
     if value is not None and not _is_token(value):
         fields.fail(f"{name} is {value!r:.60}; it must be a token id or null")
@@ -315,7 +340,7 @@ def _token(fields: _Fields, name: str, default: int) -> int | None:
 
 
 def _tokens(fields: _Fields, name: str, default: int) -> int | tuple[int, ...] | None:
-    """`_token`, or several of them as a tuple; a list of one is that one, and an empty list is null."""
+    """Return a token id like `_token`, or several as a tuple. A list of one is a token id, an empty list is null."""
     value = fields.values.get(name, default)
     if isinstance(value, list) and len(value) != 1:
         if not all(map(_is_token, value)):
@@ -332,7 +357,7 @@ def _is_token(value) -> bool:
 
 
 def _dtype(fields: _Fields, own: str | None) -> str:
-    """Of activations. float16 weights go into float32, which holds them exactly; bfloat16 does not."""
+    """Return the dtype of activations. float16 becomes float32, which holds it exactly while bfloat16 does not."""
     name = own or fields.values.get("dtype") or fields.values.get("torch_dtype") or "bfloat16"
     known = {"bfloat16": "bfloat16", "float32": "float32", "float16": "float32"}
     if not isinstance(name, str) or name not in known:
@@ -347,22 +372,23 @@ def _rope_dim(fields: _Fields) -> int:
 
 
 def _rotary_dim(fields: _Fields, factor) -> int:
-    """Rotary channels of a head by their fraction of it."""
+    """Return the number of rotary channels of a head from their fraction of `head_dim`."""
     if fields.check_number("partial_rotary_factor", factor) > 1:
         fields.fail(f"partial_rotary_factor is {factor!r}; a head has no more rotary channels than channels")
     return int(fields.integer("head_dim") * factor)
 
 
 def _rotary_factor(model: Model) -> float:
-    """Fraction f with int(head_dim * f) == qk_rope_head_dim, as transformers computes it back."""
+    """Return a fraction f with int(head_dim * f) == qk_rope_head_dim, which is how transformers uses it."""
     factor = model.qk_rope_head_dim / model.head_dim
     return factor if int(model.head_dim * factor) == model.qk_rope_head_dim else math.nextafter(factor, 1.0)
 
 
 def _rope(fields: _Fields, own: dict) -> RoPE:
-    """Bases and YaRN fields, with transformers' precedence between the flat and the nested spelling.
+    """Read the RoPE bases and YaRN fields, with transformers' precedence between the flat and the nested format.
 
-    Raises UserError where transformers rotates otherwise than spec 2.3, or not at all.
+    Raises:
+        UserError: with these fields transformers would fail, or rotate differently from spec 2.3.
     """
     theta, compress_rope_theta = fields.number("rope_theta", 10_000.0), fields.number("compress_rope_theta", 160_000.0)
     given = fields.values.get("rope_scaling") or fields.values.get("rope_parameters") or {}
@@ -384,17 +410,20 @@ def _rope(fields: _Fields, own: dict) -> RoPE:
 
 
 def _check_shares(fields: _Fields, parts: tuple[dict, ...]) -> None:
-    """Whether `main` and `compress` rotate as many channels as the rest of the file says."""
+    """Check that `main` and `compress` rotate as many channels as the rest of the file says."""
     for part in parts:
         share = part.get("partial_rotary_factor", fields.values.get("partial_rotary_factor"))
-        if share is None:  # transformers would then rotate the whole head in `main` layers, and there alone
+        if share is None:  # transformers would rotate all channels, but only in `main` layers
             fields.fail("rope_parameters lack partial_rotary_factor; set it to qk_rope_head_dim / head_dim")
         if _rotary_dim(fields, share) != _rope_dim(fields):
             fields.fail("partial_rotary_factor differs inside rope_parameters; v4jax has one for all layers")
 
 
 def _yarn(fields: _Fields, compress: dict, own: dict) -> dict:
-    """Fields of Rope beside the bases. `truncate` is not read: transformers looks for it where V4 has none."""
+    """Return the fields of RoPE other than the bases.
+
+    `truncate` is not read, because transformers looks for it in a place that V4 configs do not have.
+    """
     if _rope_type(compress) == "default":
         return own
     if _rope_type(compress) != "yarn":
@@ -417,7 +446,7 @@ def _yarn(fields: _Fields, compress: dict, own: dict) -> dict:
         "beta_slow": beta_slow,
     }
     for name, value in values.items():
-        if not 1e-6 < value < 1e12:  # else float32 frequencies, or the logarithms on the way to them, may overflow
+        if not 1e-6 < value < 1e12:  # otherwise float32 frequencies or their logarithms may overflow
             fields.fail(f"{name} is {value!r}; it must lie between 1e-6 and 1e12")
     return {
         "yarn_factor": factor,
@@ -428,7 +457,10 @@ def _yarn(fields: _Fields, compress: dict, own: dict) -> dict:
 
 
 def _attention_factor(fields: _Fields, yarn: dict, factor: float) -> float:
-    """What transformers multiplies cos and sin by: as given, else derived from `mscale` fields or the factor."""
+    """Return the factor by which transformers multiplies cos and sin.
+
+    It is the given one, else it is derived from the `mscale` fields or from the YaRN factor.
+    """
     if yarn.get("attention_factor") is not None:
         return fields.check_number("attention_factor", yarn["attention_factor"])
     scale = lambda share: 1.0 if factor <= 1 else 0.1 * share * math.log(factor) + 1

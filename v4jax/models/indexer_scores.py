@@ -1,4 +1,4 @@
-"""The scores of a model's indexer, for a look inside."""
+"""Scores of the lightning indexer, for inspection."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def indexer_scores(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
 
     Args:
       model: A model whose layers are not stacked (`train.scan=false`).
-      tokens_BT: int32 [B, T], each row a whole history.
+      tokens_BT: int32 [B, T], each row a full sequence from its first token.
 
     Returns:
-      float32 [B, T, C]: for each query the score of each of the T // compress_rate_csa entries, later ones included.
-      The layer reads the `indexer.index_topk` highest of those that are complete before the query.
+      float32 [B, T, C], for each query the scores of all C = T // compress_rate_csa entries, later ones included.
+      The layer attends to the `indexer.index_topk` highest-scored entries among those complete before the query.
 
     Raises:
       UserError: The model has no CSA layer, or its layers are stacked.

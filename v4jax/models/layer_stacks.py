@@ -1,8 +1,8 @@
-"""How layers lie in memory, and the flat per-layer names that checkpoints use.
+"""The layout of layers in memory, and the flat per-layer names of checkpoints.
 
-`stacks` groups consecutive layers into runs of a repeated pattern. A run that repeats is held stacked (every array
-with a leading axis) and scanned, so a program for 61 layers is as long as one for 4; a run of one is held as it is.
-Small models are quicker unrolled: a scan copies each layer's weights out of the stack, which a decode step would feel.
+`stacks` groups consecutive layers into stacks of a repeated pattern. The arrays of a stack that repeats have a leading
+axis and are scanned, so a program for 61 layers is as long as one for 4. A stack with one repeat has no leading axis.
+Small models are faster unrolled: a scan copies each layer's weights out of the stack, which slows a decode step.
 """
 
 from collections.abc import Mapping
@@ -15,23 +15,33 @@ from flax import nnx
 from v4jax import config
 from v4jax.core.errors import UserError
 
-LayerKind = tuple[str, bool]  # attention kind, hash routing
+LayerKind = tuple[str, bool]  # (attention kind, whether the token id chooses the experts)
 
 
 class LayerStack(NamedTuple):
-    """Layers first .. first + repeats * len(kinds) - 1: `kinds` in turn, `repeats` times."""
+    """Consecutive layers of a repeated pattern, from `first` to `first + repeats * len(kinds) - 1`.
+
+    Attributes:
+        first: index of the first layer in the model.
+        kinds: the pattern, one kind per layer.
+        repeats: number of times that the pattern occurs.
+    """
 
     first: int
     kinds: tuple[LayerKind, ...]
     repeats: int
 
     def layer(self, position: int, repeat: int) -> int:
-        """Index in the model of one layer of the stack."""
+        """Return the model's layer index of the layer at `position` of the pattern in repeat `repeat`."""
         return self.first + repeat * len(self.kinds) + position
 
 
 def stacks(model: config.Model, scan: bool) -> list[LayerStack]:
-    """The runs that cover the schedule: the longest repeated pattern of one or two layers wherever one begins."""
+    """Group the layers of a model into stacks.
+
+    From each first layer the longest repetition of a pattern of one or two layers becomes a stack. Without `scan`
+    each layer is a stack of its own.
+    """
     kinds = [(kind, i < model.moe.num_hash_layers) for i, kind in enumerate(model.layer_types)]
     runs, i = [], 0
     while i < len(kinds):
@@ -49,7 +59,7 @@ def stacks(model: config.Model, scan: bool) -> list[LayerStack]:
 
 
 def to_layer_dict(tree: nnx.State, runs: list[LayerStack]) -> dict[str, jax.Array]:
-    """In-memory tree to {"layers.3.attn.kv": array, ...}, stacked runs taken apart."""
+    """Convert an in-memory tree to {"layers.3.attn.kv": array, ...}, with stacks split into layers."""
     flat = {}
     for path, array in _leaves(tree).items():
         if path[0] != "stacks":
@@ -62,7 +72,16 @@ def to_layer_dict(tree: nnx.State, runs: list[LayerStack]) -> dict[str, jax.Arra
 
 
 def from_layer_dict(flat: Mapping[str, jax.Array], abstract: nnx.State, runs: list[LayerStack]) -> nnx.State:
-    """{"layers.3.attn.kv": array, ...} to the tree that `abstract` describes; a missing name raises UserError."""
+    """Convert {"layers.3.attn.kv": array, ...} to the in-memory tree; the inverse of `to_layer_dict`.
+
+    Args:
+        flat: arrays by name.
+        abstract: a tree of the same structure as the result.
+        runs: the stacks of the model.
+
+    Raises:
+        UserError: an array is missing.
+    """
 
     def array(name):
         if name not in flat:
@@ -82,18 +101,18 @@ def from_layer_dict(flat: Mapping[str, jax.Array], abstract: nnx.State, runs: li
 
 
 def to_stacked_dict(tree: nnx.State) -> dict[str, jax.Array]:
-    """{"stacks.0.1.attn.kv": array, ...}: the tree as a flat dict, stacked runs left stacked."""
+    """Convert an in-memory tree to {"stacks.0.1.attn.kv": array, ...}, with layers left stacked."""
     return {".".join(path): array for path, array in _leaves(tree).items()}
 
 
 def from_stacked_dict(arrays: Mapping[str, jax.Array], abstract: nnx.State) -> nnx.State:
-    """The inverse of `to_stacked_dict`, for the tree that `abstract` describes."""
+    """Convert the result of `to_stacked_dict` back to a tree with the structure of `abstract`."""
     leaves = nnx.to_flat_state(abstract)
     return nnx.from_flat_state({path: leaf.replace(arrays[".".join(map(str, path))]) for path, leaf in leaves})
 
 
 def layers_of(name: str, runs: list[LayerStack]) -> list[int] | None:
-    """Layers whose arrays the stacked array `name` holds, in order; None outside the backbone."""
+    """Return the layer indices that the stacked array `name` holds, in order, or None outside the stacks."""
     path = name.split(".")
     if path[0] != "stacks":
         return None

@@ -1,4 +1,4 @@
-"""Work and size of a model, from its shapes alone: nothing is allocated."""
+"""Parameter counts of a model from its abstract shapes. No arrays are allocated."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ from v4jax import config
 from v4jax.models.transformer import Transformer
 from v4jax.nn.linear import Buffer
 
-# Group of a parameter by the first of these words in its path (spec 1.2); hash tables are data and counted nowhere.
+# The first of these words in a parameter's path gives its group (spec 1.2). Hash tables are data and are not counted.
 _GROUPS = {
     "mtp": "mtp",
     "embed": "embedding",
@@ -31,10 +31,12 @@ _GROUPS = {
 class ParamCounts(NamedTuple):
     """Numbers of parameters.
 
-    total: the backbone with embedding and head, without MTP. active: what one token meets in the backbone, without
-    the input embedding and with the head (the convention that gives the published 13B and 49B, spec 1.2). by_group:
-    embedding, head, attention (with compressors and indexers), routed experts, shared experts, router, mhc, norms,
-    which add up to total, and mtp beside them (its embedding and head are the backbone's).
+    Attributes:
+        total: the backbone with embedding and head, without MTP.
+        active: the backbone parameters that one token uses, without the input embedding and with the head. This
+            convention gives the published 13B and 49B (spec 1.2).
+        by_group: embedding, head, attention (with compressors and indexers), routed experts, shared experts, router,
+            mhc and norms, which add up to `total`, and mtp, which shares embedding and head with the backbone.
     """
 
     total: int
@@ -44,7 +46,7 @@ class ParamCounts(NamedTuple):
 
 @functools.cache
 def parameter_table(model: config.Model) -> dict[tuple[str, ...], tuple[str, tuple[int, ...], bool]]:
-    """Letters, shape and whether it is trained, of every array of a model by its path; equal layers are stacked."""
+    """Return (axis letters, shape, whether it is trained) of every array by its path, with repeated layers stacked."""
     tree = nnx.state(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0), scan=True)), nnx.Any(nnx.Param, Buffer))
     return {
         tuple(map(str, path)): (leaf.letters, leaf.get_value().shape, isinstance(leaf, nnx.Param))
@@ -54,7 +56,7 @@ def parameter_table(model: config.Model) -> dict[tuple[str, ...], tuple[str, tup
 
 @functools.cache
 def count_parameters(model: config.Model) -> ParamCounts:
-    """Counts of a model from its abstract tree."""
+    """Count the parameters of a model from its abstract tree."""
     by_group = dict.fromkeys(_GROUPS.values(), 0)
     for path, (_, shape, _) in parameter_table(model).items():
         if path[-1] != "table" or path[0] == "embed":

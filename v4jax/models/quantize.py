@@ -1,9 +1,9 @@
-"""Weights in 8 bits for inference: which matrices, and their blocks (spec 8.4, 9).
+"""8-bit weights for inference: the choice of matrices and their blocks (spec 8.4, 9).
 
-The matrices that released checkpoints store in 8 or 4 bits become e4m3 with a power-of-two scale a block of 128 x 128;
-embedding, head, router, compressors, indexer weights, norms, mHC and sinks stay. Products are computed in the model's
-dtype, from numbers widened just before. Released weights lose nothing: FP8 blocks come back as they were stored, and
-MXFP4 experts fit as long as the group scales of a block lie within 2^14 of each other.
+Matrices that released checkpoints store in 8 or 4 bits become e4m3 with one power-of-two scale per block of 128 x 128.
+Embedding, head, router, compressors, indexer weights, norms, mHC and sinks keep their dtype. Products run in the
+model's dtype: weights are dequantized just before. Released weights are represented exactly: FP8 blocks keep their
+bits, and MXFP4 experts fit as long as the group scales of a block are within a factor of 2^14 of each other.
 """
 
 import jax
@@ -15,27 +15,35 @@ from v4jax.models.transformer import Transformer
 from v4jax.nn.linear import FP8_WEIGHT_AXES
 
 QUANTIZATIONS = ("none", "fp8")
-_STORED = FP8_WEIGHT_AXES | {"GIR"}  # the first output matrix is stored in FP8 as well, if not multiplied in it
+_STORED = FP8_WEIGHT_AXES | {"GIR"}  # the first output matrix (wo_a) is stored in FP8 but not multiplied in FP8
 _STACKING = "*EUG"  # letters of axes that stack matrices: repeated layers, experts, gate and up, output groups
 
 _blocks = jax.jit(quantize_blocks, static_argnums=1)
 
 
 def check_quantization(quantization: str) -> None:
-    """Raise UserError for one that there is not."""
+    """Raise UserError if `quantization` is not in QUANTIZATIONS."""
     if quantization not in QUANTIZATIONS:
         raise UserError(f"unknown quantization {quantization!r}; one of {', '.join(QUANTIZATIONS)}")
 
 
 def quantize_weight(letters: str, array: jax.Array) -> jax.Array | QTensor:
-    """A QTensor of the array, blocks along its input axis and its last, if its axes are those of a matrix in FP8."""
+    """Quantize a weight if it is one of the matrices stored in FP8, else return it unchanged.
+
+    Args:
+        letters: axis letters of the weight, with "*" for each axis of stacked layers.
+        array: the weight.
+
+    Returns:
+        A QTensor with blocks along the input axis and the last axis, or `array`.
+    """
     if letters.lstrip("*") not in _STORED:
         return array
     return _blocks(array, (next(i for i, letter in enumerate(letters) if letter not in _STACKING), -1))
 
 
 def quantize_model(model: Transformer) -> Transformer:
-    """The model with those weights as QTensors; what is one already stays. The given model is left as it was."""
+    """Return a copy of the model with quantized weights. Weights that are QTensors already stay as they are."""
     graphdef, state = nnx.split(model)
     filled = {}
     for place, variable in nnx.to_flat_state(state):

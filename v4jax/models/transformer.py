@@ -1,4 +1,4 @@
-"""DeepSeek-V4: embedding, scheduled layers, head, and multi-token prediction, in one forward with explicit state."""
+"""DeepSeek-V4: embedding, layers, head and multi-token prediction, as one forward pass with explicit state."""
 
 from __future__ import annotations
 
@@ -27,16 +27,20 @@ _ON_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
     offload_dst="pinned_host",
 )
 
-KVCacheList = list[
-    list[LayerCache]
-]  # one list a stack, one cache a layer of its pattern (leading axis where it repeats)
+# One list per stack with one cache per layer of its pattern. A stack that repeats has caches with a leading axis.
+KVCacheList = list[list[LayerCache]]
 
 
 class Transformer(nnx.Module):
-    """The backbone and its MTP layer. `scan` stacks and scans repeated layers (see `models/layer_stacks.py`).
+    """The backbone and its MTP layer.
 
-    remat: gradients keep the streams between layers alone and compute the inside of each layer anew. offload: and they
-    keep them in host memory.
+    Args:
+        model: the model config.
+        rngs: random keys of the initial weights.
+        scan: stack and scan repeated layers (see `models/layer_stacks.py`).
+        remat: save only the residual streams between repeats of a stack for the backward pass, and recompute the
+            activations inside.
+        offload: with `remat`, keep the saved streams in host memory.
     """
 
     def __init__(
@@ -53,16 +57,16 @@ class Transformer(nnx.Module):
         self.mtp = nnx.List([MTP(model, rngs) for _ in range(model.num_nextn_predict_layers)])
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Full forward without cache.
+        """Run the full forward pass without a cache.
 
         Args:
-            tokens_BT: token ids [B, T] of any integer dtype, an array or lists of one length.
+            tokens_BT: token ids [B, T] of any integer dtype, an array or lists of equal length.
 
         Returns:
             Float32 logits [B, T, V].
 
         Raises:
-            UserError: the tokens are no integers, have other axes, or lie outside the vocabulary.
+            UserError: the tokens are not integers, do not have the axes [B, T], or are outside the vocabulary.
         """
         return _logits(self, jnp.asarray(_checked(tokens_BT, self.config.vocab_size), jnp.int32))
 
@@ -78,9 +82,17 @@ class Transformer(nnx.Module):
     def forward_hidden(
         self, chunk: ForwardBatch, state: KVCacheList
     ) -> tuple[jax.Array, KVCacheList, dict[str, jax.Array]]:
-        """Streams x_BTXD after the last layer, the state with this chunk in it, and losses and loads by layer.
+        """Run embedding and layers on one chunk of tokens.
 
-        The same function trains (`self.no_cache()` as state), prefills in any chunking, and decodes.
+        Training, prefill in any chunking, and decoding all use this function. Training passes `self.no_cache()`.
+
+        Args:
+            chunk: the tokens and their positions.
+            state: the caches before this chunk.
+
+        Returns:
+            The residual streams x_BTXD after the last layer, the caches after this chunk, and the auxiliary losses
+            and expert loads, each with a leading layer axis.
         """
         x_BTXD = constrain(self.embed.embed_streams(chunk.tokens_BT), "BTXD")
         aux, new_caches = [], []
@@ -99,28 +111,49 @@ class Transformer(nnx.Module):
         return x_BTXD, new_caches, _by_layer(aux)
 
     def logits(self, x_BTXD: jax.Array) -> jax.Array:
-        """Float32 logits [B, T, V] of the streams after the last layer."""
+        """Compute float32 logits [B, T, V] from the residual streams after the last layer."""
         return constrain(self.head(self.norm(self.head_mhc(x_BTXD))), "BTV")
 
     def mtp_logits(self, x_BTXD: jax.Array, next_BT: jax.Array, chunk: ForwardBatch, past: LayerCache):
-        """Logits [B, T, V] of the token after the next one, the MTP layer's past and its aux (spec 5.1)."""
+        """Run the MTP layer for training (spec 5.1).
+
+        Args:
+            x_BTXD: the residual streams after the last layer.
+            next_BT: int [B, T], the token after each token of the chunk.
+            chunk: the tokens and their positions.
+            past: the cache of the MTP layer.
+
+        Returns:
+            Logits [B, T, V] of the token after the next one, the updated cache, and the auxiliary values of the layer.
+        """
         x_BTXD, past, aux = self.mtp[0](x_BTXD, self.embed(next_BT), chunk, past)
         return constrain(self.head(self.mtp[0].read(x_BTXD)), "BTV"), past, aux
 
     def mtp_forward(self, x_BTXD: jax.Array, next_BT: jax.Array, chunk: ForwardBatch, past: LayerCache):
-        """As `mtp_logits`, for generation: the logits, the MTP layer's streams (to draft on from), its past."""
+        """Run the MTP layer for generation, with the arguments of `mtp_logits`.
+
+        Returns:
+            Logits [B, T, V], the streams of the MTP layer (from which the next draft token is predicted), and the
+            updated cache.
+        """
         x_BTXD, past, _ = self.mtp[0](x_BTXD, self.embed(next_BT), chunk, past)
         return self.head(self.mtp[0].read(x_BTXD)), x_BTXD, past
 
     def no_cache(self) -> KVCacheList:
-        """State of a call that is the whole history."""
+        """Return the state for a call whose tokens are the full sequence, without earlier tokens."""
         return [[NoCache() for _ in run.kinds] for run in self.stack_specs]
 
 
 def full_batch(
     tokens_BT: jax.Array, positions_BT: jax.Array | None = None, segments_BT: jax.Array | None = None
 ) -> ForwardBatch:
-    """A chunk that is the whole history; packed documents bring their positions and segment numbers."""
+    """Make the batch of a call whose tokens are the full sequence.
+
+    Args:
+        tokens_BT: token ids [B, T].
+        positions_BT: int32 position of each token. None counts from 0 in each row. Packed documents need their own.
+        segments_BT: document number of each token, for packed documents.
+    """
     seq_index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     return ForwardBatch(tokens_BT, seq_index_BT if positions_BT is None else positions_BT, seq_index_BT, segments_BT)
 
@@ -128,13 +161,26 @@ def full_batch(
 def continuation_batch(
     tokens_BT: jax.Array, start_B: jax.Array, count_B: jax.Array | None = None, place: CacheSlots | None = None
 ) -> ForwardBatch:
-    """The next tokens of rows that have seen `start_B`; of each row the first `count_B` are real (None: all)."""
+    """Make the batch of the next tokens of rows with earlier tokens.
+
+    Args:
+        tokens_BT: token ids [B, T].
+        start_B: int32, number of earlier tokens of each row.
+        count_B: int32, number of valid tokens of each row; the rest is padding. None means that all are valid.
+        place: cache slots of the rows.
+    """
     seq_index_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
     return ForwardBatch(tokens_BT, seq_index_BT, seq_index_BT, None, count_B, place)
 
 
 def _checked(tokens_BT, vocab_size: int) -> jax.Array | np.ndarray:
-    """The tokens as an array, if they are integers [B, T]; their values are checked where they are known."""
+    """Return the tokens as an array after checking dtype and shape.
+
+    Values are checked too, except of tracers and of arrays that this process cannot address completely.
+
+    Raises:
+        UserError: a check fails.
+    """
     try:
         array = tokens_BT if isinstance(tokens_BT, jax.Array) else np.asarray(tokens_BT)
     except (TypeError, ValueError, RuntimeError):
@@ -159,7 +205,7 @@ def _logits(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
 
 
 def _blocks(model: config.Model, kind: str, hashed: bool, repeats: int, rngs: nnx.Rngs) -> DecoderLayer:
-    """One block, or `repeats` of them stacked."""
+    """Create one decoder layer, or `repeats` stacked ones whose arrays have a leading axis."""
     if repeats == 1:
         return DecoderLayer(model, kind, hashed, rngs)
     return jax.vmap(lambda key: DecoderLayer(model, kind, hashed, nnx.Rngs(key)))(
@@ -168,7 +214,7 @@ def _blocks(model: config.Model, kind: str, hashed: bool, repeats: int, rngs: nn
 
 
 def _stack_body(x_BTXD, blocks, pasts, chunk):
-    """The layers of one repeat of a pattern, in order."""
+    """Run the layers of one repeat of a stack, in order."""
     new, aux = [], []
     for block, past in zip(blocks, pasts, strict=True):
         x_BTXD, past, out = block(x_BTXD, chunk, past)
@@ -179,7 +225,7 @@ def _stack_body(x_BTXD, blocks, pasts, chunk):
 
 
 def _by_layer(aux) -> dict[str, jax.Array]:
-    """Per-stack, per-position values with a repeat axis to one array a name, leading axis = layer."""
+    """Merge values by stack and position, which have a leading repeat axis, into one array per name by layer."""
     rows = []
     for run in aux:
         repeats = run[0]["balance"].shape[0]

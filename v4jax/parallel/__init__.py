@@ -1,1 +1,1 @@
-"""The mesh of devices, the rules that split arrays over it, what travels on it, and how processes meet."""
+"""The device mesh, the sharding rules, the collectives over the mesh, and the start of multi-process runs."""

@@ -1,7 +1,7 @@
-"""How the processes of a run find each other: the only place that starts `jax.distributed`.
+"""Multi-process runs: detection of the launcher, and the only call of `jax.distributed.initialize`.
 
-`where` reads what a launcher left in the environment (Slurm, Open MPI, a JobSet on GKE, TPU VMs, or JAX's own
-variables) and `start` joins the run. One process alone starts nothing.
+`detect_process` reads the variables that a launcher sets in the environment (Slurm, Open MPI, a JobSet on GKE, TPU
+VMs, or JAX's own variables). `initialize` joins the run. A single process does not start `jax.distributed`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ from jax.experimental import multihost_utils
 
 from v4jax.core.errors import UserError
 
-PORT = 29_400  # of the coordinator where neither the launcher nor the user names one
+PORT = 29_400  # coordinator port if neither the launcher nor the user sets one
 _GONE = re.compile("Gloo|connection|peer|UNAVAILABLE|DEADLINE_EXCEEDED|heartbeat|coordination", re.I)
-_HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
+_HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead
 
 
 class ProcessInfo(NamedTuple):
-    """This process among those of a run.
+    """This process's place in a multi-process run.
 
-    launcher: who said so. coordinator: "host:port" of process 0; None where JAX asks the TPU's metadata for all of it.
-    devices: local accelerators that are this process' own; None: all that it sees.
+    Attributes:
+        launcher: name of the launcher that set the variables, for messages.
+        coordinator: "host:port" of process 0. None on TPU hosts, where JAX finds coordinator, count and index itself.
+        count: number of processes; None on TPU hosts.
+        index: index of this process, from 0; None on TPU hosts.
+        devices: indices of the local accelerators that this process uses. None takes all that it sees.
     """
 
     launcher: str
@@ -41,10 +45,19 @@ class ProcessInfo(NamedTuple):
 
 
 def detect_process(environment: Mapping[str, str]) -> ProcessInfo | None:
-    """The place that `environment` gives this process; None for a process alone. Raises UserError if it is incomplete.
+    """Read this process's place in a run from environment variables.
 
-    First JAX's own variables, then Open MPI, then a Slurm step, then TPU hosts: what was set closest to the process
-    counts (mpirun inside a Slurm job leaves both).
+    The order is JAX's own variables, Open MPI, a Slurm step, TPU hosts. The launcher closest to the process takes
+    precedence, because mpirun inside a Slurm job leaves the variables of both.
+
+    Args:
+        environment: the environment variables.
+
+    Returns:
+        The place, or None for a single process.
+
+    Raises:
+        UserError: the variables are incomplete or malformed.
     """
     for find in (_plain, _open_mpi, _slurm, _tpu):
         if place := find(environment):
@@ -53,7 +66,7 @@ def detect_process(environment: Mapping[str, str]) -> ProcessInfo | None:
 
 
 def _plain(env: Mapping[str, str]) -> ProcessInfo | None:
-    """JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID (a JobSet gives the last as JOB_COMPLETION_INDEX)."""
+    """Read JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (in a JobSet JOB_COMPLETION_INDEX)."""
     if "JAX_COORDINATOR_ADDRESS" not in env:
         return None
     index = env.get("JAX_PROCESS_ID", env.get("JOB_COMPLETION_INDEX"))
@@ -70,7 +83,10 @@ def _plain(env: Mapping[str, str]) -> ProcessInfo | None:
 
 
 def _open_mpi(env: Mapping[str, str]) -> ProcessInfo | None:
-    """mpirun: the address of its daemon on the first host is in OMPI_MCA_orte_hnp_uri (PMIX_SERVER_URI* since 5)."""
+    """Read the variables of mpirun.
+
+    OMPI_MCA_orte_hnp_uri (PMIX_SERVER_URI* since Open MPI 5) holds the address of mpirun's daemon on the first host.
+    """
     if "OMPI_COMM_WORLD_RANK" not in env:
         return None
     count = _number(env["OMPI_COMM_WORLD_SIZE"])
@@ -79,7 +95,7 @@ def _open_mpi(env: Mapping[str, str]) -> ProcessInfo | None:
     )
     host = re.search(r"tcp[46]?://\[?([^],:]+)", uri)
     local = _number(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
-    single = local == count  # all on this host: its daemon's address may be one that only leads outside
+    single = local == count  # then use the loopback: the daemon's address may only be reachable from outside
     if not host and not single:
         raise UserError("mpirun left no address of its first host; set JAX_COORDINATOR_ADDRESS=HOST:PORT (mpirun -x)")
     return ProcessInfo(
@@ -92,10 +108,13 @@ def _open_mpi(env: Mapping[str, str]) -> ProcessInfo | None:
 
 
 def _slurm(env: Mapping[str, str]) -> ProcessInfo | None:
-    """A step that srun started; a shell of sbatch or salloc has no SLURM_STEP_NODELIST and is a process alone."""
+    """Read the variables of a Slurm step.
+
+    srun starts a step. A shell of sbatch or salloc has no SLURM_STEP_NODELIST and is a single process.
+    """
     if "SLURM_STEP_NODELIST" not in env or "SLURM_PROCID" not in env:
         return None
-    # The port follows from the job, so that two jobs that share a host do not meet: the last 4,096 ones.
+    # The job id selects one of the last 4,096 ports, so that two jobs on one host use different ports.
     port = env.get("JAX_COORDINATOR_PORT", str(65_536 - 4096 + _number(env["SLURM_JOB_ID"]) % 4096))
     count = _number(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
     local = _slurm_local_tasks(env)
@@ -109,7 +128,7 @@ def _slurm(env: Mapping[str, str]) -> ProcessInfo | None:
 
 
 def _slurm_local_tasks(env: Mapping[str, str]) -> int:
-    """Tasks of this step on this node: entry SLURM_NODEID of a list such as "4(x2),3"."""
+    """Return the number of tasks of this step on this node: entry SLURM_NODEID of a list such as "4(x2),3"."""
     tasks = []
     for entry in env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
         number, _, times = entry.partition("(x")
@@ -118,17 +137,29 @@ def _slurm_local_tasks(env: Mapping[str, str]) -> int:
 
 
 def _tpu(env: Mapping[str, str]) -> ProcessInfo | None:
-    """Several TPU hosts, of a TPU VM or of GKE; JAX reads the rest from the same variables or the metadata server."""
+    """Detect several TPU hosts of a TPU VM or of GKE.
+
+    JAX reads coordinator, count and index from the same variables or from the metadata server.
+    """
     hosts = [host for host in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
     many = len(hosts) > 1 or _number(env.get("MEGASCALE_NUM_SLICES", "1")) > 1
     return ProcessInfo("TPU", None, None, None) if many else None
 
 
 def _own_devices(env: Mapping[str, str], local: int, index: int) -> tuple[int, ...] | None:
-    """Accelerators of one of `local` processes on a host.
+    """Return the accelerators of one process on a host, as local indices.
 
-    A process alone on its host has all of them, and so has one whose launcher shows it only its own
-    (SLURM_GPUS_PER_TASK). Else those that are visible are dealt out evenly; where their number is unknown, one each.
+    None (all that it sees) is right for the only process on its host, and for a process that sees only its own
+    accelerators (SLURM_GPUS_PER_TASK or SLURM_TRES_PER_TASK). Otherwise the visible accelerators are divided evenly.
+    If their number is unknown, each process gets one.
+
+    Args:
+        env: the environment variables.
+        local: number of processes on this host.
+        index: index of this process among them.
+
+    Raises:
+        UserError: the number of visible accelerators is not a multiple of `local`.
     """
     if local == 1 or any(name in env for name in ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK")):
         return None
@@ -143,7 +174,7 @@ def _own_devices(env: Mapping[str, str], local: int, index: int) -> tuple[int, .
 
 
 def first_host(nodes: str) -> str:
-    """First host of a Slurm list: "node[003,007-9],x" -> "node003"."""
+    """Return the first host of a Slurm node list: "node[003,007-9],x" gives "node003"."""
     match = re.match(r"([^,\[]+)(?:\[([^],-]+)[^]]*\]([^,]*))?", nodes)
     return match[1] + (match[2] or "") + (match[3] or "")
 
@@ -159,14 +190,22 @@ def _number(text: str) -> int:
 
 
 def initialize(place: ProcessInfo | None, timeout: int) -> None:
-    """Join the run at `place` before anything touches a device; None: a process alone, nothing to do.
+    """Join the run. Call it before anything touches a device.
 
-    Raises UserError, in every process that came, if not all have after `timeout` seconds. A process that dies later is
-    noticed within half a minute (JAX's heartbeats, or at once by a collective that breaks; see `peers`).
+    JAX's heartbeats detect a process that dies later within 30 s. A collective that breaks detects it at once (see
+    `peer_errors`).
+
+    Args:
+        place: the place of this process. None, a single process, does nothing.
+        timeout: seconds to wait for all processes.
+
+    Raises:
+        UserError: not all processes have joined after `timeout` seconds, or they disagree (see `rendezvous`). Every
+            process that joined raises it.
     """
     if place is None:
         return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of the CPU backend alone
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # affects the CPU backend only
     options = {"initialization_timeout": timeout, "heartbeat_timeout_seconds": _HEARTBEAT}
     if place.coordinator is None:
         jax.distributed.initialize(**options)
@@ -179,14 +218,19 @@ def initialize(place: ProcessInfo | None, timeout: int) -> None:
 
 
 def rendezvous(place: ProcessInfo, timeout: float) -> None:
-    """Return when all processes have called this with the same number of processes.
+    """Wait until all processes have called this with the same number of processes.
 
-    JAX's own client ends the process with a stack trace when a peer does not come, hence this meeting before it: the
-    others tell process 0 their index and their count over a socket at the coordinator's address, and it tells them how
-    the meeting ended.
+    JAX's own client ends the process with a stack trace if a peer does not join, so this check runs first. The other
+    processes send their index and count to process 0 over a socket at the coordinator's address. Process 0 answers
+    all of them with the outcome.
 
-    Raises UserError, in every process that came: after `timeout` seconds, naming who is missing; at once if two
-    processes were started with different counts or with the same index.
+    Args:
+        place: the place of this process, with a coordinator.
+        timeout: seconds to wait.
+
+    Raises:
+        UserError: processes are missing after `timeout` seconds (the message names them), two processes were started
+            with different counts or the same index, or process 0 was not reached. Every process that joined raises it.
     """
     host, port = place.coordinator.rsplit(":", 1)
     end = time.monotonic() + timeout
@@ -208,9 +252,11 @@ def rendezvous(place: ProcessInfo, timeout: float) -> None:
 
 
 def _gather(port: int, place: ProcessInfo, end: float) -> str:
-    """Process 0: wait for the others and tell all of them the answer, which is returned.
+    """Wait, as process 0, for the other processes and send all of them the answer.
 
-    It is "" if all have come, "missing 1, 2" if some have not, else what is wrong with those that came.
+    Returns:
+        The answer: "" if all processes have joined, "missing 1, 2" if some have not by time `end` (of
+        `time.monotonic`), else the message of `_wrong`.
     """
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     came: dict[int, socket.socket] = {}
@@ -218,7 +264,7 @@ def _gather(port: int, place: ProcessInfo, end: float) -> str:
     with socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6) as server:
         while not wrong and len(came) < place.count - 1 and (left := end - time.monotonic()) > 0:
             server.settimeout(left)
-            # A line that is not two numbers is no peer's.
+            # Ignore connections that do not send two numbers: they are not from a process of the run.
             with contextlib.suppress(TimeoutError, ConnectionError, ValueError):
                 peer = server.accept()[0]
                 peer.settimeout(5)
@@ -229,13 +275,16 @@ def _gather(port: int, place: ProcessInfo, end: float) -> str:
     missing = ", ".join(str(index) for index in range(1, place.count) if index not in came)
     answer = wrong or (f"missing {missing}" if missing else "")
     for peer in peers:
-        with peer, contextlib.suppress(OSError):  # one that went away notices by itself
+        with peer, contextlib.suppress(OSError):  # a process that has gone needs no answer
             peer.sendall(f"{answer}\n".encode())
     return answer
 
 
 def _wrong(place: ProcessInfo, index: int, count: int, came: Mapping[int, socket.socket]) -> str:
-    """Why a peer that says it is process `index` of `count` cannot join process 0; "" if it can."""
+    """Return why a peer that reports `index` and `count` cannot join process 0, or "" if it can.
+
+    `came` maps the indices that have joined to their sockets.
+    """
     if count != place.count:
         return (
             f"process {index} was started as one of {count} processes, process 0 as one of {place.count}; "
@@ -247,7 +296,7 @@ def _wrong(place: ProcessInfo, index: int, count: int, came: Mapping[int, socket
 
 
 def _is_closed(peer: socket.socket) -> bool:
-    """Whether the other end is gone, as that of a process which was restarted while the others still gather."""
+    """Whether the peer has closed its end, as happens when a process is restarted while process 0 still waits."""
     peer.setblocking(False)
     try:
         return peer.recv(1) == b""
@@ -260,7 +309,10 @@ def _is_closed(peer: socket.socket) -> bool:
 
 
 def _report(host: str, port: int, place: ProcessInfo, end: float) -> str:
-    """Any other process: say that it is here and wait for the answer of process 0."""
+    """Report index and count to process 0, as any other process, and return its answer.
+
+    Failed connections are retried every 0.2 s until time `end` (of `time.monotonic`), then OSError is raised.
+    """
     while True:
         try:
             with socket.create_connection((host, port), timeout=max(0.1, end - time.monotonic())) as lead:
@@ -277,28 +329,31 @@ def _report(host: str, port: int, place: ProcessInfo, end: float) -> str:
 
 
 def is_primary() -> bool:
-    """Whether this process writes what a run has one of: metrics, plots, summaries."""
+    """Whether this process writes the files of which a run has one, such as metrics, plots and summaries."""
     return jax.process_index() == 0
 
 
 def preempted(step: int) -> bool:
-    """Whether any process was asked to stop (SIGTERM) and this is the step after which all of them do.
+    """Whether all processes stop after this step because one of them received SIGTERM.
 
-    Called after every step, by every process; alone, False.
+    Every process must call this after every step. A single process gets False.
     """
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
 @contextlib.contextmanager
 def peer_errors() -> Iterator[None]:
-    """Inside, a collective that breaks because a peer is gone is one clear line instead of a traceback."""
+    """Turn a collective that breaks because a peer has died into a one-line message and exit code 1.
+
+    Other runtime errors, and all errors of a single process, are raised unchanged.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         text = " ".join(str(error).split())
         if jax.process_count() == 1 or not _GONE.search(text):
             raise
-        # The others of the run may still compute; leaving without their consent is what ends them too.
+        # os._exit skips the shutdown barrier: other processes may still compute, and this exit ends them too.
         print(
             f"v4jax: another process of this run is gone ({text[:120]}); start all of them again, they go on from "
             "the newest checkpoint",
@@ -309,18 +364,25 @@ def peer_errors() -> Iterator[None]:
 
 
 def barrier(name: str) -> None:
-    """Wait until every process is here; alone, nothing."""
+    """Wait until every process has called this with the same name. A single process does not wait."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def all_gather_bytes(data: bytes) -> list[bytes]:
-    """What every process gives, by process. All call it at the same point; alone, it is what was given."""
+    """Gather bytes from all processes. Every process must call this at the same point.
+
+    Args:
+        data: bytes of this process, of any length.
+
+    Returns:
+        The bytes of every process, by process index.
+    """
     if jax.process_count() == 1:
         return [data]
     sizes = multihost_utils.process_allgather(np.int32(len(data)))
     if not sizes.any():
         return [b""] * len(sizes)
-    room = 1 << int(sizes.max() - 1).bit_length()  # so that there are few programs
+    room = 1 << int(sizes.max() - 1).bit_length()  # a power of two, so that few programs are compiled
     rows = multihost_utils.process_allgather(np.frombuffer(data.ljust(room, b"\0"), np.uint8))
     return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]

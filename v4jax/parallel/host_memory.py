@@ -1,8 +1,8 @@
-"""Rows of arrays by index, on the device or in host memory; the types say where an array lies.
+"""Gather and scatter of rows in arrays in device memory or in host memory. The array's type holds its memory space.
 
-An array in host memory (memory kind `pinned_host`) is read and written by the host: the indices go there, the rows come
-or go with them, and the array itself stays and is updated in place if it is donated. XLA:TPU compiles that without a
-copy of the array where its rows are words of 32 bits; other widths it refuses, or copies all of the array.
+The host itself reads and writes an array in host memory (memory kind `pinned_host`): only indices and rows cross
+between device and host. The array stays in host memory and is updated in place if it is donated. XLA:TPU compiles this
+without a copy of the array if the elements have 32 bits. It rejects other widths or copies the complete array.
 """
 
 from __future__ import annotations
@@ -11,18 +11,28 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-try:  # its name before jax 0.12, where `compute_on` was something else
+try:  # before jax 0.12 this function is `compute_on2`, and `compute_on` is a different one
     from jax.experimental.compute_on import compute_on2 as compute_on
 except ImportError:
     from jax.experimental.compute_on import compute_on
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
-# Negative numbers are out of range like those past the end, not counted from it.
+# Negative indices are out of range in this module. They do not count from the end.
 
 
 def host_scatter(array: jax.Array, new: jax.Array, *index: jax.Array) -> jax.Array:
-    """array [pages, ...] with `new` at int32 `index` of its first axes; those out of range are dropped."""
+    """Write rows into an array in device or host memory.
+
+    Args:
+        array: the array to update.
+        new: the rows, cast to the dtype of `array`, of a shape that broadcasts to the indexed rows.
+        *index: int32 arrays that broadcast together, one for each of the first axes of `array`. Rows with an index
+            out of range are dropped.
+
+    Returns:
+        The updated array, in the memory space of `array`.
+    """
     new = jnp.asarray(new).astype(array.dtype)
     if not is_host(array):
         return array.at[index].set(new, mode="drop", wrap_negative_indices=False)
@@ -35,25 +45,34 @@ def host_scatter(array: jax.Array, new: jax.Array, *index: jax.Array) -> jax.Arr
 
 
 def host_gather(array: jax.Array, *index: jax.Array) -> jax.Array:
-    """array[index], on the device; numbers out of range give some row."""
+    """Read rows `array[index]` from device or host memory.
+
+    Args:
+        array: the array to read.
+        *index: int32 arrays that broadcast together, one for each of the first axes of `array`. An index out of range
+            is clipped and so reads a valid but arbitrary row.
+
+    Returns:
+        The rows, in device memory.
+    """
     if not is_host(array):
         return array.at[index].get(mode="clip", wrap_negative_indices=False)
     n, rest = len(index), array.shape[len(index) :]
     at_N = jnp.clip(_joined(index), 0, jnp.array(array.shape[:n], jnp.int32) - 1)
     rank = at_N.ndim - 1
     numbers = lax.GatherDimensionNumbers(tuple(range(rank, rank + len(rest))), tuple(range(n)), tuple(range(n)))
-    mode = lax.GatherScatterMode.PROMISE_IN_BOUNDS  # they were clipped on the device
+    mode = lax.GatherScatterMode.PROMISE_IN_BOUNDS  # the device has clipped the indices
     read = lambda *args: lax.gather(*args, numbers, (*[1] * n, *rest), mode=mode)
     return jax.device_put(host_compute(read)(array, jax.device_put(at_N, HOST)), DEVICE)
 
 
 def is_host(array: jax.Array) -> bool:
-    """Whether an array, or what stands for it while a program is traced, lies in host memory."""
+    """Whether an array or a tracer is in host memory."""
     return jax.typeof(array).memory_space == HOST
 
 
 def host_compute(function):
-    """`function` of arrays in host memory, computed by the host, its results left there."""
+    """Wrap `function` so that the host computes it on arrays in host memory. Its results stay in host memory."""
     return compute_on(function, compute_type="device_host", out_memory_spaces=HOST)
 
 

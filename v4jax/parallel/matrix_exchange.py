@@ -1,4 +1,4 @@
-"""Whole matrices of arrays that a mesh splits, each on one device: they travel there in parts, and back."""
+"""Apply a function to unsharded matrices of sharded arrays: all-to-all collects each matrix on one device and back."""
 
 from __future__ import annotations
 
@@ -20,15 +20,24 @@ def map_whole_matrices(
     sharding: MeshRules,
     specs: Sequence[PartitionSpec],
 ) -> tuple[jax.Array, ...]:
-    """`function` of every matrix of every array, which keeps a matrix' shape.
+    """Apply `function` to every unsharded matrix of sharded arrays.
 
-    arrays: the last `axes` axes make a matrix (two sides, of one axis or several), those before count matrices; all
-    matrices are of one shape and split alike. specs: how each array lies on the mesh, and its result will.
+    The k devices that hold the shards of one matrix exchange shards in rounds of k matrices. An all-to-all gives each
+    device one unsharded matrix, the device applies `function`, and a second all-to-all returns the shards. Memory
+    therefore grows by one matrix. Where r groups of devices hold the same shards (`replica_axes`), each group takes
+    every r-th round and all-gathers the results. n matrices take ceil(n / (k r)) rounds. Arrays with fewer than k r
+    matrices share rounds (`group_small`).
 
-    The k devices that share the parts of some matrices exchange them in rounds (all-to-all): each gets a matrix, works
-    on it and sends the parts back, so memory holds one matrix more than it held. Where r such groups hold the same
-    parts (`replicas`) each takes every r-th round and gives the results to the others. n matrices take n / (k r)
-    rounds, rounded up; arrays that have too few for one round share theirs.
+    Args:
+        function: maps a matrix to a matrix of the same shape.
+        arrays: the last `axes` axes of each array are one matrix (either side may consist of several axes), the axes
+            in front count matrices. All matrices have one shape and one sharding.
+        axes: number of axes of a matrix.
+        sharding: the mesh and its rules.
+        specs: sharding of each array and of its result.
+
+    Returns:
+        The results, one array for each of `arrays`, with its shape and sharding.
     """
     whole, copies = (None,) * axes, replica_axes(sharding, specs[0])
     split = [(axis, _names(at)) for axis, at in enumerate((*whole, *specs[0])[-axes:]) if at]
@@ -67,13 +76,25 @@ def map_whole_matrices(
 
 
 def group_small(counts: Sequence[int], turn: int) -> list[list[int]]:
-    """Which arrays, by place, share rounds of `turn` matrices: those of too few for one; each other has its own."""
+    """Group arrays that share rounds.
+
+    Args:
+        counts: number of matrices of each array.
+        turn: matrices of one round.
+
+    Returns:
+        Groups of indices into `counts`: one group of all arrays with fewer than `turn` matrices (if there are any),
+        then one group for each other array.
+    """
     few = [i for i, count in enumerate(counts) if count < turn]
     return [few] * bool(few) + [[i] for i, count in enumerate(counts) if count >= turn]
 
 
 def replica_axes(sharding: MeshRules, spec: PartitionSpec) -> tuple[str, ...]:
-    """Mesh axes along which an array that lies so is the same everywhere, but for slices: their network is slow."""
+    """Return the mesh axes larger than 1 over which an array with this spec is replicated.
+
+    The axis `slice` is left out, because the network between slices is slow.
+    """
     used = {name for at in spec for name in _names(at)}
     return tuple(axis for axis, size in sharding.mesh.shape.items() if size > 1 and axis not in used | {"slice"})
 

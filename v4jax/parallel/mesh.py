@@ -1,4 +1,4 @@
-"""From a config and a set of devices to a mesh with the six axes."""
+"""Build a JAX mesh with the six axes MESH_AXES from a config and a set of devices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from v4jax.core.errors import UserError
 
 
 def sizes(mesh: config.Mesh, layout: config.ShardingRules, devices: int) -> tuple[int, ...]:
-    """Devices along each of MESH_AXES; raises UserError if they cannot make up `devices`."""
+    """Return the size of each of MESH_AXES.
+
+    Args:
+        mesh: the configured sizes.
+        layout: its `fill` axis takes the remaining devices if its configured size is 1.
+        devices: number of devices.
+
+    Raises:
+        UserError: the product of the sizes is not `devices`.
+    """
     size = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     named = ", ".join(f"mesh.{axis}={n}" for axis, n in size.items() if n > 1) or "no axis"
     if size[layout.fill] == 1:
@@ -33,10 +42,18 @@ def sizes(mesh: config.Mesh, layout: config.ShardingRules, devices: int) -> tupl
 
 
 def make_mesh(mesh: config.Mesh, layout: config.ShardingRules, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (default: all of all processes), every axis Auto: the compiler places collectives.
+    """Build the mesh. Every axis has type Auto, so the compiler inserts the collectives.
 
-    Neighbours on the last axes are neighbours in the machine. The axis `slice` follows the devices' slice index where
-    they have more than one, and is cut out of the order of processes elsewhere.
+    Devices that are neighbors along the last axes are neighbors in the machine. If the devices have several slice
+    indices, the axis `slice` follows them. Otherwise it is cut from the order of processes.
+
+    Args:
+        mesh: the configured sizes.
+        layout: names the axis that takes the remaining devices.
+        devices: devices of the mesh. None takes all devices of all processes.
+
+    Raises:
+        UserError: the sizes do not fit the number of devices or of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = sizes(mesh, layout, len(devices))

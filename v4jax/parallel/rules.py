@@ -1,8 +1,10 @@
-"""From logical axes to mesh axes: how each array is split, by one rule table, and nothing guessed.
+"""Sharding rules map the logical axes of each array to mesh axes. Nothing is inferred outside the rule table.
 
-Parameters carry letters (`nn/linear.py`), letters have logical names (`core/axes.py`), a layout (`configs/sharding`)
-says which mesh axes split a logical one. What cannot be meant is an error: a mesh axis twice in one array, a rule that
-nothing follows, a mesh axis that splits nothing, a size that does not divide.
+Parameters carry axis letters (`nn/linear.py`). Letters have logical names (`core/axes.py`). A layout
+(`configs/sharding`) lists the mesh axes that split each logical axis.
+
+Four mistakes in a layout are errors: a mesh axis that splits two axes of one array, a rule that no parameter uses, a
+mesh axis larger than 1 that splits nothing, and an axis size that is not a multiple of its number of shards.
 """
 
 from __future__ import annotations
@@ -27,10 +29,13 @@ _ACTIVE: contextvars.ContextVar[MeshRules | None] = contextvars.ContextVar("shar
 
 @dataclass(frozen=True)
 class MeshRules:
-    """A mesh and the rules by which arrays lie on it.
+    """A mesh and the rules that shard arrays over it.
 
-    per_device: the program in force is already one device's (the body of a `shard_map` over all axes), arrays its
-    parts.
+    Attributes:
+        mesh: the device mesh, with the axes MESH_AXES.
+        rules: the layout, two tables from logical axes to mesh axes.
+        per_device: True while the body of a `shard_map` over all mesh axes is traced. Its arrays are already one
+            device's shards, so `constrain` must not split them again.
     """
 
     mesh: Mesh
@@ -39,33 +44,49 @@ class MeshRules:
 
     @property
     def platform(self) -> str:
-        """Kind of the devices, "cpu", "gpu" or "tpu", which need not be the backend of this process."""
+        """Platform of the mesh devices: "cpu", "gpu" or "tpu". It can differ from this process's default backend."""
         return self.mesh.devices.flat[0].platform
 
     def axes(self, table: str, name: str) -> tuple[str, ...]:
-        """Mesh axes larger than 1 that split the logical axis `name`; table: "weights" or "activations"."""
+        """Return the mesh axes larger than 1 that split a logical axis.
+
+        Args:
+            table: "weights" or "activations".
+            name: the logical axis. An axis without a rule is not split.
+        """
         return tuple(axis for axis in dict(getattr(self.rules, table)).get(name, ()) if self.mesh.shape[axis] > 1)
 
     def size(self, axes: Sequence[str]) -> int:
-        """Devices along these axes together."""
+        """Return the product of the sizes of these mesh axes, which is the number of shards."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
     def weight(self, letters: str) -> PartitionSpec:
-        """How a parameter of these letters is split, a stack axis in front not counted."""
+        """Return the spec of a parameter with these axis letters; one-dimensional parameters are replicated.
+
+        The letters do not include the leading axis of stacked layers, and neither does the spec.
+        """
         if len(letters) < 2:
             return PartitionSpec()
         return _spec([self.axes("weights", name) for name in logical(letters)])
 
     def activation(self, letters: str) -> PartitionSpec:
-        """How an activation of these letters is split; letters that no rule can name are whole."""
+        """Return the spec of an activation with these axis letters. Letters outside ACTIVATION are not split."""
         return _spec([self.axes("activations", ACTIVATION[x]) if x in ACTIVATION else () for x in letters])
 
     def named(self, spec: PartitionSpec) -> NamedSharding:
-        """On this mesh."""
+        """Return the NamedSharding of a spec on this mesh."""
         return NamedSharding(self.mesh, spec)
 
     def parameters(self, letters: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NamedSharding]:
-        """Sharding of every parameter. Raises UserError for a clash or a size that the devices do not divide."""
+        """Return the sharding of every parameter by name.
+
+        Args:
+            letters: axis letters of each parameter, without the axis of stacked layers.
+            shapes: shape of each parameter. Axes in front of the lettered ones stack layers and are not split.
+
+        Raises:
+            UserError: an axis size is not a multiple of the number of devices that split it.
+        """
         out = {}
         for name, axes in letters.items():
             spec = self.weight(axes)
@@ -77,7 +98,19 @@ class MeshRules:
 
 
 def make_mesh_rules(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) -> MeshRules | None:
-    """The mesh of a config with its rules, checked; None for a config without a layout. Raises UserError."""
+    """Build the mesh of a config and load its sharding rules.
+
+    Args:
+        mesh: sizes of the mesh axes and the name of a layout.
+        devices: devices of the mesh. None takes all devices of all processes.
+
+    Returns:
+        The mesh and its rules, or None if the config names no layout.
+
+    Raises:
+        UserError: the layout is invalid (`validate_rules`), the axis sizes do not fit the devices (`make_mesh`), or a
+            mesh axis larger than 1 appears in no rule.
+    """
     if not mesh.rules:
         return None
     layout = config.load_sharding(mesh.rules)
@@ -94,7 +127,12 @@ def make_mesh_rules(mesh: config.Mesh, devices: Sequence[jax.Device] | None = No
 
 
 def validate_rules(layout: config.ShardingRules) -> None:
-    """Raise UserError for a rule that means nothing: an unknown or repeated name, or a mesh axis twice in an array."""
+    """Check a layout without a model.
+
+    Raises:
+        UserError: a rule names an unknown logical axis, repeats a name, names an unknown mesh axis, or has none or a
+            repeated one; two activation rules share a mesh axis; or `fill` is no mesh axis.
+    """
     words = set(LOGICAL.values()) | {word for names in SPECIAL.values() for word in names.values()}
     for table, known in (("weights", words), ("activations", set(ACTIVATION.values()))):
         rules = getattr(layout, table)
@@ -117,7 +155,15 @@ def validate_rules(layout: config.ShardingRules) -> None:
 
 
 def validate_used(layout: config.ShardingRules, letters: Sequence[str]) -> None:
-    """Raise UserError for a clash in a parameter of these letters, or a rule that none of them follows."""
+    """Check the weight rules of a layout against the parameters of a model.
+
+    Args:
+        layout: the rules.
+        letters: axis letters of every parameter. Parameters with fewer than two letters are not split and not checked.
+
+    Raises:
+        UserError: a mesh axis splits two axes of one parameter, or no parameter has the axis of a rule.
+    """
     rules, followed = dict(layout.weights), set()
     for axes in letters:
         if len(axes) > 1:
@@ -138,7 +184,10 @@ def validate_used(layout: config.ShardingRules, letters: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def use_rules(sharding: MeshRules | None) -> Iterator[None]:
-    """Inside, `constrain` and `active` follow these rules; entered while a program is traced."""
+    """Make these rules the current ones: `constrain` and `current_rules` use them inside the context.
+
+    The context must be active while a program is traced, because constraints become part of the traced program.
+    """
     token = _ACTIVE.set(sharding)
     try:
         yield
@@ -147,12 +196,15 @@ def use_rules(sharding: MeshRules | None) -> Iterator[None]:
 
 
 def current_rules() -> MeshRules | None:
-    """The rules in force, or None."""
+    """Return the rules of the innermost `use_rules`, or None outside of one."""
     return _ACTIVE.get()
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
-    """The activation `x`, split as the rules in force say; without rules, or inside of one device, `x` itself."""
+    """Constrain the sharding of the activation `x` by the current rules.
+
+    Without current rules, or with `per_device` ones, `x` is returned as it is.
+    """
     sharding = _ACTIVE.get()
     if sharding is None or sharding.per_device:
         return x

@@ -1,7 +1,7 @@
-"""Rows that travel between the devices of a mesh axis: as many as there are, to where they belong, and back.
+"""Dispatch of rows (tokens) to the devices that own their experts, and the way back (combine).
 
-`lax.ragged_all_to_all` sends exactly these rows. XLA:CPU does not implement it; there a dense twin gathers the rows of
-all devices and picks. Both are used inside `shard_map`, and both can be differentiated.
+`lax.ragged_all_to_all` sends exactly the rows that have to move. XLA:CPU does not implement it, so a dense variant
+gathers the rows of all devices and selects from them. Both run inside `shard_map`, and both are differentiable.
 """
 
 from __future__ import annotations
@@ -14,13 +14,18 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class TokenDispatcher:
-    """Who sends how many rows to whom, seen from one device of `axes`, P devices in all.
+    """Row counts between the P devices along `axes`, seen from one of them.
 
-    A device's rows lie sorted by destination; what arrives lies sorted by source. Arrivals are worked on in rounds of
-    `room` rows, so memory has a bound and no row is ever dropped: round r holds the arrivals r * room and following.
+    Each device sorts the rows it sends by destination. The rows it receives (arrivals) are ordered by source. Arrivals
+    are processed in rounds of `room` rows: round r holds arrivals r * room to (r + 1) * room - 1. Rounds bound the
+    memory, and no row is dropped.
 
-    count_PP int32: rows from source (first axis) to destination; the same array on every device. me: own place. ragged:
-    which of the two ways.
+    Attributes:
+        axes: mesh axes along which rows move. P is the product of their sizes.
+        ragged: True uses `lax.ragged_all_to_all`, False the dense variant.
+        room: rows of a round.
+        me: int32 scalar, index of this device along `axes`.
+        count_PP: int32 [source, destination], number of rows to send; the same array on every device.
     """
 
     axes: tuple[str, ...]
@@ -31,37 +36,49 @@ class TokenDispatcher:
 
     @property
     def base_PP(self) -> jax.Array:
-        """First row of a destination among a source's rows."""
+        """int32 [source, destination]: index of the first row for the destination among the source's sorted rows."""
         return jnp.cumsum(self.count_PP, axis=1) - self.count_PP
 
     @property
     def start_PP(self) -> jax.Array:
-        """First row of a source among a destination's arrivals."""
+        """int32 [source, destination]: index of the first row from the source among the destination's arrivals."""
         return jnp.cumsum(self.count_PP, axis=0) - self.count_PP
 
     @property
     def rounds(self) -> jax.Array:
-        """Rounds until the busiest destination is done: int32 scalar."""
+        """int32 scalar: rounds that the destination with the most arrivals needs; the same on every device."""
         return -(-self.count_PP.sum(0).max() // self.room)
 
     def arrivals(self, turn: jax.Array) -> jax.Array:
-        """Number among all arrivals of each slot of a round: int32 [room]; from `arriving` on, the slot is empty."""
+        """Return int32 [room], the arrival index of each slot of round `turn`. An index >= `arriving` is empty."""
         return turn * self.room + jnp.arange(self.room, dtype=jnp.int32)
 
     @property
     def arriving(self) -> jax.Array:
-        """Rows that arrive here in all rounds."""
+        """int32 scalar: number of rows that arrive on this device in all rounds."""
         return self.count_PP.sum(0)[self.me]
 
     def _parts(self, turn: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Of each pair's rows, those of a round: first row at the source, first slot at the destination, number."""
+        """Return the rows of round `turn` for each (source, destination) pair, three int32 arrays [P, P].
+
+        They are the first row on the source, the first slot on the destination, and the number of rows. A pair
+        without rows in this round may have a negative slot.
+        """
         first = turn * self.room
         begin = jnp.clip(first - self.start_PP, 0, self.count_PP)
         end = jnp.clip(first + self.room - self.start_PP, 0, self.count_PP)
         return self.base_PP + begin, self.start_PP + begin - first, end - begin
 
     def dispatch(self, rows_RD: jax.Array, turn: jax.Array) -> jax.Array:
-        """The rows that arrive here in a round, [room, D]; empty slots are zero."""
+        """Send rows to their destinations.
+
+        Args:
+            rows_RD: rows of this device [R, D], sorted by destination.
+            turn: int32 scalar, the round.
+
+        Returns:
+            The rows that arrive on this device in this round, [room, D]. Empty slots are zero.
+        """
         if self.ragged:
             source, slot, number = self._parts(turn)
             return jax.lax.ragged_all_to_all(
@@ -82,9 +99,16 @@ class TokenDispatcher:
         return jnp.where((arrival < self.arriving)[:, None], picked, 0)
 
     def combine(self, done_CD: jax.Array, turn: jax.Array, home_R: jax.Array) -> jax.Array:
-        """The rows of a round where they came from, [R, D], zero in the rows of other rounds.
+        """Send the results of one round back to the sources of their rows.
 
-        home_R int32: the destination of each own row, in order.
+        Args:
+            done_CD: results of this device's slots [room, D], in the order of `dispatch`.
+            turn: int32 scalar, the round.
+            home_R: int32 [R], the destination of each row of this device, in sorted order.
+
+        Returns:
+            [R, D] in the order of this device's sorted rows, zero in rows of other rounds. The sum over all rounds is
+            the complete result.
         """
         if self.ragged:
             source, slot, number = self._parts(turn)

@@ -1,4 +1,4 @@
-"""Products of FP8 numbers, forward and backward, as the family is trained (spec 8.4)."""
+"""FP8 matrix products, forward and backward, as in the training of the DeepSeek family (spec 8.4)."""
 
 from v4jax.kernels.fp8_dot.api import dot
 from v4jax.kernels.fp8_dot.quantize import gradient_rows, weights, with_rows

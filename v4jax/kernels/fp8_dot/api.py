@@ -1,4 +1,4 @@
-"""Public entry of the FP8 product, its gradients, and the choice of an implementation."""
+"""Public API of the FP8 product: its gradients and the selection of an implementation."""
 
 from __future__ import annotations
 
@@ -16,15 +16,25 @@ _BEST = {"gpu": "tiled"}
 
 
 def dot(x_BTD: jax.Array, w_DUF: jax.Array, impl: str | None = None) -> jax.Array:
-    """y_BTUF = x w with operands in e4m3, float32 sums: float32 [B, T, U, F] (spec 8.4, 9.3).
+    """Multiply x by U matrices with e4m3 operands and float32 accumulation (spec 8.4, 9.3).
 
-    x is rounded in tiles of 128 along D, w in blocks of 128 x 128 for each of the U matrices, dy in tiles along F; the
-    gradient of w takes x (as the forward pass rounded it) and dy in tiles of 128 tokens of a row. Every scale is a
-    power of two. No other format is used for gradients (DeepSeek-V3, 3.3).
+    The forward pass rounds x in tiles of 128 along D, and each of the U matrices in blocks of 128 x 128. The gradient
+    of x rounds dy in tiles of 128 along F. The gradient of w rounds x (as the forward pass rounded it) and dy in tiles
+    of 128 tokens of a row. Every scale is a power of two. Gradients use e4m3 too (DeepSeek-V3, section 3.3).
 
-    impl: "tiled" multiplies e4m3 operands tile by tile and scales the partial sums, for backends with such products;
-    "ref" multiplies the same numbers as float32; None takes the backend's. Operands are equal bit for bit in both, and
-    so is every product of two numbers: results differ by the order of float32 additions alone.
+    Args:
+        x_BTD: activations [B, T, D].
+        w_DUF: weights [D, U, F].
+        impl: "tiled" multiplies e4m3 operands tile by tile and scales the partial sums, for backends with FP8
+            products. "ref" multiplies the same numbers as float32. None takes the best one of the backend. Operands
+            and products of two numbers are equal bit for bit in both, so results differ only by the order of float32
+            additions.
+
+    Returns:
+        float32 [B, T, U, F].
+
+    Raises:
+        UserError: `impl` is unknown.
     """
     return _dot(x_BTD, w_DUF, select(impl, _IMPLEMENTATIONS, _BEST))
 
@@ -35,7 +45,7 @@ def _dot(x_BTD, w_DUF, impl):
 
 
 def _save(x_BTD, w_DUF, impl):
-    x = tiles(x_BTD)  # a byte a number is what the backward pass keeps
+    x = tiles(x_BTD)  # keep the rounded x for the backward pass: one byte a number
     return _IMPLEMENTATIONS[impl].forward(x, w_DUF), (x, w_DUF, jnp.zeros((), x_BTD.dtype))
 
 

@@ -1,4 +1,4 @@
-"""The specification of the three FP8 products: rounded operands as float32, plain products."""
+"""Reference of the three FP8 products: operands are rounded, then multiplied as float32."""
 
 import jax.numpy as jnp
 
@@ -6,15 +6,15 @@ from v4jax.kernels.fp8_dot.quantize import block_floats, floats, rows
 
 
 def forward(x, w_DUF):
-    """y_BTUF of the tiles of x_BTD."""
+    """Return y_BTUF, float32, from the tiles of x_BTD along D and w_DUF rounded in blocks."""
     return jnp.einsum("BTD,DUF->BTUF", floats(x, w_DUF.shape[0]), block_floats(w_DUF))
 
 
 def to_input(dy_BTUF, w_DUF):
-    """dx_BTD: the same blocks of w, tiles of dy along F."""
+    """Return dx_BTD, float32, with dy rounded in tiles along F and w in the blocks of the forward pass."""
     return jnp.einsum("BTUF,DUF->BTD", rows(dy_BTUF), block_floats(w_DUF))
 
 
 def to_weight(x_BTD, dy_BTUF):
-    """dw_DUF: both in tiles along T."""
+    """Return dw_DUF, float32, with x and dy rounded in tiles along T."""
     return jnp.einsum("BTD,BTUF->DUF", rows(x_BTD, 1), rows(dy_BTUF, 1))

@@ -1,4 +1,4 @@
-"""The three FP8 products tile by tile: e4m3 operands, float32 partial sums, each times the scales of its tiles."""
+"""The three FP8 products tile by tile: e4m3 operands, float32 partial sums multiplied by the scales of each tile."""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,8 @@ from v4jax.kernels.fp8_dot.quantize import blocks, tiles, whole
 def forward(x, w_DUF):
     """See `ref.forward`."""
     w, (B, T, _), U = blocks(w_DUF), x.values.shape, w_DUF.shape[1]
-    columns = whole(w.values, w_DUF.shape)  # [D, U, F], filled up
-    scales = _repeated(w.scales[..., 0], columns.shape[2])  # a row of blocks: [D / 128, U, F]
+    columns = whole(w.values, w_DUF.shape)  # [D, U, F], padded
+    scales = _repeated(w.scales[..., 0], columns.shape[2])  # [D / 128, U, F]
     flat = lambda a: a.reshape(a.shape[0], -1)
     y = _scaled(_merged(x.values), _merged(x.scales), flat(columns), flat(scales))
     return y.reshape(B, T, U, -1)[..., : w_DUF.shape[2]]
@@ -28,7 +28,7 @@ def to_input(dy_BTUF, w_DUF):
 
 
 def to_weight(x_BTD, dy_BTUF):
-    """See `ref.to_weight`: the tokens of all rows are one axis of tiles."""
+    """See `ref.to_weight`. The tiles along the tokens of all rows form one axis."""
     B, T, U, F = dy_BTUF.shape
     x = tiles(x_BTD.transpose(2, 0, 1))  # [D, B, T]
     dy = tiles(dy_BTUF.reshape(B, T, -1).transpose(2, 0, 1))  # [U F, B, T]
@@ -38,7 +38,17 @@ def to_weight(x_BTD, dy_BTUF):
 
 
 def _scaled(a_RC, scales_RP, b_CS, scales_PS):
-    """a b [R, S], float32, of e4m3 codes whose contracted axis falls into P tiles with scales (e8m0)."""
+    """Multiply scaled e4m3 matrices whose contracted axis C consists of P tiles.
+
+    Args:
+        a_RC: uint8 [R, C], e4m3 codes.
+        scales_RP: uint8 [R, P], e8m0 codes.
+        b_CS: uint8 [C, S], e4m3 codes.
+        scales_PS: uint8 [P, S], e8m0 codes.
+
+    Returns:
+        float32 [R, S].
+    """
     (R, C), S, P = a_RC.shape, b_CS.shape[1], scales_RP.shape[1]
     as_fp8 = lambda codes: jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
     power = lambda codes: jax.lax.bitcast_convert_type(codes, jnp.float8_e8m0fnu).astype(jnp.float32)
@@ -57,5 +67,5 @@ def _merged(a):
 
 
 def _repeated(scales, size):
-    """Scales of blocks along the last axis as scales of the `size` numbers that lie in them."""
+    """Repeat block scales along the last axis so that each of the `size` numbers has its scale."""
     return jnp.repeat(scales, size // scales.shape[-1], axis=-1)

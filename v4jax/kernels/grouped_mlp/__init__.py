@@ -1,4 +1,4 @@
-"""Expert products: every token through its own experts and no others (spec 3.2)."""
+"""Grouped expert MLP: each token passes through its K experts only (spec 3.2)."""
 
 from v4jax.kernels.grouped_mlp.api import experts, swiglu
 

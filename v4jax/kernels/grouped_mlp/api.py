@@ -1,4 +1,4 @@
-"""Public entry of the expert products; picks an implementation by backend."""
+"""Public API of the grouped expert MLP. It selects an implementation by backend."""
 
 import jax
 
@@ -23,20 +23,27 @@ def experts(
     fp8: bool = False,
     impl: str | None = None,
 ) -> jax.Array:
-    """Each token through its K experts, none dropped: float32 [B, D].
+    """Pass each token through its K experts and return the weighted sum. No token is dropped (spec 3.2).
 
     Args:
-      x_BD: tokens (batch and token axes flattened into B).
-      picks_BK: int32, distinct experts of each token; E stands for none, and what it gives is undefined.
-      weights_BK: float32 routing weights, applied before the second product as in the released model (spec 3.2).
-      gate_up_EUDF: both first matrices, gate first.
-      down_EFD: second matrix.
+      x_BD: tokens [B, D], with batch and token axes flattened into B.
+      picks_BK: int32 [B, K], the top-k expert indices of each token, all distinct. Index E means no expert; its
+        contribution is undefined.
+      weights_BK: float32 [B, K], routing weights, applied before the second product as in the released model.
+      gate_up_EUDF: gate and up matrices [E, 2, D, F], gate first.
+      down_EFD: down matrices [E, F, D].
       limit: clamp of the SwiGLU.
-      fp8: round what meets the matrices, forward and backward, in tiles of 1 x 128 along the hidden or inner size
-        (spec 8.4; `kernels.fp8_dot`). The matrices come rounded. Their own gradients take the same tiles: the rows
-        of an expert are too few to be tiled along.
-      impl: "ref", "blocks", "ragged", or None for the backend's best; "blocks" where the weights are in 8 bits, because
-        it widens one expert at a time and never all of them.
+      fp8: round the left operands of all products, forward and backward, in tiles of 1 x 128 along the hidden or
+        inner size (spec 8.4; `kernels.fp8_dot`). The caller has rounded the matrices. The gradients of the matrices
+        use the same tiles, because an expert has too few rows for tiles along the token axis.
+      impl: "ref", "blocks", "ragged", or None for the best of the backend. With 8-bit weights None selects "blocks",
+        because it dequantizes one expert at a time instead of all.
+
+    Returns:
+      float32 [B, D].
+
+    Raises:
+      UserError: `impl` is unknown.
     """
     if impl is None and isinstance(gate_up_EUDF, QTensor):
         impl = "blocks"

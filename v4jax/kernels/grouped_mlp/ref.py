@@ -1,4 +1,4 @@
-"""The specification of the expert products: every expert for every token, float32, weighted by zero elsewhere."""
+"""Reference of the grouped expert MLP: all experts for all tokens in float32; experts not chosen have weight zero."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,10 @@ from v4jax.kernels.grouped_mlp.swiglu import swiglu
 
 
 def experts(x_BD, picks_BK, weights_BK, gate_up_EUDF, down_EFD, *, limit, fp8=False):
-    """Sum over a token's experts of weight * W2 (silu(min(W1 x, limit)) * clip(W3 x, +-limit)): float32 [B, D]."""
+    """Sum weight * W2 (silu(min(W1 x, limit)) * clip(W3 x, -limit, limit)) over each token's experts (spec 3.2).
+
+    See `api.experts` for the arguments. Returns float32 [B, D].
+    """
     x, gate_up, down = (a.astype(jnp.float32) for a in (x_BD, gate_up_EUDF, down_EFD))
     weight_BE = (jax.nn.one_hot(picks_BK, gate_up.shape[0]) * weights_BK[..., None]).sum(1)
     gate_up_BEUF = jnp.einsum("BD,EUDF->BEUF", x, gate_up)

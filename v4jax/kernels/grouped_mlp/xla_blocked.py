@@ -1,8 +1,9 @@
-"""Expert products in blocks of equal rows, one expert a block: static shapes, no token dropped, XLA:CPU's path.
+"""Grouped expert MLP in blocks of equal size, one expert per block: static shapes and no dropped token, for XLA:CPU.
 
-Rows (token, pick) are sorted by expert and each expert's run is padded to whole blocks, so a block needs one expert's
-weights and two dense products. A loop walks the blocks in use (their number is data, their shape is not). Against
-`ragged_dot`, which XLA:CPU computes as E masked full products, this does the work of the chosen experts only.
+Rows are (token, top-k index) pairs sorted by expert. The rows of each expert are padded to a multiple of the block
+size, so a block needs the weights of one expert and two dense products. A loop runs over the blocks in use: their
+number depends on the data, their shape does not. XLA:CPU computes `ragged_dot` as E masked full products; this
+implementation computes the chosen experts only.
 """
 
 import functools
@@ -14,11 +15,11 @@ from v4jax.kernels.fp8_dot import gradient_rows, with_rows
 from v4jax.kernels.fp8_dot.quantize import rows as tiled
 from v4jax.kernels.grouped_mlp.swiglu import swiglu
 
-_LARGEST = 128  # rows of a block
+_LARGEST = 128  # largest number of rows of a block
 
 
 def experts(x_BD, picks_BK, weights_BK, gate_up_EUDF, down_EFD, *, limit, fp8=False):
-    """See `api.experts`; float32 accumulation, float32 result [B, D]."""
+    """See `api.experts`. Products accumulate in float32."""
     if x_BD.shape[0] == 1:
         return _single(x_BD, picks_BK, weights_BK, gate_up_EUDF, down_EFD, limit, fp8)
     plan = _plan(picks_BK, gate_up_EUDF.shape[0])
@@ -26,7 +27,7 @@ def experts(x_BD, picks_BK, weights_BK, gate_up_EUDF, down_EFD, *, limit, fp8=Fa
 
 
 def _single(x_1D, picks_1K, weights_1K, gate_up_EUDF, down_EFD, limit, fp8):
-    """One token: its experts in turn, without the sorting of rows, which would take a quarter of the time."""
+    """Run the experts of a single token one by one, without sorting rows, which would take a quarter of the time."""
 
     def one(pick):
         expert, weight = pick
@@ -39,13 +40,25 @@ def _single(x_1D, picks_1K, weights_1K, gate_up_EUDF, down_EFD, limit, fp8):
 
 
 def block_rows(rows: int, experts: int) -> int:
-    """Rows of a block: a power of two near the mean load, `_LARGEST` at most: padding stays a fraction of the work."""
+    """Return the block size in rows: the mean load of an expert, rounded up to a power of two, at most `_LARGEST`.
+
+    With this size padding stays a fraction of the work.
+
+    Args:
+        rows: number of (token, top-k index) rows.
+        experts: number of experts.
+    """
     mean = max(1, rows // experts)
     return min(_LARGEST, 1 << (mean - 1).bit_length())
 
 
 def _plan(picks_BK, E):
-    """Where every (token, pick) row lies: (expert of each block, blocks in use, row of each slot, slot of each row)."""
+    """Assign each (token, top-k index) row to a slot of a block.
+
+    Returns:
+        int32 arrays: expert of each block, number of blocks in use, row of each slot (B * K in an empty slot), and
+        slot of each row.
+    """
     rows = picks_BK.size
     size = block_rows(rows, E)
     blocks = -(-rows // size) + min(E, rows)
@@ -64,7 +77,7 @@ def _plan(picks_BK, E):
 
 
 def _slots(x_BD, weights_BK, plan):
-    """Inputs and routing weights in slot order, zero where a slot holds no row."""
+    """Return inputs and routing weights in slot order, with zeros in empty slots."""
     _, _, row_of_slot, _ = plan
     K, empty = weights_BK.shape[1], row_of_slot == weights_BK.size
     x = jnp.where(empty[:, None], 0, x_BD[jnp.minimum(row_of_slot // K, x_BD.shape[0] - 1)])
@@ -73,22 +86,25 @@ def _slots(x_BD, weights_BK, plan):
 
 
 def _narrow(a, fp8):
-    """`a` as it meets the matrices: float32, rounded in tiles of the last axis if `fp8`."""
+    """Round the left operand of a product in tiles of the last axis if `fp8`, else return it unchanged."""
     return tiled(a) if fp8 else a
 
 
 def _matrix(w_E, place, like):
-    """One expert's matrix in the type of `like`; place: the expert, of gate and up also which."""
+    """Return one matrix in the dtype of `like`. `place` is the expert index, or (expert, 0 for gate or 1 for up)."""
     return w_E[place].astype(like.dtype)
 
 
 def _both(w_EUDF, expert, x_RD):
-    """Both first products of one expert: float32 [R, 2, F]."""
+    """Return the gate and up products of one expert, float32 [R, 2, F]."""
     return jnp.stack([_dot("RD,DF->RF", x_RD, _matrix(w_EUDF, (expert, u), x_RD)) for u in range(2)], 1)
 
 
 def _side_by_side(w_EUDF, like):
-    """[E, D, 2 F]: one product for both halves is faster than two, and worth the copy where blocks are large."""
+    """Copy the gate and up matrices next to each other, [E, D, 2 F].
+
+    One product for both halves is faster than two, which outweighs the copy if blocks are large.
+    """
     E, U, D, F = w_EUDF.shape
     return w_EUDF.astype(like.dtype).swapaxes(1, 2).reshape(E, D, U * F)
 
@@ -129,7 +145,7 @@ def _forward(x_BD, weights_BK, gate_up_EUDF, down_EFD, plan, limit, fp8):
 
 
 def _backward(limit, fp8, saved, dout_BD):
-    """Products transposed, block by block; a block's expert repeats in runs, so its gradient is added in place."""
+    """Compute all gradients block by block. Blocks of one expert add to its weight gradient in place."""
     x_BD, weights_BK, gate_up_EUDF, down_EFD, plan, gate_up = saved
     expert_of_block, in_use, row_of_slot, slot_of_row = plan
     D, F, size = x_BD.shape[1], down_EFD.shape[1], row_of_slot.size // expert_of_block.size

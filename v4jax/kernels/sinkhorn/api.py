@@ -5,16 +5,24 @@ import jax.numpy as jnp
 
 
 def sinkhorn(logits: jax.Array, *, iters: int, eps: float) -> jax.Array:
-    """Logits [n, n, ...tokens] to doubly stochastic matrices of the same shape, float32 (spec 4.1).
+    """Project logits to doubly stochastic matrices (spec 4.1).
 
-    Instead of the matrix its row and column factors are iterated, P = r B c: the same numbers at a quarter of the
-    traffic, and the loop is a rolled one, so the program does not grow with `iters`. Sums over n are
-    written out: they run over whole rows of tokens, where a reduction over so short an axis is 25 times slower on
-    XLA:CPU. (A gradient by hand, reading the history of the factors, was no faster than the derived one.)
+    The loop iterates the row and column factors r and c of P = r B c instead of the matrix P. The result is the same
+    at a quarter of the memory traffic. The loop is not unrolled, so the program does not grow with `iters`. Sums over
+    n are written out as additions of token vectors, because on XLA:CPU a reduction over such a short axis is 25 times
+    slower. A hand-written gradient that reads the history of the factors was no faster than autodiff.
+
+    Args:
+        logits: [n, n, ...], one n x n matrix per token; axis 0 is the row, axis 1 the column.
+        iters: number of column normalizations; `iters - 1` row normalizations alternate with them.
+        eps: added to the softmax and to each divisor.
+
+    Returns:
+        float32 [n, n, ...], the shape of `logits`.
     """
     n = logits.shape[0]
     b_XYN = jax.nn.softmax(logits.astype(jnp.float32), axis=1) + eps
-    if 1 in logits.shape[2:]:  # else each axis of tokens stays: devices may split both, and a merged one neither
+    if 1 in logits.shape[2:]:  # otherwise keep both token axes: the mesh may shard both, but not a merged axis
         b_XYN = b_XYN.reshape(n, n, -1)
 
     def row_and_column(factors, _):
