@@ -74,7 +74,10 @@ def load(
 
 @functools.lru_cache(maxsize=8)
 def _structure(model: Model, scan: bool) -> tuple[nnx.GraphDef, nnx.State, tuple[LayerStack, ...]]:
-    """Return a model's graph, abstract state and layer stacks. Cached: tracing takes longer than a small checkpoint."""
+    """Return a model's graph, abstract state and layer stacks.
+
+    The result is cached, because tracing a model takes longer than reading a small checkpoint.
+    """
     abstract = nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0), scan=scan))
     return *nnx.split(abstract), abstract.stack_specs
 

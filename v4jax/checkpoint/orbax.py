@@ -97,7 +97,7 @@ class TrainCheckpointer:
         The arrays may be donated as soon as this method returns. A step that is already saved is not written again.
 
         Args:
-            step: number of the step; must exceed the number of every saved step.
+            step: number of the step; steps must be saved in increasing order.
             tree: {item: pytree of jax arrays}; the item `model` is a flat dict of per-layer names
                 (models/layer_stacks.py).
             extras: JSON values to store with the arrays.
