@@ -1,8 +1,8 @@
-"""Checkpoints on disk: Hugging Face directories, orbax steps of training runs, and the way between them."""
+"""Checkpoints on disk: Hugging Face directories, orbax steps of training runs, and the conversion between them."""
 
 import importlib
 
-# No name here is also a module's: importing a module would replace the function of its name.
+# No name in this table may equal a module name: importing that module would replace the function of the same name.
 _HOMES = {
     "TrainCheckpointer": "orbax",
     "load": "model_io",

@@ -1,9 +1,10 @@
-"""Checksums of stored arrays: xxh3-64 of every part of an array, computed from memory before it is written.
+"""Checksums of stored arrays: xxh3-64 of every part of an array.
 
-A part is a box of the regular grid in which an array is written, one shard of a sharded array. A process that reads
-a region of an array verifies the parts that cover the region, so a sharded restore verifies what it reads and no more.
+A part is one box of the regular grid in which an array is written. In a training checkpoint a part is a shard, and its
+checksum is computed from memory before the write. In an export a part is a chunk. A reader of a region verifies the
+parts that cover the region, so a sharded restore verifies only the data that it reads.
 
-A step of a v4jax directory keeps them in `checksums/<process>.json`, one file per process that wrote shards:
+A step of a v4jax directory stores its checksums in `checksums/<process>.json`, one file per process:
 
     {"processes": 2, "arrays": {item: {name: [shape of a part, {"row.column": checksum}]}}, "extras": checksum}
 """
@@ -35,18 +36,18 @@ _MOST_THREADS = 16
 
 
 class Mismatch(Exception):
-    """Data differs from its checksum, or the checksums themselves are incomplete; the message says which."""
+    """Data differs from its checksum, or the checksums themselves are incomplete. The message tells which."""
 
 
 def digest(data) -> str:
-    """xxh3-64 of an array in row-major order, or of bytes, as 16 hexadecimal digits."""
+    """Return the xxh3-64 of an array in row-major order, or of bytes, as 16 hexadecimal digits."""
     if isinstance(data, np.ndarray):
         data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
     return xxhash.xxh3_64_hexdigest(data)
 
 
 def json_digest(value) -> str:
-    """`digest` of a JSON value, independent of the order of its keys."""
+    """Return the `digest` of a JSON value. The order of keys does not matter."""
     return digest(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode())
 
 
@@ -54,19 +55,29 @@ def json_digest(value) -> str:
 class PartSums:
     """Checksums of one array.
 
-    part: shape of a part. sums: checksum by position in the grid of parts, "0.3"; a scalar is part "0".
+    Attributes:
+        part: shape of a part.
+        sums: checksum by position in the grid of parts, such as "0.3". The only part of a scalar is "0".
     """
 
     part: tuple[int, ...]
     sums: Mapping[str, str]
 
     def cover(self, region: Sequence[slice], shape: Sequence[int]) -> tuple[slice, ...]:
-        """The smallest box of whole parts around a region of an array of this shape."""
+        """Return the smallest box of complete parts that contains `region`, in an array of shape `shape`."""
         axes = zip(region, self.part, shape, strict=True)
         return tuple(slice(r.start // p * p, min(-(-r.stop // p) * p, n)) for r, p, n in axes)
 
     def verify(self, array: np.ndarray, box: Sequence[slice]) -> None:
-        """Compare `array`, which is the box of whole parts `box`, with the checksums. Raises Mismatch."""
+        """Compare data with the checksums.
+
+        Args:
+            array: the data of the region `box`.
+            box: region of complete parts, as `cover` returns it.
+
+        Raises:
+            Mismatch: a part has no checksum or differs from it.
+        """
         grid = tuple(-(-size // part) for size, part in zip(array.shape, self.part, strict=True))
         parts = []
         for position in np.ndindex(grid):
@@ -81,7 +92,7 @@ class PartSums:
 
 
 def digests(arrays: Sequence[np.ndarray]) -> list[str]:
-    """`digest` of several arrays, on several threads; xxhash releases the interpreter lock."""
+    """Return the `digest` of each array, computed on up to 16 threads. xxhash releases the GIL."""
     if len(arrays) < 2:
         return [digest(array) for array in arrays]
     with concurrent.futures.ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1, len(arrays))) as pool:
@@ -89,14 +100,21 @@ def digests(arrays: Sequence[np.ndarray]) -> list[str]:
 
 
 def of_array(array: np.ndarray, part: Sequence[int]) -> PartSums:
-    """Checksums of an array in memory that is stored in parts of the shape `part`."""
+    """Return the checksums of an array in memory, for parts of the shape `part`."""
     grid = list(np.ndindex(*(-(-size // p) for size, p in zip(array.shape, part, strict=True))))
     cut = [array[tuple(slice(i * p, (i + 1) * p) for i, p in zip(at, part, strict=True))] for at in grid]
     return PartSums(tuple(part), dict(zip(map(_key, grid), digests(cut), strict=True)))
 
 
 def of_shards(leaves: Mapping[str, jax.Array]) -> dict[str, PartSums]:
-    """Checksums of the shards that this process holds the first copy of; the parts are the shards."""
+    """Return the checksums of the shards whose replica 0 this process holds. A part is a shard.
+
+    Args:
+        leaves: {name: jax array}.
+
+    Returns:
+        {name: checksums of this process's shards}.
+    """
     for leaf in leaves.values():
         leaf.copy_to_host_async()
     found, shards = {}, []
@@ -116,21 +134,21 @@ def of_shards(leaves: Mapping[str, jax.Array]) -> dict[str, PartSums]:
 
 
 def of_files(directory: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
-    """`digest` of those of the files `names` of a directory that exist."""
+    """Return {name: digest} for those of the files `names` that exist in a directory."""
     return {name: digest((directory / name).read_bytes()) for name in names if (directory / name).is_file()}
 
 
 def warn_of_changes(directory: pathlib.Path, known: Mapping[str, str]) -> None:
-    """Log a warning for every file that differs from its `digest` in `known`; a file that is gone is none."""
+    """Log a warning for every file that differs from its digest in `known`. A deleted file causes no warning."""
     found = of_files(directory, known)
     for name in found:
         if found[name] != known[name]:
             warn_of_change(directory / name)
 
 
-@functools.lru_cache(maxsize=64)  # once each, however often the file is read
+@functools.lru_cache(maxsize=64)  # one warning per file, however often it is read
 def warn_of_change(file: pathlib.Path) -> None:
-    """Log that a text file is no longer what was written; its change may be meant, as no change of weights is."""
+    """Log that a text file has changed. This is no error, because users edit such files; nobody edits weights."""
     _log.warning("%s is not as v4jax wrote it: if nobody edited it, it is damaged; copy it again", file)
 
 
@@ -138,21 +156,32 @@ def warn_of_change(file: pathlib.Path) -> None:
 
 
 def to_json(items: Mapping[str, Mapping[str, PartSums]], extras: str | None, processes: int) -> dict:
-    """Content of `checksums/<process>.json`. extras: `json_digest` of the step's extras, None where it has none."""
+    """Return the content of `checksums/<process>.json`.
+
+    Args:
+        items: {item: {name: checksums of an array}}.
+        extras: `json_digest` of the extras of the step; None if the step has none.
+        processes: number of processes that write the step.
+    """
     arrays = {item: {name: [s.part, s.sums] for name, s in sums.items()} for item, sums in items.items()}
     return {"processes": processes, "arrays": arrays, "extras": extras}
 
 
 @dataclass(frozen=True)
 class StepSums:
-    """Checksums of a step: {item: {name: PartSums}} of its arrays, and of its extras."""
+    """Checksums of a step.
+
+    Attributes:
+        items: {item: {name: checksums of an array}}.
+        extras: `json_digest` of the extras; None if the step has none.
+    """
 
     items: dict[str, dict[str, PartSums]]
     extras: str | None
 
     @classmethod
     def read(cls, step: pathlib.Path) -> StepSums:
-        """The checksums that all processes left in the directory of a step. Raises Mismatch if any is missing."""
+        """Read and merge the files of all processes of a step. Raises Mismatch if one is missing or unreadable."""
         try:
             first = _read(step, 0)
             files = [first, *(_read(step, process) for process in range(1, first["processes"]))]
@@ -169,7 +198,7 @@ class StepSums:
             raise Mismatch(f"{DIRECTORY}/ is incomplete or unreadable ({reason})") from error
 
     def of(self, item: str, name: str) -> PartSums:
-        """Checksums of one array. Raises Mismatch if there are none."""
+        """Return the checksums of one array. Raises Mismatch if there are none."""
         try:
             return self.items[item][name]
         except KeyError:

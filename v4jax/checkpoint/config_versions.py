@@ -1,10 +1,10 @@
-"""Configs that earlier versions wrote into v4jax.json, read by one table of renamed fields."""
+"""Upgrade of configs that earlier versions wrote to v4jax.json, by one table of renamed fields."""
 
 from __future__ import annotations
 
 CONFIG_VERSION = 2
 
-# Version 1: group -> {name in version 1: name in version 2}. Fields that are not listed kept their names.
+# group -> {field name in version 1: field name in version 2}. Fields that are not listed kept their names.
 _RENAMED = {
     "model": {
         "schedule": "layer_types",
@@ -71,11 +71,14 @@ _RENAMED_VALUES = {("serve", "quantization"): {"model": "none"}, ("cache", "kv_c
 
 
 def upgrade_config(values: dict, version: int) -> dict:
-    """Nested values of a Config in the current version.
+    """Upgrade the nested dict of a Config to the current version.
 
     Args:
-        values: what `config.to_dict` gave in `version`; a field that version does not know is kept as it is.
+        values: output of `config.to_dict` in `version`. Fields unknown to that version are kept unchanged.
         version: 1 or `CONFIG_VERSION`.
+
+    Returns:
+        The nested dict in the current version.
     """
     return values if version == CONFIG_VERSION else _upgrade_group(values, "")
 

@@ -1,4 +1,4 @@
-"""Hugging Face weights to a v4jax checkpoint, or back: tensor by tensor, never the whole model in memory."""
+"""Conversion between Hugging Face and v4jax checkpoints, tensor by tensor, so that the model need not fit in memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ _REPORT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Written:
-    """What a conversion wrote: the target, its format, the type of its model, and its files with their sizes."""
+    """Result of a conversion; `str()` is a one-line summary.
+
+    Attributes:
+        target: directory that was written.
+        format: "huggingface" or "orbax".
+        dtype: dtype of the model.
+        files: {name: size in bytes}; a folder is one entry, "checkpoints/".
+    """
 
     target: str
     format: str
@@ -48,20 +55,25 @@ def convert(
     progress: bool = False,
     verify: bool = True,
 ) -> Written:
-    """Write the weights of `source` as `target`, with all that lies beside them; all of it or nothing.
+    """Convert the checkpoint `source` to `target`, with the files beside the weights. On failure nothing changes.
 
-    Tokenizer files, generation_config.json, chat templates, Python files, licences and unknown fields of config.json
-    survive in both directions (extra_files.py). Of a training run the newest checkpoint is taken.
+    Tokenizer files, generation_config.json, chat templates, Python files, licenses and unknown fields of config.json
+    are preserved in both directions (extra_files.py). The newest checkpoint of a training run is converted.
 
     Args:
-        format: "huggingface" or "orbax"; None takes the one that the source is not.
-        dtype: "float32" or "bfloat16" for the matrices; None keeps the stored types.
-        overwrite: replace a target that holds an earlier result, and keep nothing of it.
-        progress: show how far it is, on stderr.
-        verify: compare the source with its checksums; False also takes a damaged one.
+        source: checkpoint directory of either format.
+        target: directory to write.
+        format: "huggingface" or "orbax"; None selects the format that the source does not have.
+        dtype: "float32" or "bfloat16" for the matrices; None keeps the stored dtypes.
+        overwrite: replace a non-empty target and keep none of its files.
+        progress: show the progress on stderr.
+        verify: compare the source with its checksums; False accepts data that differs from its checksum.
+
+    Returns:
+        A summary of the files that were written.
 
     Raises:
-        UserError: the source is damaged, the disk is full, or the target holds anything and is not to be overwritten.
+        UserError: the source is damaged, the disk is full, or the target is not empty and `overwrite` is False.
     """
     other = {"huggingface": "orbax", "orbax": "huggingface"}[directory.format_of(source)]
     format = other if format is None else format
@@ -78,7 +90,7 @@ def convert(
 
 
 class _Progress(LazyTensors):
-    """The tensors of a checkpoint, and how many bytes of them have been read: a bar on a terminal, lines elsewhere."""
+    """Tensors of a checkpoint that count the bytes read, and show a bar on a terminal, or else lines on stderr."""
 
     def __init__(self, tensors: LazyTensors, show: bool):
         super().__init__({name: tensors._tensors[name] for name in tensors})
@@ -118,7 +130,7 @@ class _Progress(LazyTensors):
 
 
 def _sizes(path: pathlib.Path) -> dict[str, int]:
-    """Bytes by name; a folder counts as one entry, "checkpoints/"."""
+    """Return {name: size in bytes} of a directory. A subdirectory is one entry, such as "checkpoints/"."""
     sizes = {}
     for item in sorted(path.iterdir()):
         if item.is_dir():

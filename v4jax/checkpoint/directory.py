@@ -1,13 +1,13 @@
-"""What a checkpoint directory holds, and which kind it is.
+"""The layout of checkpoint directories, and the detection of their format.
 
-A v4jax directory, be it the workdir of a training run or an exported model:
+A v4jax directory is the workdir of a training run or an exported model:
 
-    v4jax.json                                the whole Config, so that a model is rebuilt with no other file
-    tokenizer.json, tokenizer_config.json     where text is asked for
-    checkpoints/<step>/                       orbax: parameters, and of a run also what resuming needs
-    generation_config.json, README.md, ...    files of the Hugging Face directory that it was converted from
+    v4jax.json                                the full Config; no other file is needed to build the model
+    tokenizer.json, tokenizer_config.json     the tokenizer, if the model reads text
+    checkpoints/<step>/                       orbax: the parameters, and in a run also the state needed to resume
+    generation_config.json, README.md, ...    files of the Hugging Face directory from which it was converted
 
-A Hugging Face directory holds config.json, safetensors and a tokenizer under the same names.
+A Hugging Face directory holds config.json, safetensors files, and a tokenizer under the same names.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def format_of(path: str | os.PathLike) -> str:
-    """ "huggingface" or "orbax", by what the directory holds. Raises UserError if it is neither."""
+    """Return "huggingface" or "orbax", judged by the files of the directory. Raises UserError if it is neither."""
     path = local_path(path, "checkpoint")
     known = "give a Hugging Face directory, a v4jax one, or the workdir of a training run"
     if not path.is_dir():
@@ -45,9 +45,12 @@ def format_of(path: str | os.PathLike) -> str:
 
 
 def config_text(config: Config, files: dict[str, str], fields: dict | None = None) -> str:
-    """Content of v4jax.json.
+    """Return the content of v4jax.json.
 
-    files: checksums by name of the files beside it. fields: of a config.json, to be handed on (see extra_files.py).
+    Args:
+        config: the config to store.
+        files: {file name: checksum} of the files beside v4jax.json.
+        fields: fields of the original config.json to preserve (extra_files.py); None if there was none.
     """
     values = {"format": CONFIG_VERSION, "config": config_lib.to_dict(config), "files": files}
     if fields is not None:
@@ -56,10 +59,15 @@ def config_text(config: Config, files: dict[str, str], fields: dict | None = Non
 
 
 def save_config(path: str | os.PathLike, config: Config, tokenizer=None) -> None:
-    """Make `path` a v4jax directory, as a training run does before its first step; what it holds is kept.
+    """Make `path` a v4jax directory. A training run calls this before its first step. Other files are kept.
 
-    tokenizer: anything with `save(directory)`, such as data.Tokenizer. Raises UserError if nothing can be written, or
-    the config is not valid.
+    Args:
+        path: directory, created if it does not exist.
+        config: config to write to v4jax.json.
+        tokenizer: an object with a method `save(directory)`, such as data.Tokenizer, or None.
+
+    Raises:
+        UserError: the directory cannot be written, or the config is not valid.
     """
     path = local_path(path, "workdir")
     config_lib.validate(config)
@@ -68,15 +76,16 @@ def save_config(path: str | os.PathLike, config: Config, tokenizer=None) -> None
         if tokenizer is not None:
             tokenizer.save(path)
         files = checksums.of_files(path, _TOKENIZER_FILES)
-        replace_text(path / CONFIG_NAME, config_text(config, files))  # last, for it makes the directory a checkpoint
+        replace_text(path / CONFIG_NAME, config_text(config, files))  # last, because it makes the path a checkpoint
     except OSError as error:
         raise write_error(path, error, "no checkpoint was touched") from error
 
 
 def read_config(path: str | os.PathLike) -> Config:
-    """Config in the v4jax.json of a directory; one of version 1 is upgraded.
+    """Read the config from the v4jax.json of a directory. A config of format version 1 is upgraded.
 
-    Raises UserError for a damaged file or a later version.
+    Raises:
+        UserError: the file is missing, damaged, or of a later format version.
     """
     file = pathlib.Path(path) / CONFIG_NAME
     values = read_object(file)
@@ -95,7 +104,7 @@ def read_config(path: str | os.PathLike) -> Config:
 
 
 def read_fields(path: str | os.PathLike) -> dict | None:
-    """The fields of a config.json that v4jax.json hands on; None if the checkpoint never was a Hugging Face one."""
+    """Return the config.json fields that v4jax.json preserves; None if the weights never were in that format."""
     file = pathlib.Path(path) / CONFIG_NAME
     fields = read_object(file).get("huggingface")
     if fields is not None and not isinstance(fields, dict):
@@ -104,10 +113,11 @@ def read_fields(path: str | os.PathLike) -> dict | None:
 
 
 def without_paths(config: Config) -> Config:
-    """A config without the paths in it: they are for who trained, and may have been chosen by who published.
+    """Return a config without paths, which belong to the training machine or may be chosen by a malicious publisher.
 
-    Dropped are the disk tier and its directory, the mesh layout (which may be a Python file), a tokenizer elsewhere,
-    and files of text; `data.source` is then "".
+    The function resets the disk tier and its directory, the mesh with its sharding rules (which may be a Python file),
+    the tokenizer, and the text files of `data`. `data.source` becomes "" if it is not a built-in source or if
+    `data.heldout` names files.
     """
     data = config.data
     source = data.source if data.source in SOURCES and not data.heldout else ""
@@ -121,7 +131,7 @@ def without_paths(config: Config) -> Config:
 
 def _warn_of_changes(file: pathlib.Path, values: dict) -> None:
     checksum = values.pop("checksum", None)
-    if checksum is None:  # written by hand
+    if checksum is None:  # a v4jax.json written by hand has no checksum
         return
     if checksums.json_digest(values) != checksum:
         checksums.warn_of_change(file)
@@ -130,7 +140,7 @@ def _warn_of_changes(file: pathlib.Path, values: dict) -> None:
 
 
 def config_of_model(model: Model, name: str) -> Config:
-    """A validated Config around a bare model, its other parts at their defaults or what the model allows."""
+    """Return a validated Config for a model. Other fields get their defaults, adjusted to what the model allows."""
     aligned = -(-Data.seq_len // model.alignment) * model.alignment
     serve = replace(Serve(), max_model_len=min(Serve.max_model_len, model.max_position_embeddings))
     return config_lib.validate(Config(name=name, model=model, data=Data(seq_len=aligned), serve=serve))

@@ -1,4 +1,4 @@
-"""Models written as v4jax directories with one orbax step, tensor by tensor."""
+"""Export of a model to a v4jax directory with one orbax step, written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from v4jax.core import dtypes
 from v4jax.core.atomic import replace_directory, require_space, write_text
 from v4jax.core.errors import UserError
 
-_CHUNK_BYTES = 64 * 1024 * 1024  # largest piece of an exported tensor that must be read whole
-_BATCH_BYTES = 32 * 1024 * 1024  # tensors are loaded and written together until they reach this size
+_CHUNK_BYTES = 64 * 1024 * 1024  # chunk size; a reader must read a chunk in full
+_BATCH_BYTES = 32 * 1024 * 1024  # a batch of tensors is written as soon as it reaches this size
 
 
 def write_orbax(
@@ -40,12 +40,22 @@ def write_orbax(
     companions: Companions | None = None,
     replace_all: bool = False,
 ) -> None:
-    """Write a v4jax directory with one step, number 0, of weights only; all of it or nothing.
+    """Write a v4jax directory with one step, number 0, that holds only weights. On failure the target is unchanged.
 
-    flat: arrays (numpy, jax or lazy) by flat name, exactly those of `config.model`; fetched one at a time. dtype: type
-    of the matrices, None keeps each one's own. tokenizer_dir, companions, replace_all: as in `write_hf`. All arrays are
-    read back and compared with the ones in memory before the directory takes its name. Raises UserError for tensors
-    that do not fit, a full disk, a target that is something else or a training run; the target is then as it was.
+    All arrays are read back and compared with the arrays in memory before the directory gets its final name.
+
+    Args:
+        path: target directory.
+        config: config to store in v4jax.json.
+        flat: arrays (numpy, jax or lazy) by flat name, exactly those of `config.model`. They are fetched one at a time.
+        tokenizer_dir: as in `write_hf`.
+        dtype: dtype of the matrices; None keeps the dtype of each array.
+        companions: as in `write_hf`.
+        replace_all: as in `write_hf`.
+
+    Raises:
+        UserError: the tensors do not fit the config, the disk is full or returns other data, or the target is a
+            training run or not a model directory.
     """
     wanted = None if dtype is None else dtypes.weight_dtype(dtype)
     pending = {}
@@ -86,7 +96,7 @@ def _write_step(path: pathlib.Path, pending: dict[str, _Pending]) -> None:
 
 
 def _write_checksums(step: pathlib.Path, written: dict[str, str]) -> None:
-    """Read every array back, compare it with the checksum from memory, and leave the checksums of its chunks."""
+    """Read every array back, compare it with its checksum from memory, and write the checksums of its chunks."""
     item, sums = StepItem(step, WEIGHTS, None), {}
     for name, digest in written.items():
         array = item.read(name)
@@ -99,7 +109,7 @@ def _write_checksums(step: pathlib.Path, written: dict[str, str]) -> None:
 
 
 def _refuse_run(path: str | os.PathLike) -> None:
-    """An export must not take the place of a run, whose optimizer state would be lost."""
+    """Raise UserError if `path` is a training run. An export would delete its optimizer state."""
     for step in finished_steps(path):
         items = {entry.name for entry in (steps_path(path) / str(step)).iterdir() if entry.is_dir()}
         if items - {checksums.DIRECTORY} != {WEIGHTS}:
@@ -108,7 +118,7 @@ def _refuse_run(path: str | os.PathLike) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Pending:
-    """A tensor that is fetched when its turn to be written comes; its public fields are what orbax asks of an array."""
+    """A tensor that `load` fetches when it is written. The other attributes are those that orbax needs of an array."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -128,9 +138,10 @@ class _Pending:
 
 
 class _PendingHandler(ocp.type_handlers.NumpyHandler):
-    """Teaches orbax to write _Pending tensors a batch at a time, for they do not fit in memory all at once.
+    """Orbax type handler that loads and writes `_Pending` tensors in batches, so that they need not all fit in memory.
 
-    written: filled with the checksum of every array by name.
+    Args:
+        written: dict to which the handler adds {name: checksum} of every array.
     """
 
     def __init__(self, written: dict[str, str]):
@@ -148,6 +159,6 @@ class _PendingHandler(ocp.type_handlers.NumpyHandler):
                 self._written.update(zip(names, checksums.digests(loaded), strict=True))
                 for future in await super().serialize(loaded, infos[batch], args[batch]):
                     await asyncio.to_thread(future.result)
-                del loaded  # or it would stay until the next batch is there
+                del loaded  # free this batch before the next one is loaded
                 start, size = stop, 0
         return []

@@ -1,8 +1,9 @@
-"""What a checkpoint holds beside its weights and what v4jax knows of its config: files and fields to hand on.
+"""Files beside the weights of a checkpoint, and config.json fields unknown to v4jax, which a conversion preserves.
 
-A Hugging Face directory may hold generation_config.json, chat templates, Python files, licences and a README, and its
-config.json fields that v4jax neither reads nor writes. Conversion copies the files and keeps the fields: under the key
-"huggingface" of v4jax.json on the way there, in config.json on the way back.
+A Hugging Face directory may hold generation_config.json, chat templates, Python files, licenses and a README. Its
+config.json may have fields that v4jax neither reads nor writes. A conversion copies the files and preserves the fields.
+A v4jax directory stores the fields under the key "huggingface" of v4jax.json; a conversion to Hugging Face writes them
+to config.json again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from v4jax.checkpoint.lazy_tensors import TOKENIZER_NAME, tokenizer_files
 from v4jax.core.errors import UserError
 from v4jax.models import hf_config
 
-_LARGEST = 256 << 20  # bytes of a file that is no weights; tokenizers take up to 40 MB
+_LARGEST = 256 << 20  # largest size in bytes of a file other than weights; tokenizers have up to 40 MB
 _WEIGHTS = (
     ".safetensors",
     ".safetensors.index.json",
@@ -32,19 +33,24 @@ _WEIGHTS = (
     ".msgpack",
     ".onnx",
 )
-# "checkpoints" is STEPS_NAME of orbax.py, which imports jax; reading Hugging Face files does without.
+# "checkpoints" repeats STEPS_NAME of step.py, because reading Hugging Face files must not import tensorstore.
 _WRITTEN_ANEW = ("config.json", directory.CONFIG_NAME, "checkpoints")
 
 
 @dataclass(frozen=True)
 class Companions:
-    """files: path below the target -> source. fields: of config.json, None if the checkpoint never had one."""
+    """Files and config.json fields that a conversion preserves.
+
+    Attributes:
+        files: {path relative to the target: source}.
+        fields: fields of config.json; None if the checkpoint never had a config.json.
+    """
 
     files: dict[str, pathlib.Path] = field(default_factory=dict)
     fields: dict[str, object] | None = None
 
     def copy_to(self, target: pathlib.Path) -> None:
-        """Copy all files into a directory. Raises UserError, before any is copied, if one is far too large."""
+        """Copy all files into a directory. Raises UserError before the first copy if a file exceeds 256 MiB."""
         for source in self.files.values():
             if (size := source.stat().st_size) > _LARGEST:
                 raise UserError(
@@ -57,11 +63,12 @@ class Companions:
 
 
 def companions_of(source: str | os.PathLike) -> Companions:
-    """The companions of a checkpoint directory of either kind.
+    """Return the companions of a checkpoint directory of either format.
 
-    Of one that comes from Hugging Face all files are handed on but weights and hidden files; of a training run, which
-    holds metrics and plots too, its tokenizer and generation_config.json. A link is followed only within the
-    checkpoint, and within the repository where that is a snapshot in Hugging Face's cache.
+    For a directory from Hugging Face, or one converted from it, these are all files except weights and hidden files.
+    For a training run, which also holds metrics and plots, these are the tokenizer and generation_config.json. A
+    symbolic link is followed only if it points into the checkpoint, or, for a snapshot in Hugging Face's cache, into
+    the cached repository.
     """
     source = pathlib.Path(source)
     if directory.format_of(source) == "huggingface":
@@ -86,7 +93,7 @@ def _all_files(source: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _walk(folder: pathlib.Path, skipped: tuple[str, ...] = ()) -> Iterator[pathlib.Path]:
-    """Files that are neither weights nor hidden, folders of links left out."""
+    """Yield the files that are neither weights nor hidden. Symbolic links to directories are not followed."""
     for item in sorted(folder.iterdir()):
         if item.name.startswith(".") or item.name in skipped:
             continue

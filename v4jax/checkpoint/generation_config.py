@@ -1,4 +1,4 @@
-"""generation_config.json of a checkpoint directory: the ids that end a text, and defaults of sampling."""
+"""generation_config.json of a checkpoint directory: the end-of-sequence ids and the default sampling parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from v4jax.core.errors import UserError
 from v4jax.core.untrusted_json import read_object
 
 GENERATION_NAME = "generation_config.json"
-# Field of the file -> field of SamplingParams: the fields that vLLM takes from it, as far as they exist here.
+# Field of the file -> field of SamplingParams. These are the fields that vLLM reads, as far as v4jax supports them.
 _SAMPLING = {
     "temperature": "temperature",
     "top_k": "top_k",
@@ -24,10 +24,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """What generation_config.json says.
+    """Content of generation_config.json.
 
-    eos_ids: None if the file does not exist or has no `eos_token_id`; () if it is null. sampling: the options that it
-    sets, under the names of SamplingParams, unchecked.
+    Attributes:
+        eos_ids: end-of-sequence ids; None if the file does not exist or has no `eos_token_id`; () if it is null.
+        sampling: sampling parameters that the file sets, under the names of SamplingParams; values are not checked.
     """
 
     eos_ids: tuple[int, ...] | None = None
@@ -35,7 +36,11 @@ class GenerationConfig:
 
 
 def read_generation_config(path: str | os.PathLike) -> GenerationConfig:
-    """What the file in a checkpoint directory says; nothing if there is none. Raises UserError if it is damaged."""
+    """Read generation_config.json of a checkpoint directory, or return an empty GenerationConfig if there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     file = pathlib.Path(path) / GENERATION_NAME
     if not file.is_file():
         return GenerationConfig()

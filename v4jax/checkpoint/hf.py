@@ -1,8 +1,8 @@
-"""Hugging Face `deepseek_v4` directories: config.json and safetensors <-> Model and flat tensors.
+"""Hugging Face `deepseek_v4` directories: conversion between config.json and safetensors, and Model and flat tensors.
 
-Written are the released names (spec 9.1), which transformers converts while loading; read are those, transformers'
-own save files and plain dumps of its modules. FP8 weights with block scales and packed FP4 experts are dequantized.
-Number formats follow the roles of tensors, see tensors.py.
+The writer uses the released names (spec 9.1), which transformers converts while loading. The reader accepts the
+released names, the files of transformers' save_pretrained, and plain dumps of its modules. FP8 weights with block
+scales and packed FP4 experts are dequantized. The dtype of a tensor follows from its role (lazy_tensors.py).
 """
 
 from __future__ import annotations
@@ -29,26 +29,34 @@ from v4jax.core.errors import UserError
 from v4jax.models import hf_config
 
 _FLOATS = ("F32", "BF16", "F16", "F64")
-# Unsigned type of the same width, and the bits that are all set in infinities and NaNs and in nothing else.
+# code -> (unsigned type of the same width, bit mask). Exactly the infinities and NaNs have every bit of the mask set.
 _SPECIAL = {
     "F8_E8M0": (np.uint8, 0xFF),
     "F8_E4M3": (np.uint8, 0x7F),
     "BF16": (np.uint16, 0x7F80),
     "F16": (np.uint16, 0x7C00),
 }
-_PIECE = 1 << 20  # elements that are looked at together: the comparison then stays in a core's cache
-_MAX_MISSING = 10_000  # tensors that are looked for in vain before the search ends
-_MAX_PIECES = 64  # of a tensor that are looked for to learn its spelling
+_PIECE = 1 << 20  # elements checked for NaN at a time, so that the temporaries stay in the cache of a core
+_MAX_MISSING = 10_000  # missing tensors after which the search ends
+_MAX_PIECES = 64  # pieces of a tensor that are looked up to determine its spelling
 _FP4_GROUP = 32  # input elements per scale of a packed expert (spec 9.1)
 
 
 def read_hf(path: str | os.PathLike, dtype=None, verify: bool = True) -> tuple[Model, HfTensors]:
-    """Open a Hugging Face directory: its Model, and its tensors as a lazy mapping of flat names.
+    """Open a Hugging Face directory. All names and shapes are checked before any data is read.
 
-    dtype: "float32" or "bfloat16" for the matrices; None keeps the stored type (float16 becomes float32, which holds
-    it exactly; FP8 and FP4 become bfloat16, which holds them exactly too). Without MTP tensors the model has
-    num_nextn_predict_layers=0. All names and shapes are checked here, before any data is read. verify: compare tensors
-    with the checksums that `write_hf` left in the files; files of others have none. Raises UserError.
+    Args:
+        path: directory with config.json and safetensors files.
+        dtype: "float32" or "bfloat16" for the matrices; None keeps the stored dtype, except that float16 becomes
+            float32, and FP8 and FP4 become bfloat16. Both conversions are exact.
+        verify: compare tensors with the checksums that `write_hf` stores; files written by other programs have none.
+
+    Returns:
+        The model config, and the tensors as a lazy mapping by flat name. If the directory has no MTP tensors, the
+        config has num_nextn_predict_layers=0.
+
+    Raises:
+        UserError: the directory is missing or damaged, or its tensors do not fit its config.json.
     """
     values, source = hf_config.load_json(path)
     model = hf_config.from_hf(values, source)
@@ -63,7 +71,10 @@ def read_hf(path: str | os.PathLike, dtype=None, verify: bool = True) -> tuple[M
 
 
 class HfTensors(LazyTensors):
-    """Flat name -> array, read and converted at each access; nothing is kept. Made by `read_hf`."""
+    """Tensors of a Hugging Face directory by flat name, as `read_hf` returns them.
+
+    Every access reads and converts the tensor again; nothing is cached.
+    """
 
     def __init__(self, store: SafetensorsDir, model: Model, block: tuple[int, int], dtype: np.dtype | None):
         super().__init__(param_mapping.tensors(model))
@@ -72,15 +83,16 @@ class HfTensors(LazyTensors):
         self._spelling = _match(store, model, self._tensors, block)
 
     def dtype(self, name: str) -> np.dtype:
-        """Type that reading this tensor gives, without reading it."""
+        """Return the dtype of `read(name)` without reading the tensor."""
         tensor = self._tensors[name]
         stored = self._store.dtype(tensor.first(self._spelling[name]))
         return memory_dtype(tensor.role, stored, self._dtype)
 
     def read(self, name: str, leading: int | slice = slice(None)) -> np.ndarray:
-        """A flat tensor, or its rows `leading` along the first axis.
+        """Read a flat tensor, or `tensor[leading]`.
 
-        Of experts stored one by one, only those of the slice are read (one expert in memory beside the result).
+        If the experts are stored as separate tensors, only those of the slice are read. Memory holds one expert beside
+        the result.
         """
         tensor, dtype = self._tensors[name], self.dtype(name)
         rows = range(tensor.shape[0])[leading]
@@ -100,7 +112,7 @@ class HfTensors(LazyTensors):
         return out[leading]
 
     def _piece(self, tensor: param_mapping.ParamInfo, piece: param_mapping.TensorPiece, dtype: np.dtype) -> np.ndarray:
-        """One checkpoint tensor, dequantized and cast; `piece.shape`."""
+        """Read one checkpoint tensor, dequantized and cast to `dtype`, of shape `piece.shape`."""
         info = self._store.info(piece.name)
         array = self._store.read(piece.name)
         if tensor.role == "index":
@@ -127,14 +139,22 @@ def write_hf(
     companions: Companions | None = None,
     replace_all: bool = False,
 ) -> None:
-    """Write a Hugging Face directory that transformers' from_pretrained loads; all of it or nothing.
+    """Write a Hugging Face directory that transformers' from_pretrained loads. On failure the target is unchanged.
 
-    flat: arrays (numpy, jax or lazy) by flat name, exactly those of `model`; fetched one at a time, an expert stack
-    being one. dtype: type of the matrices, None keeps each one's own. tokenizer_dir: directory whose tokenizer files
-    are copied along, or one tokenizer.json. companions: further files, and fields of config.json. replace_all: keep
-    nothing that the target holds; False: keep what is not written anew, such as a README. Raises UserError for missing,
-    unexpected or misshapen tensors, a full disk, a target that is no model directory; then the previous content of
-    `path` is still in place.
+    Args:
+        path: target directory.
+        model: config of the model.
+        flat: arrays (numpy, jax or lazy) by flat name, exactly those of `model`. They are fetched one at a time; all
+            routed experts of a layer form one array.
+        tokenizer_dir: directory whose tokenizer files are copied, or one tokenizer.json, or None.
+        dtype: dtype of the matrices; None keeps the dtype of each array.
+        max_shard_bytes: largest size of a safetensors file in bytes; a larger tensor gets a file of its own.
+        companions: further files to copy, and further fields for config.json.
+        replace_all: delete every old file of the target. False keeps files that are not written, such as a README.
+
+    Raises:
+        UserError: tensors are missing, unexpected or of the wrong shape or dtype, the disk is full, or the target is
+            not a model directory.
     """
     wanted = None if dtype is None else dtypes.weight_dtype(dtype)
     known = described(model, flat, path)
@@ -160,9 +180,15 @@ def write_hf(
 
 
 def dequantize_fp8(values: np.ndarray, scale: np.ndarray, block: tuple[int, int] = (128, 128)) -> np.ndarray:
-    """FP8 weight -> float32: every block of `block` elements times its scale (spec 9.1).
+    """Dequantize an FP8 weight by multiplying each block of `block` elements with its scale (spec 9.1).
 
-    values: float8_e4m3fn [out, in]. scale: float32 [ceil(out / block[0]), ceil(in / block[1])], a multiplier.
+    Args:
+        values: float8_e4m3fn [out, in].
+        scale: float32 [ceil(out / block[0]), ceil(in / block[1])], multipliers.
+        block: rows and columns of a block.
+
+    Returns:
+        float32 [out, in].
     """
     out = np.take(_fp8_table(), values.view(np.uint8))
     wide = np.repeat(scale, min(block[1], out.shape[1]), axis=1)[:, : out.shape[1]]
@@ -172,9 +198,14 @@ def dequantize_fp8(values: np.ndarray, scale: np.ndarray, block: tuple[int, int]
 
 
 def dequantize_fp4(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Packed FP4 (E2M1) weight -> float32 [out, in]: every run of 32 inputs times its scale (spec 9.1).
+    """Dequantize an FP4 (E2M1) weight by multiplying each group of 32 inputs with its scale (spec 9.1).
 
-    packed: int8 [out, in / 2], low nibble first, or float4_e2m1fn [out, in]. scale: float32 [out, in / 32].
+    Args:
+        packed: int8 [out, in / 2], low nibble first, or float4_e2m1fn [out, in].
+        scale: float32 [out, in / 32], multipliers.
+
+    Returns:
+        float32 [out, in].
     """
     values = (packed if packed.dtype == ml_dtypes.float4_e2m1fn else dtypes.unpack_f4(packed)).astype(FLOAT32)
     out = values.reshape(values.shape[0], -1, _FP4_GROUP)
@@ -184,12 +215,12 @@ def dequantize_fp4(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _fp8_table() -> np.ndarray:
-    """The 256 values of E4M3; a lookup is faster than converting."""
+    """Return the float32 value of each of the 256 E4M3 codes. A table lookup is faster than a conversion."""
     return np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(FLOAT32)
 
 
 def _scale_name(store: SafetensorsDir, weight: str) -> str | None:
-    """The scale that goes with a quantized weight; `weight_scale_inv` is a multiplier too, despite its name."""
+    """Return the name of a quantized weight's scale, or None. `weight_scale_inv` is a multiplier, despite its name."""
     stem = weight.removesuffix("weight")
     return next((stem + name for name in ("scale", "weight_scale_inv") if stem + name in store), None)
 
@@ -216,12 +247,16 @@ def _is_draft(name: str) -> bool:
 
 
 def _later_draft(name: str) -> bool:
-    """A tensor of a draft layer after the first, which is not read."""
+    """Return whether a draft tensor belongs to a draft layer after the first; such layers are not read."""
     return not name.removeprefix("model.").startswith("mtp.0.")
 
 
 def _match(store: SafetensorsDir, model: Model, tensors: dict, block: tuple[int, int]) -> dict[str, int]:
-    """Which spelling each tensor uses; one UserError for everything missing, left over or misshapen."""
+    """Return the number of the spelling that each flat tensor uses in the checkpoint.
+
+    Raises:
+        UserError: tensors are missing, unexpected, or of the wrong shape or type; one message covers all of them.
+    """
     spelling, used = {}, set()
     missing, wrong = [], []
     for tensor in tensors.values():
@@ -263,7 +298,10 @@ def _match(store: SafetensorsDir, model: Model, tensors: dict, block: tuple[int,
 
 
 def _spelling_of(store: SafetensorsDir, tensor: param_mapping.ParamInfo) -> int | None:
-    """The spelling a checkpoint uses for a tensor, known by its first piece, or by one of the next if it is missing."""
+    """Return the spelling that a checkpoint uses for a tensor, or None.
+
+    The first piece decides; if it is missing in every spelling, one of the first `_MAX_PIECES` pieces decides.
+    """
     known = range(tensor.spellings)
     found = next((s for s in known if tensor.first(s) in store), None)
     if found is not None:
@@ -275,7 +313,7 @@ def _spelling_of(store: SafetensorsDir, tensor: param_mapping.ParamInfo) -> int 
 def _check_piece(
     store: SafetensorsDir, tensor: param_mapping.ParamInfo, piece: param_mapping.TensorPiece, block: tuple[int, int]
 ) -> str:
-    """What is wrong with the stored shape, type or scale of a piece; empty if nothing."""
+    """Return the problem with the stored shape, type or scale of a piece, or "" if there is none."""
     info = store.info(piece.name)
     if tensor.role == "index":
         good = info.code in ("I64", "I32")
@@ -308,9 +346,9 @@ def _shape_problem(found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
 
 
 def _check_finite(array: np.ndarray, name: str, info) -> None:
-    """Raises UserError if a tensor holds an infinity or a NaN, such as the byte 255 of an E8M0 scale.
+    """Raise UserError if a tensor contains an infinity or a NaN, such as the byte 255 of an E8M0 scale.
 
-    Bit patterns of the narrow types are compared in pieces: their own isfinite takes ten times as long.
+    For the narrow types the bit patterns are compared, because their own isfinite takes ten times as long.
     """
     flat = array.reshape(-1)
     for start in range(0, flat.size, _PIECE):

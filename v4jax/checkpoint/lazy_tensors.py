@@ -1,8 +1,8 @@
-"""The tensors of a model by flat name, wherever they lie: one lazy mapping, and the rules every format shares.
+"""A lazy mapping from flat names to the tensors of a model, and the rules that all checkpoint formats share.
 
-Number formats, by the role of a tensor (mapping.py): "f32" is float32 always; "norm" scales are widened to the
-requested type but never narrowed; "index" is int32 in memory and int64 in Hugging Face files; a "matrix" takes the
-requested type.
+The role of a tensor (param_mapping.py) decides its dtype. An "f32" tensor is always float32. A "norm" scale is widened
+to the requested dtype but never narrowed. An "index" tensor is int32 in memory and int64 in Hugging Face files. A
+"matrix" has the requested dtype.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ _TOKENIZER_FILES = (
 
 
 class LazyTensors(Mapping[str, np.ndarray]):
-    """Flat name -> array, read at each access; nothing is kept. `known` are the tensors of the model."""
+    """A mapping from flat names to arrays that reads an array at each access and caches nothing.
+
+    Args:
+        known: the tensors of the model by flat name.
+    """
 
     def __init__(self, known: Mapping[str, param_mapping.ParamInfo]):
         self._tensors = known
@@ -51,20 +55,27 @@ class LazyTensors(Mapping[str, np.ndarray]):
         return self.read(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a flat tensor, without reading it."""
+        """Return the shape of a flat tensor without reading it."""
         return self._tensors[name].shape
 
     @abc.abstractmethod
     def dtype(self, name: str) -> np.dtype:
-        """Type that reading this tensor gives, without reading it."""
+        """Return the dtype of `read(name)` without reading the tensor."""
 
     @abc.abstractmethod
     def read(self, name: str, leading: int | slice = slice(None)) -> np.ndarray:
-        """A flat tensor, or its rows `leading` along the first axis."""
+        """Read a flat tensor, or `tensor[leading]`, where `leading` indexes the first axis."""
 
 
 def memory_dtype(role: str, stored: np.dtype, wanted: np.dtype | None) -> np.dtype:
-    """Type in memory of a tensor stored as `stored` when `wanted` is asked for (None: as stored)."""
+    """Return the dtype of a tensor in memory.
+
+    Args:
+        role: role of the tensor (param_mapping.py).
+        stored: dtype in the checkpoint.
+        wanted: requested dtype; None keeps the stored one, except that 1-byte types become bfloat16, and other types
+            than bfloat16 and float32 become float32.
+    """
     if role == "index":
         return np.dtype(np.int32)
     if role == "f32":
@@ -78,10 +89,18 @@ def memory_dtype(role: str, stored: np.dtype, wanted: np.dtype | None) -> np.dty
 def described(
     model: Model, flat: Mapping, path: str | os.PathLike
 ) -> dict[str, tuple[param_mapping.ParamInfo, np.dtype]]:
-    """Every tensor of `model` with the type it has in `flat`, nothing read.
+    """Pair every tensor of `model` with its dtype in `flat`, without reading lazy tensors.
 
-    flat: arrays (numpy, jax or lazy). Raises UserError if they are not exactly the model's, or of a type that weights
-    cannot have.
+    Args:
+        model: config of the model.
+        flat: arrays (numpy, jax or lazy) by flat name.
+        path: target directory, for the error message.
+
+    Returns:
+        {flat name: (tensor, dtype)}.
+
+    Raises:
+        UserError: the names or shapes are not exactly those of the model, or weights cannot have the dtype.
     """
     tensors = param_mapping.tensors(model)
     lazy = isinstance(flat, LazyTensors)
@@ -109,7 +128,7 @@ def described(
 
 
 def report(what: str, missing: list[str], unexpected: list[str], wrong: list[str], cure: str) -> None:
-    """Raise one UserError that names the first few of each kind; return if there are none."""
+    """Raise one UserError that names the first three tensors of each list. Return if all lists are empty."""
     parts = []
     for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong", wrong)):
         if names:
@@ -120,7 +139,14 @@ def report(what: str, missing: list[str], unexpected: list[str], wrong: list[str
 
 
 def tokenizer_files(source: str | os.PathLike | None) -> dict[str, pathlib.Path]:
-    """Target names and sources of a tokenizer's files, given its directory, its tokenizer.json, or None."""
+    """Return {target name: source} for the files of a tokenizer.
+
+    Args:
+        source: directory of the tokenizer, or its tokenizer.json, or None for no files.
+
+    Raises:
+        UserError: the directory has no tokenizer files.
+    """
     if source is None:
         return {}
     source = pathlib.Path(source)

@@ -1,4 +1,4 @@
-"""From a checkpoint directory of either kind to a model, and back."""
+"""Load a model from a checkpoint directory of either format, and save it to one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from v4jax.models.layer_stacks import LayerStack
 from v4jax.models.quantize import check_quantization, quantize_weight
 from v4jax.models.transformer import Transformer
 
-# (letters of the axes, such as "EUDF", shape) -> where an array goes. The axis of stacked layers is called "*".
+# (axis letters such as "EUDF", shape) -> sharding of the array. The letter "*" denotes the axis of stacked layers.
 ShardingFn = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
@@ -41,13 +41,25 @@ def load(
     quantization: str = "none",
     verify: bool = True,
 ) -> Transformer:
-    """The model of a Hugging Face directory, a v4jax directory, or a run's workdir (its newest checkpoint).
+    """Load a model from a Hugging Face directory, a v4jax directory, or the newest checkpoint of a run's workdir.
 
-    dtype: "float32" or "bfloat16" for the matrices and the activations; None keeps the stored types. scan: hold
-    repeated layers stacked (see models/layer_stacks.py). placement: the sharding of each array; of sharded ones only
-    the local shards are read. quantization: "fp8" quantizes each large matrix as it comes (models/quantize.py), for
-    inference; such a model cannot be saved. verify: compare what is read with the checksums that v4jax wrote. Arrays
-    are read one after another, so the host holds one of them beside the model. Raises UserError.
+    Arrays are read one at a time, so the host holds at most one array beside the model.
+
+    Args:
+        path: checkpoint directory.
+        dtype: "float32" or "bfloat16" for the matrices and the activations; None keeps the stored dtypes.
+        scan: store repeated layers stacked (models/layer_stacks.py).
+        placement: returns the sharding of each array, of which only the local shards are read; None puts every array
+            on the default device.
+        quantization: "none", or "fp8" to quantize each large matrix as it is read (models/quantize.py). A quantized
+            model is for inference and cannot be saved.
+        verify: compare all data that is read with the checksums that v4jax wrote.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: an argument is invalid, or the checkpoint is missing, damaged or does not fit its config.
     """
     check_quantization(quantization)
     config, tensors = open_checkpoint(path, dtype, verify)
@@ -62,16 +74,20 @@ def load(
 
 @functools.lru_cache(maxsize=8)
 def _structure(model: Model, scan: bool) -> tuple[nnx.GraphDef, nnx.State, tuple[LayerStack, ...]]:
-    """A model without its arrays; tracing one takes longer than reading a small checkpoint."""
+    """Return a model's graph, abstract state and layer stacks.
+
+    The result is cached, because tracing a model takes longer than reading a small checkpoint.
+    """
     abstract = nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0), scan=scan))
     return *nnx.split(abstract), abstract.stack_specs
 
 
 def load_config(path: str | os.PathLike) -> Config:
-    """Config of a checkpoint directory; of a Hugging Face one only the model is told, the rest is default.
+    """Return the config of a checkpoint directory.
 
-    Paths that the checkpoint stores are not in it (`directory.without_paths`): a checkpoint does not choose what is
-    read or where is written.
+    A Hugging Face directory determines only the model; the other fields have their defaults, or the values that the
+    model allows. Paths stored in a v4jax directory are dropped (`directory.without_paths`), so that a checkpoint cannot
+    choose which files are read or written.
     """
     path = pathlib.Path(path)
     if directory.format_of(path) == "orbax":
@@ -82,7 +98,14 @@ def load_config(path: str | os.PathLike) -> Config:
 def open_checkpoint(
     path: str | os.PathLike, dtype: str | None = None, verify: bool = True
 ) -> tuple[Config, LazyTensors]:
-    """Config and tensors of a checkpoint directory of either kind, in the types that `load` gives; data unread."""
+    """Open a checkpoint directory of either format without reading its data; arguments as in `load`.
+
+    Returns:
+        The config, and the tensors in the dtypes that `load` gives.
+
+    Raises:
+        UserError: `dtype` is unknown, or the checkpoint is missing, damaged or does not fit its config.
+    """
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"a model cannot be {dtype!r}; choose float32 or bfloat16")
     path = pathlib.Path(path)
@@ -104,10 +127,18 @@ def save(
     tokenizer=None,
     config: Config | None = None,
 ) -> None:
-    """Write a model as a directory that `load` reads, "huggingface" also transformers; all of it or nothing.
+    """Write a model to a directory that `load` reads. On failure the target is unchanged.
 
-    tokenizer: anything with `save(directory)`, or a directory or tokenizer.json to copy. config: kept in an orbax
-    directory, with the model's own shape. Raises UserError for a full disk or a target that is something else.
+    Args:
+        model: the model to write.
+        path: target directory.
+        format: "huggingface", which transformers reads too, or "orbax".
+        tokenizer: an object with a method `save(directory)`, or a directory or tokenizer.json to copy, or None.
+        config: config to store in an orbax directory; its field `model` is replaced by the config of `model`.
+
+    Raises:
+        UserError: the format is unknown, the model is quantized, the disk is full, or the target is not a model
+            directory.
     """
     check_format(format)
     config = replace(config or directory.config_of_model(model.config, _name(path)), model=model.config)
@@ -131,7 +162,7 @@ def check_format(format: str) -> None:
 
 
 class ModelTensors(LazyTensors):
-    """The arrays of a model in memory by flat name; layers are taken out of their stack only when read."""
+    """The arrays of a model in memory, by flat name. A layer is sliced out of its stack only when it is read."""
 
     def __init__(self, model: Transformer):
         super().__init__(param_mapping.tensors(model.config))
@@ -147,13 +178,13 @@ class ModelTensors(LazyTensors):
 
     def read(self, name: str, leading: int | slice = slice(None)) -> np.ndarray:
         array, repeat = self._arrays[name]
-        # One program a shape: indexing with a Python number would compile one a layer.
+        # A traced index compiles one program per shape. Indexing with a Python int would compile one per layer.
         layer = array if repeat is None else jax.lax.dynamic_index_in_dim(array, repeat, keepdims=False)
         return np.asarray(layer)[leading]
 
 
 def _arrays(state: nnx.State, runs: tuple[LayerStack, ...]) -> Iterator[tuple[tuple, nnx.Variable, list[str], bool]]:
-    """Every variable of a model: its place, itself, the flat names it holds, and whether they are stacked."""
+    """Yield (path, variable, flat names, stacked) for every variable of a model; a stacked one has several names."""
     for place, variable in nnx.to_flat_state(state):
         words = [str(word) for word in place]
         if words[0] != "stacks":
@@ -167,7 +198,7 @@ def _arrays(state: nnx.State, runs: tuple[LayerStack, ...]) -> Iterator[tuple[tu
 def _device_array(
     tensors: LazyTensors, names: list[str], stacked: bool, letters: str, placement: ShardingFn | None
 ) -> jax.Array:
-    """One array of a model on its devices, from one tensor or from those that it stacks."""
+    """Read one array of a model onto its devices, from one tensor, or from the tensors `names` if it is stacked."""
     shape, dtype = tensors.shape(names[0]), tensors.dtype(names[0])
 
     def part(index: tuple[slice, ...]) -> np.ndarray:

@@ -1,12 +1,12 @@
-"""Checkpoints in orbax: the numbered steps of a training run. An exported model (export.py) is one step of weights.
+"""Orbax checkpoints: the numbered steps of a training run. An exported model (export.py) is a single step of weights.
 
-Every step holds items, one orbax tree each, stored flat: {name: array}. The item `model` goes by the flat per-layer
-names of models/layer_stacks.py, so that a step written from stacked layers fits an unrolled model; the leaves of other
-items, such as an optimizer's state, are named by their place in the tree. `extras` is JSON. `checksums` covers all of
-these.
+A step holds several items. Each item is one orbax tree, stored flat as {name: array}. The item `model` uses the flat
+per-layer names of models/layer_stacks.py, so a step written from stacked layers also fits an unrolled model. The leaves
+of other items, such as the optimizer state, are named by their path in the tree. The item `extras` is JSON. The item
+`checksums` covers all the others.
 
-A step is written to a temporary name and renamed when it is complete, so whatever stops a writer, the steps that have
-their final name are good. Arrays are read by byte range, through tensorstore.
+Orbax writes a step under a temporary name and renames it once it is complete. A crash at any moment therefore leaves
+every step with a final name intact. Arrays are read by byte range through tensorstore.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ from v4jax.nn import qdq
 from v4jax.parallel.distributed import barrier, is_primary
 
 _EXTRAS = "extras"
-_TEMPORARY = ".orbax-checkpoint-tmp"  # ends the name of a step that is being written
-_LAST_WRITES = 6  # twentieths of a second in which what a failed save still writes is removed
+_TEMPORARY = ".orbax-checkpoint-tmp"  # suffix of the directory name while a step is being written
+_LAST_WRITES = 6  # cleanup rounds of 50 ms after a failed save, while threads of orbax may still write
 _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 _mxfp4 = jax.jit(qdq.mxfp4)
 
@@ -60,10 +60,19 @@ _mxfp4 = jax.jit(qdq.mxfp4)
 
 
 class TrainCheckpointer:
-    """A training run's workdir as a checkpoint: v4jax.json, tokenizer, and the newest `keep` finished steps.
+    """Saves and restores the steps of a training run in its workdir.
 
-    tokenizer: anything with `save(directory)`, or None. A context manager; leaving it closes. Opening removes what an
-    interrupted writer left. Raises UserError if the directory cannot be written or holds a run of another model.
+    The workdir holds v4jax.json, the tokenizer and the newest `keep` finished steps. Opening it deletes the unfinished
+    steps of an interrupted writer. The class is a context manager, and leaving it calls `close`.
+
+    Args:
+        workdir: directory of the run; created if it does not exist.
+        config: config of the run, written to v4jax.json.
+        tokenizer: any object with a method `save(directory)`, or None.
+        keep: number of finished steps to keep; older ones are deleted.
+
+    Raises:
+        UserError: the directory cannot be written, holds a run of another model, or has a damaged step.
     """
 
     def __init__(self, workdir: str | os.PathLike, config: Config, tokenizer=None, *, keep: int):
@@ -83,11 +92,20 @@ class TrainCheckpointer:
         self.close()
 
     def save(self, step: int, tree: Mapping, extras: Mapping) -> None:
-        """Start to save; the arrays may be donated as soon as this returns. A step that is saved already is left.
+        """Start an asynchronous save of one step.
 
-        tree: {item: pytree of jax arrays}; `model` is a flat dict by `layout.to_flat`. extras: what json can hold.
-        Steps must grow. Raises UserError if this save, or the one before, cannot be written; then the earlier
-        checkpoints are good.
+        The arrays may be donated as soon as this method returns. A step that is already saved is not written again.
+
+        Args:
+            step: number of the step; steps must be saved in increasing order.
+            tree: {item: pytree of jax arrays}; the item `model` is a flat dict of per-layer names
+                (models/layer_stacks.py).
+            extras: JSON values to store with the arrays.
+
+        Raises:
+            UserError: this save or the previous one cannot be written; the earlier checkpoints are intact.
+            TypeError: a leaf of `tree` is not a jax array, or `extras` is not JSON.
+            ValueError: `model` has stacked names, or an item has a reserved name.
         """
         if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree)):
             raise TypeError("a checkpoint holds jax arrays; put other values into the extras")
@@ -96,29 +114,37 @@ class TrainCheckpointer:
             raise ValueError("the model is saved by flat names; pass it through layout.to_flat")
         for name in {_EXTRAS, checksums.DIRECTORY} & tree.keys():
             raise ValueError(f"an item of a checkpoint cannot be called {name!r}")
-        json.dumps(extras)  # a mistake shows here and not in a thread
+        json.dumps(extras)  # raises here rather than in a thread of orbax
         self.wait()
         if step in self._manager.all_steps():
             return
         args = {name: ItemSave(flat) for name, flat in items.items() if flat}
         args[_EXTRAS] = ocp.args.JsonSave(dict(extras))
-        with jax.transfer_guard("allow"):  # this is the place where a training loop means to fetch its arrays
+        with jax.transfer_guard("allow"):  # saving is an intended device-to-host transfer
             args[checksums.DIRECTORY] = _ChecksumsSave(_checksums(items, extras))
             self._guard(lambda: self._start(step, ocp.args.Composite(**args), jax.tree.leaves(tree)))
 
     def latest(self) -> int | None:
-        """The newest finished step, or None."""
+        """Return the number of the newest finished step, or None if there is none."""
         return max(finished_steps(self._path.parent), default=None)
 
     def holds(self, step: int, item: str) -> bool:
-        """Whether a finished step has this item."""
+        """Return whether the directory of step `step` contains the item `item`."""
         return (self._path / str(step) / item).is_dir()
 
     def restore(self, step: int, abstract_tree: Mapping) -> tuple[dict, dict]:
-        """The tree and the extras of a step.
+        """Read one step.
 
-        abstract_tree: like the saved tree or some of its items, its leaves with shape and dtype; a leaf goes to its
-        sharding, or to the default device. Raises UserError if the step is missing, of another shape, or damaged.
+        Args:
+            step: number of a finished step.
+            abstract_tree: {item: pytree} with all or some items of the saved tree. Each leaf has `shape` and `dtype`.
+                If a leaf has a `sharding`, its array is restored to that sharding, else to the default device.
+
+        Returns:
+            The tree with arrays as leaves, and the extras.
+
+        Raises:
+            UserError: the step is missing or damaged, or its arrays have other names, shapes or dtypes.
         """
         directory = self._path / str(step)
         if not is_finished(directory):
@@ -131,17 +157,17 @@ class TrainCheckpointer:
         for name, leaves in abstract_tree.items():
             wanted = _flatten(leaves)
             item = _open_matching(directory, name, wanted, sums)
-            # One after another, and not by orbax, whose threads fill the terminal when a file is damaged.
+            # Read one array at a time, without orbax: its threads flood the terminal when a file is damaged.
             arrays = [_to_device(item, place, leaf) for place, leaf in wanted.items()]
             tree[name] = jax.tree.unflatten(jax.tree.structure(leaves), arrays)
         return tree, _read_extras(directory, sums.extras)
 
     def wait(self) -> None:
-        """Return when the save under way is on disk. Raises UserError if it failed."""
+        """Block until the pending save is on disk. Raises UserError if it failed."""
         self._guard(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        """`wait`, and end the threads."""
+        """Call `wait`, then stop the threads of orbax."""
         try:
             self.wait()
         finally:
@@ -153,7 +179,7 @@ class TrainCheckpointer:
             for directory in self._unfinished():
                 shutil.rmtree(directory)
             barrier("checkpoints cleared")
-            for entry in self._path.iterdir():  # orbax parses these files without a limit of depth
+            for entry in self._path.iterdir():  # check first: orbax parses these files without a nesting limit
                 if entry.name.isdigit():
                     untrusted_json.parse(untrusted_json.read_bytes(entry / COMPLETE))
             options = ocp.CheckpointManagerOptions(max_to_keep=self._keep)
@@ -167,41 +193,51 @@ class TrainCheckpointer:
             ) from error
 
     def _unfinished(self) -> list[pathlib.Path]:
-        """What an interrupted save or removal left; a removal leaves half a step under its final name."""
+        """Return the directories that an interrupted save or deletion left.
+
+        An interrupted deletion leaves an incomplete step under its final name. The list is empty except on the primary
+        process.
+        """
         if not is_primary():
             return []
         half = lambda entry: entry.name.isdigit() and not is_finished(entry)
         return [entry for entry in self._path.iterdir() if entry.name.endswith(_TEMPORARY) or half(entry)]
 
     def _start(self, step: int, args: ocp.args.Composite, leaves: list[jax.Array]) -> None:
-        # Orbax prints tracebacks when it meets the end of the disk while writing; so that is rare.
+        # Check the free space first, because orbax prints tracebacks when the disk fills up during a write.
         require_space(self._path, sum(leaf.nbytes for leaf in leaves))
         self._manager.save(step, args=args, force=True)
 
     def _guard(self, action: Callable[[], object]) -> None:
-        """Run a part of saving; a full disk becomes a UserError and leaves a store that can go on."""
+        """Run one stage of a save and turn a failed system call, such as a full disk, into a UserError.
+
+        The checkpointer stays usable: the unfinished step is deleted and the manager is opened again.
+        """
         try:
             action()
         except (OSError, ValueError) as error:
             cause = system_error(error)
             if cause is None:
                 raise
-            with contextlib.suppress(OSError, ValueError):  # closing tells of the same failure a second time
+            with contextlib.suppress(OSError, ValueError):  # close() raises the same failure again
                 self._manager.close()
-            # The half-written step takes up the full disk, and other threads of orbax still write to it for a while.
+            # Delete the unfinished step, which occupies the full disk. Threads of orbax still write to it for a while.
             for _ in range(_LAST_WRITES):
                 for directory in self._unfinished():
                     shutil.rmtree(directory, ignore_errors=True)
                 time.sleep(0.05)
-            self._open()  # anew, for a manager forgets its older steps when a save fails
+            self._open()  # open a new manager, because a manager loses track of its older steps when a save fails
             raise write_error(self._path, cause, "the earlier checkpoints are good") from error
 
 
 def newest_extras(workdir: str | os.PathLike) -> dict | None:
-    """The extras of the newest finished step of a run, None where there is no step; nothing is written.
+    """Read the extras of the newest finished step of a run without writing to its workdir.
+
+    Returns:
+        The extras, or None if the run has no finished step.
 
     Raises:
-        UserError: they are damaged.
+        UserError: the extras or the checksums of the step are damaged.
     """
     steps = finished_steps(workdir)
     if not steps:
@@ -221,13 +257,13 @@ def _check_same_model(workdir: str | os.PathLike, old, new, path: str = "model")
 
 
 def _checksums(items: Mapping[str, Mapping[str, jax.Array]], extras: Mapping) -> dict:
-    """Content of this process' file of checksums."""
+    """Return the content of this process's file `checksums/<process>.json`."""
     sums = {name: checksums.of_shards(flat) for name, flat in items.items()}
     return checksums.to_json(sums, checksums.json_digest(extras), jax.process_count())
 
 
 def _flatten(tree) -> dict[str, object]:
-    """Leaves by their place in the tree, "a.0.b"; a flat dict stays what it is."""
+    """Map each leaf's path in the tree, such as "a.0.b", to the leaf. A flat dict keeps its names."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     flat = {jax.tree_util.keystr(path, simple=True, separator=".") or "value": leaf for path, leaf in leaves}
     if len(flat) != len(leaves):
@@ -239,11 +275,20 @@ def _flatten(tree) -> dict[str, object]:
 
 
 class OrbaxTensors(LazyTensors):
-    """Weights of the newest finished step of a v4jax directory.
+    """Weights of the newest finished step of a v4jax directory, read on demand.
 
-    All names, shapes and types are checked at once, data is read when asked for. mxfp4: the experts were trained to be
-    rounded to MXFP4, and are as they are read (again, if they were: it changes nothing). verify: compare what is read
-    with its checksums. Raises UserError.
+    The constructor checks all names, shapes and whether each dtype is integral. It reads no data.
+
+    Args:
+        path: v4jax directory.
+        model: config of the model that the step must fit.
+        dtype: dtype of the matrices in memory; None keeps the stored dtype.
+        mxfp4: round the routed experts to MXFP4 on reading, as training with `expert_weight_format="mxfp4"` does.
+            Rounding weights that are already rounded does not change them.
+        verify: compare everything that is read with its checksums.
+
+    Raises:
+        UserError: there is no finished step, or the step does not fit `model` or is damaged.
     """
 
     def __init__(
@@ -277,7 +322,20 @@ class OrbaxTensors(LazyTensors):
 def _open_matching(
     directory: pathlib.Path, name: str, wanted: Mapping, sums: checksums.StepSums | None
 ) -> StepItem | None:
-    """An item that holds exactly the wanted leaves; UserError if it holds others, None if none are wanted."""
+    """Open the item `name` of a step.
+
+    Args:
+        directory: directory of the step.
+        name: name of the item.
+        wanted: {name: leaf with `shape` and `dtype`}, the arrays that the item must hold.
+        sums: checksums of the step; None reads without verification.
+
+    Returns:
+        The item, or None if `wanted` is empty.
+
+    Raises:
+        UserError: the item is missing, or its arrays are not exactly those of `wanted`.
+    """
     if not wanted:
         return None
     if not (directory / name).is_dir():
@@ -293,7 +351,7 @@ def _open_matching(
 
 
 def _to_device(item: StepItem, name: str, leaf) -> jax.Array:
-    """Read an array onto the sharding of `leaf`, each shard by itself, or onto the default device."""
+    """Read the array `name` shard by shard onto the sharding of `leaf`, or onto the default device if it has none."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         return jax.device_put(item.read(name))
@@ -324,11 +382,11 @@ def _read_extras(directory: pathlib.Path, digest: str | None) -> dict:
     return extras
 
 
-# --- orbax's manners ---------------------------------------------------------------------------------------------
+# --- workarounds for orbax ---------------------------------------------------------------------------------------
 
 
 def system_error(error: Exception) -> OSError | None:
-    """The failed system call behind an error, or None; tensorstore tells of it in text."""
+    """Return the OSError behind an error, or None. Tensorstore reports errno only in the text of a ValueError."""
     if isinstance(error, OSError):
         return error
     match = _SYSTEM_ERROR.search(str(error))
@@ -336,7 +394,7 @@ def system_error(error: Exception) -> OSError | None:
 
 
 def silence() -> None:
-    """Keep orbax's log from the terminal: it reports every save, and every error that it raises several times over."""
+    """Drop orbax's log records below CRITICAL: orbax logs every save, and logs each error several times."""
     for name in ("absl", "asyncio"):
         logger = logging.getLogger(name)
         if _from_elsewhere not in logger.filters:
@@ -350,11 +408,11 @@ def _from_elsewhere(record: logging.LogRecord) -> bool:
 
 
 class ItemHandler(ocp.PyTreeCheckpointHandler):
-    """Orbax's handler of a tree, which also fails where orbax leaves a step without an index of its arrays."""
+    """Orbax's PyTree handler that raises RuntimeError if the step has no index of its arrays."""
 
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
-        if not (directory / "manifest.ocdbt").exists():  # orbax skips this part in silence where it finds no files
+        if not (directory / "manifest.ocdbt").exists():  # orbax silently skips merging the index if it finds no files
             raise RuntimeError(f"orbax wrote no index of the arrays in {directory}")
 
 
@@ -364,7 +422,7 @@ class ItemSave(ocp.args.PyTreeSave):
 
 
 class _ChecksumsHandler(ocp.JsonCheckpointHandler):
-    """Writes checksums/<process>.json, one file of each process."""
+    """Orbax's JSON handler with one file per process, checksums/<process>.json."""
 
     def __init__(self):
         every_process = ocp.options.MultiprocessingOptions(primary_host=None)

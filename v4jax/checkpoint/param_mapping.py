@@ -1,10 +1,11 @@
-"""Names and layouts of DeepSeek-V4 tensors: v4jax flat names <-> Hugging Face names, from one table.
+"""Names and layouts of DeepSeek-V4 tensors: one table that maps v4jax flat names to Hugging Face names.
 
-A rule pairs a flat name and its axis letters with the released name and its axes (spec 9.1) and, where they differ,
-with the module name of transformers (spec 12.3). Letters are those of `core/axes.py` plus A (a second hidden axis) and
-Z (2 L). Axes of the released side are words: "JL Q" means the axes J and L merged, then Q. A letter in braces inside a
-name pins that axis: the tensor lies in one piece per value of it. So the axes alone give every shape, and the layout
-change both ways: a transpose and a reshape, exact bit for bit.
+A rule pairs a flat name and its axis letters with the released name and its axes (spec 9.1) and, if it differs, with
+the module name of transformers (spec 12.3). The letters are those of `core/axes.py` plus A (a second hidden axis) and
+Z (2 L). The axes of a released tensor are separated by spaces: "JL Q" means that the axes J and L are merged, followed
+by Q. A letter in braces inside a name pins that axis: the checkpoint has one tensor per value of the axis. The axes
+therefore determine every shape and the conversion in both directions, which is a transpose and a reshape and keeps
+every bit.
 """
 
 from __future__ import annotations
@@ -20,13 +21,23 @@ import numpy as np
 
 from v4jax.config import Model
 
-# Roles decide number formats (see tensors.py): "f32" tensors are float32 always, "norm" scales are never narrowed,
-# "index" tensors are integers, everything else is a "matrix".
+# The role of a tensor decides its dtype (lazy_tensors.py): "f32" tensors are always float32, "norm" scales are never
+# narrowed, "index" tensors are integers, and every other tensor is a "matrix".
 
 
 @dataclass(frozen=True)
 class ParamRule:
-    """One row: flat name and axes, released name and axes, then other spellings that are read (name, axes)."""
+    """One row of the table.
+
+    Attributes:
+        flat: flat name, without the prefix of the layer.
+        axes: axis letters of the flat tensor.
+        released: released name (spec 9.1), without the prefix of the layer.
+        released_axes: axes of the released tensor.
+        others: further (name, axes) that the reader accepts.
+        role: decides the dtype (lazy_tensors.py).
+        layers: the layers that have this tensor.
+    """
 
     flat: str
     axes: str
@@ -41,8 +52,8 @@ def _same(*names: str, axes: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, axes) for name in names)
 
 
-# Besides the module names, transformers' save_pretrained leaves three oddities of its reversed renaming: the names
-# embed_tokens.weight and hc_head.hc_* unchanged, and attn.norm for attn.kv_norm.
+# Besides the module names, three further spellings occur in files of transformers' save_pretrained, because its reverse
+# renaming keeps embed_tokens.weight and hc_head.hc_* unchanged and writes attn.norm for attn.kv_norm.
 _ROOT = (
     ParamRule("embed.table", "VD", "embed.weight", "V D", _same("embed_tokens.weight", axes="V D")),
     ParamRule("head.weight", "DV", "head.weight", "V D", _same("lm_head.weight", axes="V D")),
@@ -219,37 +230,40 @@ _MTP = (
     ParamRule("norm.scale", "D", "norm.weight", "D", role="norm"),
 )
 
-# Names that may be present and mean nothing here: MTP copies of embedding and head (the converter drops them too).
+# Tensors that the reader ignores: the MTP copies of embedding and head, which transformers' converter drops too.
 IGNORED = re.compile(r"(model\.)?mtp\.\d+\.(embed|embed_tokens|emb\.tok_emb|head|shared_head\.head|lm_head)\.weight")
-# Draft stages of another kind than MTP (DSpark, spec 5.2) carry this tensor.
+# Draft layers of another kind than MTP (DSpark, spec 5.2) have this tensor.
 FOREIGN_DRAFT = re.compile(r"(model\.)?mtp\.\d+\.main_proj\..*")
 
 
 @dataclass(frozen=True)
 class TensorPiece:
-    """One tensor of a checkpoint and its place in a flat tensor: `flat[index]` with its axes permuted, then merged."""
+    """One tensor of a checkpoint and its position in a flat tensor.
+
+    The checkpoint tensor is `flat[index]`, transposed by `order` and reshaped to `shape`.
+    """
 
     name: str
     shape: tuple[int, ...]
     index: tuple[int | slice, ...]
     order: tuple[int, ...]  # axes of flat[index] in the order of the checkpoint
-    unmerged: tuple[int, ...]  # shape after reordering, before merging
+    unmerged: tuple[int, ...]  # shape after the transpose, before axes are merged
 
     def to_hf(self, flat: np.ndarray) -> np.ndarray:
-        """The checkpoint's layout of this piece, [out, in] for matrices; contiguous, same type."""
+        """Return this piece of `flat` in the checkpoint's layout ([out, in] for matrices), contiguous, same dtype."""
         part = flat[self.index].transpose(self.order)
         out = np.empty(part.shape, flat.dtype)
         _copy(out, part)
         return out.reshape(self.shape)
 
     def put(self, flat: np.ndarray, tensor: np.ndarray) -> None:
-        """Write this piece, read from a checkpoint, into its place in `flat` (same type)."""
+        """Write `tensor`, this piece as read from a checkpoint, into its position in `flat` of the same dtype."""
         _copy(flat[self.index].transpose(self.order), tensor.reshape(self.unmerged))
 
 
 @dataclass(frozen=True)
 class ParamInfo:
-    """One flat tensor of a model and the spellings under which checkpoints hold it."""
+    """One flat tensor of a model, and the spellings (names and layouts) that checkpoints use for it."""
 
     name: str
     shape: tuple[int, ...]
@@ -260,15 +274,15 @@ class ParamInfo:
 
     @property
     def spellings(self) -> int:
-        """How many spellings are known; number 0 is the released one, which is written."""
+        """Number of known spellings. Spelling 0 is the released one, which the writer uses."""
         return len(self._spellings)
 
     def first(self, spelling: int) -> str:
-        """Name of the first piece, enough to see whether a checkpoint uses this spelling."""
+        """Return the name of the first piece, by which a reader recognizes the spelling."""
         return next(self.pieces(spelling)).name
 
     def pieces(self, spelling: int = 0) -> Iterator[TensorPiece]:
-        """The checkpoint tensors that make up this one, in order."""
+        """Yield the checkpoint tensors that make up this flat tensor, in order."""
         pattern, hf_axes = self._spellings[spelling]
         parts, pinned = _parse(pattern)
         free = [letter for letter in self._axes if letter not in dict(pinned)]
@@ -285,7 +299,7 @@ class ParamInfo:
 
 
 def tensors(model: Model) -> dict[str, ParamInfo]:
-    """Every tensor of a model by its flat name, in the order in which files hold them."""
+    """Return {flat name: tensor} for every tensor of a model, in the order in which they are written to files."""
     result = [_bind(rule, "", ("", "model."), _sizes(model, "swa")) for rule in _ROOT + _HEAD_MHC]
     for layer, kind in enumerate(model.layer_types):
         router = "hash" if layer < model.moe.num_hash_layers else "bias"
@@ -300,7 +314,7 @@ def tensors(model: Model) -> dict[str, ParamInfo]:
 
 
 def shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Shape of every flat tensor of a model."""
+    """Return {flat name: shape} for every tensor of a model."""
     return {name: tensor.shape for name, tensor in tensors(model).items()}
 
 
@@ -349,18 +363,23 @@ def _sizes(model: Model, kind: str) -> dict[str, int]:
 
 @cache
 def _parse(pattern: str) -> tuple[tuple[str, ...], tuple[tuple[str, tuple[str, ...]], ...]]:
-    """ "a{E}b{U:x,y}c" -> the texts between the braces, and per brace its letter and labels (none: numbers)."""
+    """Parse a name pattern such as "a{E}b{U:x,y}c".
+
+    Returns:
+        The texts around the braces, and the (letter, labels) of each brace. Empty labels mean that names contain the
+        index along the axis.
+    """
     pieces = re.split(r"\{(\w)(?::([\w,]+))?\}", pattern)
     labels = (tuple(text.split(",")) if text else () for text in pieces[2::3])
     return tuple(pieces[0::3]), tuple(zip(pieces[1::3], labels, strict=True))
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    """target[...] = source, moving bits only.
+    """Copy `source` into `target` bit by bit; both have the same dtype and shape.
 
-    Integer views, for numpy copies them faster than foreign types and keeps NaN payloads. A transposing copy takes 8
-    rows of the source at a time, so that both sides stay in the CPU cache: 3 to 7 times faster than a plain one on
-    2048 x 1024 bfloat16.
+    The copy uses integer views, which numpy copies faster than ml_dtypes types, and which keep NaN payloads. A
+    transposing copy takes 8 rows of the source at a time, so that both sides stay in the CPU cache. For 2048 x 1024
+    bfloat16 it is 3 to 7 times faster than a plain copy.
     """
     bits = np.dtype(f"u{target.dtype.itemsize}")
     target, source = target.view(bits), source.view(bits)

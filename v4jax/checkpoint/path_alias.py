@@ -1,7 +1,7 @@
-"""Directories under a name that orbax and tensorstore take literally.
+"""Aliases for directories whose path orbax and tensorstore would not take literally.
 
-Orbax expands the characters of a glob in the whole path of a checkpoint, and tensorstore takes a backslash for a slash
-and only UTF-8: the first leaves a step without an index, the second writes somewhere else.
+Orbax expands glob characters anywhere in the path of a checkpoint, which leaves a step without an index. Tensorstore
+replaces a backslash with a slash, which writes to another directory, and accepts only UTF-8.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ _ODD = re.compile(r"[\[\]*?\\\ud800-\udfff]")
 
 @functools.cache
 def plain_path(directory: pathlib.Path) -> pathlib.Path:
-    """`directory`, an absolute path of a directory that exists, or a link to it where its path has such characters.
+    """Return `directory`, or a symbolic link to it if its path contains such characters.
 
-    The links lie in a temporary directory that the process removes when it ends.
+    The links are in a temporary directory that the process deletes when it ends.
+
+    Args:
+        directory: absolute path of an existing directory.
     """
     if not _ODD.search(str(directory)):
         return directory

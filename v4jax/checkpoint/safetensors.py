@@ -1,10 +1,12 @@
-"""Safetensors directories: read any slice by byte range, write tensor by tensor.
+"""Safetensors directories: reads any slice by byte range and writes tensor by tensor.
 
-A file is 8 bytes of header length (little endian), a JSON header {name: {dtype, shape, data_offsets}} and the raw
-row-major data. `write_safetensors` leaves an xxh3-64 of every tensor in the header's `__metadata__`, so that it stays
-with the file and goes when another program writes the file anew; tensors are compared with it as they are read. Own
-code because the safetensors library cannot hand FP8 and FP4 to numpy, and because errors here
-name the file and the cure in one line (UserError).
+A file consists of the header length (8 bytes, little endian), a JSON header {name: {dtype, shape, data_offsets}} and
+the raw row-major data. `write_safetensors` stores an xxh3-64 checksum of every tensor in the `__metadata__` of the
+header. The checksums therefore travel with the file, and disappear when another program rewrites it. Readers compare
+tensors with them.
+
+This module does not use the safetensors library, because the library cannot return FP8 and FP4 tensors as numpy
+arrays. Errors of this module (UserError) name the file and the cure in one line.
 """
 
 from __future__ import annotations
@@ -27,20 +29,27 @@ from v4jax.core.errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_DIGESTS = "xxh3_64"  # key of the checksums in the metadata of a header: JSON of {tensor: 16 hexadecimal digits}
-_FILES = "xxh3_64_files"  # the same for the other files of the directory
-_BLOCK_BYTES = 1 << 20  # read and hashed together
-_MAX_HEADER = 24 << 20  # bytes: 130,000 tensors; a published file has up to 3,000, a whole flagship 140,000
+_DIGESTS = "xxh3_64"  # key of the tensor checksums in `__metadata__`: JSON of {tensor: 16 hexadecimal digits}
+_FILES = "xxh3_64_files"  # key of the checksums of the other files of the directory: JSON of {file: 16 digits}
+_BLOCK_BYTES = 1 << 20  # bytes that are read and hashed at a time
+# Bytes; enough for 130,000 tensors. A published file has up to 3,000 tensors, the flagship's checkpoint 140,000 in all.
+_MAX_HEADER = 24 << 20
 _MAX_AXES = 8
-_MAX_SIZE = 1 << 48  # of one axis, elements
+_MAX_SIZE = 1 << 48  # elements along one axis
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: file, safetensors code, shape, first and last byte (exclusive) in the file.
+    """Location and type of one tensor.
 
-    digest: xxh3-64 of the bytes in hexadecimal, None in files without checksums.
+    Attributes:
+        file: file that holds the tensor.
+        code: safetensors dtype code, such as "BF16".
+        shape: shape in elements.
+        start: offset of the first byte in the file.
+        stop: offset behind the last byte in the file.
+        digest: xxh3-64 of the bytes, 16 hexadecimal digits; None if the file has no checksums.
     """
 
     file: pathlib.Path
@@ -52,12 +61,17 @@ class TensorInfo:
 
 
 class SafetensorsDir:
-    """The tensors of a directory (or of one .safetensors file), read on demand.
+    """The tensors of a directory or of one .safetensors file, read on demand.
 
-    Shards come from model.safetensors.index.json, else model.safetensors, else every *.safetensors. All headers are
-    read and checked at once; no tensor data is. Raises UserError for anything missing, damaged or inconsistent.
+    The files of a directory are those that model.safetensors.index.json names, else model.safetensors, else every
+    *.safetensors. The constructor reads and checks all headers, and reads no tensor data.
 
-    verify: compare every tensor that is read with its checksum, where the file has one.
+    Args:
+        path: directory or file.
+        verify: compare every tensor that is read with its checksum, if the file has one.
+
+    Raises:
+        UserError: a file is missing, damaged or inconsistent with the others.
     """
 
     def __init__(self, path: str | os.PathLike, verify: bool = True):
@@ -66,36 +80,46 @@ class SafetensorsDir:
         self._tensors = _open_file(self.path) if self.path.is_file() else _open_directory(self.path)
 
     def names(self) -> list[str]:
-        """Every tensor name, in file order."""
+        """Return the names of all tensors, in the order of the index or the headers."""
         return list(self._tensors)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
     def file_digests(self) -> dict[str, str]:
-        """xxh3-64 by name of the files that lay beside the weights when they were written; empty if unknown."""
+        """Return {file name: xxh3-64} of the files written beside the weights; empty if no checksums were stored."""
         files = sorted({info.file for info in self._tensors.values()})
         return _digests(files[0], _header_of(files[0])[0].get("__metadata__", {}), _FILES) if files else {}
 
     def info(self, name: str) -> TensorInfo:
-        """Place, code and shape of a tensor; UserError if it is not there."""
+        """Return the location and type of a tensor. Raises UserError if there is no such tensor."""
         if name not in self._tensors:
             raise UserError(f"{self.path} has no tensor {name!r}; the checkpoint is incomplete or of another model")
         return self._tensors[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor; F4 counts elements, not bytes."""
+        """Return the shape of a tensor in elements, for F4 too (not in packed bytes)."""
         return self.info(name).shape
 
     def dtype(self, name: str) -> np.dtype:
-        """numpy (or ml_dtypes) type of a tensor."""
+        """Return the numpy or ml_dtypes dtype of a tensor."""
         return dtypes.numpy_dtype(self.info(name).code)
 
     def read(self, name: str, index: int | slice | tuple = ()) -> np.ndarray:
-        """A tensor, or `tensor[index]`, reading only the bytes of the indexed leading axes.
+        """Read a tensor, or `tensor[index]`.
 
-        index: ints and slices of step 1. Returns a new, writable array. F4 tensors, and tensors that are verified, are
-        read whole, then indexed. Raises UserError for a tensor that differs from its checksum.
+        Only the bytes of the indexed region are read, except that F4 tensors and verified tensors are read in full and
+        then indexed.
+
+        Args:
+            name: name of the tensor.
+            index: ints and slices of step 1 for the leading axes.
+
+        Returns:
+            A new, writable array.
+
+        Raises:
+            UserError: the tensor does not exist, cannot be read, or differs from its checksum.
         """
         info = self.info(name)
         index = index if isinstance(index, tuple) else (index,)
@@ -118,7 +142,7 @@ class SafetensorsDir:
 
 
 def _normalize(name: str, shape: tuple[int, ...], index: tuple) -> tuple[list[range], list[int]]:
-    """Ranges of the indexed axes, and which of those axes the result keeps (ints drop theirs)."""
+    """Return the ranges of the indexed axes, and the axes that the result keeps (an int drops its axis)."""
     if len(index) > len(shape):
         raise IndexError(f"{name} has {len(shape)} axes, index has {len(index)}")
     ranges, kept = [], []
@@ -135,7 +159,7 @@ def _normalize(name: str, shape: tuple[int, ...], index: tuple) -> tuple[list[ra
 
 
 def _read_ranges(file, info: TensorInfo, ranges: list[range], out: np.ndarray) -> None:
-    """Fill `out` with one read per contiguous run: axes after the last partial one are whole in memory and file."""
+    """Fill `out` with one read per contiguous run of bytes: the last partial axis and all axes after it."""
     while ranges and len(ranges[-1]) == info.shape[len(ranges) - 1]:
         ranges = ranges[:-1]
     item = out.dtype.itemsize
@@ -150,7 +174,7 @@ def _read_ranges(file, info: TensorInfo, ranges: list[range], out: np.ndarray) -
 
 
 def _read_verified(file, name: str, info: TensorInfo, out: np.ndarray) -> None:
-    """Read a whole tensor and compare it with its checksum, block by block while a block is in the CPU's cache."""
+    """Read a full tensor and compare it with its checksum, hashing each block while it is in the CPU cache."""
     state = xxhash.xxh3_64()
     for offset in range(0, out.size, _BLOCK_BYTES):
         block = out[offset : offset + _BLOCK_BYTES]
@@ -198,7 +222,7 @@ def _open_directory(path: pathlib.Path) -> dict[str, TensorInfo]:
 
 
 def _check_shard_set(path: pathlib.Path, names: list[str]) -> None:
-    """Without an index only the file names say how many shards there must be."""
+    """Raise UserError if a shard is missing. Without an index, only the file names tell the number of shards."""
     present = set(names)
     for stem, count in {match.group(1, 3) for match in filter(None, map(_SHARD.fullmatch, names))}:
         for number in range(1, int(count) + 1):
@@ -228,7 +252,7 @@ def _open_indexed(path: pathlib.Path) -> dict[str, TensorInfo]:
 
 
 def _open_file(path: pathlib.Path) -> dict[str, TensorInfo]:
-    """Header of one file -> tensors, each range checked against the file and against the others."""
+    """Read the header of one file, and check that the byte ranges lie inside the file and do not overlap."""
     header, length, size = _header_of(path)
     digests = _digests(path, header.get("__metadata__", {}), _DIGESTS)
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -246,7 +270,7 @@ def _open_file(path: pathlib.Path) -> dict[str, TensorInfo]:
 
 
 def _header_of(path: pathlib.Path) -> tuple[dict, int, int]:
-    """The header of one file, its length in bytes, and the size of the file."""
+    """Return the parsed header of a file, the length of the header in bytes, and the size of the file in bytes."""
     with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -266,7 +290,7 @@ def _header_of(path: pathlib.Path) -> tuple[dict, int, int]:
 
 
 def _digests(path: pathlib.Path, metadata: dict[str, str], key: str) -> dict[str, str]:
-    """Checksums by name from the metadata of a header; none in a file that has no checksums."""
+    """Return the checksums by name that the metadata of a header holds under `key`, or {} if it has none."""
     if key not in metadata:
         return {}
     try:
@@ -302,7 +326,7 @@ def _damaged(path: pathlib.Path, what: str) -> UserError:
 
 def _open(path: pathlib.Path):
     try:
-        # Without O_NONBLOCK, opening a named pipe would wait for a writer.
+        # Without O_NONBLOCK, opening a named pipe would block until a writer opens it.
         file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check that it exists and is readable") from error
@@ -317,7 +341,7 @@ def _open(path: pathlib.Path):
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor to write: its shape and type are known beforehand, `load` is called once, when its turn comes."""
+    """One tensor to write. Shape and dtype are known in advance; `load` is called once, when the data is written."""
 
     name: str
     dtype: np.dtype
@@ -335,11 +359,20 @@ def write_safetensors(
     max_shard_bytes: int = 5 * 10**9,
     files: dict[str, str] | None = None,
 ) -> None:
-    """Write tensors one at a time as model.safetensors, or as numbered shards with an index when they exceed one.
+    """Write tensors one at a time as model.safetensors, or as numbered shards with an index if one file is too small.
 
-    A failure leaves partial files: wrap the call in `replace_directory`. A tensor above the limit gets its own shard.
-    All tensors are read back and compared with their checksums. files: checksums by name of the files beside them, to
-    be kept in the headers. Raises UserError if a tensor differs.
+    All tensors are read back and compared with their checksums. A failure leaves partial files, so wrap the call in
+    `replace_directory`.
+
+    Args:
+        directory: existing directory to write to.
+        entries: the tensors; each file holds consecutive ones.
+        max_shard_bytes: largest number of tensor bytes in a file; a larger tensor gets a file of its own.
+        files: {file name: checksum} of the other files of the directory, stored in the headers.
+
+    Raises:
+        UserError: a tensor that was read back differs from its checksum.
+        OSError: the disk is full or not writable.
     """
     directory = pathlib.Path(directory)
     total = sum(entry.nbytes for entry in entries)
@@ -361,7 +394,7 @@ def write_safetensors(
 
 
 def _plan(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
-    """Consecutive entries per shard; inside a shard the widest types come first, which keeps all of them aligned."""
+    """Split entries into consecutive shards. Each shard sorts the widest dtypes first, so all tensors are aligned."""
     shards, room = [[]], limit
     for entry in entries:
         if entry.nbytes > room and shards[-1]:
@@ -373,7 +406,7 @@ def _plan(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
 
 
 def _write_file(path: pathlib.Path, entries: list[Entry], files: dict[str, str] | None = None) -> None:
-    digests = {entry.name: "0" * 16 for entry in entries}  # the header is written again when they are known
+    digests = {entry.name: "0" * 16 for entry in entries}  # placeholders; the header is rewritten after the data
     with open(path, "wb", buffering=0) as file:
         write_all(file, _header(entries, digests, files))
         for entry in entries:
@@ -391,8 +424,8 @@ def _write_file(path: pathlib.Path, entries: list[Entry], files: dict[str, str] 
 
 
 def _header(entries: list[Entry], digests: dict[str, str], files: dict[str, str] | None) -> bytes:
-    """The header of a file with its length; its size does not depend on the values of the digests."""
-    metadata = {"format": "pt", _DIGESTS: json.dumps(digests, separators=(",", ":"))}  # transformers wants this format
+    """Return the header of a file, preceded by its length. Its size does not depend on the values of the digests."""
+    metadata = {"format": "pt", _DIGESTS: json.dumps(digests, separators=(",", ":"))}  # transformers requires "pt"
     if files:
         metadata[_FILES] = json.dumps(files, separators=(",", ":"))
     header: dict[str, dict] = {"__metadata__": metadata}

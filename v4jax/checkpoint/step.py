@@ -1,7 +1,7 @@
-"""One finished step of a v4jax directory: where it lies, and its arrays, read by byte range and verified.
+"""Finished steps of a v4jax directory: their paths, and their arrays, which are read by byte range and verified.
 
-Arrays are stored as zarr chunks in an OCDBT database per item, which tensorstore reads. OCDBT protects its index with
-checksums of its own but not the chunks, so every region that is read is compared with `checksums.py`.
+Each item stores its arrays as zarr chunks in one OCDBT database, which tensorstore reads. OCDBT has checksums for its
+index but not for the chunks, so every region that is read is compared with the checksums of `checksums.py`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from v4jax.core.errors import UserError
 STEPS_NAME = "checkpoints"
 WEIGHTS = "model"
 _MANIFEST = "manifest.ocdbt"  # a few hundred bytes
-_MAX_DENSITY = 1000  # bytes of arrays a byte of files may stand for; compressed weights take 1 to 2, zeros up to 10,000
-_SLACK = 64 << 20  # bytes of arrays in small checkpoints, where all may be zeros
-COMPLETE = "_CHECKPOINT_METADATA"  # orbax's file of a step; a step takes its final name after the last write to it
+# Largest allowed ratio of array bytes to file bytes. It is 1 to 2 for compressed weights and up to 10,000 for zeros.
+_MAX_DENSITY = 1000
+_SLACK = 64 << 20  # array bytes allowed beyond that ratio, for small checkpoints that may be all zeros
+COMPLETE = "_CHECKPOINT_METADATA"  # orbax's marker file; orbax renames a step to its final name after writing it
 
 
 def finished_steps(path: str | os.PathLike) -> list[int]:
-    """Steps of a v4jax directory whose checkpoint is complete, in order."""
+    """Return the numbers of the complete steps of a v4jax directory, in ascending order."""
     steps = steps_path(path)
     if not steps.is_dir():
         return []
@@ -37,20 +38,20 @@ def finished_steps(path: str | os.PathLike) -> list[int]:
 
 
 def steps_path(path: str | os.PathLike) -> pathlib.Path:
-    """Directory that holds the steps of a v4jax directory."""
+    """Return the absolute path of the subdirectory that holds the steps of a v4jax directory."""
     return pathlib.Path(os.path.realpath(path)) / STEPS_NAME
 
 
 def is_finished(step: pathlib.Path) -> bool:
-    """Whether the directory of a step is complete.
+    """Return whether the directory of a step is complete.
 
-    The content of the marker file plays no part, so a damaged marker neither hides a step nor has it removed.
+    Only the existence of the marker file counts. A step whose marker is damaged is neither hidden nor deleted.
     """
     return (step / COMPLETE).is_file()
 
 
 def damaged(step: pathlib.Path, what: str | Exception) -> UserError:
-    """One line that names the damage and the way back to the step before."""
+    """Return a one-line error that names the damage and explains how to go back to the previous step."""
     cause = " ".join(str(what).split())[:300]
     earlier = [number for number in finished_steps(step.parent.parent) if number < int(step.name)]
     back = f"delete {step} to go back to step {earlier[-1]}, or copy" if earlier else "there is no earlier step; copy"
@@ -58,7 +59,7 @@ def damaged(step: pathlib.Path, what: str | Exception) -> UserError:
 
 
 class StepItem:
-    """The arrays of one item of a step: opened at once, read on demand.
+    """The arrays of one item of a step. The constructor opens all of them; `read` reads their data.
 
     Attributes:
         stores: {name: tensorstore of the array}.
@@ -81,13 +82,18 @@ class StepItem:
             raise damaged(step, f"{item}: {error}") from error
 
     def read(self, name: str, index: Sequence[slice | int] = ()) -> np.ndarray:
-        """`array[index]` of the array `name`; parts that are read are verified.
+        """Read `array[index]` and verify every part (stored shard or chunk) that the region touches.
 
         Args:
-            index: slices of step 1 or integers for the leading axes.
+            name: name of the array.
+            index: slices of step 1 or integers for the leading axes; the remaining axes are read in full.
+
+        Returns:
+            The region, in the stored dtype.
 
         Raises:
-            UserError: the data cannot be read or differs from its checksum; names the array and the file.
+            UserError: the data cannot be read or differs from its checksum; the message names the array and, if it
+                can be determined, the file.
         """
         store = self.stores[name]
         try:
@@ -108,7 +114,7 @@ class StepItem:
         return array[tuple(inside)][drop]
 
     def _place(self, name: str) -> str:
-        """The files that hold an array, as the end of a message; empty where the index cannot be read."""
+        """Return ", in FILE, ..." with the files that hold an array, or "" if the index cannot be read."""
         try:
             base = tensorstore.KvStore.open(_base(self._files)).result()
             root = tensorstore.ocdbt.dump(base).result()["versions"][-1]["root"]["location"]
@@ -119,7 +125,7 @@ class StepItem:
 
 
 def read_sums(step: pathlib.Path) -> checksums.StepSums:
-    """The checksums of a step. Raises UserError if they are missing or incomplete."""
+    """Read the checksums of a step. Raises UserError if they are missing or incomplete."""
     try:
         return checksums.StepSums.read(step)
     except checksums.Mismatch as error:
@@ -139,13 +145,22 @@ def _base(item: pathlib.Path) -> dict:
 
 
 def _open(item: pathlib.Path, bounded: bool) -> dict[str, tensorstore.TensorStore]:
-    """The arrays of one item by name, unread.
+    """Open the arrays of one item without reading their data.
 
-    bounded: refuse arrays far larger than their files. Chunks without a file read as zeros, of any size.
+    Args:
+        item: directory of the item.
+        bounded: refuse arrays that are far larger than their files. A chunk without a file reads as zeros, so a small
+            damaged or hostile checkpoint could declare arrays of any size.
+
+    Returns:
+        {name: tensorstore of the array}.
+
+    Raises:
+        OSError, ValueError: the item is missing, damaged or too large.
     """
     metadata = untrusted_json.parse(untrusted_json.read_bytes(item / "_METADATA"))
     stored = _stored_bytes(item)
-    (item / _MANIFEST).stat()  # tensorstore takes a missing one for an empty database
+    (item / _MANIFEST).stat()  # raises if it is missing, which tensorstore would read as an empty database
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
     base = {"driver": "ocdbt", "base": _base(item)}
     marker = "/zarr.json" if driver == "zarr3" else "/.zarray"
@@ -162,15 +177,16 @@ def _open(item: pathlib.Path, bounded: bool) -> dict[str, tensorstore.TensorStor
 
 
 def _stored_bytes(folder: pathlib.Path) -> int:
-    """Bytes of all files below a folder.
+    """Return the total size in bytes of all files below a directory.
 
-    Raises OSError for a named pipe or a device, on which tensorstore would wait.
+    Raises:
+        OSError: a file is a named pipe or a device, on which tensorstore would block, or a manifest is too large.
     """
     total = 0
     for directory, _, files in os.walk(folder):
         for name in files:
             status = os.stat(os.path.join(directory, name))
-            # tensorstore reads the manifest at once, and ends the process if memory does not hold it.
+            # tensorstore reads the manifest in one piece, and aborts the process if it does not fit in memory.
             too_large = name == _MANIFEST and status.st_size > untrusted_json.LARGE
             if not stat.S_ISREG(status.st_mode) or too_large:
                 raise OSError(errno.EINVAL, "no regular file of a possible size", os.path.join(directory, name))
@@ -179,11 +195,12 @@ def _stored_bytes(folder: pathlib.Path) -> int:
 
 
 def _entries(base: tensorstore.KvStore, location: str, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(key, file) of everything in a node of an OCDBT index; what is stored inline lies in the file of the node."""
+    """Yield (key, file) for every value below a node of an OCDBT index. The node's own file holds inline values."""
     node = tensorstore.ocdbt.dump(base, location).result()
     for entry in node["entries"]:
         if node["height"]:
             yield from _entries(base, entry["location"], prefix + entry["subtree_common_prefix"].decode())
         else:
-            place = entry.get("indirect_value", location)  # value:<file>:<offset>:<length>, where the file holds a ":"
+            # The format is value:<file>:<offset>:<length>, and <file> contains a ":" that is not in the file name.
+            place = entry.get("indirect_value", location)
             yield prefix + entry["key"].decode(), place.split(":", 1)[1].rsplit(":", 2)[0].replace(":", "")

@@ -1,1 +1,1 @@
-"""Names, dtypes, quantized tensors and checks that everything else is written in."""
+"""Axis letters, dtypes, quantized tensors, errors, and safe file and JSON access, which all other packages use."""

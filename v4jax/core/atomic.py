@@ -1,4 +1,4 @@
-"""All or nothing on disk: small files flushed, directories replaced whole, system errors told in one line."""
+"""Atomic writes of files and directories, and one-line errors for failed writes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def replace_text(path: pathlib.Path, text: str) -> None:
-    """`write_text` that leaves either the old content or the new one."""
+    """Replace a small file atomically: after a crash it has either the old content or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         write_text(partial, text)
@@ -39,13 +39,26 @@ def replace_text(path: pathlib.Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replace_directory(path: str | os.PathLike, marker: str, stale: Callable[[str], bool]) -> Iterator[pathlib.Path]:
-    """Fill the yielded directory; when the block ends well it takes the place of `path`, else nothing has changed.
+    """Context manager that replaces a directory atomically. If the block raises, `path` is unchanged.
 
-    The new content is built beside `path` as `.NAME.partial` and swapped in by renaming; the old content waits as
-    `.NAME.previous` between the two renames, and a later call puts it back if the machine died just there. Entries of
-    the old directory that were not written anew and whose name is not `stale` (a README, a tokenizer) move along as
-    links. One writer per path. Raises UserError when the disk is full or not writable, or when `path` is a non-empty
-    directory without a file `marker` (so a mistyped path cannot swallow someone's files).
+    The caller fills the yielded directory `.NAME.partial` beside `path`. When the block ends, `path` is renamed to
+    `.NAME.previous`, the new directory is renamed to `path`, and the previous one is deleted. If the machine crashes
+    between the two renames, the next call restores the previous directory. Only one process may write to a path at a
+    time.
+
+    Args:
+        path: directory to create or replace.
+        marker: file name that identifies a directory that may be replaced. It protects other files from a mistyped
+            path.
+        stale: tells whether the old entry of a given name is dropped. Every other old entry that the caller did not
+            write, such as a README, is hard-linked into the new directory.
+
+    Yields:
+        The empty directory to fill.
+
+    Raises:
+        UserError: the disk is full or not writable, or `path` exists and is neither an empty directory nor one with
+            the file `marker`.
     """
     path = pathlib.Path(os.path.realpath(local_path(path, "target")))
     partial, previous = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.previous")
@@ -73,13 +86,19 @@ def replace_directory(path: str | os.PathLike, marker: str, stale: Callable[[str
 
 
 def require_space(path: pathlib.Path, needed: int) -> None:
-    """Raise OSError, as a write would, unless the disk of `path` has `needed` bytes left."""
+    """Raise OSError (ENOSPC) if the disk of `path` has less than `needed` bytes free."""
     if shutil.disk_usage(path).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def write_error(path: str | os.PathLike, error: OSError, state: str) -> UserError:
-    """One line for a failed write: the path, the system's reason, the cure, and what state things are in."""
+    """Return a one-line UserError for a failed write.
+
+    Args:
+        path: path of the failed write.
+        error: error of the operating system.
+        state: what the failure left behind, such as "nothing was changed"; ends the message.
+    """
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     cure = "free some space or choose another disk" if full else "choose a directory that can be written"
     return UserError(f"cannot write {path}: {error.strerror or error}; {cure}, {state}")
@@ -108,7 +127,7 @@ def _carry_over(old: pathlib.Path, new: pathlib.Path, stale: Callable[[str], boo
 def _link(source, target) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
-    except OSError:  # a file system without hard links
+    except OSError:  # the file system has no hard links
         shutil.copy2(source, target, follow_symlinks=False)
 
 

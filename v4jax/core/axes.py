@@ -1,8 +1,8 @@
-"""The axis alphabet: the one meaning of every letter in names (`q_BTNH`) and einsum strings.
+"""The axis letters in names such as `q_BTNH` and in einsum strings. Every letter has one meaning.
 
-Upper-case letters are array axes. A name's suffix gives its axes in order, so `x_BTXD` has batch, token, residual
-stream and hidden axes. `LOGICAL` names the same axes in words: parameters are declared with these words, and
-`parallel/rules.py` maps words to mesh axes.
+Upper-case letters denote array axes. The suffix of a name lists its axes in order: `x_BTXD` has a batch, a token, a
+residual stream and a hidden axis. `LOGICAL` maps the letters to logical axis names. Parameters are declared with
+logical axes, and `parallel/rules.py` maps logical axes to mesh axes.
 """
 
 LETTERS = {
@@ -56,8 +56,8 @@ LOGICAL = {
 }
 
 
-# The same letter means another logical axis where a layout has to be free to split it otherwise: inside the routed
-# experts, both ends of what makes queries, and the scores of a router.
+# Parameters (by their letters) in which a letter has another logical axis than in `LOGICAL`, so that sharding rules can
+# shard it differently: the routed experts, the up-projections of queries, and the router.
 SPECIAL = {
     "EUDF": {"D": "expert_embed", "F": "expert_mlp"},
     "EFD": {"D": "expert_embed", "F": "expert_mlp"},
@@ -66,9 +66,9 @@ SPECIAL = {
     "DE": {"E": "expert_score"},
 }
 
-ACTIVATION = {"B": "batch", "T": "token", "V": "vocab"}  # of activations; their other axes are never named in a rule
+ACTIVATION = {"B": "batch", "T": "token", "V": "vocab"}  # the only axes of activations that sharding rules can name
 
 
 def logical(letters: str) -> tuple[str, ...]:
-    """Logical axis names of a parameter, from its letters: `logical("DQ") == ("embed", "q_lora_rank")`."""
+    """Return the logical axes of a parameter, given its letters: `logical("DQ") == ("embed", "q_lora_rank")`."""
     return tuple(SPECIAL.get(letters, {}).get(letter, LOGICAL[letter]) for letter in letters)

@@ -1,7 +1,7 @@
-"""The persistent compilation cache of the command line: compiled programs on disk, so that a second run skips XLA.
+"""The persistent compilation cache of the command line, which stores compiled programs so that a second run skips XLA.
 
-JAX keeps the cache and its keys; this module says where the cache lies, when it is off, and keeps the directory small
-and whole. Imports jax inside functions alone, because help and mistakes must not wait for it.
+JAX manages the cache and its keys. This module chooses the directory, decides whether the cache is on, bounds its size
+and deletes damaged files. It imports jax only inside functions, so that help and usage errors do not wait for jax.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ import zlib
 from v4jax.core.errors import UserError
 
 OFF = "off"
-# jaxlib 0.12 dies of a segmentation fault while it serializes some programs (twice in long test runs). Until a later
-# version is known to be safe, the cache has to be asked for there.
+# jaxlib 0.12 crashed with a segmentation fault while it serialized programs (twice in long test runs). From this
+# version on, the cache is off by default, until a later version is known to be safe.
 _FIRST_UNSAFE = (0, 12)
-_MIN_COMPILE_SECONDS = 0.3  # programs that compile faster are not worth a file
-_MAX_BYTES = 4 << 30  # of all files; the programs of `tiny` take some 50 MB
-_SETTLED_SECONDS = 60  # a younger file may still be written by another process
-_SUFFIX = "-cache"  # of JAX's files
-_ZSTANDARD = b"\x28\xb5\x2f\xfd"  # the first bytes of a frame
+_MIN_COMPILE_SECONDS = 0.3  # programs that compile faster are not stored
+_MAX_BYTES = 4 << 30  # total size of all files; the programs of `tiny` take about 50 MB
+_SETTLED_SECONDS = 60  # another process may still be writing a file that is younger
+_SUFFIX = "-cache"  # suffix of JAX's cache files
+_ZSTANDARD = b"\x28\xb5\x2f\xfd"  # first bytes of a Zstandard frame
 
 
 def is_safe(jaxlib_version: str) -> bool:
-    """Whether programs of this jaxlib can be written to disk without the risk of a crash."""
+    """Return whether this version of jaxlib can serialize programs without the risk of a crash."""
     return tuple(int(part) for part in jaxlib_version.split(".")[:2]) < _FIRST_UNSAFE
 
 
 def default_directory() -> pathlib.Path:
-    """`$XDG_CACHE_HOME/v4jax/jax/VERSION-CPU`; XDG_CACHE_HOME is ~/.cache where it is unset or relative.
+    """Return `$XDG_CACHE_HOME/v4jax/jax/VERSION-CPU`. If XDG_CACHE_HOME is unset or relative, ~/.cache replaces it.
 
-    Programs for CPUs hold the instructions of one kind of CPU. Machines of several kinds may share a home directory,
-    so each kind has a directory of its own.
+    A compiled CPU program contains instructions of one CPU type. Machines with different CPUs may share a home
+    directory, so each CPU type has its own directory.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = pathlib.Path(base) if os.path.isabs(base) else pathlib.Path.home() / ".cache"
@@ -46,7 +46,7 @@ def default_directory() -> pathlib.Path:
 
 
 def _cpu() -> str:
-    """Name of this kind of CPU: its architecture and a digest of the instruction sets that Linux lists."""
+    """Return a name for this CPU type: the architecture and a digest of the CPU features that Linux lists."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -59,14 +59,14 @@ def enable(choice: str | None) -> pathlib.Path | None:
     """Turn on JAX's persistent compilation cache for this process.
 
     Args:
-      choice: A directory, "off", or None for the default: JAX_COMPILATION_CACHE_DIR where that is set, else
-        `default_directory()`, else no cache (jaxlib 0.12, or a home that cannot be used).
+      choice: A directory, "off", or None for the default. The default is JAX_COMPILATION_CACHE_DIR if it is set, else
+        `default_directory()`, or no cache if jaxlib is unsafe (0.12 or later) or the directory cannot be used.
 
     Returns:
-      The directory, or None where there is no cache or JAX's own variable names it.
+      The directory, or None if there is no cache or JAX's own environment variable names it.
 
     Raises:
-      UserError: A directory that was asked for cannot be used.
+      UserError: `choice` is a directory that cannot be used.
     """
     if choice is None and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return None
@@ -83,13 +83,13 @@ def enable(choice: str | None) -> pathlib.Path | None:
     jax.config.update("jax_compilation_cache_dir", str(directory))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
-    # A cache that fails costs the time to compile. JAX compiles anew, and warns at every program.
+    # A failing cache only costs compile time. JAX compiles the program again, but warns for every program.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
     return directory
 
 
 def _usable(choice: str | None) -> pathlib.Path | None:
-    """The directory, made and swept; None where the default one cannot be used."""
+    """Create and sweep the cache directory. Return it, or None if it is the default one and cannot be used."""
     try:
         directory = pathlib.Path(choice).expanduser() if choice is not None else default_directory()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def _usable(choice: str | None) -> pathlib.Path | None:
 
 
 def _distrust(directory: pathlib.Path) -> str:
-    """Why programs from this directory must not be run; "" if they may: JAX runs the code it finds there."""
+    """Return why programs from this directory must not be run, or "". JAX runs any code that it finds there."""
     found = directory.stat()
     if not stat.S_ISDIR(found.st_mode):
         return "it is not a directory"
@@ -115,11 +115,11 @@ def _distrust(directory: pathlib.Path) -> str:
 
 
 def sweep(directory: pathlib.Path, max_bytes: int = _MAX_BYTES) -> None:
-    """Delete damaged programs, and the least recently used ones beyond `max_bytes`.
+    """Delete damaged programs, then the least recently used programs until the total size is at most `max_bytes`.
 
-    JAX writes a program into its final file, so a process that is killed leaves a file cut short, and JAX never
-    replaces a file. Only files written since the last sweep are read. Errors are ignored: another process may sweep at
-    the same time, and the directory may be read-only.
+    JAX writes a program directly into its final file and never replaces a file, so a killed process leaves a truncated
+    file for good. Only files written since the last sweep are checked. Errors are ignored, because another process may
+    sweep at the same time, and the directory may be read-only.
     """
     stamp = directory / "swept"
     settled = time.time() - _SETTLED_SECONDS
@@ -145,17 +145,17 @@ def sweep(directory: pathlib.Path, max_bytes: int = _MAX_BYTES) -> None:
 
 
 def _is_whole(path: pathlib.Path) -> bool:
-    """Whether the file can be decompressed; one that was compressed by a package that is not here counts as whole."""
+    """Return whether the file can be decompressed. If the decompressor is not installed, the file counts as intact."""
     data = path.read_bytes()
     try:
         if data.startswith(_ZSTANDARD):
-            from compression import zstd  # Python 3.14; JAX uses it from there on, zlib before
+            from compression import zstd  # Python 3.14 and later, where JAX uses it; JAX uses zlib before
 
             zstd.decompress(data)
         else:
             zlib.decompress(data)
     except ImportError:
         return True
-    except Exception:  # zlib.error, ZstdError: the file is cut short
+    except Exception:  # zlib.error or ZstdError: the file is truncated
         return False
     return True

@@ -1,8 +1,8 @@
-"""The values that each config field may have: its type, the range of its numbers, its choices.
+"""The allowed values of each config field: its type, the range of its numbers, its choices.
 
-Configs come from checkpoints of unknown origin as well as from users. The ranges are wide, far beyond any published
-model, yet narrow enough that arithmetic on a checked config neither divides by zero, nor overflows, nor asks for a
-number of tensors that nobody can list. Relations between fields are checked by `v4jax.config.validate`.
+Configs come from users and from untrusted checkpoints. The ranges far exceed any published model. They are still narrow
+enough that arithmetic on a checked config neither divides by zero nor overflows, and that the list of tensors fits in
+memory. `v4jax.config.validate` checks relations between fields.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from v4jax.core.errors import printable
 MAX_LAYERS = 1024
 _MAX_TEXT = 4096  # characters
 _COUNT, _SIZE = (1, 2**31 - 1), (1, 2**20)
-_INT, _FLOAT = (0, 2**53), (0.0, 1e30)  # of a field that is not listed below
+_INT, _FLOAT = (0, 2**53), (0.0, 1e30)  # ranges of int and float fields that are not listed below
 _TINY = 1e-30
 
-# Dotted name of a number field -> (least, most), both allowed.
+# Dotted name of a numeric field -> (minimum, maximum), both inclusive.
 RANGES: dict[str, tuple[float, float]] = {
     "model.vocab_size": (1, 2**24),
     "model.hidden_size": _SIZE,
@@ -82,7 +82,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **{f"mesh.{axis}": (1, 2**20) for axis in ("slice", "data", "fsdp", "expert", "context", "tensor")},
 }
 
-# Dotted name of a text field, or of a tuple of texts -> its choices.
+# Dotted name of a string field, or of a tuple of strings -> the allowed strings.
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("bfloat16", "float32"),
     "data.on_change": ("refuse", "restart"),
@@ -98,9 +98,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def problem(part, path: str = "") -> str | None:
-    """What is wrong with a value in a config dataclass, as one line that names the field; None if nothing is.
+    """Find the first invalid field of a config dataclass.
 
-    path: dotted name of `part` in the whole config, with a dot at its end; "" for the whole.
+    Args:
+        part: the config or one of its nested dataclasses.
+        path: dotted name of `part` in the config with a trailing dot; "" for the config itself.
+
+    Returns:
+        One line that names the field and the problem, or None if all fields are valid.
     """
     for name, hint in _hints(type(part)).items():
         value, where = getattr(part, name), path + name
@@ -139,7 +144,7 @@ def _problem(value, hint, where: str) -> str | None:
 
 
 def _fits(value, hint) -> bool:
-    """Whether a value has the type that a field declares; a whole number is a float, too, but true is no number."""
+    """Return whether a value has the declared type of a field. An int is a valid float; a bool is not a number."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_fits(value, choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:

@@ -1,6 +1,6 @@
-"""Number formats: safetensors codes, numpy types and their sizes; packed 4-bit floats.
+"""Number formats: safetensors dtype codes with their numpy dtypes and sizes, and packed 4-bit floats.
 
-Source: the safetensors format for the codes, the OCP microscaling formats for FP4 (E2M1) and E8M0 (spec 9.1).
+The safetensors format defines the codes. The OCP microscaling formats define FP4 (E2M1) and E8M0 (spec 9.1).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from v4jax.core.errors import UserError
 
-# code -> (numpy type, bits of one element in a file). F4 takes a whole byte in memory and half a byte in a file.
+# code -> (numpy type, bits per element in a file). An F4 element takes 8 bits in memory and 4 bits in a file.
 _TABLE = {
     "F64": (np.float64, 64),
     "F32": (np.float32, 32),
@@ -39,14 +39,14 @@ CODES = tuple(_TABLE)
 
 
 def numpy_dtype(code: str) -> np.dtype:
-    """numpy type of a safetensors code. Raises UserError for a code outside the table."""
+    """Return the numpy dtype of a safetensors code. Raises UserError for an unknown code."""
     if code not in _TABLE:
         raise UserError(f"safetensors type {code!r} is not supported; known: {', '.join(CODES)}")
     return np.dtype(_TABLE[code][0])
 
 
 def code_of(dtype) -> str:
-    """safetensors code of a numpy (or ml_dtypes) type. Raises UserError when the format has none."""
+    """Return the safetensors code of a numpy or ml_dtypes type. Raises UserError if the type has no code."""
     dtype = np.dtype(dtype)
     if dtype not in _CODES:
         raise UserError(f"safetensors cannot store {dtype.name}; known: {', '.join(CODES)}")
@@ -54,13 +54,13 @@ def code_of(dtype) -> str:
 
 
 def bytes_per_element(code: str) -> float:
-    """Bytes one element takes in a file; 0.5 for F4."""
+    """Return the bytes per element in a file; 0.5 for F4."""
     numpy_dtype(code)
     return _TABLE[code][1] / 8
 
 
 def nbytes(code: str, shape: tuple[int, ...]) -> int:
-    """Bytes a tensor takes in a file. Raises UserError for an odd number of 4-bit elements."""
+    """Return the size of a tensor in a file, in bytes. Raises UserError for an odd number of 4-bit elements."""
     numpy_dtype(code)
     bits = math.prod(shape) * _TABLE[code][1]
     if bits % 8:
@@ -69,7 +69,14 @@ def nbytes(code: str, shape: tuple[int, ...]) -> int:
 
 
 def weight_dtype(name) -> np.dtype:
-    """numpy type of a weight format: a name (float32, bfloat16, float16) or such a type. Raises UserError else."""
+    """Return the numpy dtype of weights.
+
+    Args:
+        name: "float32", "bfloat16" or "float16", or such a dtype.
+
+    Raises:
+        UserError: `name` is anything else.
+    """
     known = ", ".join(_WEIGHT_TYPES)
     if isinstance(name, str):
         if name not in _WEIGHT_TYPES:
@@ -82,7 +89,7 @@ def weight_dtype(name) -> np.dtype:
 
 
 def unpack_f4(packed: np.ndarray) -> np.ndarray:
-    """Bytes [..., n] -> float4_e2m1fn [..., 2n]; the low nibble is the even element (spec 9.1)."""
+    """Unpack bytes [..., n] to float4_e2m1fn [..., 2n]. The low nibble is the even element (spec 9.1)."""
     codes = packed.view(np.uint8)
     out = np.empty((*codes.shape, 2), np.uint8)
     np.bitwise_and(codes, 15, out=out[..., 0])
@@ -91,6 +98,6 @@ def unpack_f4(packed: np.ndarray) -> np.ndarray:
 
 
 def pack_f4(values: np.ndarray) -> np.ndarray:
-    """float4_e2m1fn [..., 2n] -> uint8 [..., n]; inverse of `unpack_f4`."""
+    """Pack float4_e2m1fn [..., 2n] to uint8 [..., n]. This is the inverse of `unpack_f4`."""
     codes = values.view(np.uint8) & 15
     return codes[..., 0::2] | (codes[..., 1::2] << 4)

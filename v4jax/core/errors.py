@@ -1,30 +1,31 @@
-"""Errors that a user can cause and cure, in text that is safe to print."""
+"""Errors that a user can cause and fix, with messages that are safe to print."""
 
 import re
 
-_VALUE = 200  # most characters of one name or value inside a message
-_MESSAGE = 1000  # most characters of a whole message
-# Control characters (terminal escapes among them), invisible and bidirectional marks, and lone surrogates.
+_VALUE = 200  # maximum number of characters of one name or value in a message
+_MESSAGE = 1000  # maximum number of characters of a message
+# Control characters (including terminal escapes), invisible and bidirectional marks, and lone surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
-# What a file of unknown origin can make long: quoted text, a list, a run without spaces.
+# Parts of a message that an untrusted file can make long: quoted text, a list, a run of characters without spaces.
 _VALUES = re.compile(r"(?<![\w'])'[^']*'(?!\w)|(?<![\w\"])\"[^\"]*\"(?!\w)|\[[^\[\]]*\]|\S{201,}")
 
 
 class UserError(ValueError):
-    """One clear line: what is wrong and what to do. The command line prints it alone and exits with 1.
+    """An error with a one-line message that tells the problem and the fix.
 
-    The message is made safe here, because names and values in it may come from a file of unknown origin: each is cut to
-    200 characters, the whole to 1,000, and characters that steer a terminal are shown as escapes.
+    The command line prints only the message and exits with status 1. Names and values in a message may come from an
+    untrusted file. Therefore the constructor cuts each to 200 characters and the message to about 1,000, and escapes
+    characters that control a terminal.
     """
 
     def __init__(self, message: str):
         text = _VALUES.sub(_cut, printable(message))
-        # The cure stands at the end, so the middle goes.
+        # The fix is at the end of the message, so the middle is cut.
         super().__init__(text if len(text) <= _MESSAGE else f"{text[: _MESSAGE * 2 // 3]} ... {text[-_MESSAGE // 4 :]}")
 
 
 def printable(text: str) -> str:
-    """`text` on one line, with white space as single spaces and control characters as escapes such as \\x1b."""
+    """Return `text` on one line. White space becomes single spaces, control characters become escapes such as \\x1b."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), " ".join(text.split()))
 
 

@@ -1,4 +1,4 @@
-"""Lock files: one process at a time owns a directory, and a process that dies owns nothing."""
+"""Lock files, by which one process at a time owns a directory. The lock of a process that dies is released."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from typing import BinaryIO
 
 
 class Locked(Exception):
-    """Another open file holds the lock; `str()` is what its owner wrote into it."""
+    """Another open file holds the lock. `str()` is the text that its owner wrote into the file."""
 
 
 def take_lock(path: str | os.PathLike, owner: str = "", at: int | None = None) -> BinaryIO:
-    """Lock a file, which is made if need be.
+    """Lock a file, creating it if it does not exist.
 
-    The kernel releases the lock with the returned file, so also when its process is killed. The file itself stays.
+    The kernel releases the lock when the returned file is closed, including when the process is killed. The file itself
+    is not deleted.
 
     Args:
-      path: The lock file; a link or anything else that is no file of its own is refused.
-      owner: Text left in the file for whoever finds it locked.
-      at: Descriptor of the directory that a relative path starts from; None for the working directory.
+      path: The lock file. A symbolic link, a file with several hard links, or a non-regular file is refused.
+      owner: Text to write into the file; `Locked` reports it to other processes.
+      at: File descriptor of the directory for a relative path; None for the working directory.
 
     Returns:
       The open file; closing it releases the lock.
 
     Raises:
-      Locked: Somebody else holds the lock.
+      Locked: Another open file holds the lock.
       OSError: The file cannot be opened, or its file system has no locks (errno ENOLCK, ENOSYS or EOPNOTSUPP).
     """
-    more = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # opening a named pipe would wait
+    more = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # do not block on a named pipe
     file = open(path, "a+b", buffering=0, opener=lambda name, flags: os.open(name, flags | more, 0o600, dir_fd=at))
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:

@@ -1,4 +1,4 @@
-"""Paths that users give. v4jax reads and writes local files; a URL is refused before anything is made of it."""
+"""Check of paths that users pass. v4jax reads and writes only local files, so a URL is refused."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import re
 
 from v4jax.core.errors import UserError
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib has made "gs:/bucket" of "gs://bucket"
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # one slash, because pathlib turns "gs://bucket" into "gs:/bucket"
 
 
 def local_path(path: str | os.PathLike, name: str) -> pathlib.Path:
-    """`path` as a Path.
+    """Convert `path` to a Path.
 
     Args:
-        name: what the message calls it, such as "--workdir".
+        path: path that a user passed.
+        name: name of the path in the error message, such as "--workdir".
 
     Raises:
-        UserError: `path` is a URL, such as gs://bucket/run; Python would take it for a folder called "gs:".
+        UserError: `path` is a URL, such as gs://bucket/run, which Python would treat as a directory named "gs:".
     """
     match = _URL.match(os.fspath(path))
     if match is None:

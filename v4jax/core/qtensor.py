@@ -1,7 +1,8 @@
-"""Numbers in 8 and 4 bits with a power-of-two scale per group of the last axis (spec 2.4).
+"""Quantization to 8 and 4 bits with a power-of-two scale per group of the last axis (spec 2.4).
 
-"fp8" is e4m3, "fp4" is e2m1 packed two a byte, the even element in the low nibble. Both are uint8 arrays, and so are
-the scales: e8m0 bytes, byte b stands for 2^(b - 127). The formats round exactly as the released models were trained.
+"fp8" is e4m3. "fp4" is e2m1 with two elements per byte, the even element in the low nibble. Values are stored as uint8
+arrays. Scales are stored as uint8 arrays of e8m0 bytes: the byte b denotes 2^(b - 127). Rounding is exactly that with
+which the released models were trained.
 """
 
 from __future__ import annotations
@@ -14,22 +15,32 @@ import numpy as np
 
 from v4jax.core.errors import UserError
 
-# format -> (largest value, least amax of a group): spec 2.4. FP4's floor gives the least scale, 2^-126.
+# format -> (largest value, lower bound of a group's amax), spec 2.4. The bound of FP4 gives the smallest scale, 2^-126.
 _RANGE = {"fp8": (448.0, 1e-4), "fp4": (6.0, 6 * 2.0**-126)}
-_NAN = 255  # e8m0 byte of a group that holds an infinity or a NaN: all of it reads as NaN
+_NAN = 255  # e8m0 byte of a group that contains an infinity or a NaN; the full group dequantizes to NaN
 
 
 def group_size(width: int, most: int) -> int:
-    """Size of the fewest equal groups, of at most `most` numbers, that `width` numbers fall into."""
+    """Return the largest divisor of `width` that is at most `most`."""
     return next(size for size in range(min(width, most), 0, -1) if width % size == 0)
 
 
 def quantize(x: jax.Array, format: str, group: int) -> tuple[jax.Array, jax.Array]:
-    """Values and scales of x [..., n] in groups of `group` along the last axis (spec 2.4).
+    """Quantize an array in groups along its last axis (spec 2.4).
 
-    Returns uint8 [..., n] ("fp8") or [..., n / 2] ("fp4"), and uint8 [..., n / group]. The scale is the least power of
-    two with which the group's largest magnitude fits; rounding is to nearest, ties to the even code. A group with an
-    infinity or a NaN gets the scale NaN. Raises UserError if n is no multiple of the group, or odd with "fp4".
+    The scale of a group is the smallest power of two with which the largest magnitude of the group is in range. Values
+    round to nearest, ties to the even code. A group that contains an infinity or a NaN gets the scale NaN.
+
+    Args:
+        x: [..., n], any float dtype.
+        format: "fp8" or "fp4".
+        group: elements per scale.
+
+    Returns:
+        Values, uint8 [..., n] for "fp8" or [..., n / 2] for "fp4", and scales, uint8 [..., n / group].
+
+    Raises:
+        UserError: n is not a multiple of `group`, or n is odd and the format is "fp4".
     """
     width = x.shape[-1]
     if width % group or (format == "fp4" and width % 2):
@@ -43,10 +54,18 @@ def quantize(x: jax.Array, format: str, group: int) -> tuple[jax.Array, jax.Arra
 def dequantize(
     values: jax.Array, scales: jax.Array, format: str, dtype=jnp.float32, impl: str | None = None
 ) -> jax.Array:
-    """Numbers [..., n] in `dtype`, float32 or bfloat16 (both hold them exactly), of what `quantize` returned.
+    """Invert `quantize`. The group size follows from the shapes.
 
-    The group size follows from the shapes. impl: "cast" converts by the compiler's own types, "bits" by integer
-    operations, which XLA:CPU does up to five times faster; None takes "bits" on CPU and "cast" elsewhere.
+    Args:
+        values: values that `quantize` returned.
+        scales: scales that `quantize` returned.
+        format: "fp8" or "fp4".
+        dtype: float32 or bfloat16; both represent the result exactly.
+        impl: "cast" uses XLA's narrow float types. "bits" uses integer operations, which are up to five times faster on
+            XLA:CPU. None selects "bits" on CPU and "cast" on other backends.
+
+    Returns:
+        `dtype` [..., n].
     """
     bits = (impl or _impl()) == "bits"
     if format == "fp8":
@@ -62,8 +81,14 @@ def dequantize(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QTensor:
-    """A weight in e4m3: `values`, uint8 of the weight's shape, and `scales`, uint8 e8m0, one a block of the shape
-    that the two shapes imply. It stands where an array stood, as far as products and picking an expert need."""
+    """A weight quantized to e4m3 with one scale per block. The two shapes imply the block shape.
+
+    A QTensor replaces an array in a model. It supports only what matmuls and the selection of an expert need.
+
+    Attributes:
+        values: uint8 e4m3 codes, of the shape of the weight.
+        scales: uint8 e8m0 codes, one per block.
+    """
 
     values: jax.Array
     scales: jax.Array
@@ -73,11 +98,11 @@ class QTensor:
         return self.values.shape
 
     def __getitem__(self, index) -> QTensor:
-        """Along leading axes that no block spans, such as experts."""
+        """Index leading axes along which blocks have size 1, such as experts."""
         return self if index is Ellipsis else QTensor(self.values[index], self.scales[index])
 
     def astype(self, dtype) -> jax.Array:
-        """The numbers, exact in float32 and bfloat16."""
+        """Dequantize to `dtype`, exactly for float32 and bfloat16."""
         bits = _impl() == "bits"
         x = _e4m3_by_bits(self.values) if bits else jax.lax.bitcast_convert_type(self.values, jnp.float8_e4m3fn)
         pairs = zip(self.scales.shape, self.shape, strict=True)
@@ -89,10 +114,18 @@ class QTensor:
 
 
 def scaled_dot(x_BRL: jax.Array, rows_BCL: QTensor) -> jax.Array:
-    """x times rows as they are stored, with a scale a group of the last axis: float32 [B, R, C].
+    """Multiply x with quantized rows by XLA's block-scaled matmul.
 
-    x is rounded to e4m3 in such groups, which changes nothing in what FP8 or FP4 held. Chips with block-scaled products
-    (Blackwell, groups of 32) take the codes as they lie; elsewhere XLA widens them itself.
+    x is first quantized to e4m3 in groups of the same size. This changes nothing if x was dequantized from FP8 or FP4.
+    Chips with block-scaled matmuls (Blackwell, groups of 32) consume the codes directly. On other chips XLA widens the
+    codes.
+
+    Args:
+        x_BRL: [B, R, L], any float dtype.
+        rows_BCL: quantized rows [B, C, L] with one scale per group of the last axis.
+
+    Returns:
+        float32 [B, R, C].
     """
     x_BRL = QTensor(*quantize(x_BRL, "fp8", rows_BCL.shape[-1] // rows_BCL.scales.shape[-1]))
     values = lambda a: jax.lax.bitcast_convert_type(a.values, jnp.float8_e4m3fn)
@@ -108,8 +141,15 @@ def scaled_dot(x_BRL: jax.Array, rows_BCL: QTensor) -> jax.Array:
 
 
 def quantize_blocks(x: jax.Array, axes: tuple[int, int], most: int = 128) -> QTensor:
-    """A weight in e4m3 with a power-of-two scale a block of at most `most` x `most` along two axes (spec 8.4), the
-    fewest equal blocks that there are. Numbers that such a block held once come back unchanged."""
+    """Quantize a weight to e4m3 with a power-of-two scale per block along two axes (spec 8.4).
+
+    Quantizing values that were dequantized from the same blocks returns them unchanged.
+
+    Args:
+        x: weight, any float dtype.
+        axes: the two axes that blocks span.
+        most: largest block size along each of the two axes; blocks are as large as equal sizes allow.
+    """
     blocked = {axis % x.ndim for axis in axes}
     sizes = [group_size(n, most) if axis in blocked else 1 for axis, n in enumerate(x.shape)]
     split = [part for n, size in zip(x.shape, sizes, strict=True) for part in (n // size, size)]
@@ -122,10 +162,19 @@ def _impl() -> str:
 
 
 def _scaled(x: jax.Array, group: tuple[int, ...], format: str) -> tuple[jax.Array, jax.Array]:
-    """float32 x over its groups' scales, clipped to the format's range; the scale bytes, axes `group` of size 1."""
+    """Divide float32 x by the scales of its groups, and clip it to the range of the format.
+
+    Args:
+        x: float32.
+        group: axes that a group spans.
+        format: "fp8" or "fp4".
+
+    Returns:
+        The scaled x, float32, and the scale bytes, uint8, with size 1 along the axes `group`.
+    """
     most, floor = _RANGE[format]
     scales = _scale_bytes(jnp.maximum(jnp.abs(x).max(group, keepdims=True), floor), most)
-    # 2^-e, exact: e lies in -126..126, so the inverse is a normal float too.
+    # 2^-e is exact: e is in -126..126, so the inverse is a normal float too.
     inverse = jax.lax.bitcast_convert_type((254 - scales.astype(jnp.int32)) << 23, jnp.float32)
     return jnp.clip(x * inverse, -most, most), scales
 
@@ -135,10 +184,10 @@ def _e4m3(x: jax.Array) -> jax.Array:
 
 
 def _scale_bytes(amax: jax.Array, most: float) -> jax.Array:
-    """e8m0 byte of the least 2^e with amax <= most * 2^e.
+    """Return the e8m0 byte of the smallest 2^e with amax <= most * 2^e, for float32 amax.
 
-    Positive floats are ordered as their bits, and a step of e adds 2^23 to them: e is the difference of the bits over
-    2^23, rounded up. No logarithm, which would be off by one now and then.
+    Positive floats are ordered like their bit patterns, and incrementing e adds 2^23 to the bit pattern. Therefore e is
+    the difference of the bit patterns divided by 2^23, rounded up. A logarithm would sometimes be off by one.
     """
     bits = jax.lax.bitcast_convert_type(amax, jnp.int32)
     exponent = (bits - int(np.float32(most).view(np.int32)) + 0x7FFFFF) >> 23
@@ -146,29 +195,29 @@ def _scale_bytes(amax: jax.Array, most: float) -> jax.Array:
 
 
 def _pack_e2m1(x: jax.Array) -> jax.Array:
-    """float32 [..., n] of at most 6 in magnitude to packed e2m1: nearest of 0, .5, 1, 1.5, 2, 3, 4, 6."""
+    """Round float32 [..., n] of magnitude at most 6 to the nearest of 0, .5, 1, 1.5, 2, 3, 4, 6; pack as e2m1 codes."""
     a = jnp.abs(x)
-    # At a midpoint the comparison is strict exactly where the code below is even.
+    # The comparison with a midpoint is strict exactly if the code below the midpoint is even (ties to even).
     above = [a > 0.25, a >= 0.75, a > 1.25, a >= 1.75, a > 2.5, a >= 3.5, a > 5.0]
     code = sum(condition.astype(jnp.uint8) for condition in above) | jnp.signbit(x).astype(jnp.uint8) << 3
     return code[..., 0::2] | code[..., 1::2] << 4
 
 
-# --- by integer operations ---------------------------------------------------------------------------------------
-# Both go through float16, whose conversion knows subnormals: XLA:CPU flushes those of float32 to zero.
+# --- dequantization by integer operations ------------------------------------------------------------------------
+# Both functions go through float16, whose conversion handles subnormals. XLA:CPU flushes float32 subnormals to zero.
 
 
 def _e4m3_by_bits(code: jax.Array) -> jax.Array:
-    """float32 of e4m3 codes: exponent (bias 7) and mantissa moved to a float16's (bias 15), times 2^8."""
-    wide = jax.lax.bitcast_convert_type(code, jnp.int8).astype(jnp.int16) << 7  # the sign comes along, twice
+    """Convert e4m3 codes to float32: move exponent (bias 7) and mantissa to a float16 (bias 15), times 2^8."""
+    wide = jax.lax.bitcast_convert_type(code, jnp.int8).astype(jnp.int16) << 7  # sign extension copies the sign twice
     half = jax.lax.bitcast_convert_type(wide & ~jnp.int16(1 << 14), jnp.float16)
     return jnp.where(code & 0x7F == 0x7F, jnp.nan, half.astype(jnp.float32) * 2.0**8)
 
 
 def _e2m1_by_bits(packed: jax.Array) -> jax.Array:
-    """float32 of packed e2m1 codes: exponent (bias 1) and mantissa moved to a float16's, times 2^14.
+    """Convert packed e2m1 codes to float32: move exponent (bias 1) and mantissa to a float16, then multiply by 2^14.
 
-    Bytes are spread by fours where they can be: eight neighbours out of one word vectorise, two out of a byte do not.
+    If possible, four bytes are unpacked together: XLA vectorizes eight codes per 32-bit word, but not two per byte.
     """
     *lead, count = packed.shape
     word = packed
@@ -181,7 +230,7 @@ def _e2m1_by_bits(packed: jax.Array) -> jax.Array:
 
 
 def _narrow(x: jax.Array) -> jax.Array:
-    """bfloat16 of float32 numbers of at most four significant bits: the upper half, nothing to round."""
+    """Convert float32 with at most four significant bits to bfloat16 exactly, by keeping the upper 16 bits."""
     return jax.lax.bitcast_convert_type(
         (jax.lax.bitcast_convert_type(x, jnp.uint32) >> 16).astype(jnp.uint16), jnp.bfloat16
     )

@@ -1,4 +1,4 @@
-"""Tables on the terminal and records in files, in one form for every command that measures."""
+"""Tables on the terminal and JSON records in files, in one form for all commands that measure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pathlib
 
 
 def write_json(path: str, records: list[dict]) -> None:
-    """Records (flat dicts) to a JSON file, whole or not at all."""
+    """Write records (flat dicts) to a JSON file atomically."""
     target = pathlib.Path(path)
     partial = target.with_name(target.name + ".partial")
     partial.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
@@ -16,7 +16,7 @@ def write_json(path: str, records: list[dict]) -> None:
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    """A Markdown table, its columns padded: readable here, and pasted into a document as it is."""
+    """Print a Markdown table with padded columns, readable on the terminal and ready to paste into documents."""
     widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
     line = lambda cells: (
         "| " + " | ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"

@@ -1,18 +1,18 @@
-"""Times of one `generate`: to the first token and between tokens, with compilation counted apart."""
+"""Timing of one `generate` call: time to the first token, decode rate, and separately the compile time."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
 
-_COMPILES = "/jax/core/compile/"  # JAX's events of tracing, lowering and compiling, each reported when it ends
+_COMPILES = "/jax/core/compile/"  # prefix of JAX's events of tracing, lowering and compiling, reported at their end
 
 
 class GenerationTimer:
-    """Watches a stream of text pieces. While it is entered it listens to JAX's compilation events."""
+    """Times a stream of text pieces. As a context manager it listens to JAX's compilation events."""
 
     def __init__(self):
-        self._spans: list[tuple[float, float]] = []  # of compilation, in order of their ends
+        self._spans: list[tuple[float, float]] = []  # (start, end) of each compilation event, ordered by end
         self._started = self._first = self._ended = 0.0
 
     def __enter__(self) -> GenerationTimer:
@@ -27,7 +27,7 @@ class GenerationTimer:
         monitoring.unregister_event_duration_listener(self._compiled)
 
     def watch(self, pieces: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-        """The pieces as they come; the clock starts when the first one is asked for."""
+        """Yield the pieces unchanged and record times. The clock starts when the first piece is requested."""
         self._started = self._first = self._ended = time.monotonic()
         begun = False
         for piece in pieces:
@@ -35,11 +35,11 @@ class GenerationTimer:
                 self._first, begun = time.monotonic(), True
             yield piece
         self._ended = time.monotonic()
-        if not begun:  # no text came
+        if not begun:  # the stream was empty
             self._first = self._ended
 
     def summary(self, prompt_tokens: int, generation_tokens: int) -> str:
-        """One line: TTFT (time to first token), tokens a second after it, and the time that compiling took."""
+        """Return one line with TTFT (time to first token, s), tokens/s after it, and the compile time (s)."""
         compiling = self._compiling(self._started, self._ended)
         to_first = self._first - self._started - self._compiling(self._started, self._first)
         decoding = self._ended - self._first - self._compiling(self._first, self._ended)
@@ -54,7 +54,7 @@ class GenerationTimer:
             self._spans.append((now - seconds, now))
 
     def _compiling(self, first: float, last: float) -> float:
-        """Seconds between two times in which something compiled; events may lie inside of each other."""
+        """Return the seconds of compilation between two times. Nested or overlapping events are counted once."""
         total, reached = 0.0, first
         for begin, end in sorted(self._spans):
             begin, end = max(begin, reached), min(end, last)

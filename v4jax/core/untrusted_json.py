@@ -1,7 +1,7 @@
-"""JSON of unknown origin: configs, tokenizers, tensor headers, metadata, records.
+"""Reader for untrusted JSON: configs, tokenizers, tensor headers, metadata, records.
 
-One reader for all of it. Size, nesting and the number of values are bounded before memory is spent on them. Names that
-occur twice, NaN and infinities, and text without a UTF-8 form are refused, because readers disagree about them.
+The reader bounds the size and the number of values before it allocates memory for them, and then the nesting depth. It
+refuses duplicate names, NaN and infinities, and text that has no UTF-8 form, because JSON readers disagree about them.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ from collections.abc import Iterator
 
 from v4jax.core.errors import UserError
 
-SMALL = 16 << 20  # bytes: configs and metadata; published ones stay below 2 MB
-LARGE = 64 << 20  # bytes: tokenizers, tensor headers and indices; published ones stay below 40 MB
-_MAX_DEPTH = 64  # published files nest up to 12 levels
-_MAX_VALUES = 4 << 20  # names and values of a LARGE text, about 80 bytes of memory each; published tokenizers have 3e6
+SMALL = 16 << 20  # bytes; limit of configs and metadata, of which published ones have less than 2 MB
+LARGE = 64 << 20  # bytes; limit of tokenizers, tensor headers and indices, of which published ones have less than 40 MB
+_MAX_DEPTH = 64  # published files have up to 12 levels of nesting
+# Limit of names and values in a LARGE text. Each takes about 80 bytes of memory. Published tokenizers have 3e6.
+_MAX_VALUES = 4 << 20
 _VALUES_PER_BYTE = _MAX_VALUES / LARGE
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class JsonError(ValueError):
-    """Text that is refused; the message is a short reason without a cure."""
+    """A refused text. The message is a short reason without a fix."""
 
 
 def parse(data: bytes | str, max_bytes: int = SMALL, strict: bool = True):
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Args:
-        data: UTF-8 bytes, or text that was decoded already.
-        max_bytes: refuse larger texts. A text may hold one name or value per 16 bytes of this.
-        strict: refuse NaN, infinities, numbers that overflow float64, and half a surrogate pair. Records of other
-            programs hold them in fields that nobody reads here.
+        data: UTF-8 bytes, or decoded text.
+        max_bytes: size limit of the text. The limit of its names and values is one per 16 bytes of `max_bytes`.
+        strict: refuse NaN, infinities, numbers that overflow float64, and lone surrogates. False accepts them, because
+            records of other programs may contain them in fields that v4jax does not read.
 
     Raises:
-        JsonError: a text that is not JSON, or that is refused as the module says.
+        JsonError: the text is not JSON, or is refused (see the module docstring).
     """
     if len(data) > max_bytes:
         raise JsonError(f"it has {len(data):,} bytes, and {max_bytes:,} are the most that is read")
@@ -67,14 +68,17 @@ def parse(data: bytes | str, max_bytes: int = SMALL, strict: bool = True):
 
 
 def _values(text: str) -> int:
-    """Names and values of a JSON text at most; commas and the like inside of strings count, too."""
+    """Return an upper bound of the names and values in a JSON text. Punctuation inside strings is counted too."""
     return sum(map(text.count, ",:[{"))
 
 
 @contextlib.contextmanager
 def collection_paused() -> Iterator[None]:
-    """Leave cyclic garbage alone for a while: Python searches for it after every 700 new containers, which doubles to
-    quadruples the time that a million of them take, the more the larger the process is."""
+    """Context manager that pauses the cyclic garbage collector.
+
+    Python runs the collector after every 700 new containers. Creating a million containers then takes two to four times
+    as long as without the collector, and the factor grows with the size of the process.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -85,11 +89,11 @@ def collection_paused() -> Iterator[None]:
 
 
 def read_bytes(path: str | os.PathLike, max_bytes: int = SMALL) -> bytes:
-    """The content of a regular file of at most `max_bytes`; a named pipe or a device is refused, not waited for.
+    """Read a regular file of at most `max_bytes`. A named pipe or a device is refused without blocking on it.
 
     Raises:
-        JsonError: a larger file, or no regular one.
-        OSError: a file that is missing or cannot be read.
+        JsonError: the file is larger or is not a regular file.
+        OSError: the file is missing or cannot be read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -105,7 +109,7 @@ def read_bytes(path: str | os.PathLike, max_bytes: int = SMALL) -> bytes:
 
 
 def read_object(path: str | os.PathLike, max_bytes: int = SMALL) -> dict:
-    """The JSON object in a file. Raises UserError, with the file's name and the cure, for anything else."""
+    """Read a file that holds one JSON object. Raises UserError, with the file name and the fix, for anything else."""
     try:
         value = parse(read_bytes(path, max_bytes), max_bytes)
     except JsonError as error:
@@ -136,7 +140,7 @@ def _no_constant(name: str):
 
 
 def _check_depth(value) -> None:
-    """Raise JsonError beyond the bound; level by level, so that no depth overflows a stack."""
+    """Raise JsonError if a value is nested too deeply. The check proceeds level by level, without recursion."""
     level = [value]
     for _ in range(_MAX_DEPTH + 1):
         containers = [item.values() if type(item) is dict else item for item in level if type(item) in (dict, list)]
@@ -147,7 +151,7 @@ def _check_depth(value) -> None:
 
 
 def _check_text(value) -> None:
-    """Raise JsonError if a string holds half a surrogate pair."""
+    """Raise JsonError if a string contains a lone surrogate."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

@@ -1,1 +1,1 @@
-"""Text to batches: the embedded corpus, byte-level BPE, packing, the grain pipeline and its baselines."""
+"""From text to batches: the embedded corpus, byte-level BPE, packing, the grain pipeline, compression baselines."""

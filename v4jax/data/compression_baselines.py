@@ -1,4 +1,4 @@
-"""What simple compressors reach on the held-out text, in bits per byte: the marks a trained model must pass."""
+"""Bits per byte of simple compressors on the held-out text, the baselines that a trained model must beat."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import numpy as np
 from v4jax.data.corpus import Corpus, Document
 
 XZ_PRESET = 9 | lzma.PRESET_EXTREME
-XZ_CONTEXT = 16 << 20  # bytes of training text, the last ones, that xz may look back to: bounds its time
-XZ_FEED = 16 << 10  # bytes a call: Python stops draining the encoder when its input is used up, so feed it little
+XZ_CONTEXT = 16 << 20  # last bytes of the training text that xz gets as context; limits the run time
+XZ_FEED = 16 << 10  # bytes per call; small, because Python stops draining the encoder when its input is consumed
 
 
 def baselines(corpus: Corpus) -> dict[str, float | str]:
-    """Bits per byte of `corpus.heldout`, about 11 s on one core for the embedded corpus, nearly all of it xz.
+    """Compute the bits per byte of `corpus.heldout`.
+
+    This takes about 11 s on one core for the embedded corpus, nearly all of it in xz. The keys of the result are:
 
     xz_alone        xz -9e of the held-out text
-    xz_given_train  what it adds to xz -9e of the training text
-    xz, xz_kind     the lower of the two, and which it is
-    trigram         interpolated Kneser-Ney byte trigram of the training text
+    xz_given_train  the bits that the held-out text adds to xz -9e of the training text
+    xz, xz_kind     the lower of the two, and its description
+    trigram         interpolated Kneser-Ney byte trigram, counted on the training text
     """
     train, heldout = _join(corpus.train), _join(corpus.heldout)
     alone = 8 * len(lzma.compress(heldout, preset=XZ_PRESET)) / len(heldout)
@@ -34,12 +36,15 @@ def baselines(corpus: Corpus) -> dict[str, float | str]:
 
 
 def trigram(train: list[Document], heldout: list[Document]) -> float:
-    """Bits per byte of `heldout` under a byte trigram model of `train` with interpolated Kneser-Ney smoothing.
+    """Return the bits per byte of `heldout` under a byte trigram model of `train`.
 
-    p(c | ab) = (max(n(abc) - d, 0) + d * t(ab) * p(c | b)) / n(ab), t(ab) the number of different bytes seen after ab,
-    d = n1 / (n1 + 2 n2) from the numbers of trigrams seen once and twice; lower orders likewise, counting different
-    contexts instead of occurrences, and the unigram interpolated with 1/256. (Chen and Goodman 1998, section 2.7)
-    Two zero bytes stand before every document.
+    The model uses interpolated Kneser-Ney smoothing (Chen and Goodman 1998, section 2.7):
+
+    p(c | ab) = (max(n(abc) - d, 0) + d * t(ab) * p(c | b)) / n(ab)
+
+    t(ab) is the number of distinct bytes seen after ab. d = n1 / (n1 + 2 n2), where n1 and n2 are the numbers of
+    trigrams seen once and twice. Lower orders use the same formula, but count distinct contexts instead of occurrences.
+    The unigram is interpolated with 1/256. Two zero bytes precede every document.
     """
     a, b, c = _trigrams(train)
     count_abc = np.bincount((a << 16) | (b << 8) | c, minlength=1 << 24).reshape(256, 256, 256)
@@ -48,14 +53,14 @@ def trigram(train: list[Document], heldout: list[Document]) -> float:
     p_c = _smooth(count_c, np.full(256, 1 / 256))
     p_bc = _smooth(count_bc, p_c)
     a, b, c = _trigrams(heldout)
-    # Only the contexts that occur are looked up: the whole table of probabilities would be 128 MB.
+    # Compute only the contexts that occur, because the full table of probabilities would take 128 MB.
     contexts, at = np.unique((a << 8) | b, return_inverse=True)
     p_abc = _smooth(count_abc.reshape(-1, 256)[contexts], p_bc[contexts & 255], _discount(count_abc))
     return float(-np.log2(p_abc[at, c]).mean())
 
 
 def _smooth(counts: np.ndarray, lower: np.ndarray, discount: float | None = None) -> np.ndarray:
-    """Absolute discounting along the last axis, interpolated with `lower`; `lower` itself where nothing was seen."""
+    """Apply absolute discounting along the last axis, interpolated with `lower`. Unseen contexts get `lower` itself."""
     discount = _discount(counts) if discount is None else discount
     total = counts.sum(-1, keepdims=True)
     kinds = np.count_nonzero(counts, axis=-1, keepdims=True)
@@ -69,7 +74,7 @@ def _discount(counts: np.ndarray) -> float:
 
 
 def _trigrams(documents: list[Document]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The bytes of all documents with the two before each: three int32 arrays [N]."""
+    """Return all bytes of all documents (third result) with the two bytes before each: three int32 arrays [N]."""
     text = b"".join(b"\0\0" + d.text.encode() for d in documents)
     lengths = [len(d.text.encode()) + 2 for d in documents]
     stream = np.frombuffer(text, np.uint8).astype(np.int32)
@@ -81,12 +86,13 @@ def _trigrams(documents: list[Document]) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def _xz_given(train: bytes, heldout: bytes) -> float:
-    """Bits per byte that one LZMA encoder, fed `train` and then `heldout`, emits from the end of the one to the other.
+    """Return the bits per byte that one LZMA encoder emits for `heldout` after it was fed `train`.
 
-    The difference of two xz files, size(train + heldout) - size(train), in one pass instead of two. The encoder holds
-    back some 4 KB of its input at both ends, so the bytes measured are as many as `heldout` has, shifted by that much.
+    This is size(train + heldout) - size(train) of two xz files, in one pass instead of two. The encoder holds back
+    about 4 KB of its input at the end of each text. The measured bytes therefore have the length of `heldout`, but are
+    shifted by about 4 KB.
     """
-    encoder = lzma.LZMACompressor(lzma.FORMAT_ALONE, preset=XZ_PRESET)  # xz's own container emits in coarse chunks
+    encoder = lzma.LZMACompressor(lzma.FORMAT_ALONE, preset=XZ_PRESET)  # the xz container emits in coarse chunks
     size = 0
     for text in (train, heldout):
         before = size

@@ -1,7 +1,7 @@
 """The embedded corpus: Shakespeare's plays and the King James Bible, public domain, 105 documents, 9.4 MB.
 
-`assets/corpus.jsonl.xz` holds one JSON object a line, {"name", "text"}; `assets/provenance.json` says where each came
-from, which are held out and what the file must hash to. `v4jax/data/build_corpus.py` makes both.
+`assets/corpus.jsonl.xz` holds one JSON object per line, {"name", "text"}. `assets/provenance.json` records the source
+of each document, the held-out documents, and the SHA-256 of the corpus file. `v4jax/data/build_corpus.py` builds both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ASSETS = pathlib.Path(__file__).parent / "assets"
 
 @dataclass(frozen=True)
 class Document:
-    """One text that is never mixed with another: a play, a book, a file or a JSONL line."""
+    """One text: a play, a book, a file or a JSONL line. A segment of a packed row never spans two documents."""
 
     name: str
     text: str

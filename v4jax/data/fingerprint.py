@@ -1,4 +1,4 @@
-"""What identifies the rows of a run and their order, so that a resume never reads other data unnoticed."""
+"""Identity of the rows of a run and of their order, by which a resumed run detects that its data has changed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import xxhash
 from v4jax.core.errors import UserError
 from v4jax.data.corpus import Document
 
-_ORDER_ROWS = 256  # first rows of the order that stand for all of it
-# Fields of an identity, with the setting that decides each.
+_ORDER_ROWS = 256  # row numbers at the start of the order that are hashed to represent it
+# Field of an identity -> the setting that determines it.
 _SETTINGS = {
     "documents": "data.source",
     "heldout": "data.heldout",
@@ -22,7 +22,7 @@ _SETTINGS = {
     "seed": "train.seed",
     "order": "the shuffle of this grain version",
 }
-# A field that differs because one of these does is not named.
+# Field -> fields that influence it. A message does not name a changed field if one of these has changed too.
 _FOLLOWS = {
     "tokens": ("documents", "seq_len", "align", "questions", "seed"),
     "order": ("documents", "tokens", "seq_len", "align", "seed"),
@@ -30,7 +30,7 @@ _FOLLOWS = {
 
 
 def of_documents(documents: Iterable[Document]) -> str:
-    """xxh3-128 of the texts in their order; their names and paths play no part."""
+    """Return the xxh3-128 of the texts in their order. Names and paths do not matter."""
     state = xxhash.xxh3_128()
     for document in documents:
         text = document.text.encode()
@@ -39,28 +39,28 @@ def of_documents(documents: Iterable[Document]) -> str:
 
 
 def of_array(array: np.ndarray) -> str:
-    """xxh3-128 of an array's bytes."""
+    """Return the xxh3-128 of the bytes of an array."""
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(array).view(np.uint8))
 
 
 def of_row(row: Mapping[str, np.ndarray]) -> str:
-    """xxh3-128 of one row of a synthetic source, which stands for all of them."""
+    """Return the xxh3-128 of one row of a synthetic source, which represents all of its rows."""
     return of_array(np.stack([row[name] for name in sorted(row)]))
 
 
 def of_order(order) -> str:
-    """xxh3-128 of the first row numbers of a grain MapDataset."""
+    """Return the xxh3-128 of the first 256 row numbers of a grain MapDataset."""
     return of_array(np.array([order[i] for i in range(min(_ORDER_ROWS, len(order)))], np.int64))
 
 
 def changed(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
-    """Fields in which two identities differ, without those that differ because another one does."""
+    """Return the fields in which two identities differ, except those whose change another changed field explains."""
     names = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
     return [name for name in names if not set(_FOLLOWS.get(name, ())) & set(names)]
 
 
 def refusal(old: Mapping[str, object], new: Mapping[str, object]) -> UserError:
-    """One line that names what differs and how to go on."""
+    """Return a one-line error that names the changed settings and explains how to continue."""
     parts = []
     for name in changed(old, new):
         values = f" {old.get(name)} -> {new.get(name)}" if type(new.get(name)) is int else ""

@@ -1,13 +1,13 @@
-"""Synthetic retrieval: needles (a key of two tokens and its value) hidden in random filler, asked for at the end.
+"""Synthetic retrieval task: needles (a key of two tokens and its value) in random filler, with questions at the end.
 
 A document is
 
     bos  filler ... k k v ... filler ... k k v ... filler  ask k k v  ask k k v ...
 
-Keys, values and filler are three ranges of ids, and all keys of a document differ. Targets are the questions from the
-second token of the key on; the rest cannot be foretold. With values alone as targets no run learnt to tell keys apart;
-that the second token is what cures it was not tested by itself. Rows follow from a seed and their number alone, so
-nothing is stored, and a run goes on where it was cut.
+Keys, values and filler come from three ranges of ids, and all keys of a document differ. The targets are the second key
+token and the value of each question; all other tokens are unpredictable. When only the values were targets, no run
+learned to distinguish keys. Whether the second key token as a target is what fixed this was not tested in isolation. A
+row is a function of the seed and the row number, so nothing is stored, and a run can resume at any row.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from v4jax import config
 from v4jax.core.errors import UserError
 from v4jax.data.packing import empty_row
 
-SOURCE = config.SOURCES[1]  # what config.data.source says for it
-KEY, VALUE = 2, 1  # tokens of each
-NEEDLE, QUESTION = KEY + VALUE, 1 + KEY  # tokens of a needle, and of "ask" with a key
-_TOLD = 2  # tokens of "ask k k v" that nothing foretells: "ask" and the first of the key
-_LEAST = 16  # ids below which there is nothing to choose from
+SOURCE = config.SOURCES[1]  # value of `config.data.source` that selects this task
+KEY, VALUE = 2, 1  # tokens of a key and of a value
+NEEDLE, QUESTION = KEY + VALUE, 1 + KEY  # tokens of a needle, and of a question ("ask" and a key)
+_TOLD = 2  # unpredictable tokens of "ask k k v", which are no targets: "ask" and the first key token
+_LEAST = 16  # smallest vocabulary for which the ranges of ids are large enough
 
 
 @dataclass(frozen=True)
 class TokenRanges:
-    """Ids of a vocabulary by use: ranges of keys and values, a quarter of it each, and filler, the rest."""
+    """Partition of a vocabulary: keys and values have a quarter of the ids each, filler has the remaining ids."""
 
     bos: int
     ask: int
@@ -39,7 +39,11 @@ class TokenRanges:
 
     @classmethod
     def of(cls, model: config.Model) -> TokenRanges:
-        """Raises UserError for a vocabulary that is too small, or whose first ids are not bos and eos."""
+        """Partition the vocabulary of a model.
+
+        Raises:
+            UserError: the vocabulary is too small, or bos and eos are not the ids 0 and 1.
+        """
         size = model.vocab_size
         if size < _LEAST or {model.bos_id, model.eos_id} != {0, 1}:
             raise UserError(
@@ -54,27 +58,39 @@ class TokenRanges:
 
 @dataclass(frozen=True)
 class Haystack:
-    """tokens_T int32: bos, filler and N needles; of these the tokens needles_NS, in the order of their places."""
+    """A sequence with needles.
+
+    Attributes:
+        tokens_T: int32 [T]; bos, filler and N needles.
+        needles_NS: int32 [N, NEEDLE]; the tokens of each needle, in the order of their positions.
+    """
 
     tokens_T: np.ndarray
     needles_NS: np.ndarray
 
     def questions(self, ask: int) -> np.ndarray:
-        """How each needle is asked for: int32 [N, QUESTION]."""
+        """Return the question for each needle, the id `ask` and the key, int32 [N, QUESTION]."""
         return np.pad(self.needles_NS[:, :KEY], ((0, 0), (1, 0)), constant_values=ask)
 
     def answers(self) -> np.ndarray:
-        """What is to follow: int32 [N, VALUE]."""
+        """Return the answer to each question, int32 [N, VALUE]."""
         return self.needles_NS[:, KEY:]
 
 
 def haystack(
     rng: np.random.Generator, alphabet: TokenRanges, length: int, needles: int, kinds: int | None = None
 ) -> Haystack:
-    """`length` tokens with one needle somewhere in each of `needles` equal stretches.
+    """Generate a sequence with one needle at a random position in each of `needles` equal stretches.
 
-    kinds: make the keys of so many different tokens only (None: of all); with few, keys are alike. Raises UserError if
-    the needles do not fit or there are not so many keys.
+    Args:
+        rng: random generator.
+        alphabet: partition of the vocabulary.
+        length: number of tokens, including bos.
+        needles: number of needles.
+        kinds: number of distinct key tokens; None uses all. With fewer key tokens, keys are more similar.
+
+    Raises:
+        UserError: the needles do not fit, or there are fewer keys than needles.
     """
     stretch, kinds = (length - 1) // max(needles, 1), kinds or len(alphabet.keys)
     if stretch < NEEDLE or needles > kinds**KEY:
@@ -94,13 +110,24 @@ def haystack(
 
 
 class NeedleRows:
-    """Endless rows of `seq_len` tokens in the form of `PackedRows`: a haystack, then `questions` with their answers.
+    """Endless rows of `seq_len` tokens, with the keys of `PackedRows`: a haystack, then questions with their answers.
 
-    How many needles there are, and of how many different tokens their keys, is drawn anew for each row, evenly on a
-    logarithmic scale: few needles are to teach it to look for values at all, before it tells keys apart; few key tokens
-    are to teach it to heed the whole key. Positions jump once, by up to what `max_position_embeddings` leaves and at a
-    multiple of the compression ratios: needles then lie at every distance that the model is to bridge, though rows are
-    short (PoSE, Zhu et al. 2023). seed None: the held-out rows, which are no training rows of any seed.
+    The number of needles and the number of distinct key tokens are drawn for each row, log-uniformly. Rows with few
+    needles are meant to teach the model to retrieve values before it must distinguish keys. Rows with few key tokens
+    are meant to teach it to use the complete key.
+
+    Positions jump once per row, at a multiple of the model's compression ratios, by at most
+    `max_position_embeddings - seq_len`. Short rows therefore contain needles at all distances that the model must
+    bridge (PoSE, Zhu et al. 2023).
+
+    Args:
+        model: config of the model.
+        seq_len: tokens per row.
+        questions: questions per row.
+        seed: seed of the training rows; None gives the held-out rows, which differ from the training rows of any seed.
+
+    Raises:
+        UserError: the vocabulary is too small, or `seq_len` is too short or exceeds `max_position_embeddings`.
     """
 
     def __init__(self, model: config.Model, seq_len: int, questions: int, seed: int | None):
@@ -108,7 +135,7 @@ class NeedleRows:
         self.stream = (0, 0) if seed is None else (1, seed)
         self.align, self.eos_id = model.alignment, model.eos_id
         self.jump = model.max_position_embeddings - seq_len
-        self.hay = seq_len + 1 - questions * (QUESTION + VALUE)  # the last answer is no input
+        self.hay = seq_len + 1 - questions * (QUESTION + VALUE)  # + 1, because the last answer is not an input
         self.most = min((self.hay - 1) // (NEEDLE + 1), len(self.alphabet.keys) ** KEY // 2)
         if self.most < 1 or self.jump < 0:
             raise UserError(
@@ -137,10 +164,10 @@ class NeedleRows:
         }
 
     def empty_row(self) -> dict[str, np.ndarray]:
-        """A row of padding."""
+        """Return a row of padding."""
         return empty_row(self.seq_len, self.eos_id)
 
 
 def _log_uniform(rng: np.random.Generator, least: int, most: int) -> int:
-    """A number of least..most, each order of magnitude as likely as the next."""
+    """Draw a log-uniform integer from least to most, both inclusive."""
     return min(most, int(np.exp(rng.uniform(np.log(least), np.log(most + 1)))))

@@ -1,4 +1,4 @@
-"""Tokenised documents as rows of fixed length: long ones cut, short ones side by side, nothing lost."""
+"""Packing of tokenized documents into rows of fixed length. Long documents are cut, short ones share a row."""
 
 from __future__ import annotations
 
@@ -9,18 +9,26 @@ import xxhash
 
 
 class PackedRows:
-    """Rows of `seq_len` tokens, made on access from one flat token array.
+    """Rows of `seq_len` tokens, assembled on access from one flat token array.
 
-    A document is [bos] + ids + [eos]. Piece r of it has the inputs tok[r*T : (r+1)*T] and the targets one token later,
-    so every token but bos is a target exactly once. A piece shorter than a row shares it with others (best fit,
-    decreasing), each starting at a multiple of `align`; rows and the pieces in them keep the order of the documents.
+    A document is tok = [bos] + ids + [eos]. Its piece r has the inputs tok[r*T : (r+1)*T], and its targets are shifted
+    by one token, so every token except bos is a target exactly once. Pieces shorter than a row are packed by best fit
+    decreasing. Each piece starts at a multiple of `align` in its row. Rows, and the pieces in a row, are in the order
+    of the documents.
 
     `rows[i]` is a dict of int32 arrays [T]:
-      tokens_T     inputs; eos where padded (it is masked: segment 0, target -1)
-      targets_T    the next token, -1 where there is none
-      targets2_T   the token after that in the same document, -1 where there is none
-      segments_T   1, 2, ... for each piece, 0 where padded
-      positions_T  0-based inside the piece, 0 where padded
+      tokens_T     inputs; eos in padding, which is masked by segment 0 and target -1
+      targets_T    the next token, or -1 in padding
+      targets2_T   the token after the next one in the same document, or -1 if there is none
+      segments_T   1, 2, ... for the pieces of the row, 0 in padding
+      positions_T  position inside the piece, from 0; 0 in padding
+
+    Args:
+        documents: token ids of each document, without bos and eos.
+        seq_len: T, tokens per row; a multiple of `align`.
+        align: alignment of pieces in tokens.
+        bos_id: id that starts each document.
+        eos_id: id that ends each document.
     """
 
     def __init__(self, documents: Iterable[Sequence[int]], seq_len: int, align: int, bos_id: int, eos_id: int):
@@ -47,7 +55,7 @@ class PackedRows:
         return len(self._row_start) - 1
 
     def digest(self) -> str:
-        """xxh3-128 of all tokens and of their cut into rows, 32 hexadecimal digits."""
+        """Return the xxh3-128 of all tokens and of the layout of the rows, as 32 hexadecimal digits."""
         state = xxhash.xxh3_128()
         for array in (self._tokens, self._start, self._length, self._row_start):
             state.update(np.ascontiguousarray(array).view(np.uint8))
@@ -59,12 +67,12 @@ class PackedRows:
         return 1 - self._length.sum() / (len(self) * self.seq_len)
 
     def targets(self, rows: Iterable[int]) -> np.ndarray:
-        """Every target in these rows, in order, int32 [N]."""
+        """Return all targets of the given rows, in order, without padding, int32 [N]."""
         pieces = [p for row in rows for p in range(self._row_start[row], self._row_start[row + 1])]
         return np.concatenate([self._tokens[self._start[p] + 1 : self._start[p] + self._length[p] + 1] for p in pieces])
 
     def empty_row(self) -> dict[str, np.ndarray]:
-        """A row of padding."""
+        """Return a row of padding."""
         return empty_row(self.seq_len, self.eos_id)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
@@ -86,17 +94,25 @@ class PackedRows:
 
 
 def empty_row(seq_len: int, eos_id: int) -> dict[str, np.ndarray]:
-    """A row of padding, in the form of `PackedRows`."""
+    """Return a row of padding, as a dict like the rows of `PackedRows`."""
     row = {name: np.zeros(seq_len, np.int32) for name in ("segments_T", "positions_T")}
     row |= {name: np.full(seq_len, -1, np.int32) for name in ("targets_T", "targets2_T")}
     return {"tokens_T": np.full(seq_len, eos_id, np.int32), **row}
 
 
 def _assign_rows(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """Row of every piece: best fit decreasing, rows numbered by their first piece.
+    """Assign every piece to a row by best fit decreasing. Rows are numbered in the order of their first pieces.
 
-    Sizes and capacity count units of alignment, so open rows are kept by the room they have left, and a bit mask says
-    which amounts of room exist: the tightest fit is its lowest set bit, and a piece costs the same however many rows.
+    Open rows are grouped by their free space, and a bit mask records which amounts of free space exist. The tightest
+    fit is the lowest set bit of the mask from the size of the piece on. The cost per piece does not depend on the
+    number of rows.
+
+    Args:
+        sizes: size of each piece in units of the alignment, int [N].
+        capacity: size of a row in the same units.
+
+    Returns:
+        Row number of each piece, int64 [N].
     """
     room_rows: list[list[int]] = [[] for _ in range(capacity + 1)]
     rooms, rows = 0, 0

@@ -1,4 +1,4 @@
-"""Batches for training and evaluation: a grain pipeline over packed rows."""
+"""Batches for training and evaluation, made by a grain pipeline over packed rows."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from v4jax.data.packing import PackedRows
 from v4jax.data.sources import load_documents
 from v4jax.data.tokenizer import CONFIG_NAME, Tokenizer, token_bytes
 
-_ENDLESS = 1 << 40  # rows of a synthetic source
-_HELDOUT_NEEDLES = 64
+_ENDLESS = 1 << 40  # number of rows of a synthetic source
+_HELDOUT_NEEDLES = 64  # held-out rows of the source "needle" if `train.eval_rows` is 0
 
 
 class BatchIterator:
-    """Endless or one-pass batches; its state is a row and fits any batch size.
+    """Iterator over endless or one-pass batches, with a state that can be saved.
 
-    The state also holds the identity of the data (`data/fingerprint.py`). A state of other data is refused, or, where
-    `data.on_change` is "restart", the new data is read from its first row and the former identity is kept in
-    `former`: [{"rows": rows that were read of it, **identity}].
+    The state is the number of the next row, so it fits any batch size. It also holds the identity of the data
+    (`data/fingerprint.py`). A state of other data is refused. If `data.on_change` is "restart", the iterator instead
+    reads the new data from its first row and records the old identity in the state's list `former`:
+    [{"rows": number of rows read from that data, **identity}].
     """
 
     def __init__(self, batches: BatchDataset):
@@ -46,11 +47,19 @@ class BatchIterator:
         return batch
 
     def get_state(self) -> dict[str, object]:
-        """JSON of the place after the last batch: the next row of the global order, and what it belongs to."""
+        """Return the position after the last batch as JSON values.
+
+        Returns:
+            {"row": next row of the global order, "identity": identity of the data, "former": earlier identities}.
+        """
         return {"row": self._row, "identity": self._batches.identity, "former": self._former}
 
     def set_state(self, state: dict) -> None:
-        """Go on from a state, also one of another batch size. Raises UserError if it belongs to other data."""
+        """Continue from a state, which may come from another batch size.
+
+        Raises:
+            UserError: the state belongs to other data, and `data.on_change` is not "restart".
+        """
         old, new = state["identity"], self._batches.identity
         self._former = list(state["former"])
         if not fingerprint.changed(old, new):
@@ -64,18 +73,24 @@ class BatchIterator:
 
 @dataclass(frozen=True)
 class BatchDataset:
-    """An iterable of batches; `iter()` gives a `BatchIterator`.
+    """An iterable of batches. `iter()` returns a `BatchIterator`.
 
     A batch is a dict of int32 arrays [B, T], tokens_BT targets_BT targets2_BT segments_BT positions_BT, as described in
-    `PackedRows`; B is this process' share of the global batch.
+    `PackedRows`. B is this process's share of the global batch.
 
-    dataset_from(row): the batches from this row of the global order on. size: rows of a global batch. identity: what
-    tells these rows and their order from others. restart: a state of other data starts this data anew.
+    Bits per byte is sum(nll in nats over targets >= 0) / ln 2 / num_bytes. The target eos, which ends each document,
+    contributes its loss and 0 bytes. bos is never a target and contributes nothing. Any other target contributes its
+    loss and its number of UTF-8 bytes.
 
-    `num_targets` and `num_bytes` count one pass over all processes. Bits per byte is
-    sum(nll in nats over targets >= 0) / ln 2 / num_bytes. The model pays for predicting eos, which ends each document
-    and counts 0 bytes; bos is never a target and costs nothing; any other target counts the UTF-8 bytes it stands for.
-    Synthetic rows (`NeedleRows`) have no end and stand for no text: both are 0.
+    Attributes:
+        dataset_from: function from a row number of the global order to the batches from that row on.
+        rows: the rows.
+        batches: number of batches; None if the batches are endless.
+        num_targets: targets in one pass over the rows of all processes; 0 for synthetic rows (`NeedleRows`).
+        num_bytes: UTF-8 bytes of these targets; 0 for synthetic rows.
+        size: rows per global batch.
+        identity: fields that identify the rows and their order (`data/fingerprint.py`).
+        restart: whether an iterator that gets the state of other data starts at row 0 instead of raising UserError.
     """
 
     dataset_from: Callable[[int], grain.IterDataset]
@@ -105,14 +120,28 @@ def make_dataset(
     process_index: int = 0,
     process_count: int = 1,
 ) -> BatchDataset:
-    """Batches of `split`, "train" or "heldout", of the documents `config.data` names.
+    """Make the batches of one split of the documents that `config.data` names.
 
-    Training shuffles all rows anew each epoch by `seed` and never ends. Held-out is one pass in order, over
-    `train.eval_rows` rows spread evenly (0: all), its last batch filled up with empty rows; `seed` plays no part.
-    Process i of n holds rows [i*B/n, (i+1)*B/n) of every global batch, so the batches do not depend on n.
-    The source "needle" is synthetic: it takes no tokenizer, its rows follow from `seed` and never repeat, and held-out
-    are 64 others if `train.eval_rows` does not say how many.
-    Raises UserError for data that cannot be read, a tokenizer the model does not fit, or B not divisible by n.
+    Training batches are endless; each epoch shuffles all rows again. Held-out batches are one pass in order over
+    `train.eval_rows` evenly spaced rows (0 means all); empty rows fill the last batch. Process i of n gets the rows
+    [i*B/n, (i+1)*B/n) of every global batch of B rows, so the global batches do not depend on n.
+
+    The source "needle" is synthetic. Its training rows follow from `seed` and never repeat. Its held-out rows differ
+    from all training rows; there are `train.eval_rows` of them, or 64 if that is 0.
+
+    Args:
+        config: config of the run.
+        tokenizer: tokenizer of the documents; the source "needle" needs none.
+        split: "train" or "heldout".
+        seed: seed of the shuffle and of synthetic training rows; it does not affect held-out batches.
+        process_index: i, number of this process.
+        process_count: n, number of processes.
+
+    Returns:
+        The batches of this process.
+
+    Raises:
+        UserError: the data cannot be read, the tokenizer does not fit the model, or B is not divisible by n.
     """
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
@@ -182,13 +211,20 @@ def _needle_batches(config: Config, split: str, seed: int, mine: slice) -> Batch
 
 
 def _one_pass(chosen: np.ndarray, size: int) -> tuple[grain.MapDataset, int]:
-    """Row numbers filled up with -1 to whole batches, and how many of those there are."""
+    """Return the row numbers, padded with -1 to full batches, and the number of batches."""
     batches = -(-len(chosen) // size)
     return grain.MapDataset.source(np.pad(chosen, (0, batches * size - len(chosen)), constant_values=-1)), batches
 
 
 def _batched(order: grain.MapDataset, rows, size: int, mine: slice) -> Callable[[int], grain.IterDataset]:
-    """A function that gives this process' share of batches of `size` rows, from a row of this order on."""
+    """Return the function `dataset_from` of a `BatchDataset`.
+
+    Args:
+        order: row numbers in their global order.
+        rows: the rows.
+        size: rows per global batch.
+        mine: this process's slice of a global batch.
+    """
 
     def dataset_from(row: int) -> grain.IterDataset:
         numbers = lambda batch: [order[i] for i in range(row + batch * size, row + (batch + 1) * size)[mine]]
@@ -200,7 +236,7 @@ def _batched(order: grain.MapDataset, rows, size: int, mine: slice) -> Callable[
 
 
 def _stack(rows: PackedRows | NeedleRows, indices: Sequence[int]) -> dict[str, np.ndarray]:
-    """The rows as one batch; -1 stands for an empty row."""
+    """Stack rows to one batch. The row number -1 denotes an empty row."""
     picked = [rows[i] if i >= 0 else rows.empty_row() for i in indices]
     return {name.replace("_T", "_BT"): np.stack([row[name] for row in picked]) for name in picked[0]}
 

@@ -1,4 +1,4 @@
-"""Documents named by the config: the embedded corpus or the user's own .txt and .jsonl files."""
+"""Loading of the documents that a config names: the embedded corpus or the user's own .txt and .jsonl files."""
 
 from __future__ import annotations
 
@@ -13,17 +13,26 @@ from v4jax.core.paths import local_path
 from v4jax.data.corpus import Corpus, Document, load_corpus
 
 EMBEDDED = SOURCES[0]
-HELDOUT_EVERY = 50  # documents
-HELDOUT_TAIL = 0.02  # of the only document
+HELDOUT_EVERY = 50  # one of this many documents is held out
+HELDOUT_TAIL = 0.02  # fraction of the text that is held out if there is only one document
 
 
 def load_documents(config: Data) -> Corpus:
-    """Training and held-out documents of `data.source` and `data.heldout`.
+    """Load the training and held-out documents of `data.source` and `data.heldout`.
 
-    A .txt file is one document, a line of a .jsonl file is one (its field "text"); documents of white space alone are
-    left out. Held out are, in this order: the files of `data.heldout` (never also trained on), the embedded corpus' own
-    split, every 50th document (the last of fewer), the last 2 % of a single document, cut at a line.
-    Raises UserError naming the file, and the byte or line where it is wrong.
+    A .txt file is one document. Each line of a .jsonl file is one document, its field "text". Documents that contain
+    only white space are dropped. The first rule that applies selects the held-out documents:
+
+    1. the files of `data.heldout`, which are excluded from training
+    2. the split of the embedded corpus
+    3. every 50th document, or the last one of fewer than 50
+    4. the last 2 % of a single document, cut at the end of a line
+
+    Args:
+        config: the group `data` of a config.
+
+    Raises:
+        UserError: a file cannot be read; the message names the file, and the byte or line of the problem.
     """
     heldout_files = find_files(config.heldout) if config.heldout else []
     if config.source == EMBEDDED:
@@ -39,7 +48,14 @@ def load_documents(config: Data) -> Corpus:
 
 
 def find_files(spec: str) -> list[pathlib.Path]:
-    """Absolute paths of the .txt and .jsonl files of a path, a directory (searched through) or a glob, sorted."""
+    """Return the sorted absolute paths of the .txt and .jsonl files that `spec` selects.
+
+    Args:
+        spec: a file, a directory (searched recursively), or a glob.
+
+    Raises:
+        UserError: `spec` selects no such file.
+    """
     path = local_path(spec, "data").expanduser()
     if path.is_dir():
         found = path.rglob("*")
@@ -57,13 +73,13 @@ def find_files(spec: str) -> list[pathlib.Path]:
 
 
 def _expand(path: pathlib.Path) -> list[pathlib.Path]:
-    """Files that match a glob; the directories at its front that exist are taken literally, whatever their names."""
+    """Return the files that match a glob. Its longest prefix that is an existing directory is taken literally."""
     root = next(parent for parent in path.parents if parent.is_dir())
     return [root / name for name in glob.glob(str(path.relative_to(root)), root_dir=root, recursive=True)]
 
 
 def read_files(files: list[pathlib.Path]) -> list[Document]:
-    """All documents of `files` that hold more than white space. Raises UserError if there is none."""
+    """Read all documents of `files` that contain more than white space. Raises UserError if there is none."""
     documents = [d for path in files for d in _read_file(path) if d.text and not d.text.isspace()]
     if not documents:
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
@@ -72,7 +88,7 @@ def read_files(files: list[pathlib.Path]) -> list[Document]:
 
 
 def hold_out(documents: list[Document]) -> Corpus:
-    """Split by the rule of `load_documents`. Raises UserError if a single document is too short to split."""
+    """Split documents by rules 3 and 4 of `load_documents`. Raises UserError if a single document is too short."""
     if len(documents) > 1:
         last = HELDOUT_EVERY if len(documents) >= HELDOUT_EVERY else len(documents)
         return Corpus([d for i, d in enumerate(documents, 1) if i % last], documents[last - 1 :: last])
@@ -85,7 +101,7 @@ def hold_out(documents: list[Document]) -> Corpus:
 
 
 def _read_file(path: pathlib.Path) -> list[Document]:
-    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4  # bytes and text of all of it are in memory
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4  # memory holds the bytes and the decoded text
     if (size := path.stat().st_size) > most:
         raise UserError(f"{path} has {size:,} bytes, more than a quarter of this machine's memory; split it")
     try:

@@ -20,8 +20,9 @@ from v4jax.core.errors import UserError
 from v4jax.data import tokenizer_file
 from v4jax.data.corpus import ASSETS
 
-# How GPT-2 splits text before BPE, for ASCII text, where Python's classes equal \s, \p{L}, \p{N}. The ids of a word do
-# not depend on its neighbours, so equal words are encoded once: a third of the library's time for the embedded corpus.
+# GPT-2's split of text into words before BPE, for ASCII text, for which Python's character classes equal \s, \p{L} and
+# \p{N}. The ids of a word do not depend on its neighbors, so equal words are encoded once. For the embedded corpus this
+# takes a third of the time of the tokenizers library.
 GPT2_PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 GPT2_WORDS = re.compile(r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
 
@@ -32,21 +33,22 @@ _log = logging.getLogger(__name__)
 
 
 class Tokenizer:
-    """Encodes text; knows the ids of bos, eos and pad.
+    """A tokenizer with the ids of bos, eos and pad.
 
     Args:
-        path: "auto" (the packaged BPE), a tokenizer.json, or a directory holding one.
-        bos_id, eos_id, pad_id: ids that stand before those of the files beside it, which are tokenizer_config.json and
-            special_tokens_map.json. A missing pad is eos.
-        model: its bos_id and the first of its eos_ids stand for a token that no file names.
-        add_bos: put bos before every document, even where the files do not ask for it.
+        path: "auto" (the packaged BPE), a tokenizer.json, or a directory that contains one.
+        bos_id, eos_id, pad_id: ids that override those named in tokenizer_config.json and special_tokens_map.json
+            beside tokenizer.json. Without any pad id, pad is eos.
+        model: model whose bos_id and first eos id are used if no file names the token.
+        add_bos: put bos before every document, even if the files do not ask for it.
 
     Attributes:
-        bos_id: None only if no file names one and that of `model` is None too.
-        eos_id: as bos_id.
+        bos_id: id of bos; None only if no file names bos and `model.bos_id` is None.
+        eos_id: id of eos; None only if no file names eos and `model` has no eos id.
+        pad_id: id of pad.
 
     Raises:
-        UserError: the file cannot be read, or nothing says which id bos or eos has.
+        UserError: the file cannot be read, or the id of bos or eos is unknown.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Tokenizer:
         self._path, (spec, self._json) = path, tokenizer_file.read(path)
         self._byte_level = "ByteLevel" in json.dumps(spec.get("decoder"))
         self._backend = tokenizer_file.build(spec, self._json, path)
-        self._backend.encode_special_tokens = True  # "<bos>" typed by a user is five characters, not a control token
+        self._backend.encode_special_tokens = True  # "<bos>" in user text is five characters, not the token
         pre_tokenizer = {k: v for k, v in (spec.get("pre_tokenizer") or {}).items() if k in GPT2_PRE_TOKENIZER}
         self._gpt2_words = (
             pre_tokenizer == GPT2_PRE_TOKENIZER
@@ -93,11 +95,11 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, directory: str | os.PathLike) -> Tokenizer:
-        """The tokenizer that `save` or Hugging Face wrote to `directory`."""
+        """Load the tokenizer that `save` or Hugging Face wrote to `directory`."""
         return cls(pathlib.Path(directory) / "tokenizer.json")
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write tokenizer.json and tokenizer_config.json; transformers then gives the ids of `encode_document`."""
+        """Write tokenizer.json and tokenizer_config.json. Transformers then gives the ids of `encode_document`."""
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
@@ -108,45 +110,45 @@ class Tokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id."""
+        """The largest id plus 1."""
         return max(self._backend.get_vocab().values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; special tokens are neither added nor seen in it."""
+        """Return the token ids of `text`. Special tokens are neither added nor recognized in the text."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_document(
         self, text: str, *, add_special_tokens: bool = True, parse_special_tokens: bool = False
     ) -> list[int]:
-        """Token ids of the beginning of a document.
+        """Return the token ids of the beginning of a document.
 
         Args:
-            text: any text; "" gives the added tokens alone.
-            add_special_tokens: add what the post-processor of tokenizer.json says, such as bos before the text.
-            parse_special_tokens: read "<bos>" in the text as that token, as transformers does unless it is told
-                `split_special_tokens=True`; False: as the characters.
+            text: any text; "" gives only the added tokens.
+            add_special_tokens: add the tokens of the post-processor of tokenizer.json, such as bos before the text.
+            parse_special_tokens: True encodes "<bos>" in the text as that token, as transformers does by default.
+                False encodes it as plain characters, as transformers does with `split_special_tokens=True`.
         """
         backend = self._parsing_backend if parse_special_tokens else self._backend
         return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def special_tokens_in(self, text: str) -> list[str]:
-        """The special tokens that `text` spells out."""
+        """Return the special tokens whose spelling occurs in `text`."""
         added = self._backend.get_added_tokens_decoder().values()
         return [token.content for token in added if token.special and token.content in text]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of every text, in a third of the time or on all cores."""
+        """Return `encode(text)` for every text, in a third of the time (see GPT2_WORDS) or on all cores."""
         ids_of: dict[str, list[int]] = {}
         rest = iter(self._encode_all([text for text in texts if not self._is_fast(text)]))
         return [self._encode_words(text, ids_of) if self._is_fast(text) else next(rest) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; special tokens are dropped, bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of `ids`. Special tokens are dropped; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
     @functools.cached_property
     def pieces(self) -> list[bytes]:
-        """The bytes each id contributes to decoded text [V]; b"" for special tokens and unused ids."""
+        """The bytes that each id adds to decoded text, a list [V]; b"" for special tokens and unused ids."""
         backend, added = self._backend, self._backend.get_added_tokens_decoder()
         pieces = [b""] * self.vocab_size
         if self._byte_level:
@@ -154,9 +156,9 @@ class Tokenizer:
             for token, i in backend.get_vocab().items():
                 try:
                     pieces[i] = bytes(unicode_to_byte[c] for c in token)
-                except KeyError:  # an added token, stored as plain text
+                except KeyError:  # an added token, which is stored as plain text
                     pieces[i] = token.encode()
-        else:  # a token's text after another token, because many decoders strip the space of the first one
+        else:  # take the token's text behind another token, because many decoders strip the space of the first token
             vocab = backend.get_vocab()
             texts = backend.decode_batch([[i] for i in vocab.values()] + [[i, i] for i in vocab.values()])
             for (token, i), once, twice in zip(vocab.items(), texts[: len(vocab)], texts[len(vocab) :], strict=True):
@@ -171,7 +173,7 @@ class Tokenizer:
         return self._gpt2_words and text.isascii()
 
     def _encode_words(self, text: str, ids_of: dict[str, list[int]]) -> list[int]:
-        """Ids of an ASCII text, word by word; `ids_of` remembers the words met so far."""
+        """Return the ids of an ASCII text, encoded word by word. `ids_of` caches the ids of words."""
         words = GPT2_WORDS.findall(text)
         new = list(set(words) - ids_of.keys())
         ids_of.update(zip(new, self._encode_all(new), strict=True))
@@ -182,19 +184,19 @@ class Tokenizer:
 
     @functools.cached_property
     def _parsing_backend(self) -> tokenizer_file.Guarded:
-        """The backend that sees special tokens in text; apart, because the setting is not one of a call."""
+        """A backend that recognizes special tokens in text. The setting belongs to a backend, not to a call."""
         backend = self._backend.copy()
         backend.encode_special_tokens = False
         return backend
 
     def _put_bos_first(self) -> None:
-        """Have the post-processor add bos, so that transformers adds it too."""
+        """Change the post-processor in tokenizer.json to add bos, so that transformers adds it too."""
         token = self._backend.id_to_token(self.bos_id)
         if token is None:
             raise UserError(f"the tokenizer has no token of the id {self.bos_id}, which is to be its bos")
         spec = json.loads(self._backend.to_str())
         first, before = _bos_template(token, self.bos_id), spec["post_processor"]
-        # The template comes last and stands for any other: only a processor that adds no tokens may stay before it.
+        # The template replaces any other post-processor. Only one that adds no tokens may stay, before the template.
         keeps = before is not None and before["type"] == "ByteLevel"
         spec["post_processor"] = {"type": "Sequence", "processors": [before, first]} if keeps else first
         self._json = (json.dumps(spec, indent=2, ensure_ascii=False) + "\n").encode()
@@ -202,7 +204,13 @@ class Tokenizer:
         self._backend.encode_special_tokens = True
 
     def _special(self, name: str, given: int | None, fallback: tuple[int | None] | None) -> int | None:
-        """The id given, that of the token that the files name, or the one in `fallback`, if there is one."""
+        """Return the id of a special token.
+
+        Args:
+            name: "bos", "eos" or "pad".
+            given: id that the caller passed, which has priority.
+            fallback: (id,) to use if the files name no such token; None raises UserError in that case.
+        """
         if given is not None:
             return given
         token = self._config.get(f"{name}_token")
@@ -214,19 +222,23 @@ class Tokenizer:
 
 
 def load_tokenizer(directory: str | os.PathLike, model: config.Model) -> Tokenizer | None:
-    """The tokenizer in a checkpoint directory; None if there is none, and then the model takes token ids only.
+    """Load the tokenizer of a checkpoint directory.
 
-    Where its files name no bos or eos, they are the model's.
+    If the files name no bos or eos, the ids of the model are used.
+
+    Returns:
+        The tokenizer, or None if the directory has none; the model then accepts only token ids.
     """
     path = pathlib.Path(directory)
     return Tokenizer(path, model=model) if (path / "tokenizer.json").is_file() else None
 
 
 class Detokenizer:
-    """Turns a stream of token ids into text, never showing half of a UTF-8 character.
+    """Converts a stream of token ids to text, and never returns a part of a UTF-8 character.
 
-    What `push` and `flush` return joins to `tokenizer.decode` of all ids; only, where that strips the space of the
-    first token (as Llama's does), the stream keeps it, since it continues a prompt. A push costs its token's length.
+    The concatenated results of `push` and `flush` equal `tokenizer.decode` of all ids, with one exception. If the
+    decoder strips the space of the first token, as Llama's does, the stream keeps the space, because it continues a
+    prompt. The cost of a `push` is proportional to the length of its token.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -234,21 +246,24 @@ class Detokenizer:
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
 
     def push(self, token_id: int) -> str:
-        """Text completed by this token; "" for a special token, an unknown id or a character still incomplete."""
+        """Return the text that this token completes; "" for a special token, unknown id or incomplete character."""
         return self._decode(self._pieces[token_id]) if 0 <= token_id < len(self._pieces) else ""
 
     def flush(self) -> str:
-        """What is left at the end of the stream: U+FFFD if it stopped inside a character."""
+        """End the stream. Return U+FFFD if it ended inside a character, else ""."""
         return self._decode(b"", final=True)
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """UTF-8 bytes each id stands for, int32 [V]; 0 for bos, eos and pad. In byte-level BPE they sum to the text's."""
+    """Return the number of UTF-8 bytes of each id, int32 [V]; 0 for special tokens.
+
+    With a byte-level BPE the sum over the ids of a text is the number of bytes of the text.
+    """
     return np.array([len(piece) for piece in tokenizer.pieces], np.int32)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE of exactly `vocab_size` entries: SPECIALS, 256 bytes, merges."""
+    """Train a byte-level BPE with exactly `vocab_size` entries: SPECIALS, the 256 bytes, and merges."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -265,7 +280,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
 
 
 def write_atomic(path: pathlib.Path, data: bytes) -> None:
-    """Write all of `data` to `path` or leave what was there."""
+    """Write `data` to `path` atomically: on failure the old content remains."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_bytes(data)
@@ -275,7 +290,7 @@ def write_atomic(path: pathlib.Path, data: bytes) -> None:
 
 
 def _bos_template(token: str, id: int) -> dict:
-    """The post-processor that puts bos before a text, and before each of a pair."""
+    """Return the JSON of a post-processor that puts bos before a text, and before each text of a pair."""
     bos = lambda segment: {"SpecialToken": {"id": token, "type_id": segment}}
     text = lambda name, segment: {"Sequence": {"id": name, "type_id": segment}}
     return {
@@ -287,7 +302,10 @@ def _bos_template(token: str, id: int) -> dict:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in of every byte: printable Latin-1 as itself, the rest from U+0100 on, in byte order."""
+    """Return {character: byte} of GPT-2's byte alphabet.
+
+    A printable Latin-1 character denotes itself. The characters from U+0100 on denote the other bytes in order.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}

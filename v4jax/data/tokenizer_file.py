@@ -1,7 +1,7 @@
-"""tokenizer.json and tokenizer_config.json of unknown origin, held against bounds before the library sees them.
+"""Reader of untrusted tokenizer.json and tokenizer_config.json files, which checks limits before the library sees them.
 
-The tokenizers library takes what a file says: an id of 10^9 becomes a table of that size, a hundred nested sequences
-are tried in 2^100 ways, and some contradictions end in a Rust panic, which is no Exception in Python.
+The tokenizers library trusts a file. An id of 10^9 allocates a table of that size, a hundred nested sequences are tried
+in 2^100 ways, and some contradictions cause a Rust panic, which is not an Exception in Python.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from v4jax.core.errors import UserError
 
 MAX_ID = (1 << 24) - 1
 _MAX_TOKEN = 8192  # characters of one token; published ones have up to 1,024
-_MAX_ADDED, _MAX_ADDED_TEXT = 1 << 16, 1 << 20  # added tokens, and characters of all of them
-_MAX_PARTS = 10_000  # values in normalizer, pre_tokenizer, post_processor and decoder
-_MAX_NESTING = 10  # of those; published ones nest up to 7 levels, a Sequence inside a Sequence among them
+_MAX_ADDED, _MAX_ADDED_TEXT = 1 << 16, 1 << 20  # number of added tokens, and their total number of characters
+_MAX_PARTS = 10_000  # values in normalizer, pre_tokenizer, post_processor and decoder together
+_MAX_NESTING = 10  # nesting depth of these four; published ones have up to 7 levels, including nested Sequences
 _MAX_PATTERN = 4096  # characters of a regular expression; published ones have up to 700
-_MAX_GROWTH = 4096  # times that replacements may lengthen a text
+_MAX_GROWTH = 4096  # factor by which replacements may lengthen a text
 _CURE = "take the tokenizer.json that came with the weights"
 _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -32,7 +32,14 @@ Result = TypeVar("Result")
 
 
 def read(path: pathlib.Path) -> tuple[dict, bytes]:
-    """(parsed tokenizer.json, its bytes). Raises UserError for a file that no tokenizer can come from."""
+    """Read and check a tokenizer.json.
+
+    Returns:
+        The parsed JSON object, and the bytes of the file.
+
+    Raises:
+        UserError: the file cannot be read, is not a tokenizer.json, or exceeds a limit.
+    """
     try:
         data = untrusted_json.read_bytes(path, untrusted_json.LARGE)
         spec = untrusted_json.parse(data, untrusted_json.LARGE)
@@ -49,7 +56,11 @@ def read(path: pathlib.Path) -> tuple[dict, bytes]:
 
 
 def read_config(path: pathlib.Path) -> dict:
-    """Parsed tokenizer_config.json, or another file that names special tokens. Raises UserError."""
+    """Read a tokenizer_config.json, or another JSON file that names special tokens.
+
+    Raises:
+        UserError: the file is not a JSON object, or a special token is not text.
+    """
     values = untrusted_json.read_object(path)
     for name, token in values.items():
         content = token.get("content") if isinstance(token, dict) else token
@@ -59,7 +70,7 @@ def read_config(path: pathlib.Path) -> dict:
 
 
 class Guarded:
-    """A tokenizer of the library; whatever its methods raise, panics included, is a UserError."""
+    """Wrapper of a library tokenizer that converts every error of its methods, including Rust panics, to UserError."""
 
     __slots__ = ("_backend", "_what")
 
@@ -68,7 +79,7 @@ class Guarded:
         object.__setattr__(self, "_what", what)
 
     def copy(self) -> Guarded:
-        """The same tokenizer again, with settings of its own."""
+        """Return a copy of the tokenizer with independent settings."""
         return Guarded(_guarded(self._what, tokenizers.Tokenizer.from_str, self.to_str()), self._what)
 
     def __getattr__(self, name: str):
@@ -80,8 +91,17 @@ class Guarded:
 
 
 def build(spec: dict, data: bytes, path: pathlib.Path) -> Guarded:
-    """The library's tokenizer of what `read` gave, without truncation and padding. Raises UserError if it refuses."""
-    if spec.get("truncation") or spec.get("padding"):  # never used here, and lengths in them can make the library panic
+    """Build the library's tokenizer without truncation and padding.
+
+    Args:
+        spec: parsed JSON that `read` returned.
+        data: bytes that `read` returned.
+        path: path of the file, for error messages.
+
+    Raises:
+        UserError: the library refuses the file, or the tokenizer has no tokens.
+    """
+    if spec.get("truncation") or spec.get("padding"):  # v4jax uses neither, and their lengths can cause a Rust panic
         data = json.dumps(spec | {"truncation": None, "padding": None}).encode()
     text = data.decode("utf-8-sig")
     backend = _guarded(f"the tokenizers library refuses {path}", tokenizers.Tokenizer.from_str, text)
@@ -91,22 +111,22 @@ def build(spec: dict, data: bytes, path: pathlib.Path) -> Guarded:
 
 
 def _guarded(what: str, action: Callable[..., Result], *args, **options) -> Result:
-    """`action` with its errors, and panics in Rust, as a UserError that begins with `what`."""
+    """Call `action` and convert its errors, including Rust panics, to a UserError that begins with `what`."""
     try:
         return action(*args, **options)
     except MemoryError:
         raise
     except BaseException as error:
-        # A panic is a BaseException, lest it is caught by chance, and its class cannot be imported.
+        # A Rust panic is a BaseException, so that it is not caught by accident. Its class cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{what}: {str(error)[:200]}; {_CURE}") from error
 
 
 def _vocabulary(model: dict) -> str:
-    """What is wrong with a model's tokens; "" if nothing is."""
+    """Return the problem with the vocabulary of a tokenizer model, or "" if there is none."""
     vocab = model.get("vocab")
-    if isinstance(vocab, list):  # Unigram: [token, score] each
+    if isinstance(vocab, list):  # Unigram: a list of [token, score]
         ids, tokens = range(len(vocab)), [item[0] if isinstance(item, list) and item else None for item in vocab]
     elif isinstance(vocab, dict):
         ids, tokens = vocab.values(), vocab
@@ -122,7 +142,7 @@ def _vocabulary(model: dict) -> str:
 
 
 def _added(tokens) -> str:
-    """What is wrong with the added tokens; "" if nothing is."""
+    """Return the problem with the added tokens, or "" if there is none."""
     if not isinstance(tokens, list) or len(tokens) > _MAX_ADDED:
         return f"has added_tokens that are no list of at most {_MAX_ADDED:,}"
     size = 0
@@ -136,7 +156,7 @@ def _added(tokens) -> str:
 
 
 def _parts(spec: dict) -> str:
-    """What is wrong with the steps around the model; "" if nothing is."""
+    """Return the problem with the normalizer, pre_tokenizer, post_processor or decoder, or "" if there is none."""
     level, count, growth = [], 0, 1
     for name in _PARTS:
         if not isinstance(spec.get(name), dict | None):
