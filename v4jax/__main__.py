@@ -1,4 +1,4 @@
-"""The process of `v4jax <command>` and `python -m v4jax <command>`: `cli.main`, and how it ends."""
+"""Entry point of `v4jax <command>` and `python -m v4jax <command>`: runs `cli.main` and sets the exit code."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 def run() -> NoReturn:
     """Run the command line and end with its exit code. Ctrl-C gives 130 at any moment, imports included."""
     sys.unraisablehook = _unraisable
-    heeds = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a shell lets its background jobs ignore it
+    heeds = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # False in a shell's background job
     if heeds:
         signal.signal(signal.SIGINT, _interrupt)
     try:
         from v4jax.cli import main
 
         code = main()
-        if heeds:  # what is left is Python's own end, which would print a traceback
+        if heeds:  # an interrupt while Python shuts down would print a traceback
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-    except KeyboardInterrupt:  # while `cli` was imported, or a second one
+    except KeyboardInterrupt:  # during the import of `cli`, or a second interrupt
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         print("\nv4jax: interrupted", file=sys.stderr)
         code = _INTERRUPTED
@@ -34,10 +34,10 @@ def run() -> NoReturn:
 
 
 def _interrupt(signum, frame) -> None:
-    """Raise KeyboardInterrupt, where it can go up.
+    """Raise KeyboardInterrupt where it can propagate.
 
-    In the middle of an import the process ends at once: extension modules (numpy in jaxlib's, for one) turn what is
-    raised there into an ImportError and print tracebacks of their own.
+    During an import, the process ends at once instead, because extension modules (such as numpy inside jaxlib's) turn
+    an exception that is raised there into an ImportError and print tracebacks of their own.
     """
     at = frame
     while at is not None:
@@ -51,7 +51,7 @@ def _interrupt(signum, frame) -> None:
 
 
 def _unraisable(unraisable) -> None:
-    """Python drops an exception of a callback or a finalizer; an interrupt that strikes there comes again later."""
+    """Raise an interrupt again later if it hit a callback or a finalizer, whose exceptions Python drops."""
     if not isinstance(unraisable.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
     elif threading.current_thread() is threading.main_thread():
@@ -64,7 +64,7 @@ def _come_again() -> None:
 
 
 def _leave() -> NoReturn:
-    with contextlib.suppress(OSError, RuntimeError):  # its reader is gone, or it is being written
+    with contextlib.suppress(OSError, RuntimeError):  # the reader is gone, or a write is in progress
         sys.stdout.flush()
     os._exit(_INTERRUPTED)
 

@@ -1,8 +1,8 @@
 """The command line: `v4jax <command> [flags]`, one thin function a command.
 
-A command is a function here and a row of `COMMANDS`, which says what flags it takes; `cli_flags.py` parses them. What
-commands work with is imported when they run, because help and mistakes must not wait for jax. Nothing global is
-touched, so `main` can be called from Python.
+A command is a function of this module and a row of `COMMANDS` with its flags, which `cli_flags.py` parses. A command
+imports its packages when it runs, because help and error messages must not wait for jax. `main` changes no global
+flags, so it can be called from Python.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _train(values: flags.FlagValues, config: config_lib.Config) -> None:
 
 
 def _place(values: flags.FlagValues):
-    """The place of this process in a run of several: by flags, or by what a launcher left in the environment."""
+    """Return the ProcessInfo of this process in a multi-process run, from flags or the launcher's environment."""
     from v4jax.parallel.distributed import ProcessInfo, detect_process
 
     if values.coordinator is None:
@@ -89,14 +89,14 @@ def _generate(values: flags.FlagValues, _: None) -> None:
 
 
 def _ids(values: flags.FlagValues, name: str) -> list[int]:
-    """Token ids of a flag such as --eos_id=1,5."""
+    """Parse the token ids of a flag such as --eos_id=1,5."""
     if not all(text.strip().isdecimal() for text in values[name].value):
         raise UserError(f"--{name}={','.join(values[name].value):.60} is no list of token ids such as 1,5")
     return [int(text) for text in values[name].value]
 
 
 def _mesh(values: flags.FlagValues) -> dict[str, config_lib.Mesh]:
-    """The mesh that the flags ask for, as `mesh`, its processes joined; nothing if they ask for none."""
+    """Join the processes and return the option `mesh` if the flags ask for a mesh, else no option."""
     if not values.mesh:
         if values.coordinator:
             raise UserError("several processes generate on one mesh; add --mesh=serve, or drop --coordinator")
@@ -352,7 +352,7 @@ COMMANDS = {
 
 
 def _prompts(values: flags.FlagValues) -> list[str]:
-    """The prompts of the command line, in files and on stdin, which is read once."""
+    """Return the prompts of the command line, of files and of stdin, which is read at most once."""
     stdin = [*values.prompt, *values.prompt_file].count("-")
     if stdin > 1:
         raise UserError("stdin holds one prompt; give one of --prompt=- and --prompt_file=- once")
@@ -364,7 +364,7 @@ def _prompts(values: flags.FlagValues) -> list[str]:
 
 
 def _read_prompt(path: str) -> str:
-    """Text of a prompt file, or of stdin for "-", without its last line break."""
+    """Read a prompt file, or stdin for "-", without its last line break."""
     try:
         data = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
         return data.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
@@ -375,7 +375,7 @@ def _read_prompt(path: str) -> str:
 
 
 def _typed(flag: str, text: str) -> str:
-    """The text of a flag, whatever locale the arguments were decoded by."""
+    """Decode the text of a flag as UTF-8, independent of the locale by which Python decoded the arguments."""
     try:
         return os.fsencode(text).decode("utf-8")
     except UnicodeEncodeError:  # not from the command line, where every byte has a stand-in
@@ -385,7 +385,7 @@ def _typed(flag: str, text: str) -> str:
 
 
 def _write_streams(pieces: Iterable[tuple[int, str]], prompts: list[str]) -> None:
-    """Print `(prompt index, text)` pieces: the first prompt live, the others whole, after it, each under its prompt."""
+    """Print `(prompt index, text)` pieces: the first answer as it streams, the complete others after it."""
     rest = [""] * len(prompts)
     if len(prompts) > 1:
         print(f"==> {prompts[0]}")
@@ -463,7 +463,7 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code
     except BrokenPipeError:
-        # Python flushes stdout once more at exit; give it somewhere to go.
+        # Python flushes stdout once more at exit, so redirect it to the null device.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
@@ -478,7 +478,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _replacing_stdout() -> Iterator[None]:
-    """Inside, a character that the encoding of stdout lacks is printed as "?"; stderr writes it as an escape anyway."""
+    """Print "?" for characters that stdout's encoding lacks, inside the context; stderr escapes them anyway."""
     stdout = sys.stdout
     errors = getattr(stdout, "errors", None)
     if not hasattr(stdout, "reconfigure") or errors not in ("strict", "surrogateescape"):

@@ -1,4 +1,4 @@
-"""Completion of `v4jax` in bash and zsh: a script made from the declared flags, which asks nothing while one types."""
+"""Completion of `v4jax` in bash and zsh: a static script made from the declared flags, which starts no process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _REGISTER = {
 
 
 def script(commands: Mapping[str, Command], arguments: Sequence[str]) -> str:
-    """The completion script of the shell that `arguments` name. Raises UserError for any other."""
+    """Return the completion script of the shell named in `arguments`; raise UserError for an unknown shell."""
     if len(arguments) != 1 or arguments[0] not in _REGISTER:
         raise UserError("completion needs the shell: v4jax completion bash, or v4jax completion zsh")
     cases = [case for name, command in commands.items() for case in _cases(name, command)]
@@ -49,7 +49,7 @@ def script(commands: Mapping[str, Command], arguments: Sequence[str]) -> str:
 
 
 def _cases(name: str, command: Command) -> list[str]:
-    """Branches for one command: values of its enumerations and presets, config fields, flags."""
+    """Return the `case` branches of one command: values of enumerations and presets, config fields, flags."""
     cases = []
     starts = [f"--{flag.name}=" for flag in command.flags]
     for flag in command.flags:

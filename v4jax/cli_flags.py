@@ -1,7 +1,7 @@
-"""The flags of a command: how they are declared, explained and parsed, with typed overrides of a config among them.
+"""Flags of a command: declaration, help and parsing, including typed overrides of a config.
 
-Parsed into a private `FlagValues`, so that nothing global is touched. Only the standard library and absl are imported
-until a config is read: help and mistakes must not wait for jax.
+Flags are parsed into a private `FlagValues`, so no global state changes. Until a config is read, only the standard
+library and absl are imported, because help and error messages must not wait for jax.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Flag:
     define: Callable = flags.DEFINE_string
     default: object = None
     options: dict = field(default_factory=dict)  # bounds, enum values, required
-    shown: str = ""  # the default as `--help` says it, where `default` does not
+    shown: str = ""  # the default that `--help` shows if `default` does not hold it
 
     @property
     def values(self) -> tuple[str, ...]:
@@ -42,7 +42,7 @@ class Flag:
 
     @property
     def form(self) -> str:
-        """How a value is written, for `--help`."""
+        """Placeholder of the value in `--help`."""
         if self.values:
             return "|".join(self.values)
         return _FORMS.get(self.define, "...")
@@ -78,7 +78,7 @@ def define_size(name: str, default: int | None, help: str, flag_values: flags.Fl
 
 
 def explicit_flags(values: flags.FlagValues, *names: str) -> dict:
-    """The flags among `names` that were typed; the callee's own defaults stand for the others."""
+    """Return the flags among `names` that the user gave; for the others, the callee's defaults apply."""
     return {name: values[name].value for name in names if values[name].present}
 
 
@@ -94,7 +94,7 @@ _WIDTH = 30  # columns of a flag in `--help`; a longer one has a line of its own
 
 
 def command_help(name: str, command: Command) -> str:
-    """What `v4jax name --help` prints."""
+    """Return the text of `v4jax name --help`."""
     rows = []
     if command.has_config:
         default = f" (default: {command.default_config})" if command.default_config else ""
@@ -225,7 +225,7 @@ def _define_config(command: Command, argv: list[str], values: flags.FlagValues):
 
     rest = _spell_out(base, rest)
 
-    from ml_collections import config_dict, config_flags  # a fifth of a second that help and mistakes do without
+    from ml_collections import config_dict, config_flags  # slow to import (0.2 s); help and errors skip it
 
     config = config_dict.ConfigDict(base)
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
@@ -273,7 +273,7 @@ def _leaves(values: dict, prefix: str = "") -> Iterable[tuple[str, object]]:
 
 
 def _tuple_of(text: str) -> tuple:
-    """`a,b` and `('a', 'b')` alike."""
+    """Parse a tuple typed as `a,b` or as `('a', 'b')`."""
     try:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError):
@@ -282,7 +282,7 @@ def _tuple_of(text: str) -> tuple:
 
 
 def _unknown_field(path: str, leaves: list[str]) -> str:
-    """One line for a field that does not exist, with the nearest one that does."""
+    """Return a one-line error for a field that does not exist, with the nearest existing field."""
     inside = [leaf for leaf in leaves if leaf.startswith(path + ".")]
     if inside:
         return f"config field {path!r} is a group; set a field of it, such as --config.{inside[0]}=..."
@@ -298,7 +298,7 @@ def _unknown_field(path: str, leaves: list[str]) -> str:
 
 
 def _illegal_value(values: flags.FlagValues, message: str) -> str:
-    """absl's message, or a plainer one where absl quotes Python's conversion error."""
+    """Return absl's message, or a plainer one if absl quotes Python's conversion error."""
     python_says = "(invalid literal|could not convert|Non-boolean)"
     match = re.fullmatch(rf"flag --([^=]+)=(.*): .*{python_says}.*", message, re.DOTALL)
     if not match:

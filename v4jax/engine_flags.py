@@ -1,7 +1,7 @@
 """The flags of `v4jax generate`: one row for each option of `LLM`, its cache and `SamplingParams`.
 
-A row holds the help text and what the type of the option does not say. Types come from the fields of `config.Serve` and
-`config.Cache`, so a new field is one new row, and a test fails while the row is missing.
+A row holds the help text, and the limits that the option's type does not express. Types come from the fields of
+`config.Serve` and `config.Cache`, so a new field needs one new row, and a test fails while the row is missing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from v4jax import config
 from v4jax.cli_flags import Flag, define_size
 from v4jax.core.config_limits import CHOICES
 
-STORED = "the checkpoint's"  # default of what `LLM` takes from the checkpoint where it is not given
+STORED = "the checkpoint's"  # shown default of options that `LLM` takes from the checkpoint
 _DEFINE = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
@@ -64,7 +64,7 @@ CACHE = {
 
 
 def _flags(fields_of: type, rows: Mapping[str, Row]) -> dict[str, Flag]:
-    """A flag for each field of a config dataclass that has a row, by the name of the field."""
+    """Return a flag for each row, by the name of its field in the config dataclass `fields_of`."""
     hints, unset = typing.get_type_hints(fields_of), fields_of()
     return {name: _flag(name, row, hints[name], getattr(unset, name)) for name, row in rows.items()}
 

@@ -1,4 +1,4 @@
-"""What a model is worth, measured."""
+"""Quality evaluations of a checkpoint: perplexity, KV-cache quantization, and needles in haystacks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,21 @@ from v4jax.core.errors import UserError
 from v4jax.core.reporting import write_json
 
 SUITES = ("kv_quant", "needle", "perplexity")
-_TOLD = 4  # broken bounds that the last line names; the table shows all
+_TOLD = 4  # maximum number of violated bounds named in the error; the table shows all
 
 
 def run(suite: str, checkpoint: str, json: str | None = None, **options) -> list[dict]:
-    """Run a suite on a checkpoint, print its table, and return its records; `json` also writes them to a file.
+    """Run a suite on a checkpoint, print its table, and return its records.
 
-    options: of the suite's own `run`. Raises UserError, after all that, if a bound of the suite does not hold.
+    Args:
+      suite: One of `SUITES`.
+      checkpoint: Directory of the checkpoint.
+      json: File to which the records are written.
+      **options: Options of the suite's own `run`.
+
+    Raises:
+      UserError: The suite or an option is unknown, or a bound does not hold. In the last case, the table is printed and
+        the records are written first.
     """
     if suite not in SUITES:
         raise UserError(f"unknown suite {suite!r}; one of {', '.join(SUITES)}")

@@ -1,4 +1,4 @@
-"""Held-out text: nats a token and bits a byte of a checkpoint."""
+"""Perplexity suite: nats per token and bits per byte of a checkpoint on held-out text."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ from v4jax.train.loss import heldout_nll
 
 
 def run(checkpoint: str, data: str = "", heldout: str = "") -> list[dict]:
-    """Next-token loss (MTP excluded) on held-out text.
+    """Measure the next-token loss (without MTP) on held-out text, print a table and return its records.
 
-    data, heldout: files, as `data.source` and `data.heldout` of a config; needed if the checkpoint was trained on
-    files. Raises UserError.
+    Args:
+      checkpoint: Directory of the checkpoint.
+      data: Files, as in `data.source` of a config. `data` or `heldout` is required if the checkpoint was trained on
+        files.
+      heldout: Held-out files, as in `data.heldout` of a config.
+
+    Raises:
+      UserError: The checkpoint has no tokenizer.json, or its text is not named.
     """
     config = config_of(checkpoint, data, heldout)
     tokenizer = load_tokenizer(checkpoint, config.model)

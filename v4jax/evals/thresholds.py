@@ -1,4 +1,4 @@
-"""Bounds of a suite: what a user may set, and whether a value keeps to one."""
+"""Bounds of an eval suite, as the user overrides them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from v4jax.core.errors import UserError
 
 
 def read(text: str, defaults: dict[str, float]) -> dict[str, float]:
-    """`defaults` with those of "name=0.5,other=1" in their place. Raises UserError for what is not of that form."""
+    """Override default bounds.
+
+    Args:
+      text: Bounds such as "name=0.5,other=1"; empty keeps all defaults.
+      defaults: Default bounds by name.
+
+    Returns:
+      Bounds by name.
+
+    Raises:
+      UserError: A part of `text` is not NAME=NUMBER, or the name is unknown.
+    """
     limits = dict(defaults)
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")

@@ -78,8 +78,8 @@ class CostEstimate:
 class Collectives:
     """Bytes that one device sends, by the network that carries them and by part.
 
-    The devices of a mesh are numbered axis by axis, and `domain` of them that follow each other share the fast network.
-    Of a group of devices along some axes, `inside` are in one domain, and the group has members in `domains`.
+    The devices of a mesh are numbered axis by axis, and each `domain` consecutive devices share the fast network. A
+    group of devices along some mesh axes spans `domains` domains and has `inside` members in each.
     """
 
     def __init__(self, sharding: MeshRules, topology: Topology):
@@ -87,7 +87,7 @@ class Collectives:
         self.links = {name: defaultdict(float) for name in topology.chip.links}
 
     def group(self, axes: Sequence[str]) -> tuple[int, int]:
-        """(inside, domains) of the group along these axes."""
+        """Return (inside, domains) of the group along the mesh axes `axes`."""
         inside = stride = 1
         for axis in reversed(MESH_AXES):
             size = self.sharding.mesh.shape[axis]
@@ -97,7 +97,7 @@ class Collectives:
         return inside, self.sharding.size(axes) // inside
 
     def gather(self, part: str, size: float, axes: Sequence[str]) -> None:
-        """An all-gather of a result of `size` bytes, or the reduce-scatter that goes the other way.
+        """Count an all-gather whose result has `size` bytes, or the inverse reduce-scatter.
 
         A domain sends its share to each other domain once, spread over the network cards of its members, as NCCL's
         rings do; the rest goes over the fast network.
@@ -107,7 +107,7 @@ class Collectives:
         self._add(part, size * (1 - 1 / (inside * domains)) - slow, slow)
 
     def exchange(self, part: str, size: float, axes: Sequence[str]) -> None:
-        """An all-to-all of `size` bytes of a device, which go to all of the group alike."""
+        """Count an all-to-all in which a device spreads `size` bytes evenly over its group."""
         inside, domains = self.group(axes)
         slow = size * (1 - 1 / domains)
         self._add(part, size * (1 - 1 / (inside * domains)) - slow, slow)
@@ -118,10 +118,11 @@ class Collectives:
 
 
 def default_mesh(config: Config, topology: Topology, work: Workload) -> Mesh:
-    """`config.mesh` if it names a layout; else experts over up to 64 devices in training, over all in serving.
+    """Return `config.mesh` if it names a layout, else a default mesh for the topology.
 
-    Training takes `pod`: rows split over experts and fsdp, and the tokens of a row where devices outnumber rows.
-    Serving takes `serve`.
+    In training, the default layout is `pod`: expert parallelism over up to 64 devices, rows split over the expert and
+    fsdp axes, and the tokens of a row split over the context axis if devices outnumber rows. In serving, the default
+    layout is `serve`, with expert parallelism over all devices of a slice.
     """
     if config.mesh.rules:
         return config.mesh
@@ -135,14 +136,14 @@ def default_mesh(config: Config, topology: Topology, work: Workload) -> Mesh:
 
 
 def abstract_sharding(mesh: Mesh, devices: int) -> MeshRules:
-    """The mesh rules of an abstract mesh, whose devices need not exist."""
+    """Return the mesh rules of an abstract mesh, whose devices need not exist."""
     layout = configs.load_sharding(mesh.rules)
     validate_rules(layout)
     return MeshRules(AbstractMesh(sizes(mesh, layout, devices), MESH_AXES), layout)
 
 
 def parameter_shapes(model: configs.Model) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """Axis letters and shapes of all trained parameters by name; hash tables and router biases are not trained."""
+    """Return axis letters and shapes of trained parameters by name; hash tables and router biases are not trained."""
     rows = {".".join(path): row for path, row in parameter_table(model).items() if row[2]}
     return {name: letters for name, (letters, _, _) in rows.items()}, {name: row[1] for name, row in rows.items()}
 

@@ -1,7 +1,7 @@
-"""`v4jax plan`: what a model needs on a topology, before any machine is rented.
+"""`v4jax plan`: memory, traffic and time that a model needs on a topology, without the hardware.
 
-The closed form answers in a second. For TPUs the step itself (of training, decoding, or a chunk of a prefill) is then
-compiled for the topology, with no accelerator present, and the compiler's own numbers stand beside it.
+The analytic cost model answers in a second. For TPUs, the step (of training, decoding, or a chunk of a prefill) is then
+compiled ahead of time for the topology, and the compiler's numbers are printed beside the analytic ones.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from v4jax.models.param_count import count_parameters
 from v4jax.tools.cost_model import CostEstimate, Workload, default_mesh, estimate, smallest_topology
 from v4jax.tools.topology import TPUS, Topology, parse, size
 
-DOES_NOT_FIT = 3  # exit status of `v4jax plan` for a plan that fits no topology it was given
-RESERVE = 0.06  # of device memory, for programs, fragments and what the closed form misses: a plan must leave it free
-MARGIN = 0.10  # by which the closed form's bytes of a device may miss the compiler's; held by tests/tools/test_plan.py
+DOES_NOT_FIT = 3  # exit status of `v4jax plan` if the plan fits none of the given topologies
+RESERVE = 0.06  # share of device memory that a plan leaves free for programs, fragmentation and unmodeled arrays
+MARGIN = 0.10  # relative error limit of analytic device bytes against the compiler's; held by tests/tools/test_plan.py
 UNKNOWN = (
     "It can't know: how evenly tokens spread over experts (even is assumed), how far collectives hide behind products "
     "(the bound takes the longest of compute, memory and either network, as if all overlapped), host input, stragglers "
@@ -113,7 +113,7 @@ def run(
 
 
 def _arms(config: Config, work: Workload) -> dict[str, Config]:
-    """Configs to compile by column name; with host-resident KV (`cache.kv_device_entries`), also one without it."""
+    """Return configs to compile, by column name; with host-resident KV (`cache.kv_device_entries`), also without it."""
     if work.mode == "train" or not config.cache.kv_device_entries:
         return {"compiler": config}
     near = dataclasses.replace(config, cache=dataclasses.replace(config.cache, kv_device_entries=0))
@@ -121,7 +121,7 @@ def _arms(config: Config, work: Workload) -> dict[str, Config]:
 
 
 def fits_anywhere(records: list[dict], config: Config) -> bool:
-    """Whether the plan of `run` fits one of its topologies: as compiled, where it was, else in closed form."""
+    """Return whether the plan of `run` fits one of its topologies, by the compiled program if there is one."""
     found = [r for r in records if r["metric"] == "fits"]
     asked = [
         r
@@ -132,12 +132,12 @@ def fits_anywhere(records: list[dict], config: Config) -> bool:
 
 
 def number(value: float) -> str:
-    """A count in billions, or millions where that is less than one."""
+    """Format a count in billions, or in millions if it is below one billion."""
     return f"{value / 1e9:,.2f}B" if value >= 1e9 else f"{value / 1e6:,.2f}M"
 
 
 def fits(bytes_needed: float, topology: Topology) -> bool:
-    """Whether a device holds that much and its reserve."""
+    """Return whether a device's memory, less the share `RESERVE`, holds `bytes_needed`."""
     return bytes_needed <= topology.device_memory * (1 - RESERVE)
 
 
@@ -172,7 +172,7 @@ def _records(config: Config, topology: Topology, found: CostEstimate, least: str
 
 
 def _compare(config: Config, work: Workload, plans: list[tuple[Topology, Mesh, CostEstimate]]) -> None:
-    """One row a topology: what a device holds and sends, how long a step takes at least, and what a token costs."""
+    """Print one row per topology: bytes held and sent by a device, lower bound of a step's time, and cost per token."""
     rows = []
     for place, mesh, found in plans:
         held, longest = sum(found.device_bytes.values()), max(found.seconds, key=found.seconds.get)

@@ -1,4 +1,4 @@
-"""Chips and how many of them make a topology: the numbers a plan divides by.
+"""Chips and topologies: the hardware numbers behind a plan.
 
 Sources, read in November 2026. TPUs: the "System architecture" tables of the Cloud TPU documentation (pages v5e, v6e,
 v5p and tpu7x of docs.cloud.google.com/tpu/docs): peak bf16, HBM capacity and bandwidth, ICI and data-center network a
@@ -31,12 +31,22 @@ GB, GIB = 10**9, 2**30
 class Chip:
     """One kind of chip.
 
-    flops: dense bfloat16 operations a second. memory: bytes. bandwidth: of memory, bytes a second. network,
-    slow_network: bytes a second that a chip sends over the fast and the slow network, which `links` names. devices: JAX
-    devices of a chip, which share all of it. host: chips of a host with host_bytes of memory. sizes: listed topologies,
-    smallest first. flops8: dense FP8 operations a second where our programs use them (`kernels/fp8_dot`): not on tpu7x,
-    where the numbers are multiplied as float32, and not on MI300X, whose FP8 is another format (FNUZ). domain: devices
-    that the fast network joins; None: all of a slice. cores: what an accelerator type such as v5p-512 counts a chip as.
+    Attributes:
+      name: Name in `--topology`.
+      flops: Dense bfloat16 operations per second.
+      memory: Bytes of memory that a program may fill.
+      bandwidth: Memory bandwidth in bytes per second.
+      network: Bytes per second that a chip sends over the fast network.
+      slow_network: Bytes per second that a chip sends over the slow network.
+      devices: JAX devices per chip, which share the chip's resources.
+      host: Chips per host.
+      host_bytes: Bytes of memory per host.
+      sizes: Shapes of the listed topologies, smallest first.
+      flops8: Dense FP8 operations per second, or None if v4jax's programs do not use FP8 products
+        (`kernels/fp8_dot`): tpu7x multiplies the numbers as float32, and MI300X has another FP8 format (FNUZ).
+      links: Names of the fast and the slow network.
+      domain: Number of devices that the fast network joins; None means all of a slice.
+      cores: Number by which an accelerator type such as v5p-512 counts one chip.
     """
 
     name: str
@@ -93,7 +103,7 @@ _ALIASES = {"v5litepod": "v5e"}  # in accelerator types
 
 @dataclass(frozen=True)
 class Topology:
-    """`chips` of one kind, in `slices` equal parts that a slower network joins."""
+    """Chips of one kind in `slices` equal slices, which the slow network joins; `shape` is the shape of one slice."""
 
     chip: Chip
     shape: str
@@ -101,27 +111,27 @@ class Topology:
 
     @property
     def name(self) -> str:
-        """As `--topology=` takes it."""
+        """The topology as `--topology` accepts it."""
         return f"{self.chip.name}:{self.shape}" + (f"x{self.slices}slices" if self.slices > 1 else "")
 
     @property
     def chips(self) -> int:
-        """Of all slices."""
+        """Number of chips in all slices."""
         return self.slices * math.prod(map(int, self.shape.split("x")))
 
     @property
     def devices(self) -> int:
-        """JAX devices of all slices."""
+        """Number of JAX devices in all slices."""
         return self.chips * self.chip.devices
 
     @property
     def device_memory(self) -> int:
-        """Bytes of one device."""
+        """Bytes of memory of one device."""
         return self.chip.memory // self.chip.devices
 
     @property
     def domain(self) -> int:
-        """Devices that the fast network joins; they follow each other in the mesh."""
+        """Number of devices that the fast network joins; they are consecutive in the mesh."""
         return min(self.chip.domain or self.devices // self.slices, self.devices // self.slices)
 
 
@@ -167,5 +177,5 @@ def listed(chip: Chip) -> list[Topology]:
 
 
 def size(value: float) -> str:
-    """Bytes as GiB, or MiB where that is less than one."""
+    """Format bytes as GiB, or as MiB below 1 GiB."""
     return f"{value / GIB:,.2f} GiB" if abs(value) >= GIB else f"{value / 2**20:,.2f} MiB"

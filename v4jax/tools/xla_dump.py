@@ -1,8 +1,8 @@
-"""What the compiler wrote of a program when it had placed all buffers, before it made machine code of them.
+"""Buffer assignment and optimized HLO of a program, read from XLA's dump before machine code is generated.
 
-XLA writes files to the directory that its option `xla_dump_to` names, pass by pass. The buffer assignment among them is
-final. Machine code is most of a large program's compile, so a compile that is of interest for its bytes and collectives
-alone runs in a process of its own, which is ended as soon as these files are there.
+XLA dumps files to the directory of its option `xla_dump_to`, pass by pass. The dumped buffer assignment is final.
+Generating machine code takes most of the compile time of a large program. A compile that only needs bytes and
+collectives therefore runs in its own process, which is killed as soon as these files are complete.
 """
 
 from __future__ import annotations
@@ -17,16 +17,22 @@ from dataclasses import dataclass
 
 from v4jax.core.errors import UserError
 
-_HOST, _DEVICE = "5", "0"  # colours of memory spaces: pinned host memory, and what the device has most of
-_FILES = ("-buffer-assignment.txt", ".txt")  # after "after_optimizations": where everything lies, and the program
-_SETTLED = 6  # looks, half a second apart, that find not a byte more: then a file is taken to be whole
+_HOST, _DEVICE = "5", "0"  # XLA's colors of memory spaces: pinned host memory and the device's main memory
+_FILES = ("-buffer-assignment.txt", ".txt")  # file names end in "after_optimizations" and these: buffer assignment, HLO
+_SETTLED = 6  # a file counts as complete after this many polls, 0.5 s apart, without growth
 
 
 @dataclass(frozen=True)
 class Buffers:
-    """Of one device: bytes of arguments and of temporaries on it (with constants and with results that take no
-    argument's place), the same in host memory, the largest array among the temporaries of both (bytes, type), and the
-    optimized program as text."""
+    """Buffers of one device.
+
+    Attributes:
+      device_bytes: Bytes of "arguments" and "temporaries" in device memory. Temporaries include constants, and results
+        that reuse no argument's buffer.
+      host_bytes: The same in host memory.
+      largest: Size in bytes and type of the largest array among the temporaries of both memories.
+      text: The optimized program (HLO).
+    """
 
     device_bytes: dict[str, int]
     host_bytes: dict[str, int]
@@ -35,7 +41,11 @@ class Buffers:
 
 
 def read(directory: str) -> Buffers:
-    """The buffers of the one program that was written to `directory`. Raises UserError if it is not there."""
+    """Read the buffers of the program that XLA dumped to `directory`.
+
+    Raises:
+      UserError: The files of a program are missing.
+    """
     files = _written(directory)
     if files is None:
         raise UserError(f"{directory} does not hold what a compiler writes of one program")
@@ -46,7 +56,7 @@ def read(directory: str) -> Buffers:
         if match := re.match(r"allocation \d+: size (\d+),(?: page \d+,)?(?: color (\d+),)? ([\w-]+)", line):
             space, kind = match[2] or _DEVICE, match[3]
             temporary = kind == "preallocated-temp" and space in sums
-            if space in sums and kind != "thread-local":  # those stand for the inside of fused operations
+            if space in sums and kind != "thread-local":  # thread-local: inside of fused operations
                 sums[space]["arguments" if kind == "parameter" else "temporaries"] += int(match[1])
         elif temporary and (match := re.match(r" value: .*\(size=(\d+),offset=\d+\): (\S+)", line)):
             largest = max(largest, (int(match[1]), match[2]))
@@ -54,10 +64,17 @@ def read(directory: str) -> Buffers:
 
 
 def placed(compile: Callable, *arguments) -> tuple[Buffers, float]:
-    """Run `compile(directory, *arguments)` in a fresh process until the buffers are placed; them, and its CPU seconds.
+    """Run `compile(directory, *arguments)` in a new process until XLA has assigned the buffers.
 
-    `compile` is a function of a module, its arguments can be pickled, and it has the compiler write to `directory`.
-    A UserError that it raises before is raised here.
+    Args:
+      compile: Function at module level that makes XLA dump to `directory`.
+      *arguments: Arguments that can be pickled.
+
+    Returns:
+      The buffers, and the CPU seconds of the process.
+
+    Raises:
+      UserError: `compile` raised it, or the process ended, before the buffers were assigned.
     """
     context, begun = multiprocessing.get_context("spawn"), _children_seconds()
     with tempfile.TemporaryDirectory(prefix="v4jax-plan-") as directory:
@@ -76,7 +93,7 @@ def placed(compile: Callable, *arguments) -> tuple[Buffers, float]:
         finally:
             process.kill()
             process.join()
-        if _written(directory) is None:  # else they were placed, if perhaps in more memory than there is
+        if _written(directory) is None:  # files that exist may exceed the device's memory
             early = f"the compile ended with status {process.exitcode} before it had placed its buffers"
             raise UserError(receiver.recv() if receiver.poll() else early)
         return read(directory), _children_seconds() - begun
@@ -95,7 +112,7 @@ def _run(sender, compile: Callable, directory: str, *arguments) -> None:
 
 
 def _written(directory: str) -> list[pathlib.Path] | None:
-    """The files of the largest program in `directory`, if they are all there."""
+    """Return the files of the largest program in `directory`, or None if one is missing."""
     found = [sorted(pathlib.Path(directory).glob(f"*after_optimizations{end}"), key=_size) for end in _FILES]
     return [files[-1] for files in found] if all(found) else None
 

@@ -1,4 +1,4 @@
-"""Goodput: which share of the time since a run began went into steps that it kept."""
+"""Goodput: the share of a run's wall-clock time that went into training steps whose results the run kept."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 
 
 class Goodput:
-    """Adds up the times of steps. Everything else lowers the share: starting, compiling, restoring, evaluating, saving,
-    time between two processes of a run, and steps that were done again, whose records are gone.
+    """Sums the times of steps and divides them by the time since the run began.
 
-    records: what metrics.jsonl holds of the run so far, where "started" is the time at which a process began (seconds
-    since 1970) and "seconds" the time of a step. clock: in seconds since 1970.
+    Everything else lowers the share: startup, compilation, restoring, evaluation, saving, the time between two
+    processes of a run, and repeated steps. The first execution of a repeated step does not count, because its record
+    was dropped from metrics.jsonl.
+
+    Args:
+      records: Records of the run so far, from metrics.jsonl. "started" is the time at which a process began, in
+        seconds since 1970, and "seconds" is the time of a step.
+      clock: Returns the current time in seconds since 1970.
     """
 
     def __init__(self, records: Iterable[Mapping[str, float]], clock: Callable[[], float] = time.time):
@@ -21,16 +26,20 @@ class Goodput:
         self._mark = clock()
 
     def start_timer(self) -> None:
-        """Steps begin now: what was before was none."""
+        """Set the mark to now, so that the time before does not count as steps."""
         self._mark = self._clock()
 
     def steps(self, count: int) -> float:
-        """`count` steps have ended since the mark, and others begin now. Returns the seconds of each."""
+        """Count the time since the mark as `count` finished steps, and set the mark to now.
+
+        Returns:
+          Seconds per step.
+        """
         now = self._clock()
         taken, self._mark = max(now - self._mark, 0.0), now
         self._steps += taken
         return taken / count
 
     def share(self) -> float:
-        """Goodput until the mark, 0 to 1."""
+        """Return the goodput from the start of the run to the mark, 0 to 1."""
         return min(self._steps / max(self._mark - self._began, 1e-9), 1.0)

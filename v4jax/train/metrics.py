@@ -1,4 +1,4 @@
-"""What a run leaves behind to look at: JSON lines, TensorBoard events, a loss plot."""
+"""Metrics of a training run: JSON lines, TensorBoard events and a plot of the loss."""
 
 from __future__ import annotations
 
@@ -12,20 +12,30 @@ import numpy as np
 from v4jax.core import untrusted_json
 from v4jax.core.errors import UserError
 
-_MOST = 1 << 30  # bytes of a file: millions of records
-_EVENTS = ("started", "rolled_back_from")  # marks of the run's history: a curve of them says nothing
-_SMOOTH = 0.95  # weight of a record's neighbor in the smoothed curve, that of the next one its square
+_MOST = 1 << 30  # maximum size of a metrics file in bytes, enough for millions of records
+_EVENTS = ("started", "rolled_back_from")  # events of the run's history; they are not plotted, as they form no curve
+_SMOOTH = 0.95  # the smoothed curve weights a record at distance n by _SMOOTH**n
 
 
 class MetricsWriter:
-    """Appends one record a step to `metrics.jsonl` and the same scalars to TensorBoard events.
+    """Appends one record per step to `metrics.jsonl`, and the same scalars to TensorBoard events.
 
-    Opening drops the records of steps after `resume_step`, which a resumed run does again, and every damaged line.
-    Raises UserError if the files cannot be written.
+    The constructor drops the records of steps after `resume_step`, because a resumed run repeats those steps, and
+    every damaged line.
+
+    Args:
+      workdir: Directory of the run.
+      resume_step: Last step of the checkpoint from which the run continues; 0 in a new run.
+
+    Attributes:
+      damaged: Number of damaged lines that the constructor dropped.
+
+    Raises:
+      UserError: The files cannot be written.
     """
 
     def __init__(self, workdir: pathlib.Path, resume_step: int):
-        from tensorboardX import SummaryWriter  # imports torch where that is installed: only when training
+        from tensorboardX import SummaryWriter  # imports torch if it is installed, so import it only for training
 
         self._path = workdir / "metrics.jsonl"
         try:
@@ -36,7 +46,10 @@ class MetricsWriter:
             raise UserError(f"cannot write {self._path}: {error.strerror}; move it away or mend its rights") from error
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One record: {"step": step, name: value, ...}; a value that is not finite is left out, as JSON has none."""
+        """Append the record {"step": step, name: value, ...}.
+
+        Values that are not finite are left out, because JSON cannot represent them.
+        """
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
@@ -44,17 +57,21 @@ class MetricsWriter:
                 self._events.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Hand everything written so far to the operating system."""
+        """Flush the buffered records and events to the operating system."""
         self._file.flush()
         self._events.flush()
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close both files."""
         self._file.close()
         self._events.close()
 
     def _forget_after(self, step: int) -> int:
-        """Returns how many damaged lines there were; one cut short by a kill counts."""
+        """Drop the records of steps after `step`, and the damaged lines.
+
+        Returns:
+          Number of damaged lines, including a last line that a kill cut short.
+        """
         if not self._path.exists():
             return 0
         records, damaged = _parse(_read(self._path))
@@ -66,9 +83,12 @@ class MetricsWriter:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
-    """The records of a metrics file; lines that are damaged are left out, and so is a last one cut short.
+    """Read the records of a metrics file.
 
-    Raises UserError for what is no file.
+    Damaged lines are skipped, and so is a last line without a line break.
+
+    Raises:
+      UserError: `path` cannot be read as a file.
     """
     return _parse(_read(path))[0]
 
@@ -81,15 +101,15 @@ def _read(path: pathlib.Path) -> bytes:
 
 
 def _parse(data: bytes) -> tuple[list[dict[str, float]], int]:
-    """Records, and the number of lines that hold none."""
+    """Return the records, and the number of lines that hold no valid record."""
     lines = data.split(b"\n")
-    records = [_record(line) for line in lines[:-1]]  # what follows the last line break was cut short
+    records = [_record(line) for line in lines[:-1]]  # text after the last line break was cut short
     good = [record for record in records if record is not None]
     return good, len(records) - len(good) + bool(lines[-1])
 
 
 def _record(line: bytes) -> dict[str, float] | None:
-    """The record of a line; None unless it is an object with a step, all of whose values are finite numbers."""
+    """Return the record of a line, or None unless it is an object with a step whose values are all finite numbers."""
     try:
         record = untrusted_json.parse(line)
         step, values = record["step"], record.values()
@@ -100,10 +120,16 @@ def _record(line: bytes) -> dict[str, float] | None:
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:
-    """Exponential moving average to both sides of every value, its weights adding up to one: float64 [len(values)].
+    """Smooth a curve with a two-sided exponential moving average whose weights sum to 1.
 
-    An average over the past alone lags behind a falling loss, and one that starts at zero is too low at first. This one
-    follows a straight line exactly, except near the ends, where one side is cut off.
+    A one-sided average lags behind a falling loss, and an average that starts at zero is too low at first. The
+    two-sided average reproduces a straight line exactly, except near the ends, where one side is cut off.
+
+    Args:
+      values: Values at equal distances.
+
+    Returns:
+      float64 [len(values)].
     """
     values = np.asarray(values, np.float64)
     total, weight = values.copy(), np.ones(len(values))
@@ -117,8 +143,18 @@ def smooth(values: Sequence[float]) -> np.ndarray:
 
 
 def plot_loss(workdir: pathlib.Path, heldout: dict[int, float]) -> pathlib.Path:
-    """`loss.png`: training loss by step (raw and smoothed), held-out loss (nats a token) where it was measured, and
-    below it the learning rates and the tokens per second."""
+    """Plot the run's metrics to `loss.png` in `workdir`.
+
+    The plot shows the training loss by step (raw and smoothed), the held-out loss, and below them the learning rates
+    and the tokens per second.
+
+    Args:
+      workdir: Directory of the run, which holds metrics.jsonl.
+      heldout: Held-out loss in nats per token, by the step at which it was measured.
+
+    Returns:
+      Path of the plot.
+    """
     from matplotlib.figure import Figure
 
     records = read_metrics(workdir / "metrics.jsonl")

@@ -1,4 +1,4 @@
-"""Progress of a run on the terminal: spinners, then loss, tokens a second, time left, and at the end where all is."""
+"""Progress of a run on the terminal: spinners, loss, tokens per second, time left, and the paths of the results."""
 
 from __future__ import annotations
 
@@ -12,9 +12,19 @@ import rich.progress as rp
 
 
 class Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere. Speed leaves out the first report, which compiled.
+    """Progress bar on a terminal; one line every 10 s if stderr is no terminal.
 
-    show: False measures and prints nothing, in processes other than the first.
+    The speed does not include the steps up to the first report, because they include compilation.
+
+    Args:
+      name: Label of the run.
+      done: Steps finished before this process began.
+      steps: Steps of the whole run.
+      tokens_per_step: Tokens of one step, over all devices.
+      show: Whether to print; False in every process but the first, which then only measures.
+
+    Attributes:
+      tokens_per_second: Mean speed since the first report, without pauses; None before the second report.
     """
 
     def __init__(self, name: str, done: int, steps: int, tokens_per_step: int, show: bool = True):
@@ -43,7 +53,12 @@ class Progress:
         self._bar.__exit__(*exception)
 
     def update(self, step: int, loss: float) -> None:
-        """Called with the values of a step that is really done (its loss has been read)."""
+        """Report a step that has finished on the device, which is certain once its loss was read.
+
+        Args:
+          step: Number of finished steps.
+          loss: Loss of the step, in nats per token.
+        """
         now = time.monotonic()
         if self._mark is None:
             self._mark, self._paused = (step, now), 0.0
@@ -62,7 +77,7 @@ class Progress:
             )
 
     def shorten(self, steps: int) -> None:
-        """The run ends after `steps`."""
+        """Set the number of steps of the whole run to `steps`."""
         self.steps = steps
         self._bar.update(self._task, total=steps)
 
@@ -72,7 +87,12 @@ class Progress:
 
     @contextlib.contextmanager
     def pause(self, why: str, line: bool = False) -> Iterator[None]:
-        """Time inside does not count into the speed. line: elsewhere than on a terminal, say it in a line."""
+        """Exclude the time inside the context from the speed.
+
+        Args:
+          why: Reason, which the bar shows behind the name.
+          line: If stderr is no terminal, also print the reason as a line.
+        """
         begun = time.monotonic()
         self._bar.update(self._task, description=f"{self.name} ({why})")
         if line and self._show and not self._live:
@@ -86,7 +106,12 @@ class Progress:
 
 @contextlib.contextmanager
 def spinner(text: str, show: bool = True) -> Iterator[None]:
-    """Around something slow outside of a `Progress`: a spinner on a terminal, a line on stderr elsewhere."""
+    """Show a spinner during slow work outside of a `Progress`; if stderr is no terminal, print a line instead.
+
+    Args:
+      text: Description of the work.
+      show: False prints nothing.
+    """
     if show and sys.stderr.isatty():
         with rp.Console(stderr=True).status(text):
             yield
@@ -97,11 +122,15 @@ def spinner(text: str, show: bool = True) -> Iterator[None]:
 
 
 def closing_lines(summary: Mapping[str, object]) -> str:
-    """What a finished run prints: held-out loss, where its files lie, and the command to type next."""
+    """Format the last lines of a finished run: the held-out loss, the paths of its files and a command to try next.
+
+    Args:
+      summary: Contents of summary.json. It has bits per byte only if the run was trained on text.
+    """
     workdir = str(summary["checkpoint"])
     heldout = f"{summary['heldout_loss']:.4f} nats a token"
     command = f"v4jax eval --checkpoint={shlex.quote(workdir)} --suite=needle"
-    if "heldout_bits_per_byte" in summary:  # text
+    if "heldout_bits_per_byte" in summary:  # the run was trained on text
         marks = f"xz {summary['xz_bits_per_byte']:.3f}, byte trigram {summary['trigram_bits_per_byte']:.3f}"
         heldout += f", {summary['heldout_bits_per_byte']:.3f} bits per byte ({marks})"
         command = f'v4jax generate --checkpoint={shlex.quote(workdir)} --prompt="Once upon a time"'

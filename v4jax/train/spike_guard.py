@@ -31,7 +31,7 @@ class SpikeGuardState(NamedTuple):
 
 
 def new_guard(train: config.Train) -> SpikeGuardState | None:
-    """The guard's state before the first step; None if `train.spike_action` is "off"."""
+    """Return the guard's state before the first step, or None if `train.spike_action` is "off"."""
     if train.spike_action == "off":
         return None
     zero = jnp.zeros((), jnp.int32)
@@ -73,5 +73,14 @@ def check_step(
 
 
 def select_state(good: jax.Array, new, old):
-    """The tree `new` if `good` (bool scalar), else `old`; both are passed on bit for bit."""
+    """Select a state tree without changing a bit of it.
+
+    Args:
+      good: bool scalar, the decision of `check_step`.
+      new: Pytree of arrays after the update.
+      old: Pytree of the same structure before the update.
+
+    Returns:
+      `new` if `good`, else `old`.
+    """
     return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)

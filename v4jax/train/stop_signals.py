@@ -1,4 +1,7 @@
-"""Stop signals of a training run: SIGTERM of a scheduler and Ctrl-C. Imports no jax, so it is there before jax is."""
+"""Stop signals of a training run: a scheduler's SIGTERM, and Ctrl-C.
+
+The module imports no jax, so that signals are handled before jax is imported.
+"""
 
 from __future__ import annotations
 
@@ -15,36 +18,43 @@ _SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
 
 
 class StopSignals:
-    """Turns SIGTERM and SIGINT into an orderly end; a context manager.
+    """Context manager that turns SIGTERM and SIGINT into an orderly end of the run.
 
-    While `deferred` is False a signal ends the run at once. That is right where nothing would be lost: before the first
-    step and after the last checkpoint. While `deferred` is True a signal only sets `asked`; the training loop saves and
-    then calls `leave`. A second SIGINT always ends the run at once. SIGTERM may come any number of times, because
-    schedulers and launchers repeat it.
+    While `deferred` is False, a signal ends the run at once. `deferred` is False where nothing would be lost: before
+    the first step and after the last checkpoint. While `deferred` is True, a signal only sets `asked`; the training
+    loop saves a checkpoint and then calls `leave`. A second SIGINT always ends the run at once. Further SIGTERMs have
+    no effect, because schedulers and launchers repeat SIGTERM.
 
-    In a run of several processes (`shared`) nothing ends before the second SIGINT: JAX's own handler of SIGTERM makes
-    all processes stop after the same step, and SIGINT is handed on to it.
+    In a run of several processes (`shared` is True), no signal ends the run before the second SIGINT. JAX's own
+    handler of SIGTERM makes all processes stop after the same step, and this class passes SIGINT on to it as SIGTERM.
 
-    A signal that the caller ignores (`nohup`, a background job of a script) stays ignored. Outside the main thread
-    nothing is installed.
+    A signal that the caller ignores (`nohup`, a background job of a script) stays ignored. Outside the main thread no
+    handler is installed.
 
     Args:
-      exits: The process belongs to the run, as it does on the command line. To end at once is then to end the process
-        with status 143 or 130. Otherwise it is to raise SystemExit(143) or KeyboardInterrupt in the main thread, which
-        is not certain to arrive: imports, destructors and JAX's callbacks drop exceptions or turn them into others.
-      patience: Seconds after which a process whose main thread is inside a long call that holds signals back
-        (compiling, waiting for a device) is ended nevertheless; after a second SIGINT it is ended without waiting.
+      exits: Whether the process belongs to the run, as on the command line. If True, ending at once means to end the
+        process with status 143 or 130. If False, it means to raise SystemExit(143) or KeyboardInterrupt in the main
+        thread. Such an exception may get lost: imports, destructors and JAX's callbacks drop exceptions or turn them
+        into others.
+      patience: Seconds until a process is ended whose main thread is inside a long call that delays signal handlers
+        (compiling, waiting for a device). After a second SIGINT the process is ended without this wait.
+
+    Attributes:
+      asked: Number of the first signal, or None.
+      deferred: Whether a signal waits for the training loop to save.
+      shared: Whether the run has several processes.
+      last_words: Returns the line that a process prints when it ends at once.
     """
 
     def __init__(self, exits: bool = False, patience: float = 5.0):
-        self.asked: int | None = None  # the first signal
+        self.asked: int | None = None
         self.deferred = False
         self.shared = False
-        self.last_words: Callable[[], str] = lambda: "stopped before anything was computed"  # of a process that ends
+        self.last_words: Callable[[], str] = lambda: "stopped before anything was computed"
         self._exits, self._patience = exits, patience
         self._interrupts = 0
         self._previous: dict[int, object] = {}
-        self._wakeup: tuple[int, int, int] | None = None  # read end, write end, the wakeup descriptor before
+        self._wakeup: tuple[int, int, int] | None = None  # read end, write end, previous wakeup descriptor
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is not threading.main_thread():
@@ -58,15 +68,15 @@ class StopSignals:
 
     def __exit__(self, *_) -> None:
         for signum, handler in self._previous.items():
-            if not (self.shared and signum == signal.SIGTERM):  # JAX's own handler has taken its place
+            if not (self.shared and signum == signal.SIGTERM):  # JAX replaced this handler by its own
                 signal.signal(signum, handler)
         if self._wakeup is not None:
             read_end, write_end, before = self._wakeup
             signal.set_wakeup_fd(before)
-            os.close(write_end)  # which ends the thread, and that closes the read end
+            os.close(write_end)  # the watching thread then ends and closes the read end
 
     def check(self) -> None:
-        """Raise if a signal came whose exception was dropped."""
+        """Raise the exception of a signal again, in case the exception of its handler was dropped."""
         if self.asked is not None and not self.deferred and not self.shared:
             self.leave()
 
@@ -96,12 +106,12 @@ class StopSignals:
             raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)
 
-    # --- the thread that ends a process whose main thread cannot ---------------------------------------------------
+    # --- the thread that ends the process while the main thread cannot run signal handlers -------------------------
 
     def _start_watching(self) -> None:
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
-        # Python's C handler writes the number of every signal there, whatever the main thread is doing.
+        # Python's C handler writes the number of every signal to this descriptor, whatever the main thread is doing.
         self._wakeup = read_end, write_end, signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(read_end,), name="stop signals", daemon=True).start()
 
@@ -127,7 +137,7 @@ class StopSignals:
 
 
 def _say(line: str) -> None:
-    """Write to stderr past Python's buffer, which may be in use by what the signal interrupted."""
+    """Write to stderr without Python's buffer, because the interrupted code may be using that buffer."""
     try:
         os.write(2, f"\nv4jax: {line}\n".encode())
     except OSError:

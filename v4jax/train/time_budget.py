@@ -1,8 +1,8 @@
-"""`train.max_seconds`: how many steps a run makes so that it ends in time, decided once, after its first steps.
+"""Time budget of a run (`train.max_seconds`): the number of steps is decided once, after the first steps.
 
-The first steps are the same for any number of steps, because the learning rate warms up. After `MEASURED` of them
-their time is known, and where the rest would take too long the run gets fewer steps, and with them a schedule that
-ends at its last step. The number is written to v4jax.json, so a resumed run keeps it.
+The first steps do not depend on the number of steps, because the learning rate warms up. After `MEASURED` steps the
+time of a step is known. If the remaining steps would take too long, the run gets fewer steps, and the learning-rate
+schedule ends at the new last step. The number is written to v4jax.json, so a resumed run keeps it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from v4jax.checkpoint.directory import read_config
 from v4jax.checkpoint.orbax import finished_steps
 from v4jax.config import Config
 
-MEASURED = 10  # steps
-# The end of a run, in steps of training and in compilations of a step. A batch of evaluation takes a fifth of a step,
-# xz and the trigram model take eight steps, and evaluation compiles in a fifth of the time (`tiny`, an Intel Xeon).
+MEASURED = 10  # number of steps after which the run decides
+# Time of the work after the last step. A batch of evaluation takes _EVALUATION of a training step (measured: a fifth),
+# xz and the trigram model together take _BASELINES steps, and evaluation compiles in _COMPILATION of the time in which
+# a training step compiles (measured: a fifth). Measured with config `tiny` on an Intel Xeon.
 _EVALUATION, _BASELINES, _COMPILATION = 0.25, 8, 0.25
 
 
@@ -29,18 +30,21 @@ def fit_steps(
     elapsed: float,
     heldout_batches: int,
 ) -> int:
-    """Steps of the whole run: `train.steps`, or as many as end within `train.max_seconds`, at least half of them.
+    """Choose the number of steps of the whole run so that it ends within `train.max_seconds`.
+
+    The run never gets less than half of `train.steps`, even if it then takes longer than `train.max_seconds`.
 
     Args:
-      train: Its `steps` are the wish.
+      train: Training config; `steps` is the requested number of steps.
       done: Steps made so far.
-      step_seconds: Time of one step.
-      compile_seconds: Time that the first step took to compile; another number of steps is another program.
+      step_seconds: Seconds of one step.
+      compile_seconds: Seconds that the first step took to compile. Another number of steps is compiled again, because
+        it is another program.
       elapsed: Seconds since the run began.
       heldout_batches: Batches of the evaluation at the end.
 
     Returns:
-      The number of steps; `train.steps` where it fits or max_seconds is 0.
+      The number of steps; `train.steps` if it fits or if max_seconds is 0.
     """
     end = step_seconds * (_EVALUATION * heldout_batches + _BASELINES) + compile_seconds * _COMPILATION
     left = train.max_seconds - elapsed - end
@@ -51,7 +55,11 @@ def fit_steps(
 
 
 def resumed(config: Config, workdir: str | os.PathLike) -> Config:
-    """`config` with the number of steps that the run in `workdir` was given, if it was measured already."""
+    """Return `config` with the number of steps that an earlier process chose for the run in `workdir`.
+
+    `config` is returned unchanged if it has no time budget, if the run has no checkpoint yet, or if the run had
+    another time budget.
+    """
     if not config.train.max_seconds or not finished_steps(workdir):
         return config
     stored = read_config(workdir).train
@@ -61,5 +69,5 @@ def resumed(config: Config, workdir: str | os.PathLike) -> Config:
 
 
 def with_steps(config: Config, steps: int) -> Config:
-    """`config` with another number of steps."""
+    """Return `config` with `train.steps` set to `steps`."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))

@@ -1,4 +1,4 @@
-"""Hang detector: says where every thread stands when no step has ended for too long."""
+"""Hang detector: dumps the stacks of all threads if no step has ended for too long."""
 
 from __future__ import annotations
 
@@ -13,31 +13,37 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Protocol
 
-EXIT = 75  # status of a process that ended itself: "try again", as sysexits.h has it
-_POLLS = 20  # looks in the time after which a run counts as hung
+EXIT = 75  # exit status of a process that ended itself after a hang: EX_TEMPFAIL of sysexits.h, "try again"
+_POLLS = 20  # number of polls in the time after which a run counts as hung
 
 
 class Result(Protocol):
-    """What a step will give: a jax.Array."""
+    """Result of a step that may still be running; jax.Array implements it."""
 
     def is_ready(self) -> bool:
-        """Whether it is computed, without waiting for it."""
+        """Return whether the value is computed, without waiting for it."""
 
 
 class Watchdog:
-    """A thread that looks whether steps end; a context manager. seconds 0: no thread, every method does nothing.
+    """Context manager with a thread that checks whether steps end.
 
-    When no step has ended for `seconds`, the stacks of all threads go to stderr and are added to the file `path`; then
-    the process ends with status 75 if `leave`, else the next report comes after as long again. It wakes up when the
-    first step ends, so compiling never counts, and time inside `paused` does not either. Being a Python thread it can't
-    see a hang that keeps the interpreter's lock; waiting for devices, files and peers does not.
+    If no step has ended for `seconds`, the thread writes the stacks of all threads to stderr and appends them to the
+    file `path`. It then ends the process with status 75 if `leave` is True, else it reports again after another
+    `seconds`. The time starts when the first step ends, so compilation does not count, and time inside `paused` does
+    not count either. The watchdog is a Python thread, so it misses a hang that holds the GIL. Waiting for devices,
+    files and other processes does not hold the GIL.
+
+    Args:
+      seconds: Time without a finished step that counts as a hang; 0 starts no thread and disables every method.
+      path: File to which the stacks are appended.
+      leave: Whether to end the process after the first report.
     """
 
     def __init__(self, seconds: float, path: pathlib.Path, leave: bool = False):
         self._seconds, self._path, self._leave = seconds, path, leave
         self._lock = threading.Lock()
         self._running: deque[tuple[int, Result]] = deque()
-        self._ended: float | None = None  # when a step last did; None while nothing is expected to
+        self._ended: float | None = None  # monotonic time of the last end of a step; None while no step is expected
         self._step = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -53,14 +59,19 @@ class Watchdog:
             self._thread.join()
 
     def started(self, step: int, result: Result) -> None:
-        """A step is under way; `result` is one of its values, which nobody donates."""
+        """Register a step that was dispatched.
+
+        Args:
+          step: Number of the step.
+          result: One of the arrays that the step computes. It must not be donated to another program.
+        """
         if self._seconds > 0:
             with self._lock:
                 self._running.append((step, result))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what takes its own time: evaluating, saving, restoring. All steps have ended before."""
+        """Stop the clock during evaluation, saving or restoring. All registered steps must have ended before."""
         with self._lock:
             self._running.clear()
             watching, self._ended = self._ended is not None, None
@@ -85,6 +96,6 @@ class Watchdog:
                 out.flush()
                 faulthandler.dump_traceback(out, all_threads=True)
         if self._leave:
-            os._exit(EXIT)  # the main thread hangs: nothing else ends the process, and its peers with it
+            os._exit(EXIT)  # the main thread hangs, so only this ends the process, and with it the other processes
         with self._lock:
             self._ended = time.monotonic()

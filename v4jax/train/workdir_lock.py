@@ -1,4 +1,4 @@
-"""One trainer at a time in a workdir."""
+"""Lock of a workdir, so that only one run at a time trains in it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,17 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # Lustre mounted wit
 
 @contextlib.contextmanager
 def workdir_lock(workdir: str | os.PathLike) -> Iterator[None]:
-    """Own `workdir`, which is made if need be, for the block; the first process of several locks it for all.
+    """Hold the lock of `workdir` inside the context.
 
-    The lock goes with its process, so a run that was killed leaves none. On a file system without locks a warning says
-    so and the block runs.
+    The directory is created if it is missing. In a run of several processes, the first process takes the lock for all.
+    The operating system releases the lock when the process ends, so a killed run leaves no lock behind. On a file
+    system without locks, a warning is printed and the context is entered without a lock.
+
+    Args:
+      workdir: Directory of the run.
 
     Raises:
-      UserError: Another run owns the directory, or it cannot be written. All processes of a run raise it.
+      UserError: Another run holds the lock, or the directory cannot be written. All processes of the run raise it.
     """
     file, refusal = None, ""
     if is_primary():

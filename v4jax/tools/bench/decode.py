@@ -1,8 +1,8 @@
-"""What a decode step takes by length of context: reading all entries or picked ones, held in bfloat16 or in FP8.
+"""Suite `decode`: time of a decode step by context, with dense or sparse attention and a bfloat16 or FP8 KV cache.
 
-All arms share weights and forced tokens, and those of one layout their cache. A dense arm is the same model with a
-`topk` beyond its context: it attends every compressed entry, in pieces, and its indexer, whose keys it still keeps,
-searches nothing.
+All variants share weights and forced tokens, and variants of one KV layout share the cache. A dense variant is the same
+model with an `index_topk` beyond its context: it attends every compressed entry, in pieces. Its indexer still stores
+its keys but searches nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SPEEDUPS = (("A3", "A0"), ("A1", "A0"), ("A2", "A0"), ("A3", "A1"), ("A4", "A3"
 _QUALITY = (("A3", "A1"), ("A2", "A0"), ("A4", "A3"))  # pairs that differ in the layout, or the weights, alone
 _GROWTH_FROM = 4096
 _AT_ONCE = 64  # pages filled at once
-_RECORD = 1  # of the one row; record 0 is the engine's for rows of padding
+_RECORD = 1  # state slot of the single row; the engine uses slot 0 for padding rows
 
 
 def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS, plot: str | None = None) -> list[dict]:
@@ -253,7 +253,7 @@ def _ratios(ms, context: int, fast: str, slow: str) -> list[float]:
 
 
 def _trend(contexts: list[int], middle, at) -> list[dict]:
-    """How each arm's time grows."""
+    """Report the growth of each variant's time with the context."""
     rows, records, last = [], [], contexts[-1]
     first = _GROWTH_FROM if _GROWTH_FROM in contexts else contexts[0]
     for arm, (kind, layout) in _measured(middle).items():
@@ -273,7 +273,7 @@ def _trend(contexts: list[int], middle, at) -> list[dict]:
 
 
 def _control(contexts: list[int], ms, at) -> list[dict]:
-    """How far the two arms that are the same differ."""
+    """Report how far the timings of the two identical variants differ (A/A control)."""
     ratio = {context: statistics.median(_ratios(ms, context, _ARM, _CONTROL)) for context in contexts}
     worst = max(contexts, key=lambda context: abs(ratio[context] - 1))
     text = f"the A/A control differs by {abs(ratio[worst] - 1):.1%} (at {worst:,} tokens)"

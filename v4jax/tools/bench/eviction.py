@@ -1,7 +1,8 @@
-"""What each policy keeps: the trace of suite 'tiers' replayed by the names of its blocks, without a model.
+"""Suite `eviction`: hit rates of eviction policies on the trace of suite `tiers`, by block hashes, without a model.
 
-Books alone (`cache.shelf`), so the figures are exact and the same on every machine. The device is filled as the engine
-fills it, save that its blocks and records share one budget and that requests of a burst come one after the other.
+Only the bookkeeping of tiers runs (`cache.offload.tier_index`), so the numbers are exact and the same on every machine.
+The device tier is filled as by the engine, with two differences: blocks and state snapshots share one budget, and the
+requests of a burst run one after the other.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from v4jax.tools.bench.tiers import ANSWER, BURST, CONVERSATIONS, turns
 SEEDS = 5
 _FORMS = {kind: BlockSchema(kind, ()) for kind in ("block", "record")}
 _ROOT, _PLENTY = bytes(16), 1 << 60
-# (policy of host and disk, whether only what two requests asked for goes there)
+# (eviction policy of host and disk, whether only blocks that two requests asked for are admitted there)
 ARMS = {"lru": ("lru", False), "lru; asked for twice": ("lru", True), "s3fifo": ("s3fifo", False)}
 _TIERS = ("device", "host", "disk")
 
@@ -75,12 +76,12 @@ def run(config: Config) -> list[dict]:
 
 
 def _rates(layout: KVCacheSpec, sizes, budgets, policy: str, twice: bool) -> list[dict[str, float]]:
-    """Share of the blocks asked for that each tier had, by seed."""
+    """Return each tier's share of the requested blocks that it held, one dict per seed."""
     return [_replay(layout.block, sizes, budgets, policy, twice, seed) for seed in range(SEEDS)]
 
 
 class _Tiers:
-    """Shelves of the device, the host and the disk; a budget of 0 is none."""
+    """Tier indexes of device, host and disk; a tier with a budget of 0 bytes does not exist."""
 
     def __init__(self, sizes: dict[str, int], budgets: Sequence[int], policy: str):
         self._sizes = sizes
@@ -96,7 +97,7 @@ class _Tiers:
         shelf.add(key, parent, size)
 
     def reach(self, shelves: Sequence[TierIndex], names: list[bytes]) -> int:
-        """Most blocks in a row that are there and end at a record."""
+        """Return the length in blocks of the longest cached prefix that ends at a state snapshot."""
         best = 0
         for count, name in enumerate(names, 1):
             if not any(_key("block", name) in shelf for shelf in shelves):

@@ -1,4 +1,4 @@
-"""Time to the first token, and of each token after it, of prompts that the engine really reads."""
+"""Suite `generate`: time to first token and time per output token, without prefix-cache hits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from v4jax.tools.bench.measure import interleave
 from v4jax.tools.bench.report import record
 
 CONTEXTS = (256, 1024, 4096, 16_384)
-DECODED = 257  # the first token, whose time is the prompt's, and 256 after it
+DECODED = 257  # the first token, whose time is the prefill's, and 256 more
 
 
 def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS) -> list[dict]:

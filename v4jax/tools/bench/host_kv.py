@@ -1,4 +1,4 @@
-"""What it saves and costs that a sequence's CSA entries live in host memory, with copies of the last picks on device.
+"""Suite `host_kv`: savings and cost of CSA entries in host memory with a device cache of recent top-k entries.
 
 Three tables: bytes of the cache of the published model, every array of it allocated layer by layer (with no weights);
 the speed of a decode step beside that of the same cache all on the device; and, with a checkpoint, how often a trained
@@ -254,7 +254,7 @@ def _speed(config: Config, rounds: int, contexts: Sequence[int]) -> list[dict]:
 
 
 def _counts(live: KVCaches) -> np.ndarray:
-    """Picks found on the device and fetched, over all layers."""
+    """Return the numbers of top-k entries found on the device and fetched from the host, over all layers."""
     kept = [kept for run in live.layers for kept in run if kept.device_cache is not None]
     return sum(read_counters(np.asarray(each.device_cache.counters_5)) for each in kept)
 

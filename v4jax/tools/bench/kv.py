@@ -1,4 +1,4 @@
-"""Bytes of KV cache a token, by layout: from the formula, and counted in live arrays."""
+"""Suite `kv`: KV-cache bytes per token by layout, from the formula and counted in allocated arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from v4jax.core.reporting import print_table
 from v4jax.tools.bench.report import record
 
 PUBLISHED = ("v4_flash", "v4_pro")
-_PAGES = 2  # enough to count by: every page of a pool is alike
+_PAGES = 2  # blocks that are allocated to count bytes; all blocks of a pool have the same size
 _MEGATOKEN = 2**20
 
 
@@ -55,7 +55,7 @@ def run(config: Config) -> list[dict]:
 
 
 def measured_token_bytes(layout: KVCacheSpec) -> float:
-    """Bytes of every array of pools that are really allocated for all layers of the model, by the tokens they hold."""
+    """Allocate pools for all layers of the model, and return their bytes divided by the tokens they hold."""
     pools = []
     for kind in layout.model.layer_types:
         if kind == "swa":

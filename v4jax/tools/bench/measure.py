@@ -1,4 +1,4 @@
-"""Timing two things against each other on a noisy machine, and the machine's own limits."""
+"""Interleaved timing of variants on a noisy machine, and the machine's peak rates."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ import jax.numpy as jnp
 
 
 def interleave(arms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each arm, measured in turn, `rounds` times, so that a drift of the machine meets all alike.
+    """Time variants in turn, so that a drift of the machine's speed affects all of them alike.
 
-    An arm is a function that does its work once and returns the seconds it took; it has been warmed up.
+    Args:
+      arms: Functions by name. Each does its work once and returns the seconds it took. Each was warmed up before.
+      rounds: Number of measurements of each variant.
+
+    Returns:
+      Measured seconds by name, one value per round.
     """
     seconds = {name: [] for name in arms}
     for _ in range(rounds):
@@ -23,14 +28,14 @@ def interleave(arms: dict[str, Callable[[], float]], rounds: int) -> dict[str, l
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds of one call, until its arrays are there."""
+    """Return the seconds of one call, including the wait for its arrays."""
     start = time.perf_counter()
     jax.block_until_ready(work())
     return time.perf_counter() - start
 
 
 def relative_iqr(values: list[float]) -> float:
-    """Half the distance between the quartiles, as a fraction of the median; 0 where all are equal."""
+    """Return half the interquartile range as a fraction of the median; 0 if all values are equal."""
     low, middle, high = min(values), statistics.median(values), max(values)
     if len(values) > 2:
         low, middle, high = statistics.quantiles(values, n=4)
@@ -38,7 +43,7 @@ def relative_iqr(values: list[float]) -> float:
 
 
 def machine() -> dict[str, float]:
-    """What this machine can do now: float32 products (FLOP/s, 2048^3), memory (byte/s, 256 MB scaled in place)."""
+    """Measure peak float32 matmul rate (FLOP/s, 2048^3) and memory rate (bytes/s, 256 MiB scaled in place)."""
     a = jnp.ones((2048, 2048), jnp.float32)
     product, big = jax.jit(lambda a: a @ a), jnp.ones(2**26, jnp.float32)
     scale = jax.jit(lambda x: x * 1.5, donate_argnums=0)

@@ -1,4 +1,4 @@
-"""Records of measurements, and pictures of them."""
+"""Records of measurements, and helpers for plots."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from v4jax.tools.bench.measure import relative_iqr
 
 
 def record(suite: str, metric: str, values: list[float], unit: str, **coordinates) -> dict:
-    """One flat record: the median of `values` with its spread, and where and how it was taken."""
+    """Return one flat record: the median of `values`, its spread, the coordinates, the device and the rounds."""
     return {
         "suite": suite,
         "metric": metric,
@@ -25,14 +25,14 @@ def record(suite: str, metric: str, values: list[float], unit: str, **coordinate
 
 
 def write(figure, path: str) -> None:
-    """Write a matplotlib Figure to a PNG file, whole or not at all."""
+    """Write a matplotlib Figure to a PNG file atomically."""
     partial = f"{path}.partial"
     figure.savefig(partial, dpi=120, format="png")
     os.replace(partial, path)
 
 
 def short(tokens: int) -> str:
-    """1048576 as 1M, 4096 as 4k."""
+    """Format a number of tokens with a binary unit: 1048576 as 1M, 4096 as 4k."""
     for letter, size in (("M", 2**20), ("k", 2**10)):
         if tokens % size == 0:
             return f"{tokens // size}{letter}"

@@ -1,4 +1,4 @@
-"""Many requests at once against one: tokens a second, waiting times, and a burst that does not fit into the cache."""
+"""Suite `serve`: throughput and latency of concurrent requests against one, and a burst that exceeds the KV cache."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _burst(engine: Engine, requests: list[_Request], at: dict) -> list[dict]:
     alone = [_serve(engine, [dataclasses.replace(each, salt=f"alone {i}")])[0] for i, each in enumerate(requests)]
     before = engine.stats()
     answers = _serve(engine, requests)
-    engine.schedulers[0].check_invariants()  # raises if any book is wrong
+    engine.schedulers[0].check_invariants()  # raises if any bookkeeping is wrong
     stats = engine.stats()
     count = {name: int(stats[name] - before[name]) for name in ("preemptions", "hits", "evictions")}
     equal = sum(one.tokens == other.tokens for one, other in zip(answers, alone, strict=True))

@@ -1,4 +1,4 @@
-"""Where a training step's time goes, and what each way to train costs against the plain step."""
+"""Suite `train`: time of the parts of a training step, and the cost of each training option against the plain step."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _parts(config: Config, rounds: int, at: dict) -> list[dict]:
 
 
 def options(config: Config) -> dict[str, Config]:
-    """The config as it is without options, then with one at a time; on a mesh it is one device's."""
+    """Return the config without training options, then with one option at a time; a mesh has one device."""
     train, alone, mesh = config.train, Mesh(), Mesh(rules="fsdp")
     bare = dict(remat=False, offload=(), matmul_precision="plain", expert_weight_format="plain", spike_action="off")
     made = lambda mesh=alone, **changes: dataclasses.replace(
@@ -95,7 +95,7 @@ def options(config: Config) -> dict[str, Config]:
 
 
 def _options(config: Config, rounds: int, at: dict) -> list[dict]:
-    """Steps of `options` in turn, from equal states."""
+    """Time steps of the configs of `options` in turn, from equal initial states."""
     tokens = np.random.default_rng(0).integers(
         2, config.model.vocab_size, (config.train.batch_size, config.data.seq_len + 1)
     )
@@ -130,7 +130,7 @@ def _options(config: Config, rounds: int, at: dict) -> list[dict]:
 
 
 def as_batch(tokens: np.ndarray) -> dict[str, jax.Array]:
-    """Rows of T + 1 tokens as a training batch of one document a row."""
+    """Convert rows of T + 1 tokens to a training batch with one document per row."""
     ids = tokens[:, :-1].astype(np.int32)
     positions = np.tile(np.arange(ids.shape[1], dtype=np.int32), (len(ids), 1))
     batch = {

@@ -1,4 +1,4 @@
-"""What suite `vs_transformers` measures of transformers."""
+"""The transformers side of suite `vs_transformers`."""
 
 from __future__ import annotations
 
