@@ -27,7 +27,7 @@ _FORESEEN = (ImportError, MemoryError, OSError, RuntimeError, ValueError)
 def remote(name: str, make: Callable, *args, heap: bool = False) -> Iterator[Ask]:
     """`make(*args)` in a process of its own: gives a function that calls a method of it there and waits for the result.
 
-    heap: that process keeps its heap as the command line does (`core.memory.tune_malloc`). All that crosses is pickled.
+    heap: that process keeps its heap as the command line does (`core.malloc.tune_malloc`). All that crosses is pickled.
     The process ends with the block, and with this process however that ends. Raises UserError, here and from every
     call, for an error over there (`--debug` shows its traceback) or if the process died.
     """
