@@ -141,12 +141,16 @@ def _no_constant(name: str):
 
 def _check_depth(value) -> None:
     """Raise JsonError if a value is nested too deeply. The check proceeds level by level, without recursion."""
-    level = [value]
+    level = [value] if type(value) in (dict, list) else []
     for _ in range(_MAX_DEPTH + 1):
-        containers = [item.values() if type(item) is dict else item for item in level if type(item) in (dict, list)]
-        if not containers:
+        if not level:
             return
-        level = [child for items in containers for child in items if type(child) in (dict, list)]
+        level = [
+            child
+            for item in level
+            for child in (item.values() if type(item) is dict else item)
+            if type(child) in (dict, list)
+        ]
     raise JsonError("it is nested too deeply")
 
 
