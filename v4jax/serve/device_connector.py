@@ -17,8 +17,7 @@ import functools
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
-from collections.abc import Sequence as Names
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,122 +67,125 @@ class DeviceKVConnector:
     """The `KVConnector` of one device.
 
     Args:
-        live: KV caches of the device; None for a device of another process, of which this process has only the pool.
+        caches: KV caches of the device; None for a device of another process, of which this process has only the pool.
         transfer: the offload tiers of this process.
         schemas: schemas of the kinds "block" and "record".
-        second: store only blocks that a second request looked up.
-        told: `OffloadConnector.sync_loads` sets the result of each load (several processes).
+        second_use: store only blocks that a second request looked up.
+        synced: `OffloadConnector.sync_loads` sets the result of each load (several processes).
     """
 
     def __init__(
         self,
-        live: KVCaches | None,
+        caches: KVCaches | None,
         transfer: OffloadManager,
         schemas: Mapping[str, BlockSchema],
         *,
-        second: bool = False,
-        told: bool = False,
+        second_use: bool = False,
+        synced: bool = False,
     ):
-        self.here, self.transfer, self.schemas, self._told = live is not None, transfer, schemas, told
-        if self.here:
-            [device] = jax.tree.leaves(live)[0].devices()
-            self._kinds, self._pinned = leaf_kinds(live), pinned_sharding(device)
+        self.is_local, self.transfer, self.schemas, self._synced = caches is not None, transfer, schemas, synced
+        if self.is_local:
+            [device] = jax.tree.leaves(caches)[0].devices()
+            self._kinds, self._pinned = leaf_kinds(caches), pinned_sharding(device)
             self._device = SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
-        self._moves: list[StoreOp | LoadOp] = []  # in the order of the block pool's changes
+        self._transfers: list[StoreOp | LoadOp] = []  # in the order of the block pool's changes
         self._backlog: dict[str, dict[bytes, StoreOp]] = {"block": {}, "record": {}}
-        self._second, self._asked = second, OrderedDict()  # block hash -> whether more than one request looked it up
-        self._visits: dict[Request, PendingLoad | None] = {}
+        self._second_use, self._lookups = (
+            second_use,
+            OrderedDict(),
+        )  # block hash -> whether more than one request looked it up
+        self._loads: dict[Request, PendingLoad | None] = {}
         self._blocks: BlockPool | None = None
         self.num_restored = 0
 
     def bind(self, block_pool: BlockPool) -> None:
         """See KVConnector."""
-        for visit in self._visits.values():
-            if visit is not None:
-                visit.job.cancelled = True
+        for load in self._loads.values():
+            if load is not None:
+                load.job.cancelled = True
         self._blocks, block_pool.on_idle = block_pool, self.on_block_idle
-        self._moves, self._backlog, self._visits = [], {"block": {}, "record": {}}, {}
+        self._transfers, self._backlog, self._loads = [], {"block": {}, "record": {}}, {}
 
     # --- called by the block pool ----------------------------------------------------------------------------------
 
     def on_block_idle(self, kind: str, parent: bytes, name: bytes, number: int, leaves: bool) -> None:
         """Note an idle block, or a committed snapshot behind one. leaves: it is evicted now, so copy it at once."""
-        if not self.here:
+        if not self.is_local:
             return
-        save = StoreOp(kind, parent, name, number)
+        op = StoreOp(kind, parent, name, number)
         if leaves:
             self._backlog[kind].pop(name, None)
-            self._moves.append(save)
+            self._transfers.append(op)
         else:
-            self._backlog[kind][name] = save
+            self._backlog[kind][name] = op
 
     # --- called by the scheduler -----------------------------------------------------------------------------------
 
-    def prefetch(self, sequence: Request, names: Names[bytes]) -> None:
+    def prefetch(self, request: Request, names: Sequence[bytes]) -> None:
         """See KVConnector."""
-        for other in [other for other in self._visits if other.status is not RequestStatus.WAITING]:
-            if (visit := self._visits.pop(other)) is not None:
-                visit.job.cancelled = True
-        if sequence not in self._visits:
-            self._visits[sequence] = self._look(names)
-            for name in names if self._second else ():
-                self._asked[name] = name in self._asked
-                self._asked.move_to_end(name)
-            while len(self._asked) > _REMEMBERED:
-                self._asked.popitem(last=False)
+        for other in [other for other in self._loads if other.status is not RequestStatus.WAITING]:
+            if (load := self._loads.pop(other)) is not None:
+                load.job.cancelled = True
+        if request not in self._loads:
+            self._loads[request] = self._start_load(names)
+            for name in names if self._second_use else ():
+                self._lookups[name] = name in self._lookups
+                self._lookups.move_to_end(name)
+            while len(self._lookups) > _REMEMBERED:
+                self._lookups.popitem(last=False)
 
-    def _look(self, names: Names[bytes], again: bool = False) -> PendingLoad | None:
+    def _start_load(self, names: Sequence[bytes], again: bool = False) -> PendingLoad | None:
         found, _ = self._blocks.match_prefix(names)
         if found == len(names):
             return None
-        here = {kind: frozenset(n for n in names if self._blocks.lookup(kind, n)) for kind in ("block", "record")}
-        job = LoadJob(tuple(names), here["block"], here["record"], found)
-        fetching = self.here and self.transfer.load(job)
-        return PendingLoad(job, fetching, again) if fetching or self._told else None
+        resident = {kind: frozenset(n for n in names if self._blocks.lookup(kind, n)) for kind in ("block", "record")}
+        job = LoadJob(tuple(names), resident["block"], resident["record"], found)
+        fetching = self.is_local and self.transfer.load(job)
+        return PendingLoad(job, fetching, again) if fetching or self._synced else None
 
     @property
     def pending(self) -> list[PendingLoad]:
         """Undecided loads of waiting requests, in the order of `prefetch`, which is the same in all processes."""
-        return [visit for visit in self._visits.values() if visit is not None and visit.num_loaded is None]
+        return [load for load in self._loads.values() if load is not None and load.num_loaded is None]
 
-    def poll(self, visit: PendingLoad) -> int | None:
+    def poll(self, load: PendingLoad) -> int | None:
         """Return the number of prefix blocks available after a load by this process; None while the load runs.
 
         An expired load is abandoned and gives 0.
         """
-        return None if self._runs(visit) else self._result(visit)
+        return None if self._runs(load) else self._result(load)
 
-    def _runs(self, visit: PendingLoad) -> bool:
-        return visit.fetching and not visit.job.done.is_set() and not self.transfer.expired(visit.job)
+    def _runs(self, load: PendingLoad) -> bool:
+        return load.fetching and not load.job.done.is_set() and not self.transfer.expired(load.job)
 
-    def _result(self, visit: PendingLoad) -> int:
-        if not visit.fetching or visit.job.done.is_set():
-            return visit.job.num_loaded
-        self.transfer.give_up(visit.job)
+    def _result(self, load: PendingLoad) -> int:
+        if not load.fetching or load.job.done.is_set():
+            return load.job.num_loaded
+        self.transfer.give_up(load.job)
         return 0
 
-    def is_loading(self, sequence: Request) -> bool:
+    def is_loading(self, request: Request) -> bool:
         """See KVConnector."""
-        visit = self._visits.get(sequence)
-        return visit is not None and (visit.num_loaded is None if self._told else self._runs(visit))
+        load = self._loads.get(request)
+        return load is not None and (load.num_loaded is None if self._synced else self._runs(load))
 
-    def finish_load(self, sequence: Request, names: Names[bytes]) -> bool:
+    def finish_load(self, request: Request, names: Sequence[bytes]) -> bool:
         """See KVConnector."""
-        visit = self._visits.pop(sequence, None)
-        if visit is None:
+        load = self._loads.pop(request, None)
+        if load is None:
             return True
-        if not self._told:
-            visit.num_loaded = self._result(visit)
-        if self._install(visit, sequence.hash_seed) or visit.again:
+        if not self._synced:
+            load.num_loaded = self._result(load)
+        if self._install(load, request.hash_seed) or load.again:
             return True
-        second = self._look(names, again=True)
-        if second is not None:
-            self._visits[sequence] = second
-        return second is None
+        retry = self._start_load(names, again=True)
+        if retry is not None:
+            self._loads[request] = retry
+        return retry is None
 
-    def _install(self, visit: PendingLoad, seed: bytes) -> bool:
+    def _install(self, load: PendingLoad, seed: bytes) -> bool:
         """Enter loaded blocks into the pool; False if blocks that were on the device at the start were evicted."""
-        blocks, job, names = self._blocks, visit.job, visit.job.block_hashes[: visit.num_loaded]
+        blocks, job, names = self._blocks, load.job, load.job.block_hashes[: load.num_loaded]
         if not names:
             return True
         lacking = [name for name in names if not blocks.lookup("block", name)]
@@ -201,10 +203,10 @@ class DeviceKVConnector:
             for parent, name in itertools.pairwise([seed, *names]):
                 if name in pages:
                     blocks.cache_block(parent, name, pages[name])
-                    if self.here:
-                        self._moves.append(LoadOp("block", pages[name], job.blocks[name]))
+                    if self.is_local:
+                        self._transfers.append(LoadOp("block", pages[name], job.blocks[name]))
         if record is not None:
-            self._moves += [LoadOp("record", record, job.record)] if self.here and new is not None else []
+            self._transfers += [LoadOp("record", record, job.record)] if self.is_local and new is not None else []
             blocks.commit_snapshot(names[-1], record, valid=new is not None)
         blocks.free([blocks.lookup("block", name) for name in names] if new is not None else held)
         self.num_restored += len(new or ())
@@ -220,63 +222,63 @@ class DeviceKVConnector:
     @property
     def has_transfers(self) -> bool:
         """Whether `run_transfers` has anything to do."""
-        return bool(self._moves or self.num_idle)
+        return bool(self._transfers or self.num_idle)
 
-    def run_transfers(self, live: KVCaches, idle: bool = True) -> KVCaches:
+    def run_transfers(self, caches: KVCaches, idle: bool = True) -> KVCaches:
         """Return the KV caches after the copies that the block pool needs; call before the next plan is dispatched.
 
         idle: nothing waits for the device, so idle blocks are copied without the limit per call.
         """
-        moves, self._moves = self._moves, []
-        for (sort, kind), run in itertools.groupby(moves, lambda move: (type(move), move.kind)):
+        transfers, self._transfers = self._transfers, []
+        for (sort, kind), run in itertools.groupby(transfers, lambda move: (type(move), move.kind)):
             if sort is LoadOp:
-                live = self._restore(live, kind, list(run))
+                caches = self._load(caches, kind, list(run))
             else:
-                self._save(live, kind, list(run))
+                self._store(caches, kind, list(run))
         for kind, backlog in self._backlog.items():
             room = self.transfer.num_free(self.schemas[kind])
             run = [backlog[name] for name in itertools.islice(backlog, room if idle else min(room, _BATCH))]
-            for save in run:
-                del backlog[save.name]
-            self._save(live, kind, [save for save in run if self._blocks.lookup(kind, save.name) == save.number])
-        return live
+            for op in run:
+                del backlog[op.name]
+            self._store(caches, kind, [op for op in run if self._blocks.lookup(kind, op.name) == op.number])
+        return caches
 
-    def _save(self, live: KVCaches, kind: str, saves: list[StoreOp]) -> None:
+    def _store(self, caches: KVCaches, kind: str, ops: list[StoreOp]) -> None:
         schema = self.schemas[kind]
-        saves = [save for save in saves if self.transfer.should_store(schema.key(save.name))]
-        if self._second:
-            saves = [save for save in saves if self._asked.get(save.name)]
+        ops = [op for op in ops if self.transfer.should_store(schema.key(op.name))]
+        if self._second_use:
+            ops = [op for op in ops if self._lookups.get(op.name)]
         room = self.transfer.num_free(schema)
-        self.transfer.record_dropped(len(saves[room:]))
-        for batch in _batches(saves[:room]):
+        self.transfer.record_dropped(len(ops[room:]))
+        for batch in _batches(ops[:room]):
             numbers = np.zeros(_BATCH if len(batch) > 1 else 1, np.int32)
-            numbers[: len(batch)] = [save.number for save in batch]
+            numbers[: len(batch)] = [op.number for op in batch]
             try:
-                payloads = pack_blocks(live, self._kinds, kind, jax.device_put(numbers, self._device))[: len(batch)]
+                payloads = pack_blocks(caches, self._kinds, kind, jax.device_put(numbers, self._device))[: len(batch)]
                 payloads = jax.device_put(payloads, self._pinned) if self._pinned else payloads
             except RuntimeError:  # no memory for the copy
                 self.transfer.record_dropped(len(batch))
                 continue
-            for save, payload in zip(batch, payloads, strict=True):
-                self.transfer.store(schema, save.name, save.parent, payload)
+            for op, payload in zip(batch, payloads, strict=True):
+                self.transfer.store(schema, op.name, op.parent, payload)
 
-    def _restore(self, live: KVCaches, kind: str, restores: list[LoadOp]) -> KVCaches:
-        for batch in _batches(restores):
+    def _load(self, caches: KVCaches, kind: str, ops: list[LoadOp]) -> KVCaches:
+        for batch in _batches(ops):
             size = _BATCH if len(batch) > 1 else 1
             numbers = np.full(size, np.iinfo(np.int32).max, np.int32)  # padding is out of range and dropped
-            numbers[: len(batch)] = [restore.number for restore in batch]
-            payloads = jax.device_put([restore.item.payload for restore in batch], self._device)
+            numbers[: len(batch)] = [op.number for op in batch]
+            payloads = jax.device_put([op.item.payload for op in batch], self._device)
             payloads += payloads[-1:] * (size - len(batch))
-            live = unpack_blocks(live, self._kinds, kind, jax.device_put(numbers, self._device), payloads)
-        return live
+            caches = unpack_blocks(caches, self._kinds, kind, jax.device_put(numbers, self._device), payloads)
+        return caches
 
     def wait_for_load(self, seconds: float) -> bool:
         """Wait at most `seconds` for the load of the first waiting request; False if it has none."""
-        request, visit = next(iter(self._visits.items()), (None, None))
-        if visit is None or not self.is_loading(request):
+        request, load = next(iter(self._loads.items()), (None, None))
+        if load is None or not self.is_loading(request):
             return False
-        if visit.fetching:
-            visit.job.done.wait(seconds)
+        if load.fetching:
+            load.job.done.wait(seconds)
         return True
 
 
@@ -289,35 +291,37 @@ def pinned_sharding(device: jax.Device) -> SingleDeviceSharding | None:
 # --- programs ----------------------------------------------------------------------------------------------------
 
 
-def leaf_kinds(live: KVCaches) -> tuple[str, ...]:
+def leaf_kinds(caches: KVCaches) -> tuple[str, ...]:
     """Kind of every leaf: "block" (rows are KV blocks), "record" (rows are state slots), "hot" (device entries)."""
     parts = {"entries": "block", "index_keys": "block", "device_cache": "hot"}
     kind = lambda path: next((parts[name] for key in path if (name := getattr(key, "name", None)) in parts), "record")
-    return tuple(kind(path) for path, _ in jax.tree_util.tree_leaves_with_path(live))
+    return tuple(kind(path) for path, _ in jax.tree_util.tree_leaves_with_path(caches))
 
 
-def block_schema(live: KVCaches, kind: str) -> BlockSchema:
+def block_schema(caches: KVCaches, kind: str) -> BlockSchema:
     """Schema of one block or state snapshot: a row of every array of that kind."""
-    leaves = zip(jax.tree_util.tree_leaves_with_path(live), leaf_kinds(live), strict=True)
+    leaves = zip(jax.tree_util.tree_leaves_with_path(caches), leaf_kinds(caches), strict=True)
     rows = [(jax.tree_util.keystr(path), leaf) for (path, leaf), its in leaves if its == kind]
     return BlockSchema(kind, tuple((name, leaf.dtype.name, tuple(leaf.shape[1:])) for name, leaf in rows))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def pack_blocks(live: KVCaches, kinds: tuple[str, ...], kind: str, number_N: jax.Array) -> list[jax.Array]:
+def pack_blocks(caches: KVCaches, kinds: tuple[str, ...], kind: str, number_N: jax.Array) -> list[jax.Array]:
     """Gather N blocks or snapshots; each becomes one uint8 [bytes] array, so that one copy moves it."""
     count = number_N.shape[0]
-    rows = [host_gather(leaf, number_N) for leaf, its in zip(jax.tree.leaves(live), kinds, strict=True) if its == kind]
+    rows = [
+        host_gather(leaf, number_N) for leaf, its in zip(jax.tree.leaves(caches), kinds, strict=True) if its == kind
+    ]
     data = jnp.concatenate([jax.lax.bitcast_convert_type(row, jnp.uint8).reshape(count, -1) for row in rows], axis=1)
     return [data[i] for i in range(count)]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), donate_argnums=0)
 def unpack_blocks(
-    live: KVCaches, kinds: tuple[str, ...], kind: str, number_N: jax.Array, payloads: list[jax.Array]
+    caches: KVCaches, kinds: tuple[str, ...], kind: str, number_N: jax.Array, payloads: list[jax.Array]
 ) -> KVCaches:
     """Write the bytes of N blocks or snapshots to the rows number_N; rows out of range are dropped."""
-    leaves, tree = jax.tree.flatten(live)
+    leaves, tree = jax.tree.flatten(caches)
     data, start = jnp.stack(payloads), 0
     for i, (leaf, its) in enumerate(zip(leaves, kinds, strict=True)):
         if its == kind:
@@ -327,11 +331,11 @@ def unpack_blocks(
             new = jax.lax.bitcast_convert_type(rows, leaf.dtype)
             leaves[i] = host_scatter(leaf, new, number_N)
             start = end
-    live = jax.tree.unflatten(tree, leaves)
+    caches = jax.tree.unflatten(tree, leaves)
     if kind == "record":
-        return live
+        return caches
     return jax.tree.map(
-        lambda kept: kept.invalidate_copies(number_N), live, is_leaf=lambda a: isinstance(a, PagedLayerCache)
+        lambda kept: kept.invalidate_copies(number_N), caches, is_leaf=lambda a: isinstance(a, PagedLayerCache)
     )
 
 

@@ -123,6 +123,7 @@ class Engine:
         self.kv_cache_spec = KVCacheSpec(self.model, cache.kv_cache_dtype, cache.block_size, cache.kv_device_entries)
         block, slots, k = self.kv_cache_spec.block, limits.max_num_seqs, limits.num_speculative_tokens
         self._table_width = -(-(limits.max_model_len + k) // block)
+        self._slack = 3 * k  # tokens: a snapshot holds up to 2k past its boundary, and k drafts may be rejected
         kept = range(slots + 1, slots + 1 + (cache.num_state_snapshots if cache.enable_prefix_caching else 0))
         self._records = 1 + slots + len(kept)
         self._most_pages = pages = self._pages(cache, self._records)
@@ -164,7 +165,7 @@ class Engine:
         k, block = self.limits.num_speculative_tokens, self.kv_cache_spec.block
         if not cache.kv_cache_memory_bytes:
             return 1 + (-(-cache.kv_cache_tokens // block) or self.limits.max_num_seqs * self._table_width)
-        fixed = records * self.kv_cache_spec.state_bytes(3 * k, mtp=k > 0) + self.kv_cache_spec.device_cache_bytes
+        fixed = records * self.kv_cache_spec.state_bytes(self._slack, mtp=k > 0) + self.kv_cache_spec.device_cache_bytes
         least = fixed + 2 * self.kv_cache_spec.block_bytes
         if cache.kv_cache_memory_bytes < least:
             parts = f"{records} records and one block of {block} tokens"
@@ -200,7 +201,7 @@ class Engine:
     def _allocate(self) -> None:
         slots, k = self.limits.max_num_seqs, self.limits.num_speculative_tokens
         with jax.transfer_guard("allow"):
-            room = (self._most_pages, self._records, 2 * k + k)
+            room = (self._most_pages, self._records, self._slack)
             one = lambda kind: self.dp_group.replicate(allocate.allocate_layer(self.kv_cache_spec, kind, *room))
             self._kv_caches = KVCaches([[one(kind) for kind in run] for run in self._kinds], one("swa") if k else None)
             heads = DecodeState(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
@@ -343,22 +344,22 @@ class Engine:
         size = min(1 << (max(map(len, rows)) - 1).bit_length(), self.limits.max_num_seqs)
         return InflightStep(plans, size, finite, first, self._decode(rows, size) if any(rows) else None)
 
-    def _set_tables(self, sequences: list[list[Request]]) -> None:
+    def _set_tables(self, requests: list[list[Request]]) -> None:
         changed = False
-        for device, here in enumerate(sequences):
-            for sequence in here:
-                row = self._table(sequence)
-                if not np.array_equal(row, self._tables[device, sequence.state_slot]):
-                    self._tables[device, sequence.state_slot], changed = row, True
+        for device, here in enumerate(requests):
+            for request in here:
+                row = self._table(request)
+                if not np.array_equal(row, self._tables[device, request.state_slot]):
+                    self._tables[device, request.state_slot], changed = row, True
         if changed:
             self._upload_block_tables()
 
     def _upload_block_tables(self) -> None:
         self._device_tables = self.dp_group.shard_rows(self._tables.reshape(-1, self._table_width).copy())
 
-    def _table(self, sequence: Request) -> np.ndarray:
+    def _table(self, request: Request) -> np.ndarray:
         row = np.full(self._table_width, -1, np.int32)
-        row[: len(sequence.block_ids)] = sequence.block_ids
+        row[: len(request.block_ids)] = request.block_ids
         return row
 
     def _prefill(self, reads: list[PrefillChunk | None]):
@@ -394,7 +395,7 @@ class Engine:
         return self.dp_group.shard_rows(options), plan
 
     def _decode(self, rows: list[list[Request]], size: int):
-        batch = tuple(tuple((sequence.state_slot, sequence.id) for sequence in here) for here in rows)
+        batch = tuple(tuple((request.state_slot, request.id) for request in here) for here in rows)
         if batch != self._batch:
             record_DB = np.zeros((len(rows), size), np.int32)
             for device, here in enumerate(batch):
@@ -452,20 +453,20 @@ class Engine:
         alive = {id: s for id, s in scheduler.requests.items() if s.status not in _ENDED}
         drawn = [d for d in drawn if d.id in alive]
         failed += [alive[d.id] for d in drawn if not d.sampled.finite_B[d.row, : d.count].all()]
-        for sequence in failed:
-            self._fail(device, sequence)
+        for request in failed:
+            self._fail(device, request)
         gained = {d.id: d.sampled.token_B[d.row, : d.count].tolist() for d in drawn}
         drawn = [d for d in drawn if not alive[d.id].is_replay]
         scheduler.update_from_output(plan, gained)
         return drawn
 
-    def _fail(self, device: int, sequence: Request) -> None:
+    def _fail(self, device: int, request: Request) -> None:
         """End a request with non-finite logits, and zero the blocks it wrote before others may get them."""
         state_slot_D = np.zeros(self.dp_group.count, np.int32)
         pages_DA = np.full((self.dp_group.count, self._table_width), -1, np.int32)
-        state_slot_D[device], pages_DA[device] = sequence.state_slot, self._table(sequence)
-        pages_DA[device, : sequence.num_cached_blocks] = -1
-        if self.schedulers[device].fail_request(sequence.id):
+        state_slot_D[device], pages_DA[device] = request.state_slot, self._table(request)
+        pages_DA[device, : request.num_cached_blocks] = -1
+        if self.schedulers[device].fail_request(request.id):
             self._kv_caches = model_steps.zero_state(
                 self._model_def, self._kv_caches, *self.dp_group.shard_rows((state_slot_D, pages_DA))
             )

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 def build(
-    live: KVCaches, places: DataParallelGroup, cache: config.Cache, layout: KVCacheSpec
+    caches: KVCaches, dp_group: DataParallelGroup, cache: config.Cache, layout: KVCacheSpec
 ) -> OffloadConnector | None:
     """Build the tiers of a config and log their capacity; None if the config has none. Raises UserError."""
     if not (cache.kv_host_bytes or cache.kv_disk_bytes):
@@ -53,55 +53,55 @@ def build(
         else None
     )
     try:
-        parking = OffloadConnector(
-            live,
-            places,
+        connector = OffloadConnector(
+            caches,
+            dp_group,
             host,
             disk,
             cache.kv_load_timeout_s,
             layout.block,
-            second=cache.kv_admission_policy == "second",
+            second_use=cache.kv_admission_policy == "second",
         )
     except BaseException:  # such as an interrupt; another engine of this process may use the directory next
         if disk is not None:
             disk.close()
         raise
-    _log.info("cache: %s", parking.summary)
-    return parking
+    _log.info("cache: %s", connector.summary)
+    return connector
 
 
 class OffloadConnector:
     """The offload tiers of one engine in this process, and a `DeviceKVConnector` for each device of all processes.
 
-    tokens: tokens per block. deadline: seconds without progress after which a load is abandoned. second: store only
+    tokens: tokens per block. deadline: seconds without progress after which a load is abandoned. second_use: store only
     blocks that a second request looked up. summary: capacity of device and tiers in tokens, as text.
     """
 
     def __init__(
         self,
-        live: KVCaches,
-        places: DataParallelGroup,
+        caches: KVCaches,
+        dp_group: DataParallelGroup,
         host: HostTier | None,
         disk: DiskTier | None,
         deadline: float,
         tokens: int,
         *,
-        second: bool = False,
+        second_use: bool = False,
     ):
-        self._places, parts = places, places.split_devices(live)
+        self._dp_group, parts = dp_group, dp_group.split_devices(caches)
         self.schemas = {kind: block_schema(parts[0], kind) for kind in ("block", "record")}
         leaves = jax.tree.leaves(parts[0])
         place = functools.partial(_to_host, pinned_sharding(*leaves[0].devices()))
         self.transfer = OffloadManager(*self.schemas.values(), host, disk, place=place, deadline=deadline)
         weakref.finalize(self, self.transfer.close)  # for an engine that was never closed, and at process exit
-        self._processes, here = places.processes, iter(parts)
+        self._processes, local_parts = dp_group.processes, iter(parts)
         self.multi_process = len(set(self._processes)) > 1
-        mine = [next(here) if process == jax.process_index() else None for process in self._processes]
+        device_parts = [next(local_parts) if process == jax.process_index() else None for process in self._processes]
         self.device_connectors = [
-            DeviceKVConnector(part, self.transfer, self.schemas, second=second, told=self.multi_process)
-            for part in mine
+            DeviceKVConnector(part, self.transfer, self.schemas, second_use=second_use, synced=self.multi_process)
+            for part in device_parts
         ]
-        self._own = [bay for bay in self.device_connectors if bay.here]
+        self._local_devices = [device for device in self.device_connectors if device.is_local]
         self.summary = self._describe(leaves[leaf_kinds(parts[0]).index("block")].shape[0] - 1, tokens)
 
     def _describe(self, pages: int, tokens: int) -> str:
@@ -123,13 +123,13 @@ class OffloadConnector:
         """
         if not self.multi_process:
             return
-        asked = [(bay, visit) for bay in self.device_connectors for visit in bay.pending]
-        if asked:
-            answers = [bay.poll(visit) if bay.here else None for bay, visit in asked]
-            said = np.array([-1 if answer is None else answer for answer in answers], np.int32).tobytes()
-            known = np.max([np.frombuffer(data, np.int32) for data in distributed.all_gather_bytes(said)], axis=0)
-            for (_, visit), boundary in zip(asked, known, strict=True):
-                visit.num_loaded = None if boundary < 0 else int(boundary)
+        loads = [(device, load) for device in self.device_connectors for load in device.pending]
+        if loads:
+            results = [device.poll(load) if device.is_local else None for device, load in loads]
+            packed = np.array([-1 if answer is None else answer for answer in results], np.int32).tobytes()
+            known = np.max([np.frombuffer(data, np.int32) for data in distributed.all_gather_bytes(packed)], axis=0)
+            for (_, load), boundary in zip(loads, known, strict=True):
+                load.num_loaded = None if boundary < 0 else int(boundary)
 
     def num_offloaded_blocks(self, names: Sequence[bytes]) -> list[int]:
         """Return, for each device, the number of prefix blocks that a request could load from the device's tiers.
@@ -143,41 +143,41 @@ class OffloadConnector:
         by_process = [int(np.frombuffer(data, np.int32)[0]) for data in distributed.all_gather_bytes(own)]
         return [by_process[process] for process in self._processes]
 
-    def run_transfers(self, live: KVCaches, idle: bool = True) -> KVCaches:
+    def run_transfers(self, caches: KVCaches, idle: bool = True) -> KVCaches:
         """Return the KV caches after the copies that the block pools need; call before the next plan is dispatched.
 
         idle: nothing waits for the devices, so idle blocks are copied without the limit per call.
         """
-        if not any(bay.has_transfers for bay in self.device_connectors):
-            return live
-        parts = self._places.split_devices(live)  # the parts are donated, which also invalidates `live`
-        return self._places.join_devices(
-            [bay.run_transfers(part, idle) for bay, part in zip(self._own, parts, strict=True)]
+        if not any(device.has_transfers for device in self.device_connectors):
+            return caches
+        parts = self._dp_group.split_devices(caches)  # the parts are donated, which also invalidates `caches`
+        return self._dp_group.join_devices(
+            [device.run_transfers(part, idle) for device, part in zip(self._local_devices, parts, strict=True)]
         )
 
     def wait_for_load(self) -> None:
         """Wait at most 10 ms for a load; call it when the engine has no other work."""
-        any(bay.wait_for_load(0.01) for bay in self.device_connectors)  # `any` stops at the first that waits
+        any(device.wait_for_load(0.01) for device in self.device_connectors)  # `any` stops at the first that waits
 
-    def flush(self, live: KVCaches, seconds: float) -> bool:
+    def flush(self, caches: KVCaches, seconds: float) -> bool:
         """Offload all idle blocks within `seconds`; return whether nothing is left queued."""
         end = time.monotonic() + seconds
-        while any(bay.num_idle for bay in self.device_connectors) and time.monotonic() < end:
-            for bay, part in zip(self._own, self._places.split_devices(live), strict=True):
-                bay.run_transfers(part)
+        while any(device.num_idle for device in self.device_connectors) and time.monotonic() < end:
+            for device, part in zip(self._local_devices, self._dp_group.split_devices(caches), strict=True):
+                device.run_transfers(part)
             self.transfer.flush(end - time.monotonic())
         return self.transfer.flush(max(end - time.monotonic(), 0))
 
-    def close(self, live: KVCaches, seconds: float) -> None:
+    def close(self, caches: KVCaches, seconds: float) -> None:
         """Flush for at most `seconds`, then close the tiers."""
-        self.flush(live, seconds)
+        self.flush(caches, seconds)
         self.transfer.close(0.0)
 
     def stats(self) -> dict[str, float]:
         """Return the counters of this process's tiers, and blocks restored and idle, summed over all devices."""
         return self.transfer.stats() | {
-            "restored_blocks": sum(bay.num_restored for bay in self.device_connectors),
-            "queue_idle": sum(bay.num_idle for bay in self.device_connectors),
+            "restored_blocks": sum(device.num_restored for device in self.device_connectors),
+            "queue_idle": sum(device.num_idle for device in self.device_connectors),
         }
 
 

@@ -39,8 +39,7 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from collections.abc import Collection, Hashable, Mapping
-from collections.abc import Sequence as Tokens
+from collections.abc import Collection, Hashable, Mapping, Sequence
 
 from v4jax.cache import block_hash
 from v4jax.cache.block_pool import BlockPool
@@ -123,7 +122,9 @@ class Scheduler:
 
     # --- requests --------------------------------------------------------------------------------------------------
 
-    def add_request(self, id: Hashable, prompt: Tokens[int], max_tokens: int, *, seed: bytes | None = None) -> Request:
+    def add_request(
+        self, id: Hashable, prompt: Sequence[int], max_tokens: int, *, seed: bytes | None = None
+    ) -> Request:
         """Queue a request.
 
         Args:
@@ -140,10 +141,10 @@ class Scheduler:
             raise ValueError(f"request {id!r} is in use, has no prompt or is to add no tokens")
         self.check_fits(len(prompt), max_tokens)
         self.arrivals += 1
-        sequence = Request(id, tuple(prompt), max_tokens, seed, self.arrivals, list(prompt))
-        self.requests[id] = sequence
-        self._waiting.append(sequence)
-        return sequence
+        request = Request(id, tuple(prompt), max_tokens, seed, self.arrivals, list(prompt))
+        self.requests[id] = request
+        self._waiting.append(request)
+        return request
 
     def check_fits(self, prompt_tokens: int, max_tokens: int) -> None:
         """Raise UserError if the pool could not hold such a request even alone."""
@@ -167,14 +168,14 @@ class Scheduler:
         return self._stop(id, RequestStatus.ERROR)
 
     def _stop(self, id: Hashable, state: RequestStatus) -> bool:
-        sequence = self.requests.get(id)
-        if sequence is None or sequence.status not in (*_LIVE, RequestStatus.WAITING):
+        request = self.requests.get(id)
+        if request is None or request.status not in (*_LIVE, RequestStatus.WAITING):
             return False
         if state is RequestStatus.ERROR:
-            self.block_pool.invalidate(sequence.block_ids[sequence.num_cached_blocks :])
-            for name in sequence.snapshots:
+            self.block_pool.invalidate(request.block_ids[request.num_cached_blocks :])
+            for name in request.snapshots:
                 self.block_pool.drop_snapshot(name)
-        self._retire(sequence, state)
+        self._retire(request, state)
         return True
 
     # --- planning --------------------------------------------------------------------------------------------------
@@ -184,48 +185,48 @@ class Scheduler:
         if len(self._inflight) > 1:
             raise RuntimeError("two plans are under way; commit the older one first")
         if self.kv_connector is not None:
-            for sequence in self._waiting[:_PREFETCH_REQUESTS]:
-                self.kv_connector.prefetch(sequence, self._prefix_hashes(sequence))
-        draft = PendingOutput(self._step_id + 1)
-        decode, short = self._decode(draft)
-        short = short or any(sequence.status is RequestStatus.PREEMPTED for sequence in self._retiring)
-        prefill = self._prefill(draft, admit=not short)
+            for request in self._waiting[:_PREFETCH_REQUESTS]:
+                self.kv_connector.prefetch(request, self._prefix_hashes(request))
+        pending = PendingOutput(self._step_id + 1)
+        decode, short = self._decode(pending)
+        short = short or any(request.status is RequestStatus.PREEMPTED for request in self._retiring)
+        prefill = self._prefill(pending, admit=not short)
         if not decode and prefill is None:
             return None
-        self._step_id = draft.serial
-        draft.plan = SchedulerOutput(draft.serial, tuple(draft.copies), prefill, tuple(decode))
-        for sequence in draft.plan.requests:
-            sequence.last_step = draft.serial
-        self._inflight.append(draft)
-        return draft.plan
+        self._step_id = pending.serial
+        pending.plan = SchedulerOutput(pending.serial, tuple(pending.copies), prefill, tuple(decode))
+        for request in pending.plan.requests:
+            request.last_step = pending.serial
+        self._inflight.append(pending)
+        return pending.plan
 
-    def _decode(self, draft: PendingOutput) -> tuple[list[DecodeRow], bool]:
+    def _decode(self, pending: PendingOutput) -> tuple[list[DecodeRow], bool]:
         """Return the rows to decode, and whether a row was left out for lack of blocks.
 
         After the first such row, no younger request gets new blocks.
         """
         rows, short = [], False
-        for sequence in list(self._active):
-            position, limit = sequence.position, sequence.max_len
-            if sequence.status is not RequestStatus.RUNNING or position + 1 >= limit:
+        for request in list(self._active):
+            position, limit = request.position, request.max_len
+            if request.status is not RequestStatus.RUNNING or position + 1 >= limit:
                 continue  # just preempted, or the steps in flight reach max_tokens
-            most = position + sequence.num_inflight_decodes * self.num_lookahead_tokens
-            need = self._pages(min(most + 1, limit - 1) + self.num_lookahead_tokens) - len(sequence.block_ids)
+            most = position + request.num_inflight_decodes * self.num_lookahead_tokens
+            need = self._pages(min(most + 1, limit - 1) + self.num_lookahead_tokens) - len(request.block_ids)
             if need > 0:
-                short = short or not self._allocate_slots(sequence, need)
+                short = short or not self._allocate_slots(request, need)
                 if short:
                     continue
             boundary = position // self.block_size * self.block_size
             written = (
-                most if sequence.num_inflight_decodes else most + self.num_lookahead_tokens
+                most if request.num_inflight_decodes else most + self.num_lookahead_tokens
             )  # includes the last step's rejected tokens
-            if boundary > sequence.last_snapshot_boundary and written - boundary <= self.rollback_tokens:
-                self._snapshot(sequence, boundary, draft)
-            rows.append(DecodeRow(sequence, position))
-            sequence.num_inflight_decodes += 1
+            if boundary > request.last_snapshot_boundary and written - boundary <= self.rollback_tokens:
+                self._snapshot(request, boundary, pending)
+            rows.append(DecodeRow(request, position))
+            request.num_inflight_decodes += 1
         return rows, short
 
-    def _allocate_slots(self, sequence: Request, need: int) -> bool:
+    def _allocate_slots(self, request: Request, need: int) -> bool:
         """Give a request `need` more blocks, preempting the youngest; False if it must wait or was preempted."""
         while (pages := self.block_pool.allocate(need)) is None:
             if self._retiring:
@@ -234,89 +235,89 @@ class Scheduler:
             youngest.preemptions += 1
             self._preemptions += 1
             self._retire(youngest, RequestStatus.PREEMPTED)
-            if youngest is sequence:
+            if youngest is request:
                 return False
-        sequence.block_ids += pages
+        request.block_ids += pages
         return True
 
-    def _prefill(self, draft: PendingOutput, admit: bool) -> PrefillChunk | None:
+    def _prefill(self, pending: PendingOutput, admit: bool) -> PrefillChunk | None:
         """Return the next chunk of the prompt in prefill; with `admit`, else of the first waiting request."""
-        sequence = next((s for s in self._active if s.status is RequestStatus.PREFILL), None)
-        if sequence is None:
-            sequence = self._admit(draft) if admit and self._waiting and self._slots else None
-        if sequence is None:
+        request = next((s for s in self._active if s.status is RequestStatus.PREFILL), None)
+        if request is None:
+            request = self._admit(pending) if admit and self._waiting and self._slots else None
+        if request is None:
             return None
-        start, goal = sequence.num_scheduled_tokens, sequence.num_prefill_tokens
+        start, goal = request.num_scheduled_tokens, request.num_prefill_tokens
         boundary = (goal - 1) // self.block_size * self.block_size
         period = self.snapshot_interval_blocks * self.block_size or goal
-        if start > sequence.last_snapshot_boundary and (start == boundary or start % period == 0):
-            self._snapshot(sequence, start, draft)
+        if start > request.last_snapshot_boundary and (start == boundary or start % period == 0):
+            self._snapshot(request, start, pending)
         ends = [start // size * size + size for size in (self.max_num_batched_tokens, period)]
-        sequence.num_scheduled_tokens = end = min([goal, *ends, *([boundary] if boundary > start else [])])
+        request.num_scheduled_tokens = end = min([goal, *ends, *([boundary] if boundary > start else [])])
         if end == goal:
-            sequence.status = RequestStatus.RUNNING
-        return PrefillChunk(sequence, start, end - start, last=end == goal)
+            request.status = RequestStatus.RUNNING
+        return PrefillChunk(request, start, end - start, last=end == goal)
 
-    def _admit(self, draft: PendingOutput) -> Request | None:
+    def _admit(self, pending: PendingOutput) -> Request | None:
         """Give the first waiting request a slot, its cached prefix and new blocks; None if it has to wait."""
-        sequence = self._waiting[0]
-        usable = self._prefix_hashes(sequence)
+        request = self._waiting[0]
+        usable = self._prefix_hashes(request)
         found, record = self.block_pool.match_prefix(usable)
         promised = {other.pending_prefix_hash for other in self._active}
         if not promised.isdisjoint(usable[found:]):
             return None  # another request is computing a prefix that this one could reuse
-        need = self._pages(len(sequence.tokens)) - found
-        spare = self._pages(max(len(sequence.tokens), sequence.max_len_reached) + self.block_size) - found
-        most = self._pages(sequence.max_len - 1 + self.num_lookahead_tokens) - found
+        need = self._pages(len(request.tokens)) - found
+        spare = self._pages(max(len(request.tokens), request.max_len_reached) + self.block_size) - found
+        most = self._pages(request.max_len - 1 + self.num_lookahead_tokens) - found
         if self.block_pool.num_available(usable[:found]) < min(spare, most):
             return None
         if self.kv_connector is not None:
-            if self.kv_connector.is_loading(sequence) or not self.kv_connector.finish_load(sequence, usable):
+            if self.kv_connector.is_loading(request) or not self.kv_connector.finish_load(request, usable):
                 return None
             found, record = self.block_pool.match_prefix(usable)
-            need = self._pages(len(sequence.tokens)) - found
-        if not sequence.preemptions:
+            need = self._pages(len(request.tokens)) - found
+        if not request.preemptions:
             self.block_pool.note(usable, found)
-        sequence.block_ids = self.block_pool.touch(usable[:found]) + self.block_pool.allocate(need)
-        sequence.state_slot, sequence.num_prefill_tokens, sequence.status = (
+        request.block_ids = self.block_pool.touch(usable[:found]) + self.block_pool.allocate(need)
+        request.state_slot, request.num_prefill_tokens, request.status = (
             self._slots.pop(),
-            len(sequence.tokens),
+            len(request.tokens),
             RequestStatus.PREFILL,
         )
-        sequence.num_cached_blocks = sequence.num_published_blocks = found
-        sequence.num_computed_tokens = sequence.num_scheduled_tokens = sequence.last_snapshot_boundary = (
+        request.num_cached_blocks = request.num_published_blocks = found
+        request.num_computed_tokens = request.num_scheduled_tokens = request.last_snapshot_boundary = (
             found * self.block_size
         )
         if record is not None:
-            draft.sources.append(self.block_pool.pin(usable[found - 1]))
-            draft.copies.append((record, sequence.state_slot))
-        sequence.pending_prefix_hash = usable[-1] if found < len(usable) else None
+            pending.sources.append(self.block_pool.pin(usable[found - 1]))
+            pending.copies.append((record, request.state_slot))
+        request.pending_prefix_hash = usable[-1] if found < len(usable) else None
         self._active.append(self._waiting.pop(0))
-        return sequence
+        return request
 
-    def _snapshot(self, sequence: Request, boundary: int, draft: PendingOutput) -> None:
+    def _snapshot(self, request: Request, boundary: int, pending: PendingOutput) -> None:
         """Copy the state slot into a snapshot for `boundary`; the slot is at most `rollback_tokens` past it."""
-        sequence.last_snapshot_boundary = boundary
-        if sequence.hash_seed is None or boundary > self._num_shareable_tokens(sequence):
+        request.last_snapshot_boundary = boundary
+        if request.hash_seed is None or boundary > self._num_shareable_tokens(request):
             return
-        name = self._block_hashes(sequence)[boundary // self.block_size - 1]
-        if boundary > len(sequence.prompt):
-            if sequence.decode_snapshot is not None:
-                self.block_pool.drop_snapshot(sequence.decode_snapshot, unless_used=True)
-            sequence.decode_snapshot = None
+        name = self._block_hashes(request)[boundary // self.block_size - 1]
+        if boundary > len(request.prompt):
+            if request.decode_snapshot is not None:
+                self.block_pool.drop_snapshot(request.decode_snapshot, unless_used=True)
+            request.decode_snapshot = None
         record = self.block_pool.reserve_snapshot(name)
         if record is None:
             return
-        if boundary > len(sequence.prompt):
-            sequence.decode_snapshot = name
-        sequence.snapshots.append(name)
-        draft.copies.append((sequence.state_slot, record))
-        draft.targets.append((sequence, name, record))
+        if boundary > len(request.prompt):
+            request.decode_snapshot = name
+        request.snapshots.append(name)
+        pending.copies.append((request.state_slot, record))
+        pending.targets.append((request, name, record))
 
     # --- committing ------------------------------------------------------------------------------------------------
 
     def update_from_output(
-        self, plan: SchedulerOutput, gained: Mapping[Hashable, Tokens[int]], finished: Collection[Hashable] = ()
+        self, plan: SchedulerOutput, gained: Mapping[Hashable, Sequence[int]], finished: Collection[Hashable] = ()
     ) -> None:
         """Commit the results of the oldest plan in flight.
 
@@ -331,100 +332,100 @@ class Scheduler:
         """
         if not self._inflight or self._inflight[0].plan is not plan:
             raise ValueError("plans are committed once, in the order in which they were made")
-        draft = self._inflight.popleft()
-        for sequence in plan.requests:
-            if sequence.status in _LIVE:
-                self._append_tokens(sequence, plan, gained.get(sequence.id, ()))
-                if sequence.id in finished or len(sequence.tokens) >= sequence.max_len:
-                    self._retire(sequence, RequestStatus.FINISHED)
-        for record in draft.sources:
+        pending = self._inflight.popleft()
+        for request in plan.requests:
+            if request.status in _LIVE:
+                self._append_tokens(request, plan, gained.get(request.id, ()))
+                if request.id in finished or len(request.tokens) >= request.max_len:
+                    self._retire(request, RequestStatus.FINISHED)
+        for record in pending.sources:
             self.block_pool.unpin(record)
-        for sequence, name, record in draft.targets:
-            judged = sequence.status not in (RequestStatus.ABORTED, RequestStatus.ERROR)
+        for request, name, record in pending.targets:
+            judged = request.status not in (RequestStatus.ABORTED, RequestStatus.ERROR)
             self.block_pool.commit_snapshot(name, record, valid=judged)
         self._committed = plan.step_id
-        for sequence in [s for s in self._retiring if s.last_step <= self._committed]:
-            self._retiring.remove(sequence)
-            self._free(sequence)
+        for request in [s for s in self._retiring if s.last_step <= self._committed]:
+            self._retiring.remove(request)
+            self._free(request)
 
-    def _append_tokens(self, sequence: Request, plan: SchedulerOutput, tokens: Tokens[int]) -> None:
+    def _append_tokens(self, request: Request, plan: SchedulerOutput, tokens: Sequence[int]) -> None:
         """Append the tokens of one plan, and publish the blocks that it filled."""
         accepted = len(tokens) - 1  # by the model, even beyond max_tokens
-        tokens = list(tokens)[: sequence.max_len - len(sequence.tokens)]
-        if plan.prefill is not None and plan.prefill.request is sequence:
-            sequence.num_computed_tokens = plan.prefill.start + plan.prefill.count
+        tokens = list(tokens)[: request.max_len - len(request.tokens)]
+        if plan.prefill is not None and plan.prefill.request is request:
+            request.num_computed_tokens = plan.prefill.start + plan.prefill.count
             if plan.prefill.last:
-                sequence.pending_prefix_hash = None
+                request.pending_prefix_hash = None
             least = most = int(plan.prefill.last)
         else:
-            sequence.num_computed_tokens += len(tokens)
-            sequence.num_inflight_decodes -= 1
+            request.num_computed_tokens += len(tokens)
+            request.num_inflight_decodes -= 1
             self._drafts, self._accepted = self._drafts + 1, self._accepted + accepted
             least, most = 1, 1 + self.num_lookahead_tokens
         if not least <= len(tokens) <= most:
-            raise ValueError(f"request {sequence.id!r} gained {len(tokens)} tokens, where {least} to {most} can be")
-        sequence.tokens += tokens
-        full = min(sequence.num_computed_tokens, self._num_shareable_tokens(sequence)) // self.block_size
-        if sequence.hash_seed is not None and full > sequence.num_published_blocks:
-            names = self._block_hashes(sequence)
-            for i in range(sequence.num_published_blocks, full):
-                self.block_pool.cache_block(names[i - 1] if i else sequence.hash_seed, names[i], sequence.block_ids[i])
-            sequence.num_published_blocks = full
+            raise ValueError(f"request {request.id!r} gained {len(tokens)} tokens, where {least} to {most} can be")
+        request.tokens += tokens
+        full = min(request.num_computed_tokens, self._num_shareable_tokens(request)) // self.block_size
+        if request.hash_seed is not None and full > request.num_published_blocks:
+            names = self._block_hashes(request)
+            for i in range(request.num_published_blocks, full):
+                self.block_pool.cache_block(names[i - 1] if i else request.hash_seed, names[i], request.block_ids[i])
+            request.num_published_blocks = full
 
-    def _retire(self, sequence: Request, state: RequestStatus) -> None:
+    def _retire(self, request: Request, state: RequestStatus) -> None:
         """End or preempt a request; its resources are freed once no plan with it is in flight."""
-        before, sequence.status = sequence.status, state
+        before, request.status = request.status, state
         if before is RequestStatus.PREEMPTED:
             return  # it is retiring already
-        (self._waiting if before is RequestStatus.WAITING else self._active).remove(sequence)
-        if sequence.last_step > self._committed:
-            self._retiring.append(sequence)
+        (self._waiting if before is RequestStatus.WAITING else self._active).remove(request)
+        if request.last_step > self._committed:
+            self._retiring.append(request)
         else:
-            self._free(sequence)
+            self._free(request)
 
-    def _free(self, sequence: Request) -> None:
+    def _free(self, request: Request) -> None:
         """Free all resources; a preempted request is queued again, in order of arrival."""
-        self.block_pool.free(sequence.block_ids)
-        if sequence.state_slot:
-            self._slots.append(sequence.state_slot)
-        sequence.block_ids, sequence.snapshots, sequence.state_slot = [], [], 0
-        if sequence.status is not RequestStatus.PREEMPTED:
-            del self.requests[sequence.id]
+        self.block_pool.free(request.block_ids)
+        if request.state_slot:
+            self._slots.append(request.state_slot)
+        request.block_ids, request.snapshots, request.state_slot = [], [], 0
+        if request.status is not RequestStatus.PREEMPTED:
+            del self.requests[request.id]
             return
         if self.deterministic_replay:
-            sequence.max_len_reached = max(sequence.max_len_reached, len(sequence.tokens))
-            del sequence.tokens[len(sequence.prompt) :]
-        sequence.decode_snapshot = sequence.pending_prefix_hash = None
-        sequence.num_prefill_tokens = sequence.num_scheduled_tokens = sequence.num_computed_tokens = (
-            sequence.num_inflight_decodes
+            request.max_len_reached = max(request.max_len_reached, len(request.tokens))
+            del request.tokens[len(request.prompt) :]
+        request.decode_snapshot = request.pending_prefix_hash = None
+        request.num_prefill_tokens = request.num_scheduled_tokens = request.num_computed_tokens = (
+            request.num_inflight_decodes
         ) = 0
-        sequence.num_cached_blocks = sequence.num_published_blocks = sequence.last_snapshot_boundary = 0
-        sequence.status = RequestStatus.WAITING
-        bisect.insort(self._waiting, sequence, key=lambda s: s.arrival)
+        request.num_cached_blocks = request.num_published_blocks = request.last_snapshot_boundary = 0
+        request.status = RequestStatus.WAITING
+        bisect.insort(self._waiting, request, key=lambda s: s.arrival)
 
     # --- helpers and statistics ------------------------------------------------------------------------------------
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
-    def _num_shareable_tokens(self, sequence: Request) -> int:
+    def _num_shareable_tokens(self, request: Request) -> int:
         """Number of leading tokens whose blocks other requests may reuse."""
-        return len(sequence.prompt) if self.deterministic_replay else sequence.max_len
+        return len(request.prompt) if self.deterministic_replay else request.max_len
 
-    def _prefix_hashes(self, sequence: Request) -> list[bytes]:
+    def _prefix_hashes(self, request: Request) -> list[bytes]:
         """Hashes of the prefix blocks that it could reuse; at least one token must be left to prefill."""
-        return self._block_hashes(sequence)[: (len(sequence.tokens) - 1) // self.block_size]
+        return self._block_hashes(request)[: (len(request.tokens) - 1) // self.block_size]
 
-    def _block_hashes(self, sequence: Request) -> list[bytes]:
+    def _block_hashes(self, request: Request) -> list[bytes]:
         """Hashes of all blocks that its tokens fill; empty if it is excluded from the prefix cache."""
-        if sequence.hash_seed is not None:
+        if request.hash_seed is not None:
             parent, done = (
-                (sequence.block_hashes or [sequence.hash_seed])[-1],
-                len(sequence.block_hashes) * self.block_size,
+                (request.block_hashes or [request.hash_seed])[-1],
+                len(request.block_hashes) * self.block_size,
             )
-            if len(sequence.tokens) - done >= self.block_size:
-                sequence.block_hashes += block_hash.block_hashes(parent, sequence.tokens[done:], self.block_size)
-        return sequence.block_hashes
+            if len(request.tokens) - done >= self.block_size:
+                request.block_hashes += block_hash.block_hashes(parent, request.tokens[done:], self.block_size)
+        return request.block_hashes
 
     @property
     def busy(self) -> bool:
@@ -444,9 +445,9 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Raise AssertionError if the state is inconsistent."""
-        self.block_pool.check_invariants([sequence.block_ids for sequence in self.requests.values()])
-        arrivals = [sequence.arrival for sequence in (*self._active, *self._waiting)]
-        slots = [sequence.state_slot for sequence in (*self._active, *self._retiring)]
+        self.block_pool.check_invariants([request.block_ids for request in self.requests.values()])
+        arrivals = [request.arrival for request in (*self._active, *self._waiting)]
+        slots = [request.state_slot for request in (*self._active, *self._retiring)]
         for rule, holds in {
             "sequences are in order of arrival, active ones before waiting ones": arrivals == sorted(arrivals),
             "every slot is free or one sequence's": len({*self._slots, *slots}) == len(self._slots) + len(slots),
