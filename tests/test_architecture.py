@@ -90,7 +90,9 @@ def floor_breaches(root: pathlib.Path) -> list[str]:
     for path in sorted((root / "configs").rglob("*.py")):
         for line, module in imported_packages(path, ("configs",)):
             if module not in ("dataclasses", "v4jax.config") and not module.startswith("v4jax.config."):
-                breaches.append(f"{path.relative_to(root)}:{line}: configs import only dataclasses and v4jax.config, not {module}")
+                breaches.append(
+                    f"{path.relative_to(root)}:{line}: configs import only dataclasses and v4jax.config, not {module}"
+                )
     return breaches
 
 

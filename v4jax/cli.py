@@ -166,7 +166,7 @@ _DTYPE = Flag(
 _COMPILATION_CACHE = Flag(
     "compilation_cache",
     "directory of compiled programs for the next run, or off",
-    shown="$JAX_COMPILATION_CACHE_DIR, else ~/.cache/v4jax/jax; off with jaxlib 0.12",
+    shown="$JAX_COMPILATION_CACHE_DIR, else ~/.cache/v4jax/jax; off from jaxlib 0.12 on",
 )
 _PROCESS_FLAGS = (
     Flag("coordinator", "HOST:PORT of process 0, where no launcher tells it"),
@@ -227,7 +227,7 @@ COMMANDS = {
             _DTYPE,
             *SERVE_FLAGS.values(),
             *CACHE_FLAGS.values(),
-            Flag("mesh", "layout over all devices, experts split: serve", shown="one device"),
+            Flag("mesh", "sharding rules over all devices: serve (experts split)", shown="one device"),
             _COMPILATION_CACHE,
             *_PROCESS_FLAGS,
         ),

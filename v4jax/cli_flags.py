@@ -149,18 +149,14 @@ def _typed(value: object) -> str:
 def _comments(group: type, prefix: str = "") -> Iterable[tuple[str, str]]:
     """(dotted path, comment) of the fields of a config dataclass and of its groups, read from its source."""
     groups = {field.name: field.default_factory for field in dataclasses.fields(group)}
-    name, words = "", []
-    for line in [*inspect.getsource(group).splitlines(), "    end: "]:
+    for line in inspect.getsource(group).splitlines():
         match = re.fullmatch(r"    (\w+): [^#]*?(?:  # (.*))?", line)
-        if match is None:
-            further = re.fullmatch(r"    # +(.*)", line)
-            words += [further[1]] if further and words else []
+        if match is None or match[1] not in groups:
             continue
-        if words:
-            yield prefix + name, " ".join(words)
-        name, words = match[1], [match[2]] if match[2] and match[1] in groups else []
-        if dataclasses.is_dataclass(groups.get(name)):
-            yield from _comments(groups[name], f"{prefix}{name}.")
+        if match[2]:
+            yield prefix + match[1], match[2]
+        if dataclasses.is_dataclass(groups[match[1]]):
+            yield from _comments(groups[match[1]], f"{prefix}{match[1]}.")
 
 
 def parse(name: str, command: Command, argv: list[str]) -> tuple[flags.FlagValues, config_lib.Config | None]:
@@ -225,7 +221,7 @@ def _define_config(command: Command, argv: list[str], values: flags.FlagValues):
 
     rest = _spell_out(base, rest)
 
-    from ml_collections import config_dict, config_flags  # slow to import (0.2 s); help and errors skip it
+    from ml_collections import config_dict, config_flags  # slow to import; help and errors skip it
 
     config = config_dict.ConfigDict(base)
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)

@@ -164,8 +164,10 @@ class Train:
     matmul_precision: str = "plain"  # plain, or fp8: matmuls of the weights that are released in FP8 (spec 8.4)
     expert_weight_format: str = "plain"  # plain, or mxfp4: experts rounded in the forward pass and by loading
     spike_action: str = "off"  # off: NaN/Inf ends the run; skip: drop the step; rollback: drop, later reload
-    spike_factor: float = 8.0  # a spike exceeds the median log loss or log grad norm by this many MADs; 0: NaN/Inf only
-    spike_window: int = 64  # steps over which the median and the MAD are taken; skipped steps are not among them
+    spike_factor: float = (
+        8.0  # a spike exceeds the median log loss or log grad norm by this many spreads; 0: NaN/Inf only
+    )
+    spike_window: int = 64  # applied steps over which median and spread (1.4826 MAD, at least 0.02) are taken
     spike_patience: int = 5  # consecutive spikes after which `skip` ends the run and `rollback` reloads a checkpoint
     hang_timeout_s: float = 0.0  # dump all Python stacks if no step finishes for this many seconds; 0: never
     exit_on_hang: bool = False  # exit with status 75 after that dump, so that a launcher restarts the run
@@ -181,7 +183,7 @@ class Train:
 class Serve:
     """Limits of one inference engine."""
 
-    max_num_seqs: int = 8  # maximum number of sequences that decode together
+    max_num_seqs: int = 8  # maximum number of sequences that decode together, per device
     max_model_len: int = 4096  # maximum tokens of a sequence, prompt and output
     max_num_batched_tokens: int = 512  # maximum prompt tokens that are prefilled between two decode steps
     num_speculative_tokens: int = 0  # draft tokens of the MTP layer that each step verifies
@@ -200,7 +202,9 @@ class Cache:
     num_state_snapshots: int = 16  # kept for prefix caching, at the last block boundary of each prompt and output
     snapshot_interval_blocks: int = 0  # blocks between further snapshots within a prompt; 0: none
     kv_cache_memory_bytes: int = 0  # accelerator memory for the KV cache in bytes; 0: as kv_cache_tokens needs
-    kv_device_entries: int = 0  # CSA entries in host memory: number per layer cached on the device; 0: all on device
+    kv_device_entries: int = (
+        0  # entries per CSA layer kept on the device, the others in host memory; 0: all on the device
+    )
     kv_host_bytes: int = 0  # host memory in bytes for blocks that are offloaded from the device; 0: none
     kv_disk_bytes: int = 0  # disk space in bytes in kv_dir for offloaded blocks; 0: none
     kv_dir: str = ""  # directory of the offloaded blocks on disk
@@ -319,21 +323,20 @@ def load(spec: str) -> Config:
             the config is invalid.
     """
     name, _, arg = spec.partition(":")
-    return validate(_function(name, _preset_dir(), "get_config", "config")(arg))
+    return validate(_function(name, _preset_dir(), "get_config", "config", preset_names())(arg))
 
 
 def load_sharding(name: str) -> ShardingRules:
     """Read sharding rules by their name in configs/sharding or by file path. Raises ConfigError as `load` does."""
-    return _function(name, _preset_dir() / "sharding", "get_sharding", "sharding")()
+    return _function(name, _preset_dir() / "sharding", "get_sharding", "sharding", sharding_names())()
 
 
-def _function(name: str, directory: pathlib.Path, function: str, what: str):
+def _function(name: str, directory: pathlib.Path, function: str, what: str, known: list[str]):
     """Import the preset `name` of `directory`, or the file of that path, and return its attribute `function`."""
     path = pathlib.Path(name) if name.endswith(".py") else directory / f"{name}.py"
     if not path.is_file() and not name.endswith(".py"):
         path = pathlib.Path(f"{name}.py")  # `--config=mine` finds ./mine.py; a preset of that name has precedence
     if not path.is_file():
-        known = preset_names() if what == "config" else _stems(directory)
         near = difflib.get_close_matches(name.removesuffix(".py"), known, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]!r}?" if near else f"{what}s: {', '.join(known)}"
         raise ConfigError(f"no {what} {name!r}; {hint}")

@@ -67,12 +67,12 @@ def test_failing_swap_puts_the_old_directory_back(model, monkeypatch):
 
 
 def test_replacing_a_text_keeps_the_old_one_on_failure(tmp_path, monkeypatch):
-    atomic.replace_text(tmp_path / "a.json", "old")
+    atomic.replace_file(tmp_path / "a.json", b"old")
 
     def fail(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError):
-        atomic.replace_text(tmp_path / "a.json", "new")
+        atomic.replace_file(tmp_path / "a.json", b"new")
     assert os.listdir(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text() == "old"

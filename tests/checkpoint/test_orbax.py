@@ -121,7 +121,7 @@ def test_layers_stacked_or_not_share_a_checkpoint(tmp_path, config, build, rando
     assert len(stacked.stack_specs) < model.num_hidden_layers
     flat = jax.jit(lambda state: to_layer_dict(state, stacked.stack_specs))(nnx.state(stacked))
     with TrainCheckpointer(tmp_path, config, keep=1) as store:
-        with pytest.raises(ValueError, match="layout.to_flat"):
+        with pytest.raises(ValueError, match="layer_stacks.to_layer_dict"):
             store.save(1, {"model": {"stacks.0.0.attn.kv": flat["embed.table"]}}, {})
         store.save(1, {"model": flat}, {})
         store.wait()

@@ -199,7 +199,7 @@ def tokenize(path: pathlib.Path) -> None:
     stream.flush()
     token_bytes(tokenizer)
     tokenizer.save(path / "saved")
-    Tokenizer.from_dir(path / "saved")
+    Tokenizer(path / "saved")
 
 
 def resume(path: pathlib.Path) -> None:

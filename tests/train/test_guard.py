@@ -231,3 +231,12 @@ def test_a_checkpoint_that_is_not_finite_is_not_resumed(run, small, tmp_path):
 def test_what_the_guard_and_the_watchdog_cannot_do_is_said(config, train, complaint):
     with pytest.raises(UserError, match=complaint):
         validate(with_train(config, **train))
+
+
+def test_the_state_is_stored_under_the_names_of_earlier_checkpoints(small):
+    trainer = SgdTrainer(small)
+    tree = trainer.to_tree(trainer.init())
+    assert set(tree["guard"]) == {"recent_2W", "taken", "row", "skipped"}
+    changed = tree | {"guard": tree["guard"] | {"taken": jnp.int32(7), "row": jnp.int32(2)}}
+    guard = trainer.from_tree(changed).guard
+    assert (int(guard.num_steps), int(guard.consecutive_skips), int(guard.skipped)) == (7, 2, 0)

@@ -21,7 +21,7 @@ from v4jax import config as config_lib
 from v4jax.checkpoint import checksums
 from v4jax.checkpoint.config_versions import CONFIG_VERSION, upgrade_config
 from v4jax.config import SOURCES, Config, Data, Mesh, Model, Serve
-from v4jax.core.atomic import replace_text, write_error
+from v4jax.core.atomic import replace_file, write_error
 from v4jax.core.errors import UserError
 from v4jax.core.paths import local_path
 from v4jax.core.untrusted_json import read_object
@@ -76,7 +76,9 @@ def save_config(path: str | os.PathLike, config: Config, tokenizer=None) -> None
         if tokenizer is not None:
             tokenizer.save(path)
         files = checksums.of_files(path, _TOKENIZER_FILES)
-        replace_text(path / CONFIG_NAME, config_text(config, files))  # last, because it makes the path a checkpoint
+        replace_file(
+            path / CONFIG_NAME, config_text(config, files).encode()
+        )  # last, because it makes the path a checkpoint
     except OSError as error:
         raise write_error(path, error, "no checkpoint was touched") from error
 

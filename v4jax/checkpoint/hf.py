@@ -348,7 +348,7 @@ def _shape_problem(found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
 def _check_finite(array: np.ndarray, name: str, info) -> None:
     """Raise UserError if a tensor contains an infinity or a NaN, such as the byte 255 of an E8M0 scale.
 
-    For the narrow types the bit patterns are compared, because their own isfinite takes ten times as long.
+    For the narrow types the bit patterns are compared, because their own isfinite is slow.
     """
     flat = array.reshape(-1)
     for start in range(0, flat.size, _PIECE):

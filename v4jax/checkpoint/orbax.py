@@ -111,7 +111,7 @@ class TrainCheckpointer:
             raise TypeError("a checkpoint holds jax arrays; put other values into the extras")
         items = {name: _flatten(item) for name, item in tree.items()}
         if any(name.startswith("stacks.") for name in items.get(WEIGHTS, ())):
-            raise ValueError("the model is saved by flat names; pass it through layout.to_flat")
+            raise ValueError("the model is saved by flat names; pass it through layer_stacks.to_layer_dict")
         for name in {_EXTRAS, checksums.DIRECTORY} & tree.keys():
             raise ValueError(f"an item of a checkpoint cannot be called {name!r}")
         json.dumps(extras)  # raises here rather than in a thread of orbax

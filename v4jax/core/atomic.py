@@ -22,16 +22,20 @@ def write_all(file, data) -> None:
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Write a small file and flush it to disk."""
+    _write(path, text.encode())
+
+
+def _write(path: pathlib.Path, data: bytes) -> None:
     with open(path, "wb", buffering=0) as file:
-        write_all(file, text.encode())
+        write_all(file, data)
         os.fsync(file.fileno())
 
 
-def replace_text(path: pathlib.Path, text: str) -> None:
+def replace_file(path: pathlib.Path, data: bytes) -> None:
     """Replace a small file atomically: after a crash it has either the old content or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        write_text(partial, text)
+        _write(partial, data)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

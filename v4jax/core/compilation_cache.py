@@ -23,7 +23,7 @@ OFF = "off"
 # version on, the cache is off by default, until a later version is known to be safe.
 _FIRST_UNSAFE = (0, 12)
 _MIN_COMPILE_SECONDS = 0.3  # programs that compile faster are not stored
-_MAX_BYTES = 4 << 30  # total size of all files; the programs of `tiny` take about 50 MB
+_MAX_BYTES = 4 << 30  # total size of all files
 _SETTLED_SECONDS = 60  # another process may still be writing a file that is younger
 _SUFFIX = "-cache"  # suffix of JAX's cache files
 _ZSTANDARD = b"\x28\xb5\x2f\xfd"  # first bytes of a Zstandard frame

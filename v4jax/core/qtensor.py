@@ -61,7 +61,7 @@ def dequantize(
         scales: scales that `quantize` returned.
         format: "fp8" or "fp4".
         dtype: float32 or bfloat16; both represent the result exactly.
-        impl: "cast" uses XLA's narrow float types. "bits" uses integer operations, which are up to five times faster on
+        impl: "cast" uses XLA's narrow float types. "bits" uses integer operations, which are faster on
             XLA:CPU. None selects "bits" on CPU and "cast" on other backends.
 
     Returns:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
+
+from v4jax.core.atomic import replace_file
 
 
 def write_json(path: str, records: list[dict]) -> None:
     """Write records (flat dicts) to a JSON file atomically."""
-    target = pathlib.Path(path)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, target)
+    replace_file(pathlib.Path(path), (json.dumps(records, indent=1) + "\n").encode())
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:

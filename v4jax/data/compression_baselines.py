@@ -16,7 +16,7 @@ XZ_FEED = 16 << 10  # bytes per call; small, because Python stops draining the e
 def baselines(corpus: Corpus) -> dict[str, float | str]:
     """Compute the bits per byte of `corpus.heldout`.
 
-    This takes about 11 s on one core for the embedded corpus, nearly all of it in xz. The keys of the result are:
+    Nearly all of the time goes to xz. The keys of the result are:
 
     xz_alone        xz -9e of the held-out text
     xz_given_train  the bits that the held-out text adds to xz -9e of the training text

@@ -1,4 +1,4 @@
-"""The embedded corpus: Shakespeare's plays and the King James Bible, public domain, 105 documents, 9.4 MB.
+"""The embedded corpus: Shakespeare's plays and the King James Bible, public domain, 104 documents, 9.3 MB.
 
 `assets/corpus.jsonl.xz` holds one JSON object per line, {"name", "text"}. `assets/provenance.json` records the source
 of each document, the held-out documents, and the SHA-256 of the corpus file. `v4jax/data/build_corpus.py` builds both.

@@ -14,6 +14,10 @@ _FLOOR = 0.02  # minimum spread of the logarithms: in a run at a plateau, a chan
 _SIGMA = 1.4826  # standard deviation of a normal distribution divided by its median absolute deviation
 
 
+# Names of the fields of SpikeGuardState in checkpoints: a file format, so they stay when a field is renamed.
+CHECKPOINT_NAMES = ("recent_2W", "taken", "row", "skipped")
+
+
 class SpikeGuardState(NamedTuple):
     """State of the guard; part of the checkpoint.
 

@@ -16,9 +16,9 @@ from v4jax.checkpoint.orbax import finished_steps
 from v4jax.config import Config
 
 MEASURED = 10  # number of steps after which the run decides
-# Time of the work after the last step. A batch of evaluation takes _EVALUATION of a training step (measured: a fifth),
+# Time of the work after the last step. A batch of evaluation takes _EVALUATION of a training step,
 # xz and the trigram model together take _BASELINES steps, and evaluation compiles in _COMPILATION of the time in which
-# a training step compiles (measured: a fifth). Measured with config `tiny` on an Intel Xeon.
+# a training step compiles. All three are generous, so that a run ends in time.
 _EVALUATION, _BASELINES, _COMPILATION = 0.25, 8, 0.25
 
 

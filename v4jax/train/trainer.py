@@ -20,7 +20,7 @@ from v4jax.nn.linear import mark_low_precision
 from v4jax.parallel.rules import make_mesh_rules, use_rules, validate_used
 from v4jax.train.loss import Batch, heldout_nll, loss
 from v4jax.train.optim import make_optimizer, schedule, update_bias
-from v4jax.train.spike_guard import SpikeGuardState, check_step, new_guard, select_state
+from v4jax.train.spike_guard import CHECKPOINT_NAMES, SpikeGuardState, check_step, new_guard, select_state
 
 
 class TrainState(NamedTuple):
@@ -209,8 +209,9 @@ class Trainer:
         return _with(tree, self._tree(self.state_sharding, lambda *_: model))
 
     def _tree(self, state: TrainState, flat: Callable) -> dict[str, Any]:
-        model = flat(state.params, state.fixed)
-        return {"model": model, "opt": state.opt, "step": state.step, "guard": state.guard}
+        model, guard = flat(state.params, state.fixed), state.guard
+        guard = guard and dict(zip(CHECKPOINT_NAMES, guard, strict=True))
+        return {"model": model, "opt": state.opt, "step": state.step, "guard": guard}
 
     def _stacked_name(self, name: str) -> str:
         """The flat stacked name of the array that holds the per-layer array `name`."""
@@ -240,6 +241,8 @@ class Trainer:
             to_stacked_dict(from_layer_dict(tree["model"], part, self.runs)) for part in (self._params, self._fixed)
         )
         guard = tree["guard"] if "guard" in tree else new_guard(self.config.train)
+        if isinstance(guard, dict):
+            guard = SpikeGuardState(*(guard[name] for name in CHECKPOINT_NAMES))
         return TrainState(params, fixed, tree["opt"], tree["step"], guard)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
