@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> Config:
         compress_rate_hca=16,
         max_position_embeddings=1_048_576,
         dtype="float32",
-        kv_qdq=True,  # a cache in FP8 then stores the numbers of training: costs nothing, `eval --suite=kv_quant` holds
+        kv_qdq=True,  # training rounds entries as an FP8 cache does, so such a cache changes no number
         rope=RoPE(yarn_factor=16.0, yarn_original=65_536),
         indexer=Indexer(index_n_heads=16, index_head_dim=32, index_topk=16),
         moe=MoE(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=96, num_hash_layers=1),

@@ -40,9 +40,8 @@ def get_config(arg: str = "") -> Config:
             yarn_beta_fast=32.0,
             yarn_beta_slow=1.0,
         ),
-        indexer=Indexer(
-            index_n_heads=64, index_head_dim=128, index_topk=1024
-        ),  # as Pro: 1024 of the 262,144 entries at 1M tokens
+        # As in Pro: 1024 of the 262,144 entries at 1M tokens.
+        indexer=Indexer(index_n_heads=64, index_head_dim=128, index_topk=1024),
         # Sparsity of Pro (6 of 384 = 8 of 512 = 1.56 %), in experts a third narrower: 512 is a power of two, so any
         # expert axis up to 512 splits them, and 2048 = 16 x 128 fills the matrix units of every listed chip at up to 16
         # tensor shards. Eight routed experts make 15.4B active, attention 11.8B, the head 0.8B; two shared ones (Pro's
@@ -64,8 +63,8 @@ def get_config(arg: str = "") -> Config:
     return Config(
         name="v4_1t",
         model=model,
-        # Between the rates of Flash (2.7e-4) and Pro (2.0e-4), by the logarithm of active parameters: 2.2e-4.
         data=Data(seq_len=4096),
+        # Between the rates of Flash (2.7e-4) and Pro (2.0e-4), by the logarithm of active parameters: 2.2e-4.
         train=Train(lr=2.2e-4, adam_lr=2.2e-4, final_lr=0.1, warmup=2000, batch_size=1024, scan=True, remat=True),
         serve=Serve(max_num_seqs=64, max_model_len=1_048_576, max_num_batched_tokens=8192),
     )

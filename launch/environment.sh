@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the launch scripts from the repository root: finds a Python, makes virtual environments, installs into them.
 
-# A quarter of the time of XLA on CPUs goes into page faults; huge pages save most of it. Unknown to glibc, it is ignored.
+# XLA on CPUs spends much of its time in page faults; huge pages avoid most of them. Other C libraries ignore this.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.hugetlb=1"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 

@@ -48,8 +48,11 @@ def start(args: argparse.Namespace, port: int, index: int) -> subprocess.Popen:
     """One process, told its place by JAX's own variables."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}".strip()
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": str(args.processes), "JAX_PROCESS_ID": str(index),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(args.processes),
+        "JAX_PROCESS_ID": str(index),
     }
     command = [sys.executable, "-m", "v4jax", *args.command]
     # In a session of their own, for a terminal's Ctrl-C would reach them twice: from the terminal and from here.

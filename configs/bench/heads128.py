@@ -1,8 +1,8 @@
 """83 million parameters: `small` with the 128 heads of V4-Pro, where attention is most of a long decode step.
 
-V4-Flash and V4-Pro spend 8 and 16 times as many products on an entry that is attended (heads x head_dim x 2) as on one
-that the indexer scores (its heads x its head_dim). `small` has 4, this config 256: what sparse reading can save shows
-without the indexer's own cost. Read both tables together.
+A query multiplies num_attention_heads x head_dim x 2 numbers to attend an entry, and index_n_heads x index_head_dim to
+score one. The ratio of the two is 8 in V4-Flash, 16 in V4-Pro, 4 in `small` and 256 here, so this config shows what
+sparse attention saves where scoring costs little. v4jax/tools/bench/README.md has its table beside that of `small`.
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
-"""13.2 million parameters, six layers with 512-wide heads: llama.cpp's decoder of this family was timed on it.
+"""13.2 million parameters in six layers with 512-wide heads: the model of suite `generate`.
 
-Hidden size, heads, experts, layers and indexer are those of that timing; what it does not state (ranks, vocabulary,
-groups) is chosen small, so that it weighs little.
+Hidden size, heads, experts, layers and indexer are those of a model of this family that was timed with llama.cpp. Its
+other sizes (ranks, vocabulary, groups) are unknown; they are small here, so that they affect the time little. The times
+of v4jax are in v4jax/tools/bench/README.md.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ from v4jax.config import Config, Indexer, load
 
 
 def get_config(arg: str = "") -> Config:
-    """The shape of llama.cpp's timing; no arguments."""
+    """The model of suite `generate`; no arguments."""
     small = load("small")
     model = dataclasses.replace(
         small.model,

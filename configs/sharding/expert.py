@@ -1,4 +1,4 @@
-"""Experts stay on their devices and tokens travel to them; all else is split as in `fsdp`, over both axes."""
+"""Experts are sharded by device and tokens dispatched to them; all else is split as in `fsdp`, over both axes."""
 
 from v4jax.config import ShardingRules
 

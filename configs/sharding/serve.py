@@ -1,4 +1,7 @@
-"""For decoding: experts stay where they are, all else is whole, or split by heads and widths, and never gathered."""
+"""Rules for decoding. Experts are sharded by device, other weights are replicated or split by heads and widths.
+
+No weight is gathered in a step.
+"""
 
 from v4jax.config import ShardingRules
 

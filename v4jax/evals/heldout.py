@@ -1,4 +1,4 @@
-"""Which held-out text a checkpoint is scored on: the embedded corpus, or files that the user names."""
+"""The held-out text of an eval: from the embedded corpus, or from files that the user names."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from v4jax.core.errors import UserError
 
 
 def config_of(checkpoint: str, data: str = "", heldout: str = "") -> configs.Config:
-    """The checkpoint's config, with `data` as data.source and `heldout` as data.heldout where they are given.
+    """Read a checkpoint's config and select its held-out text.
 
-    Raises UserError if the checkpoint was trained on files and none are given: a path stored in a checkpoint, which may
-    come from anybody, is not read unasked.
+    Args:
+      checkpoint: Directory of the checkpoint.
+      data: data.source of the result; empty keeps the checkpoint's.
+      heldout: data.heldout of the result.
+
+    Raises:
+      UserError: The checkpoint was trained on files, and neither `data` nor `heldout` is given. A path stored in a
+        checkpoint is not followed, because the checkpoint may be of unknown origin.
     """
     config = store.load_config(checkpoint)
     if data or heldout:

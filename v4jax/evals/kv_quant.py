@@ -1,8 +1,8 @@
-"""What storing the KV cache in fewer bits costs in quality: held-out text read through both caches, same weights.
+"""Suite `kv_quant`: quality loss of a quantized KV cache on held-out text, against a bf16 cache with equal weights.
 
-Every token is read with the entries before it taken back out of the cache, as in serving. Bounds: the mean and the
-99th percentile of KL(reference || quantized) in nats a token, the share of tokens whose likeliest next token stays, the
-change of perplexity, and how many of the indexer's picks stay.
+Every token attends entries that are read back from the cache, as in serving. The suite bounds the mean and the 99th
+percentile of KL(reference || quantized) in nats per token, the share of tokens whose most likely next token stays the
+same, the change of perplexity, and the share of the indexer's top-k entries that stay the same.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BOUNDS = {
     "perplexity_change": ("share", 0.005, True),
     "indexer_recall": ("share", 0.99, False),
 }
-_ROWS = 4  # windows that are read together
+_ROWS = 4  # windows in one batch
 
 
 def run(
@@ -52,11 +52,22 @@ def run(
     data: str = "",
     heldout: str = "",
 ) -> list[dict]:
-    """Compare `kv_cache_dtype` with bf16 on the first `windows` windows of `context` tokens of the held-out text.
+    """Compare a quantized KV cache with a bf16 one on held-out text, print a table and return its records.
 
-    data, heldout: as of `perplexity.run`. bounds: "kl_mean=1e-3,top1=0.99", over the defaults. Prints a table; a record
-    says whether its bound holds. Raises UserError for a checkpoint without a tokenizer or CSA layers, too little text,
-    or an unknown bound.
+    Args:
+      checkpoint: Directory of the checkpoint.
+      kv_cache_dtype: Format of the quantized cache.
+      context: Tokens of a window.
+      windows: Maximum number of windows; the first ones of the text are taken.
+      bounds: Bounds that override the defaults, such as "kl_mean=1e-3,top1=0.99".
+      data: As in `perplexity.run`.
+      heldout: As in `perplexity.run`.
+
+    Returns:
+      One record per metric; `holds` says whether its bound holds.
+
+    Raises:
+      UserError: The checkpoint has no tokenizer or no CSA layers, there is too little text, or a bound is unknown.
     """
     limits = _bounds(bounds)
     config = config_of(checkpoint, data, heldout)
@@ -104,7 +115,17 @@ def run(
 
 @functools.partial(jax.jit, static_argnums=2)
 def compare(model: Transformer, tokens_RT: jax.Array, kv_cache_dtype: str):
-    """KL and equality of the likeliest token [R, T], change of the loss [R, T - 1]; picks kept and made, by layer."""
+    """Compare the two caches on R windows of T tokens.
+
+    Args:
+      model: The model.
+      tokens_RT: int32 [R, T].
+      kv_cache_dtype: Format of the quantized cache.
+
+    Returns:
+      KL per token in nats, float32 [R, T]; whether the most likely token is the same, bool [R, T]; the change of the
+      loss in nats, float32 [R, T - 1]; and the two counts of `_recall`.
+    """
     reference, other = (jax.nn.log_softmax(_logits(model, tokens_RT, name)) for name in (REFERENCE, kv_cache_dtype))
     kl_RT = jnp.sum(jnp.exp(reference) * (reference - other), -1)
     same_RT = jnp.argmax(reference, -1) == jnp.argmax(other, -1)
@@ -114,7 +135,7 @@ def compare(model: Transformer, tokens_RT: jax.Array, kv_cache_dtype: str):
 
 
 def _logits(model: Transformer, tokens_RT: jax.Array, kv_cache_dtype: str) -> jax.Array:
-    """Of a whole window, its entries read back from a cache of this kv_cache_dtype."""
+    """Return logits [R, T, V] of whole windows; attention reads entries back from a cache of `kv_cache_dtype`."""
     (R, T), shape = tokens_RT.shape, KVCacheSpec(model.config, kv_cache_dtype)
     pages = -(-T // shape.block)
     state = [[allocate_layer(shape, kind, R * pages, R) for kind, _ in run.kinds] for run in model.stack_specs]
@@ -125,9 +146,13 @@ def _logits(model: Transformer, tokens_RT: jax.Array, kv_cache_dtype: str) -> ja
 
 
 def _recall(model: Transformer, tokens_RT: jax.Array, kv_cache_dtype: str):
-    """Of the picks with exact keys (where there is a choice), those that rounded keys pick too: both int32 [layers].
+    """Count the indexer's top-k entries with exact keys, and those of them that it also selects with quantized keys.
 
-    Tolerant to ties: a pick that is missing counts as kept if it scores no more than the last one.
+    Only queries with more than k complete entries count. Ties are tolerated: an entry selected with quantized keys
+    counts as kept if its exact score is at least the lowest exact score of the top-k.
+
+    Returns:
+      Entries kept and entries selected, int32 [layers] each.
     """
     chunk, topk = full_batch(tokens_RT), model.config.indexer.index_topk
     storage = entry_format(model.config, "index", kv_cache_dtype)

@@ -1,13 +1,13 @@
-"""Needles in haystacks of any length, asked for through the engine: from exact entries, and from quantized ones.
+"""Suite `needle`: retrieval from haystacks through the engine, with a bf16 and with a quantized KV cache.
 
-A model trained on `data.source=needle` reads a haystack (see `data/needle.py`) and is asked for the value of one key;
-it answers right or not. Both arms are sparse and have the same weights and questions. The reference keeps its entries
-in bfloat16 and rounds nothing in the forward, even if the model was trained with `kv_qdq`; the other arm computes as
-the model was trained and keeps its entries in `kv_cache_dtype`.
+A model trained on `data.source=needle` reads a haystack (see `data/needle.py`) and is asked for the value of one key.
+Both arms are sparse and have the same weights and questions. The reference stores entries in bfloat16 and rounds
+nothing in the forward pass, even if the model was trained with `kv_qdq`. The other arm computes as the model was
+trained and stores entries in `kv_cache_dtype`.
 
-All needles of a haystack are asked for, each by a request of its own: the first reads the haystack, the others find
-its blocks in the prefix cache. A bin is (context, depth): the needles in one of `depths` equal parts of the haystack,
-`trials` of them, from as many haystacks as that takes.
+Each needle of a haystack is one request. The first request prefills the haystack, the others find its blocks in the
+prefix cache. A bin is a (context, depth) pair with `trials` needles in one of `depths` equal parts of the haystack,
+from as many haystacks as needed.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from v4jax.models.transformer import Transformer
 from v4jax.serve import LLM, SamplingParams
 
 REFERENCE = "bf16"
-# name -> (bound, whether it is an upper one): share that an arm finds, and how much less than the reference that is
+# name -> (bound, whether it is an upper one): the share of needles found, and the reference's share minus it
 BOUNDS = {"accuracy": (0.95, False), "lost": (0.01, True)}
-_SPACING = 32  # tokens of haystack that each needle has at least
-_REQUESTS = 8  # under way together
-_CHUNK = 1024  # tokens of haystack read at once
+_SPACING = 32  # minimum tokens of haystack per needle
+_REQUESTS = 8  # concurrent requests
+_CHUNK = 1024  # tokens of a prefill chunk
 _SEED = 2026
 
 
@@ -45,11 +45,21 @@ def run(
     trials: int = 100,
     bounds: str = "",
 ) -> list[dict]:
-    """Ask `trials` questions in each of `depths` depths of haystacks of `contexts` tokens, by both caches.
+    """Measure retrieval with both caches, print a table for each context and return the records.
 
-    bounds: "accuracy=0.9,lost=0.02", over the defaults; they hold in every bin. Prints a table for each context; a
-    record says whether its bound holds. Raises UserError for a checkpoint of other data, impossible contexts, or an
-    unknown bound.
+    Args:
+      checkpoint: Directory of the checkpoint.
+      kv_cache_dtype: Format of the quantized cache.
+      contexts: Lengths of haystacks in tokens.
+      depths: Number of depths.
+      trials: Questions in each bin.
+      bounds: Bounds of every bin that override the defaults, such as "accuracy=0.9,lost=0.02".
+
+    Returns:
+      Records by bin and metric; `holds` says whether the bound holds.
+
+    Raises:
+      UserError: The checkpoint was trained on other data, a context is impossible, or a bound is unknown.
     """
     limits = read_bounds(bounds, {name: bound for name, (bound, _) in BOUNDS.items()})
     contexts = _contexts(contexts)
@@ -69,14 +79,14 @@ def run(
 
 
 def unrounded(model: Transformer) -> Transformer:
-    """The same weights in a forward that rounds no entry and no key."""
+    """Return the model with a forward pass that rounds no entries and keys."""
     plain = dataclasses.replace(model.config, kv_qdq=False)
     graph, _ = nnx.split(nnx.eval_shape(lambda: Transformer(plain, nnx.Rngs(0))))
     return nnx.merge(graph, nnx.state(model))
 
 
 def draw(alphabet: TokenRanges, context: int, depths: int, trials: int) -> list[Haystack]:
-    """Haystacks of `context` tokens, each with the same number of needles in every depth, `trials` or more together."""
+    """Draw haystacks of `context` tokens, with equally many needles in every depth and at least `trials` in total."""
     each = min(trials, context // _SPACING // depths, len(alphabet.keys) ** 2 // depths)
     if not each:
         raise UserError(f"--contexts={context} is too short for {depths} depths; give at least {_SPACING * depths}")
@@ -85,7 +95,7 @@ def draw(alphabet: TokenRanges, context: int, depths: int, trials: int) -> list[
 
 
 def found(model: Transformer, kv_cache_dtype: str, stacks: list[Haystack], depths: int) -> np.ndarray:
-    """Whether each needle was found: bool [depths, needles of that depth], the earliest depth first."""
+    """Return whether each needle was found, bool [depths, needles of a depth], the earliest depth first."""
     context, room = len(stacks[0].tokens_T), KVCacheSpec(model.config, kv_cache_dtype).block
     llm = LLM(
         model,
@@ -100,18 +110,18 @@ def found(model: Transformer, kv_cache_dtype: str, stacks: list[Haystack], depth
 
 
 def _ask(llm: LLM, stack: Haystack, ask: int) -> np.ndarray:
-    """Whether each needle of a haystack was found: bool [needles]."""
+    """Return whether each needle of a haystack was found, bool [needles]."""
     hay, right = stack.tokens_T.tolist(), []
     greedy = SamplingParams(max_tokens=VALUE, temperature=0.0, ignore_eos=True)
     questions = stack.questions(ask).tolist()
-    for first in range(0, len(questions), _REQUESTS):  # no more at once: each prompt is a copy of the haystack
+    for first in range(0, len(questions), _REQUESTS):  # limits memory: each prompt is a copy of the haystack
         prompts = [hay + question for question in questions[first : first + _REQUESTS]]
         right += [output.token_ids for output in llm.generate(prompts, greedy)]
     return (np.array(right) == stack.answers()).all(axis=1)
 
 
 def judge(right: dict[str, np.ndarray], limits: dict[str, float], place: dict) -> list[dict]:
-    """Records of one context: what each arm found at each depth, and what the second lost against the reference."""
+    """Make the records of one context: the share that each arm found at each depth, and the loss of the second arm."""
     records = []
     shares = {name: rows.mean(axis=1) for name, rows in right.items()}
     (_, reference), (kv_cache_dtype, other) = shares.items()
@@ -122,7 +132,7 @@ def judge(right: dict[str, np.ndarray], limits: dict[str, float], place: dict) -
             ("lost", kv_cache_dtype, reference[depth] - other[depth]),
         ]
         for metric, precision, value in values:
-            value, bound = round(float(value), 9), limits[metric]  # 1 - 0.99 is above 0.01 by a rounding
+            value, bound = round(float(value), 9), limits[metric]  # in floating point 1 - 0.99 exceeds 0.01
             holds = value <= bound if BOUNDS[metric][1] else value >= bound
             records.append(
                 place
@@ -140,7 +150,7 @@ def judge(right: dict[str, np.ndarray], limits: dict[str, float], place: dict) -
 
 
 def _print(title: str, records: list[dict], kv_cache_dtype: str) -> None:
-    """A row a depth, which is the part of the haystack before the middle of the bin."""
+    """Print one row per depth, given as the share of the haystack before the middle of the bin."""
     rows = []
     for depth in sorted({record["depth"] for record in records}):
         parts = [record for record in records if record["depth"] == depth]
@@ -150,7 +160,7 @@ def _print(title: str, records: list[dict], kv_cache_dtype: str) -> None:
 
 
 def _contexts(given: Sequence[int | str]) -> list[int]:
-    """Ascending. Raises UserError for what is no number above 0."""
+    """Parse and sort contexts. Raises UserError for anything but positive integers."""
     try:
         contexts = sorted({int(context) for context in given})
     except ValueError:
@@ -161,7 +171,7 @@ def _contexts(given: Sequence[int | str]) -> list[int]:
 
 
 def _check(config: configs.Config, kv_cache_dtype: str, context: int) -> None:
-    """Raise UserError for what cannot be asked of this model."""
+    """Raise UserError if this model or these options cannot be measured."""
     if config.data.source != SOURCE:
         raise UserError(
             f"{config.name} learnt from {config.data.source!r}, not to find needles; train --config=bench/needle"

@@ -1,1 +1,1 @@
-"""What it costs, whether it fits, and what is inside."""
+"""The planner, its cost model, ahead-of-time compilation, and benchmarks."""

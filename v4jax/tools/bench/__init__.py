@@ -1,4 +1,4 @@
-"""`v4jax bench`: speed as ratios taken in one run, never as a promise."""
+"""`v4jax bench`: measures speed as ratios of variants that are interleaved in one run."""
 
 from __future__ import annotations
 

@@ -45,15 +45,24 @@ _ARM, _CONTROL, _TOLERANCE = "A3", "A3'", 0.05
 _SPEEDUPS = (("A3", "A0"), ("A1", "A0"), ("A2", "A0"), ("A3", "A1"), ("A4", "A3"))
 _QUALITY = (("A3", "A1"), ("A2", "A0"), ("A4", "A3"))  # pairs that differ in the layout, or the weights, alone
 _GROWTH_FROM = 4096
-_AT_ONCE = 64  # pages filled at once
+_AT_ONCE = 64  # blocks filled at once
 _RECORD = 1  # state slot of the single row; the engine uses slot 0 for padding rows
 
 
 def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS, plot: str | None = None) -> list[dict]:
-    """Milliseconds a decode step of one sequence, by arm and context; prints tables, and draws them to a PNG `plot`.
+    """Time a decode step of one sequence by arm and context, print tables and return their records.
 
-    One engine's worth of cache, for the longest context, serves all; its entries are drawn at random. Arms and contexts
-    are measured in turn, `rounds` times. Raises UserError for contexts that cannot be measured.
+    Arms of one KV layout share one cache of the longest context, with random entries. Arms and contexts are measured in
+    turn.
+
+    Args:
+      config: Model and weight quantization.
+      rounds: Measurements of each arm and context.
+      contexts: Contexts in tokens.
+      plot: PNG file to draw; None draws nothing.
+
+    Raises:
+      UserError: A context cannot be measured, or the model has no CSA layers.
     """
     model = dataclasses.replace(config.model, num_nextn_predict_layers=0, kv_qdq=False)
     contexts = _checked(model, contexts)
@@ -101,11 +110,11 @@ class _Cache:
 
 
 def filled(kept: PagedLayerCache, rng: np.random.Generator) -> PagedLayerCache:
-    """Every row of unit variance, as entries are after their norm; the same numbers in every layout."""
+    """Fill a layer's cache with normal numbers of variance 1, that of normalized entries; equal in every layout."""
 
     def fill(pool: EntryPool | None) -> EntryPool | None:
         pages, slots, width = pool.shape if pool else (0, 0, 0)
-        for first in range(0, pages, _AT_ONCE):  # pages beyond the last are dropped
+        for first in range(0, pages, _AT_ONCE):  # `write` drops blocks beyond the last
             rows = rng.standard_normal((_AT_ONCE, slots, width), np.float32)
             page = np.arange(first, first + _AT_ONCE, dtype=np.int32)[:, None]
             pool = _write(pool, page, np.arange(slots, dtype=np.int32)[None], rows)
@@ -130,8 +139,11 @@ class _Arm:
     cache: _Cache
 
     def seconds(self, heads: list[DecodeState]) -> float:
-        """Seconds of a step, the median of all but the first: that one fetches what the arm before threw out of the
-        caches. Each is waited for, as an engine waits for its token, and a disturbance of the machine meets few."""
+        """Return the median seconds of a step, without the first.
+
+        The first step refills the CPU's caches after the arm before it. Each step is timed and waited for by itself, as
+        an engine waits for its token, so that a disturbance of the machine affects few of them.
+        """
         first, *others = heads
         jax.block_until_ready(self._step(first))
         return statistics.median(timed(lambda each=each: self._step(each)) for each in others)
@@ -181,13 +193,13 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def fit(contexts: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
-    """a and b of time = a + b * context, least squares of the relative errors (timings err in proportion)."""
+    """Fit time = a + b * context to (a, b) by least squares of relative errors, because timing errors are relative."""
     slope, fixed = np.polyfit(contexts, times, 1, w=1 / np.asarray(times))
     return float(fixed), float(slope)
 
 
 def _quality(arms: dict[str, _Arm], heads: list[DecodeState]) -> dict[tuple[str, str], tuple[float, float]]:
-    """Mean KL over the steps, in nats, from the second of each pair to the first, and the share of equal tokens."""
+    """Return KL(second || first) of each pair in nats, averaged over the steps, and the share of equal tokens."""
     pairs = [pair for pair in _QUALITY if {*pair} <= {*arms}]
     out, names = {}, dict.fromkeys(name for pair in pairs for name in pair)
     read = lambda name: [jax.nn.log_softmax(arms[name]._step(each)[0]) for each in heads]
@@ -243,12 +255,12 @@ def _report(
 
 
 def _measured(middle) -> dict[str, tuple[str, str]]:
-    """The arms that `middle` (context, arm) has times of."""
+    """Return the arms that have times in `middle`, which is keyed by (context, arm)."""
     return {name: kind for name, kind in (ARMS | WEIGHTS).items() if any(arm == name for _, arm in middle)}
 
 
 def _ratios(ms, context: int, fast: str, slow: str) -> list[float]:
-    """Speed of arm `fast` by that of `slow`, round by round."""
+    """Return the speed of arm `fast` relative to `slow`, one ratio per round."""
     return [b / a for a, b in zip(ms[context, fast], ms[context, slow], strict=True)]
 
 

@@ -123,13 +123,17 @@ def _replay(block: int, sizes, budgets, policy: str, twice: bool, seed: int) -> 
             for name in usable[:goal]:
                 count.update([next(i for i, shelf in enumerate(tiers.shelves) if _key("block", name) in shelf)])
             _bring(tiers, names, goal, least)
-            kept = {max(len(usable), 1), len(names)}  # records behind the prompt and behind the answer
+            kept = {max(len(usable), 1), len(names)}  # state snapshots at the ends of prompt and answer
             _compute(tiers, names, kept, lambda name: not twice or asked[name] > 1)
     return {tier: count[i] / count["asked"] for i, tier in enumerate(_TIERS)}
 
 
 def _bring(tiers: _Tiers, names: list[bytes], goal: int, least: int) -> None:
-    """What is used is used where it lies; what comes from below lies on the device then, and on the host."""
+    """Mark the first `goal` blocks and their state snapshot as used, and load those that the device lacks.
+
+    Loaded keys are then on the device and on the host. The device alone holds `least` blocks of the prefix; if that is
+    all of it, only the device counts the use.
+    """
     device, *below = tiers.shelves
     keys = [(_key("block", name), parent) for parent, name in zip([_ROOT, *names], names[:goal], strict=False)]
     keys += [(_key("record", names[goal - 1]), names[goal - 1])] if goal else []
@@ -142,7 +146,7 @@ def _bring(tiers: _Tiers, names: list[bytes], goal: int, least: int) -> None:
 
 
 def _compute(tiers: _Tiers, names: list[bytes], kept: set[int], wanted) -> None:
-    """New blocks and records, which move down as soon as they are idle."""
+    """Cache the computed blocks and state snapshots on the device, and store those that are `wanted` in lower tiers."""
     device, *below = tiers.shelves
     for number, name in enumerate(names, 1):
         kinds = ("block", "record") if number in kept else ("block",)

@@ -29,11 +29,18 @@ DECODED = 257  # the first token, whose time is the prefill's, and 256 more
 
 
 def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS) -> list[dict]:
-    """Seconds to the first token and milliseconds a token after it, one request at a time, by length of the prompt.
+    """Time requests one by one for each prompt length, print a table and return its records.
 
-    The model has random weights, the cache is `config.cache` without prefixes, every prompt is new. Lengths are
-    measured in turn, `rounds` times; `peak_memory` is the process's, program and weights included. Raises UserError
-    for lengths that cannot be measured.
+    The model has random weights, prefix caching is off, and every prompt is new. Lengths are measured in turn. The
+    record `peak_memory` is the resident memory of the whole process.
+
+    Args:
+      config: Model, engine and cache.
+      rounds: Measurements of each length.
+      contexts: Prompt lengths in tokens.
+
+    Raises:
+      UserError: A length cannot be measured.
     """
     contexts = sorted(set(contexts))
     most = config.model.max_position_embeddings - DECODED
@@ -52,7 +59,7 @@ def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS) -> list
         return lambda: _times(engine, rng.integers(2, model.vocab_size, length).tolist())
 
     chunk = serve.max_num_batched_tokens
-    for length in contexts:  # programs depend on the sizes of the chunks alone: some whole ones, and what the end takes
+    for length in contexts:  # compiles the program of each chunk size: whole chunks and the rest
         request(min(length, 2 * chunk + length % chunk))()
     taken = interleave({length: request(length) for length in contexts}, rounds)
     return _report(config, taken)
@@ -63,7 +70,7 @@ def _random(model: Model) -> Transformer:
 
 
 def _times(engine: Engine, prompt: list[int]) -> tuple[float, float]:
-    """Seconds to the first token, and a token after it."""
+    """Return the seconds to the first token, and the mean seconds per token after it."""
     start, stamps = time.perf_counter(), []
     engine.add_request("request", prompt, SamplingParams(max_tokens=DECODED, temperature=0.0))
     with Progress(console=Console(stderr=True), transient=True) as progress:

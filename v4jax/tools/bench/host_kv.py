@@ -1,8 +1,8 @@
 """Suite `host_kv`: savings and cost of CSA entries in host memory with a device cache of recent top-k entries.
 
-Three tables: bytes of the cache of the published model, every array of it allocated layer by layer (with no weights);
-the speed of a decode step beside that of the same cache all on the device; and, with a checkpoint, how often a trained
-model picks what is on the device already.
+It prints three tables: the bytes of a published model's cache, whose arrays are allocated layer by layer without
+weights; the speed of a decode step against that with all entries on the device; and, with a checkpoint, the share of a
+trained model's top-k entries that are cached on the device.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from v4jax.tools.bench.measure import interleave, timed
 from v4jax.tools.bench.report import record, short, write
 
 PUBLISHED, LENGTHS, SLOTS = "v4_flash", (16_384, 131_072, 1_048_576), 1024
-TARGETS = {16_384: 0.55, 131_072: 0.75, 1_048_576: 0.78}  # of device bytes that must go
+TARGETS = {16_384: 0.55, 131_072: 0.75, 1_048_576: 0.78}  # aimed-at share of device bytes saved
 CONTEXTS, ROWS, STEPS = (16_384, 65_536), 4, 16
-TEXT, ASKED = 2048, 256  # tokens that a trained model writes, and the last of them, that are counted
+TEXT, ASKED = 2048, 256  # tokens that a trained model generates, and how many of the last are counted
 _FORMAT = "fp8"
 
 
@@ -48,9 +48,17 @@ def run(
     checkpoint: str | None = None,
     plot: str | None = None,
 ) -> list[dict]:
-    """The three tables; `contexts` are those of the second, in which `config` decodes. Draws a PNG `plot`.
+    """Print the three tables and return their records.
 
-    Raises UserError for contexts that cannot be measured, and for a model or checkpoint without CSA layers.
+    Args:
+      config: Model that decodes in the second table.
+      rounds: Measurements of each variant in the second table.
+      contexts: Contexts of the second table, in tokens.
+      checkpoint: Directory of a trained model for the third table; None omits it.
+      plot: PNG file to draw; None draws nothing.
+
+    Raises:
+      UserError: A context cannot be measured, or the model or the checkpoint has no CSA layers.
     """
     trained = store.load_config(checkpoint).model if checkpoint else None
     for model in filter(None, (config.model, trained)):
@@ -84,7 +92,13 @@ def _checked(model: Model, contexts: Sequence[int]) -> list[int]:
 
 
 class Bytes(NamedTuple):
-    """Of a cache: its arrays on the device, those of them that grow with the context or copy it, and on the host."""
+    """Bytes of a cache.
+
+    Attributes:
+      device: All arrays on the device.
+      entries: Those of them that hold entries, index keys or cached copies of entries.
+      host: All arrays in host memory.
+    """
 
     device: int
     entries: int
@@ -92,7 +106,7 @@ class Bytes(NamedTuple):
 
 
 def memory(model: Model) -> dict[tuple[int, str], Bytes]:
-    """Bytes of the cache of one sequence, by context and arm: bf16, fp8, and live: fp8 with `SLOTS` copies a layer."""
+    """Return bytes of one sequence's cache by context and arm: bf16, fp8, and live (fp8, `SLOTS` copies per layer)."""
     arms = {"bf16": ("bf16", 0), _FORMAT: (_FORMAT, 0), "live": (_FORMAT, SLOTS)}
     return {
         (context, arm): _bytes(KVCacheSpec(model, name, 0, hot), context)
@@ -102,12 +116,12 @@ def memory(model: Model) -> dict[tuple[int, str], Bytes]:
 
 
 def _bytes(layout: KVCacheSpec, context: int) -> Bytes:
-    """Every layer is allocated, counted and let go, for all of them together may be more than there is memory."""
+    """Allocate, count and free one layer at a time, because all layers together may exceed memory."""
     blocks = -(-context // layout.block)
-    device = np.zeros((2, blocks), np.int32).nbytes + 2 * 2 * 4  # table of pages, and heads
+    device = np.zeros((2, blocks), np.int32).nbytes + 2 * 2 * 4  # block table and decode state
     entries = host = 0
     for kind in layout.model.layer_types:
-        kept = allocate_layer(layout, kind, blocks + 1, 2)  # page 0 and record 0 belong to nobody
+        kept = allocate_layer(layout, kind, blocks + 1, 2)  # block 0 and state slot 0 are reserved
         here = lambda part: sum(leaf.nbytes for leaf in jax.tree.leaves(part) if not is_host(leaf))
         host += sum(leaf.nbytes for leaf in jax.tree.leaves(kept) if is_host(leaf))
         entries += here((kept.entries, kept.index_keys, kept.device_cache))
@@ -116,7 +130,7 @@ def _bytes(layout: KVCacheSpec, context: int) -> Bytes:
 
 
 def show_memory(sizes: dict[tuple[int, str], Bytes]) -> list[dict]:
-    """Print what `memory` found, and its records."""
+    """Print the result of `memory` and return its records."""
     rows, records = [], []
     mib = lambda size: f"{size / 2**20:,.1f}"
     for context in dict.fromkeys(context for context, _ in sizes):
@@ -174,7 +188,7 @@ def show_memory(sizes: dict[tuple[int, str], Bytes]) -> list[dict]:
 
 @dataclasses.dataclass
 class _Arm:
-    """The engine's decode program, and one cache that it runs on: rows of equal length, in pages of their own."""
+    """The engine's decode program and a cache that it runs on. Rows have equal lengths and their own blocks."""
 
     structure: object
     weights: list[jax.Array]
@@ -186,7 +200,7 @@ class _Arm:
         return logits_BTV
 
     def seconds(self, heads: list[DecodeState]) -> float:
-        """Seconds a step, over all but the first."""
+        """Return the mean seconds per step of all steps but the first."""
         jax.block_until_ready(self.step(heads[0]))
         return timed(lambda: [self.step(each) for each in heads[1:]][-1]) / (len(heads) - 1)
 
@@ -208,7 +222,7 @@ def _random(model: Model) -> Transformer:
 
 
 def _speed(config: Config, rounds: int, contexts: Sequence[int]) -> list[dict]:
-    """Both arms read the same forced tokens; before they are timed their logits are compared, bit by bit."""
+    """Time decode steps of both arms on the same forced tokens, after comparing their logits bit by bit."""
     model = dataclasses.replace(config.model, num_nextn_predict_layers=0, kv_qdq=False)
     graphdef, variables = nnx.split(_random(model))
     weights, tree = jax.tree.flatten(variables)
@@ -263,10 +277,17 @@ def _counts(live: KVCaches) -> np.ndarray:
 
 
 def hit_rates(checkpoint: str) -> dict[int, tuple[float, bool]]:
-    """By copies a layer: the share of picks that were on the device, and whether all tokens were the same.
+    """Measure hit rates of a trained model on text that it generates.
 
-    The model writes `TEXT` tokens at temperature 1 first; an engine of each size then reads all but `ASKED` of them as
-    a prompt and writes those.
+    The model first generates `TEXT` tokens at temperature 1. An engine of each size then gets all but the last `ASKED`
+    of them as a prompt, and generates `ASKED` tokens.
+
+    Args:
+      checkpoint: Directory of the checkpoint.
+
+    Returns:
+      By device entries per layer: the share of top-k entries found on the device, and whether the tokens equal those of
+      the first size.
     """
     model = store.load(checkpoint)
     k, limits = (
@@ -315,7 +336,7 @@ def _plot(path: str, sizes: dict[tuple[int, str], Bytes], hits: dict[int, tuple[
 
 
 def draw_memory(axes, sizes: dict[tuple[int, str], Bytes]) -> None:
-    """Bars of what `memory` found on a matplotlib Axes."""
+    """Draw the result of `memory` as bars on a matplotlib Axes."""
     contexts = list(dict.fromkeys(context for context, _ in sizes))
     for i, (arm, color) in enumerate({"bf16": "tab:gray", _FORMAT: "tab:orange", "live": "tab:blue"}.items()):
         bars = [sizes[context, arm].device / 2**20 for context in contexts]

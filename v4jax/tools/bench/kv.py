@@ -17,9 +17,10 @@ _MEGATOKEN = 2**20
 
 
 def run(config: Config) -> list[dict]:
-    """Sizes of the published models' caches and of `config`'s; prints one table.
+    """Print one table of cache bytes of the published models and of `config`, and return its records.
 
-    Raises UserError if a model has no layer that keeps entries.
+    Raises:
+      UserError: A model has no layer that keeps entries.
     """
     configs = {each.name: each for each in [*map(load, PUBLISHED), config]}
     rows, records = [], []

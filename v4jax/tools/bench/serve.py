@@ -21,11 +21,11 @@ from v4jax.serve.sampling import SamplingParams
 from v4jax.tools.bench.measure import interleave
 from v4jax.tools.bench.report import record
 
-MANY = 16  # requests at once, against one
-PROMPT, NEW = 64, 128  # tokens of each
-BURST, BURST_NEW, SHARED = 200, 32, 4  # requests, new tokens of each, prompts that half of them begin with one of
-_BLOCKS = 2  # of a request of the burst
-POOL = 8  # requests of the burst that the cache holds
+MANY = 16  # concurrent requests, compared with one
+PROMPT, NEW = 64, 128  # prompt tokens and new tokens of each
+BURST, BURST_NEW, SHARED = 200, 32, 4  # requests, new tokens of each, and prefixes that half of them share
+_BLOCKS = 2  # maximum blocks of a request of the burst
+POOL = 8  # requests of the burst for which the cache has room
 _FORMATS = ("{:,.0f}", "{:.1f}x", "{:.3g}", "{:.3g}", "{:.2f}")  # of the columns of the first table
 
 
@@ -38,18 +38,24 @@ class _Request:
 
 @dataclass
 class _Answer:
-    """Tokens, and the seconds after the start at which each came."""
+    """Tokens of an answer, and the seconds from the start to each."""
 
     tokens: list[int] = field(default_factory=list)
     stamps: list[float] = field(default_factory=list)
 
 
 def run(config: Config, rounds: int) -> list[dict]:
-    """Serve `MANY` requests at once and one alone, in turn, `rounds` times; then a burst, once; prints two tables.
+    """Serve `MANY` concurrent requests and one alone in turn, then one burst; print two tables, return their records.
 
-    The model has random weights. One engine does all; its cache holds `POOL` requests of the burst. Every answer of the
-    burst is compared with the answer to the same request alone, which finds nothing in the prefix cache. Raises
-    UserError if the config's max_model_len is too short.
+    One engine with random weights serves all requests. Its cache has room for `POOL` requests of the burst. Every
+    answer of the burst is compared with that of the same request alone, for which a salt excludes prefix cache hits.
+
+    Args:
+      config: Model, engine and cache.
+      rounds: Measurements of each concurrency.
+
+    Raises:
+      UserError: The config's max_model_len is too small.
     """
     model = dataclasses.replace(config.model, num_nextn_predict_layers=0)
     block = KVCacheSpec(model, config.cache.kv_cache_dtype, config.cache.block_size).block
@@ -83,7 +89,7 @@ def _asked(prompt: list[int], new: int, seed: int = 0) -> _Request:
 
 
 def _serve(engine: Engine, requests: list[_Request]) -> list[_Answer]:
-    """Ask for all at once, and wait for all."""
+    """Add all requests at once, and step the engine until all are finished."""
     start, answers = time.perf_counter(), [_Answer() for _ in requests]
     for id, request in enumerate(requests):
         engine.check(request.prompt, request.sampling, f"request {id}")
@@ -100,12 +106,12 @@ def _first(answers: list[_Answer]) -> list[float]:
 
 
 def _speed(answers: list[_Answer]) -> float:
-    """New tokens a second over all requests, their prompts' time included."""
+    """Return new tokens per second over all requests, including prefill time."""
     return sum(len(answer.tokens) for answer in answers) / max(answer.stamps[-1] for answer in answers)
 
 
 def _interval(answers: list[_Answer]) -> float:
-    """Milliseconds between the tokens of one request."""
+    """Return the median over requests of the mean milliseconds between tokens."""
     each = [(answer.stamps[-1] - answer.stamps[0]) / (len(answer.stamps) - 1) for answer in answers]
     return 1e3 * statistics.median(each)
 
@@ -134,7 +140,7 @@ def _throughput(taken: dict[int, list[list[_Answer]]], at: dict, what: str) -> l
 
 
 def _requests(model: Model, block: int, rng: np.random.Generator) -> list[_Request]:
-    """Of at most two blocks: half begin with one of few whole blocks, the others come into a second one as they go."""
+    """Make the burst: half of the requests share a prefix of one block, the others enter a second block in decoding."""
     tokens = lambda count: rng.integers(2, model.vocab_size, count).tolist()
     shared, requests = [tokens(block) for _ in range(SHARED)], []
     most = min(BURST_NEW, block - BURST_NEW)
@@ -146,11 +152,11 @@ def _requests(model: Model, block: int, rng: np.random.Generator) -> list[_Reque
 
 
 def _burst(engine: Engine, requests: list[_Request], at: dict) -> list[dict]:
-    """All of them at once, after each alone."""
+    """Serve each request alone, then all of them at once."""
     alone = [_serve(engine, [dataclasses.replace(each, salt=f"alone {i}")])[0] for i, each in enumerate(requests)]
     before = engine.stats()
     answers = _serve(engine, requests)
-    engine.schedulers[0].check_invariants()  # raises if any bookkeeping is wrong
+    engine.schedulers[0].check_invariants()  # raises if the bookkeeping is inconsistent
     stats = engine.stats()
     count = {name: int(stats[name] - before[name]) for name in ("preemptions", "hits", "evictions")}
     equal = sum(one.tokens == other.tokens for one, other in zip(answers, alone, strict=True))

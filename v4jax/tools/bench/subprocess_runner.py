@@ -1,4 +1,4 @@
-"""An object in a process of its own, which is idle between calls."""
+"""Run an object in a process of its own, which is idle between calls."""
 
 from __future__ import annotations
 
@@ -19,29 +19,40 @@ from v4jax.core.malloc import tune_malloc
 
 Ask = Callable[..., Any]  # (name of a method, its arguments) to its result
 
-# What an installation or a machine can cause, besides a user. Anything else is a bug and keeps its traceback.
+# Errors that an installation or a machine can cause. Any other error is a bug and keeps its traceback.
 _FORESEEN = (ImportError, MemoryError, OSError, RuntimeError, ValueError)
 
 
 @contextlib.contextmanager
 def remote(name: str, make: Callable, *args, heap: bool = False) -> Iterator[Ask]:
-    """`make(*args)` in a process of its own: gives a function that calls a method of it there and waits for the result.
+    """Make an object in a new process, and yield a function that calls its methods there.
 
-    heap: that process keeps its heap as the command line does (`core.malloc.tune_malloc`). All that crosses is pickled.
-    The process ends with the block, and with this process however that ends. Raises UserError, here and from every
-    call, for an error over there (`--debug` shows its traceback) or if the process died.
+    Arguments and results are pickled. The process ends with the `with` block, and also if this process ends.
+
+    Args:
+      name: Name of the process, for messages.
+      make: Makes the object.
+      *args: Arguments of `make`.
+      heap: Whether the process tunes malloc as the command line does (`core.malloc.tune_malloc`).
+
+    Yields:
+      A function (name of a method, *arguments) that waits for the result of the method.
+
+    Raises:
+      UserError: The process ended, or an error was raised in it (`--debug` shows its traceback). Each call can raise
+        it too.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there, heap), name=name, daemon=True)
     process.start()
-    there.close()  # the other process has the only one, so that its end shows here
+    there.close()  # only the other process holds this end, so `recv` here fails when it ends
     try:
         ask = functools.partial(_ask, process, here)
         ask(make, *args)
         yield ask
     finally:
-        process.kill()  # it may be at work, and holds nothing that could be left half-written
+        process.kill()  # it may be busy, and it writes no files that could stay incomplete
         process.join()
         here.close()
 
@@ -63,7 +74,7 @@ def _ask(process: SpawnProcess, pipe: Connection, what: str | Callable, *args):
 
 
 def _serve(pipe: Connection, heap: bool) -> None:
-    """The other process: make the object, then call its methods until the pipe is closed."""
+    """Make the object and call its methods until the pipe is closed; runs in the other process."""
     if heap:
         tune_malloc()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the first one ends this one

@@ -1,8 +1,8 @@
-"""Benefit of the offload tiers: device memory of one long sequence (see also suite 'host_kv'), a restart with a warm
-disk, and many conversations on little memory.
+"""Suite `tiers`: benefit of the offload tiers.
 
-All arms share weights and requests. Their tokens are compared: times and hits may differ, answers should not (without
-`serve.batch_invariant`, other companies in a batch change the last bits, which random weights may make a token of).
+It measures device memory of one long sequence (as suite `host_kv`), a restart with a warm disk, and many conversations
+on little memory. All arms share weights and requests, and their tokens are compared. Without `serve.batch_invariant`
+another batch composition changes the last bits of logits, which with random weights can change tokens.
 """
 
 from __future__ import annotations
@@ -37,10 +37,19 @@ _GREEDY = SamplingParams(max_tokens=ANSWER, temperature=0.0)
 
 
 def run(config: Config, rounds: int, contexts: Sequence[int] = CONTEXTS, plot: str | None = None) -> list[dict]:
-    """Three tables: bytes of one sequence of the published model; seconds to the first token after a restart, by
-    prompt; the trace, by the tiers that there are. Draws a PNG `plot`.
+    """Measure a model with random weights, print three tables and return their records.
 
-    The model has random weights. Raises UserError for contexts that cannot be measured.
+    The tables are bytes of one sequence of the published model, time to the first token after a restart by prompt
+    length, and a trace of conversations by the tiers in use.
+
+    Args:
+      config: Model, engine and cache.
+      rounds: Measurements of each restart.
+      contexts: Prompt lengths of the restarts, in tokens.
+      plot: PNG file to draw; None draws nothing.
+
+    Raises:
+      UserError: A context cannot be measured.
     """
     contexts = sorted(set(contexts))
     model = dataclasses.replace(config.model, num_nextn_predict_layers=0)
@@ -76,7 +85,7 @@ def _restarts(config, model, serve, cache, rounds: int, contexts: Sequence[int])
         )
 
         def recompute(length: int) -> float:
-            return _first(cold, prompts[length], answers, next(salts))  # what has another salt is not found
+            return _first(cold, prompts[length], answers, next(salts))  # a new salt excludes prefix cache hits
 
         def restart(length: int) -> float:
             engine = Engine(model, serve, on_disk)
@@ -84,7 +93,7 @@ def _restarts(config, model, serve, cache, rounds: int, contexts: Sequence[int])
             engine.close()
             return seconds
 
-        for length in contexts:  # the first time fills the disk and compiles, the second compiles what reads it
+        for length in contexts:  # the first restart fills the disk and compiles, the second compiles loads
             recompute(length), restart(length), restart(length)
         arms = {(what.__name__, length): what for length in contexts for what in (recompute, restart)}
         taken = interleave(
@@ -117,7 +126,7 @@ def _restarts(config, model, serve, cache, rounds: int, contexts: Sequence[int])
 
 
 def _first(engine: Engine, prompt: list[int], answers: dict[int, list[list[int]]], salt: str = "") -> float:
-    """Seconds to the first token; the answer joins those of its length."""
+    """Return the seconds to the first token, and append the answer to those of its prompt length."""
     start, seconds, tokens = time.perf_counter(), None, []
     engine.add_request("request", prompt, _GREEDY, salt)
     while engine.busy:
@@ -132,9 +141,9 @@ def _first(engine: Engine, prompt: list[int], answers: dict[int, list[list[int]]
 
 
 def _trace(config, model, serve, cache, conversations: int) -> list[dict]:
-    """Bursts of turns of conversations that share beginnings, more of them than device and host hold."""
+    """Replay conversations with shared prefixes that exceed device and host memory, once for each set of tiers."""
     layout = KVCacheSpec(model.config, cache.kv_cache_dtype, cache.block_size)
-    blocks = 6 * conversations  # what all conversations come to, about
+    blocks = 6 * conversations  # approximate number of blocks of all conversations
     page, kept = layout.block_bytes, layout.state_bytes()
     serve = dataclasses.replace(serve, max_num_seqs=BURST, max_model_len=8 * layout.block)
     records_kept = max(conversations // 8, 4)
@@ -211,12 +220,12 @@ def _trace(config, model, serve, cache, conversations: int) -> list[dict]:
 
 
 def _resumable(stats: dict[str, float]) -> float:
-    """Places where a conversation can be taken up again: the records of the largest tier."""
+    """Return the number of places where a conversation can resume: state snapshots of the tier that has most."""
     return max(stats["records_kept"], stats.get("host_records", 0), stats.get("disk_records", 0))
 
 
 def turns(block: int, conversations: int, vocab: int, seed: int) -> Iterator[list[tuple[int, list[int]]]]:
-    """Bursts of (conversation, new tokens of its user); the first of a conversation holds its shared beginning."""
+    """Yield bursts of (conversation, new user tokens); the first turn of a conversation begins with a shared prefix."""
     rng = np.random.default_rng(seed)
     systems = [rng.integers(2, vocab, block * int(rng.integers(1, 4))).tolist() for _ in range(SYSTEMS)]
     weight = 1 / np.arange(1, SYSTEMS + 1)
@@ -236,10 +245,16 @@ def turns(block: int, conversations: int, vocab: int, seed: int) -> Iterator[lis
 def _play(
     engine: Engine, bursts: Iterator[list[tuple[int, list[int]]]], expected: dict[int, dict], salted: bool = False
 ) -> tuple[float, int, float]:
-    """(seconds, tokens of all prompts and answers, answers equal to `expected`); a turn reads all before it.
+    """Serve bursts of turns. The prompt of a turn contains all earlier turns of its conversation.
 
-    salted: no turn finds what another left. Answers that nobody expected yet are entered, so that all arms go on with
-    the same ones.
+    Args:
+      engine: The engine.
+      bursts: Bursts as of `turns`.
+      expected: Answers by burst and conversation. Missing ones are added, so that all arms continue with equal answers.
+      salted: Whether salts exclude prefix cache hits between turns.
+
+    Returns:
+      Seconds, number of prompt and answer tokens, and the share of answers equal to `expected`.
     """
     history, count, seconds, same = {}, 0, 0.0, []
     for number, burst in enumerate(bursts):
@@ -262,7 +277,7 @@ def _play(
     return seconds, count, statistics.mean(same)
 
 
-# --- a picture -----------------------------------------------------------------------------------------------------
+# --- plot ----------------------------------------------------------------------------------------------------------
 
 
 def _plot(path: str, sizes: dict[tuple[int, str], host_kv.Bytes], records: list[dict]) -> None:

@@ -19,8 +19,10 @@ from v4jax.train.trainer import Trainer
 
 
 def run(config: Config, rounds: int) -> list[dict]:
-    """Time of the whole step of `config`, of its loss, and of loss with gradients; tokens a second and product rate;
-    then the step with other options of training (`options`) as ratios to the plain one."""
+    """Time a training step, its loss, and loss with gradients, then the step with each of `options`.
+
+    Prints two tables, tokens per second and the rate of matmul operations, and returns the records.
+    """
     at = {
         "config": config.name,
         "context": config.data.seq_len,
@@ -52,7 +54,7 @@ def _parts(config: Config, rounds: int, at: dict) -> list[dict]:
         arm()
     limits, taken = machine(), interleave(arms, rounds)
     median = {name: statistics.median(values) for name, values in taken.items()}
-    # Two operations a parameter and token forward, twice that backward; attention over the context is left out.
+    # Two operations per parameter and token forward, twice as many backward; attention over the context is omitted.
     flops = 6 * count_parameters(config.model).active * rows * length
     rate = flops / median["loss and gradients"]
     table = [[name, f"{value:.3f} s", f"{value / median['whole step']:.0%}"] for name, value in median.items()]

@@ -12,7 +12,7 @@ from v4jax.core.errors import UserError
 
 
 class TransformersRunner:
-    """The same model as its users have it: float32 torch, eager attention, as many threads as cores."""
+    """The model in transformers: float32 torch, eager attention, one thread per core."""
 
     def __init__(self):
         try:
@@ -32,12 +32,12 @@ class TransformersRunner:
         self._model = self._auto.from_pretrained(directory, dtype=self._torch.float32, attn_implementation="eager")
 
     def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
-        """Float32 logits [B, T, V]."""
+        """Return float32 logits [B, T, V]."""
         with self._torch.no_grad():
             return self._model(self._torch.tensor(tokens_BT)).logits.numpy()
 
     def generate(self, prompt: list[int], count: int) -> tuple[float, float]:
-        """Seconds to the first token, and a token after it, greedily with transformers' cache."""
+        """Generate greedily with transformers' cache; return seconds to the first token and per token after it."""
         gc.collect()
         with self._torch.inference_mode():
             start = time.perf_counter()
@@ -56,7 +56,7 @@ class TransformersRunner:
         self._model.train()
 
     def step(self) -> float:
-        """Seconds of a training step."""
+        """Return the seconds of one training step."""
         start = time.perf_counter()
         logits = self._model(self._ids[:, :-1]).logits
         loss = self._torch.nn.functional.cross_entropy(logits.flatten(0, 1), self._ids[:, 1:].flatten())

@@ -22,7 +22,7 @@ from v4jax.train.trainer import Trainer, TrainState
 
 
 class V4JaxRunner:
-    """`config.model` with random weights, which are written to `directory` in Hugging Face format and read from it."""
+    """The model with random weights, which it writes to `directory` in Hugging Face format and reads back."""
 
     def __init__(self, config: Config, directory: str):
         others = dict(balance_loss_weight=0.0, indexer_loss_weight=0.0, mtp_loss_weight=0.0)
@@ -35,15 +35,15 @@ class V4JaxRunner:
         self._engine = Engine(self._model, config.serve, config.cache)
 
     def machine(self) -> dict[str, float]:
-        """The machine's limits, see `measure.machine`."""
+        """Return the machine's peak rates (`measure.machine`)."""
         return measure.machine()
 
     def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
-        """Float32 logits [B, T, V]."""
+        """Return float32 logits [B, T, V]."""
         return np.asarray(self._model(tokens_BT))
 
     def generate(self, prompt: list[int], count: int) -> tuple[float, float]:
-        """Seconds to the first token, and a token after it, through the engine that `LLM` runs."""
+        """Generate greedily with the engine of `LLM`; return seconds to the first token and per token after it."""
         start, stamps = time.perf_counter(), []
         self._engine.add_request("request", prompt, SamplingParams(max_tokens=count, temperature=0.0))
         while self._engine.busy:
@@ -52,14 +52,14 @@ class V4JaxRunner:
         return stamps[0] - start, (stamps[-1] - stamps[0]) / (len(stamps) - 1)
 
     def prepare_training(self, tokens_BT: np.ndarray) -> None:
-        """Make `step` train on rows of T + 1 tokens. The last thing to do: the weights move into the training state."""
+        """Prepare `step` for rows of T + 1 tokens, and move the weights there; only `step` works after this."""
         params, fixed = (to_stacked_dict(part) for part in nnx.split(self._model, nnx.Param, ...)[1:])
         opt = jax.jit(self._optimizer.init)(params)
         self._state, self._batch = TrainState(params, fixed, opt, jnp.zeros((), jnp.int32)), as_batch(tokens_BT)
         del self._model, self._engine
 
     def step(self) -> float:
-        """Seconds of a training step."""
+        """Return the seconds of one training step."""
         start = time.perf_counter()
         self._state, metrics = self._trainer.step(self._state, self._batch)
         jax.block_until_ready(metrics)

@@ -1,6 +1,6 @@
-"""v4jax against transformers: same weights, same tokens, same machine, in turn, each in a process of its own.
+"""Suite `vs_transformers`: v4jax and transformers in turn, with the same weights and tokens on the same machine.
 
-In one process they disturb each other: torch's threads and heap beside XLA's doubled the time of a training step.
+Each runs in a process of its own, because in one process the threads and heaps of torch and XLA slow each other.
 """
 
 from __future__ import annotations
@@ -66,9 +66,12 @@ def _difference(ours_BTV: np.ndarray, theirs_BTV: np.ndarray) -> float:
 
 
 def _generation(arms: dict[str, Ask], tokens, length: int, rounds: int, warm: list[str]) -> dict[str, list]:
-    """(seconds to the first token, seconds of a token after it) of each arm and round, after a call of those to warm.
+    """Time generation of each arm, `rounds` times in turn, after one untimed call of the arms in `warm`.
 
-    Every round has another prompt, for an engine may remember what it has read.
+    Every round has a new prompt, because an engine may have cached the prefix of an old one.
+
+    Returns:
+      For each arm, one (seconds to the first token, seconds per token after it) per round.
     """
     first, *others = tokens(1 + rounds, length).tolist()
     for name in warm:
