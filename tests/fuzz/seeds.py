@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 
 import v4jax
-from tests.cache.block_fixtures import chain, items
+from tests.cache.offload.block_fixtures import chain, items
 from tests.fuzz.mutate import mutate_path
 from v4jax import checkpoint
 from v4jax.cache.offload.disk_tier import DiskTier

@@ -2,7 +2,7 @@
 
 import contextlib
 
-from tests.cache.faulty_files import FaultyFiles
+from tests.cache.offload.faulty_files import FaultyFiles
 from tests.serve.engine_harness import LIMITS, check_settled, drive, new_books
 from v4jax import config
 from v4jax.cache.offload.disk_tier import DiskTier

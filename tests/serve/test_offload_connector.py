@@ -22,7 +22,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cache.faulty_files import FaultyFiles, failing
+from tests.cache.offload.faulty_files import FaultyFiles, failing
 from tests.serve.engine_harness import BLOCK, LIMITS, MODEL, Request, draw_model, drive
 from tests.serve.offload_harness import LONG, one_by_one, parked, small_books, tiered
 from tests.serve.request_mixes import BASES, GREEDY, Solo, check, companies, crowded, few, staying

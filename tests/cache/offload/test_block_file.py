@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.cache.block_fixtures import BLOCK, RECORD, ROOT, chain, item
+from tests.cache.offload.block_fixtures import BLOCK, RECORD, ROOT, chain, item
 from v4jax.cache.offload.block_file import (
     BlockKey,
     BlockSchema,
