@@ -182,7 +182,7 @@ def _quantise(tensors, scale_name):
 
 
 @pytest.mark.parametrize("scale_name", ["scale", "weight_scale_inv"])
-def test_released_quantised_checkpoint(saved, scale_name):
+def test_released_quantized_checkpoint(saved, scale_name):
     path, model, flat = saved
     exact = {}
     _rewrite(path, lambda t: exact.update(_quantise(t, scale_name)))
@@ -245,7 +245,7 @@ def test_drafts_after_the_first_are_not_read(saved, same_bits):
     same_bits(tensors, flat)
 
 
-def test_quantised_without_or_with_wrong_scale(saved):
+def test_quantized_without_or_with_wrong_scale(saved):
     path, _, _ = saved
     name = "layers.0.attn.wq_a"
     _rewrite(path, lambda t: t.update({f"{name}.weight": np.zeros((24, 64), ml_dtypes.float8_e4m3fn)}))

@@ -73,7 +73,7 @@ def toy(tmp_path_factory):
     return str(path)
 
 
-def test_a_model_that_learnt_nothing_is_past_its_bounds(toy, tmp_path, capsys, monkeypatch):
+def test_a_model_that_learned_nothing_is_past_its_bounds(toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(needle, "_CHUNK", 64)
     out = tmp_path / "x.json"
     with pytest.raises(UserError, match=r"accuracy 0\S* \(bound 0.95\), .* and \d more"):
