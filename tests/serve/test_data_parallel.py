@@ -141,10 +141,8 @@ def test_what_one_device_let_go_comes_back_on_any(meshed, model, plain, tmp_path
             assert (stats["restored_blocks"] > 0) == bool(again or restored)
         assert stats["transfer_dropped"] == stats["disk_corrupt"] == 0
         if places_of:
-            assert (
-                all(bay.num_restored for bay in engine.kv_connector.device_connectors)
-                and "each of 2 devices" in engine.kv_connector.summary
-            )
+            assert all(bay.num_restored for bay in engine.kv_connector.device_connectors)
+            assert "each of 2 devices" in engine.kv_connector.summary
             assert tokens_of(engine, prompts, GREEDY) == expected  # all at once
         engine.close(60.0)
 
