@@ -98,7 +98,7 @@ def test_pages_run_out_and_requests_leave(model, plain):
 
 
 def test_a_bad_request_ends_alone(model, meshed):
-    """Token 7 is not finite wherever it is read, its neighbour on the other device is."""
+    """Token 7 is not finite wherever it is read, its neighbor on the other device is."""
     graphdef, variables = nnx.split(model)
     leaves, tree = jax.tree.flatten(variables)
     [embedding] = [i for i, leaf in enumerate(leaves) if leaf.shape == (2048, 32)][:1]
