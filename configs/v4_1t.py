@@ -1,7 +1,8 @@
 """The flagship shape: one trillion parameters, 32 billion of them active for a token, a context of 1M tokens.
 
 No weights of it were published; the shape is chosen here, between V4-Flash (284B / 13B) and V4-Pro (1573B / 49B), by
-the relations that both keep and so that every large axis splits into powers of two. Counts: tests/models/test_flops.py.
+the relations that both keep and so that every large axis splits into powers of two. Counts:
+tests/models/test_param_count.py.
 """
 
 from v4jax.config import Config, Data, HyperConnection, Indexer, Model, MoE, RoPE, Serve, Train

@@ -2,8 +2,10 @@
 
 import atexit
 import os
+import pathlib
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 
@@ -37,3 +39,14 @@ def free_programs():
     yield
     if (jax := sys.modules.get("jax")) is not None:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def project_files() -> list[str]:
+    """Files of the project, from its root: tracked ones and new ones that git does not ignore."""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        pytest.skip("not a git checkout, so there is no list of the project's files")
+    command = ["git", "-C", str(root), "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [file for file in listed if (root / file).is_file()]

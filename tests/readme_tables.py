@@ -6,7 +6,7 @@ A table stands between `<!-- NAME: ... -->` and `<!-- /NAME -->`. `tests/test_re
 import pathlib
 import re
 
-from tests.test_architecture import FLOORS
+from tests.test_architecture import LAYERS
 from v4jax.core.axes import LETTERS
 
 PATH = pathlib.Path(__file__).resolve().parents[1] / "v4jax/README.md"
@@ -20,9 +20,9 @@ def letters() -> str:
 
 def layers() -> str:
     """Packages by layer, the highest first; those that the tree has."""
-    present = [name for name in FLOORS if (PATH.parent / name).is_dir() or (PATH.parent / f"{name}.py").is_file()]
-    numbers = sorted({FLOORS[name] for name in present}, reverse=True)
-    rows = [f"| {number} | {', '.join(name for name in present if FLOORS[name] == number)} |" for number in numbers]
+    present = [name for name in LAYERS if (PATH.parent / name).is_dir() or (PATH.parent / f"{name}.py").is_file()]
+    numbers = sorted({LAYERS[name] for name in present}, reverse=True)
+    rows = [f"| {number} | {', '.join(name for name in present if LAYERS[name] == number)} |" for number in numbers]
     return "\n".join(["| layer | packages |", "|---|---|", *rows])
 
 

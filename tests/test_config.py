@@ -18,10 +18,10 @@ from v4jax.models.quantize import QUANTIZATIONS
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
-def test_every_preset_loads_by_name_and_by_path(path):
-    config = load(path.stem)
-    assert config == load(str(path)) == validate(config)
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_loads_by_name_and_by_path(name):
+    config = load(name)
+    assert config == load(str(ROOT / "configs" / f"{name}.py")) == validate(config)
     assert config.model.num_hidden_layers == len(config.model.layer_types) > 0
 
 
@@ -51,7 +51,7 @@ def test_file_without_get_config(tmp_path):
         load(str(tmp_path / "empty.py"))
 
 
-def test_dict_round_trip_and_misspelt_fields():
+def test_dict_round_trip_and_misspelled_fields():
     config = load("tiny")
     values = to_dict(config)
     assert from_dict(Config, values) == config
@@ -137,9 +137,8 @@ def test_wheel_carries_presets_data_and_license(tmp_path):
 
 def test_choices_are_those_of_who_implements_them():
     """`core.config_limits` repeats names of upper packages, for it cannot import them."""
-    assert (
-        set(CHOICES["cache.kv_eviction_policy"]) == set(POLICIES) and CHOICES["cache.kv_cache_dtype"] == KV_CACHE_DTYPES
-    )
+    assert set(CHOICES["cache.kv_eviction_policy"]) == set(POLICIES)
+    assert CHOICES["cache.kv_cache_dtype"] == KV_CACHE_DTYPES
     assert CHOICES["serve.quantization"] == QUANTIZATIONS
 
 

@@ -4,10 +4,7 @@ import dataclasses
 import inspect
 
 from v4jax import cli, config
-from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES
-from v4jax.cache.offload.eviction import POLICIES
 from v4jax.engine_flags import CACHE, CACHE_FLAGS, SAMPLING_FLAGS, SERVE, SERVE_FLAGS
-from v4jax.models.quantize import QUANTIZATIONS
 from v4jax.serve import LLM, SamplingParams
 
 FLAGS = {flag.name: flag for flag in cli.COMMANDS["generate"].flags}
@@ -37,9 +34,3 @@ def test_sampling_flags_are_those_of_sampling_params_and_show_its_defaults():
     assert set(said) == names(SamplingParams) - {"logprobs"}  # text alone is printed
     for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "ignore_eos"):
         assert said[name] == str(getattr(unset, name)).lower(), name
-
-
-def test_enumerations_are_those_of_the_engine():
-    assert FLAGS["kv_cache_dtype"].values == KV_CACHE_DTYPES
-    assert set(FLAGS["kv_eviction_policy"].values) == set(POLICIES)
-    assert FLAGS["quantization"].values == tuple(QUANTIZATIONS)

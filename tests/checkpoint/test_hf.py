@@ -157,7 +157,7 @@ def test_fp4_golden():
     assert np.signbit(got[0, 8]) and not np.signbit(got[0, 0])
 
 
-def _quantise(tensors, scale_name):
+def _quantize(tensors, scale_name):
     """Random FP8 for attention and shared experts, packed FP4 for routed ones; returns the exact float32 values."""
     rng, exact = np.random.default_rng(1), {}
     for name in list(tensors):
@@ -182,10 +182,10 @@ def _quantise(tensors, scale_name):
 
 
 @pytest.mark.parametrize("scale_name", ["scale", "weight_scale_inv"])
-def test_released_quantised_checkpoint(saved, scale_name):
+def test_released_quantized_checkpoint(saved, scale_name):
     path, model, flat = saved
     exact = {}
-    _rewrite(path, lambda t: exact.update(_quantise(t, scale_name)))
+    _rewrite(path, lambda t: exact.update(_quantize(t, scale_name)))
     _edit_config(path, quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]}, expert_dtype="fp4")
     tensors = hf.read_hf(path, dtype="float32")[1]
     down = tensors["layers.2.ffn.experts.down"]
@@ -215,7 +215,7 @@ def test_released_quantised_checkpoint(saved, scale_name):
 def test_a_byte_that_stands_for_no_number_is_a_damaged_tensor(saved, name, place, value):
     """Read as numbers, one E8M0 scale of 255 makes a block of weights and then all logits NaN."""
     path, _, _ = saved
-    _rewrite(path, lambda t: (_quantise(t, "scale"), t[name].view(np.uint8).__setitem__(place, value)))
+    _rewrite(path, lambda t: (_quantize(t, "scale"), t[name].view(np.uint8).__setitem__(place, value)))
     _edit_config(path, quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]}, expert_dtype="fp4")
     tensors = hf.read_hf(path)[1]
     with pytest.raises(UserError, match=rf"{name} is damaged, its element \[{place[0]}, {place[1]}\] is nan; copy"):
@@ -245,7 +245,7 @@ def test_drafts_after_the_first_are_not_read(saved, same_bits):
     same_bits(tensors, flat)
 
 
-def test_quantised_without_or_with_wrong_scale(saved):
+def test_quantized_without_or_with_wrong_scale(saved):
     path, _, _ = saved
     name = "layers.0.attn.wq_a"
     _rewrite(path, lambda t: t.update({f"{name}.weight": np.zeros((24, 64), ml_dtypes.float8_e4m3fn)}))

@@ -38,7 +38,7 @@ def test_every_token_is_a_target_once_and_nothing_mixes(lengths, shape):
             token, target, target2 = (int(row[name][t]) for name in ("tokens_T", "targets_T", "targets2_T"))
             targets.append(target)
             assert (target, target2) == following[token] if token != BOS else target2 == first[target] or target == EOS
-            if t not in starts:  # each input is its left neighbour's target, in the same piece
+            if t not in starts:  # each input is its left neighbor's target, in the same piece
                 assert row["segments_T"][t] == row["segments_T"][t - 1]
                 assert row["positions_T"][t] == row["positions_T"][t - 1] + 1 and token == row["targets_T"][t - 1]
     assert sorted(targets) == sorted(t for d in documents for t in [*d, EOS])

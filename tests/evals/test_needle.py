@@ -66,14 +66,14 @@ def test_a_bin_is_judged_by_both_accuracies_and_their_difference():
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """A random model that says it learnt from needles."""
+    """A random model that says it learned from needles."""
     path = tmp_path_factory.mktemp("needle") / "toy"
     config = Config("toy", MODEL, Data(source="needle", seq_len=64, questions=2), serve=Serve(max_model_len=4096))
     checkpoint.save(weights.build(MODEL, weights.random_flat(MODEL, 3)), path, format="orbax", config=config)
     return str(path)
 
 
-def test_a_model_that_learnt_nothing_is_past_its_bounds(toy, tmp_path, capsys, monkeypatch):
+def test_a_model_that_learned_nothing_is_past_its_bounds(toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(needle, "_CHUNK", 64)
     out = tmp_path / "x.json"
     with pytest.raises(UserError, match=r"accuracy 0\S* \(bound 0.95\), .* and \d more"):

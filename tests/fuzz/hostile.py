@@ -34,6 +34,7 @@ _MOST = 1000 + 16  # characters of a message
 
 def run_case(number: int, seed: int, good: pathlib.Path, scratch: pathlib.Path) -> dict:
     """Make one file hostile, read it, and say what came of it."""
+    from tests.fuzz.mutate import mutate_path
     from tests.fuzz.seeds import KINDS
     from v4jax.core.errors import UserError
 
@@ -45,7 +46,7 @@ def run_case(number: int, seed: int, good: pathlib.Path, scratch: pathlib.Path) 
     files = [path for path in place.glob(kind.files) if path.is_file()]
     # Orbax draws names of data files anew each time: by size they come in the same order.
     file = rng.choice(sorted(files, key=lambda path: (str(path.parent), path.stat().st_size, path.name)))
-    done = {"case": number, "what": f"{kind.part}: {kind.mutate(rng, file)}", "result": "read"}
+    done = {"case": number, "what": f"{kind.part}: {mutate_path(rng, file)}", "result": "read"}
     before = _peak(reset=True)
     try:
         kind.reads(place)

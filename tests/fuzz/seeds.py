@@ -7,7 +7,6 @@ import dataclasses
 import io
 import json
 import pathlib
-import random
 from collections.abc import Callable
 
 import jax
@@ -17,8 +16,7 @@ import numpy as np
 import tokenizers
 
 import v4jax
-from tests.cache.block_fixtures import chain, items
-from tests.fuzz.mutate import mutate_path
+from tests.cache.offload.block_fixtures import chain, is_right, items
 from v4jax import checkpoint
 from v4jax.cache.offload.disk_tier import DiskTier
 from v4jax.checkpoint import convert, export, hf, param_mapping
@@ -212,19 +210,19 @@ def resume(path: pathlib.Path) -> None:
 def _kv(path: pathlib.Path) -> None:
     with contextlib.closing(DiskTier(path, 1 << 20, "lru")) as disk:
         for item in items(chain("a", 3), 2):
-            disk.get(item.schema, item.block_hash)
+            found = disk.get(item.schema, item.block_hash)
+            assert found is None or is_right(found)
         disk.check_invariants()
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """Files to be harmed (a glob below the tree), in which part of it, by whom they are read, and how often."""
+    """Files to mutate: part of the tree, glob in it, function that reads the part, and how often it is drawn."""
 
     part: str
     files: str
     reads: Callable[[pathlib.Path], None]
     weight: int
-    mutate: Callable[[random.Random, pathlib.Path], str] = mutate_path
 
 
 KINDS = (

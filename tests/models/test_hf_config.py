@@ -358,10 +358,8 @@ def test_transformers_reads_and_rewrites_the_same_model(tmp_path, v4_config, mod
         "compressed_sparse_attention": model.compress_rate_csa,
         "heavily_compressed_attention": model.compress_rate_hca,
     }
-    assert (
-        theirs.qk_rope_head_dim == model.qk_rope_head_dim
-        and theirs.num_nextn_predict_layers == model.num_nextn_predict_layers
-    )
+    assert theirs.qk_rope_head_dim == model.qk_rope_head_dim
+    assert theirs.num_nextn_predict_layers == model.num_nextn_predict_layers
     assert theirs.rope_parameters["main"]["rope_theta"] == model.rope.rope_theta
     assert theirs.rope_parameters["compress"]["rope_theta"] == model.rope.compress_rope_theta
     theirs.save_pretrained(tmp_path / "again")

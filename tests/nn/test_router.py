@@ -34,7 +34,7 @@ def _scores(router):
     return np.sqrt(np.log1p(np.exp(X.astype(np.float64) @ np.asarray(router.weight[...], np.float64))))
 
 
-def test_weights_are_normalised_scores_times_the_scale():
+def test_weights_are_normalized_scores_times_the_scale():
     router = _router()
     picks, w, scores = call(router, X, TOKENS)
     want = _scores(router)

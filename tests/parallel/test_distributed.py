@@ -44,10 +44,8 @@ JOBSET = {"JAX_COORDINATOR_ADDRESS": "run-workers-0-0.run", "JAX_NUM_PROCESSES":
             SLURM | {"SLURM_GPUS_PER_TASK": "2", "CUDA_VISIBLE_DEVICES": "4,5"},
             ProcessInfo("Slurm", f"gpu007:{PORT}", 12, 5),
         ),
-        (
-            SLURM | {"SLURM_STEP_TASKS_PER_NODE": "11,1"},
-            ProcessInfo("Slurm", f"gpu007:{PORT}", 12, 5),
-        ),  # alone: all devices
+        # Alone on its host: all devices.
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "11,1"}, ProcessInfo("Slurm", f"gpu007:{PORT}", 12, 5)),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
         (
             MPI | {"OMPI_MCA_orte_hnp_uri": "123.0;tcp://10.1.2.3,10.0.0.1:4711"},
@@ -104,7 +102,7 @@ def free_port() -> int:
 
 
 def together(places: list[ProcessInfo], timeout: float) -> list[str]:
-    """What `meet` says to each of these places, met at once; "" where it is content."""
+    """The error of `rendezvous` for each of these places, all at once; "" where there is none."""
 
     def one(place):
         try:

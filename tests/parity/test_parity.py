@@ -8,10 +8,10 @@ import pytest
 pytest.importorskip("torch", reason="torch and transformers are the oracle of this file")
 pytest.importorskip("transformers", minversion="5.23", reason="transformers with deepseek_v4 is the oracle")
 
-from tests.golden import weights  # noqa: E402
-from tests.parity import oracle  # noqa: E402
+from tests.golden import weights
+from tests.parity import oracle
 from v4jax.cache.allocate import contiguous_caches
-from v4jax.config import HyperConnection, Indexer, MoE, RoPE  # noqa: E402
+from v4jax.config import HyperConnection, Indexer, MoE, RoPE
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ from tests.serve.offload_harness import one_by_one, tiered
 
 
 def main(directory):
-    from tests.serve.test_parking import CHATS
+    from tests.serve.test_offload_connector import CHATS
 
     with tiered(draw_model(0), directory) as engine:
         print(json.dumps([answer.tokens for answer in one_by_one(engine, CHATS)]), flush=True)

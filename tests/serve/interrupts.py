@@ -29,9 +29,8 @@ import jax
 import numpy as np
 
 import v4jax
-from tests.serve.engine_harness import LIMITS, MODEL, Request, check_settled, draw_model, drive
-from tests.serve.offload_harness import LONG, small_books, tiered
-from v4jax import config
+from tests.serve.engine_harness import LIMITS, MODEL, Request, check_settled, draw_model, drive, new_books
+from tests.serve.offload_harness import LONG, tiered
 from v4jax.data.tokenizer import Tokenizer
 from v4jax.serve import LLM, SamplingParams
 
@@ -86,9 +85,8 @@ def struck_after(seconds, signum):
 def small_llm(model):
     """An LLM with a host tier and few pages."""
     limits = {name: getattr(LIMITS, name) for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens")}
-    cache = config.Cache(kv_host_bytes=1 << 24, kv_load_timeout_s=LONG)
-    with LLM(model, tokenizer=Tokenizer(), **vars(cache), **limits) as llm:
-        small_books(llm.engine)
+    with LLM(model, tokenizer=Tokenizer(), kv_host_bytes=1 << 24, kv_load_timeout_s=LONG, **limits) as llm:
+        new_books(llm.engine, pages=3)
         yield llm
 
 

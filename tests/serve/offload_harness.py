@@ -2,7 +2,7 @@
 
 import contextlib
 
-from tests.cache.faulty_files import FaultyFiles
+from tests.cache.offload.faulty_files import FaultyFiles
 from tests.serve.engine_harness import LIMITS, check_settled, drive, new_books
 from v4jax import config
 from v4jax.cache.offload.disk_tier import DiskTier
@@ -10,11 +10,6 @@ from v4jax.serve import offload_connector
 from v4jax.serve.engine import Engine
 
 LONG = 60.0  # seconds: no test waits so long
-
-
-def small_books(engine, pages=3, **books):
-    """New books of a few pages, three of which hold any one request."""
-    new_books(engine, pages=pages, **books)
 
 
 @contextlib.contextmanager
@@ -33,7 +28,7 @@ def tiered(
     hot=0,
     **books,
 ):
-    """An engine that is closed at the end. files: the file system of its disk tier."""
+    """An engine that is closed at the end. files: file system of its disk tier. Three pages hold any one request."""
     with_disk = {"kv_dir": str(directory), "kv_disk_bytes": disk} if directory is not None else {}
     cache = config.Cache(
         kv_host_bytes=host,
@@ -49,7 +44,7 @@ def tiered(
         engine = Engine(model, limits, cache)
     finally:
         offload_connector.DiskTier = opened
-    small_books(engine, pages, **books)
+    new_books(engine, pages=pages, **books)
     try:
         yield engine
     finally:

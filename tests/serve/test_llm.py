@@ -42,15 +42,15 @@ def outputs(llm):
 
 
 def test_conversations_outlive_an_llm(model, tokenizer, tmp_path):
-    cache = config.Cache(kv_disk_bytes=1 << 30, kv_dir=str(tmp_path), kv_host_bytes=1 << 20, kv_load_timeout_s=60.0)
+    tiers = dict(kv_disk_bytes=1 << 30, kv_dir=str(tmp_path), kv_host_bytes=1 << 20, kv_load_timeout_s=60.0)
     prompt = np.random.default_rng(0).integers(3, 2000, 300)
-    with LLM(model, tokenizer=tokenizer, **vars(cache), **LIMITS) as llm:
+    with LLM(model, tokenizer=tokenizer, **tiers, **LIMITS) as llm:
         [first] = llm.generate([prompt], greedy())
         assert (
             llm.cache_summary
             == "device 3,072 tokens, host up to 32,768 (0 are there), disk up to 22,369,536 (0 are there)"
         )
-    with LLM(model, tokenizer=tokenizer, **vars(cache), **LIMITS) as llm:
+    with LLM(model, tokenizer=tokenizer, **tiers, **LIMITS) as llm:
         assert "(256 are there)" in llm.cache_summary
         assert llm.generate([prompt], greedy()) == [first]
         stats = llm.stats()
@@ -429,17 +429,19 @@ def test_options_reach_the_engine(model):
 
 def test_a_directory_brings_its_tokenizer_and_limits(monkeypatch, model, tokenizer):
     read = []
-    stored = config.Config(serve=config.Serve(max_num_seqs=3, max_model_len=50, max_num_batched_tokens=20))
+    stored = config.Config(
+        serve=config.Serve(max_num_seqs=3, max_model_len=50, max_num_batched_tokens=20),
+        cache=config.Cache(kv_cache_dtype="fp8", num_state_snapshots=5),
+    )
     monkeypatch.setattr(checkpoint, "load", lambda path, **asked: read.append((path, asked)) or model)
     monkeypatch.setattr(checkpoint, "load_config", lambda path: stored)
     monkeypatch.setattr(llm_module, "load_tokenizer", lambda path, model: tokenizer)
     monkeypatch.setattr(llm_module, "read_generation_config", lambda path: GenerationConfig())
-    llm = LLM("DIR", dtype="bfloat16", max_num_seqs=2)
-    assert (
-        read == [("DIR", {"dtype": "bfloat16", "quantization": "none", "placement": None})]
-        and llm.tokenizer is tokenizer
-    )
+    llm = LLM("DIR", dtype="bfloat16", max_num_seqs=2, num_state_snapshots=3)
+    assert read == [("DIR", {"dtype": "bfloat16", "quantization": "none", "placement": None})]
+    assert llm.tokenizer is tokenizer
     assert llm.engine.limits == config.Serve(max_num_seqs=2, max_model_len=50, max_num_batched_tokens=20)
+    assert (llm.engine.kv_cache_spec.name, llm.stats()["records_spare"]) == ("fp8", 3)
 
     monkeypatch.setattr(llm_module, "load_tokenizer", lambda path, model: None)
     with pytest.raises(UserError, match="prompt 0 is text, which needs a tokenizer; put tokenizer.json into"):

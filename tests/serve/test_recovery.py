@@ -16,7 +16,7 @@ from flax import nnx
 
 from tests.serve import engine_harness, interrupts
 from tests.serve.engine_harness import LIMITS, Request, check_settled, draw_model, drive
-from tests.serve.offload_harness import LONG, small_books, tiered
+from tests.serve.offload_harness import LONG, tiered
 from v4jax import config
 from v4jax.serve import LLM, SamplingParams, data_parallel, device_connector, model_steps
 from v4jax.serve.engine import Engine
@@ -144,10 +144,10 @@ def test_engine_drops_what_the_device_cached_and_counts_on(llm, answers, monkeyp
 def test_engine_tiers_survive_an_error_between_them_and_the_device(model, plain, monkeypatch, where):
     """A copy down that has no memory is left out; one up is an error like any other."""
     asked = [Request(prompt, GREEDY) for prompt in (LONG_PROMPT, LONG_PROMPT[::-1], LONG_PROMPT)]
-    small_books(plain, pages=11)
+    engine_harness.new_books(plain, pages=11)
     want = [answer.tokens for one in asked for answer in drive(plain, [one])]
     with tiered(model, host=1 << 24) as engine:
-        small_books(engine, pages=2)
+        engine_harness.new_books(engine, pages=2)
         tokens = lambda one: drive(engine, [one])[0].tokens
         assert [tokens(one) for one in asked[:2]] == want[:2]
         assert engine.kv_connector.flush(engine._kv_caches, LONG)

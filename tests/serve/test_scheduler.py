@@ -1,4 +1,4 @@
-"""The scheduler against a device that remembers which tokens everything it holds was computed from (device.py).
+"""The scheduler against a device that remembers which tokens everything it holds was computed from (fake_device.py).
 
 What happens when pages run out: test_scheduler_pages.py.
 """
@@ -162,11 +162,9 @@ def test_what_ends_keeps_its_pages_until_the_plan_under_way_is_committed(endless
         world.step()
     world.scheduler.update_from_output(first, {0: [4]}, finished={0})
     world.flight.pop(0)
-    assert (
-        row.status is RequestStatus.FINISHED
-        and row.block_ids
-        and world.scheduler.stats()["pages_in_use"] == len(row.block_ids)
-    )
+    assert row.status is RequestStatus.FINISHED
+    assert row.block_ids
+    assert world.scheduler.stats()["pages_in_use"] == len(row.block_ids)
     with pytest.raises(ValueError, match="in the order"):
         world.scheduler.update_from_output(first, {})
     world.scheduler.update_from_output(second, {})
@@ -232,11 +230,9 @@ def test_a_finish_that_comes_later_keeps_the_blocks(endless, ahead):
     run(world, 3)
     for _ in range(ahead):
         world.step()
-    assert (
-        world.scheduler.finish_request(0)
-        and not world.scheduler.finish_request(0)
-        and row.status is RequestStatus.FINISHED
-    )
+    assert world.scheduler.finish_request(0)
+    assert not world.scheduler.finish_request(0)
+    assert row.status is RequestStatus.FINISHED
     while world.flight:
         world.commit()
     assert not world.scheduler.busy and world.blocks.match_prefix(row.block_hashes)[0] == 2

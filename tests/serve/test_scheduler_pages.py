@@ -1,4 +1,4 @@
-"""The scheduler when pages run out: who waits, who gives its pages up, and how it goes on (see device.py)."""
+"""The scheduler when pages run out: who waits, who gives its pages up, and how it goes on (see fake_device.py)."""
 
 import pytest
 

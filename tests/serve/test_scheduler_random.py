@@ -1,4 +1,4 @@
-"""The scheduler under requests that come, run, end and fail in any order (the device: device.py)."""
+"""The scheduler under requests that come, run, end and fail in any order (the device: fake_device.py)."""
 
 from hypothesis import settings
 from hypothesis import strategies as st

@@ -42,13 +42,13 @@ class Hanging(disk_tier.FileSystem):
 
 def main(model, directory, rounds):
     distributed.initialize(distributed.detect_process(os.environ), 120)
-    cache = config.Cache(
-        kv_cache_tokens=TOKENS,
-        kv_disk_bytes=1 << 30,
-        kv_dir=directory,
-        kv_load_timeout_s=3.0 if "h" in rounds else 60.0,
-    )
-    llm, said = LLM(model, mesh=config.Mesh("serve"), **vars(cache), **LIMITS), []
+    cache = {
+        "kv_cache_tokens": TOKENS,
+        "kv_disk_bytes": 1 << 30,
+        "kv_dir": directory,
+        "kv_load_timeout_s": 3.0 if "h" in rounds else 60.0,
+    }
+    llm, said = LLM(model, mesh=config.Mesh("serve"), **cache, **LIMITS), []
     for kind in rounds:
         if kind == "h" and jax.process_index() == 1:
             llm.engine.kv_connector.transfer.disk._files = Hanging()

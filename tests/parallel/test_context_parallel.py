@@ -40,23 +40,16 @@ def test_parts_exchange_boundary_rows_and_gather_compressed_entries():
     found = config("csa", "hca")
     m, B = found.model, found.train.batch_size
     sent = compiled(found, gradients=False)
-    window = (
-        4 * B * m.sliding_window * (2 * m.head_dim + 2)
-    )  # rows of both layers, and of each its place and its document
-    before = (
-        4 * B * m.compress_rate_csa * 4 * (m.head_dim + m.indexer.index_head_dim)
-    )  # values and gates of both halves
-    assert sent["collective-permute"] == window + before + 4 * B  # and of the window before its document
-    entries = (
-        4
-        * B
-        * TOKENS
-        * ((m.head_dim + m.indexer.index_head_dim + 1) / m.compress_rate_csa + (m.head_dim + 1) / m.compress_rate_hca)
-    )
-    assert sent["all-gather"] == entries
-    assert (
-        sum(sent.values()) - sent["collective-permute"] - sent["all-gather"] < 4 * B * m.moe.n_routed_experts * 16
-    )  # of sums
+    # Rows of both layers, and the position and the document of each row.
+    window = 4 * B * m.sliding_window * (2 * m.head_dim + 2)
+    # Of the window before: values and gates of both halves.
+    before = 4 * B * m.compress_rate_csa * 4 * (m.head_dim + m.indexer.index_head_dim)
+    assert sent["collective-permute"] == window + before + 4 * B  # and the document of the window before
+    csa = (m.head_dim + m.indexer.index_head_dim + 1) / m.compress_rate_csa
+    hca = (m.head_dim + 1) / m.compress_rate_hca
+    assert sent["all-gather"] == 4 * B * TOKENS * (csa + hca)
+    sums = sum(sent.values()) - sent["collective-permute"] - sent["all-gather"]
+    assert sums < 4 * B * m.moe.n_routed_experts * 16
 
 
 def test_gradients_go_the_same_ways_back():

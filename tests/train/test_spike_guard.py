@@ -54,11 +54,9 @@ def test_the_guard_follows_its_rule():
     values[[40, 41], [1, 0]] = np.nan, np.inf
     said, guard = judged(values, 4.0)
     assert said == reference(values, 4.0, 8) and not (said[20] or said[33] or said[40] or said[41])
-    assert (
-        int(guard.skipped) == said.count(False)
-        and int(guard.num_steps) == said.count(True)
-        and int(guard.consecutive_skips) == 0
-    )
+    assert int(guard.skipped) == said.count(False)
+    assert int(guard.num_steps) == said.count(True)
+    assert int(guard.consecutive_skips) == 0
 
 
 def test_falling_losses_and_slow_growth_are_no_spikes_and_factor_zero_takes_every_number():
@@ -145,11 +143,9 @@ def test_a_skipped_step_changes_nothing(small, monkeypatch):
     state, metrics = trainer.step(state, trainer.shard_batch(batch))
     after = jax.device_get(state)
     jax.tree.map(np.testing.assert_array_equal, after[:3], before[:3])  # parameters, biases, optimizer
-    assert (
-        not np.isfinite(metrics["loss"])
-        and after.step == 2
-        and after.guard.consecutive_skips == after.guard.skipped == 1
-    )
+    assert not np.isfinite(metrics["loss"])
+    assert after.step == 2
+    assert after.guard.consecutive_skips == after.guard.skipped == 1
     after = jax.device_get(trainer.step(state, trainer.shard_batch(batch))[0])
     assert after.guard.consecutive_skips == 0 and (after.params["head.weight"] != before.params["head.weight"]).any()
 

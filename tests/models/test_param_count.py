@@ -51,11 +51,9 @@ def test_counts_are_the_published_ones(name):
 def test_the_flagship_has_a_trillion_parameters_and_32_billion_active():
     counts, m = count_parameters(config.load("v4_1t").model), config.load("v4_1t").model
     assert counts.total == pytest.approx(1e12, rel=0.01) and counts.active == pytest.approx(32e9, rel=0.02)
-    assert (
-        m.max_position_embeddings == 2**20
-        and m.num_hidden_layers == 51
-        and m.num_attention_heads * m.head_dim == 8 * m.hidden_size
-    )
+    assert m.max_position_embeddings == 2**20
+    assert m.num_hidden_layers == 51
+    assert m.num_attention_heads * m.head_dim == 8 * m.hidden_size
     assert (m.modalities, m.engram_layers) == (("text",), ())
     pro = config.load("v4_pro").model  # the sparsity and the groups are Pro's
     assert m.moe.num_experts_per_tok / m.moe.n_routed_experts == pro.moe.num_experts_per_tok / pro.moe.n_routed_experts
@@ -95,12 +93,10 @@ def test_the_two_models_differ_where_published():
     for m in (flash, pro):
         assert (m.rope.rope_theta, m.rope.compress_rope_theta) == (10_000, 160_000)
         assert (m.rope.yarn_factor, m.rope.yarn_original) == (16, 65_536)
-        assert (
-            m.num_nextn_predict_layers == 1
-            and m.dtype == "bfloat16"
-            and not m.kv_qdq
-            and m.alignment == m.sliding_window == 128
-        )
+        assert m.num_nextn_predict_layers == 1
+        assert m.dtype == "bfloat16"
+        assert not m.kv_qdq
+        assert m.alignment == m.sliding_window == 128
 
 
 def test_active_counts_a_tokens_own_experts():

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 
-from tests.cache.block_fixtures import ROOT, chain, is_right, item
+from tests.cache.offload.block_fixtures import ROOT, chain, is_right, item
 from v4jax.cache.offload.block_file import BlockSchema
 from v4jax.cache.offload.disk_tier import DiskTier
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cache.block_fixtures import BLOCK, RECORD, ROOT, chain, item, items
+from tests.cache.offload.block_fixtures import BLOCK, RECORD, ROOT, chain, item, items
 from v4jax.cache.offload.disk_tier import DiskTier
 from v4jax.cache.offload.eviction import POLICIES, S3FIFOPolicy
 from v4jax.cache.offload.host_tier import HostTier

@@ -11,7 +11,7 @@ import pytest
 from tests.compiler import FUSED
 from tests.golden import weights
 from tests.serve.engine_harness import LIMITS, MODEL, Request, compiled, drive, new_books
-from tests.serve.offload_harness import one_by_one, small_books, tiered
+from tests.serve.offload_harness import one_by_one, tiered
 from tests.serve.request_mixes import BASES, SAMPLED, crowded
 from v4jax import config
 from v4jax.cache.kv_cache_spec import KVCacheSpec
@@ -77,7 +77,7 @@ def test_every_bit_is_that_of_the_engine_with_all_on_the_device(near, far):
 
 def test_blocks_that_return_from_lower_tiers_are_not_taken_for_what_lay_there_before(layers, near):
     chats = [Request(base[:513], BITS) for base in BASES] * 2  # of three pages each
-    small_books(near, chunk=16)
+    new_books(near, pages=3, chunk=16)
     expected = one_by_one(near, chats)
     with tiered(layers, host=1 << 30, layout="fp8_fp4", hot=LEAST, chunk=16) as engine:
         assert one_by_one(engine, chats) == expected

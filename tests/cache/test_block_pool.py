@@ -134,9 +134,8 @@ def test_records_are_evicted_by_use_but_not_while_pinned():
     assert blocks.reserve_snapshot(c) is not None and b not in blocks._record
     assert blocks.reserve_snapshot(b) is None  # one is pinned, the other is being written
     blocks.drop_snapshot(a)
-    assert (
-        blocks.match_prefix([a]) == (0, None) and blocks.reserve_snapshot(b) is None
-    )  # forgotten, but somebody reads it
+    assert blocks.match_prefix([a]) == (0, None)  # forgotten
+    assert blocks.reserve_snapshot(b) is None  # but somebody reads it
     blocks.unpin(record)
     blocks.check_invariants()
     assert blocks.reserve_snapshot(b) == record

@@ -52,10 +52,8 @@ def test_other_shapes_are_padded_to_words():
         "scales": (4, "uint8"),
     }
     odd = dataclasses.replace(SMALL, head_dim=38, qk_rope_head_dim=2)  # 36 + 4 + 1 scale
-    assert (
-        entry_format(odd, "main", "fp8").planes["scales"] == (4, "uint8")
-        and entry_format(odd, "main", "fp8").nbytes == 44
-    )
+    assert entry_format(odd, "main", "fp8").planes["scales"] == (4, "uint8")
+    assert entry_format(odd, "main", "fp8").nbytes == 44
     wide = dataclasses.replace(SMALL, head_dim=208)  # 200 numbers in 4 groups of 50
     assert (entry_format(wide, "main", "fp8").group, entry_format(wide, "main", "fp8").nbytes) == (50, 200 + 16 + 4)
 

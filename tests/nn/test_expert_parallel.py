@@ -115,7 +115,7 @@ def test_layouts_that_tokens_cannot_follow_are_refused(layout, says):
         expert_parallel.validate_ep(MeshRules(mesh, layout))
 
 
-def test_every_layout_of_the_house_can_be_followed():
+def test_every_layout_of_configs_can_be_followed():
     for name in config.sharding_names():
         layout = config.load_sharding(name)
         mesh = make_mesh_rules(Mesh("pod", expert=2, tensor=2)).mesh

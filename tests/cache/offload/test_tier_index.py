@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from tests.cache.block_fixtures import BLOCK, RECORD, ROOT, chain
+from tests.cache.offload.block_fixtures import BLOCK, RECORD, ROOT, chain
 from v4jax.cache.offload.block_file import BlockKey
 from v4jax.cache.offload.tier_index import TierIndex
 

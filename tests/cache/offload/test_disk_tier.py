@@ -12,12 +12,12 @@ import sys
 
 import pytest
 
-from tests.cache.block_fixtures import BLOCK, RECORD, chain, is_right, item, items
-from tests.cache.faulty_files import FaultyFiles, failing
+from tests.cache.offload.block_fixtures import BLOCK, RECORD, chain, is_right, item, items
+from tests.cache.offload.faulty_files import FaultyFiles, failing
 from v4jax.cache.offload.disk_tier import DiskTier
 from v4jax.core.errors import UserError
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 PLENTY = 1 << 30
 
 
@@ -176,7 +176,7 @@ def test_a_real_file_system_that_is_full(tmp_path):
     command = ["unshare", "--map-root-user", "--mount"]
     if shutil.which("unshare") is None or run(*command, "mount", "-t", "tmpfs", "none", str(tmp_path)).returncode:
         pytest.skip("this system lets its users mount no file system")
-    done = run(*command, sys.executable, "-m", "tests.cache.full_disk_worker", str(tmp_path), cwd=ROOT)
+    done = run(*command, sys.executable, "-m", "tests.cache.offload.full_disk_worker", str(tmp_path), cwd=ROOT)
     assert done.stdout == "done\n", done.stderr
 
 
@@ -265,7 +265,7 @@ def test_swapped_files_are_misses(disk):
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_writers_killed_at_fifty_moments_leave_nothing_torn(tmp_path):
-    done = run(sys.executable, "-m", "tests.cache.crash_worker", str(tmp_path / "kv"), "50", "0", cwd=ROOT)
+    done = run(sys.executable, "-m", "tests.cache.offload.crash_worker", str(tmp_path / "kv"), "50", "0", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["found"] > 100
     assert not list((tmp_path / "kv").glob("*.partial"))

@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from tests.cache.block_fixtures import BLOCK, RECORD, ROOT, chain, is_right, item, items, payload
-from tests.cache.faulty_files import FaultyFiles, failing, slow
+from tests.cache.offload.block_fixtures import BLOCK, RECORD, ROOT, chain, is_right, item, items, payload
+from tests.cache.offload.faulty_files import FaultyFiles, failing, slow
 from v4jax.cache.offload.block_file import checksum
 from v4jax.cache.offload.disk_tier import DiskTier
 from v4jax.cache.offload.host_tier import HostTier

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.cache.block_fixtures import BLOCK, RECORD, ROOT, chain, item
+from tests.cache.offload.block_fixtures import BLOCK, RECORD, ROOT, chain, item
 from v4jax.cache.offload.block_file import (
     BlockKey,
     BlockSchema,
@@ -54,6 +54,17 @@ def test_a_sound_file_under_another_key_is_not_read():
     for form, name, parent in [(BLOCK, OTHER, ROOT), (BLOCK, NAME, OTHER), (renamed, NAME, ROOT)]:
         with pytest.raises(CorruptBlockError, match="another key"):
             decode_payload(data, form, name, parent)
+
+
+def test_a_header_with_another_array_table_is_not_read():
+    """The header's own checksum is right, and its key is the expected one."""
+
+    class Forged(BlockSchema):
+        digest = BLOCK.digest
+
+    forged = Forged("block", (("csa.mean", *BLOCK.table[0][1:]), *BLOCK.table[1:]))
+    with pytest.raises(CorruptBlockError, match="another array table"):
+        decode_payload(whole(forged), BLOCK, NAME, ROOT)
 
 
 def test_forms_differ_by_kind_names_dtypes_and_shapes():

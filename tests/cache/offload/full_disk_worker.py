@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from tests.cache.block_fixtures import chain, is_right, items
+from tests.cache.offload.block_fixtures import chain, is_right, items
 from v4jax.cache.offload.disk_tier import DiskTier
 
 

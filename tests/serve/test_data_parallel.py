@@ -98,7 +98,7 @@ def test_pages_run_out_and_requests_leave(model, plain):
 
 
 def test_a_bad_request_ends_alone(model, meshed):
-    """Token 7 is not finite wherever it is read, its neighbour on the other device is."""
+    """Token 7 is not finite wherever it is read, its neighbor on the other device is."""
     graphdef, variables = nnx.split(model)
     leaves, tree = jax.tree.flatten(variables)
     [embedding] = [i for i, leaf in enumerate(leaves) if leaf.shape == (2048, 32)][:1]
@@ -141,10 +141,8 @@ def test_what_one_device_let_go_comes_back_on_any(meshed, model, plain, tmp_path
             assert (stats["restored_blocks"] > 0) == bool(again or restored)
         assert stats["transfer_dropped"] == stats["disk_corrupt"] == 0
         if places_of:
-            assert (
-                all(bay.num_restored for bay in engine.kv_connector.device_connectors)
-                and "each of 2 devices" in engine.kv_connector.summary
-            )
+            assert all(bay.num_restored for bay in engine.kv_connector.device_connectors)
+            assert "each of 2 devices" in engine.kv_connector.summary
             assert tokens_of(engine, prompts, GREEDY) == expected  # all at once
         engine.close(60.0)
 
