@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.core.errors import UserError
-from v4jax.kernels.grouped_mlp import experts
+from v4jax.kernels.grouped_mlp import best, experts
 from v4jax.parallel.rules import MeshRules
 from v4jax.parallel.token_dispatch import TokenDispatcher
 
@@ -128,7 +128,7 @@ def _backward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EUDF, down_EFD, 
 
 def _products(sharding, limit, fp8):
     """Return the expert kernel for the mesh's platform, which may differ from the backend of this process."""
-    return functools.partial(experts, limit=limit, fp8=fp8, impl="blocks" if sharding.platform == "cpu" else "ragged")
+    return functools.partial(experts, limit=limit, fp8=fp8, impl=best(sharding.platform))
 
 
 def _dispatch_plan(sharding, products, picks_BTK, experts_here):

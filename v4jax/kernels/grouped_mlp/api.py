@@ -6,10 +6,15 @@ from v4jax.core.qtensor import QTensor
 from v4jax.kernels.dispatch import select
 from v4jax.kernels.fp8_dot import gradient_rows, with_rows
 from v4jax.kernels.grouped_mlp import ref, xla_blocked, xla_ragged_dot
-from v4jax.kernels.grouped_mlp.swiglu import swiglu
 
 _IMPLEMENTATIONS = {"ref": ref.experts, "blocks": xla_blocked.experts, "ragged": xla_ragged_dot.experts}
 _BEST = {"cpu": "blocks", "tpu": "ragged", "gpu": "ragged"}
+_PORTABLE = "ragged"  # on platforms that _BEST does not list
+
+
+def best(platform: str) -> str:
+    """Return the name of the fastest implementation on a platform, such as "cpu", "gpu" or "tpu"."""
+    return _BEST.get(platform, _PORTABLE)
 
 
 def experts(
@@ -48,10 +53,7 @@ def experts(
     if impl is None and isinstance(gate_up_EUDF, QTensor):
         impl = "blocks"
     x_BD = with_rows(x_BD) if fp8 else x_BD
-    y_BD = _IMPLEMENTATIONS[select(impl, _IMPLEMENTATIONS, _BEST, portable="ragged")](
+    y_BD = _IMPLEMENTATIONS[select(impl, _IMPLEMENTATIONS, _BEST, portable=_PORTABLE)](
         x_BD, picks_BK, weights_BK, gate_up_EUDF, down_EFD, limit=limit, fp8=fp8
     )
     return gradient_rows(y_BD) if fp8 else y_BD
-
-
-__all__ = ["experts", "swiglu"]
