@@ -114,8 +114,10 @@ class Transformer(nnx.Module):
         """Compute float32 logits [B, T, V] from the residual streams after the last layer."""
         return constrain(self.head(self.norm(self.head_mhc(x_BTXD))), "BTV")
 
-    def mtp_logits(self, x_BTXD: jax.Array, next_BT: jax.Array, chunk: ForwardBatch, past: LayerCache):
-        """Run the MTP layer for training (spec 5.1).
+    def mtp_forward(
+        self, x_BTXD: jax.Array, next_BT: jax.Array, chunk: ForwardBatch, past: LayerCache
+    ) -> tuple[jax.Array, jax.Array, LayerCache, dict[str, jax.Array]]:
+        """Run the MTP layer on one chunk of tokens (spec 5.1), for training and for generation.
 
         Args:
             x_BTXD: the residual streams after the last layer.
@@ -124,20 +126,11 @@ class Transformer(nnx.Module):
             past: the cache of the MTP layer.
 
         Returns:
-            Logits [B, T, V] of the token after the next one, the updated cache, and the auxiliary values of the layer.
+            Float32 logits [B, T, V] of the token after the next one, the streams of the MTP layer (from which the next
+            draft token is predicted), the cache after this chunk, and the auxiliary values of the layer.
         """
         x_BTXD, past, aux = self.mtp[0](x_BTXD, self.embed(next_BT), chunk, past)
-        return constrain(self.head(self.mtp[0].read(x_BTXD)), "BTV"), past, aux
-
-    def mtp_forward(self, x_BTXD: jax.Array, next_BT: jax.Array, chunk: ForwardBatch, past: LayerCache):
-        """Run the MTP layer for generation, with the arguments of `mtp_logits`.
-
-        Returns:
-            Logits [B, T, V], the streams of the MTP layer (from which the next draft token is predicted), and the
-            updated cache.
-        """
-        x_BTXD, past, _ = self.mtp[0](x_BTXD, self.embed(next_BT), chunk, past)
-        return self.head(self.mtp[0].read(x_BTXD)), x_BTXD, past
+        return constrain(self.head(self.mtp[0].read(x_BTXD)), "BTV"), x_BTXD, past, aux
 
     def no_cache(self) -> KVCacheList:
         """Return the state for a call whose tokens are the full sequence, without earlier tokens."""
