@@ -152,18 +152,21 @@ def full_batch(
 
 
 def continuation_batch(
-    tokens_BT: jax.Array, start_B: jax.Array, count_B: jax.Array | None = None, place: CacheSlots | None = None
+    tokens_BT: jax.Array,
+    start_B: jax.Array,
+    num_valid_B: jax.Array | None = None,
+    cache_slots: CacheSlots | None = None,
 ) -> ForwardBatch:
     """Make the batch of the next tokens of rows with earlier tokens.
 
     Args:
         tokens_BT: token ids [B, T].
         start_B: int32, number of earlier tokens of each row.
-        count_B: int32, number of valid tokens of each row; the rest is padding. None means that all are valid.
-        place: cache slots of the rows.
+        num_valid_B: int32, number of valid tokens of each row; the rest is padding. None means that all are valid.
+        cache_slots: state slot and blocks of the rows.
     """
     seq_index_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-    return ForwardBatch(tokens_BT, seq_index_BT, seq_index_BT, None, count_B, place)
+    return ForwardBatch(tokens_BT, seq_index_BT, seq_index_BT, None, num_valid_B, cache_slots)
 
 
 def _checked(tokens_BT, vocab_size: int) -> jax.Array | np.ndarray:
