@@ -122,24 +122,24 @@ class SlidingWindowAttention(nnx.Module):
         if T <= size:
             o, loss, view = self._attend_tile(queries, rows, past.reader(chunk, self.dtype))
             return o, loss, past.with_reader(view)
-        B, blocks, pad = q_BTNH.shape[0], -(-T // size), -T % size
-        blocked = lambda a: a.reshape(B, blocks, size, *a.shape[2:])
-        split = lambda a: blocked(jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)))
+        B, tiles, pad = q_BTNH.shape[0], -(-T // size), -T % size
+        tiled = lambda a: a.reshape(B, tiles, size, *a.shape[2:])
+        split = lambda a: tiled(jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)))
 
-        def overlapping(a):  # [B, window + T, ...] to [B, blocks, window + size, ...]
-            before = blocked(a[:, : blocks * size])[:, :, :window]
-            return jnp.concatenate([before, blocked(a[:, window:])], axis=2)
+        def overlapping(a):  # [B, window + T, ...] to [B, tiles, window + size, ...]
+            before = tiled(a[:, : tiles * size])[:, :, :window]
+            return jnp.concatenate([before, tiled(a[:, window:])], axis=2)
 
         arguments = (jax.tree.map(split, queries), jax.tree.map(overlapping, rows.padded(pad)))
-        if blocks <= _MAX_BATCHED_TILES:  # merge tiles into the batch axis: matmuls read the arrays without a copy
-            merged = jax.tree.map(lambda a: a.reshape(B * blocks, *a.shape[2:]), arguments)
-            o, loss, _ = self._attend_tile(*merged, past.reader(chunk, self.dtype, times=blocks))
+        if tiles <= _MAX_BATCHED_TILES:  # merge tiles into the batch axis: matmuls read the arrays without a copy
+            merged = jax.tree.map(lambda a: a.reshape(B * tiles, *a.shape[2:]), arguments)
+            o, loss, _ = self._attend_tile(*merged, past.reader(chunk, self.dtype, times=tiles))
         else:
             view = past.reader(chunk, self.dtype)
-            walk = jax.checkpoint(lambda block: self._attend_tile(*block, view)[:2])
+            walk = jax.checkpoint(lambda tile: self._attend_tile(*tile, view)[:2])
             out = jax.lax.map(walk, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), arguments))
-            o, loss = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B * blocks, *a.shape[2:]), out)
-        join = lambda a: a.reshape(B, blocks * size, *a.shape[2:])[:, :T]
+            o, loss = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B * tiles, *a.shape[2:]), out)
+        join = lambda a: a.reshape(B, tiles * size, *a.shape[2:])[:, :T]
         return join(o), join(loss), past
 
     def _attend_context_parallel(
