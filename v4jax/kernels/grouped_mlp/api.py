@@ -4,7 +4,7 @@ import jax
 
 from v4jax.core.qtensor import QTensor
 from v4jax.kernels.dispatch import select
-from v4jax.kernels.fp8_dot import gradient_rows, with_rows
+from v4jax.kernels.fp8_dot import gradient_rows, round_rows
 from v4jax.kernels.grouped_mlp import ref, xla_blocked, xla_ragged_dot
 
 _IMPLEMENTATIONS = {"ref": ref.experts, "blocks": xla_blocked.experts, "ragged": xla_ragged_dot.experts}
@@ -52,7 +52,7 @@ def experts(
     """
     if impl is None and isinstance(gate_up_EUDF, QTensor):
         impl = "blocks"
-    x_BD = with_rows(x_BD) if fp8 else x_BD
+    x_BD = round_rows(x_BD) if fp8 else x_BD
     y_BD = _IMPLEMENTATIONS[select(impl, _IMPLEMENTATIONS, _BEST, portable=_PORTABLE)](
         x_BD, picks_BK, weights_BK, gate_up_EUDF, down_EFD, limit=limit, fp8=fp8
     )
