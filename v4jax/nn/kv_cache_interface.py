@@ -340,6 +340,5 @@ def _picked(rows_BCH: jax.Array, pick_BTK: jax.Array) -> jax.Array:
 def identity_window(rows_BCPW: jax.Array) -> jax.Array:
     """Return a window of the same shape that adds nothing to the pooling softmax: values 0, gates -inf."""
     half = rows_BCPW.shape[-1] // 2
-    return jnp.broadcast_to(jnp.where(jnp.arange(2 * half) < half, 0.0, -jnp.inf), rows_BCPW.shape).astype(
-        rows_BCPW.dtype
-    )
+    token_W = jnp.where(jnp.arange(2 * half) < half, 0.0, -jnp.inf)
+    return jnp.broadcast_to(token_W, rows_BCPW.shape).astype(rows_BCPW.dtype)

@@ -38,12 +38,10 @@ class HyperConnection(nnx.Module):
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         n = model.mhc.hc_mult
-        self.streams, self.iters, self.eps, self.rms_norm_eps = (
-            n,
-            model.mhc.hc_sinkhorn_iters,
-            model.mhc.hc_eps,
-            model.rms_norm_eps,
-        )
+        self.streams = n
+        self.iters = model.mhc.hc_sinkhorn_iters
+        self.eps = model.mhc.hc_eps
+        self.rms_norm_eps = model.rms_norm_eps
         # Start near a plain residual network (spec 4.5): read is 1 / n, write is 1, mix is close to the identity.
         read, write, mix = _mean(n), np.zeros(n), 4.0 * np.eye(n)
         self.fn = normal_param(rngs, "MXD", (2 * n + n * n, n, model.hidden_size), model.initializer_range)
@@ -74,9 +72,9 @@ class HyperHead(nnx.Module):
     def __call__(self, x_BTXD: jax.Array) -> jax.Array:
         """Reduce the streams x_BTXD to x_BTD, in the same dtype."""
         m = _coefficients(x_BTXD, self.fn[...], self.rms_norm_eps)
-        read = jax.nn.sigmoid(
-            m * self.scale[...].astype(jnp.float32) + self.base[...].astype(jnp.float32)[:, None, None]
-        )
+        scale = self.scale[...].astype(jnp.float32)
+        base = self.base[...].astype(jnp.float32)[:, None, None]
+        read = jax.nn.sigmoid(m * scale + base)
         return hc_pre(x_BTXD, read + self.eps)
 
 

@@ -25,10 +25,8 @@ class ExpertWeights(nnx.Module):
     def __init__(self, model: config.Model, inner: int, count: int | None, rngs: nnx.Rngs):
         D, std = model.hidden_size, model.initializer_range
         if count is None:
-            self.gate_up, self.down = (
-                normal_param(rngs, "DUF", (D, 2, inner), std),
-                normal_param(rngs, "FD", (inner, D), std),
-            )
+            self.gate_up = normal_param(rngs, "DUF", (D, 2, inner), std)
+            self.down = normal_param(rngs, "FD", (inner, D), std)
         else:
             self.gate_up = normal_param(rngs, "EUDF", (count, 2, D, inner), std)
             self.down = normal_param(rngs, "EFD", (count, inner, D), std)
