@@ -13,7 +13,7 @@ from v4jax.nn.mhc import HyperConnection, hc_post, hc_pre
 from v4jax.nn.moe import MoE
 from v4jax.nn.norm import RMSNorm
 
-ATTENTION = {"swa": SlidingWindowAttention, "csa": CompressedSparseAttention, "hca": HeavilyCompressedAttention}
+ATTENTION = {cls.kind: cls for cls in (SlidingWindowAttention, CompressedSparseAttention, HeavilyCompressedAttention)}
 
 
 class DecoderLayer(nnx.Module):
