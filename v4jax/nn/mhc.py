@@ -9,7 +9,7 @@ from v4jax import config
 from v4jax.kernels.sinkhorn import sinkhorn
 from v4jax.nn.linear import normal_param, param
 
-# Up to this many tokens XLA:CPU is twice as fast with the weight as left operand, beyond that with the tokens.
+# Up to this many tokens XLA:CPU is faster with the weight as left operand, beyond that with the tokens.
 _FEW_TOKENS = 16
 
 
@@ -22,7 +22,7 @@ def _coefficients(x_BTXD: jax.Array, fn_MXD: jax.Array, rms_norm_eps: float) -> 
     """Return `(fn vec(X)) * rsqrt(mean(vec(X)^2) + eps)`, float32 [M, B, T].
 
     The coefficient axis M comes first, so that elementwise work runs over tokens. It comes first in fn too: XLA:CPU is
-    4 times slower on the weight gradient of a matmul with few output columns than on one with few output rows.
+    slower on the weight gradient of a matmul with few output columns than on one with few output rows.
     """
     x = x_BTXD.astype(jnp.float32)
     inverse_rms_BT = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=(-2, -1)) + rms_norm_eps)

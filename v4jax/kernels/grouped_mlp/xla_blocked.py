@@ -27,7 +27,7 @@ def experts(x_BD, picks_BK, weights_BK, gate_up_EUDF, down_EFD, *, limit, fp8=Fa
 
 
 def _single(x_1D, picks_1K, weights_1K, gate_up_EUDF, down_EFD, limit, fp8):
-    """Run the experts of a single token one by one, without sorting rows, which would take a quarter of the time."""
+    """Run the experts of a single token one by one. Sorting its few rows would take time and save none."""
 
     def one(pick):
         expert, weight = pick
