@@ -71,9 +71,9 @@ class ForwardBatch:
 
     @property
     def valid_BT(self) -> jax.Array | None:
-        """bool [B, T], True for tokens that are neither padding nor in an unused row (a row without a KV block).
+        """bool [B, T], True for tokens among the first `num_valid_B` of a row that is in use (a row with a KV block).
 
-        None means that every token is valid.
+        None means that every token is valid. The padding of packed rows (segment 0) counts as valid.
         """
         valid_BT = None
         if self.num_valid_B is not None:

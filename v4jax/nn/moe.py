@@ -57,7 +57,8 @@ class MoE(nnx.Module):
         picks_BTK, weights_BTK, scores_BTE = self.router(x_BTD, chunk.tokens_BT)
         matrices, fp8 = self.experts.matrices(), is_fp8(self.experts.gate_up)
         taken_BTK, valid_BT = picks_BTK, chunk.valid_BT
-        if valid_BT is not None:  # route padding to no expert: it is neither computed nor dispatched
+        # Invalid tokens go to no expert: they are neither computed nor dispatched. The padding of packed rows is both.
+        if valid_BT is not None:
             taken_BTK = jnp.where(valid_BT[..., None], picks_BTK, scores_BTE.shape[-1])
         if (sharding := current_rules()) is not None:
             routed = ep_experts(sharding, x_BTD, taken_BTK, weights_BTK, *matrices, self.limit, fp8)
@@ -70,6 +71,6 @@ class MoE(nnx.Module):
         h = swiglu(einsum("BTD,DUF->BTUF", x_BTD, self.shared.gate_up, self.dtype), self.limit).astype(self.dtype)
         shared = einsum("BTF,FD->BTD", h, self.shared.down, self.dtype)
         y_BTD = (routed + shared.astype(jnp.float32)).astype(x_BTD.dtype)
-        valid_BT = None if chunk.segments_BT is None else chunk.segments_BT > 0
-        balance, load_E = balance_loss(scores_BTE, picks_BTK, valid_BT)
+        in_document_BT = None if chunk.segments_BT is None else chunk.segments_BT > 0
+        balance, load_E = balance_loss(scores_BTE, picks_BTK, in_document_BT)
         return y_BTD, jnp.where(self.hashed, 0.0, balance), load_E
