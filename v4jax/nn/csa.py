@@ -21,7 +21,7 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
     """A layer that attends its window and the `index_topk` entries that its indexer scores highest."""
 
     kind = "csa"
-    piece = 1024
+    piece = 1024  # entries per read in a prefill
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         super().__init__(model, rngs)
