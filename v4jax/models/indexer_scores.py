@@ -20,15 +20,15 @@ def indexer_scores(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
     """Scores of the lightning indexer of the first CSA layer (spec 2.6).
 
     Args:
-      model: A model whose layers are not stacked (`train.scan=false`).
-      tokens_BT: int32 [B, T], each row a full sequence from its first token.
+        model: A model whose layers are not stacked (`train.scan=false`).
+        tokens_BT: int32 [B, T], each row a full sequence from its first token.
 
     Returns:
-      float32 [B, T, C], for each query the scores of all C = T // compress_rate_csa entries, later ones included.
-      The layer attends to the `indexer.index_topk` highest-scored entries among those complete before the query.
+        float32 [B, T, C], for each query the scores of all C = T // compress_rate_csa entries, later ones included.
+        The layer attends to the `indexer.index_topk` highest-scored entries among those complete before the query.
 
     Raises:
-      UserError: The model has no CSA layer, or its layers are stacked.
+        UserError: The model has no CSA layer, or its layers are stacked.
     """
     shape = model.config
     if "csa" not in shape.layer_types or any(spec.repeats > 1 for spec in model.stack_specs):

@@ -64,13 +64,13 @@ class SlidingWindowAttention(nnx.Module):
         """Apply attention to the normalized sublayer input.
 
         Args:
-          x_BTD: [B, T, D], sublayer input.
-          chunk: the tokens of the call.
-          past: the layer's cache before the call.
+            x_BTD: [B, T, D], sublayer input.
+            chunk: the tokens of the call.
+            past: the layer's cache before the call.
 
         Returns:
-          y_BTD in the compute dtype, the cache with this call's tokens, and the indexer loss of each query, float32
-          [B, T] (0 in layers without an indexer).
+            y_BTD in the compute dtype, the cache with this call's tokens, and the indexer loss of each query, float32
+            [B, T] (0 in layers without an indexer).
         """
         m, (B, T, _) = self.model, x_BTD.shape
         cos_sin = angles(chunk.positions_BT, frequencies(m.rope, m.qk_rope_head_dim, compressed=self.kind != "swa"))
@@ -108,7 +108,7 @@ class SlidingWindowAttention(nnx.Module):
         """Attend a tile of queries to the compressed entries of `view`.
 
         Returns:
-          The partial softmax, the indexer trace (None without an indexer), and the reader after the reads.
+            The partial softmax, the indexer trace (None without an indexer), and the reader after the reads.
         """
         raise NotImplementedError("a window layer keeps no entries")
 
@@ -192,9 +192,9 @@ class SoftmaxPartial:
     """Unnormalized attention over a subset of the keys, per query and head, all float32.
 
     Attributes:
-      max_BTN1: maximum of the logits. It has no gradient, because no normalized result depends on it.
-      sum_BTN1: sum of exp(logit - max).
-      o_BTNH: sum of exp(logit - max) times the value.
+        max_BTN1: maximum of the logits. It has no gradient, because no normalized result depends on it.
+        sum_BTN1: sum of exp(logit - max).
+        o_BTNH: sum of exp(logit - max) times the value.
     """
 
     max_BTN1: jax.Array
@@ -220,12 +220,12 @@ def attend(q_BTNH: jax.Array, keys: jax.Array, mask_BTS: jax.Array) -> tuple[Sof
     """Attend to keys, which are also the values.
 
     Args:
-      q_BTNH: [B, T, N, H], queries.
-      keys: [B, S, H] if all queries of a batch row share the keys, or [B, T, S, H] if each query has its own.
-      mask_BTS: bool [B, T, S], True for the keys that a query attends.
+        q_BTNH: [B, T, N, H], queries.
+        keys: [B, S, H] if all queries of a batch row share the keys, or [B, T, S, H] if each query has its own.
+        mask_BTS: bool [B, T, S], True for the keys that a query attends.
 
     Returns:
-      The partial softmax and exp(logit - max), float32 [B, T, N, S]. A fully masked query has sum 0.
+        The partial softmax and exp(logit - max), float32 [B, T, N, S]. A fully masked query has sum 0.
     """
     letters = "BSH" if keys.ndim == 3 else "BTSH"
     keys = keys.astype(q_BTNH.dtype)

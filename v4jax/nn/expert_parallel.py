@@ -43,10 +43,10 @@ def ep_experts(
     float32.
 
     Returns:
-      float32 [B, T, D].
+        float32 [B, T, D].
 
     Raises:
-      UserError: the layout splits the experts in a way that `validate_ep` refuses.
+        UserError: the layout splits the experts in a way that `validate_ep` refuses.
     """
     validate_ep(sharding)
     if sharding.per_device:

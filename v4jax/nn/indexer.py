@@ -75,16 +75,16 @@ def topk_search(
     of a piece, which keeps the order of ties.
 
     Args:
-      q_BTJL: indexer queries.
-      w_BTJ: float32 head weights.
-      view: reader of the index keys.
-      readable: function (first, count) that returns the mask of a piece, bool [B, T, count].
-      limit: int32 scalar; no query sees entries from this index on, and they are not scored.
-      k: number of entries to select.
-      coded: read keys that are stored in e4m3 without dequantizing (see `EntryReader.read_index_keys`).
+        q_BTJL: indexer queries.
+        w_BTJ: float32 head weights.
+        view: reader of the index keys.
+        readable: function (first, count) that returns the mask of a piece, bool [B, T, count].
+        limit: int32 scalar; no query sees entries from this index on, and they are not scored.
+        k: number of entries to select.
+        coded: read keys that are stored in e4m3 without dequantizing (see `EntryReader.read_index_keys`).
 
     Returns:
-      int32 [B, T, k], -1 where a query sees fewer than k entries.
+        int32 [B, T, k], -1 where a query sees fewer than k entries.
     """
     B, T, _, L = q_BTJL.shape
     q_BTJL, w_BTJ = jax.lax.stop_gradient((q_BTJL, w_BTJ))

@@ -31,24 +31,24 @@ def experts(
     """Pass each token through its K experts and return the weighted sum. No token is dropped (spec 3.2).
 
     Args:
-      x_BD: tokens [B, D], with batch and token axes flattened into B.
-      picks_BK: int32 [B, K], the top-k expert indices of each token, all distinct. Index E means no expert; its
-        contribution is undefined.
-      weights_BK: float32 [B, K], routing weights, applied before the second product as in the released model.
-      gate_up_EUDF: gate and up matrices [E, 2, D, F], gate first.
-      down_EFD: down matrices [E, F, D].
-      limit: clamp of the SwiGLU.
-      fp8: round the left operands of all products, forward and backward, in tiles of 1 x 128 along the hidden or
-        inner size (spec 8.4; `kernels.fp8_dot`). The caller has rounded the matrices. The gradients of the matrices
-        use the same tiles, because an expert has too few rows for tiles along the token axis.
-      impl: "ref", "blocks", "ragged", or None for the best of the backend. With 8-bit weights None selects "blocks",
-        because it dequantizes one expert at a time instead of all.
+        x_BD: tokens [B, D], with batch and token axes flattened into B.
+        picks_BK: int32 [B, K], the top-k expert indices of each token, all distinct. Index E means no expert; its
+            contribution is undefined.
+        weights_BK: float32 [B, K], routing weights, applied before the second product as in the released model.
+        gate_up_EUDF: gate and up matrices [E, 2, D, F], gate first.
+        down_EFD: down matrices [E, F, D].
+        limit: clamp of the SwiGLU.
+        fp8: round the left operands of all products, forward and backward, in tiles of 1 x 128 along the hidden or
+            inner size (spec 8.4; `kernels.fp8_dot`). The caller has rounded the matrices. The gradients of the matrices
+            use the same tiles, because an expert has too few rows for tiles along the token axis.
+        impl: "ref", "blocks", "ragged", or None for the best of the backend. With 8-bit weights None selects "blocks",
+            because it dequantizes one expert at a time instead of all.
 
     Returns:
-      float32 [B, D].
+        float32 [B, D].
 
     Raises:
-      UserError: `impl` is unknown.
+        UserError: `impl` is unknown.
     """
     if impl is None and isinstance(gate_up_EUDF, QTensor):
         impl = "blocks"
