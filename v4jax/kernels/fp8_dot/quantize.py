@@ -79,12 +79,12 @@ def block_floats(w_DUF: jax.Array) -> jax.Array:
 
 def round_rows(x: jax.Array) -> jax.Array:
     """Round x in tiles along its last axis, keeping its dtype. The gradient is straight-through."""
-    return _straight(x, rows(jax.lax.stop_gradient(x)))
+    return straight_through(x, rows(jax.lax.stop_gradient(x)))
 
 
 def round_weights(w_DUF: jax.Array) -> jax.Array:
     """Round w in blocks, keeping its dtype. The gradient is straight-through."""
-    return _straight(w_DUF, block_floats(jax.lax.stop_gradient(w_DUF)))
+    return straight_through(w_DUF, block_floats(jax.lax.stop_gradient(w_DUF)))
 
 
 @jax.custom_vjp
@@ -96,7 +96,8 @@ def gradient_rows(x: jax.Array) -> jax.Array:
 gradient_rows.defvjp(lambda x: (x, None), lambda _, dx: (rows(dx).astype(dx.dtype),))
 
 
-def _straight(x: jax.Array, rounded: jax.Array) -> jax.Array:
+def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
+    """Return `rounded` in the dtype of x, with the gradient of x."""
     # The added difference is zero and only carries the gradient. x + (rounded - x) would round a second time.
     return jax.lax.stop_gradient(rounded).astype(x.dtype) + (x - jax.lax.stop_gradient(x))
 
