@@ -72,9 +72,8 @@ class HyperHead(nnx.Module):
     def __call__(self, x_BTXD: jax.Array) -> jax.Array:
         """Reduce the streams x_BTXD to x_BTD, in the same dtype."""
         m = _coefficients(x_BTXD, self.fn[...], self.rms_norm_eps)
-        scale = self.scale[...].astype(jnp.float32)
-        base = self.base[...].astype(jnp.float32)[:, None, None]
-        read = jax.nn.sigmoid(m * scale + base)
+        scale, base = self.scale[...].astype(jnp.float32), self.base[...].astype(jnp.float32)
+        read = jax.nn.sigmoid(m * scale + base[:, None, None])
         return hc_pre(x_BTXD, read + self.eps)
 
 
