@@ -67,7 +67,7 @@ def test_the_three_products_are_those_of_the_loops(arrays, impl):
 
 def test_rounding_is_that_of_the_loops_bit_for_bit(arrays):
     (x, w, dy), _ = arrays
-    twice = lambda x: fp8_dot.with_rows(rows(x).astype(jnp.bfloat16)).astype(jnp.float32)  # bfloat16 holds them too
+    twice = lambda x: fp8_dot.round_rows(rows(x).astype(jnp.bfloat16)).astype(jnp.float32)  # bfloat16 holds them too
     got = jax.jit(lambda x, w, dy: (block_floats(w), rows(x), twice(x), rows(dy, 1)))(x, w, dy)
     for one, other in zip(got, (in_blocks(w), along(x, 2), along(x, 2), along(dy, 1)), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -84,7 +84,7 @@ def test_experts_round_what_meets_their_matrices():
     plain products by what FP8 loses."""
     rng, E, K = np.random.default_rng(1), 3, 2
     drawn = (rng.normal(0, 0.1, (E, *shape)).astype(np.float32) for shape in ((40, 2, 24), (24, 1, 40)))
-    gate_up, down = (jax.jit(jax.vmap(fp8_dot.weights))(w).swapaxes(1, 2) for w in drawn)
+    gate_up, down = (jax.jit(jax.vmap(fp8_dot.round_weights))(w).swapaxes(1, 2) for w in drawn)
     x, dy = rng.normal(size=(2, 12, 40)).astype(np.float32)
     picks = jnp.array([rng.permutation(E)[:K] for _ in range(12)], jnp.int32)
     share = jnp.asarray(rng.uniform(0.2, 1, (12, K)), jnp.float32)

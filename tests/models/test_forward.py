@@ -110,7 +110,7 @@ def test_mtp_is_the_specification():
     def run(net, ids):
         chunk = full_batch(ids[:, :-1])
         x = net.forward_hidden(chunk, net.no_cache())[0]
-        return net.mtp_logits(x, ids[:, 1:], chunk, NoCache())[0]
+        return net.mtp_forward(x, ids[:, 1:], chunk, NoCache())[0]
 
     want = [reference.mtp(model, flat, reference.forward(model, flat, row[:-1])[2], row[1:]) for row in ids]
     np.testing.assert_allclose(run(weights.build(model, flat), ids), want, rtol=0, atol=2e-5 * np.std(want))

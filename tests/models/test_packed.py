@@ -22,7 +22,7 @@ ROW = 96
 def run(net, ids, positions, segments):
     chunk = full_batch(ids, positions, segments)
     x, _, aux = net.forward_hidden(chunk, net.no_cache())
-    mtp, _, _ = net.mtp_logits(x, jnp.roll(ids, -1, 1), chunk, NoCache())
+    mtp, _, _, _ = net.mtp_forward(x, jnp.roll(ids, -1, 1), chunk, NoCache())
     return net.logits(x), mtp, aux
 
 

@@ -138,7 +138,7 @@ def test_mtp_keeps_its_own_past():
     def run(net, ids, start_B, state, past):
         chunk = continuation_batch(ids[:, :-1], start_B)
         x, state, _ = net.forward_hidden(chunk, state)
-        logits, past, _ = net.mtp_logits(x, ids[:, 1:], chunk, past)
+        logits, _, past, _ = net.mtp_forward(x, ids[:, 1:], chunk, past)
         return logits, state, past
 
     empty = lambda: (contiguous_caches(net, 2, 40), new_paged_layer_cache(model, "swa", 2, 40, jnp.float32))

@@ -103,7 +103,7 @@ def test_fp8_blocks_hold_fp4_numbers_without_loss():
     scales[0, 0, 0] = scales[1:32, 0, 0] = 2.0**7
     w = jnp.asarray(values * scales, jnp.float32)
     np.testing.assert_array_equal(jax.jit(qdq.mxfp4)(w[:, 0]), w[:, 0])
-    np.testing.assert_array_equal(jax.jit(fp8_dot.weights)(w), w)
+    np.testing.assert_array_equal(jax.jit(fp8_dot.round_weights)(w), w)
 
 
 @pytest.mark.parametrize(

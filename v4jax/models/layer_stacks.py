@@ -43,7 +43,7 @@ def stacks(model: config.Model, scan: bool) -> list[LayerStack]:
     each layer is a stack of its own.
     """
     kinds = [(kind, i < model.moe.num_hash_layers) for i, kind in enumerate(model.layer_types)]
-    runs, i = [], 0
+    specs, i = [], 0
     while i < len(kinds):
         best = LayerStack(i, (kinds[i],), 1)
         for period in (1, 2) if scan else ():
@@ -53,31 +53,31 @@ def stacks(model: config.Model, scan: bool) -> list[LayerStack]:
                 repeats += 1
             if repeats > 1 and repeats * period > best.repeats * len(best.kinds):
                 best = LayerStack(i, tuple(pattern), repeats)
-        runs.append(best)
+        specs.append(best)
         i += best.repeats * len(best.kinds)
-    return runs
+    return specs
 
 
-def to_layer_dict(tree: nnx.State, runs: list[LayerStack]) -> dict[str, jax.Array]:
+def to_layer_dict(tree: nnx.State, specs: list[LayerStack]) -> dict[str, jax.Array]:
     """Convert an in-memory tree to {"layers.3.attn.kv": array, ...}, with stacks split into layers."""
     flat = {}
     for path, array in _leaves(tree).items():
         if path[0] != "stacks":
             flat[".".join(path)] = array
             continue
-        run, position, name = runs[int(path[1])], int(path[2]), ".".join(path[3:])
-        for repeat in range(run.repeats):
-            flat[f"layers.{run.layer(position, repeat)}.{name}"] = array[repeat] if run.repeats > 1 else array
+        spec, position, name = specs[int(path[1])], int(path[2]), ".".join(path[3:])
+        for repeat in range(spec.repeats):
+            flat[f"layers.{spec.layer(position, repeat)}.{name}"] = array[repeat] if spec.repeats > 1 else array
     return flat
 
 
-def from_layer_dict(flat: Mapping[str, jax.Array], abstract: nnx.State, runs: list[LayerStack]) -> nnx.State:
+def from_layer_dict(flat: Mapping[str, jax.Array], abstract: nnx.State, specs: list[LayerStack]) -> nnx.State:
     """Convert {"layers.3.attn.kv": array, ...} to the in-memory tree; the inverse of `to_layer_dict`.
 
     Args:
         flat: arrays by name.
         abstract: a tree of the same structure as the result.
-        runs: the stacks of the model.
+        specs: the stacks of the model.
 
     Raises:
         UserError: an array is missing.
@@ -92,9 +92,9 @@ def from_layer_dict(flat: Mapping[str, jax.Array], abstract: nnx.State, runs: li
         path = tuple(str(p) for p in path)
         if path[0] != "stacks":
             return array(".".join(path))
-        run, position, name = runs[int(path[1])], int(path[2]), ".".join(path[3:])
-        layers = [array(f"layers.{run.layer(position, repeat)}.{name}") for repeat in range(run.repeats)]
-        return jnp.stack(layers) if run.repeats > 1 else layers[0]
+        spec, position, name = specs[int(path[1])], int(path[2]), ".".join(path[3:])
+        layers = [array(f"layers.{spec.layer(position, repeat)}.{name}") for repeat in range(spec.repeats)]
+        return jnp.stack(layers) if spec.repeats > 1 else layers[0]
 
     found = {path: variable.replace(find(path)) for path, variable in nnx.to_flat_state(abstract)}
     return nnx.from_flat_state(found)
@@ -111,13 +111,13 @@ def from_stacked_dict(arrays: Mapping[str, jax.Array], abstract: nnx.State) -> n
     return nnx.from_flat_state({path: leaf.replace(arrays[".".join(map(str, path))]) for path, leaf in leaves})
 
 
-def layers_of(name: str, runs: list[LayerStack]) -> list[int] | None:
+def layers_of(name: str, specs: list[LayerStack]) -> list[int] | None:
     """Return the layer indices that the stacked array `name` holds, in order, or None outside the stacks."""
     path = name.split(".")
     if path[0] != "stacks":
         return None
-    run = runs[int(path[1])]
-    return [run.layer(int(path[2]), repeat) for repeat in range(run.repeats)]
+    spec = specs[int(path[1])]
+    return [spec.layer(int(path[2]), repeat) for repeat in range(spec.repeats)]
 
 
 def _leaves(tree: nnx.State) -> dict[tuple[str, ...], jax.Array]:

@@ -62,11 +62,8 @@ def count_parameters(model: config.Model) -> ParamCounts:
         if path[-1] != "table" or path[0] == "embed":
             by_group[_group(path)] += math.prod(shape)
     total = sum(by_group.values()) - by_group["mtp"]
-    idle = (
-        by_group["routed experts"]
-        // model.moe.n_routed_experts
-        * (model.moe.n_routed_experts - model.moe.num_experts_per_tok)
-    )
+    experts = model.moe.n_routed_experts
+    idle = by_group["routed experts"] // experts * (experts - model.moe.num_experts_per_tok)
     return ParamCounts(total, total - by_group["embedding"] - idle, by_group)
 
 

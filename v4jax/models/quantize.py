@@ -9,12 +9,13 @@ bits, and MXFP4 experts fit as long as the group scales of a block are within a 
 import jax
 from flax import nnx
 
+from v4jax.core.config_limits import CHOICES
 from v4jax.core.errors import UserError
 from v4jax.core.qtensor import QTensor, quantize_blocks
 from v4jax.models.transformer import Transformer
 from v4jax.nn.linear import FP8_WEIGHT_AXES
 
-QUANTIZATIONS = ("none", "fp8")
+QUANTIZATIONS = CHOICES["serve.quantization"]
 _STORED = FP8_WEIGHT_AXES | {"GIR"}  # the first output matrix (wo_a) is stored in FP8 but not multiplied in FP8
 _STACKING = "*EUG"  # letters of axes that stack matrices: repeated layers, experts, gate and up, output groups
 

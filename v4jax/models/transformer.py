@@ -49,7 +49,10 @@ class Transformer(nnx.Module):
         self.config, self.stack_specs, self.remat, self.offload = model, tuple(stacks(model, scan)), remat, offload
         self.embed = Embed(model, rngs)
         self.stacks = nnx.List(
-            [nnx.List([_blocks(model, *kind, run.repeats, rngs) for kind in run.kinds]) for run in self.stack_specs]
+            [
+                nnx.List([_decoder_layers(model, *kind, spec.repeats, rngs) for kind in spec.kinds])
+                for spec in self.stack_specs
+            ]
         )
         self.head_mhc = HyperHead(model, rngs)
         self.norm = RMSNorm("D", model.hidden_size, model.rms_norm_eps)
@@ -80,7 +83,7 @@ class Transformer(nnx.Module):
         )
 
     def forward_hidden(
-        self, chunk: ForwardBatch, state: KVCacheList
+        self, chunk: ForwardBatch, caches: KVCacheList
     ) -> tuple[jax.Array, KVCacheList, dict[str, jax.Array]]:
         """Run embedding and layers on one chunk of tokens.
 
@@ -88,7 +91,7 @@ class Transformer(nnx.Module):
 
         Args:
             chunk: the tokens and their positions.
-            state: the caches before this chunk.
+            caches: the caches before this chunk.
 
         Returns:
             The residual streams x_BTXD after the last layer, the caches after this chunk, and the auxiliary losses
@@ -96,16 +99,16 @@ class Transformer(nnx.Module):
         """
         x_BTXD = constrain(self.embed.embed_streams(chunk.tokens_BT), "BTXD")
         aux, new_caches = [], []
-        pattern = lambda x, blocks, pasts: _stack_body(checkpoint_name(x, _STREAMS), blocks, pasts, chunk)
+        pattern = lambda x, layers, pasts: _stack_body(checkpoint_name(x, _STREAMS), layers, pasts, chunk)
         if self.remat:
             pattern = jax.checkpoint(pattern, policy=_ON_HOST if self.offload else None)
-        for run, blocks, pasts in zip(self.stack_specs, self.stacks, state, strict=True):
-            if run.repeats == 1:
-                x_BTXD, (past, out) = pattern(x_BTXD, list(blocks), pasts)
+        for spec, layers, pasts in zip(self.stack_specs, self.stacks, caches, strict=True):
+            if spec.repeats == 1:
+                x_BTXD, (past, out) = pattern(x_BTXD, list(layers), pasts)
                 out = jax.tree.map(lambda a: a[None], out)
             else:
-                step = lambda x, layer: pattern(x, *layer)
-                x_BTXD, (past, out) = jax.lax.scan(step, x_BTXD, (list(blocks), pasts))
+                step = lambda x, repeat: pattern(x, *repeat)
+                x_BTXD, (past, out) = jax.lax.scan(step, x_BTXD, (list(layers), pasts))
             new_caches.append(past)
             aux.append(out)
         return x_BTXD, new_caches, _by_layer(aux)
@@ -114,8 +117,10 @@ class Transformer(nnx.Module):
         """Compute float32 logits [B, T, V] from the residual streams after the last layer."""
         return constrain(self.head(self.norm(self.head_mhc(x_BTXD))), "BTV")
 
-    def mtp_logits(self, x_BTXD: jax.Array, next_BT: jax.Array, chunk: ForwardBatch, past: LayerCache):
-        """Run the MTP layer for training (spec 5.1).
+    def mtp_forward(
+        self, x_BTXD: jax.Array, next_BT: jax.Array, chunk: ForwardBatch, past: LayerCache
+    ) -> tuple[jax.Array, jax.Array, LayerCache, dict[str, jax.Array]]:
+        """Run the MTP layer on one chunk of tokens (spec 5.1), for training and for generation.
 
         Args:
             x_BTXD: the residual streams after the last layer.
@@ -124,24 +129,15 @@ class Transformer(nnx.Module):
             past: the cache of the MTP layer.
 
         Returns:
-            Logits [B, T, V] of the token after the next one, the updated cache, and the auxiliary values of the layer.
+            Float32 logits [B, T, V] of the token after the next one, the streams of the MTP layer (from which the next
+            draft token is predicted), the cache after this chunk, and the auxiliary values of the layer.
         """
         x_BTXD, past, aux = self.mtp[0](x_BTXD, self.embed(next_BT), chunk, past)
-        return constrain(self.head(self.mtp[0].read(x_BTXD)), "BTV"), past, aux
-
-    def mtp_forward(self, x_BTXD: jax.Array, next_BT: jax.Array, chunk: ForwardBatch, past: LayerCache):
-        """Run the MTP layer for generation, with the arguments of `mtp_logits`.
-
-        Returns:
-            Logits [B, T, V], the streams of the MTP layer (from which the next draft token is predicted), and the
-            updated cache.
-        """
-        x_BTXD, past, _ = self.mtp[0](x_BTXD, self.embed(next_BT), chunk, past)
-        return self.head(self.mtp[0].read(x_BTXD)), x_BTXD, past
+        return constrain(self.head(self.mtp[0].read(x_BTXD)), "BTV"), x_BTXD, past, aux
 
     def no_cache(self) -> KVCacheList:
-        """Return the state for a call whose tokens are the full sequence, without earlier tokens."""
-        return [[NoCache() for _ in run.kinds] for run in self.stack_specs]
+        """Return the caches for a call whose tokens are the full sequence, without earlier tokens."""
+        return [[NoCache() for _ in spec.kinds] for spec in self.stack_specs]
 
 
 def full_batch(
@@ -159,18 +155,21 @@ def full_batch(
 
 
 def continuation_batch(
-    tokens_BT: jax.Array, start_B: jax.Array, count_B: jax.Array | None = None, place: CacheSlots | None = None
+    tokens_BT: jax.Array,
+    start_B: jax.Array,
+    num_valid_B: jax.Array | None = None,
+    cache_slots: CacheSlots | None = None,
 ) -> ForwardBatch:
     """Make the batch of the next tokens of rows with earlier tokens.
 
     Args:
         tokens_BT: token ids [B, T].
         start_B: int32, number of earlier tokens of each row.
-        count_B: int32, number of valid tokens of each row; the rest is padding. None means that all are valid.
-        place: cache slots of the rows.
+        num_valid_B: int32, number of valid tokens of each row; the rest is padding. None means that all are valid.
+        cache_slots: state slot and blocks of the rows.
     """
     seq_index_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-    return ForwardBatch(tokens_BT, seq_index_BT, seq_index_BT, None, count_B, place)
+    return ForwardBatch(tokens_BT, seq_index_BT, seq_index_BT, None, num_valid_B, cache_slots)
 
 
 def _checked(tokens_BT, vocab_size: int) -> jax.Array | np.ndarray:
@@ -204,7 +203,7 @@ def _logits(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
     return model.logits(model.forward_hidden(full_batch(tokens_BT), model.no_cache())[0])
 
 
-def _blocks(model: config.Model, kind: str, hashed: bool, repeats: int, rngs: nnx.Rngs) -> DecoderLayer:
+def _decoder_layers(model: config.Model, kind: str, hashed: bool, repeats: int, rngs: nnx.Rngs) -> DecoderLayer:
     """Create one decoder layer, or `repeats` stacked ones whose arrays have a leading axis."""
     if repeats == 1:
         return DecoderLayer(model, kind, hashed, rngs)
@@ -213,11 +212,11 @@ def _blocks(model: config.Model, kind: str, hashed: bool, repeats: int, rngs: nn
     )
 
 
-def _stack_body(x_BTXD, blocks, pasts, chunk):
+def _stack_body(x_BTXD, layers, pasts, chunk):
     """Run the layers of one repeat of a stack, in order."""
     new, aux = [], []
-    for block, past in zip(blocks, pasts, strict=True):
-        x_BTXD, past, out = block(x_BTXD, chunk, past)
+    for layer, past in zip(layers, pasts, strict=True):
+        x_BTXD, past, out = layer(x_BTXD, chunk, past)
         x_BTXD = constrain(x_BTXD, "BTXD")
         new.append(past.commit(x_BTXD))
         aux.append(out)
@@ -227,7 +226,7 @@ def _stack_body(x_BTXD, blocks, pasts, chunk):
 def _by_layer(aux) -> dict[str, jax.Array]:
     """Merge values by stack and position, which have a leading repeat axis, into one array per name by layer."""
     rows = []
-    for run in aux:
-        repeats = run[0]["balance"].shape[0]
-        rows += [jax.tree.map(lambda a, r=r: a[r], position) for r in range(repeats) for position in run]
+    for stack in aux:
+        repeats = stack[0]["balance"].shape[0]
+        rows += [jax.tree.map(lambda a, r=r: a[r], position) for r in range(repeats) for position in stack]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)

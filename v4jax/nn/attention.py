@@ -64,13 +64,13 @@ class SlidingWindowAttention(nnx.Module):
         """Apply attention to the normalized sublayer input.
 
         Args:
-          x_BTD: [B, T, D], sublayer input.
-          chunk: the tokens of the call.
-          past: the layer's cache before the call.
+            x_BTD: [B, T, D], sublayer input.
+            chunk: the tokens of the call.
+            past: the layer's cache before the call.
 
         Returns:
-          y_BTD in the compute dtype, the cache with this call's tokens, and the indexer loss of each query, float32
-          [B, T] (0 in layers without an indexer).
+            y_BTD in the compute dtype, the cache with this call's tokens, and the indexer loss of each query, float32
+            [B, T] (0 in layers without an indexer).
         """
         m, (B, T, _) = self.model, x_BTD.shape
         cos_sin = angles(chunk.positions_BT, frequencies(m.rope, m.qk_rope_head_dim, compressed=self.kind != "swa"))
@@ -108,7 +108,7 @@ class SlidingWindowAttention(nnx.Module):
         """Attend a tile of queries to the compressed entries of `view`.
 
         Returns:
-          The partial softmax, the indexer trace (None without an indexer), and the reader after the reads.
+            The partial softmax, the indexer trace (None without an indexer), and the reader after the reads.
         """
         raise NotImplementedError("a window layer keeps no entries")
 
@@ -122,24 +122,24 @@ class SlidingWindowAttention(nnx.Module):
         if T <= size:
             o, loss, view = self._attend_tile(queries, rows, past.reader(chunk, self.dtype))
             return o, loss, past.with_reader(view)
-        B, blocks, pad = q_BTNH.shape[0], -(-T // size), -T % size
-        blocked = lambda a: a.reshape(B, blocks, size, *a.shape[2:])
-        split = lambda a: blocked(jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)))
+        B, tiles, pad = q_BTNH.shape[0], -(-T // size), -T % size
+        tiled = lambda a: a.reshape(B, tiles, size, *a.shape[2:])
+        split = lambda a: tiled(jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)))
 
-        def overlapping(a):  # [B, window + T, ...] to [B, blocks, window + size, ...]
-            before = blocked(a[:, : blocks * size])[:, :, :window]
-            return jnp.concatenate([before, blocked(a[:, window:])], axis=2)
+        def overlapping(a):  # [B, window + T, ...] to [B, tiles, window + size, ...]
+            before = tiled(a[:, : tiles * size])[:, :, :window]
+            return jnp.concatenate([before, tiled(a[:, window:])], axis=2)
 
         arguments = (jax.tree.map(split, queries), jax.tree.map(overlapping, rows.padded(pad)))
-        if blocks <= _MAX_BATCHED_TILES:  # merge tiles into the batch axis: matmuls read the arrays without a copy
-            merged = jax.tree.map(lambda a: a.reshape(B * blocks, *a.shape[2:]), arguments)
-            o, loss, _ = self._attend_tile(*merged, past.reader(chunk, self.dtype, times=blocks))
+        if tiles <= _MAX_BATCHED_TILES:  # merge tiles into the batch axis: matmuls read the arrays without a copy
+            merged = jax.tree.map(lambda a: a.reshape(B * tiles, *a.shape[2:]), arguments)
+            o, loss, _ = self._attend_tile(*merged, past.reader(chunk, self.dtype, times=tiles))
         else:
             view = past.reader(chunk, self.dtype)
-            walk = jax.checkpoint(lambda block: self._attend_tile(*block, view)[:2])
+            walk = jax.checkpoint(lambda tile: self._attend_tile(*tile, view)[:2])
             out = jax.lax.map(walk, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), arguments))
-            o, loss = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B * blocks, *a.shape[2:]), out)
-        join = lambda a: a.reshape(B, blocks * size, *a.shape[2:])[:, :T]
+            o, loss = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B * tiles, *a.shape[2:]), out)
+        join = lambda a: a.reshape(B, tiles * size, *a.shape[2:])[:, :T]
         return join(o), join(loss), past
 
     def _attend_context_parallel(
@@ -192,9 +192,9 @@ class SoftmaxPartial:
     """Unnormalized attention over a subset of the keys, per query and head, all float32.
 
     Attributes:
-      max_BTN1: maximum of the logits. It has no gradient, because no normalized result depends on it.
-      sum_BTN1: sum of exp(logit - max).
-      o_BTNH: sum of exp(logit - max) times the value.
+        max_BTN1: maximum of the logits. It has no gradient, because no normalized result depends on it.
+        sum_BTN1: sum of exp(logit - max).
+        o_BTNH: sum of exp(logit - max) times the value.
     """
 
     max_BTN1: jax.Array
@@ -220,12 +220,12 @@ def attend(q_BTNH: jax.Array, keys: jax.Array, mask_BTS: jax.Array) -> tuple[Sof
     """Attend to keys, which are also the values.
 
     Args:
-      q_BTNH: [B, T, N, H], queries.
-      keys: [B, S, H] if all queries of a batch row share the keys, or [B, T, S, H] if each query has its own.
-      mask_BTS: bool [B, T, S], True for the keys that a query attends.
+        q_BTNH: [B, T, N, H], queries.
+        keys: [B, S, H] if all queries of a batch row share the keys, or [B, T, S, H] if each query has its own.
+        mask_BTS: bool [B, T, S], True for the keys that a query attends.
 
     Returns:
-      The partial softmax and exp(logit - max), float32 [B, T, N, S]. A fully masked query has sum 0.
+        The partial softmax and exp(logit - max), float32 [B, T, N, S]. A fully masked query has sum 0.
     """
     letters = "BSH" if keys.ndim == 3 else "BTSH"
     keys = keys.astype(q_BTNH.dtype)

@@ -21,7 +21,7 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
     """A layer that attends its window and the `index_topk` entries that its indexer scores highest."""
 
     kind = "csa"
-    piece = 1024
+    piece = 1024  # entries per read in a prefill
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         super().__init__(model, rngs)
@@ -58,11 +58,8 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
         rows_BTKH, after = view.gather_entries(picks_BTK)
         part, p_BTNK = attend(q_BTNH, rows_BTKH, mask_BTK)
         # Score the top-k entries again for the indexer loss: its gradient then needs their keys alone.
-        return (
-            part,
-            IndexerTrace(score_picked(q_BTJL, w_BTJ, view.gather_index_keys(picks_BTK)), mask_BTK, p_BTNK),
-            after,
-        )
+        scores_BTK = score_picked(q_BTJL, w_BTJ, view.gather_index_keys(picks_BTK))
+        return part, IndexerTrace(scores_BTK, mask_BTK, p_BTNK), after
 
 
 def use_gather(entries: int, k: int, queries: int) -> bool:

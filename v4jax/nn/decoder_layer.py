@@ -13,7 +13,7 @@ from v4jax.nn.mhc import HyperConnection, hc_post, hc_pre
 from v4jax.nn.moe import MoE
 from v4jax.nn.norm import RMSNorm
 
-ATTENTION = {"swa": SlidingWindowAttention, "csa": CompressedSparseAttention, "hca": HeavilyCompressedAttention}
+ATTENTION = {cls.kind: cls for cls in (SlidingWindowAttention, CompressedSparseAttention, HeavilyCompressedAttention)}
 
 
 class DecoderLayer(nnx.Module):
@@ -33,8 +33,8 @@ class DecoderLayer(nnx.Module):
         """Apply the layer to the residual streams x_BTXD.
 
         Returns:
-          Streams x_BTXD, the cache with this call's tokens, and a dict of float32 arrays: "balance" (scalar, balance
-          loss), "indexer" (scalar, mean indexer loss of valid tokens) and "load_E" ([E], tokens per expert).
+            Streams x_BTXD, the cache with this call's tokens, and a dict of float32 arrays: "balance" (scalar, balance
+            loss), "indexer" (scalar, mean indexer loss of valid tokens) and "load_E" ([E], tokens per expert).
         """
         read, write, mix = self.attn_mhc(x_BTXD)
         y_BTD, past, index_BT = self.attn(self.attn_norm(hc_pre(x_BTXD, read)), chunk, past)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.core.errors import UserError
-from v4jax.kernels.grouped_mlp import experts
+from v4jax.kernels.grouped_mlp import best, experts
 from v4jax.parallel.rules import MeshRules
 from v4jax.parallel.token_dispatch import TokenDispatcher
 
@@ -23,7 +23,7 @@ from v4jax.parallel.token_dispatch import TokenDispatcher
 # round, which costs time but drops no token. The value is an estimate: one round is enough for routing that the balance
 # rules hold within a third of the mean.
 _CAPACITY_FACTOR = 1.5
-_RAGGED = {"cpu": False}  # platforms without `lax.ragged_all_to_all`
+_NO_RAGGED = {"cpu"}  # platforms without `lax.ragged_all_to_all`
 
 
 def ep_experts(
@@ -43,10 +43,10 @@ def ep_experts(
     float32.
 
     Returns:
-      float32 [B, T, D].
+        float32 [B, T, D].
 
     Raises:
-      UserError: the layout splits the experts in a way that `validate_ep` refuses.
+        UserError: the layout splits the experts in a way that `validate_ep` refuses.
     """
     validate_ep(sharding)
     if sharding.per_device:
@@ -128,7 +128,7 @@ def _backward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EUDF, down_EFD, 
 
 def _products(sharding, limit, fp8):
     """Return the expert kernel for the mesh's platform, which may differ from the backend of this process."""
-    return functools.partial(experts, limit=limit, fp8=fp8, impl="blocks" if sharding.platform == "cpu" else "ragged")
+    return functools.partial(experts, limit=limit, fp8=fp8, impl=best(sharding.platform))
 
 
 def _dispatch_plan(sharding, products, picks_BTK, experts_here):
@@ -136,8 +136,8 @@ def _dispatch_plan(sharding, products, picks_BTK, experts_here):
     picks_BK = _flat(picks_BTK)
     axes = sharding.axes("weights", "expert")
     if not axes:
-        alone = lambda turn, x, w, gate_up, down: products(x, picks_BK, w, gate_up, down)
-        return 1, alone
+        local = lambda turn, x, w, gate_up, down: products(x, picks_BK, w, gate_up, down)
+        return 1, local
     B, K = picks_BK.shape
     P = sharding.size(axes)
     picks_R = picks_BK.reshape(-1)
@@ -148,23 +148,26 @@ def _dispatch_plan(sharding, products, picks_BTK, experts_here):
     count_PP = counts_PE.reshape(P, P, experts_here).sum(-1)
     most = P * B * min(K, experts_here)
     room = min(most, -(-int(_CAPACITY_FACTOR * B * K) // 8) * 8)
-    travel = TokenDispatcher(axes, _RAGGED.get(sharding.platform, True), room, jax.lax.axis_index(axes), count_PP)
-    home_R = jnp.minimum(picks_R[order_R] // experts_here, P - 1)  # rows without an expert come last and are not sent
+    ragged = sharding.platform not in _NO_RAGGED
+    dispatcher = TokenDispatcher(axes, ragged, room, jax.lax.axis_index(axes), count_PP)
+    # Rows without an expert come last and are not sent.
+    destination_R = jnp.minimum(picks_R[order_R] // experts_here, P - 1)
     # Received rows are ordered by source, then by expert, so the counts alone give the expert of a slot.
-    ends_PE = jnp.cumsum(jax.lax.dynamic_slice_in_dim(counts_PE, travel.me * experts_here, experts_here, 1).reshape(-1))
+    own_PE = jax.lax.dynamic_slice_in_dim(counts_PE, dispatcher.me * experts_here, experts_here, 1)
+    ends_PE = jnp.cumsum(own_PE.reshape(-1))
 
     def one(turn, x_BD, weights_BK, gate_up_EUDF, down_EFD):
-        arrival = travel.arrivals(turn)
+        arrival = dispatcher.arrivals(turn)
         expert = jnp.searchsorted(ends_PE, arrival, side="right") % experts_here
-        full = arrival < travel.arriving
+        full = arrival < dispatcher.arriving
         pick = jnp.where(full, expert, experts_here).astype(jnp.int32)  # empty slots belong to no expert
-        here = travel.dispatch(x_BD[order_R // K], turn)
+        here = dispatcher.dispatch(x_BD[order_R // K], turn)
         done = products(here, pick[:, None], full[:, None].astype(jnp.float32), gate_up_EUDF, down_EFD)
         done = jnp.where(full[:, None], done, 0).astype(x_BD.dtype)
-        y_RD = travel.combine(done, turn, home_R)[place_R]
+        y_RD = dispatcher.combine(done, turn, destination_R)[place_R]
         return jnp.einsum("BKD,BK->BD", y_RD.reshape(B, K, -1).astype(jnp.float32), weights_BK)
 
-    return jax.lax.pmax(travel.rounds, _token_axes(sharding)), one
+    return jax.lax.pmax(dispatcher.rounds, _token_axes(sharding)), one
 
 
 def _flat(a):

@@ -11,15 +11,15 @@ from v4jax.nn.compressor import Compressor
 from v4jax.nn.indexer import causal_mask
 from v4jax.nn.kv_cache_interface import EntryReader, ForwardBatch, LayerCache
 
-_MAX_SINGLE_PASS = 1024  # up to this many entries are read at once; more are read in pieces, up to the last visible
-_FEW_PIECE = 1024  # entries per piece in a decode step, where few queries have small logits
+_MAX_SINGLE_PASS = 1024  # up to this many entries are read at once, more in pieces up to the last visible one
+_FEW_PIECE = 1024  # entries per read in a decode step, where the logits of few queries take little memory
 
 
 class HeavilyCompressedAttention(SlidingWindowAttention):
     """A window layer that also attends all its compressed entries."""
 
     kind = "hca"
-    piece = 256
+    piece = 256  # entries per read in a prefill
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         super().__init__(model, rngs)

@@ -47,8 +47,8 @@ class Indexer(nnx.Module):
 def score(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BCL: jax.Array | QTensor) -> jax.Array:
     """Return I[t, c] = sum_j w[t, j] relu(q[t, j] . k[c]), float32 [B, T, C].
 
-    Entries are the minor axis throughout, and the sum over heads is a matmul. A reduction over a middle axis took
-    XLA:CPU 17 times as long, which was half of a prefill.
+    Entries are the minor axis throughout, and the sum over heads is a matmul, because XLA:CPU is slow at reductions
+    over a middle axis.
     """
     if isinstance(keys_BCL, QTensor):
         B, T, J, L = q_BTJL.shape
@@ -75,16 +75,16 @@ def topk_search(
     of a piece, which keeps the order of ties.
 
     Args:
-      q_BTJL: indexer queries.
-      w_BTJ: float32 head weights.
-      view: reader of the index keys.
-      readable: function (first, count) that returns the mask of a piece, bool [B, T, count].
-      limit: int32 scalar; no query sees entries from this index on, and they are not scored.
-      k: number of entries to select.
-      coded: read keys that are stored in e4m3 without dequantizing (see `EntryReader.read_index_keys`).
+        q_BTJL: indexer queries.
+        w_BTJ: float32 head weights.
+        view: reader of the index keys.
+        readable: function (first, count) that returns the mask of a piece, bool [B, T, count].
+        limit: int32 scalar; no query sees entries from this index on, and they are not scored.
+        k: number of entries to select.
+        coded: read keys that are stored in e4m3 without dequantizing (see `EntryReader.read_index_keys`).
 
     Returns:
-      int32 [B, T, k], -1 where a query sees fewer than k entries.
+        int32 [B, T, k], -1 where a query sees fewer than k entries.
     """
     B, T, _, L = q_BTJL.shape
     q_BTJL, w_BTJ = jax.lax.stop_gradient((q_BTJL, w_BTJ))
@@ -118,8 +118,8 @@ def topk_search(
 def _score_few(q_BTJL: jax.Array, w_BTJ: jax.Array, keys_BCL: jax.Array) -> jax.Array:
     """Return `score` for a few queries, with the keys as the left matmul operand.
 
-    XLA:CPU would transpose keys that are the right operand, which took half of a step at a million tokens. The sum over
-    heads is one matmul over the heads of all queries, in which each query has its own column of weights.
+    XLA:CPU would transpose keys that are the right operand, all of them in every step. The sum over heads is one matmul
+    over the heads of all queries, in which each query has its own column of weights.
     """
     dots_BCTJ = jnp.einsum("BCL,BTJL->BCTJ", keys_BCL, q_BTJL, preferred_element_type=jnp.float32)
     B, C, T, J = dots_BCTJ.shape

@@ -34,9 +34,9 @@ class CacheSlots:
     """State slot and KV blocks of each batch row in a `PagedLayerCache`.
 
     Attributes:
-      state_slot_B: int32 [B], state slot of each row.
-      block_table_BA: int32 [B, A], blocks of each row, in the order of its tokens; -1 where the row has no block.
-        Writes to -1 are dropped. Reads from -1 return some stored block, which no query attends.
+        state_slot_B: int32 [B], state slot of each row.
+        block_table_BA: int32 [B, A], blocks of each row, in the order of its tokens; -1 where the row has no block.
+            Writes to -1 are dropped. Reads from -1 return some stored block, which no query attends.
     """
 
     state_slot_B: jax.Array
@@ -48,13 +48,13 @@ class ForwardBatch:
     """The tokens of one call.
 
     Attributes:
-      tokens_BT: int32 [B, T], token ids.
-      positions_BT: int32 [B, T], rotary positions, counted inside the document.
-      seq_index_BT: int32 [B, T], index of each token in the row's history. It decides causality and the window.
-      segments_BT: int32 [B, T], document of each token in packed rows, 0 for padding; None if rows are not packed.
-      num_valid_B: int32 [B], number of valid tokens of each row. The others are padding on the right. None means that
-        all tokens are valid.
-      cache_slots: state slot and blocks of each row; None means that row b has state slot b and block b alone.
+        tokens_BT: int32 [B, T], token ids.
+        positions_BT: int32 [B, T], rotary positions, counted inside the document.
+        seq_index_BT: int32 [B, T], index of each token in the row's history. It decides causality and the window.
+        segments_BT: int32 [B, T], document of each token in packed rows, 0 for padding; None if rows are not packed.
+        num_valid_B: int32 [B], number of valid tokens of each row. The others are padding on the right. None means that
+            all tokens are valid.
+        cache_slots: state slot and blocks of each row; None means that row b has state slot b and block b alone.
     """
 
     tokens_BT: jax.Array
@@ -71,9 +71,9 @@ class ForwardBatch:
 
     @property
     def valid_BT(self) -> jax.Array | None:
-        """bool [B, T], True for tokens that are neither padding nor in an unused row (a row without a KV block).
+        """bool [B, T], True for tokens among the first `num_valid_B` of a row that is in use (a row with a KV block).
 
-        None means that every token is valid.
+        None means that every token is valid. The padding of packed rows (segment 0) counts as valid.
         """
         valid_BT = None
         if self.num_valid_B is not None:
@@ -95,9 +95,9 @@ class WindowKV:
     """Uncompressed keys (which are also the values) that sliding-window attention reads, one row per token.
 
     Attributes:
-      kv_BSH: [B, S, H], keys.
-      seq_index_BS: int32 [B, S], index of each token in its row's history; NO_TOKEN for an empty row.
-      segments_BS: int32 [B, S], document of each token; None if rows are not packed.
+        kv_BSH: [B, S, H], keys.
+        seq_index_BS: int32 [B, S], index of each token in its row's history; NO_TOKEN for an empty row.
+        segments_BS: int32 [B, S], document of each token; None if rows are not packed.
     """
 
     kv_BSH: jax.Array
@@ -120,11 +120,11 @@ class CompressionWindows:
     """Compression windows that this call may complete.
 
     Attributes:
-      now_BCPW: projected values and gates of the tokens of each window, [B, C, P, 2 W]: values first, then gates.
-      before_BCPW: the same for the preceding window of each window; None in layers without overlap.
-      index_BC: int32 [B, C], index in its row of the entry that the window becomes.
-      position_BC: int32 [B, C], rotary position of the window's first token.
-      complete_BC: bool [B, C], True if the window's last token has been processed.
+        now_BCPW: projected values and gates of the tokens of each window, [B, C, P, 2 W]: values first, then gates.
+        before_BCPW: the same for the preceding window of each window; None in layers without overlap.
+        index_BC: int32 [B, C], index in its row of the entry that the window becomes.
+        position_BC: int32 [B, C], rotary position of the window's first token.
+        complete_BC: bool [B, C], True if the window's last token has been processed.
     """
 
     now_BCPW: jax.Array
@@ -138,8 +138,8 @@ class EntryReader(Protocol):
     """Read access by index to the entries and index keys of one layer.
 
     Attributes:
-      size: number of entries per row that the storage has room for.
-      segments_BC: int32 [B, C], document of each entry; None if rows are not packed.
+        size: number of entries per row that the storage has room for.
+        segments_BC: int32 [B, C], document of each entry; None if rows are not packed.
     """
 
     size: int
@@ -185,11 +185,11 @@ class LayerCache(Protocol):
         """Add the call's projected rows of compressor `name`. Return its windows that may end inside the call.
 
         Args:
-          name: compressor, "main" or "index".
-          rows_BTW: values and gates of the call's tokens, concatenated on the last axis.
-          chunk: the call.
-          ratio: tokens per window.
-          overlap: also return the preceding window of each window.
+            name: compressor, "main" or "index".
+            rows_BTW: values and gates of the call's tokens, concatenated on the last axis.
+            chunk: the call.
+            ratio: tokens per window.
+            overlap: also return the preceding window of each window.
         """
         ...
 
@@ -222,9 +222,9 @@ class DenseEntries:
     """An `EntryReader` of contiguous arrays.
 
     Attributes:
-      kv_BCH: [B, C, H], entries.
-      index_BCL: [B, C, L], index keys; None outside of CSA layers.
-      segments_BC: int32 [B, C], document of each entry; None if rows are not packed.
+        kv_BCH: [B, C, H], entries.
+        index_BCL: [B, C, L], index keys; None outside of CSA layers.
+        segments_BC: int32 [B, C], document of each entry; None if rows are not packed.
     """
 
     kv_BCH: jax.Array
@@ -340,6 +340,5 @@ def _picked(rows_BCH: jax.Array, pick_BTK: jax.Array) -> jax.Array:
 def identity_window(rows_BCPW: jax.Array) -> jax.Array:
     """Return a window of the same shape that adds nothing to the pooling softmax: values 0, gates -inf."""
     half = rows_BCPW.shape[-1] // 2
-    return jnp.broadcast_to(jnp.where(jnp.arange(2 * half) < half, 0.0, -jnp.inf), rows_BCPW.shape).astype(
-        rows_BCPW.dtype
-    )
+    token_W = jnp.where(jnp.arange(2 * half) < half, 0.0, -jnp.inf)
+    return jnp.broadcast_to(token_W, rows_BCPW.shape).astype(rows_BCPW.dtype)

@@ -9,7 +9,7 @@ from v4jax import config
 from v4jax.kernels.sinkhorn import sinkhorn
 from v4jax.nn.linear import normal_param, param
 
-# Up to this many tokens XLA:CPU is twice as fast with the weight as left operand, beyond that with the tokens.
+# Up to this many tokens XLA:CPU is faster with the weight as left operand, beyond that with the tokens.
 _FEW_TOKENS = 16
 
 
@@ -22,7 +22,7 @@ def _coefficients(x_BTXD: jax.Array, fn_MXD: jax.Array, rms_norm_eps: float) -> 
     """Return `(fn vec(X)) * rsqrt(mean(vec(X)^2) + eps)`, float32 [M, B, T].
 
     The coefficient axis M comes first, so that elementwise work runs over tokens. It comes first in fn too: XLA:CPU is
-    4 times slower on the weight gradient of a matmul with few output columns than on one with few output rows.
+    slower on the weight gradient of a matmul with few output columns than on one with few output rows.
     """
     x = x_BTXD.astype(jnp.float32)
     inverse_rms_BT = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=(-2, -1)) + rms_norm_eps)
@@ -38,12 +38,10 @@ class HyperConnection(nnx.Module):
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         n = model.mhc.hc_mult
-        self.streams, self.iters, self.eps, self.rms_norm_eps = (
-            n,
-            model.mhc.hc_sinkhorn_iters,
-            model.mhc.hc_eps,
-            model.rms_norm_eps,
-        )
+        self.streams = n
+        self.iters = model.mhc.hc_sinkhorn_iters
+        self.eps = model.mhc.hc_eps
+        self.rms_norm_eps = model.rms_norm_eps
         # Start near a plain residual network (spec 4.5): read is 1 / n, write is 1, mix is close to the identity.
         read, write, mix = _mean(n), np.zeros(n), 4.0 * np.eye(n)
         self.fn = normal_param(rngs, "MXD", (2 * n + n * n, n, model.hidden_size), model.initializer_range)
@@ -74,9 +72,8 @@ class HyperHead(nnx.Module):
     def __call__(self, x_BTXD: jax.Array) -> jax.Array:
         """Reduce the streams x_BTXD to x_BTD, in the same dtype."""
         m = _coefficients(x_BTXD, self.fn[...], self.rms_norm_eps)
-        read = jax.nn.sigmoid(
-            m * self.scale[...].astype(jnp.float32) + self.base[...].astype(jnp.float32)[:, None, None]
-        )
+        scale, base = self.scale[...].astype(jnp.float32), self.base[...].astype(jnp.float32)
+        read = jax.nn.sigmoid(m * scale + base[:, None, None])
         return hc_pre(x_BTXD, read + self.eps)
 
 

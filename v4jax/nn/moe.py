@@ -25,10 +25,8 @@ class ExpertWeights(nnx.Module):
     def __init__(self, model: config.Model, inner: int, count: int | None, rngs: nnx.Rngs):
         D, std = model.hidden_size, model.initializer_range
         if count is None:
-            self.gate_up, self.down = (
-                normal_param(rngs, "DUF", (D, 2, inner), std),
-                normal_param(rngs, "FD", (inner, D), std),
-            )
+            self.gate_up = normal_param(rngs, "DUF", (D, 2, inner), std)
+            self.down = normal_param(rngs, "FD", (inner, D), std)
         else:
             self.gate_up = normal_param(rngs, "EUDF", (count, 2, D, inner), std)
             self.down = normal_param(rngs, "EFD", (count, inner, D), std)
@@ -39,7 +37,7 @@ class ExpertWeights(nnx.Module):
         if is_mxfp4(self.gate_up):
             both = map(qdq.mxfp4, both)
         if is_fp8(self.gate_up):  # exact for FP4 values if scales within a block differ by up to 2^14 (spec 8.4)
-            one = lambda w_DF: fp8_dot.weights(w_DF[:, None])[:, 0]
+            one = lambda w_DF: fp8_dot.round_weights(w_DF[:, None])[:, 0]
             both = (jax.vmap(one)(w.reshape(-1, *w.shape[-2:])).reshape(w.shape) for w in both)
         return tuple(both)
 
@@ -57,21 +55,22 @@ class MoE(nnx.Module):
     def __call__(self, x_BTD: jax.Array, chunk: ForwardBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return y_BTD, the balance loss (float32 scalar) and the number of tokens of each expert, float32 [E]."""
         picks_BTK, weights_BTK, scores_BTE = self.router(x_BTD, chunk.tokens_BT)
-        matrices, narrow = self.experts.matrices(), is_fp8(self.experts.gate_up)
+        matrices, fp8 = self.experts.matrices(), is_fp8(self.experts.gate_up)
         taken_BTK, valid_BT = picks_BTK, chunk.valid_BT
-        if valid_BT is not None:  # route padding to no expert: it is neither computed nor dispatched
+        # Invalid tokens go to no expert: they are neither computed nor dispatched. The padding of packed rows is both.
+        if valid_BT is not None:
             taken_BTK = jnp.where(valid_BT[..., None], picks_BTK, scores_BTE.shape[-1])
         if (sharding := current_rules()) is not None:
-            routed = ep_experts(sharding, x_BTD, taken_BTK, weights_BTK, *matrices, self.limit, narrow)
+            routed = ep_experts(sharding, x_BTD, taken_BTK, weights_BTK, *matrices, self.limit, fp8)
         else:
             flat = lambda a: a.reshape(-1, a.shape[-1])
-            routed = experts(flat(x_BTD), flat(taken_BTK), flat(weights_BTK), *matrices, limit=self.limit, fp8=narrow)
+            routed = experts(flat(x_BTD), flat(taken_BTK), flat(weights_BTK), *matrices, limit=self.limit, fp8=fp8)
             routed = routed.reshape(x_BTD.shape)
         if valid_BT is not None:
             routed = jnp.where(valid_BT[..., None], routed, 0)
         h = swiglu(einsum("BTD,DUF->BTUF", x_BTD, self.shared.gate_up, self.dtype), self.limit).astype(self.dtype)
         shared = einsum("BTF,FD->BTD", h, self.shared.down, self.dtype)
         y_BTD = (routed + shared.astype(jnp.float32)).astype(x_BTD.dtype)
-        valid_BT = None if chunk.segments_BT is None else chunk.segments_BT > 0
-        balance, load_E = balance_loss(scores_BTE, picks_BTK, valid_BT)
+        in_document_BT = None if chunk.segments_BT is None else chunk.segments_BT > 0
+        balance, load_E = balance_loss(scores_BTE, picks_BTK, in_document_BT)
         return y_BTD, jnp.where(self.hashed, 0.0, balance), load_E

@@ -29,13 +29,13 @@ class MTP(nnx.Module):
         """Apply the MTP layer.
 
         Args:
-          x_BTXD: all residual streams of the last backbone layer; the collapsed state is not enough (spec 5.1).
-          next_BTD: embedding of the token after each position.
-          chunk: the tokens of the call.
-          past: the layer's cache before the call.
+            x_BTXD: all residual streams of the last backbone layer; the collapsed state is not enough (spec 5.1).
+            next_BTD: embedding of the token after each position.
+            chunk: the tokens of the call.
+            past: the layer's cache before the call.
 
         Returns:
-          The layer's output streams, the changed cache, and the auxiliary values of `DecoderLayer`.
+            The layer's output streams, the changed cache, and the auxiliary values of `DecoderLayer`.
         """
         hidden = einsum("BTXD,DO->BTXO", self.hidden_norm(x_BTXD), self.hidden_proj, self.dtype)
         embed = einsum("BTD,DO->BTO", self.embed_norm(next_BTD), self.embed_proj, self.dtype)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4jax.core.qtensor import dequantize, group_size, quantize
+from v4jax.kernels.fp8_dot import straight_through
 
 ENTRY_GROUP, KEY_GROUP = 64, 32  # maximum group size, in elements that share a scale
 
@@ -37,8 +38,7 @@ def mxfp4(w: jax.Array) -> jax.Array:
     """
     turned = jax.lax.stop_gradient(w).mT
     rounded = dequantize(*quantize(turned, "fp4", KEY_GROUP), "fp4", jnp.float32)
-    # The difference is zero and only carries the gradient: w + (rounded - w) could round once more.
-    return rounded.mT.astype(w.dtype) + (w - jax.lax.stop_gradient(w))
+    return straight_through(w, rounded.mT)
 
 
 def _rounded(x: jax.Array, format: str, group: int) -> jax.Array:

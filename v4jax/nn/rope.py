@@ -20,13 +20,13 @@ def frequencies(rope: config.RoPE, dim: int, compressed: bool) -> np.ndarray:
     ulp.
 
     Args:
-      rope: bases and YaRN fields.
-      dim: number of rotary channels, even.
-      compressed: True for CSA and HCA layers, which have their own base and YaRN without an attention factor; False
-        for layers without compression, which have neither.
+        rope: bases and YaRN fields.
+        dim: number of rotary channels, even.
+        compressed: True for CSA and HCA layers, which have their own base and YaRN without an attention factor; False
+            for layers without compression, which have neither.
 
     Returns:
-      float32 [dim / 2], radians per position (spec 2.3, golden values in the tests).
+        float32 [dim / 2], radians per position (spec 2.3, golden values in the tests).
     """
     theta = np.float32(rope.compress_rope_theta if compressed else rope.rope_theta)
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)

@@ -27,7 +27,7 @@ _HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as d
 
 
 class ProcessInfo(NamedTuple):
-    """This process's place in a multi-process run.
+    """A process of a multi-process run, as its launcher describes it.
 
     Attributes:
         launcher: name of the launcher that set the variables, for messages.
@@ -45,7 +45,7 @@ class ProcessInfo(NamedTuple):
 
 
 def detect_process(environment: Mapping[str, str]) -> ProcessInfo | None:
-    """Read this process's place in a run from environment variables.
+    """Detect a multi-process run from environment variables.
 
     The order is JAX's own variables, Open MPI, a Slurm step, TPU hosts. The launcher closest to the process takes
     precedence, because mpirun inside a Slurm job leaves the variables of both.
@@ -54,14 +54,14 @@ def detect_process(environment: Mapping[str, str]) -> ProcessInfo | None:
         environment: the environment variables.
 
     Returns:
-        The place, or None for a single process.
+        This process, or None if it is the only one.
 
     Raises:
         UserError: the variables are incomplete or malformed.
     """
     for find in (_plain, _open_mpi, _slurm, _tpu):
-        if place := find(environment):
-            return place if place.count is None or place.count > 1 else None
+        if process := find(environment):
+            return process if process.count is None or process.count > 1 else None
     return None
 
 
@@ -189,35 +189,35 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def initialize(place: ProcessInfo | None, timeout: int) -> None:
+def initialize(process: ProcessInfo | None, timeout: int) -> None:
     """Join the run. Call it before anything touches a device.
 
     JAX's heartbeats detect a process that dies later within 30 s. A collective that breaks detects it at once (see
     `peer_errors`).
 
     Args:
-        place: the place of this process. None, a single process, does nothing.
+        process: this process. None, a single process, does nothing.
         timeout: seconds to wait for all processes.
 
     Raises:
         UserError: not all processes have joined after `timeout` seconds, or they disagree (see `rendezvous`). Every
             process that joined raises it.
     """
-    if place is None:
+    if process is None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # affects the CPU backend only
     options = {"initialization_timeout": timeout, "heartbeat_timeout_seconds": _HEARTBEAT}
-    if place.coordinator is None:
+    if process.coordinator is None:
         jax.distributed.initialize(**options)
         return
-    rendezvous(place, timeout)
-    devices = list(place.devices) if place.devices else None
+    rendezvous(process, timeout)
+    devices = list(process.devices) if process.devices else None
     jax.distributed.initialize(
-        place.coordinator, place.count, place.index, devices, cluster_detection_method="deactivate", **options
+        process.coordinator, process.count, process.index, devices, cluster_detection_method="deactivate", **options
     )
 
 
-def rendezvous(place: ProcessInfo, timeout: float) -> None:
+def rendezvous(process: ProcessInfo, timeout: float) -> None:
     """Wait until all processes have called this with the same number of processes.
 
     JAX's own client ends the process with a stack trace if a peer does not join, so this check runs first. The other
@@ -225,33 +225,34 @@ def rendezvous(place: ProcessInfo, timeout: float) -> None:
     all of them with the outcome.
 
     Args:
-        place: the place of this process, with a coordinator.
+        process: this process, with a coordinator.
         timeout: seconds to wait.
 
     Raises:
         UserError: processes are missing after `timeout` seconds (the message names them), two processes were started
             with different counts or the same index, or process 0 was not reached. Every process that joined raises it.
     """
-    host, port = place.coordinator.rsplit(":", 1)
+    host, port = process.coordinator.rsplit(":", 1)
     end = time.monotonic() + timeout
     try:
-        answer = _gather(int(port), place, end) if place.index == 0 else _report(host, int(port), place, end)
+        answer = _gather(int(port), process, end) if process.index == 0 else _report(host, int(port), process, end)
     except OSError as error:
         raise UserError(
-            f"process {place.index} of {place.count} ({place.launcher}) did not reach process 0 at {place.coordinator} "
-            f"within {timeout:g} s ({error}); see that it runs and the address leads to it, or raise --join_timeout"
+            f"process {process.index} of {process.count} ({process.launcher}) did not reach process 0 at "
+            f"{process.coordinator} within {timeout:g} s ({error}); see that it runs and the address leads to it, or "
+            "raise --join_timeout"
         ) from error
     if answer.startswith("missing "):
         missing = answer.removeprefix("missing ")
         raise UserError(
-            f"after {timeout:g} s process {missing} of {place.count} had not come to "
-            f"{place.coordinator}; see why it did not start, or raise --join_timeout"
+            f"after {timeout:g} s process {missing} of {process.count} had not come to "
+            f"{process.coordinator}; see why it did not start, or raise --join_timeout"
         )
     if answer:
         raise UserError(answer)
 
 
-def _gather(port: int, place: ProcessInfo, end: float) -> str:
+def _gather(port: int, process: ProcessInfo, end: float) -> str:
     """Wait, as process 0, for the other processes and send all of them the answer.
 
     Returns:
@@ -262,7 +263,7 @@ def _gather(port: int, place: ProcessInfo, end: float) -> str:
     came: dict[int, socket.socket] = {}
     peers, wrong = [], ""
     with socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6) as server:
-        while not wrong and len(came) < place.count - 1 and (left := end - time.monotonic()) > 0:
+        while not wrong and len(came) < process.count - 1 and (left := end - time.monotonic()) > 0:
             server.settimeout(left)
             # Ignore connections that do not send two numbers: they are not from a process of the run.
             with contextlib.suppress(TimeoutError, ConnectionError, ValueError):
@@ -270,9 +271,9 @@ def _gather(port: int, place: ProcessInfo, end: float) -> str:
                 peer.settimeout(5)
                 index, count = map(int, peer.makefile().readline().split())
                 peers.append(peer)
-                wrong = _wrong(place, index, count, came)
+                wrong = _wrong(process, index, count, came)
                 came[index] = peer
-    missing = ", ".join(str(index) for index in range(1, place.count) if index not in came)
+    missing = ", ".join(str(index) for index in range(1, process.count) if index not in came)
     answer = wrong or (f"missing {missing}" if missing else "")
     for peer in peers:
         with peer, contextlib.suppress(OSError):  # a process that has gone needs no answer
@@ -280,14 +281,14 @@ def _gather(port: int, place: ProcessInfo, end: float) -> str:
     return answer
 
 
-def _wrong(place: ProcessInfo, index: int, count: int, came: Mapping[int, socket.socket]) -> str:
+def _wrong(process: ProcessInfo, index: int, count: int, came: Mapping[int, socket.socket]) -> str:
     """Return why a peer that reports `index` and `count` cannot join process 0, or "" if it can.
 
     `came` maps the indices that have joined to their sockets.
     """
-    if count != place.count:
+    if count != process.count:
         return (
-            f"process {index} was started as one of {count} processes, process 0 as one of {place.count}; "
+            f"process {index} was started as one of {count} processes, process 0 as one of {process.count}; "
             "start all of them with the same number"
         )
     if not 0 < index < count or (index in came and not _is_closed(came[index])):
@@ -308,7 +309,7 @@ def _is_closed(peer: socket.socket) -> bool:
         peer.settimeout(5)
 
 
-def _report(host: str, port: int, place: ProcessInfo, end: float) -> str:
+def _report(host: str, port: int, process: ProcessInfo, end: float) -> str:
     """Report index and count to process 0, as any other process, and return its answer.
 
     Failed connections are retried every 0.2 s until time `end` (of `time.monotonic`), then OSError is raised.
@@ -316,7 +317,7 @@ def _report(host: str, port: int, place: ProcessInfo, end: float) -> str:
     while True:
         try:
             with socket.create_connection((host, port), timeout=max(0.1, end - time.monotonic())) as lead:
-                lead.sendall(f"{place.index} {place.count}\n".encode())
+                lead.sendall(f"{process.index} {process.count}\n".encode())
                 lead.settimeout(max(0.1, end - time.monotonic()) + 5)
                 answer = lead.makefile().readline()
                 if not answer:

@@ -98,13 +98,13 @@ class TokenDispatcher:
         picked = all_PRD[source, jnp.clip(row, 0, rows_RD.shape[0] - 1)]
         return jnp.where((arrival < self.arriving)[:, None], picked, 0)
 
-    def combine(self, done_CD: jax.Array, turn: jax.Array, home_R: jax.Array) -> jax.Array:
+    def combine(self, done_CD: jax.Array, turn: jax.Array, destination_R: jax.Array) -> jax.Array:
         """Send the results of one round back to the sources of their rows.
 
         Args:
             done_CD: results of this device's slots [room, D], in the order of `dispatch`.
             turn: int32 scalar, the round.
-            home_R: int32 [R], the destination of each row of this device, in sorted order.
+            destination_R: int32 [R], the destination of each row of this device, in sorted order.
 
         Returns:
             [R, D] in the order of this device's sorted rows, zero in rows of other rounds. The sum over all rounds is
@@ -114,7 +114,7 @@ class TokenDispatcher:
             source, slot, number = self._parts(turn)
             return jax.lax.ragged_all_to_all(
                 done_CD,
-                jnp.zeros((len(home_R), *done_CD.shape[1:]), done_CD.dtype),
+                jnp.zeros((len(destination_R), *done_CD.shape[1:]), done_CD.dtype),
                 jnp.maximum(slot[:, self.me], 0),
                 number[:, self.me],
                 source[:, self.me],
@@ -122,7 +122,7 @@ class TokenDispatcher:
                 axis_name=self.axes,
             )
         all_PCD = jax.lax.all_gather(done_CD, self.axes)
-        own = jnp.arange(len(home_R)) - self.base_PP[self.me, home_R]
-        slot = self.start_PP[self.me, home_R] + own - turn * self.room
+        own = jnp.arange(len(destination_R)) - self.base_PP[self.me, destination_R]
+        slot = self.start_PP[self.me, destination_R] + own - turn * self.room
         here = (slot >= 0) & (slot < self.room)
-        return jnp.where(here[:, None], all_PCD[home_R, jnp.clip(slot, 0, self.room - 1)], 0)
+        return jnp.where(here[:, None], all_PCD[destination_R, jnp.clip(slot, 0, self.room - 1)], 0)

@@ -129,7 +129,7 @@ def prefill(structure, weights, live: KVCaches, tokens_1T: jax.Array, start_1, c
     x_BTXD, layers, _ = model.forward_hidden(chunk, live.layers)
     mtp = live.mtp
     if mtp is not None:
-        _, _, mtp = model.mtp_forward(x_BTXD, tokens_1T[:, 1:], chunk, mtp)
+        _, _, mtp, _ = model.mtp_forward(x_BTXD, tokens_1T[:, 1:], chunk, mtp)
     x_11XD = jax.lax.dynamic_slice_in_dim(x_BTXD, count_1[0] - 1, 1, axis=1)
     return KVCaches(layers, mtp), x_11XD, jnp.isfinite(x_11XD).all((1, 2, 3))
 
@@ -239,13 +239,13 @@ def propose_draft(structure, weights, mtp: PagedLayerCache, heads: DecodeState, 
     )  # a window layer has no blocks, so the table only marks valid rows
     start_B = heads.position_Z[state_slot_B] - count_B
     chunk = continuation_batch(token_BT, start_B, None, place)
-    logits_BTV, x_BTXD, mtp = model.mtp_forward(x_BTXD, token_BT, chunk, mtp)
+    logits_BTV, x_BTXD, mtp, _ = model.mtp_forward(x_BTXD, token_BT, chunk, mtp)
     at = lambda a: jnp.take_along_axis(a, (count_B - 1).reshape(-1, *[1] * (a.ndim - 1)), axis=1)
     logits_BTV, x_BTXD, drafts = at(logits_BTV), at(x_BTXD), []
     for more in range(heads.draft_ZK.shape[1]):
         if more:
             chunk = continuation_batch(drafts[-1], start_B + count_B + more - 1, None, place)
-            logits_BTV, x_BTXD, mtp = model.mtp_forward(x_BTXD, drafts[-1], chunk, mtp)
+            logits_BTV, x_BTXD, mtp, _ = model.mtp_forward(x_BTXD, drafts[-1], chunk, mtp)
         drafts.append(jnp.argmax(logits_BTV, -1).astype(jnp.int32))
     return mtp, heads._replace(draft_ZK=heads.draft_ZK.at[state_slot_B].set(jnp.concatenate(drafts, axis=1)))
 

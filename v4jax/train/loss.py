@@ -49,7 +49,7 @@ def loss(model: Transformer, batch: Batch, train: config.Train) -> tuple[jax.Arr
     balance, loads = aux["balance"].sum(), aux["load_E"]
     if len(model.mtp) and train.mtp_loss_weight > 0:
         next_BT = jnp.maximum(batch["targets_BT"], 0)
-        logits_BTV, _, mtp_aux = model.mtp_logits(x_BTXD, next_BT, chunk, NoCache())
+        logits_BTV, _, _, mtp_aux = model.mtp_forward(x_BTXD, next_BT, chunk, NoCache())
         nll2, count2 = cross_entropy(logits_BTV, batch["targets2_BT"])
         parts["mtp"] = nll2 / jnp.maximum(count2, 1)
         balance, loads = balance + mtp_aux["balance"], jnp.concatenate([loads, mtp_aux["load_E"][None]])

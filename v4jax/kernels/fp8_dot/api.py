@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from v4jax.kernels.dispatch import select
 from v4jax.kernels.fp8_dot import ref, xla_tiled
-from v4jax.kernels.fp8_dot.quantize import floats, tiles
+from v4jax.kernels.fp8_dot.quantize import dequantize_tiles, tiles
 
 _IMPLEMENTATIONS = {"ref": ref, "tiled": xla_tiled}
 _BEST = {"gpu": "tiled"}
@@ -52,7 +52,7 @@ def _save(x_BTD, w_DUF, impl):
 def _gradients(impl, saved, dy_BTUF):
     x, w_DUF, like = saved
     dx_BTD = _IMPLEMENTATIONS[impl].to_input(dy_BTUF, w_DUF)
-    dw_DUF = _IMPLEMENTATIONS[impl].to_weight(floats(x, w_DUF.shape[0]), dy_BTUF)
+    dw_DUF = _IMPLEMENTATIONS[impl].to_weight(dequantize_tiles(x, w_DUF.shape[0]), dy_BTUF)
     return dx_BTD.astype(like.dtype), dw_DUF.astype(w_DUF.dtype)
 
 

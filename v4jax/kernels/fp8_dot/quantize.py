@@ -33,7 +33,7 @@ def tiles(x: jax.Array) -> Tiles:
     return Tiles(*quantize(_filled(x, -1), "fp8", min(SIDE, x.shape[-1])))
 
 
-def floats(t: Tiles, size: int) -> jax.Array:
+def dequantize_tiles(t: Tiles, size: int) -> jax.Array:
     """Convert tiles back to float32 [..., size]; numbers after `size` are padding."""
     return dequantize(t.values, t.scales, "fp8")[..., :size]
 
@@ -41,7 +41,7 @@ def floats(t: Tiles, size: int) -> jax.Array:
 def rows(x: jax.Array, axis: int = -1) -> jax.Array:
     """Round x in tiles along `axis` and return it as float32 of the same shape."""
     turned = jnp.moveaxis(x, axis, -1)
-    return jnp.moveaxis(floats(tiles(turned), turned.shape[-1]), -1, axis)
+    return jnp.moveaxis(dequantize_tiles(tiles(turned), turned.shape[-1]), -1, axis)
 
 
 def blocks(w_DUF: jax.Array) -> Tiles:
@@ -58,7 +58,7 @@ def blocks(w_DUF: jax.Array) -> Tiles:
     return Tiles(*quantize(apart.reshape(D // d, U, F // f, d * f), "fp8", d * f))
 
 
-def whole(values: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+def unblock(values: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     """Arrange the values of `blocks` as a matrix [D, U, F], padding included.
 
     `shape` is the shape of the weight without padding.
@@ -71,20 +71,20 @@ def whole(values: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
 def block_floats(w_DUF: jax.Array) -> jax.Array:
     """Round w in blocks and return it as float32 of the same shape."""
     t = blocks(w_DUF)
-    return whole(dequantize(t.values, t.scales, "fp8"), w_DUF.shape)[: w_DUF.shape[0], :, : w_DUF.shape[2]]
+    return unblock(dequantize(t.values, t.scales, "fp8"), w_DUF.shape)[: w_DUF.shape[0], :, : w_DUF.shape[2]]
 
 
 # --- differentiable rounding, for products outside this folder ----------------------------------------------------
 
 
-def with_rows(x: jax.Array) -> jax.Array:
+def round_rows(x: jax.Array) -> jax.Array:
     """Round x in tiles along its last axis, keeping its dtype. The gradient is straight-through."""
-    return _straight(x, rows(jax.lax.stop_gradient(x)))
+    return straight_through(x, rows(jax.lax.stop_gradient(x)))
 
 
-def weights(w_DUF: jax.Array) -> jax.Array:
+def round_weights(w_DUF: jax.Array) -> jax.Array:
     """Round w in blocks, keeping its dtype. The gradient is straight-through."""
-    return _straight(w_DUF, block_floats(jax.lax.stop_gradient(w_DUF)))
+    return straight_through(w_DUF, block_floats(jax.lax.stop_gradient(w_DUF)))
 
 
 @jax.custom_vjp
@@ -96,7 +96,8 @@ def gradient_rows(x: jax.Array) -> jax.Array:
 gradient_rows.defvjp(lambda x: (x, None), lambda _, dx: (rows(dx).astype(dx.dtype),))
 
 
-def _straight(x: jax.Array, rounded: jax.Array) -> jax.Array:
+def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
+    """Return `rounded` in the dtype of x, with the gradient of x."""
     # The added difference is zero and only carries the gradient. x + (rounded - x) would round a second time.
     return jax.lax.stop_gradient(rounded).astype(x.dtype) + (x - jax.lax.stop_gradient(x))
 

@@ -2,12 +2,12 @@
 
 import jax.numpy as jnp
 
-from v4jax.kernels.fp8_dot.quantize import block_floats, floats, rows
+from v4jax.kernels.fp8_dot.quantize import block_floats, dequantize_tiles, rows
 
 
 def forward(x, w_DUF):
     """Return y_BTUF, float32, from the tiles of x_BTD along D and w_DUF rounded in blocks."""
-    return jnp.einsum("BTD,DUF->BTUF", floats(x, w_DUF.shape[0]), block_floats(w_DUF))
+    return jnp.einsum("BTD,DUF->BTUF", dequantize_tiles(x, w_DUF.shape[0]), block_floats(w_DUF))
 
 
 def to_input(dy_BTUF, w_DUF):

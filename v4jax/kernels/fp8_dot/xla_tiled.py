@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from v4jax.kernels.fp8_dot.quantize import blocks, tiles, whole
+from v4jax.kernels.fp8_dot.quantize import blocks, tiles, unblock
 
 
 def forward(x, w_DUF):
     """See `ref.forward`."""
     w, (B, T, _), U = blocks(w_DUF), x.values.shape, w_DUF.shape[1]
-    columns = whole(w.values, w_DUF.shape)  # [D, U, F], padded
+    columns = unblock(w.values, w_DUF.shape)  # [D, U, F], padded
     scales = _repeated(w.scales[..., 0], columns.shape[2])  # [D / 128, U, F]
     flat = lambda a: a.reshape(a.shape[0], -1)
     y = _scaled(_merged(x.values), _merged(x.scales), flat(columns), flat(scales))
@@ -19,7 +19,7 @@ def forward(x, w_DUF):
 def to_input(dy_BTUF, w_DUF):
     """See `ref.to_input`."""
     w, dy, (B, T) = blocks(w_DUF), tiles(dy_BTUF), dy_BTUF.shape[:2]
-    columns = whole(w.values, w_DUF.shape)
+    columns = unblock(w.values, w_DUF.shape)
     turned = columns.transpose(1, 2, 0).reshape(-1, columns.shape[0])  # [U F, D]
     scales = w.scales[..., 0].transpose(1, 2, 0).reshape(-1, w.scales.shape[0])
     scales = _repeated(scales, columns.shape[0])  # [U F / 128, D]

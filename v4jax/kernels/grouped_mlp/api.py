@@ -4,12 +4,17 @@ import jax
 
 from v4jax.core.qtensor import QTensor
 from v4jax.kernels.dispatch import select
-from v4jax.kernels.fp8_dot import gradient_rows, with_rows
+from v4jax.kernels.fp8_dot import gradient_rows, round_rows
 from v4jax.kernels.grouped_mlp import ref, xla_blocked, xla_ragged_dot
-from v4jax.kernels.grouped_mlp.swiglu import swiglu
 
 _IMPLEMENTATIONS = {"ref": ref.experts, "blocks": xla_blocked.experts, "ragged": xla_ragged_dot.experts}
 _BEST = {"cpu": "blocks", "tpu": "ragged", "gpu": "ragged"}
+_PORTABLE = "ragged"  # on platforms that _BEST does not list
+
+
+def best(platform: str) -> str:
+    """Return the name of the fastest implementation on a platform, such as "cpu", "gpu" or "tpu"."""
+    return _BEST.get(platform, _PORTABLE)
 
 
 def experts(
@@ -26,32 +31,29 @@ def experts(
     """Pass each token through its K experts and return the weighted sum. No token is dropped (spec 3.2).
 
     Args:
-      x_BD: tokens [B, D], with batch and token axes flattened into B.
-      picks_BK: int32 [B, K], the top-k expert indices of each token, all distinct. Index E means no expert; its
-        contribution is undefined.
-      weights_BK: float32 [B, K], routing weights, applied before the second product as in the released model.
-      gate_up_EUDF: gate and up matrices [E, 2, D, F], gate first.
-      down_EFD: down matrices [E, F, D].
-      limit: clamp of the SwiGLU.
-      fp8: round the left operands of all products, forward and backward, in tiles of 1 x 128 along the hidden or
-        inner size (spec 8.4; `kernels.fp8_dot`). The caller has rounded the matrices. The gradients of the matrices
-        use the same tiles, because an expert has too few rows for tiles along the token axis.
-      impl: "ref", "blocks", "ragged", or None for the best of the backend. With 8-bit weights None selects "blocks",
-        because it dequantizes one expert at a time instead of all.
+        x_BD: tokens [B, D], with batch and token axes flattened into B.
+        picks_BK: int32 [B, K], the top-k expert indices of each token, all distinct. Index E means no expert; its
+            contribution is undefined.
+        weights_BK: float32 [B, K], routing weights, applied before the second product as in the released model.
+        gate_up_EUDF: gate and up matrices [E, 2, D, F], gate first.
+        down_EFD: down matrices [E, F, D].
+        limit: clamp of the SwiGLU.
+        fp8: round the left operands of all products, forward and backward, in tiles of 1 x 128 along the hidden or
+            inner size (spec 8.4; `kernels.fp8_dot`). The caller has rounded the matrices. The gradients of the matrices
+            use the same tiles, because an expert has too few rows for tiles along the token axis.
+        impl: "ref", "blocks", "ragged", or None for the best of the backend. With 8-bit weights None selects "blocks",
+            because it dequantizes one expert at a time instead of all.
 
     Returns:
-      float32 [B, D].
+        float32 [B, D].
 
     Raises:
-      UserError: `impl` is unknown.
+        UserError: `impl` is unknown.
     """
     if impl is None and isinstance(gate_up_EUDF, QTensor):
         impl = "blocks"
-    x_BD = with_rows(x_BD) if fp8 else x_BD
-    y_BD = _IMPLEMENTATIONS[select(impl, _IMPLEMENTATIONS, _BEST, portable="ragged")](
+    x_BD = round_rows(x_BD) if fp8 else x_BD
+    y_BD = _IMPLEMENTATIONS[select(impl, _IMPLEMENTATIONS, _BEST, portable=_PORTABLE)](
         x_BD, picks_BK, weights_BK, gate_up_EUDF, down_EFD, limit=limit, fp8=fp8
     )
     return gradient_rows(y_BD) if fp8 else y_BD
-
-
-__all__ = ["experts", "swiglu"]

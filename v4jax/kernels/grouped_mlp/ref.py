@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from v4jax.kernels.fp8_dot import gradient_rows, with_rows
+from v4jax.kernels.fp8_dot import gradient_rows, round_rows
 from v4jax.kernels.grouped_mlp.swiglu import swiglu
 
 
@@ -16,4 +16,4 @@ def experts(x_BD, picks_BK, weights_BK, gate_up_EUDF, down_EFD, *, limit, fp8=Fa
     weight_BE = (jax.nn.one_hot(picks_BK, gate_up.shape[0]) * weights_BK[..., None]).sum(1)
     gate_up_BEUF = jnp.einsum("BD,EUDF->BEUF", x, gate_up)
     h_BEF = swiglu(gradient_rows(gate_up_BEUF) if fp8 else gate_up_BEUF, limit) * weight_BE[..., None]
-    return jnp.einsum("BEF,EFD->BD", with_rows(h_BEF) if fp8 else h_BEF, down)
+    return jnp.einsum("BEF,EFD->BD", round_rows(h_BEF) if fp8 else h_BEF, down)

@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from v4jax.kernels.fp8_dot import gradient_rows, with_rows
+from v4jax.kernels.fp8_dot import gradient_rows, round_rows
 from v4jax.kernels.fp8_dot.quantize import rows as tiled
 from v4jax.kernels.grouped_mlp.swiglu import swiglu
 
@@ -27,13 +27,13 @@ def experts(x_BD, picks_BK, weights_BK, gate_up_EUDF, down_EFD, *, limit, fp8=Fa
 
 
 def _single(x_1D, picks_1K, weights_1K, gate_up_EUDF, down_EFD, limit, fp8):
-    """Run the experts of a single token one by one, without sorting rows, which would take a quarter of the time."""
+    """Run the experts of a single token one by one. Sorting its few rows would take time and save none."""
 
     def one(pick):
         expert, weight = pick
         gate_up = _both(gate_up_EUDF, expert, x_1D)
         h = swiglu(gradient_rows(gate_up) if fp8 else gate_up, limit) * weight
-        h = (with_rows(h) if fp8 else h).astype(x_1D.dtype)
+        h = (round_rows(h) if fp8 else h).astype(x_1D.dtype)
         return _dot("RF,FD->RD", h, _matrix(down_EFD, expert, x_1D))
 
     return jax.lax.map(one, (picks_1K[0], weights_1K[0])).sum(0)
@@ -85,7 +85,7 @@ def _slots(x_BD, weights_BK, plan):
     return x, w
 
 
-def _narrow(a, fp8):
+def _rounded(a, fp8):
     """Round the left operand of a product in tiles of the last axis if `fp8`, else return it unchanged."""
     return tiled(a) if fp8 else a
 
@@ -133,7 +133,7 @@ def _forward(x_BD, weights_BK, gate_up_EUDF, down_EFD, plan, limit, fp8):
         rows = lambda a: jax.lax.dynamic_slice_in_dim(a, i * size, size)
         e = expert_of_block[i]
         gate_up = first(e, rows(x))
-        h = _narrow(swiglu(gate_up, limit) * rows(w)[:, None], fp8).astype(x.dtype)
+        h = _rounded(swiglu(gate_up, limit) * rows(w)[:, None], fp8).astype(x.dtype)
         y = _dot("RF,FD->RD", h, _matrix(down_EFD, e, x))
         put = lambda a, v: jax.lax.dynamic_update_slice_in_dim(a, v, i * size, axis=0)
         return put(gate_up_all, gate_up), put(y_all, y)
@@ -162,9 +162,9 @@ def _backward(limit, fp8, saved, dout_BD):
         h, pull = jax.vjp(lambda g: swiglu(g, limit), rows(gate_up))
         dh = _dot("RD,FD->RF", rows(dy), _matrix(down_EFD, e, x))
         (dg,) = pull(dh * rows(w)[:, None])
-        dg = _narrow(dg, fp8).reshape(size, 2 * F).astype(x.dtype)
+        dg = _rounded(dg, fp8).reshape(size, 2 * F).astype(x.dtype)
         dx = _dot("RG,DG->RD", dg, both_EDG[e])
-        weighted = _narrow(h * rows(w)[:, None], fp8).astype(x.dtype)
+        weighted = _rounded(h * rows(w)[:, None], fp8).astype(x.dtype)
         dgate_up = dgate_up.at[e].add(_dot("RD,RG->DG", rows(x), dg))
         ddown = ddown.at[e].add(_dot("RF,RD->FD", weighted, rows(dy)))
         put = lambda a, v: jax.lax.dynamic_update_slice_in_dim(a, v, i * size, axis=0)

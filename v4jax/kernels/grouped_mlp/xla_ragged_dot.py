@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from v4jax.kernels.fp8_dot import gradient_rows, with_rows
+from v4jax.kernels.fp8_dot import gradient_rows, round_rows
 from v4jax.kernels.grouped_mlp.swiglu import swiglu
 
 
@@ -17,7 +17,7 @@ def experts(x_BD, picks_BK, weights_BK, gate_up_EUDF, down_EFD, *, limit, fp8=Fa
     x = x_BD[order // K]
     gate_up = _both(x, gate_up_EUDF.astype(x.dtype), sizes_E)
     h = swiglu(gradient_rows(gate_up) if fp8 else gate_up, limit) * weights_BK.reshape(-1)[order][:, None]
-    h = with_rows(h) if fp8 else h
+    h = round_rows(h) if fp8 else h
     y = _dot(h.astype(x.dtype), down_EFD.astype(x.dtype), sizes_E)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(B * K))  # inverse permutation: gather, not scatter-add
     return y[place].reshape(B, K, D).sum(1)

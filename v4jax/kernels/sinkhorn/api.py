@@ -8,9 +8,9 @@ def sinkhorn(logits: jax.Array, *, iters: int, eps: float) -> jax.Array:
     """Project logits to doubly stochastic matrices (spec 4.1).
 
     The loop iterates the row and column factors r and c of P = r B c instead of the matrix P. The result is the same
-    at a quarter of the memory traffic. The loop is not unrolled, so the program does not grow with `iters`. Sums over
-    n are written out as additions of token vectors, because on XLA:CPU a reduction over such a short axis is 25 times
-    slower. A hand-written gradient that reads the history of the factors was no faster than autodiff.
+    with less memory traffic. The loop is not unrolled, so the program does not grow with `iters`. Sums over n are
+    written out as additions of token vectors, because XLA:CPU is slow at reductions over such a short axis. A
+    hand-written gradient that reads the history of the factors was no faster than autodiff.
 
     Args:
         logits: [n, n, ...], one n x n matrix per token; axis 0 is the row, axis 1 the column.
