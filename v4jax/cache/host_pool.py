@@ -115,7 +115,7 @@ def pinned_zeros(device: jax.Device, shape: tuple[int, ...], dtype: jnp.dtype) -
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         raise UserError(
             f"the host has no {_WORD * math.prod(shape):,} bytes of pinned memory for a layer's share of the cache; "
-            "lower the cache's device or tokens"
+            "lower kv_cache_memory_bytes or kv_cache_tokens"
         ) from error
 
 

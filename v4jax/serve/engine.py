@@ -169,12 +169,13 @@ class Engine:
         least = fixed + 2 * self.kv_cache_spec.block_bytes
         if cache.kv_cache_memory_bytes < least:
             parts = f"{records} records and one block of {block} tokens"
-            parts, lower = (
-                (f"{parts} and the hot entries", "records or hot") if cache.kv_device_entries else (parts, "records")
-            )
+            options = "max_num_seqs or num_state_snapshots"
+            if cache.kv_device_entries:
+                parts += " and the hot entries"
+                options = "max_num_seqs, num_state_snapshots or kv_device_entries"
             raise UserError(
                 f"a cache of {cache.kv_cache_memory_bytes:,} bytes on the device is too small: {parts} take "
-                f"{least:,}; give it more, or lower max_num_seqs or the cache's {lower}"
+                f"{least:,}; give it more, or lower {options}"
             )
         return self.kv_cache_spec.blocks_for(cache.kv_cache_memory_bytes - fixed)
 
