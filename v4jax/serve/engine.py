@@ -75,7 +75,7 @@ class InflightStep(NamedTuple):
     rows: tuple[SamplerOutput, jax.Array] | None
 
 
-def _whole(method):
+def _reset_on_error(method):
     """Decorate a method of `Engine`: after an exception inside it, the next call resets the engine."""
 
     @functools.wraps(method)
@@ -192,7 +192,7 @@ class Engine:
 
     def _forget(self) -> None:
         """Reset the host state of all requests and schedulers."""
-        self._dp_rank: dict[Hashable, Scheduler] = {}
+        self._scheduler_of: dict[Hashable, Scheduler] = {}
         self._sampling: dict[Hashable, SamplingParams] = {}
         self._batch, self._device_batch = (), None
         self._inflight: deque[InflightStep] = deque()
@@ -258,32 +258,32 @@ class Engine:
         Raises ValueError for an id that is in use.
         """
         self._recover()
-        if id in self._dp_rank and id in self._dp_rank[id].requests:
+        if id in self._scheduler_of and id in self._scheduler_of[id].requests:
             raise ValueError(f"request {id!r} is in use")
         self._add(id, prompt, sampling, salt)
 
-    @_whole
+    @_reset_on_error
     def _add(self, id: Hashable, prompt: list[int], sampling: SamplingParams, salt: str) -> None:
         if sampling.seed is None:
             sampling = dataclasses.replace(sampling, seed=secrets.randbits(64))
         seed = self._seed and block_hash.hash_seed(self._seed, salt=salt)
-        below = self.kv_connector and self.kv_connector.num_offloaded_blocks
-        home = balance.select_rank(self.schedulers, prompt, sampling.max_tokens, seed, below)
-        home.add_request(id, prompt, sampling.max_tokens, seed=seed)
-        self._dp_rank[id] = home
+        num_offloaded = self.kv_connector and self.kv_connector.num_offloaded_blocks
+        scheduler = balance.select_scheduler(self.schedulers, prompt, sampling.max_tokens, seed, num_offloaded)
+        scheduler.add_request(id, prompt, sampling.max_tokens, seed=seed)
+        self._scheduler_of[id] = scheduler
         self._sampling[id], self._batch = sampling, ()  # an id may come again with other options
 
-    @_whole
+    @_reset_on_error
     def finish_request(self, id: Hashable) -> None:
         """End a request whose text is complete."""
-        if id in self._dp_rank:
-            self._dp_rank[id].finish_request(id)
+        if id in self._scheduler_of:
+            self._scheduler_of[id].finish_request(id)
 
-    @_whole
+    @_reset_on_error
     def abort_request(self, id: Hashable) -> None:
         """Drop a request at any moment and free its resources."""
-        if id in self._dp_rank:
-            self._dp_rank[id].abort_request(id)
+        if id in self._scheduler_of:
+            self._scheduler_of[id].abort_request(id)
 
     @property
     def busy(self) -> bool:
@@ -297,7 +297,7 @@ class Engine:
 
     # --- steps -----------------------------------------------------------------------------------------------------
 
-    @_whole
+    @_reset_on_error
     def step(self) -> list[SampledTokens]:
         """Dispatch the next plan, then return the new tokens of the plan before, per request.
 
@@ -434,8 +434,8 @@ class Engine:
         for device, plan in enumerate(flight.plans):
             if plan is not None:
                 drawn += self._collect_device(device, plan, flight.size, *results)
-        for id in [id for id, home in self._dp_rank.items() if id not in home.requests]:
-            del self._dp_rank[id], self._sampling[id]
+        for id in [id for id, scheduler in self._scheduler_of.items() if id not in scheduler.requests]:
+            del self._scheduler_of[id], self._sampling[id]
         return drawn
 
     def _collect_device(
@@ -476,8 +476,8 @@ class Engine:
         """Counts of requests, blocks and prefix hits, cache bytes (`allocate.memory_stats`) and tier counters,
         over all devices."""
         self._recover()
-        below = {} if self.kv_connector is None else self.kv_connector.stats()
-        return balance.merge_stats(self.schedulers) | allocate.memory_stats(self._kv_caches) | below
+        tiers = {} if self.kv_connector is None else self.kv_connector.stats()
+        return balance.merge_stats(self.schedulers) | allocate.memory_stats(self._kv_caches) | tiers
 
 
 def chunk_sizes(longest: int) -> list[int]:
