@@ -114,7 +114,7 @@ class SamplingParams:
 
     def _require(self, name: str, ok: bool, meaning: str) -> None:
         if not ok:
-            raise UserError(f"{name} must be {meaning}, got {shown(getattr(self, name))}")
+            raise UserError(f"{name} must be {meaning}, got {short_repr(getattr(self, name))}")
 
 
 class Logprob(NamedTuple):
@@ -270,7 +270,7 @@ def _is_real(value) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and -_HUGE < value < _HUGE
 
 
-def shown(value) -> str:
+def short_repr(value) -> str:
     """Return the first 60 characters of a value's repr, on one line, for messages."""
     try:
         return " ".join(f"{value!r:.60}".split())
