@@ -21,11 +21,12 @@ import jax.numpy as jnp
 
 from v4jax import config
 from v4jax.cache.paged_cache import new_paged_layer_cache
+from v4jax.core.config_limits import CHOICES
 from v4jax.core.errors import UserError
 from v4jax.core.qtensor import group_size
 from v4jax.nn import qdq
 
-KV_CACHE_DTYPES = ("auto", "bf16", "fp8", "fp8_fp4")
+KV_CACHE_DTYPES = CHOICES["cache.kv_cache_dtype"]
 _FORMATS = {"fp8": {"main": "fp8", "index": "fp8"}, "fp8_fp4": {"main": "fp8", "index": "fp4"}}
 _GROUP = {"main": qdq.ENTRY_GROUP, "index": qdq.KEY_GROUP}
 _WORD = 4  # bytes that a quantized row is padded to a multiple of
