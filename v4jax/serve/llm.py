@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import os
 import threading
@@ -13,7 +12,7 @@ import jax
 
 from v4jax import checkpoint, config
 from v4jax.checkpoint.generation_config import GENERATION_NAME, GenerationConfig, read_generation_config
-from v4jax.core.errors import UserError
+from v4jax.core.errors import UserError, suggest
 from v4jax.data.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 from v4jax.models.transformer import Transformer
 from v4jax.serve import data_parallel
@@ -414,9 +413,7 @@ def _engine_config(stored: config.Config, options: dict) -> tuple[config.Serve, 
     known = [*fields[0], *fields[1]]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"options: {', '.join(known)}"
-            raise UserError(f"LLM has no option {name!r}; {hint}")
+            raise UserError(f"LLM has no option {name!r}; {suggest(name, known)}")
     serve, cache = (
         dataclasses.replace(part, **{name: given[name] for name in names if name in given})
         for part, names in zip(parts, fields, strict=True)
