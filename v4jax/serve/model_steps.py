@@ -26,7 +26,7 @@ from v4jax.models.transformer import KVCacheList, Transformer, continuation_batc
 from v4jax.nn.kv_cache_interface import CacheSlots
 from v4jax.parallel.host_memory import host_gather, host_scatter
 from v4jax.parallel.rules import MeshRules, use_rules
-from v4jax.serve.data_parallel import row_spec as rows_of
+from v4jax.serve.data_parallel import row_spec
 from v4jax.serve.sampling import SamplingFlags, SamplingTensors, sample
 
 
@@ -95,7 +95,7 @@ def _jit_step(weights: bool = True, donate: tuple[int, ...] = (), static: tuple[
 
 
 def _on_mesh(function, structure: ModelDef, args: tuple, weights: bool, static: tuple[int, ...]):
-    sharding, split = structure.sharding, rows_of(structure.sharding)
+    sharding, split = structure.sharding, row_spec(structure.sharding)
     moving = [i for i in range(len(args)) if i + 1 not in static]
     specs = [structure.specs() if weights and i == 0 else split for i in moving]
 
