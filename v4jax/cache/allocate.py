@@ -29,12 +29,12 @@ HOST_FIELDS = {"csa": "entries", "hca": "compressor_state"}
 
 
 def allocate_layer(
-    layout: KVCacheSpec, kind: str, pages: int, records: int, slack: int = 0, host=None
+    spec: KVCacheSpec, kind: str, pages: int, records: int, slack: int = 0, host=None
 ) -> PagedLayerCache:
     """Allocate the empty cache of one layer.
 
     Args:
-      layout: formats and sizes of the cache.
+      spec: formats and sizes of the cache.
       kind: layer type ("swa", "csa" or "hca").
       pages: number of blocks.
       records: number of state slots.
@@ -42,17 +42,17 @@ def allocate_layer(
       host: allocates host memory, as in `new_host_entry_pool`; None takes pinned memory of the layer's device.
 
     Raises:
-      UserError: the layout cannot hold the model's shapes, or the device has no or too little pinned host memory.
+      UserError: the format cannot hold the model's shapes, or the device has no or too little pinned host memory.
     """
-    model, far = layout.model, HOST_FIELDS.get(kind) if layout.hot else None
-    size = (pages, layout.entries(kind), layout.name) if kind != "swa" else ()
+    model, far = spec.model, HOST_FIELDS.get(kind) if spec.num_device_entries else None
+    size = (pages, spec.entries(kind), spec.kv_cache_dtype) if kind != "swa" else ()
     pool = lambda part: None if far == "entries" and part == "main" else new_pool(model, part, *size)
     kept = new_paged_layer_cache(model, kind, records, pool, jnp.dtype(model.dtype), slack)
     if far and host is None:
         [device] = kept.window_ring_ZSH.devices()
         host = functools.partial(pinned_zeros, device)
     if far == "entries":
-        main, hot = new_host_entry_pool(model, *size, layout.hot, host)
+        main, hot = new_host_entry_pool(model, *size, spec.num_device_entries, host)
         return dataclasses.replace(kept, entries=main, device_cache=hot)
     if far == "compressor_state":
         return dataclasses.replace(
@@ -125,9 +125,9 @@ def check(model: config.Model, limits: config.Serve, cache: config.Cache) -> Non
             f"kv_device_entries of {cache.kv_device_entries} entries is less than a step may pick: {rows} sequences x "
             f"{queries} tokens x topk {k}; give at least {rows * queries * k}, or lower max_num_seqs"
         )
-    layout = KVCacheSpec(model, cache.kv_cache_dtype, cache.block_size)
-    blocks = -(-(limits.max_model_len + limits.num_speculative_tokens) // layout.block)
-    if not use_gather(blocks * layout.entries("csa"), k, queries):
+    spec = KVCacheSpec(model, cache.kv_cache_dtype, cache.block_size)
+    blocks = -(-(limits.max_model_len + limits.num_speculative_tokens) // spec.block_size)
+    if not use_gather(blocks * spec.entries("csa"), k, queries):
         raise UserError(
             f"kv_device_entries is of no use with max_model_len {limits.max_model_len}, where each step reads all "
             "entries of a row: set it to 0"

@@ -71,7 +71,7 @@ class HostEntryPool(EntryPool):
 
 
 def new_host_entry_pool(
-    model: config.Model, pages: int, slots: int, layout: str, copies: int, host: Callable[..., jax.Array]
+    model: config.Model, pages: int, slots: int, kv_cache_dtype: str, copies: int, host: Callable[..., jax.Array]
 ) -> tuple[HostEntryPool, DeviceEntryCache]:
     """Allocate an empty host pool for the main entries of one layer, and its device cache.
 
@@ -79,14 +79,14 @@ def new_host_entry_pool(
       model: the model's config.
       pages: number of blocks.
       slots: entries per block.
-      layout: one of `kv_cache_spec.KV_CACHE_DTYPES`.
+      kv_cache_dtype: one of `kv_cache_spec.KV_CACHE_DTYPES`.
       copies: entries that the device cache has room for.
       host: host(shape, dtype) allocates zeros in host memory, for example by `pinned_zeros`.
 
     Raises:
-      UserError: the layout is unknown or cannot hold the model's shapes (see `kv_cache_spec.entry_format`).
+      UserError: the dtype is unknown or cannot hold the model's shapes (see `kv_cache_spec.entry_format`).
     """
-    row = kv_cache_spec.entry_format(model, "main", layout)
+    row = kv_cache_spec.entry_format(model, "main", kv_cache_dtype)
     words = host((pages, slots, row.words), jnp.uint32)
     return HostEntryPool(words, row), new_device_entry_cache(zeros(row, 1, 1 + copies), pages, slots)
 

@@ -87,7 +87,7 @@ class QuantizedPool(EntryPool):
         return jnp.concatenate(both, axis=-2).reshape(*x.shape[:-1], self.row.width)
 
 
-def new_pool(model: config.Model, kind: str, pages: int, entries_per_page: int, layout: str) -> EntryPool:
+def new_pool(model: config.Model, kind: str, pages: int, entries_per_page: int, kv_cache_dtype: str) -> EntryPool:
     """Allocate an empty pool of one layer. Its rows read as zeros.
 
     Args:
@@ -95,12 +95,12 @@ def new_pool(model: config.Model, kind: str, pages: int, entries_per_page: int, 
       kind: "main" for main entries, "index" for index keys.
       pages: number of blocks.
       entries_per_page: entries per block.
-      layout: one of `kv_cache_spec.KV_CACHE_DTYPES`.
+      kv_cache_dtype: one of `kv_cache_spec.KV_CACHE_DTYPES`.
 
     Raises:
-      UserError: the layout is unknown or cannot hold the model's shapes (see `kv_cache_spec.entry_format`).
+      UserError: the dtype is unknown or cannot hold the model's shapes (see `kv_cache_spec.entry_format`).
     """
-    return zeros(kv_cache_spec.entry_format(model, kind, layout), pages, entries_per_page)
+    return zeros(kv_cache_spec.entry_format(model, kind, kv_cache_dtype), pages, entries_per_page)
 
 
 def zeros(row: kv_cache_spec.EntryFormat, pages: int, slots: int) -> EntryPool:

@@ -121,7 +121,7 @@ class Engine:
         self._model_def = model_steps.model_def(graphdef, tree, self.dp_group.sharding)
         self._weights = self._model_def.placed(weights)
         self.kv_cache_spec = KVCacheSpec(self.model, cache.kv_cache_dtype, cache.block_size, cache.kv_device_entries)
-        block, slots, k = self.kv_cache_spec.block, limits.max_num_seqs, limits.num_speculative_tokens
+        block, slots, k = self.kv_cache_spec.block_size, limits.max_num_seqs, limits.num_speculative_tokens
         self._table_width = -(-(limits.max_model_len + k) // block)
         self._slack = 3 * k  # tokens: a snapshot holds up to 2k past its boundary, and k drafts may be rejected
         kept = range(slots + 1, slots + 1 + (cache.num_state_snapshots if cache.enable_prefix_caching else 0))
@@ -162,7 +162,7 @@ class Engine:
 
     def _pages(self, cache: config.Cache, records: int) -> int:
         """Number of blocks of every pool, including the null block 0."""
-        k, block = self.limits.num_speculative_tokens, self.kv_cache_spec.block
+        k, block = self.limits.num_speculative_tokens, self.kv_cache_spec.block_size
         if not cache.kv_cache_memory_bytes:
             return 1 + (-(-cache.kv_cache_tokens // block) or self.limits.max_num_seqs * self._table_width)
         fixed = records * self.kv_cache_spec.state_bytes(self._slack, mtp=k > 0) + self.kv_cache_spec.device_cache_bytes
@@ -229,8 +229,8 @@ class Engine:
         return block_hash.hash_seed(
             weights_digest.weights_digest(variables),
             self.model,
-            self.kv_cache_spec.name,
-            self.kv_cache_spec.block,
+            self.kv_cache_spec.kv_cache_dtype,
+            self.kv_cache_spec.block_size,
             *bits,
         )
 

@@ -117,7 +117,7 @@ def serve(config: Config, mesh: Mesh, work: Workload, devices: Sequence[jax.Devi
 
 
 def _pages(config: Config, tokens: int) -> int:
-    return -(-tokens // KVCacheSpec(config.model, config.cache.kv_cache_dtype, config.cache.block_size).block)
+    return -(-tokens // KVCacheSpec(config.model, config.cache.kv_cache_dtype, config.cache.block_size).block_size)
 
 
 def _layers(config: Config, rows: int, tokens: int) -> list[PagedLayerCache]:
