@@ -44,21 +44,21 @@ def allocate_layer(
     Raises:
       UserError: the format cannot hold the model's shapes, or the device has no or too little pinned host memory.
     """
-    model, far = spec.model, HOST_FIELDS.get(kind) if spec.num_device_entries else None
+    model = spec.model
+    host_field = HOST_FIELDS.get(kind) if spec.num_device_entries else None
     size = (pages, spec.entries(kind), spec.kv_cache_dtype) if kind != "swa" else ()
-    pool = lambda part: None if far == "entries" and part == "main" else new_pool(model, part, *size)
-    kept = new_paged_layer_cache(model, kind, records, pool, jnp.dtype(model.dtype), slack)
-    if far and host is None:
-        [device] = kept.window_ring_ZSH.devices()
+    pool = lambda part: None if host_field == "entries" and part == "main" else new_pool(model, part, *size)
+    cache = new_paged_layer_cache(model, kind, records, pool, jnp.dtype(model.dtype), slack)
+    if host_field and host is None:
+        [device] = cache.window_ring_ZSH.devices()
         host = functools.partial(pinned_zeros, device)
-    if far == "entries":
+    if host_field == "entries":
         main, hot = new_host_entry_pool(model, *size, spec.num_device_entries, host)
-        return dataclasses.replace(kept, entries=main, device_cache=hot)
-    if far == "compressor_state":
-        return dataclasses.replace(
-            kept, compressor_state={name: host(a.shape, a.dtype) for name, a in kept.compressor_state.items()}
-        )
-    return kept
+        return dataclasses.replace(cache, entries=main, device_cache=hot)
+    if host_field == "compressor_state":
+        state = {name: host(a.shape, a.dtype) for name, a in cache.compressor_state.items()}
+        return dataclasses.replace(cache, compressor_state=state)
+    return cache
 
 
 def contiguous_caches(model: Transformer, batch: int, tokens: int) -> KVCacheList:
@@ -84,33 +84,34 @@ def contiguous_caches(model: Transformer, batch: int, tokens: int) -> KVCacheLis
     return [[one(kind, stack.repeats) for kind, _ in stack.kinds] for stack in model.stack_specs]
 
 
-def memory_stats(live) -> dict[str, float]:
-    """Return `kv_bytes` (bytes on the device) and `kv_host_bytes` (bytes in host memory) of all caches in `live`.
+def memory_stats(kv_caches) -> dict[str, float]:
+    """Return `kv_bytes` (bytes on the device) and `kv_host_bytes` (bytes in host memory) of all caches in `kv_caches`.
 
     With host-resident entries, `hot_hits` and `hot_misses` count top-k entries of decode steps over all layers that
     were found on the device and that were fetched; `hot_fetched_bytes` are the bytes fetched.
     """
     held = {False: 0, True: 0}
-    for array in jax.tree.leaves(live):
+    for array in jax.tree.leaves(kv_caches):
         held[is_host(array)] += array.nbytes
-    kept = [
+    caches = [
         one
-        for one in jax.tree.leaves(live, is_leaf=lambda a: isinstance(a, PagedLayerCache))
+        for one in jax.tree.leaves(kv_caches, is_leaf=lambda a: isinstance(a, PagedLayerCache))
         if one.device_cache is not None
     ]
     counts = {"kv_bytes": held[False], "kv_host_bytes": held[True]}
-    if not kept:
+    if not caches:
         return counts
-    hits, misses = sum(read_counters(n) for n in jax.device_get([one.device_cache.counters_5 for one in kept])).tolist()
+    counters = jax.device_get([one.device_cache.counters_5 for one in caches])
+    hits, misses = sum(read_counters(count_5) for count_5 in counters).tolist()
     return counts | {
         "hot_hits": hits,
         "hot_misses": misses,
         "hot_hit_rate": hits / max(hits + misses, 1),
-        "hot_fetched_bytes": misses * kept[0].entries.row_bytes,
+        "hot_fetched_bytes": misses * caches[0].entries.row_bytes,
     }
 
 
-def check(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
+def validate_host_resident(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
     """Raise UserError if host-resident entries are configured but impossible or useless for these limits."""
     if not cache.kv_device_entries:
         return

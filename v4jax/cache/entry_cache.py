@@ -19,7 +19,7 @@ _AT_ONCE = 128  # entries that one loop iteration fetches; a step without misses
 _NONE = -1  # no entry
 
 
-class Far(Protocol):
+class HostPool(Protocol):
     """A pool of entries in host memory."""
 
     def fetch(self, page: jax.Array, slot: jax.Array):
@@ -46,12 +46,12 @@ class DeviceEntryCache:
     counters_5: jax.Array
 
     def fetch(
-        self, far: Far, page: jax.Array, slot: jax.Array, wanted: jax.Array
+        self, host_pool: HostPool, page: jax.Array, slot: jax.Array, wanted: jax.Array
     ) -> tuple[DeviceEntryCache, jax.Array]:
         """Fetch the wanted entries that are not cached, evicting the least recently used rows.
 
         Args:
-          far: the pool in host memory.
+          host_pool: the pool in host memory.
           page: int32 [B, T, K], block of each entry.
           slot: int32 [B, T, K], slot of each entry in its block. The entries of one query are distinct. The cache has
             at least B * T * K rows, so no wanted entry is evicted.
@@ -76,7 +76,7 @@ class DeviceEntryCache:
             found, which = jax.lax.top_k(missing_R.astype(jnp.float32), few)
             age = (now - used_S[1:]).astype(jnp.float32)
             row = jnp.where(found > 0, jax.lax.top_k(age, few)[1] + 1, entry_S.shape[0])
-            fetched = far.fetch(page_R[which], slot_R[which])
+            fetched = host_pool.fetch(page_R[which], slot_R[which])
             rows = jax.tree.map(lambda a, new: host_scatter(a, new, jnp.zeros_like(row), row), rows, fetched)
             comes = jnp.where(found > 0, entry_R[which], _NONE)
             goes = jnp.where(found > 0, host_gather(entry_S, row), _NONE)

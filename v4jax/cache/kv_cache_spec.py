@@ -201,12 +201,12 @@ class KVCacheSpec:
           mtp: include the MTP layer.
         """
 
-        def kept(kind: str) -> int:
+        def layer_bytes(kind: str) -> int:
             past = self._record(kind, slack)
             return _bytes(past.window_ring_ZSH if self.num_device_entries and kind == "hca" else past)
 
         kinds = [*self.model.layer_types, *(["swa"] if mtp else [])]
-        sizes = {kind: kept(kind) for kind in set(kinds)}
+        sizes = {kind: layer_bytes(kind) for kind in set(kinds)}
         return sum(sizes[kind] for kind in kinds)
 
     def host_state_bytes(self, slack: int = 0) -> int:

@@ -261,7 +261,7 @@ class PagedLayerCache:
         complete = (entry + 1) * ratio <= (chunk.start_B + real_B)[:, None]
         few, late = T <= slots - (1 + back) * ratio + 1, self.pending_state
         if is_host(tail_ZSW):
-            tail_BSW, late = _read_far(tail_ZSW, rows_BTW, chunk, complete.any() if few else None)
+            tail_BSW, late = _read_host_state(tail_ZSW, rows_BTW, chunk, complete.any() if few else None)
         elif few:
             tail_ZSW = _write_few(tail_ZSW, rows_BTW, chunk)
             tail_BSW = tail_ZSW[state_slot_B]
@@ -357,7 +357,7 @@ class PagedLayerCache:
         # Write only after every read, or XLA keeps a copy of the whole pool. XLA:TPU orders by optimization_barrier. In
         # addition, the write index depends on a fetched value (the condition is always true), which orders by data.
         first = done[(0,) * done.ndim]
-        kept = self
+        cache = self
         if self.pending_entries is not None:
             new, *_ = jax.lax.optimization_barrier((self.pending_entries, self.device_cache.entry_of_slot_S, first))
             page_BC = jnp.where(self.device_cache.entry_of_slot_S[0] < 0, new.page_BC, self.entries.shape[0])
@@ -365,17 +365,17 @@ class PagedLayerCache:
                 lambda a, rows: host_scatter(a, rows, page_BC, new.slot_BC), main, new.rows
             )
             main = _in_place(write, self.entries, (page_BC < self.entries.shape[0]).any())
-            kept = dataclasses.replace(kept, entries=main, pending_entries=None)
+            cache = dataclasses.replace(cache, entries=main, pending_entries=None)
         if self.pending_state is not None:
             late, _ = jax.lax.optimization_barrier((self.pending_state, first))
             tail_ZSW = self.compressor_state["main"]
             slot_BN = jnp.where(self.pending_state.read, late.slot_BN, tail_ZSW.shape[1])
             write = lambda tail_ZSW: host_scatter(tail_ZSW, late.rows_BNW, late.record_BN, slot_BN)
             tail_ZSW = _in_place(write, tail_ZSW, (slot_BN < tail_ZSW.shape[1]).any())
-            kept = dataclasses.replace(
-                kept, compressor_state=self.compressor_state | {"main": tail_ZSW}, pending_state=None
+            cache = dataclasses.replace(
+                cache, compressor_state=self.compressor_state | {"main": tail_ZSW}, pending_state=None
             )
-        return kept
+        return cache
 
 
 def new_paged_layer_cache(
@@ -444,7 +444,7 @@ def _ring_after(ring_BSH: jax.Array, rows_BTH: jax.Array, chunk: ForwardBatch) -
     return jnp.where((source >= 0)[..., None], new, ring_BSH)
 
 
-def _read_far(
+def _read_host_state(
     tail_ZSW: jax.Array, rows_BTW: jax.Array, chunk: ForwardBatch, wanted: jax.Array | None
 ) -> tuple[jax.Array, PendingState]:
     """Read the batch rows' compressor state from host memory.

@@ -27,7 +27,7 @@ class DataParallelGroup:
     def __init__(self, sharding: MeshRules | None):
         self.sharding, self.count = sharding, 1
         if sharding is not None:
-            check(sharding)
+            validate_sharding(sharding)
             self.count = sharding.mesh.size
             self._rows = sharding.named(row_spec(sharding))
             here = jax.process_index()
@@ -118,7 +118,7 @@ def data_parallel_group(mesh: config.Mesh | None, devices: Sequence[jax.Device] 
     return DataParallelGroup(make_mesh_rules(mesh, devices) if mesh else None)
 
 
-def check(sharding: MeshRules) -> None:
+def validate_sharding(sharding: MeshRules) -> None:
     """Raise UserError unless rows are sharded over all devices, and no weights but experts are sharded."""
     rules, mesh = sharding.rules, sharding.mesh
     everywhere = sharding.axes("activations", "batch")

@@ -335,7 +335,7 @@ def unpack_blocks(
     if kind == "record":
         return caches
     return jax.tree.map(
-        lambda kept: kept.invalidate_copies(number_N), caches, is_leaf=lambda a: isinstance(a, PagedLayerCache)
+        lambda cache: cache.invalidate_copies(number_N), caches, is_leaf=lambda a: isinstance(a, PagedLayerCache)
     )
 
 

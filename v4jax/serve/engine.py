@@ -49,7 +49,7 @@ _LEAST_CHUNK = 16  # tokens
 _log = logging.getLogger(__name__)
 
 _NOT_FINITE = SamplerOutput(np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))  # for a non-finite chunk
-_NOBODY = SamplingParams(temperature=0.0, seed=0)
+_PADDING = SamplingParams(temperature=0.0, seed=0)
 
 
 class SampledTokens(NamedTuple):
@@ -205,8 +205,8 @@ class Engine:
             room = (self._most_pages, self._records, self._slack)
             one = lambda kind: self.dp_group.replicate(allocate.allocate_layer(self.kv_cache_spec, kind, *room))
             self._kv_caches = KVCaches([[one(kind) for kind in run] for run in self._kinds], one("swa") if k else None)
-            heads = DecodeState(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
-            self._decode_state = self.dp_group.replicate(heads)
+            decode_state = DecodeState(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
+            self._decode_state = self.dp_group.replicate(decode_state)
         self._tables = np.full((self.dp_group.count, slots + 1, self._table_width), -1, np.int32)
         self._upload_block_tables()
 
@@ -391,7 +391,7 @@ class Engine:
 
     def _options(self, ids: list[list[Hashable]], size: int):
         """Build the sampling options, padded to `size` rows per device."""
-        rows = [[self._sampling[id] for id in here] + [_NOBODY] * (size - len(here)) for here in ids]
+        rows = [[self._sampling[id] for id in here] + [_PADDING] * (size - len(here)) for here in ids]
         options, plan = make_sampling_tensors([row for here in rows for row in here])
         return self.dp_group.shard_rows(options), plan
 
@@ -496,4 +496,4 @@ def chunk_sizes(longest: int) -> list[int]:
 def validate_limits(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
     """Raise UserError for limits that cannot be kept."""
     config.check_serving(model, limits, cache)
-    allocate.check(model, limits, cache)
+    allocate.validate_host_resident(model, limits, cache)

@@ -186,8 +186,8 @@ class LLM:
     @property
     def cache_summary(self) -> str:
         """Capacity of the KV cache on device, host and disk, in tokens, as text; "" without offload tiers."""
-        parking = self.engine.kv_connector
-        return "" if parking is None else parking.summary
+        connector = self.engine.kv_connector
+        return "" if connector is None else connector.summary
 
     def close(self) -> None:
         """Offload the idle blocks to the tiers, if there are any, and release the disk tier's directory.
