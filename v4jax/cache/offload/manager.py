@@ -22,13 +22,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
 from v4jax.cache.offload.block_file import BlockKey, BlockSchema, checksum
 from v4jax.cache.offload.disk_tier import DiskTier
 from v4jax.cache.offload.host_tier import HostTier, StoredBlock
+
+if TYPE_CHECKING:
+    import jax  # for annotations only, so that importing the tiers does not import jax
 
 _READERS = 2  # threads for loads that may read from disk
 _log = logging.getLogger(__name__)
