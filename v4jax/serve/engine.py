@@ -35,6 +35,7 @@ from v4jax import config
 from v4jax.cache import allocate, block_hash, weights_digest
 from v4jax.cache.block_pool import BlockPool
 from v4jax.cache.kv_cache_spec import KVCacheSpec
+from v4jax.cache.offload.manager import FLUSH_SECONDS
 from v4jax.core.errors import UserError
 from v4jax.models.quantize import quantize_model
 from v4jax.models.transformer import Transformer
@@ -49,7 +50,7 @@ _LEAST_CHUNK = 16  # tokens
 _log = logging.getLogger(__name__)
 
 _NOT_FINITE = SamplerOutput(np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))  # for a non-finite chunk
-_PADDING = SamplingParams(temperature=0.0, seed=0)
+_PADDING = SamplingParams(temperature=0.0, seed=0)  # of a row that only fills up a batch
 
 
 class SampledTokens(NamedTuple):
@@ -323,7 +324,7 @@ class Engine:
             if waits:
                 self.kv_connector.wait_for_load()
 
-    def close(self, seconds: float = 10.0) -> None:
+    def close(self, seconds: float = FLUSH_SECONDS) -> None:
         """Store idle blocks in the offload tiers within `seconds`, then detach from the tiers permanently."""
         if self.kv_connector is not None:
             if self.broken:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from v4jax import checkpoint, config
+from v4jax.cache.offload.manager import FLUSH_SECONDS
 from v4jax.checkpoint.generation_config import GENERATION_NAME, GenerationConfig, read_generation_config
 from v4jax.core.errors import UserError, suggest
 from v4jax.data.tokenizer import Detokenizer, Tokenizer, load_tokenizer
@@ -24,7 +25,6 @@ from v4jax.serve.prompts import Parsed, Prompt
 from v4jax.serve.sampling import Logprob, SamplerOutput, SamplingParams, is_int, short_repr
 from v4jax.serve.stop_tokens import Ends, find_ends, warn_of_bos
 
-_LAST_SECONDS = 10.0  # seconds that closing waits for the offload tiers after an interrupt
 _log = logging.getLogger(__name__)
 
 
@@ -208,7 +208,7 @@ class LLM:
         if kind is None or issubclass(kind, Exception):
             self.close()
         else:  # an interrupt must not wait for a step that is still being compiled
-            self._loop.close(_LAST_SECONDS if self.cache_summary else 0.0)
+            self._loop.close(FLUSH_SECONDS if self.cache_summary else 0.0)
 
     def _stream(self, rows: list[RequestOutputProcessor]) -> Iterator[tuple[int, str]]:
         yield from self._run(rows, stream=True)

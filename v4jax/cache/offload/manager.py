@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _READERS = 2  # threads for loads that may read from disk
 _log = logging.getLogger(__name__)
+FLUSH_SECONDS = 10.0  # default limit of the time that closing waits for queued stores
 ROOM = 256 << 20  # default bound, in bytes, of each of the two queues: off the device, and to disk
 
 
@@ -238,7 +239,7 @@ class OffloadManager:
         with self._lock:
             return self._settled.wait_for(lambda: not self._coming and not self._pending, seconds)
 
-    def close(self, seconds: float = 10.0) -> None:
+    def close(self, seconds: float = FLUSH_SECONDS) -> None:
         """Flush for at most `seconds`, tell the threads to end after their queued work, and close the tiers.
 
         Items that are not written to disk by then are dropped.
