@@ -107,7 +107,6 @@ def zeros(row: kv_cache_spec.EntryFormat, pages: int, slots: int) -> EntryPool:
     """Allocate an empty pool of `pages` blocks with `slots` rows each, in storage format `row`."""
     planes = {name: jnp.zeros((pages, slots, count), dtype) for name, (count, dtype) in row.planes.items()}
     if row.group:
-        return QuantizedPool(
-            planes["values"], planes["scales"], Bf16Pool(planes["rotary"]) if row.rotary else None, row
-        )
+        rotary = Bf16Pool(planes["rotary"]) if row.rotary else None
+        return QuantizedPool(planes["values"], planes["scales"], rotary, row)
     return Bf16Pool(planes["rows"]) if row.format == "bfloat16" else FloatPool(planes["rows"])

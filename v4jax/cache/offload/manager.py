@@ -280,9 +280,8 @@ class OffloadManager:
         self._record_lookups(job, goal)
         if goal <= job.min_blocks:
             return False
-        keys = [self.block.key(name) for name in job.block_hashes[:goal]] + [
-            self.record.key(job.block_hashes[goal - 1])
-        ]
+        keys = [self.block.key(name) for name in job.block_hashes[:goal]]
+        keys.append(self.record.key(job.block_hashes[goal - 1]))
         for tier in self.tiers.values():
             tier.touch(keys)
         # A load that needs only the host tier has a thread of its own, so that it never waits for a hanging disk.
