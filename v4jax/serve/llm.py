@@ -408,14 +408,13 @@ def _engine_config(stored: config.Config, options: dict) -> tuple[config.Serve, 
     """
     given = {name: value for name, value in options.items() if value is not None}
     model_len = min(stored.serve.max_model_len, stored.model.max_position_embeddings)
-    parts = [dataclasses.replace(stored.serve, max_model_len=model_len), stored.cache]
-    fields = [[field.name for field in dataclasses.fields(part)] for part in parts]
-    known = [*fields[0], *fields[1]]
+    serve_fields = [field.name for field in dataclasses.fields(config.Serve)]
+    cache_fields = [field.name for field in dataclasses.fields(config.Cache)]
+    known = [*serve_fields, *cache_fields]
     for name in options:
         if name not in known:
             raise UserError(f"LLM has no option {name!r}; {suggest(name, known)}")
-    serve, cache = (
-        dataclasses.replace(part, **{name: given[name] for name in names if name in given})
-        for part, names in zip(parts, fields, strict=True)
-    )
-    return serve, cache
+    serve_options = {name: given[name] for name in serve_fields if name in given}
+    cache_options = {name: given[name] for name in cache_fields if name in given}
+    serve = dataclasses.replace(stored.serve, **{"max_model_len": model_len, **serve_options})
+    return serve, dataclasses.replace(stored.cache, **cache_options)
