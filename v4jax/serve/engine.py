@@ -7,7 +7,7 @@ change.
 
 On a mesh every device is a data-parallel rank with its own scheduler, state slots and blocks. One step runs the plans
 of all devices, padded to the largest batch and chunk among them. A request stays on the device to which it was
-assigned: the one with the longest cached prefix or the least work.
+assigned: the one with the fewest tokens left to compute, cached prompt blocks excluded.
 
 **Errors.** An exception may leave a step anywhere, with donated buffers gone and host state half changed. So every
 call that changes the engine sets `broken` at its start and clears it at its end, and every call first resets a broken
