@@ -108,7 +108,9 @@ class Engine:
         cache: config.Cache | None = None,
         on: data_parallel.DataParallelGroup | None = None,
     ):
-        self.model, self.limits, cache = model.config, limits, cache or config.Cache()
+        self.model = model.config
+        self.limits = limits
+        cache = cache or config.Cache()
         self.dp_group = on or data_parallel.data_parallel_group(None)
         validate_limits(self.model, limits, cache)
         data_parallel.validate_engine(self.dp_group, self.model, limits, cache)
@@ -122,12 +124,14 @@ class Engine:
         self._model_def = model_steps.model_def(graphdef, tree, self.dp_group.sharding)
         self._weights = self._model_def.placed(weights)
         self.kv_cache_spec = KVCacheSpec(self.model, cache.kv_cache_dtype, cache.block_size, cache.kv_device_entries)
-        block, slots, k = self.kv_cache_spec.block_size, limits.max_num_seqs, limits.num_speculative_tokens
+        block, slots = self.kv_cache_spec.block_size, limits.max_num_seqs
+        k = limits.num_speculative_tokens
         self._table_width = -(-(limits.max_model_len + k) // block)
         self._slack = 3 * k  # tokens: a snapshot holds up to 2k past its boundary, and k drafts may be rejected
-        kept = range(slots + 1, slots + 1 + (cache.num_state_snapshots if cache.enable_prefix_caching else 0))
-        self._records = 1 + slots + len(kept)
-        self._most_pages = pages = self._pages(cache, self._records)
+        num_snapshots = cache.num_state_snapshots if cache.enable_prefix_caching else 0
+        self._records = 1 + slots + num_snapshots  # state slot 0 is the null slot
+        snapshot_slots = range(1 + slots, self._records)
+        self._most_pages = self._pages(cache, self._records)
         longest = block if limits.batch_invariant else limits.max_num_batched_tokens
         self._sizes = [longest] if limits.batch_invariant else chunk_sizes(longest)
         self._seed = self._digest(variables) if cache.enable_prefix_caching else None
@@ -135,21 +139,17 @@ class Engine:
         self.schedulers: list[Scheduler] = []
         self.reset()
         if cache.kv_device_entries:
+            host_bytes = allocate.memory_stats(self._kv_caches)["kv_host_bytes"]
             _log.info(
                 "cache: CSA entries of %s tokens in host memory (%s bytes), %s of a layer on the device",
-                *(
-                    f"{n:,}"
-                    for n in (
-                        (pages - 1) * block,
-                        allocate.memory_stats(self._kv_caches)["kv_host_bytes"],
-                        cache.kv_device_entries,
-                    )
-                ),
+                f"{(self._most_pages - 1) * block:,}",
+                f"{host_bytes:,}",
+                f"{cache.kv_device_entries:,}",
             )
         self.kv_connector = offload_connector.build(self._kv_caches, self.dp_group, cache, self.kv_cache_spec)
         self.schedulers = [
             Scheduler(
-                BlockPool(pages, kept),
+                BlockPool(self._most_pages, snapshot_slots),
                 slots,
                 block,
                 longest,
@@ -165,7 +165,9 @@ class Engine:
         """Number of blocks of every pool, including the null block 0."""
         k, block = self.limits.num_speculative_tokens, self.kv_cache_spec.block_size
         if not cache.kv_cache_memory_bytes:
-            return 1 + (-(-cache.kv_cache_tokens // block) or self.limits.max_num_seqs * self._table_width)
+            if not cache.kv_cache_tokens:
+                return 1 + self.limits.max_num_seqs * self._table_width
+            return 1 + -(-cache.kv_cache_tokens // block)
         fixed = records * self.kv_cache_spec.state_bytes(self._slack, mtp=k > 0) + self.kv_cache_spec.device_cache_bytes
         least = fixed + 2 * self.kv_cache_spec.block_bytes
         if cache.kv_cache_memory_bytes < least:
@@ -195,7 +197,8 @@ class Engine:
         """Reset the host state of all requests and schedulers."""
         self._scheduler_of: dict[Hashable, Scheduler] = {}
         self._sampling: dict[Hashable, SamplingParams] = {}
-        self._batch, self._device_batch = (), None
+        self._batch = ()
+        self._device_batch = None
         self._inflight: deque[InflightStep] = deque()
         for scheduler in self.schedulers:
             scheduler.reset()
@@ -247,8 +250,8 @@ class Engine:
             raise UserError(f"{name} has token id {bad}; the model's ids are 0 to {self.model.vocab_size - 1}")
         if len(prompt) + sampling.max_tokens > limit:
             raise UserError(
-                f"{name} has {len(prompt)} tokens, which with max_tokens {sampling.max_tokens} exceeds max_model_len"
-                f" {limit}; shorten one of them or raise max_model_len (the model takes up to "
+                f"{name} has {len(prompt)} tokens, which with max_tokens {sampling.max_tokens} exceeds max_model_len "
+                f"{limit}; shorten one of them or raise max_model_len (the model takes up to "
                 f"{self.model.max_position_embeddings})"
             )
         self.schedulers[0].check_fits(len(prompt), sampling.max_tokens)
@@ -272,7 +275,8 @@ class Engine:
         scheduler = balance.select_scheduler(self.schedulers, prompt, sampling.max_tokens, seed, num_offloaded)
         scheduler.add_request(id, prompt, sampling.max_tokens, seed=seed)
         self._scheduler_of[id] = scheduler
-        self._sampling[id], self._batch = sampling, ()  # an id may come again with other options
+        self._sampling[id] = sampling
+        self._batch = ()  # an id may come again with other options
 
     @_reset_on_error
     def finish_request(self, id: Hashable) -> None:
@@ -335,12 +339,13 @@ class Engine:
                 scheduler.kv_connector = scheduler.block_pool.on_idle = None
 
     def _dispatch(self, plans: list[SchedulerOutput | None]) -> InflightStep:
-        put, some = self.dp_group.shard_rows, lambda name: [plan and getattr(plan, name) or () for plan in plans]
+        put = self.dp_group.shard_rows
+        some = lambda name: [() if plan is None else getattr(plan, name) for plan in plans]
         for pairs in zip_longest(*some("copies"), fillvalue=(0, 0)):
             source_D, target_D = np.array(pairs, np.int32).T.copy()
             self._kv_caches = model_steps.copy_state(self._model_def, self._kv_caches, *put((source_D, target_D)))
         self._set_tables(some("requests"))
-        reads = [plan and plan.prefill for plan in plans]
+        reads = [None if plan is None else plan.prefill for plan in plans]
         finite, first = self._prefill(reads) if any(reads) else (None, None)
         rows = [[row.request for row in decode] for decode in some("decode")]
         size = min(1 << (max(map(len, rows)) - 1).bit_length(), self.limits.max_num_seqs)
@@ -352,7 +357,8 @@ class Engine:
             for request in here:
                 row = self._table(request)
                 if not np.array_equal(row, self._tables[device, request.state_slot]):
-                    self._tables[device, request.state_slot], changed = row, True
+                    self._tables[device, request.state_slot] = row
+                    changed = True
         if changed:
             self._upload_block_tables()
 
@@ -403,7 +409,8 @@ class Engine:
             for device, here in enumerate(batch):
                 record_DB[device, : len(here)] = [slot for slot, _ in here]
             options = self._options([[id for _, id in here] for here in batch], size)
-            self._batch, self._device_batch = batch, (self.dp_group.shard_rows(record_DB.reshape(-1)), options)
+            self._device_batch = (self.dp_group.shard_rows(record_DB.reshape(-1)), options)
+            self._batch = batch
         state_slot_B, options = self._device_batch
         rows = (state_slot_B, self._device_tables)
         self._kv_caches, x_BTXD, logits_BTV = model_steps.decode(
@@ -431,7 +438,8 @@ class Engine:
         return drawn
 
     def _collect(self, flight: InflightStep) -> list[SampledTokens]:
-        results, drawn = self.dp_group.get((flight.finite, flight.first, flight.rows)), []
+        results = self.dp_group.get((flight.finite, flight.first, flight.rows))
+        drawn = []
         for device, plan in enumerate(flight.plans):
             if plan is not None:
                 drawn += self._collect_device(device, plan, flight.size, *results)
@@ -445,11 +453,11 @@ class Engine:
         """Commit the results of one device's plan and return its new tokens."""
         scheduler, drawn, failed = self.schedulers[device], [], []
         if read := plan.prefill:
-            failed += [] if finite[device] else [read.request]
+            if not finite[device]:
+                failed.append(read.request)
             if read.last or failed:
-                drawn.append(
-                    SampledTokens(read.request.id, *((first[0], device) if read.last else (_NOT_FINITE, 0)), 1)
-                )
+                sampled, row = (first[0], device) if read.last else (_NOT_FINITE, 0)
+                drawn.append(SampledTokens(read.request.id, sampled, row, 1))
         for row, decode in enumerate(plan.decode, device * size):
             drawn.append(SampledTokens(decode.request.id, rows[0], row, int(rows[1][row])))
         alive = {id: s for id, s in scheduler.requests.items() if s.status not in _ENDED}
@@ -466,7 +474,8 @@ class Engine:
         """End a request with non-finite logits, and zero the blocks it wrote before others may get them."""
         state_slot_D = np.zeros(self.dp_group.count, np.int32)
         pages_DA = np.full((self.dp_group.count, self._table_width), -1, np.int32)
-        state_slot_D[device], pages_DA[device] = request.state_slot, self._table(request)
+        state_slot_D[device] = request.state_slot
+        pages_DA[device] = self._table(request)
         pages_DA[device, : request.num_cached_blocks] = -1
         if self.schedulers[device].fail_request(request.id):
             self._kv_caches = model_steps.zero_state(
