@@ -122,7 +122,7 @@ def test_drafts_and_invariance_keep_every_bit(options, queries):
         (
             dict(kv_device_entries=LEAST, kv_cache_memory_bytes=1000),
             {},
-            "one block of 256 tokens and the hot entries take",
+            "one block of 256 tokens and the kv_device_entries take",
         ),
     ],
 )

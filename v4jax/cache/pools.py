@@ -28,7 +28,7 @@ class Bf16Pool(EntryPool):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Pages, rows of a page, numbers of a row."""
+        """(blocks, rows per block, row width)."""
         return self.bits.shape
 
     def encode(self, rows: jax.Array) -> Bf16Pool:
@@ -56,7 +56,7 @@ class QuantizedPool(EntryPool):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Pages, rows of a page, numbers of a row."""
+        """(blocks, rows per block, row width)."""
         return (*self.values.shape[:2], self.row.width)
 
     @property

@@ -197,7 +197,7 @@ class DeviceKVConnector:
         held = blocks.touch([name for name in names if name not in set(lacking)])
         new = blocks.allocate(len(lacking))
         if new is not None:
-            pages = {**dict(zip(lacking, new, strict=True))}
+            pages = dict(zip(lacking, new, strict=True))
             for parent, name in itertools.pairwise([seed, *names]):
                 if name in pages:
                     blocks.cache_block(parent, name, pages[name])

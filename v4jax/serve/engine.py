@@ -174,7 +174,7 @@ class Engine:
             parts = f"{records} records and one block of {block} tokens"
             options = "max_num_seqs or num_state_snapshots"
             if cache.kv_device_entries:
-                parts += " and the hot entries"
+                parts += " and the kv_device_entries"
                 options = "max_num_seqs, num_state_snapshots or kv_device_entries"
             raise UserError(
                 f"a cache of {cache.kv_cache_memory_bytes:,} bytes on the device is too small: {parts} take "
@@ -374,7 +374,7 @@ class Engine:
         """Prefill one chunk per device that has one; sample after a prompt's last chunk."""
         size = next(size for size in self._sizes if size >= max(read.count for read in reads if read))
         tokens_DT = np.zeros((len(reads), size + 1), np.int32)
-        scalars_3D = np.zeros((3, len(reads)), np.int32)  # start, count, record
+        scalars_3D = np.zeros((3, len(reads)), np.int32)  # start, count, state slot
         for device, read in enumerate(reads):
             if read:
                 known = read.request.tokens[read.start : read.start + read.count + 1]
