@@ -150,5 +150,5 @@ def test_without_pinned_memory_it_is_one_line():
 
 
 def test_too_little_host_memory_is_one_line():
-    with pytest.raises(UserError, match="lower the cache's device or tokens"):
+    with pytest.raises(UserError, match="lower kv_cache_memory_bytes or kv_cache_tokens"):
         pinned_zeros(DEVICE, (2**40, 8000, 9), jnp.uint32)

@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 from tests.golden import weights
 from v4jax import config
-from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES, KVCacheSpec, block_size, entry_format, validate_block_size
+from v4jax.cache.kv_cache_spec import (
+    KV_CACHE_DTYPES,
+    KVCacheSpec,
+    default_block_size,
+    entry_format,
+    validate_block_size,
+)
 from v4jax.config import Indexer
 from v4jax.core.errors import UserError
 
@@ -60,7 +66,7 @@ def test_other_shapes_are_padded_to_words():
 
 def test_pages_by_hand():
     fp8 = KVCacheSpec(FLASH, "fp8")
-    assert (fp8.block, fp8.entries("csa"), fp8.entries("hca")) == (256, 64, 2)
+    assert (fp8.block_size, fp8.entries("csa"), fp8.entries("hca")) == (256, 64, 2)
     assert fp8.block_bytes == 21 * 64 * (584 + 132) + 20 * 2 * 584
     small = KVCacheSpec(SMALL, "auto")  # float32
     assert small.block_bytes == 64 * (64 + 64) + 16 * 64
@@ -72,28 +78,29 @@ def test_records_by_hand():
     csa, index, hca = 8 * 4 * 16 * 4, 8 * 4 * 16 * 4, 16 * 2 * 16 * 4
     assert {KVCacheSpec(SMALL, name).state_bytes() for name in KV_CACHE_DTYPES} == {3 * ring + csa + index + hca}
     assert KVCacheSpec(FLASH).state_bytes() == 43 * 131_072 + 21 * 81_920 + 20 * 524_288  # spec 2.11
-    assert KVCacheSpec(FLASH, hot=1024).state_bytes() == 43 * 131_072 + 21 * 81_920  # HCA tails are in host memory
+    on_host = KVCacheSpec(FLASH, num_device_entries=1024)  # HCA tails are in host memory
+    assert on_host.state_bytes() == 43 * 131_072 + 21 * 81_920
     rows = 3 * 16 * 4 + 2 * 4 * 16 * 4 + 2 * 16 * 4  # one more in every ring and every tail
     assert KVCacheSpec(SMALL).state_bytes(slack=3) == KVCacheSpec(SMALL).state_bytes() + 3 * rows
 
 
 @pytest.mark.parametrize("name", config.preset_names())
 def test_blocks_of_the_shipped_configs(name):
-    assert block_size(config.load(name).model) == 256
+    assert default_block_size(config.load(name).model) == 256
 
 
 @given(csa=st.integers(2, 40), factor=st.integers(1, 9), wanted=st.integers(1, 1000))
 def test_block_is_the_least_common_multiple_that_is_enough(csa, factor, wanted):
     model = dataclasses.replace(SMALL, compress_rate_csa=csa, compress_rate_hca=csa * factor)
-    block = block_size(model, wanted)
+    block = default_block_size(model, wanted)
     assert block == min(n for n in range(csa * factor, wanted + csa * factor, csa * factor) if n >= wanted)
-    assert validate_block_size(model, block) == KVCacheSpec(model, block=block).block == block
+    assert validate_block_size(model, block) == KVCacheSpec(model, block_size=block).block_size == block
 
 
 def test_only_ratios_in_use_count():
     model = dataclasses.replace(SMALL, layer_types=("swa", "csa"), compress_rate_csa=3, compress_rate_hca=300)
-    assert block_size(model) == 258 and validate_block_size(model, 6) == 6
-    assert block_size(dataclasses.replace(SMALL, layer_types=("swa",))) == 256
+    assert default_block_size(model) == 258 and validate_block_size(model, 6) == 6
+    assert default_block_size(dataclasses.replace(SMALL, layer_types=("swa",))) == 256
 
 
 @pytest.mark.parametrize(
@@ -106,7 +113,7 @@ def test_only_ratios_in_use_count():
 )
 def test_a_block_that_a_ratio_does_not_divide(block, complaint):
     with pytest.raises(UserError, match=complaint):
-        KVCacheSpec(FLASH, block=block)
+        KVCacheSpec(FLASH, block_size=block)
 
 
 def test_layouts_that_cannot_be():
@@ -120,7 +127,7 @@ def test_layouts_that_cannot_be():
     assert KVCacheSpec(odd, "fp8").key_bytes == 16
     KVCacheSpec(dataclasses.replace(odd, layer_types=("hca",)), "fp8_fp4")  # no keys, nothing to refuse
     with pytest.raises(UserError, match="cache.block_size of -1 tokens; take at least 1"):
-        KVCacheSpec(dataclasses.replace(SMALL, layer_types=("swa",)), block=-1)
+        KVCacheSpec(dataclasses.replace(SMALL, layer_types=("swa",)), block_size=-1)
 
 
 def test_pages_of_a_budget():

@@ -160,7 +160,7 @@ def pools(engine):
     "where, limits, cache, says",
     [
         (dict(layout="serve", count=4, tensor=2), {}, {}, "else over tensor"),
-        (dict(layout="fsdp"), {}, {}, "take layout 'serve'"),
+        (dict(layout="fsdp"), {}, {}, r"set mesh.rules \(--mesh\) to 'serve'"),
         (dict(count=3), {}, {}, "4 experts cannot be split over 3 devices"),
         ({}, {"batch_invariant": True}, {}, "batch_invariant needs an engine on one device"),
         ({}, {}, {"kv_device_entries": 64}, "kv_device_entries needs an engine on one device"),

@@ -122,7 +122,7 @@ def test_drafts_and_invariance_keep_every_bit(options, queries):
         (
             dict(kv_device_entries=LEAST, kv_cache_memory_bytes=1000),
             {},
-            "one block of 256 tokens and the hot entries take",
+            "one block of 256 tokens and the kv_device_entries take",
         ),
     ],
 )
@@ -133,7 +133,7 @@ def test_copies_that_cannot_be_are_one_line(layers, options, limits, complaint):
 
 
 def test_the_devices_budget_counts_what_is_on_the_device(layers, caplog):
-    layout = KVCacheSpec(TWO, hot=LEAST)
+    layout = KVCacheSpec(TWO, num_device_entries=LEAST)
     records = 1 + LIMITS.max_num_seqs + config.Cache().num_state_snapshots
     for device in (records * layout.state_bytes() + layout.device_cache_bytes + 2 * layout.block_bytes, 1_000_000):
         with caplog.at_level("INFO"):

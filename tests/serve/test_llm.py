@@ -421,7 +421,8 @@ def test_options_reach_the_engine(model):
     options = dict(kv_cache_dtype="fp8", kv_cache_tokens=512, num_state_snapshots=3)
     llm = LLM(model, **options, batch_invariant=True, max_model_len=576)
     assert llm.engine.limits == dataclasses.replace(config.Serve(), batch_invariant=True, max_model_len=576)
-    assert (llm.engine.kv_cache_spec.name, llm.stats()["pages_free"], llm.stats()["records_spare"]) == ("fp8", 2, 3)
+    dtype, stats = llm.engine.kv_cache_spec.kv_cache_dtype, llm.stats()
+    assert (dtype, stats["pages_free"], stats["records_spare"]) == ("fp8", 2, 3)
     with pytest.raises(UserError, match="needs 3 pages of 256 tokens, but the cache has 2"):
         llm.generate([[5] * 550], greedy())
     assert LLM(model, num_speculative_tokens=1).engine.limits.num_speculative_tokens == 1

@@ -29,12 +29,12 @@ HOST_FIELDS = {"csa": "entries", "hca": "compressor_state"}
 
 
 def allocate_layer(
-    layout: KVCacheSpec, kind: str, pages: int, records: int, slack: int = 0, host=None
+    spec: KVCacheSpec, kind: str, pages: int, records: int, slack: int = 0, host=None
 ) -> PagedLayerCache:
     """Allocate the empty cache of one layer.
 
     Args:
-      layout: formats and sizes of the cache.
+      spec: formats and sizes of the cache.
       kind: layer type ("swa", "csa" or "hca").
       pages: number of blocks.
       records: number of state slots.
@@ -42,23 +42,23 @@ def allocate_layer(
       host: allocates host memory, as in `new_host_entry_pool`; None takes pinned memory of the layer's device.
 
     Raises:
-      UserError: the layout cannot hold the model's shapes, or the device has no or too little pinned host memory.
+      UserError: the format cannot hold the model's shapes, or the device has no or too little pinned host memory.
     """
-    model, far = layout.model, HOST_FIELDS.get(kind) if layout.hot else None
-    size = (pages, layout.entries(kind), layout.name) if kind != "swa" else ()
-    pool = lambda part: None if far == "entries" and part == "main" else new_pool(model, part, *size)
-    kept = new_paged_layer_cache(model, kind, records, pool, jnp.dtype(model.dtype), slack)
-    if far and host is None:
-        [device] = kept.window_ring_ZSH.devices()
+    model = spec.model
+    host_field = HOST_FIELDS.get(kind) if spec.num_device_entries else None
+    size = (pages, spec.entries(kind), spec.kv_cache_dtype) if kind != "swa" else ()
+    pool = lambda part: None if host_field == "entries" and part == "main" else new_pool(model, part, *size)
+    cache = new_paged_layer_cache(model, kind, records, pool, jnp.dtype(model.dtype), slack)
+    if host_field and host is None:
+        [device] = cache.window_ring_ZSH.devices()
         host = functools.partial(pinned_zeros, device)
-    if far == "entries":
-        main, hot = new_host_entry_pool(model, *size, layout.hot, host)
-        return dataclasses.replace(kept, entries=main, device_cache=hot)
-    if far == "compressor_state":
-        return dataclasses.replace(
-            kept, compressor_state={name: host(a.shape, a.dtype) for name, a in kept.compressor_state.items()}
-        )
-    return kept
+    if host_field == "entries":
+        main, hot = new_host_entry_pool(model, *size, spec.num_device_entries, host)
+        return dataclasses.replace(cache, entries=main, device_cache=hot)
+    if host_field == "compressor_state":
+        state = {name: host(a.shape, a.dtype) for name, a in cache.compressor_state.items()}
+        return dataclasses.replace(cache, compressor_state=state)
+    return cache
 
 
 def contiguous_caches(model: Transformer, batch: int, tokens: int) -> KVCacheList:
@@ -84,33 +84,34 @@ def contiguous_caches(model: Transformer, batch: int, tokens: int) -> KVCacheLis
     return [[one(kind, stack.repeats) for kind, _ in stack.kinds] for stack in model.stack_specs]
 
 
-def memory_stats(live) -> dict[str, float]:
-    """Return `kv_bytes` (bytes on the device) and `kv_host_bytes` (bytes in host memory) of all caches in `live`.
+def memory_stats(kv_caches) -> dict[str, float]:
+    """Return `kv_bytes` (bytes on the device) and `kv_host_bytes` (bytes in host memory) of all caches in `kv_caches`.
 
     With host-resident entries, `hot_hits` and `hot_misses` count top-k entries of decode steps over all layers that
     were found on the device and that were fetched; `hot_fetched_bytes` are the bytes fetched.
     """
     held = {False: 0, True: 0}
-    for array in jax.tree.leaves(live):
+    for array in jax.tree.leaves(kv_caches):
         held[is_host(array)] += array.nbytes
-    kept = [
+    caches = [
         one
-        for one in jax.tree.leaves(live, is_leaf=lambda a: isinstance(a, PagedLayerCache))
+        for one in jax.tree.leaves(kv_caches, is_leaf=lambda a: isinstance(a, PagedLayerCache))
         if one.device_cache is not None
     ]
     counts = {"kv_bytes": held[False], "kv_host_bytes": held[True]}
-    if not kept:
+    if not caches:
         return counts
-    hits, misses = sum(read_counters(n) for n in jax.device_get([one.device_cache.counters_5 for one in kept])).tolist()
+    counters = jax.device_get([one.device_cache.counters_5 for one in caches])
+    hits, misses = sum(read_counters(count_5) for count_5 in counters).tolist()
     return counts | {
         "hot_hits": hits,
         "hot_misses": misses,
         "hot_hit_rate": hits / max(hits + misses, 1),
-        "hot_fetched_bytes": misses * kept[0].entries.row_bytes,
+        "hot_fetched_bytes": misses * caches[0].entries.row_bytes,
     }
 
 
-def check(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
+def validate_host_resident(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
     """Raise UserError if host-resident entries are configured but impossible or useless for these limits."""
     if not cache.kv_device_entries:
         return
@@ -125,9 +126,9 @@ def check(model: config.Model, limits: config.Serve, cache: config.Cache) -> Non
             f"kv_device_entries of {cache.kv_device_entries} entries is less than a step may pick: {rows} sequences x "
             f"{queries} tokens x topk {k}; give at least {rows * queries * k}, or lower max_num_seqs"
         )
-    layout = KVCacheSpec(model, cache.kv_cache_dtype, cache.block_size)
-    blocks = -(-(limits.max_model_len + limits.num_speculative_tokens) // layout.block)
-    if not use_gather(blocks * layout.entries("csa"), k, queries):
+    spec = KVCacheSpec(model, cache.kv_cache_dtype, cache.block_size)
+    blocks = -(-(limits.max_model_len + limits.num_speculative_tokens) // spec.block_size)
+    if not use_gather(blocks * spec.entries("csa"), k, queries):
         raise UserError(
             f"kv_device_entries is of no use with max_model_len {limits.max_model_len}, where each step reads all "
             "entries of a row: set it to 0"

@@ -19,7 +19,7 @@ _AT_ONCE = 128  # entries that one loop iteration fetches; a step without misses
 _NONE = -1  # no entry
 
 
-class Far(Protocol):
+class HostPool(Protocol):
     """A pool of entries in host memory."""
 
     def fetch(self, page: jax.Array, slot: jax.Array):
@@ -46,12 +46,12 @@ class DeviceEntryCache:
     counters_5: jax.Array
 
     def fetch(
-        self, far: Far, page: jax.Array, slot: jax.Array, wanted: jax.Array
+        self, host_pool: HostPool, page: jax.Array, slot: jax.Array, wanted: jax.Array
     ) -> tuple[DeviceEntryCache, jax.Array]:
         """Fetch the wanted entries that are not cached, evicting the least recently used rows.
 
         Args:
-          far: the pool in host memory.
+          host_pool: the pool in host memory.
           page: int32 [B, T, K], block of each entry.
           slot: int32 [B, T, K], slot of each entry in its block. The entries of one query are distinct. The cache has
             at least B * T * K rows, so no wanted entry is evicted.
@@ -60,27 +60,32 @@ class DeviceEntryCache:
         Returns:
           The cache, which holds all wanted entries, and their rows, int32 [B, T, K], 0 for unwanted ones.
         """
-        shape, (_, slots) = page.shape, self.slot_of_entry_ZP.shape
+        shape = page.shape
+        slots = self.slot_of_entry_ZP.shape[1]
         page_R, slot_R, wanted_R = (a.reshape(-1) for a in (page, slot, wanted))
         at_R = jnp.where(wanted_R, host_gather(self.slot_of_entry_ZP, page_R, slot_R), 0)
-        missing_R, at_ZP = wanted_R & (at_R == 0), self.slot_of_entry_ZP
+        missing_R = wanted_R & (at_R == 0)
+        at_ZP = self.slot_of_entry_ZP
         if shape[0] * shape[1] > 1:  # if several queries miss the same entry, one fetches it
             claim_R = -1 - jnp.arange(page_R.shape[0], dtype=jnp.int32)
             at_ZP = host_scatter(at_ZP, claim_R, jnp.where(missing_R, page_R, _NONE), slot_R)
             missing_R &= host_gather(at_ZP, page_R, slot_R) == claim_R
-        entry_R, now = page_R * slots + slot_R, self.counters_5[0] + 1
-        used_S, few = self.last_used_S.at[at_R].set(now), min(_AT_ONCE, page_R.shape[0])
+        entry_R = page_R * slots + slot_R
+        now = self.counters_5[0] + 1
+        used_S = self.last_used_S.at[at_R].set(now)
+        few = min(_AT_ONCE, page_R.shape[0])
 
         def turn(_, carry):
             rows, at_ZP, entry_S, used_S, missing_R = carry
             found, which = jax.lax.top_k(missing_R.astype(jnp.float32), few)
             age = (now - used_S[1:]).astype(jnp.float32)
             row = jnp.where(found > 0, jax.lax.top_k(age, few)[1] + 1, entry_S.shape[0])
-            fetched = far.fetch(page_R[which], slot_R[which])
+            fetched = host_pool.fetch(page_R[which], slot_R[which])
             rows = jax.tree.map(lambda a, new: host_scatter(a, new, jnp.zeros_like(row), row), rows, fetched)
             comes = jnp.where(found > 0, entry_R[which], _NONE)
             goes = jnp.where(found > 0, host_gather(entry_S, row), _NONE)
-            both, values = jnp.concatenate([comes, goes]), jnp.concatenate([row, jnp.zeros_like(row)])
+            both = jnp.concatenate([comes, goes])
+            values = jnp.concatenate([row, jnp.zeros_like(row)])
             at_ZP = host_scatter(at_ZP, values, both // slots, both % slots)
             return (
                 rows,
@@ -93,10 +98,10 @@ class DeviceEntryCache:
         fetched = missing_R.sum()
         carry = (self.rows, at_ZP, self.entry_of_slot_S, used_S, missing_R)
         carry = jax.lax.fori_loop(0, -(-fetched // few), turn, carry)
-        at_R = jnp.where(wanted_R, host_gather(carry[1], page_R, slot_R), 0)
-        return DeviceEntryCache(*carry[:4], _counted(self.counters_5, wanted_R.sum() - fetched, fetched)), at_R.reshape(
-            shape
-        )
+        rows, at_ZP, entry_S, used_S, _ = carry
+        at_R = jnp.where(wanted_R, host_gather(at_ZP, page_R, slot_R), 0)
+        counters_5 = _counted(self.counters_5, wanted_R.sum() - fetched, fetched)
+        return DeviceEntryCache(rows, at_ZP, entry_S, used_S, counters_5), at_R.reshape(shape)
 
     def lookup(self, page: jax.Array, slot: jax.Array) -> jax.Array:
         """Return the rows that cache the entries at int32 block [...] and slot [...]; 0 if absent or out of range."""

@@ -71,7 +71,7 @@ class HostEntryPool(EntryPool):
 
 
 def new_host_entry_pool(
-    model: config.Model, pages: int, slots: int, layout: str, copies: int, host: Callable[..., jax.Array]
+    model: config.Model, pages: int, slots: int, kv_cache_dtype: str, copies: int, host: Callable[..., jax.Array]
 ) -> tuple[HostEntryPool, DeviceEntryCache]:
     """Allocate an empty host pool for the main entries of one layer, and its device cache.
 
@@ -79,14 +79,14 @@ def new_host_entry_pool(
       model: the model's config.
       pages: number of blocks.
       slots: entries per block.
-      layout: one of `kv_cache_spec.KV_CACHE_DTYPES`.
+      kv_cache_dtype: one of `kv_cache_spec.KV_CACHE_DTYPES`.
       copies: entries that the device cache has room for.
       host: host(shape, dtype) allocates zeros in host memory, for example by `pinned_zeros`.
 
     Raises:
-      UserError: the layout is unknown or cannot hold the model's shapes (see `kv_cache_spec.entry_format`).
+      UserError: the dtype is unknown or cannot hold the model's shapes (see `kv_cache_spec.entry_format`).
     """
-    row = kv_cache_spec.entry_format(model, "main", layout)
+    row = kv_cache_spec.entry_format(model, "main", kv_cache_dtype)
     words = host((pages, slots, row.words), jnp.uint32)
     return HostEntryPool(words, row), new_device_entry_cache(zeros(row, 1, 1 + copies), pages, slots)
 
@@ -115,7 +115,7 @@ def pinned_zeros(device: jax.Device, shape: tuple[int, ...], dtype: jnp.dtype) -
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         raise UserError(
             f"the host has no {_WORD * math.prod(shape):,} bytes of pinned memory for a layer's share of the cache; "
-            "lower the cache's device or tokens"
+            "lower kv_cache_memory_bytes or kv_cache_tokens"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Storage formats and sizes in bytes of the KV cache, computed from the config without allocating anything.
 
-A block holds the entries of `block` tokens in every layer: main entries, and in CSA layers an index key for each. A
-state slot holds the window rings and the compressor state of one sequence. Values of `kv_cache_dtype` (spec 2.10):
+A block holds the entries of `block_size` tokens in every layer: main entries, and in CSA layers an index key for each.
+A state slot holds the window rings and the compressor state of one sequence. Values of `kv_cache_dtype` (spec 2.10):
 
     auto     both in the model's own float type
     bf16     both in bfloat16
@@ -21,15 +21,17 @@ import jax.numpy as jnp
 
 from v4jax import config
 from v4jax.cache.paged_cache import new_paged_layer_cache
+from v4jax.core.config_limits import CHOICES
 from v4jax.core.errors import UserError
 from v4jax.core.qtensor import group_size
 from v4jax.nn import qdq
 
-KV_CACHE_DTYPES = ("auto", "bf16", "fp8", "fp8_fp4")
+KV_CACHE_DTYPES = CHOICES["cache.kv_cache_dtype"]
 _FORMATS = {"fp8": {"main": "fp8", "index": "fp8"}, "fp8_fp4": {"main": "fp8", "index": "fp4"}}
 _GROUP = {"main": qdq.ENTRY_GROUP, "index": qdq.KEY_GROUP}
 _WORD = 4  # bytes that a quantized row is padded to a multiple of
-_PLACE, _COUNTS = 4, 20  # bytes of an index in `DeviceEntryCache`, and of its counters
+_INDEX_BYTES = 4  # of an index in `DeviceEntryCache`
+_COUNTER_BYTES = 20  # of the counters of a `DeviceEntryCache`
 
 
 @dataclass(frozen=True)
@@ -74,36 +76,36 @@ class EntryFormat:
         return sum(-(-count * jnp.dtype(dtype).itemsize // _WORD) for count, dtype in self.planes.values())
 
 
-def entry_format(model: config.Model, kind: str, layout: str) -> EntryFormat:
+def entry_format(model: config.Model, kind: str, kv_cache_dtype: str) -> EntryFormat:
     """Return the storage format of a main entry or an index key, with the fewest equal groups that the format allows.
 
     Args:
       model: the model's config.
       kind: "main" or "index".
-      layout: one of `KV_CACHE_DTYPES`.
+      kv_cache_dtype: one of `KV_CACHE_DTYPES`.
 
     Raises:
-      UserError: the layout is unknown or cannot hold the model's shapes.
+      UserError: the dtype is unknown or cannot hold the model's shapes.
     """
-    if layout not in KV_CACHE_DTYPES:
-        raise UserError(f"unknown kv_cache_dtype {layout!r}; one of {', '.join(KV_CACHE_DTYPES)}")
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise UserError(f"unknown kv_cache_dtype {kv_cache_dtype!r}; one of {', '.join(KV_CACHE_DTYPES)}")
     width, rotary = {"main": (model.head_dim, model.qk_rope_head_dim), "index": (model.indexer.index_head_dim, 0)}[kind]
-    if layout not in _FORMATS:
-        return EntryFormat(width, model.dtype if layout == "auto" else "bfloat16")
-    format = _FORMATS[layout][kind]
+    if kv_cache_dtype not in _FORMATS:
+        return EntryFormat(width, model.dtype if kv_cache_dtype == "auto" else "bfloat16")
+    format = _FORMATS[kv_cache_dtype][kind]
     if width == rotary:
         raise UserError(
-            f"kv_cache_dtype {layout} quantizes what is not rotary, and model.qk_rope_head_dim is all {width}; "
+            f"kv_cache_dtype {kv_cache_dtype} quantizes what is not rotary, and model.qk_rope_head_dim is all {width}; "
             "take bf16"
         )
     if format == "fp4" and width % 2:
         raise UserError(
-            f"kv_cache_dtype {layout} packs pairs, and model.indexer.index_head_dim {width} is odd; take fp8"
+            f"kv_cache_dtype {kv_cache_dtype} packs pairs, and model.indexer.index_head_dim {width} is odd; take fp8"
         )
     return EntryFormat(width, format, group_size(width - rotary, _GROUP[kind]), rotary)
 
 
-def block_size(model: config.Model, wanted: int = 256) -> int:
+def default_block_size(model: config.Model, wanted: int = 256) -> int:
     """Return tokens per block: the least multiple of all compression ratios in use that is at least `wanted`."""
     step = math.lcm(*(model.compress_rate(kind) for kind in _compressed(model)))
     return max(1, -(-wanted // step)) * step
@@ -116,7 +118,7 @@ def validate_block_size(model: config.Model, block: int) -> int:
         if block < 1 or block % ratio:
             raise UserError(
                 f"cache.block_size of {block} tokens is not a multiple of model.compress_rate_{kind} {ratio}; "
-                f"take {block_size(model, block)}"
+                f"take {default_block_size(model, block)}"
             )
     if block < 1:
         raise UserError(f"cache.block_size of {block} tokens; take at least 1")
@@ -129,64 +131,67 @@ class KVCacheSpec:
 
     Attributes:
       model: the model's config.
-      name: one of `KV_CACHE_DTYPES`.
-      block: tokens per block; 0 is replaced by `block_size(model)`.
-      hot: entries per CSA layer that are cached on the device. If it is not 0, the main entries of CSA layers and the
-        compressor state of HCA layers are in host memory. 0 keeps everything on the device.
+      kv_cache_dtype: one of `KV_CACHE_DTYPES`.
+      block_size: tokens per block; 0 is replaced by `default_block_size(model)`.
+      num_device_entries: entries per CSA layer that are cached on the device. If it is not 0, the main entries of CSA
+        layers and the compressor state of HCA layers are in host memory. 0 keeps everything on the device.
 
     Raises:
-      UserError: the name is unknown, the format cannot hold the model's shapes, or a compression ratio does not divide
+      UserError: the dtype is unknown, the format cannot hold the model's shapes, or a compression ratio does not divide
         the block.
     """
 
     model: config.Model
-    name: str = "auto"
-    block: int = 0
-    hot: int = 0
+    kv_cache_dtype: str = "auto"
+    block_size: int = 0
+    num_device_entries: int = 0
 
     def __post_init__(self):
-        block = validate_block_size(self.model, self.block) if self.block else block_size(self.model)
-        object.__setattr__(self, "block", block)
+        size = self.block_size
+        size = validate_block_size(self.model, size) if size else default_block_size(self.model)
+        object.__setattr__(self, "block_size", size)
         for kind in ("main", "index") if "csa" in self.model.layer_types else ("main",):
-            entry_format(self.model, kind, self.name)
+            entry_format(self.model, kind, self.kv_cache_dtype)
 
     @property
     def entry_bytes(self) -> int:
         """Bytes per main entry."""
-        return entry_format(self.model, "main", self.name).nbytes
+        return entry_format(self.model, "main", self.kv_cache_dtype).nbytes
 
     @property
     def key_bytes(self) -> int:
         """Bytes per index key."""
-        return entry_format(self.model, "index", self.name).nbytes
+        return entry_format(self.model, "index", self.kv_cache_dtype).nbytes
 
     def entries(self, kind: str) -> int:
         """Return entries per block in a layer of type `kind` ("csa" or "hca")."""
-        return self.block // self.model.compress_rate(kind)
+        return self.block_size // self.model.compress_rate(kind)
 
     @property
     def block_bytes(self) -> int:
         """Bytes on the device per block, over all layers."""
-        main = lambda: _PLACE if self.hot else self.entry_bytes
+        main = lambda: _INDEX_BYTES if self.num_device_entries else self.entry_bytes
         size = {"csa": lambda: main() + self.key_bytes, "hca": lambda: self.entry_bytes}
         return sum(self.entries(kind) * size[kind]() for kind in _compressed(self.model))
 
     @property
     def host_block_bytes(self) -> int:
         """Bytes in host memory per block, over all layers; 0 if everything is on the device."""
-        layers = self.model.layer_types.count("csa") if self.hot else 0
-        return layers and layers * self.entries("csa") * _WORD * entry_format(self.model, "main", self.name).words
+        layers = self.model.layer_types.count("csa") if self.num_device_entries else 0
+        row_bytes = _WORD * entry_format(self.model, "main", self.kv_cache_dtype).words
+        return layers and layers * self.entries("csa") * row_bytes
 
     @property
     def device_cache_bytes(self) -> int:
         """Bytes of the device caches of host-resident entries, over all layers, beside those that count per block."""
-        layers = self.model.layer_types.count("csa") if self.hot else 0
-        return layers and layers * ((1 + self.hot) * (self.entry_bytes + 2 * _PLACE) + _COUNTS)
+        layers = self.model.layer_types.count("csa") if self.num_device_entries else 0
+        rows_bytes = (1 + self.num_device_entries) * (self.entry_bytes + 2 * _INDEX_BYTES)
+        return layers and layers * (rows_bytes + _COUNTER_BYTES)
 
     @property
     def token_bytes(self) -> float:
-        """Bytes on the device per token of context, over all layers: block_bytes / block."""
-        return self.block_bytes / self.block
+        """Bytes on the device per token of context, over all layers: block_bytes / block_size."""
+        return self.block_bytes / self.block_size
 
     def state_bytes(self, slack: int = 0, mtp: bool = False) -> int:
         """Return bytes on the device per state slot, over all layers. Host-resident compressor state does not count.
@@ -196,17 +201,17 @@ class KVCacheSpec:
           mtp: include the MTP layer.
         """
 
-        def kept(kind: str) -> int:
+        def layer_bytes(kind: str) -> int:
             past = self._record(kind, slack)
-            return _bytes(past.window_ring_ZSH if self.hot and kind == "hca" else past)
+            return _bytes(past.window_ring_ZSH if self.num_device_entries and kind == "hca" else past)
 
         kinds = [*self.model.layer_types, *(["swa"] if mtp else [])]
-        sizes = {kind: kept(kind) for kind in set(kinds)}
+        sizes = {kind: layer_bytes(kind) for kind in set(kinds)}
         return sum(sizes[kind] for kind in kinds)
 
     def host_state_bytes(self, slack: int = 0) -> int:
         """Return bytes in host memory per state slot, over all layers; 0 if everything is on the device."""
-        layers = self.model.layer_types.count("hca") if self.hot else 0
+        layers = self.model.layer_types.count("hca") if self.num_device_entries else 0
         return layers and layers * _bytes(self._record("hca", slack).compressor_state)
 
     def _record(self, kind: str, slack: int):
@@ -223,8 +228,9 @@ class KVCacheSpec:
             raise UserError("a model of window layers alone keeps no pages, so no byte budget says how many")
         if budget < 2 * self.block_bytes:
             raise UserError(
-                f"a cache of {budget:,} bytes holds no page beside the spare one: a page of {self.block} tokens takes "
-                f"{self.block_bytes:,} bytes in kv_cache_dtype {self.name}; give at least {2 * self.block_bytes:,}"
+                f"a cache of {budget:,} bytes holds no page beside the spare one: a page of {self.block_size} tokens "
+                f"takes {self.block_bytes:,} bytes in kv_cache_dtype {self.kv_cache_dtype}; give at least "
+                f"{2 * self.block_bytes:,}"
             )
         return budget // self.block_bytes
 

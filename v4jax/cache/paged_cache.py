@@ -261,7 +261,7 @@ class PagedLayerCache:
         complete = (entry + 1) * ratio <= (chunk.start_B + real_B)[:, None]
         few, late = T <= slots - (1 + back) * ratio + 1, self.pending_state
         if is_host(tail_ZSW):
-            tail_BSW, late = _read_far(tail_ZSW, rows_BTW, chunk, complete.any() if few else None)
+            tail_BSW, late = _read_host_state(tail_ZSW, rows_BTW, chunk, complete.any() if few else None)
         elif few:
             tail_ZSW = _write_few(tail_ZSW, rows_BTW, chunk)
             tail_BSW = tail_ZSW[state_slot_B]
@@ -323,9 +323,9 @@ class PagedLayerCache:
         if self.entries is None:
             return None
         block_table_BA = chunk.slots.block_table_BA
-        rows = jax.tree.map(
-            lambda a: jnp.repeat(a, times, axis=0) if times > 1 else a, (self.pending_entries, block_table_BA)
-        )
+        rows = (self.pending_entries, block_table_BA)
+        if times > 1:
+            rows = jax.tree.map(lambda a: jnp.repeat(a, times, axis=0), rows)
         return PagedEntryReader(self.entries, self.index_keys, self.device_cache, *rows, dtype)
 
     def with_reader(self, view: PagedEntryReader | None) -> PagedLayerCache:
@@ -340,42 +340,37 @@ class PagedLayerCache:
     def zero_blocks(self, page_A: jax.Array) -> PagedLayerCache:
         """Zero the int32 blocks `page_A`. Numbers out of range are ignored."""
         zeros = lambda pool: jax.tree.map(lambda a: host_scatter(a, 0, page_A), pool)
-        return dataclasses.replace(
-            self, entries=zeros(self.entries), index_keys=zeros(self.index_keys)
-        ).invalidate_copies(page_A)
+        zeroed = dataclasses.replace(self, entries=zeros(self.entries), index_keys=zeros(self.index_keys))
+        return zeroed.invalidate_copies(page_A)
 
     def invalidate_copies(self, page_A: jax.Array) -> PagedLayerCache:
         """Drop the blocks `page_A` from the device cache. Call it after writing to these blocks in host memory."""
-        return (
-            self
-            if self.device_cache is None
-            else dataclasses.replace(self, device_cache=self.device_cache.invalidate_blocks(page_A))
-        )
+        if self.device_cache is None:
+            return self
+        return dataclasses.replace(self, device_cache=self.device_cache.invalidate_blocks(page_A))
 
     def commit(self, done: jax.Array) -> PagedLayerCache:
         """Write pending entries and state to host memory, once the layer's output `done` is computed."""
         # Write only after every read, or XLA keeps a copy of the whole pool. XLA:TPU orders by optimization_barrier. In
         # addition, the write index depends on a fetched value (the condition is always true), which orders by data.
         first = done[(0,) * done.ndim]
-        kept = self
+        cache = self
         if self.pending_entries is not None:
             new, *_ = jax.lax.optimization_barrier((self.pending_entries, self.device_cache.entry_of_slot_S, first))
             page_BC = jnp.where(self.device_cache.entry_of_slot_S[0] < 0, new.page_BC, self.entries.shape[0])
-            write = lambda main: jax.tree.map(
-                lambda a, rows: host_scatter(a, rows, page_BC, new.slot_BC), main, new.rows
-            )
+            write_plane = lambda a, rows: host_scatter(a, rows, page_BC, new.slot_BC)
+            write = lambda main: jax.tree.map(write_plane, main, new.rows)
             main = _in_place(write, self.entries, (page_BC < self.entries.shape[0]).any())
-            kept = dataclasses.replace(kept, entries=main, pending_entries=None)
+            cache = dataclasses.replace(cache, entries=main, pending_entries=None)
         if self.pending_state is not None:
             late, _ = jax.lax.optimization_barrier((self.pending_state, first))
             tail_ZSW = self.compressor_state["main"]
             slot_BN = jnp.where(self.pending_state.read, late.slot_BN, tail_ZSW.shape[1])
             write = lambda tail_ZSW: host_scatter(tail_ZSW, late.rows_BNW, late.record_BN, slot_BN)
             tail_ZSW = _in_place(write, tail_ZSW, (slot_BN < tail_ZSW.shape[1]).any())
-            kept = dataclasses.replace(
-                kept, compressor_state=self.compressor_state | {"main": tail_ZSW}, pending_state=None
-            )
-        return kept
+            state = self.compressor_state | {"main": tail_ZSW}
+            cache = dataclasses.replace(cache, compressor_state=state, pending_state=None)
+        return cache
 
 
 def new_paged_layer_cache(
@@ -403,9 +398,8 @@ def new_paged_layer_cache(
         main, tails["main"] = pool("main"), tail(model.head_dim)
         if kind == "csa":
             index, tails["index"] = pool("index"), tail(model.indexer.index_head_dim)
-    return PagedLayerCache(
-        jnp.zeros((records, model.sliding_window + slack, model.head_dim), dtype), tails, main, index
-    )
+    ring_ZSH = jnp.zeros((records, model.sliding_window + slack, model.head_dim), dtype)
+    return PagedLayerCache(ring_ZSH, tails, main, index)
 
 
 def _in_place(write, arrays, needed: jax.Array):
@@ -444,7 +438,7 @@ def _ring_after(ring_BSH: jax.Array, rows_BTH: jax.Array, chunk: ForwardBatch) -
     return jnp.where((source >= 0)[..., None], new, ring_BSH)
 
 
-def _read_far(
+def _read_host_state(
     tail_ZSW: jax.Array, rows_BTW: jax.Array, chunk: ForwardBatch, wanted: jax.Array | None
 ) -> tuple[jax.Array, PendingState]:
     """Read the batch rows' compressor state from host memory.

@@ -28,7 +28,7 @@ class Bf16Pool(EntryPool):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Pages, rows of a page, numbers of a row."""
+        """(blocks, rows per block, row width)."""
         return self.bits.shape
 
     def encode(self, rows: jax.Array) -> Bf16Pool:
@@ -56,7 +56,7 @@ class QuantizedPool(EntryPool):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Pages, rows of a page, numbers of a row."""
+        """(blocks, rows per block, row width)."""
         return (*self.values.shape[:2], self.row.width)
 
     @property
@@ -87,7 +87,7 @@ class QuantizedPool(EntryPool):
         return jnp.concatenate(both, axis=-2).reshape(*x.shape[:-1], self.row.width)
 
 
-def new_pool(model: config.Model, kind: str, pages: int, entries_per_page: int, layout: str) -> EntryPool:
+def new_pool(model: config.Model, kind: str, pages: int, entries_per_page: int, kv_cache_dtype: str) -> EntryPool:
     """Allocate an empty pool of one layer. Its rows read as zeros.
 
     Args:
@@ -95,19 +95,18 @@ def new_pool(model: config.Model, kind: str, pages: int, entries_per_page: int, 
       kind: "main" for main entries, "index" for index keys.
       pages: number of blocks.
       entries_per_page: entries per block.
-      layout: one of `kv_cache_spec.KV_CACHE_DTYPES`.
+      kv_cache_dtype: one of `kv_cache_spec.KV_CACHE_DTYPES`.
 
     Raises:
-      UserError: the layout is unknown or cannot hold the model's shapes (see `kv_cache_spec.entry_format`).
+      UserError: the dtype is unknown or cannot hold the model's shapes (see `kv_cache_spec.entry_format`).
     """
-    return zeros(kv_cache_spec.entry_format(model, kind, layout), pages, entries_per_page)
+    return zeros(kv_cache_spec.entry_format(model, kind, kv_cache_dtype), pages, entries_per_page)
 
 
 def zeros(row: kv_cache_spec.EntryFormat, pages: int, slots: int) -> EntryPool:
     """Allocate an empty pool of `pages` blocks with `slots` rows each, in storage format `row`."""
     planes = {name: jnp.zeros((pages, slots, count), dtype) for name, (count, dtype) in row.planes.items()}
     if row.group:
-        return QuantizedPool(
-            planes["values"], planes["scales"], Bf16Pool(planes["rotary"]) if row.rotary else None, row
-        )
+        rotary = Bf16Pool(planes["rotary"]) if row.rotary else None
+        return QuantizedPool(planes["values"], planes["scales"], rotary, row)
     return Bf16Pool(planes["rows"]) if row.format == "bfloat16" else FloatPool(planes["rows"])

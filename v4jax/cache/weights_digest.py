@@ -31,9 +31,8 @@ def _row_digests(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
                 found[name][shard.index[0]] = block_hash.row_digests(np.asarray(shard.data))
     if not found:
         return found
-    each = distributed.all_gather_bytes(
-        np.concatenate(list(found.values())).tobytes()
-    )  # a process sends zeros for rows that it does not hold
+    own = np.concatenate(list(found.values())).tobytes()  # zeros for rows that this process does not hold
+    each = distributed.all_gather_bytes(own)
     known = np.max([np.frombuffer(data, np.uint8) for data in each], axis=0).reshape(-1, block_hash.SIZE)
     ends = np.cumsum([len(rows) for rows in found.values()])
     return dict(zip(found, np.split(known, ends[:-1]), strict=True))

@@ -1,6 +1,8 @@
 """Errors that a user can cause and fix, with messages that are safe to print."""
 
+import difflib
 import re
+from collections.abc import Sequence
 
 _VALUE = 200  # maximum number of characters of one name or value in a message
 _MESSAGE = 1000  # maximum number of characters of a message
@@ -27,6 +29,12 @@ class UserError(ValueError):
 def printable(text: str) -> str:
     """Return `text` on one line. White space becomes single spaces, control characters become escapes such as \\x1b."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), " ".join(text.split()))
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """Return the hint of a message on an unknown option `name`: the closest known one, or all of them if none is."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"options: {', '.join(known)}"
 
 
 def _cut(match: re.Match) -> str:

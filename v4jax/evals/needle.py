@@ -96,7 +96,7 @@ def draw(alphabet: TokenRanges, context: int, depths: int, trials: int) -> list[
 
 def found(model: Transformer, kv_cache_dtype: str, stacks: list[Haystack], depths: int) -> np.ndarray:
     """Return whether each needle was found, bool [depths, needles of a depth], the earliest depth first."""
-    context, room = len(stacks[0].tokens_T), KVCacheSpec(model.config, kv_cache_dtype).block
+    context, room = len(stacks[0].tokens_T), KVCacheSpec(model.config, kv_cache_dtype).block_size
     llm = LLM(
         model,
         kv_cache_dtype=kv_cache_dtype,

@@ -8,12 +8,12 @@ from v4jax.cache import block_hash
 from v4jax.serve.scheduler import Scheduler
 
 
-def select_rank(
+def select_scheduler(
     schedulers: Sequence[Scheduler],
     prompt: Sequence[int],
     max_tokens: int,
     seed: bytes | None,
-    below: Callable[[Sequence[bytes]], Sequence[int]] | None = None,
+    num_offloaded: Callable[[Sequence[bytes]], Sequence[int]] | None = None,
 ) -> Scheduler:
     """Choose the scheduler with the fewest tokens left to compute, the new request included.
 
@@ -25,17 +25,17 @@ def select_rank(
         prompt: token ids of the request.
         max_tokens: maximum new tokens of the request.
         seed: seed of the prompt's block hashes; None ignores the caches.
-        below: maps block hashes to the number of prefix blocks in the tiers of each device; None without tiers.
+        num_offloaded: maps block hashes to the number of prefix blocks in the tiers of each device; None without tiers.
     """
     if len(schedulers) == 1:
         return schedulers[0]
     block = schedulers[0].block_size
     names = [] if seed is None else block_hash.block_hashes(seed, prompt[:-1], block)
-    held = below(names) if below is not None and names else [0] * len(schedulers)
+    held = num_offloaded(names) if num_offloaded is not None and names else [0] * len(schedulers)
 
     def cost(scheduler: Scheduler, held: int) -> tuple[int, int]:
         found = max(scheduler.block_pool.match_prefix(names)[0], held)
-        before = sum(sequence.max_len - sequence.position for sequence in scheduler.requests.values())
+        before = sum(request.max_len - request.position for request in scheduler.requests.values())
         return before + len(prompt) + max_tokens - found * block, scheduler.arrivals
 
     costs = [cost(scheduler, blocks) for scheduler, blocks in zip(schedulers, held, strict=True)]

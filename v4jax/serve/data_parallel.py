@@ -27,7 +27,7 @@ class DataParallelGroup:
     def __init__(self, sharding: MeshRules | None):
         self.sharding, self.count = sharding, 1
         if sharding is not None:
-            check(sharding)
+            validate_sharding(sharding)
             self.count = sharding.mesh.size
             self._rows = sharding.named(row_spec(sharding))
             here = jax.process_index()
@@ -113,25 +113,25 @@ def data_parallel_group(mesh: config.Mesh | None, devices: Sequence[jax.Device] 
     """Make the group over `devices` (default: all devices of all processes), or of one device if `mesh` is falsy.
 
     Raises:
-        UserError: serving cannot use the mesh or its layout.
+        UserError: serving cannot use the mesh or its sharding rules.
     """
     return DataParallelGroup(make_mesh_rules(mesh, devices) if mesh else None)
 
 
-def check(sharding: MeshRules) -> None:
+def validate_sharding(sharding: MeshRules) -> None:
     """Raise UserError unless rows are sharded over all devices, and no weights but experts are sharded."""
-    layout, mesh = sharding.rules, sharding.mesh
+    rules, mesh = sharding.rules, sharding.mesh
     everywhere = sharding.axes("activations", "batch")
     if sharding.size(everywhere) != mesh.size:
         over = ", ".join(axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in everywhere)
         raise UserError(
-            f"serving gives every device rows of its own, and layout {layout.name!r} splits something else "
+            f"serving gives every device rows of its own, and mesh.rules {rules.name!r} splits something else "
             f"over {over}; leave those axes at 1"
         )
-    if {axis for name, _ in layout.weights if name != "expert" for axis in sharding.axes("weights", name)}:
+    if {axis for name, _ in rules.weights if name != "expert" for axis in sharding.axes("weights", name)}:
         raise UserError(
-            f"serving splits experts and keeps all other weights whole, and layout {layout.name!r} splits "
-            "more; take layout 'serve'"
+            f"serving splits experts and keeps all other weights whole, and mesh.rules {rules.name!r} splits "
+            "more; set mesh.rules (--mesh) to 'serve'"
         )
 
 

@@ -90,10 +90,8 @@ class DeviceKVConnector:
             self._device = SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
         self._transfers: list[StoreOp | LoadOp] = []  # in the order of the block pool's changes
         self._backlog: dict[str, dict[bytes, StoreOp]] = {"block": {}, "record": {}}
-        self._second_use, self._lookups = (
-            second_use,
-            OrderedDict(),
-        )  # block hash -> whether more than one request looked it up
+        self._second_use = second_use
+        self._lookups: OrderedDict[bytes, bool] = OrderedDict()  # whether more than one request looked up the block
         self._loads: dict[Request, PendingLoad | None] = {}
         self._blocks: BlockPool | None = None
         self.num_restored = 0
@@ -199,7 +197,7 @@ class DeviceKVConnector:
         held = blocks.touch([name for name in names if name not in set(lacking)])
         new = blocks.allocate(len(lacking))
         if new is not None:
-            pages = {**dict(zip(lacking, new, strict=True))}
+            pages = dict(zip(lacking, new, strict=True))
             for parent, name in itertools.pairwise([seed, *names]):
                 if name in pages:
                     blocks.cache_block(parent, name, pages[name])
@@ -309,9 +307,8 @@ def block_schema(caches: KVCaches, kind: str) -> BlockSchema:
 def pack_blocks(caches: KVCaches, kinds: tuple[str, ...], kind: str, number_N: jax.Array) -> list[jax.Array]:
     """Gather N blocks or snapshots; each becomes one uint8 [bytes] array, so that one copy moves it."""
     count = number_N.shape[0]
-    rows = [
-        host_gather(leaf, number_N) for leaf, its in zip(jax.tree.leaves(caches), kinds, strict=True) if its == kind
-    ]
+    leaves = zip(jax.tree.leaves(caches), kinds, strict=True)
+    rows = [host_gather(leaf, number_N) for leaf, its in leaves if its == kind]
     data = jnp.concatenate([jax.lax.bitcast_convert_type(row, jnp.uint8).reshape(count, -1) for row in rows], axis=1)
     return [data[i] for i in range(count)]
 
@@ -334,9 +331,8 @@ def unpack_blocks(
     caches = jax.tree.unflatten(tree, leaves)
     if kind == "record":
         return caches
-    return jax.tree.map(
-        lambda kept: kept.invalidate_copies(number_N), caches, is_leaf=lambda a: isinstance(a, PagedLayerCache)
-    )
+    invalidate = lambda cache: cache.invalidate_copies(number_N)
+    return jax.tree.map(invalidate, caches, is_leaf=lambda a: isinstance(a, PagedLayerCache))
 
 
 def _batches(things: list) -> list[list]:

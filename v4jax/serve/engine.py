@@ -7,7 +7,7 @@ change.
 
 On a mesh every device is a data-parallel rank with its own scheduler, state slots and blocks. One step runs the plans
 of all devices, padded to the largest batch and chunk among them. A request stays on the device to which it was
-assigned: the one with the longest cached prefix or the least work.
+assigned: the one with the fewest tokens left to compute, cached prompt blocks excluded.
 
 **Errors.** An exception may leave a step anywhere, with donated buffers gone and host state half changed. So every
 call that changes the engine sets `broken` at its start and clears it at its end, and every call first resets a broken
@@ -35,6 +35,7 @@ from v4jax import config
 from v4jax.cache import allocate, block_hash, weights_digest
 from v4jax.cache.block_pool import BlockPool
 from v4jax.cache.kv_cache_spec import KVCacheSpec
+from v4jax.cache.offload.manager import FLUSH_SECONDS
 from v4jax.core.errors import UserError
 from v4jax.models.quantize import quantize_model
 from v4jax.models.transformer import Transformer
@@ -49,7 +50,7 @@ _LEAST_CHUNK = 16  # tokens
 _log = logging.getLogger(__name__)
 
 _NOT_FINITE = SamplerOutput(np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))  # for a non-finite chunk
-_NOBODY = SamplingParams(temperature=0.0, seed=0)
+_PADDING = SamplingParams(temperature=0.0, seed=0)  # of a row that only fills up a batch
 
 
 class SampledTokens(NamedTuple):
@@ -75,7 +76,7 @@ class InflightStep(NamedTuple):
     rows: tuple[SamplerOutput, jax.Array] | None
 
 
-def _whole(method):
+def _reset_on_error(method):
     """Decorate a method of `Engine`: after an exception inside it, the next call resets the engine."""
 
     @functools.wraps(method)
@@ -107,7 +108,9 @@ class Engine:
         cache: config.Cache | None = None,
         on: data_parallel.DataParallelGroup | None = None,
     ):
-        self.model, self.limits, cache = model.config, limits, cache or config.Cache()
+        self.model = model.config
+        self.limits = limits
+        cache = cache or config.Cache()
         self.dp_group = on or data_parallel.data_parallel_group(None)
         validate_limits(self.model, limits, cache)
         data_parallel.validate_engine(self.dp_group, self.model, limits, cache)
@@ -121,12 +124,14 @@ class Engine:
         self._model_def = model_steps.model_def(graphdef, tree, self.dp_group.sharding)
         self._weights = self._model_def.placed(weights)
         self.kv_cache_spec = KVCacheSpec(self.model, cache.kv_cache_dtype, cache.block_size, cache.kv_device_entries)
-        block, slots, k = self.kv_cache_spec.block, limits.max_num_seqs, limits.num_speculative_tokens
+        block, slots = self.kv_cache_spec.block_size, limits.max_num_seqs
+        k = limits.num_speculative_tokens
         self._table_width = -(-(limits.max_model_len + k) // block)
         self._slack = 3 * k  # tokens: a snapshot holds up to 2k past its boundary, and k drafts may be rejected
-        kept = range(slots + 1, slots + 1 + (cache.num_state_snapshots if cache.enable_prefix_caching else 0))
-        self._records = 1 + slots + len(kept)
-        self._most_pages = pages = self._pages(cache, self._records)
+        num_snapshots = cache.num_state_snapshots if cache.enable_prefix_caching else 0
+        self._records = 1 + slots + num_snapshots  # state slot 0 is the null slot
+        snapshot_slots = range(1 + slots, self._records)
+        self._most_pages = self._pages(cache, self._records)
         longest = block if limits.batch_invariant else limits.max_num_batched_tokens
         self._sizes = [longest] if limits.batch_invariant else chunk_sizes(longest)
         self._seed = self._digest(variables) if cache.enable_prefix_caching else None
@@ -134,21 +139,17 @@ class Engine:
         self.schedulers: list[Scheduler] = []
         self.reset()
         if cache.kv_device_entries:
+            host_bytes = allocate.memory_stats(self._kv_caches)["kv_host_bytes"]
             _log.info(
                 "cache: CSA entries of %s tokens in host memory (%s bytes), %s of a layer on the device",
-                *(
-                    f"{n:,}"
-                    for n in (
-                        (pages - 1) * block,
-                        allocate.memory_stats(self._kv_caches)["kv_host_bytes"],
-                        cache.kv_device_entries,
-                    )
-                ),
+                f"{(self._most_pages - 1) * block:,}",
+                f"{host_bytes:,}",
+                f"{cache.kv_device_entries:,}",
             )
         self.kv_connector = offload_connector.build(self._kv_caches, self.dp_group, cache, self.kv_cache_spec)
         self.schedulers = [
             Scheduler(
-                BlockPool(pages, kept),
+                BlockPool(self._most_pages, snapshot_slots),
                 slots,
                 block,
                 longest,
@@ -162,19 +163,22 @@ class Engine:
 
     def _pages(self, cache: config.Cache, records: int) -> int:
         """Number of blocks of every pool, including the null block 0."""
-        k, block = self.limits.num_speculative_tokens, self.kv_cache_spec.block
+        k, block = self.limits.num_speculative_tokens, self.kv_cache_spec.block_size
         if not cache.kv_cache_memory_bytes:
-            return 1 + (-(-cache.kv_cache_tokens // block) or self.limits.max_num_seqs * self._table_width)
+            if not cache.kv_cache_tokens:
+                return 1 + self.limits.max_num_seqs * self._table_width
+            return 1 + -(-cache.kv_cache_tokens // block)
         fixed = records * self.kv_cache_spec.state_bytes(self._slack, mtp=k > 0) + self.kv_cache_spec.device_cache_bytes
         least = fixed + 2 * self.kv_cache_spec.block_bytes
         if cache.kv_cache_memory_bytes < least:
             parts = f"{records} records and one block of {block} tokens"
-            parts, lower = (
-                (f"{parts} and the hot entries", "records or hot") if cache.kv_device_entries else (parts, "records")
-            )
+            options = "max_num_seqs or num_state_snapshots"
+            if cache.kv_device_entries:
+                parts += " and the kv_device_entries"
+                options = "max_num_seqs, num_state_snapshots or kv_device_entries"
             raise UserError(
                 f"a cache of {cache.kv_cache_memory_bytes:,} bytes on the device is too small: {parts} take "
-                f"{least:,}; give it more, or lower max_num_seqs or the cache's {lower}"
+                f"{least:,}; give it more, or lower {options}"
             )
         return self.kv_cache_spec.blocks_for(cache.kv_cache_memory_bytes - fixed)
 
@@ -191,9 +195,10 @@ class Engine:
 
     def _forget(self) -> None:
         """Reset the host state of all requests and schedulers."""
-        self._dp_rank: dict[Hashable, Scheduler] = {}
+        self._scheduler_of: dict[Hashable, Scheduler] = {}
         self._sampling: dict[Hashable, SamplingParams] = {}
-        self._batch, self._device_batch = (), None
+        self._batch = ()
+        self._device_batch = None
         self._inflight: deque[InflightStep] = deque()
         for scheduler in self.schedulers:
             scheduler.reset()
@@ -204,8 +209,8 @@ class Engine:
             room = (self._most_pages, self._records, self._slack)
             one = lambda kind: self.dp_group.replicate(allocate.allocate_layer(self.kv_cache_spec, kind, *room))
             self._kv_caches = KVCaches([[one(kind) for kind in run] for run in self._kinds], one("swa") if k else None)
-            heads = DecodeState(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
-            self._decode_state = self.dp_group.replicate(heads)
+            decode_state = DecodeState(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))
+            self._decode_state = self.dp_group.replicate(decode_state)
         self._tables = np.full((self.dp_group.count, slots + 1, self._table_width), -1, np.int32)
         self._upload_block_tables()
 
@@ -228,8 +233,8 @@ class Engine:
         return block_hash.hash_seed(
             weights_digest.weights_digest(variables),
             self.model,
-            self.kv_cache_spec.name,
-            self.kv_cache_spec.block,
+            self.kv_cache_spec.kv_cache_dtype,
+            self.kv_cache_spec.block_size,
             *bits,
         )
 
@@ -245,8 +250,8 @@ class Engine:
             raise UserError(f"{name} has token id {bad}; the model's ids are 0 to {self.model.vocab_size - 1}")
         if len(prompt) + sampling.max_tokens > limit:
             raise UserError(
-                f"{name} has {len(prompt)} tokens, which with max_tokens {sampling.max_tokens} exceeds max_model_len"
-                f" {limit}; shorten one of them or raise max_model_len (the model takes up to "
+                f"{name} has {len(prompt)} tokens, which with max_tokens {sampling.max_tokens} exceeds max_model_len "
+                f"{limit}; shorten one of them or raise max_model_len (the model takes up to "
                 f"{self.model.max_position_embeddings})"
             )
         self.schedulers[0].check_fits(len(prompt), sampling.max_tokens)
@@ -257,32 +262,33 @@ class Engine:
         Raises ValueError for an id that is in use.
         """
         self._recover()
-        if id in self._dp_rank and id in self._dp_rank[id].requests:
+        if id in self._scheduler_of and id in self._scheduler_of[id].requests:
             raise ValueError(f"request {id!r} is in use")
         self._add(id, prompt, sampling, salt)
 
-    @_whole
+    @_reset_on_error
     def _add(self, id: Hashable, prompt: list[int], sampling: SamplingParams, salt: str) -> None:
         if sampling.seed is None:
             sampling = dataclasses.replace(sampling, seed=secrets.randbits(64))
         seed = self._seed and block_hash.hash_seed(self._seed, salt=salt)
-        below = self.kv_connector and self.kv_connector.num_offloaded_blocks
-        home = balance.select_rank(self.schedulers, prompt, sampling.max_tokens, seed, below)
-        home.add_request(id, prompt, sampling.max_tokens, seed=seed)
-        self._dp_rank[id] = home
-        self._sampling[id], self._batch = sampling, ()  # an id may come again with other options
+        num_offloaded = self.kv_connector and self.kv_connector.num_offloaded_blocks
+        scheduler = balance.select_scheduler(self.schedulers, prompt, sampling.max_tokens, seed, num_offloaded)
+        scheduler.add_request(id, prompt, sampling.max_tokens, seed=seed)
+        self._scheduler_of[id] = scheduler
+        self._sampling[id] = sampling
+        self._batch = ()  # an id may come again with other options
 
-    @_whole
+    @_reset_on_error
     def finish_request(self, id: Hashable) -> None:
         """End a request whose text is complete."""
-        if id in self._dp_rank:
-            self._dp_rank[id].finish_request(id)
+        if id in self._scheduler_of:
+            self._scheduler_of[id].finish_request(id)
 
-    @_whole
+    @_reset_on_error
     def abort_request(self, id: Hashable) -> None:
         """Drop a request at any moment and free its resources."""
-        if id in self._dp_rank:
-            self._dp_rank[id].abort_request(id)
+        if id in self._scheduler_of:
+            self._scheduler_of[id].abort_request(id)
 
     @property
     def busy(self) -> bool:
@@ -296,7 +302,7 @@ class Engine:
 
     # --- steps -----------------------------------------------------------------------------------------------------
 
-    @_whole
+    @_reset_on_error
     def step(self) -> list[SampledTokens]:
         """Dispatch the next plan, then return the new tokens of the plan before, per request.
 
@@ -322,7 +328,7 @@ class Engine:
             if waits:
                 self.kv_connector.wait_for_load()
 
-    def close(self, seconds: float = 10.0) -> None:
+    def close(self, seconds: float = FLUSH_SECONDS) -> None:
         """Store idle blocks in the offload tiers within `seconds`, then detach from the tiers permanently."""
         if self.kv_connector is not None:
             if self.broken:
@@ -333,12 +339,13 @@ class Engine:
                 scheduler.kv_connector = scheduler.block_pool.on_idle = None
 
     def _dispatch(self, plans: list[SchedulerOutput | None]) -> InflightStep:
-        put, some = self.dp_group.shard_rows, lambda name: [plan and getattr(plan, name) or () for plan in plans]
+        put = self.dp_group.shard_rows
+        some = lambda name: [() if plan is None else getattr(plan, name) for plan in plans]
         for pairs in zip_longest(*some("copies"), fillvalue=(0, 0)):
             source_D, target_D = np.array(pairs, np.int32).T.copy()
             self._kv_caches = model_steps.copy_state(self._model_def, self._kv_caches, *put((source_D, target_D)))
         self._set_tables(some("requests"))
-        reads = [plan and plan.prefill for plan in plans]
+        reads = [None if plan is None else plan.prefill for plan in plans]
         finite, first = self._prefill(reads) if any(reads) else (None, None)
         rows = [[row.request for row in decode] for decode in some("decode")]
         size = min(1 << (max(map(len, rows)) - 1).bit_length(), self.limits.max_num_seqs)
@@ -350,7 +357,8 @@ class Engine:
             for request in here:
                 row = self._table(request)
                 if not np.array_equal(row, self._tables[device, request.state_slot]):
-                    self._tables[device, request.state_slot], changed = row, True
+                    self._tables[device, request.state_slot] = row
+                    changed = True
         if changed:
             self._upload_block_tables()
 
@@ -366,7 +374,7 @@ class Engine:
         """Prefill one chunk per device that has one; sample after a prompt's last chunk."""
         size = next(size for size in self._sizes if size >= max(read.count for read in reads if read))
         tokens_DT = np.zeros((len(reads), size + 1), np.int32)
-        scalars_3D = np.zeros((3, len(reads)), np.int32)  # start, count, record
+        scalars_3D = np.zeros((3, len(reads)), np.int32)  # start, count, state slot
         for device, read in enumerate(reads):
             if read:
                 known = read.request.tokens[read.start : read.start + read.count + 1]
@@ -390,7 +398,7 @@ class Engine:
 
     def _options(self, ids: list[list[Hashable]], size: int):
         """Build the sampling options, padded to `size` rows per device."""
-        rows = [[self._sampling[id] for id in here] + [_NOBODY] * (size - len(here)) for here in ids]
+        rows = [[self._sampling[id] for id in here] + [_PADDING] * (size - len(here)) for here in ids]
         options, plan = make_sampling_tensors([row for here in rows for row in here])
         return self.dp_group.shard_rows(options), plan
 
@@ -401,7 +409,8 @@ class Engine:
             for device, here in enumerate(batch):
                 record_DB[device, : len(here)] = [slot for slot, _ in here]
             options = self._options([[id for _, id in here] for here in batch], size)
-            self._batch, self._device_batch = batch, (self.dp_group.shard_rows(record_DB.reshape(-1)), options)
+            self._device_batch = (self.dp_group.shard_rows(record_DB.reshape(-1)), options)
+            self._batch = batch
         state_slot_B, options = self._device_batch
         rows = (state_slot_B, self._device_tables)
         self._kv_caches, x_BTXD, logits_BTV = model_steps.decode(
@@ -429,12 +438,13 @@ class Engine:
         return drawn
 
     def _collect(self, flight: InflightStep) -> list[SampledTokens]:
-        results, drawn = self.dp_group.get((flight.finite, flight.first, flight.rows)), []
+        results = self.dp_group.get((flight.finite, flight.first, flight.rows))
+        drawn = []
         for device, plan in enumerate(flight.plans):
             if plan is not None:
                 drawn += self._collect_device(device, plan, flight.size, *results)
-        for id in [id for id, home in self._dp_rank.items() if id not in home.requests]:
-            del self._dp_rank[id], self._sampling[id]
+        for id in [id for id, scheduler in self._scheduler_of.items() if id not in scheduler.requests]:
+            del self._scheduler_of[id], self._sampling[id]
         return drawn
 
     def _collect_device(
@@ -443,11 +453,11 @@ class Engine:
         """Commit the results of one device's plan and return its new tokens."""
         scheduler, drawn, failed = self.schedulers[device], [], []
         if read := plan.prefill:
-            failed += [] if finite[device] else [read.request]
+            if not finite[device]:
+                failed.append(read.request)
             if read.last or failed:
-                drawn.append(
-                    SampledTokens(read.request.id, *((first[0], device) if read.last else (_NOT_FINITE, 0)), 1)
-                )
+                sampled, row = (first[0], device) if read.last else (_NOT_FINITE, 0)
+                drawn.append(SampledTokens(read.request.id, sampled, row, 1))
         for row, decode in enumerate(plan.decode, device * size):
             drawn.append(SampledTokens(decode.request.id, rows[0], row, int(rows[1][row])))
         alive = {id: s for id, s in scheduler.requests.items() if s.status not in _ENDED}
@@ -464,7 +474,8 @@ class Engine:
         """End a request with non-finite logits, and zero the blocks it wrote before others may get them."""
         state_slot_D = np.zeros(self.dp_group.count, np.int32)
         pages_DA = np.full((self.dp_group.count, self._table_width), -1, np.int32)
-        state_slot_D[device], pages_DA[device] = request.state_slot, self._table(request)
+        state_slot_D[device] = request.state_slot
+        pages_DA[device] = self._table(request)
         pages_DA[device, : request.num_cached_blocks] = -1
         if self.schedulers[device].fail_request(request.id):
             self._kv_caches = model_steps.zero_state(
@@ -475,8 +486,8 @@ class Engine:
         """Counts of requests, blocks and prefix hits, cache bytes (`allocate.memory_stats`) and tier counters,
         over all devices."""
         self._recover()
-        below = {} if self.kv_connector is None else self.kv_connector.stats()
-        return balance.merge_stats(self.schedulers) | allocate.memory_stats(self._kv_caches) | below
+        tiers = {} if self.kv_connector is None else self.kv_connector.stats()
+        return balance.merge_stats(self.schedulers) | allocate.memory_stats(self._kv_caches) | tiers
 
 
 def chunk_sizes(longest: int) -> list[int]:
@@ -495,4 +506,4 @@ def chunk_sizes(longest: int) -> list[int]:
 def validate_limits(model: config.Model, limits: config.Serve, cache: config.Cache) -> None:
     """Raise UserError for limits that cannot be kept."""
     config.check_serving(model, limits, cache)
-    allocate.check(model, limits, cache)
+    allocate.validate_host_resident(model, limits, cache)

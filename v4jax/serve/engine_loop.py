@@ -35,7 +35,7 @@ _CLOSED = "this LLM is closed; make a new one to generate"
 _log = logging.getLogger(__name__)
 
 
-class Request(Protocol):
+class OutputProcessor(Protocol):
     """One request of a caller: the input of the engine, and the object that receives its output.
 
     prompt_ids: token ids of the prompt. sampling: sampling options. finish_reason: None until the request has ended;
@@ -62,7 +62,7 @@ class _Call:
     no longer waits.
     """
 
-    def __init__(self, requests: Sequence[Request], stream: bool):
+    def __init__(self, requests: Sequence[OutputProcessor], stream: bool):
         self.requests, self.stream, self.left = requests, stream, False
         self.events: queue.SimpleQueue[tuple[int, str] | BaseException | None] = queue.SimpleQueue()
 
@@ -97,7 +97,7 @@ class EngineLoop:
 
     # --- called by any thread --------------------------------------------------------------------------------------
 
-    def run(self, requests: Sequence[Request], stream: bool = False) -> Iterator[tuple[int, str]]:
+    def run(self, requests: Sequence[OutputProcessor], stream: bool = False) -> Iterator[tuple[int, str]]:
         """Run requests to their end.
 
         Args:

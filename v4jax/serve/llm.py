@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import os
 import threading
@@ -12,8 +11,9 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from v4jax import checkpoint, config
+from v4jax.cache.offload.manager import FLUSH_SECONDS
 from v4jax.checkpoint.generation_config import GENERATION_NAME, GenerationConfig, read_generation_config
-from v4jax.core.errors import UserError
+from v4jax.core.errors import UserError, suggest
 from v4jax.data.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 from v4jax.models.transformer import Transformer
 from v4jax.serve import data_parallel
@@ -22,10 +22,9 @@ from v4jax.serve.engine import Engine, SampledTokens, validate_limits
 from v4jax.serve.engine_loop import EngineLoop
 from v4jax.serve.outputs import CompletionOutput, RequestOutput
 from v4jax.serve.prompts import Parsed, Prompt
-from v4jax.serve.sampling import Logprob, SamplerOutput, SamplingParams, is_int, shown
+from v4jax.serve.sampling import Logprob, SamplerOutput, SamplingParams, is_int, short_repr
 from v4jax.serve.stop_tokens import Ends, find_ends, warn_of_bos
 
-_LAST_SECONDS = 10.0  # seconds that closing waits for the offload tiers after an interrupt
 _log = logging.getLogger(__name__)
 
 
@@ -90,7 +89,7 @@ class LLM:
             tokenizer = Tokenizer(tokenizer, model=stored.model)
         size = stored.model.vocab_size
         if bos_id is not None and (not is_int(bos_id) or not 0 <= bos_id < size):
-            raise UserError(f"bos_id is {shown(bos_id)}; the model's ids are 0 to {size - 1}")
+            raise UserError(f"bos_id is {short_repr(bos_id)}; the model's ids are 0 to {size - 1}")
         self.default_sampling_params = generation.sampling
         self._check_defaults()
         self._bos_id, self._parses, self._warned = bos_id, parse_special_tokens, False
@@ -187,8 +186,8 @@ class LLM:
     @property
     def cache_summary(self) -> str:
         """Capacity of the KV cache on device, host and disk, in tokens, as text; "" without offload tiers."""
-        parking = self.engine.kv_connector
-        return "" if parking is None else parking.summary
+        connector = self.engine.kv_connector
+        return "" if connector is None else connector.summary
 
     def close(self) -> None:
         """Offload the idle blocks to the tiers, if there are any, and release the disk tier's directory.
@@ -209,15 +208,15 @@ class LLM:
         if kind is None or issubclass(kind, Exception):
             self.close()
         else:  # an interrupt must not wait for a step that is still being compiled
-            self._loop.close(_LAST_SECONDS if self.cache_summary else 0.0)
+            self._loop.close(FLUSH_SECONDS if self.cache_summary else 0.0)
 
-    def _stream(self, rows: list[RequestState]) -> Iterator[tuple[int, str]]:
+    def _stream(self, rows: list[RequestOutputProcessor]) -> Iterator[tuple[int, str]]:
         yield from self._run(rows, stream=True)
         for index, row in enumerate(rows):
             if row.error:
                 raise UserError(f"prompt {index} was stopped: {row.error}")
 
-    def _run(self, rows: list[RequestState], stream: bool = False) -> Iterator[tuple[int, str]]:
+    def _run(self, rows: list[RequestOutputProcessor], stream: bool = False) -> Iterator[tuple[int, str]]:
         """Run the requests like `EngineLoop.run`, and count their tokens when they end, also after an exception."""
         try:
             yield from self._loop.run(rows, stream)
@@ -226,20 +225,20 @@ class LLM:
                 self._tokens["prompt_tokens"] += sum(len(row.prompt_ids) for row in rows)
                 self._tokens["generation_tokens"] += sum(len(row.token_ids) for row in rows)
 
-    def _rows(self, prompts, sampling_params) -> list[RequestState]:
+    def _rows(self, prompts, sampling_params) -> list[RequestOutputProcessor]:
         parsed = prompt_forms.parse(prompts)
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(parsed)
         if not isinstance(sampling_params, Sequence) or not all(isinstance(p, SamplingParams) for p in sampling_params):
-            got = shown(sampling_params)
+            got = short_repr(sampling_params)
             raise UserError(f"sampling_params must be one SamplingParams or a list of them, got {got}")
         if len(sampling_params) != len(parsed):
             raise UserError(f"{len(sampling_params)} sampling_params for {len(parsed)} prompts; give one, or one each")
         return [self._row(f"prompt {i}", *pair) for i, pair in enumerate(zip(parsed, sampling_params, strict=True))]
 
-    def _row(self, name: str, prompt: Parsed, sampling: SamplingParams) -> RequestState:
+    def _row(self, name: str, prompt: Parsed, sampling: SamplingParams) -> RequestOutputProcessor:
         if sampling.stop:
             self._need_tokenizer(f"{name} uses stop strings, which")
         ids, size = self._ids(name, prompt), self.engine.model.vocab_size
@@ -252,7 +251,8 @@ class LLM:
         ends = Ends(frozenset(sampling.stop_token_ids), None)
         if not sampling.ignore_eos:
             ends = Ends(ends.ids | self._ends.ids, self._ends.eos_id)
-        return RequestState(prompt.text, ids, sampling, ends, Detokenizer(self.tokenizer) if self.tokenizer else None)
+        detokenizer = Detokenizer(self.tokenizer) if self.tokenizer else None
+        return RequestOutputProcessor(prompt.text, ids, sampling, ends, detokenizer)
 
     def _ids(self, name: str, prompt: Parsed) -> list[int]:
         """Return the token ids of a prompt, encoded from its text if it was not given as ids; may be empty."""
@@ -282,8 +282,8 @@ class LLM:
             raise UserError(f"{what} needs a tokenizer; put tokenizer.json into the checkpoint or pass tokenizer=")
 
 
-class RequestState:
-    """Text and tokens of one request, from submission to its RequestOutput; an `engine_loop.Request`."""
+class RequestOutputProcessor:
+    """Text and tokens of one request, from submission to its RequestOutput; an `engine_loop.OutputProcessor`."""
 
     def __init__(
         self,
@@ -395,7 +395,7 @@ def _check_types(model, tokenizer, mesh) -> None:
         ("mesh", mesh, (config.Mesh, type(None)), "a MeshConfig"),
     ]:
         if not isinstance(value, kinds):
-            raise UserError(f"{name} is {shown(value)}; give {cure}")
+            raise UserError(f"{name} is {short_repr(value)}; give {cure}")
 
 
 def _engine_config(stored: config.Config, options: dict) -> tuple[config.Serve, config.Cache]:
@@ -408,16 +408,13 @@ def _engine_config(stored: config.Config, options: dict) -> tuple[config.Serve, 
     """
     given = {name: value for name, value in options.items() if value is not None}
     model_len = min(stored.serve.max_model_len, stored.model.max_position_embeddings)
-    parts = [dataclasses.replace(stored.serve, max_model_len=model_len), stored.cache]
-    fields = [[field.name for field in dataclasses.fields(part)] for part in parts]
-    known = [*fields[0], *fields[1]]
+    serve_fields = [field.name for field in dataclasses.fields(config.Serve)]
+    cache_fields = [field.name for field in dataclasses.fields(config.Cache)]
+    known = [*serve_fields, *cache_fields]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"options: {', '.join(known)}"
-            raise UserError(f"LLM has no option {name!r}; {hint}")
-    serve, cache = (
-        dataclasses.replace(part, **{name: given[name] for name in names if name in given})
-        for part, names in zip(parts, fields, strict=True)
-    )
-    return serve, cache
+            raise UserError(f"LLM has no option {name!r}; {suggest(name, known)}")
+    serve_options = {name: given[name] for name in serve_fields if name in given}
+    cache_options = {name: given[name] for name in cache_fields if name in given}
+    serve = dataclasses.replace(stored.serve, **{"max_model_len": model_len, **serve_options})
+    return serve, dataclasses.replace(stored.cache, **cache_options)

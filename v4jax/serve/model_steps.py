@@ -26,7 +26,7 @@ from v4jax.models.transformer import KVCacheList, Transformer, continuation_batc
 from v4jax.nn.kv_cache_interface import CacheSlots
 from v4jax.parallel.host_memory import host_gather, host_scatter
 from v4jax.parallel.rules import MeshRules, use_rules
-from v4jax.serve.data_parallel import row_spec as rows_of
+from v4jax.serve.data_parallel import row_spec
 from v4jax.serve.sampling import SamplingFlags, SamplingTensors, sample
 
 
@@ -84,20 +84,21 @@ def _jit_step(weights: bool = True, donate: tuple[int, ...] = (), static: tuple[
 
     def decorate(function):
         @functools.wraps(function)
-        def run(structure, *args):
-            if structure.sharding is None:
-                return function(structure, *args)
-            return _on_mesh(functools.partial(function, structure), structure, args, weights, static)
+        def run(model_def, *args):
+            if model_def.sharding is None:
+                return function(model_def, *args)
+            return _on_mesh(functools.partial(function, model_def), model_def, args, weights, static)
 
         return jax.jit(run, static_argnums=(0, *static), donate_argnums=donate)
 
     return decorate
 
 
-def _on_mesh(function, structure: ModelDef, args: tuple, weights: bool, static: tuple[int, ...]):
-    sharding, split = structure.sharding, rows_of(structure.sharding)
+def _on_mesh(function, model_def: ModelDef, args: tuple, weights: bool, static: tuple[int, ...]):
+    sharding = model_def.sharding
+    split = row_spec(sharding)
     moving = [i for i in range(len(args)) if i + 1 not in static]
-    specs = [structure.specs() if weights and i == 0 else split for i in moving]
+    specs = [model_def.specs() if weights and i == 0 else split for i in moving]
 
     def one(*parts):
         given = list(args)
@@ -111,7 +112,16 @@ def _on_mesh(function, structure: ModelDef, args: tuple, weights: bool, static: 
 
 
 @_jit_step(donate=(2,))
-def prefill(structure, weights, live: KVCaches, tokens_1T: jax.Array, start_1, count_1, state_slot_1, block_table_ZA):
+def prefill(
+    model_def,
+    weights,
+    kv_caches: KVCaches,
+    tokens_1T: jax.Array,
+    start_1,
+    count_1,
+    state_slot_1,
+    block_table_ZA,
+):
     """Prefill one chunk of one request.
 
     Args:
@@ -122,12 +132,11 @@ def prefill(structure, weights, live: KVCaches, tokens_1T: jax.Array, start_1, c
         The KV caches, the streams [1, 1, X, D] of the last token, and bool [1], whether these are finite. A non-finite
         value reaches every later token through the sliding window.
     """
-    model = structure.model(weights)
-    chunk = continuation_batch(
-        tokens_1T[:, :-1], start_1, count_1, CacheSlots(state_slot_1, block_table_ZA[state_slot_1])
-    )
-    x_BTXD, layers, _ = model.forward_hidden(chunk, live.layers)
-    mtp = live.mtp
+    model = model_def.model(weights)
+    slots = CacheSlots(state_slot_1, block_table_ZA[state_slot_1])
+    chunk = continuation_batch(tokens_1T[:, :-1], start_1, count_1, slots)
+    x_BTXD, layers, _ = model.forward_hidden(chunk, kv_caches.layers)
+    mtp = kv_caches.mtp
     if mtp is not None:
         _, _, mtp, _ = model.mtp_forward(x_BTXD, tokens_1T[:, 1:], chunk, mtp)
     x_11XD = jax.lax.dynamic_slice_in_dim(x_BTXD, count_1[0] - 1, 1, axis=1)
@@ -135,7 +144,7 @@ def prefill(structure, weights, live: KVCaches, tokens_1T: jax.Array, start_1, c
 
 
 @_jit_step(donate=(2,), static=(5,))
-def decode(structure, weights, live: KVCaches, heads: DecodeState, rows, invariant: bool):
+def decode(model_def, weights, kv_caches: KVCaches, decode_state: DecodeState, rows, invariant: bool):
     """Decode each row's newest token and its draft tokens.
 
     Args:
@@ -145,40 +154,41 @@ def decode(structure, weights, live: KVCaches, heads: DecodeState, rows, invaria
     Returns:
         The KV caches, the streams [B, T, X, D] and float32 logits [B, T, V].
     """
-    model, (state_slot_B, block_table_ZA) = structure.model(weights), rows
+    model = model_def.model(weights)
+    state_slot_B, block_table_ZA = rows
     if not invariant:
-        layers, x_BTXD, logits_BTV = _read(model, live.layers, heads, state_slot_B, block_table_ZA)
-        return KVCaches(layers, live.mtp), x_BTXD, logits_BTV
+        layers, x_BTXD, logits_BTV = _read(model, kv_caches.layers, decode_state, state_slot_B, block_table_ZA)
+        return KVCaches(layers, kv_caches.mtp), x_BTXD, logits_BTV
 
     def one(layers, record):
-        layers, x_BTXD, logits_BTV = _read(model, layers, heads, record[None], block_table_ZA)
+        layers, x_BTXD, logits_BTV = _read(model, layers, decode_state, record[None], block_table_ZA)
         return layers, (x_BTXD[0], logits_BTV[0])
 
-    layers, (x_BTXD, logits_BTV) = jax.lax.scan(one, live.layers, state_slot_B)
-    return KVCaches(layers, live.mtp), x_BTXD, logits_BTV
+    layers, (x_BTXD, logits_BTV) = jax.lax.scan(one, kv_caches.layers, state_slot_B)
+    return KVCaches(layers, kv_caches.mtp), x_BTXD, logits_BTV
 
 
-def _read(model: Transformer, layers: KVCacheList, heads: DecodeState, state_slot_B, block_table_ZA):
-    tokens_BT = jnp.concatenate([heads.token_Z[state_slot_B][:, None], heads.draft_ZK[state_slot_B]], axis=1)
-    chunk = continuation_batch(
-        tokens_BT, heads.position_Z[state_slot_B], None, CacheSlots(state_slot_B, block_table_ZA[state_slot_B])
-    )
+def _read(model: Transformer, layers: KVCacheList, decode_state: DecodeState, state_slot_B, block_table_ZA):
+    token_B1 = decode_state.token_Z[state_slot_B][:, None]
+    tokens_BT = jnp.concatenate([token_B1, decode_state.draft_ZK[state_slot_B]], axis=1)
+    slots = CacheSlots(state_slot_B, block_table_ZA[state_slot_B])
+    chunk = continuation_batch(tokens_BT, decode_state.position_Z[state_slot_B], None, slots)
     x_BTXD, layers, _ = model.forward_hidden(chunk, layers)
     return layers, x_BTXD, model.logits(x_BTXD)
 
 
 @_jit_step()
-def logits(structure, weights, x_BTXD: jax.Array) -> jax.Array:
+def logits(model_def, weights, x_BTXD: jax.Array) -> jax.Array:
     """Float32 logits [B, T, V]."""
-    return structure.model(weights).logits(x_BTXD)
+    return model_def.model(weights).logits(x_BTXD)
 
 
 # Separate from `decode`, so that new sampling options do not recompile the model.
 @_jit_step(weights=False, donate=(2,), static=(5, 6))
 def sample_tokens(
-    structure,
+    model_def,
     logits_BTV: jax.Array,
-    heads: DecodeState,
+    decode_state: DecodeState,
     place,
     options: SamplingTensors,
     plan: SamplingFlags,
@@ -199,7 +209,7 @@ def sample_tokens(
     state_slot_B, position_B = place
     B, T, V = logits_BTV.shape
     if position_B is None:
-        position_B = heads.position_Z[state_slot_B] + 1
+        position_B = decode_state.position_Z[state_slot_B] + 1
     each = lambda a: jnp.repeat(a, T, axis=0)
     position_BT = position_B[:, None] + jnp.arange(T)
     rows = (logits_BTV.reshape(B * T, V), jax.tree.map(each, options), position_BT.reshape(-1))
@@ -209,19 +219,19 @@ def sample_tokens(
     else:
         sampled = sample(*rows, plan)
     sampled = jax.tree.map(lambda a: a.reshape(B, T, *a.shape[1:]), sampled)
-    right_BK = sampled.token_B[:, :-1] == heads.draft_ZK[state_slot_B][:, : T - 1]
+    right_BK = sampled.token_B[:, :-1] == decode_state.draft_ZK[state_slot_B][:, : T - 1]
     more_B = jnp.cumprod(right_BK, axis=1).sum(1).astype(jnp.int32)
     newest_B = jnp.take_along_axis(sampled.token_B, more_B[:, None], axis=1)[:, 0]
-    heads = heads._replace(
-        token_Z=heads.token_Z.at[state_slot_B].set(newest_B),
+    decode_state = decode_state._replace(
+        token_Z=decode_state.token_Z.at[state_slot_B].set(newest_B),
         # Padding rows stay at position 0, because cache readers walk as far as the longest row.
-        position_Z=heads.position_Z.at[state_slot_B].set(jnp.where(state_slot_B > 0, position_B + more_B, 0)),
+        position_Z=decode_state.position_Z.at[state_slot_B].set(jnp.where(state_slot_B > 0, position_B + more_B, 0)),
     )
-    return heads, (sampled, more_B + 1)
+    return decode_state, (sampled, more_B + 1)
 
 
 @_jit_step(donate=(2, 3))
-def propose_draft(structure, weights, mtp: PagedLayerCache, heads: DecodeState, x_BTXD, drawn, state_slot_B):
+def propose_draft(model_def, weights, mtp: PagedLayerCache, decode_state: DecodeState, x_BTXD, drawn, state_slot_B):
     """Propose draft tokens after each row's newest token, by the MTP layer.
 
     Beyond the first draft token the layer continues from its own streams, for which it was not trained.
@@ -233,38 +243,41 @@ def propose_draft(structure, weights, mtp: PagedLayerCache, heads: DecodeState, 
     Returns:
         The MTP layer's cache, and the decode state with the draft tokens.
     """
-    model, (token_BT, count_B) = structure.model(weights), drawn
-    place = CacheSlots(
-        state_slot_B, jnp.where(state_slot_B > 0, state_slot_B, -1)[:, None]
-    )  # a window layer has no blocks, so the table only marks valid rows
-    start_B = heads.position_Z[state_slot_B] - count_B
-    chunk = continuation_batch(token_BT, start_B, None, place)
+    model = model_def.model(weights)
+    token_BT, count_B = drawn
+    # A window layer has no blocks, so the block table only marks valid rows.
+    slots = CacheSlots(state_slot_B, jnp.where(state_slot_B > 0, state_slot_B, -1)[:, None])
+    start_B = decode_state.position_Z[state_slot_B] - count_B
+    chunk = continuation_batch(token_BT, start_B, None, slots)
     logits_BTV, x_BTXD, mtp, _ = model.mtp_forward(x_BTXD, token_BT, chunk, mtp)
     at = lambda a: jnp.take_along_axis(a, (count_B - 1).reshape(-1, *[1] * (a.ndim - 1)), axis=1)
-    logits_BTV, x_BTXD, drafts = at(logits_BTV), at(x_BTXD), []
-    for more in range(heads.draft_ZK.shape[1]):
+    logits_BTV = at(logits_BTV)
+    x_BTXD = at(x_BTXD)
+    drafts = []
+    for more in range(decode_state.draft_ZK.shape[1]):
         if more:
-            chunk = continuation_batch(drafts[-1], start_B + count_B + more - 1, None, place)
+            chunk = continuation_batch(drafts[-1], start_B + count_B + more - 1, None, slots)
             logits_BTV, x_BTXD, mtp, _ = model.mtp_forward(x_BTXD, drafts[-1], chunk, mtp)
         drafts.append(jnp.argmax(logits_BTV, -1).astype(jnp.int32))
-    return mtp, heads._replace(draft_ZK=heads.draft_ZK.at[state_slot_B].set(jnp.concatenate(drafts, axis=1)))
+    draft_ZK = decode_state.draft_ZK.at[state_slot_B].set(jnp.concatenate(drafts, axis=1))
+    return mtp, decode_state._replace(draft_ZK=draft_ZK)
 
 
 @_jit_step(weights=False, donate=(1,))
-def copy_state(structure, live: KVCaches, source_1: jax.Array, target_1: jax.Array) -> KVCaches:
+def copy_state(model_def, kv_caches: KVCaches, source_1: jax.Array, target_1: jax.Array) -> KVCaches:
     """Copy one state slot to another; both int32 [1]."""
 
-    def one(kept: PagedLayerCache) -> PagedLayerCache:
-        return kept.map_state(lambda a: host_scatter(a, host_gather(a, source_1), target_1))
+    def one(cache: PagedLayerCache) -> PagedLayerCache:
+        return cache.map_state(lambda a: host_scatter(a, host_gather(a, source_1), target_1))
 
-    return jax.tree.map(one, live, is_leaf=lambda a: isinstance(a, PagedLayerCache))
+    return jax.tree.map(one, kv_caches, is_leaf=lambda a: isinstance(a, PagedLayerCache))
 
 
 @_jit_step(weights=False, donate=(1,))
-def zero_state(structure, live: KVCaches, state_slot_1: jax.Array, page_1A: jax.Array) -> KVCaches:
+def zero_state(model_def, kv_caches: KVCaches, state_slot_1: jax.Array, page_1A: jax.Array) -> KVCaches:
     """Zero a state slot and blocks (int32, -1 for none). Masks hide stale values, but 0 * NaN is NaN."""
 
-    def one(kept: PagedLayerCache) -> PagedLayerCache:
-        return kept.map_state(lambda a: host_scatter(a, 0, state_slot_1)).zero_blocks(page_1A[0])
+    def one(cache: PagedLayerCache) -> PagedLayerCache:
+        return cache.map_state(lambda a: host_scatter(a, 0, state_slot_1)).zero_blocks(page_1A[0])
 
-    return jax.tree.map(one, live, is_leaf=lambda a: isinstance(a, PagedLayerCache))
+    return jax.tree.map(one, kv_caches, is_leaf=lambda a: isinstance(a, PagedLayerCache))

@@ -35,12 +35,12 @@ _log = logging.getLogger(__name__)
 
 
 def build(
-    caches: KVCaches, dp_group: DataParallelGroup, cache: config.Cache, layout: KVCacheSpec
+    caches: KVCaches, dp_group: DataParallelGroup, cache: config.Cache, spec: KVCacheSpec
 ) -> OffloadConnector | None:
     """Build the tiers of a config and log their capacity; None if the config has none. Raises UserError."""
     if not (cache.kv_host_bytes or cache.kv_disk_bytes):
         return None
-    if not layout.block_bytes:
+    if not spec.block_bytes:
         raise UserError("a model of window layers alone keeps no blocks for a cache on host or disk: drop those tiers")
     host = HostTier(cache.kv_host_bytes, cache.kv_eviction_policy) if cache.kv_host_bytes else None
     own = str(jax.process_index()) if jax.process_count() > 1 else ""
@@ -59,7 +59,7 @@ def build(
             host,
             disk,
             cache.kv_load_timeout_s,
-            layout.block,
+            spec.block_size,
             second_use=cache.kv_admission_policy == "second",
         )
     except BaseException:  # such as an interrupt; another engine of this process may use the directory next

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from v4jax.core.errors import UserError
-from v4jax.serve.sampling import is_int, shown
+from v4jax.serve.sampling import is_int, short_repr
 
 Prompt = str | Sequence[int] | Mapping[str, object]
 _FORMS = 'a prompt is a string, a list of token ids, {"prompt": "..."} or {"prompt_token_ids": [...]}'
@@ -29,7 +29,7 @@ def parse(prompts: Prompt | Iterable[Prompt]) -> list[Parsed]:
     if isinstance(prompts, (str, Mapping)) or (_is_ids(prompts) and len(prompts)):
         return [_parse_one("prompt 0", prompts)]
     if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Iterable) or _axes(prompts) == 0:
-        raise UserError(f"{shown(prompts)} is no prompt; {_FORMS}, or a list of these")
+        raise UserError(f"{short_repr(prompts)} is no prompt; {_FORMS}, or a list of these")
     return [_parse_one(f"prompt {i}", prompt) for i, prompt in enumerate(prompts)]
 
 
@@ -39,21 +39,21 @@ def _parse_one(name: str, prompt: Prompt) -> Parsed:
     if isinstance(prompt, Mapping):
         return _parse_mapping(name, prompt)
     if not _is_ids(prompt):
-        raise UserError(f"{name} is {shown(prompt)}; {_FORMS}")
+        raise UserError(f"{name} is {short_repr(prompt)}; {_FORMS}")
     return Parsed(None, [int(i) for i in prompt])
 
 
 def _parse_mapping(name: str, prompt: Mapping) -> Parsed:
     for key in prompt:
         if key not in _KEYS:
-            raise UserError(f"{name} has the key {shown(key)}; {_FORMS}")
+            raise UserError(f"{name} has the key {short_repr(key)}; {_FORMS}")
     text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
     if text is None and ids is None:
-        raise UserError(f"{name} is {shown(prompt)}; {_FORMS}")
+        raise UserError(f"{name} is {short_repr(prompt)}; {_FORMS}")
     if text is not None and not isinstance(text, str):
-        raise UserError(f'{name} has {shown(text)} under "prompt", which must be a string')
+        raise UserError(f'{name} has {short_repr(text)} under "prompt", which must be a string')
     if ids is not None and not _is_ids(ids):
-        raise UserError(f'{name} has {shown(ids)} under "prompt_token_ids", which must be a list of integers')
+        raise UserError(f'{name} has {short_repr(ids)} under "prompt_token_ids", which must be a list of integers')
     return Parsed(None if text is None else _text(name, text), None if ids is None else [int(i) for i in ids])
 
 

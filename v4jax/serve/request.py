@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 
 class RequestStatus(enum.Enum):
-    WAITING = "waiting"
-    PREFILL = "prefill"
-    RUNNING = "running"  # its whole prompt has been sent to the device
-    PREEMPTED = "preempted"  # frees its slot when its plans in flight are committed, then waits
-    FINISHED = "finished"
-    ABORTED = "cancelled"
-    ERROR = "failed"
+    WAITING = enum.auto()
+    PREFILL = enum.auto()
+    RUNNING = enum.auto()  # its whole prompt has been sent to the device
+    PREEMPTED = enum.auto()  # frees its slot when its plans in flight are committed, then waits
+    FINISHED = enum.auto()
+    ABORTED = enum.auto()
+    ERROR = enum.auto()
 
 
 @dataclass(eq=False)

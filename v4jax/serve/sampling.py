@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import numbers
 import secrets
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax.core.errors import UserError
+from v4jax.core.errors import UserError, suggest
 
 _GREEDY_BELOW = 1e-5  # a lower temperature counts as 0, as in vLLM, because dividing by it would overflow
 _MAX_TEMPERATURE = 100.0  # a higher one makes the scaled logits nearly equal, so it is a mistake
@@ -61,9 +60,7 @@ class SamplingParams:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"options: {', '.join(known)}"
-                raise UserError(f"unknown sampling option {name!r}; {hint}")
+                raise UserError(f"unknown sampling option {name!r}; {suggest(name, known)}")
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -114,7 +111,7 @@ class SamplingParams:
 
     def _require(self, name: str, ok: bool, meaning: str) -> None:
         if not ok:
-            raise UserError(f"{name} must be {meaning}, got {shown(getattr(self, name))}")
+            raise UserError(f"{name} must be {meaning}, got {short_repr(getattr(self, name))}")
 
 
 class Logprob(NamedTuple):
@@ -270,7 +267,7 @@ def _is_real(value) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and -_HUGE < value < _HUGE
 
 
-def shown(value) -> str:
+def short_repr(value) -> str:
     """Return the first 60 characters of a value's repr, on one line, for messages."""
     try:
         return " ".join(f"{value!r:.60}".split())

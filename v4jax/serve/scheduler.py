@@ -91,12 +91,12 @@ class Scheduler:
         replay: bool = False,
         kv_connector: KVConnector | None = None,
     ):
-        self.block_pool, self.block_size, self.max_num_batched_tokens = blocks, block_tokens, max_num_batched_tokens
-        self.snapshot_interval_blocks, self.num_lookahead_tokens, self.deterministic_replay = (
-            snapshot_interval_blocks,
-            lookahead,
-            replay,
-        )
+        self.block_pool = blocks
+        self.block_size = block_tokens
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.snapshot_interval_blocks = snapshot_interval_blocks
+        self.num_lookahead_tokens = lookahead
+        self.deterministic_replay = replay
         self.rollback_tokens = 2 * lookahead if slack is None else slack
         self.requests: dict[Hashable, Request] = {}  # every request that waits or holds resources
         self._waiting: list[Request] = []  # by arrival; each arrived after every active request
@@ -217,9 +217,9 @@ class Scheduler:
                 if short:
                     continue
             boundary = position // self.block_size * self.block_size
-            written = (
-                most if request.num_inflight_decodes else most + self.num_lookahead_tokens
-            )  # includes the last step's rejected tokens
+            written = most  # includes the last step's rejected tokens
+            if not request.num_inflight_decodes:
+                written += self.num_lookahead_tokens
             if boundary > request.last_snapshot_boundary and written - boundary <= self.rollback_tokens:
                 self._snapshot(request, boundary, pending)
             rows.append(DecodeRow(request, position))
@@ -279,15 +279,12 @@ class Scheduler:
         if not request.preemptions:
             self.block_pool.note(usable, found)
         request.block_ids = self.block_pool.touch(usable[:found]) + self.block_pool.allocate(need)
-        request.state_slot, request.num_prefill_tokens, request.status = (
-            self._slots.pop(),
-            len(request.tokens),
-            RequestStatus.PREFILL,
-        )
+        request.state_slot = self._slots.pop()
+        request.status = RequestStatus.PREFILL
+        request.num_prefill_tokens = len(request.tokens)
         request.num_cached_blocks = request.num_published_blocks = found
-        request.num_computed_tokens = request.num_scheduled_tokens = request.last_snapshot_boundary = (
-            found * self.block_size
-        )
+        request.num_computed_tokens = request.num_scheduled_tokens = found * self.block_size
+        request.last_snapshot_boundary = found * self.block_size
         if record is not None:
             pending.sources.append(self.block_pool.pin(usable[found - 1]))
             pending.copies.append((record, request.state_slot))
@@ -396,10 +393,13 @@ class Scheduler:
             request.max_len_reached = max(request.max_len_reached, len(request.tokens))
             del request.tokens[len(request.prompt) :]
         request.decode_snapshot = request.pending_prefix_hash = None
-        request.num_prefill_tokens = request.num_scheduled_tokens = request.num_computed_tokens = (
-            request.num_inflight_decodes
-        ) = 0
-        request.num_cached_blocks = request.num_published_blocks = request.last_snapshot_boundary = 0
+        request.num_prefill_tokens = 0
+        request.num_scheduled_tokens = 0
+        request.num_computed_tokens = 0
+        request.num_inflight_decodes = 0
+        request.num_cached_blocks = 0
+        request.num_published_blocks = 0
+        request.last_snapshot_boundary = 0
         request.status = RequestStatus.WAITING
         bisect.insort(self._waiting, request, key=lambda s: s.arrival)
 
@@ -419,10 +419,8 @@ class Scheduler:
     def _block_hashes(self, request: Request) -> list[bytes]:
         """Hashes of all blocks that its tokens fill; empty if it is excluded from the prefix cache."""
         if request.hash_seed is not None:
-            parent, done = (
-                (request.block_hashes or [request.hash_seed])[-1],
-                len(request.block_hashes) * self.block_size,
-            )
+            parent = request.block_hashes[-1] if request.block_hashes else request.hash_seed
+            done = len(request.block_hashes) * self.block_size
             if len(request.tokens) - done >= self.block_size:
                 request.block_hashes += block_hash.block_hashes(parent, request.tokens[done:], self.block_size)
         return request.block_hashes
@@ -448,11 +446,11 @@ class Scheduler:
         self.block_pool.check_invariants([request.block_ids for request in self.requests.values()])
         arrivals = [request.arrival for request in (*self._active, *self._waiting)]
         slots = [request.state_slot for request in (*self._active, *self._retiring)]
+        waiting_slots = [request.state_slot for request in self._waiting]
         for rule, holds in {
             "sequences are in order of arrival, active ones before waiting ones": arrivals == sorted(arrivals),
             "every slot is free or one sequence's": len({*self._slots, *slots}) == len(self._slots) + len(slots),
-            "slots are held by the active and the leaving only": all(slots)
-            and not any(s.state_slot for s in self._waiting),
+            "slots are held by the active and the leaving only": all(slots) and not any(waiting_slots),
             "no sequence is lost": len(arrivals) + len(self._retiring) == len(self.requests),
             "one prompt is read at a time": sum(s.status is RequestStatus.PREFILL for s in self._active) <= 1,
         }.items():

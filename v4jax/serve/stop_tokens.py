@@ -10,7 +10,7 @@ from v4jax import config
 from v4jax.checkpoint.generation_config import GenerationConfig
 from v4jax.core.errors import UserError
 from v4jax.data.tokenizer import Tokenizer
-from v4jax.serve.sampling import is_int, shown
+from v4jax.serve.sampling import is_int, short_repr
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def _given(given: int | Iterable[int]) -> tuple[int, ...]:
     is_list = isinstance(given, (list, tuple, set, frozenset))
     ids = tuple(given) if is_list else (given,)
     if not all(is_int(i) and i >= 0 for i in ids):
-        raise UserError(f"eos_id must be a token id or a list of them, got {shown(given)}")
+        raise UserError(f"eos_id must be a token id or a list of them, got {short_repr(given)}")
     return tuple(map(int, ids))
 
 

@@ -63,14 +63,14 @@ def serve(config: Config, mesh: Mesh, work: Workload, devices: Sequence[jax.Devi
       UserError: The rows do not split evenly, or no engine supports the mesh (`serve.data_parallel`).
     """
     sharding = make_mesh_rules(mesh, devices)
-    data_parallel.check(sharding)
+    data_parallel.validate_sharding(sharding)
     if work.rows % sharding.mesh.size:
         raise UserError(
             f"{work.rows} rows cannot be split over {sharding.mesh.size} devices; take a multiple, or --analytic"
         )
     rows = work.rows // sharding.mesh.size
     limits = dataclasses.replace(config.serve, max_num_seqs=rows, max_model_len=work.context, num_speculative_tokens=0)
-    allocate.check(config.model, limits, config.cache)
+    allocate.validate_host_resident(config.model, limits, config.cache)
     graphdef, variables = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
     leaves, _ = jax.tree.flatten(variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     structure = model_steps.model_def(graphdef, jax.tree.structure(variables), sharding)
@@ -117,7 +117,7 @@ def serve(config: Config, mesh: Mesh, work: Workload, devices: Sequence[jax.Devi
 
 
 def _pages(config: Config, tokens: int) -> int:
-    return -(-tokens // KVCacheSpec(config.model, config.cache.kv_cache_dtype, config.cache.block_size).block)
+    return -(-tokens // KVCacheSpec(config.model, config.cache.kv_cache_dtype, config.cache.block_size).block_size)
 
 
 def _layers(config: Config, rows: int, tokens: int) -> list[PagedLayerCache]:

@@ -330,7 +330,7 @@ def _serve(config: Config, topology: Topology, sharding: MeshRules, work: Worklo
     where = sharding.parameters(letters, shapes)
     weights = sum(width * math.prod(where[name].shard_shape(shape)) for name, shape in shapes.items())
     # Each device adds a null block and a null slot; a sequence's last block may be partly filled.
-    rows, pages = work.rows / topology.devices, -(-work.context // layout.block)
+    rows, pages = work.rows / topology.devices, -(-work.context // layout.block_size)
     kv = (1 + rows * pages) * layout.block_bytes + (1 + rows) * layout.state_bytes() + layout.device_cache_bytes
     # A decode step computes one token of every row. Prefill computes a device's rows one by one, each in chunks.
     chunk = min(work.context, config.serve.max_num_batched_tokens)

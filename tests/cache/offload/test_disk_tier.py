@@ -55,7 +55,7 @@ def run(*arguments, **options):
 
 def test_what_was_put_is_got_by_this_process_and_the_next(disk):
     stored = items(chain("a", 3), 2, 3)
-    assert all(disk.put(one) == (True, []) for one in stored)
+    assert all(disk.put(one) for one in stored)
     assert all(is_right(disk.get(one.schema, one.block_hash)) for one in stored)
     again = reopened(disk)
     got = [again.get(one.schema, one.block_hash) for one in stored]
@@ -88,20 +88,20 @@ def test_the_budget_holds_and_chains_go_from_their_end(tmp_path):
         disk.put(one)
     for other in range(5):
         disk.touch([BLOCK.key(name) for name in names])
-        assert disk.put(item(BLOCK, chain(other, 1)[0]))[0]
+        assert disk.put(item(BLOCK, chain(other, 1)[0]))
         assert disk.stats()["bytes"] <= 10 * 4096
     disk.check_invariants()
     assert [BLOCK.key(name) in disk for name in names] == [True] * 6 and RECORD.key(names[5]) not in disk
     disk = reopened(disk, 4 * 4096)  # a smaller budget: what fits of the newest
     disk.check_invariants()
     assert disk.stats()["bytes"] <= 4 * 4096
-    assert not disk.put(item(BLOCK, b"x" * 16)._replace(schema=RECORD))[1]
+    assert disk.put(item(BLOCK, b"x" * 16)._replace(schema=RECORD))
     disk.close()
 
 
 def test_what_is_larger_than_the_budget_is_refused(tmp_path):
     disk = DiskTier(tmp_path, 4095, "lru")
-    assert disk.put(item(BLOCK, chain("a", 1)[0])) == (False, []) and disk.stats()["refused"] == 1
+    assert not disk.put(item(BLOCK, chain("a", 1)[0])) and disk.stats()["refused"] == 1
     disk.check_invariants()
 
 
@@ -138,7 +138,7 @@ def test_a_full_disk_costs_the_oldest_once(tmp_path):
     files, clock = FaultyFiles(room=4 * BLOCK.file_bytes + 1), Clock()
     disk = DiskTier(tmp_path, PLENTY, "lru", files=files, clock=clock)
     stored = [item(BLOCK, name) for name in chain("a", 7)]
-    assert all(disk.put(one)[0] for one in stored)
+    assert all(disk.put(one) for one in stored)
     stats = disk.stats()
     assert (stats["full"], stats["evictions"], stats["blocks"], stats["paused"]) == (3, 3, 4, 0)
     assert [one.key in disk for one in stored] == [False] * 3 + [True] * 4
@@ -149,7 +149,7 @@ def test_writing_pauses_while_a_disk_stays_full_and_reading_goes_on(tmp_path):
     files, clock = FaultyFiles(), Clock()
     disk = DiskTier(tmp_path, PLENTY, "lru", files=files, clock=clock)
     [kept, *rest] = [item(BLOCK, name) for name in chain("a", 20)]
-    assert disk.put(kept)[0] and disk.put(rest[0])[0]
+    assert disk.put(kept) and disk.put(rest[0])
     tries = []
 
     def full(operation, path):
@@ -161,13 +161,13 @@ def test_writing_pauses_while_a_disk_stays_full_and_reading_goes_on(tmp_path):
     for second in range(40):
         clock.now = second
         disk.touch([kept.key])
-        assert not disk.put(rest[1])[0]
+        assert not disk.put(rest[1])
         assert kept.key not in disk or is_right(disk.get(kept.schema, kept.block_hash))
     assert sorted(set(tries)) == [0, 5, 15, 35]  # pauses of 5, 10, 20 seconds
     assert disk.stats()["full"] == len(tries) == 8 and disk.stats()["refused"] == 36
     files.fault = lambda operation, path: None
     clock.now = 100
-    assert disk.put(rest[1])[0] and disk.put(rest[2])[0] and not disk.stats()["paused"]
+    assert disk.put(rest[1]) and disk.put(rest[2]) and not disk.stats()["paused"]
     disk.check_invariants()
 
 
@@ -197,7 +197,7 @@ def test_what_cannot_be_read_is_forgotten_and_three_failures_open_the_breaker(tm
     files.fault = failing("read")
     assert [get(i) for i in (3, 4, 5)] == [None] * 3 and disk.stats()["breaker_open"]
     files.fault = failing()
-    assert stored[6].key not in disk and get(6) is None and not disk.put(item(BLOCK, b"n" * 16))[0]
+    assert stored[6].key not in disk and get(6) is None and not disk.put(item(BLOCK, b"n" * 16))
     clock.now = 5
     files.fault = failing("read")
     assert get(6) is None  # the probe fails, which costs twice the time
@@ -225,7 +225,7 @@ def test_a_flipped_bit_is_seen_wherever_it_is(disk):
     assert [again.get(one.schema, one.block_hash) for one in stored] == [None] * 200
     assert again.stats()["corrupt"] == 200 and again.stats()["blocks"] == again.stats()["records"] == 0
     assert not files(again) and not again.stats()["breaker_open"]
-    assert again.put(stored[0])[0] and is_right(again.get(stored[0].schema, stored[0].block_hash))
+    assert again.put(stored[0]) and is_right(again.get(stored[0].schema, stored[0].block_hash))
     again.close()
     disk.__init__(disk.directory, PLENTY, "lru")
 
@@ -352,11 +352,11 @@ def test_a_lock_that_is_no_file_is_refused(tmp_path, make):
 
 def test_a_directory_swapped_under_a_running_engine_is_not_touched(tmp_path):
     disk, (one, other) = DiskTier(tmp_path / "kv", PLENTY, "lru"), items(chain("a", 2))
-    assert disk.put(one)[0]
+    assert disk.put(one)
     (tmp_path / "kv").rename(tmp_path / "moved")
     (tmp_path / "victim").mkdir()
     (tmp_path / "kv").symlink_to(tmp_path / "victim")
-    assert disk.put(other)[0]
+    assert disk.put(other)
     assert is_right(disk.get(one.schema, one.block_hash))  # what it locked is what it reads
     disk.check_invariants()
     disk.discard(one.key)

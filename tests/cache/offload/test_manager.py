@@ -339,7 +339,7 @@ def test_full_tiers_turn_over_many_times_with_exact_books(make):
             assert fetched(transfer, names).num_loaded == 4
     stats = settled(transfer)
     assert stats["disk_evictions"] >= 60 * 5 - 12 - stats["transfer_dropped"] and stats["disk_bytes"] <= 12 * 4096
-    assert len(transfer.host._shelf._policy._queue._heap) < 200 and threading.active_count() < 100
+    assert len(transfer.host._index._policy._queue._heap) < 200 and threading.active_count() < 100
 
 
 def test_closing_leaves_no_thread_and_no_owner(make, tmp_path):

@@ -188,23 +188,22 @@ class DiskTier:
             self._count.update(late=1)
             self._reads.failed()
 
-    def put(self, item: StoredBlock) -> tuple[bool, list[StoredBlock]]:
+    def put(self, item: StoredBlock) -> bool:
         """Write an item, and evict others to make room.
 
         If the file system reports that it is full, at least the size of the file is evicted and the write is tried once
         more. The tier refuses an item while a breaker is open, or if the file is larger than the budget.
 
         Returns:
-          (held, []): whether the tier holds the item now. The list of evicted items is always empty, because their
-          files are removed and there is no slower tier to take them.
+          Whether the tier holds the item now.
         """
         key, size = item.key, allocated_size(item.schema.file_bytes)
         with self._lock:
             if key in self._index:
-                return True, []
+                return True
             if self._reads.open or self._writes.open or size > self._index.budget:
                 self._count.update(refused=1)
-                return False, []
+                return False
             gone = self._make_room(size)
             self._reserved += size
         self._unlink(gone)
@@ -223,7 +222,7 @@ class DiskTier:
                 self._count.update(bytes_in=item.schema.file_bytes)
             else:
                 self._writes.failed()
-        return error is None, []
+        return error is None
 
     def _write(self, item: StoredBlock) -> OSError | None:
         file = item.key.file(item.parent)

@@ -47,11 +47,9 @@ class _RankQueue:
     """Priority queue of keys, lowest rank first. Its heap holds only keys that were evictable when they were pushed."""
 
     def __init__(self, may_go: Callable[[BlockKey], bool]):
-        self._evictable, self._rank, self._heap = (
-            may_go,
-            {},
-            [],
-        )  # a heap item is stale if its rank is not the present rank of its key
+        self._evictable = may_go
+        self._rank: dict[BlockKey, int] = {}
+        self._heap: list[tuple[int, BlockKey]] = []  # an item is stale if its rank is not the present rank of its key
 
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._rank

@@ -98,12 +98,12 @@ class HostTier:
           policy: Eviction policy, a key of `eviction.POLICIES`.
         """
         self._limits = budget, policy
-        self._shelf, self._items = TierIndex(*self._limits), {}
+        self._index, self._items = TierIndex(*self._limits), {}
         self._lock = threading.Lock()
         self._count = Counter(evictions=0, refused=0, corrupt=0, bytes_in=0, bytes_out=0)
 
     def __contains__(self, key: BlockKey) -> bool:
-        return key in self._shelf
+        return key in self._index
 
     def get(self, schema: BlockSchema, block_hash: bytes) -> StoredBlock | None:
         """Read and verify an item.
@@ -131,16 +131,16 @@ class HostTier:
         """
         gone = []
         with self._lock:
-            if item.key in self._shelf:
+            if item.key in self._index:
                 return True, gone
-            if item.schema.nbytes > self._shelf.budget:
+            if item.schema.nbytes > self._index.budget:
                 self._count.update(refused=1)
                 return False, gone
-            while not self._shelf.has_room(item.schema.nbytes):
-                key = self._shelf.next_victim()
-                self._shelf.remove(key)
+            while not self._index.has_room(item.schema.nbytes):
+                key = self._index.next_victim()
+                self._index.remove(key)
                 gone.append(self._items.pop(key))
-            self._shelf.add(item.key, item.parent, item.schema.nbytes)
+            self._index.add(item.key, item.parent, item.schema.nbytes)
             self._items[item.key] = item
             self._count.update(evictions=len(gone), bytes_in=item.schema.nbytes)
         return True, gone
@@ -148,28 +148,28 @@ class HostTier:
     def touch(self, keys: Iterable[BlockKey]) -> None:
         """Count one use by one request of those keys that the tier holds. Other keys are ignored."""
         with self._lock:
-            self._shelf.touch(keys)
+            self._index.touch(keys)
 
     def discard(self, key: BlockKey) -> None:
         """Remove an item if the tier holds it."""
         with self._lock:
-            if self._shelf.remove(key) is not None:
+            if self._index.remove(key) is not None:
                 del self._items[key]
 
     def stats(self) -> dict[str, float]:
         """Counters since the start, and the number of blocks and records, bytes held and budget now."""
         with self._lock:
-            held = {"blocks": self._shelf.count["block"], "records": self._shelf.count["record"]}
-            return held | {"bytes": self._shelf.used, "budget": self._shelf.budget, **self._count}
+            held = {"blocks": self._index.count["block"], "records": self._index.count["record"]}
+            return held | {"bytes": self._index.used, "budget": self._index.budget, **self._count}
 
     def check_invariants(self) -> None:
         """Raise AssertionError if the index is inconsistent or does not match the items."""
         with self._lock:
-            self._shelf.check_invariants()
-            if self._items.keys() != self._shelf.entries.keys():
+            self._index.check_invariants()
+            if self._items.keys() != self._index.entries.keys():
                 raise AssertionError("the host tier's items and books differ")
 
     def close(self) -> None:
         """Remove all items, which frees their memory."""
         with self._lock:
-            self._shelf, self._items = TierIndex(*self._limits), {}
+            self._index, self._items = TierIndex(*self._limits), {}

@@ -22,16 +22,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
 from v4jax.cache.offload.block_file import BlockKey, BlockSchema, checksum
 from v4jax.cache.offload.disk_tier import DiskTier
 from v4jax.cache.offload.host_tier import HostTier, StoredBlock
 
+if TYPE_CHECKING:
+    import jax  # for annotations only, so that importing the tiers does not import jax
+
 _READERS = 2  # threads for loads that may read from disk
 _log = logging.getLogger(__name__)
+FLUSH_SECONDS = 10.0  # default limit of the time that closing waits for queued stores
 ROOM = 256 << 20  # default bound, in bytes, of each of the two queues: off the device, and to disk
 
 
@@ -235,7 +239,7 @@ class OffloadManager:
         with self._lock:
             return self._settled.wait_for(lambda: not self._coming and not self._pending, seconds)
 
-    def close(self, seconds: float = 10.0) -> None:
+    def close(self, seconds: float = FLUSH_SECONDS) -> None:
         """Flush for at most `seconds`, tell the threads to end after their queued work, and close the tiers.
 
         Items that are not written to disk by then are dropped.
@@ -276,9 +280,8 @@ class OffloadManager:
         self._record_lookups(job, goal)
         if goal <= job.min_blocks:
             return False
-        keys = [self.block.key(name) for name in job.block_hashes[:goal]] + [
-            self.record.key(job.block_hashes[goal - 1])
-        ]
+        keys = [self.block.key(name) for name in job.block_hashes[:goal]]
+        keys.append(self.record.key(job.block_hashes[goal - 1]))
         for tier in self.tiers.values():
             tier.touch(keys)
         # A load that needs only the host tier has a thread of its own, so that it never waits for a hanging disk.

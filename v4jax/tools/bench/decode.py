@@ -100,7 +100,7 @@ class _Cache:
 
     def __init__(self, model: Model, layout: str, tokens: int):
         sizes = KVCacheSpec(model, layout)
-        blocks = -(-tokens // sizes.block)
+        blocks = -(-tokens // sizes.block_size)
         layers = [allocate_layer(sizes, kind, blocks + 1, _RECORD + 1) for kind in model.layer_types]
         layers = [filled(kept, np.random.default_rng(i)) for i, kept in enumerate(layers)]
         self.live = KVCaches([[layer] for layer in layers], None)

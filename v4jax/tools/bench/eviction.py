@@ -77,7 +77,7 @@ def run(config: Config) -> list[dict]:
 
 def _rates(layout: KVCacheSpec, sizes, budgets, policy: str, twice: bool) -> list[dict[str, float]]:
     """Return each tier's share of the requested blocks that it held, one dict per seed."""
-    return [_replay(layout.block, sizes, budgets, policy, twice, seed) for seed in range(SEEDS)]
+    return [_replay(layout.block_size, sizes, budgets, policy, twice, seed) for seed in range(SEEDS)]
 
 
 class _Tiers:

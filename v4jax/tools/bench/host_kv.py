@@ -77,7 +77,7 @@ def run(
 def _checked(model: Model, contexts: Sequence[int]) -> list[int]:
     layout = KVCacheSpec(model, _FORMAT)
     for context in contexts:
-        entries = -(-context // layout.block) * layout.entries("csa")
+        entries = -(-context // layout.block_size) * layout.entries("csa")
         if not (STEPS < context <= model.max_position_embeddings and use_gather(entries, model.indexer.index_topk, 1)):
             raise UserError(
                 f"context {context} cannot be measured; take more than topk {model.indexer.index_topk} entries hold, "
@@ -117,7 +117,7 @@ def memory(model: Model) -> dict[tuple[int, str], Bytes]:
 
 def _bytes(layout: KVCacheSpec, context: int) -> Bytes:
     """Allocate, count and free one layer at a time, because all layers together may exceed memory."""
-    blocks = -(-context // layout.block)
+    blocks = -(-context // layout.block_size)
     device = np.zeros((2, blocks), np.int32).nbytes + 2 * 2 * 4  # block table and decode state
     entries = host = 0
     for kind in layout.model.layer_types:
@@ -207,7 +207,7 @@ class _Arm:
 
 def _arm(model: Model, graph: tuple, context: int, hot: int) -> _Arm:
     layout = KVCacheSpec(model, _FORMAT, 0, hot)
-    blocks = -(-context // layout.block)
+    blocks = -(-context // layout.block_size)
     layers = [allocate_layer(layout, kind, ROWS * blocks + 1, ROWS + 1) for kind in model.layer_types]
     layers = [[filled(kept, np.random.default_rng(i))] for i, kept in enumerate(layers)]
     block_table_ZA = np.full((ROWS + 1, blocks), -1, np.int32)

@@ -62,5 +62,5 @@ def measured_token_bytes(layout: KVCacheSpec) -> float:
         if kind == "swa":
             continue
         for part in ("main", "index") if kind == "csa" else ("main",):
-            pools.append(new_pool(layout.model, part, _PAGES, layout.entries(kind), layout.name))
-    return sum(array.nbytes for array in jax.tree.leaves(pools)) / (_PAGES * layout.block)
+            pools.append(new_pool(layout.model, part, _PAGES, layout.entries(kind), layout.kv_cache_dtype))
+    return sum(array.nbytes for array in jax.tree.leaves(pools)) / (_PAGES * layout.block_size)

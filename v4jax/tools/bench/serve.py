@@ -58,7 +58,7 @@ def run(config: Config, rounds: int) -> list[dict]:
       UserError: The config's max_model_len is too small.
     """
     model = dataclasses.replace(config.model, num_nextn_predict_layers=0)
-    block = KVCacheSpec(model, config.cache.kv_cache_dtype, config.cache.block_size).block
+    block = KVCacheSpec(model, config.cache.kv_cache_dtype, config.cache.block_size).block_size
     need = max(_BLOCKS * block, PROMPT + NEW)
     if config.serve.max_model_len < need:
         raise UserError(
@@ -176,5 +176,5 @@ def _burst(engine: Engine, requests: list[_Request], at: dict) -> list[dict]:
     print_table(f"{len(requests)} requests at once into a cache that holds {POOL}", ["what", "value"], rows)
     if equal < len(requests):
         print("Where answers differ, rounding has decided between two tokens; see --config.serve.batch_invariant=true.")
-    where = at | {"concurrency": len(requests), "context": _BLOCKS * engine.kv_cache_spec.block}
+    where = at | {"concurrency": len(requests), "context": _BLOCKS * engine.kv_cache_spec.block_size}
     return [record("serve", name, [value], unit, **where) for name, (value, unit) in values.items()]

@@ -145,7 +145,7 @@ def _trace(config, model, serve, cache, conversations: int) -> list[dict]:
     layout = KVCacheSpec(model.config, cache.kv_cache_dtype, cache.block_size)
     blocks = 6 * conversations  # approximate number of blocks of all conversations
     page, kept = layout.block_bytes, layout.state_bytes()
-    serve = dataclasses.replace(serve, max_num_seqs=BURST, max_model_len=8 * layout.block)
+    serve = dataclasses.replace(serve, max_num_seqs=BURST, max_model_len=8 * layout.block_size)
     records_kept = max(conversations // 8, 4)
     device = (1 + BURST + records_kept) * kept + max(blocks // 16, 8 * BURST + 2) * page
     host = blocks // 5 * page + 2 * conversations // 5 * kept
@@ -169,8 +169,8 @@ def _trace(config, model, serve, cache, conversations: int) -> list[dict]:
             )
             engine = Engine(model, serve, options)
             anew = name == _ANEW
-            _play(engine, turns(layout.block, 3, model.config.vocab_size, seed=1), {}, anew)  # compiles
-            bursts = turns(layout.block, conversations, model.config.vocab_size, seed=0)
+            _play(engine, turns(layout.block_size, 3, model.config.vocab_size, seed=1), {}, anew)  # compiles
+            bursts = turns(layout.block_size, conversations, model.config.vocab_size, seed=0)
             seconds, read, same = _play(engine, bursts, tokens, anew)
             stats = engine.stats()
             engine.close()
