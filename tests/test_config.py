@@ -82,6 +82,7 @@ def test_lists_become_tuples():
         ("model", {"modalities": ()}, "model.modalities is empty"),
         ("model", {"engram_layers": (1, 14)}, "this version has no Engram"),
         ("train", {"steps": 0}, "train.steps must be at least 1, got 0"),
+        ("train", {"seed": -1}, "train.seed must be at least 0, got -1"),
         ("data", {"seq_len": 13}, "data.seq_len 13 must be a multiple"),
         ("serve", {"max_model_len": 10**9}, "serve.max_model_len"),
     ],

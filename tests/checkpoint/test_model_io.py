@@ -159,6 +159,26 @@ def test_a_run_is_a_checkpoint(tmp_path, longer, random_flat, same_bits):
     assert load_tokenizer(tmp_path, config.model).encode("To be") == Tokenizer().encode("To be")
 
 
+@pytest.mark.parametrize("shared", [0, 2])
+def test_any_number_of_shared_experts_is_saved_and_read(tmp_path, tiny, random_flat, same_bits, shared):
+    """Without shared experts their arrays have no elements, and orbax cannot store those."""
+    moe = dataclasses.replace(tiny.moe, n_shared_experts=shared)
+    model = dataclasses.replace(tiny, moe=moe, dtype="float32", layer_types=("swa",), num_nextn_predict_layers=0)
+    config, flat = (
+        Config("run", model, Data(seq_len=64), serve=Serve(max_model_len=256)),
+        random_flat(model, np.float32),
+    )
+    assert flat["layers.0.ffn.shared.down"].shape == (32 * shared, 64)
+    with checkpoint.TrainCheckpointer(tmp_path / "run", config, Tokenizer(), keep=2) as store:
+        store.save(1, {"model": jax.tree.map(jnp.asarray, flat)}, {})
+        store.wait()
+        found = store.restore(1, {"model": jax.tree.map(jnp.asarray, flat)})[0]["model"]
+        same_bits({name: found[name] for name in flat}, flat)
+    v4jax.save(v4jax.load(tmp_path / "run"), tmp_path / "exported", format="orbax")
+    for path in ("run", "exported"):
+        same_bits(ModelTensors(v4jax.load(tmp_path / path)), flat)
+
+
 def test_tokenizers_travel(tmp_path, hf_dir):
     source = hf_dir(np.float32)
     model = v4jax.load(source)

@@ -187,6 +187,17 @@ def test_sigkill_leaves_a_good_checkpoint(tmp_path, config, delay):
     assert finished_steps(tmp_path)[-1] == step + 1
 
 
+@pytest.mark.parametrize("name", ["007", "\u00b2", "\u0663", "3.copy"])
+def test_what_is_no_step_is_neither_read_nor_removed(saved, config, name):
+    """A directory whose name is a number, but not as orbax writes it."""
+    other = saved / "checkpoints" / name
+    shutil.copytree(saved / "checkpoints/2", other)
+    with TrainCheckpointer(saved, config, keep=2) as store:
+        assert finished_steps(saved) == [1, 2] and store.latest() == 2
+        store.save(3, _tree(3), {})
+    assert finished_steps(saved) == [2, 3] and other.is_dir()
+
+
 def test_an_unfinished_step_is_skipped_and_removed(saved, config):
     half = saved / "checkpoints" / "3"
     shutil.copytree(saved / "checkpoints" / "2", half)

@@ -1,11 +1,15 @@
 """The name table: shapes, inverses, and the counts of the released models."""
 
+import dataclasses
 import math
 
+import jax
 import numpy as np
+import pytest
 
-from v4jax.checkpoint import param_mapping
-from v4jax.config import Indexer, Model, MoE
+from v4jax.checkpoint import model_io, param_mapping
+from v4jax.config import Indexer, Model, MoE, load, preset_names
+from v4jax.models.layer_stacks import to_layer_dict
 
 
 def test_shapes_of_the_tiny_model(tiny):
@@ -20,6 +24,18 @@ def test_shapes_of_the_tiny_model(tiny):
     assert shapes["layers.1.ffn.experts.gate_up"] == (8, 2, 64, 32)
     assert shapes["mtp.0.block.ffn.router.bias"] == (8,) and "mtp.0.block.attn.compressor.kv" not in shapes
     assert "layers.0.attn.compressor.kv" not in shapes and "layers.2.attn.indexer.q_up" not in shapes
+
+
+@pytest.mark.parametrize("shared", [0, 3, *preset_names()])
+def test_shapes_are_those_of_the_model(tiny, shared):
+    """Of every preset, and of the tiny model with none and with several shared experts."""
+    if isinstance(shared, str):
+        model = load(shared).model
+    else:
+        model = dataclasses.replace(tiny, moe=dataclasses.replace(tiny.moe, n_shared_experts=shared))
+    _, abstract, runs = model_io._structure(model, False)
+    flat = jax.eval_shape(lambda tree: to_layer_dict(tree, runs), abstract)
+    assert param_mapping.shapes(model) == {name: array.shape for name, array in flat.items()}
 
 
 def test_every_spelling_is_exactly_invertible(tiny):

@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -104,6 +105,57 @@ def test_ctrl_c_saves_a_run_of_two_processes(text, tmp_path):
     [step] = finished_steps(workdir)
     assert f"the checkpoint of step {step} is saved" in output
     assert step == max(record["step"] for record in read_metrics(workdir / "metrics.jsonl"))
+
+
+def train_workers(text, workdir, how: str) -> list[tuple[int, str]]:
+    """Return exit codes and outputs of two processes that call `train` from Python (train_worker.py)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1"
+    processes = []
+    for index in range(2):
+        arguments = [str(index), str(port), str(text), str(workdir), how]
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.multihost.train_worker", *arguments],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def test_sigterm_stops_processes_that_call_train_from_python(text, tmp_path):
+    """JAX's handler is installed before `train` is called, and only it makes all processes stop after the same step."""
+    ended = train_workers(text, tmp_path / "run", "stops")
+    assert [code for code, _ in ended] == [143, 143], ended
+    [step] = finished_steps(tmp_path / "run")
+    assert f"the checkpoint of step {step} is saved" in ended[0][1]
+
+
+def test_a_disk_that_is_full_for_one_process_is_one_line_in_all(text, tmp_path):
+    ended = train_workers(text, tmp_path / "run", "full")
+    for code, output in ended:
+        assert code == 1 and "Traceback" not in output, output
+        assert "No space left on device; free some space or choose another disk, the earlier" in output
+    assert finished_steps(tmp_path / "run") == [5]
+
+
+def test_a_time_limit_gives_all_processes_the_same_number_of_steps(text, tmp_path):
+    flags = ["--config.mesh.rules=fsdp", "--config.train.steps=30", "--config.train.max_seconds=1"]
+    output = finished(launch(2, 1, command(text, tmp_path / "run", *flags)))
+    assert "the run makes 15 of 30 steps" in output
+    assert finished_steps(tmp_path / "run")[-1] == 15
 
 
 def test_two_processes_generate_on_one_mesh_what_one_device_does(whole):

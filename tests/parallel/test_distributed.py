@@ -8,10 +8,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import pytest
 
 from v4jax.core.errors import UserError
-from v4jax.parallel.distributed import ProcessInfo, detect_process, first_host, initialize, rendezvous
+from v4jax.parallel.distributed import ProcessInfo, detect_process, first_host, initialize, peer_errors, rendezvous
 
 ROOT = pathlib.Path(__file__).parents[2]
 SLURM = {
@@ -163,3 +164,30 @@ def test_a_missing_peer_ends_the_command_with_one_line():
     )
     assert done.returncode == 1 and done.stderr.startswith("v4jax: after 1 s process 1 of 2 had not come")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "processes, text, lost",
+    [
+        (2, "INTERNAL: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:4711", True),
+        (2, "RESOURCE_EXHAUSTED: out of memory", False),
+        (1, "UNAVAILABLE: connection lost", False),
+    ],
+)
+def test_a_lost_peer_ends_the_process_with_the_status_on_which_launchers_retry(
+    monkeypatch, capsys, processes, text, lost
+):
+    class Exited(Exception):
+        pass
+
+    def exit_(status):
+        raise Exited(status)
+
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(os, "_exit", exit_)
+    with pytest.raises((Exited, jax.errors.JaxRuntimeError)) as raised, peer_errors():
+        raise jax.errors.JaxRuntimeError(text)
+    assert (type(raised.value) is Exited) == lost
+    if lost:
+        assert raised.value.args == (75,)
+        assert "start all of them again, they go on from the newest checkpoint" in capsys.readouterr().err

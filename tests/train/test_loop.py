@@ -4,17 +4,22 @@ import dataclasses
 import json
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import jax
 import numpy as np
+import optax
 import pytest
 
+import v4jax
 from tests.train.conftest import SgdTrainer, one_layer, with_train
+from v4jax import cli
 from v4jax.checkpoint.orbax import finished_steps, newest_extras
 from v4jax.core.errors import UserError
 from v4jax.data.tokenizer import Tokenizer
@@ -41,7 +46,7 @@ def marks():
 
 @pytest.fixture(autouse=True)
 def quick_baselines(monkeypatch, marks):
-    monkeypatch.setattr(loop, "baselines", lambda corpus: marks)
+    monkeypatch.setattr("v4jax.train.summary.baselines", lambda corpus: marks)
 
 
 def test_a_run_learns_and_leaves_everything(config, tmp_path):
@@ -149,10 +154,10 @@ def test_a_stop_that_jax_turned_into_an_error_is_still_a_stop(small, tmp_path, c
 
 CHILD = textwrap.dedent("""
     import pickle, sys, time
-    from v4jax.train import loop
+    from v4jax.train import loop, summary
     place = loop.Trainer.shard_batch
     loop.Trainer.shard_batch = lambda *a: time.sleep(0.02) or place(*a)  # so that no signal comes after the end
-    loop.baselines = lambda corpus: {"xz": 2.0, "xz_kind": "alone", "trigram": 3.0}
+    summary.baselines = lambda corpus: {"xz": 2.0, "xz_kind": "alone", "trigram": 3.0}
     loop.train(pickle.load(open(sys.argv[1], "rb")), sys.argv[2])
 """)
 
@@ -216,6 +221,64 @@ def test_training_compiles_its_step_once(config):
 def test_a_loss_that_is_no_number_ends_the_run_with_one_line(config, tmp_path):
     with pytest.raises(UserError, match="lower train.lr"):
         loop.train(with_train(config, adam_lr=1e30, lr=1e30, clip_norm=1e30, warmup=0, steps=4), str(tmp_path / "run"))
+
+
+class LargeTrainer(SgdTrainer):
+    """After the first update the parameters are finite and the loss is not."""
+
+    before = optax.scale(1e25)
+
+
+@pytest.mark.parametrize("when, saved, cure", [
+    ({"eval_every": 1}, [], "there is no checkpoint yet"),
+    ({"steps": 1}, [1], "remove .*/checkpoints/1 to go on from the one before"),
+])  # fmt: skip
+def test_a_heldout_loss_that_is_no_number_ends_the_run_with_one_line(small, tmp_path, monkeypatch, when, saved, cure):
+    monkeypatch.setattr(loop, "Trainer", LargeTrainer)
+    wild = with_train(small, **{"warmup": 0, "checkpoint_every": 1} | when)
+    with pytest.raises(UserError, match=f"the held-out loss is nan at step 1: lower train.lr.*; {cure}"):
+        loop.train(wild, str(tmp_path / "run"))
+    assert finished_steps(tmp_path / "run") == saved and not (tmp_path / "run/summary.json").exists()
+
+
+@pytest.mark.parametrize("name", ["loss.png", ".summary.json.partial"])
+def test_a_disk_that_is_full_at_the_end_is_one_line(small, tmp_path, name):
+    """The checkpoint is there, and the next run writes what is missing. Writes to /dev/full fail with ENOSPC."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / name).symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot write .*No space left on device; free some space .* are good"):
+        loop.train(small, str(workdir))
+    assert finished_steps(workdir)[-1] == 6 and not (workdir / "summary.json").exists()
+    assert not [thread for thread in threading.enumerate() if "tensorboardX" in type(thread).__module__]
+    (workdir / name).unlink(missing_ok=True)
+    assert loop.train(small, str(workdir))["steps"] == 6
+
+
+def test_the_printed_evaluation_works_as_it_is(small, tmp_path, capsys):
+    """The run reads files; their path is in its checkpoint, and `eval` reads no path that a checkpoint stores."""
+    summary = loop.train(with_train(small, eval_rows=4), str(tmp_path / "a run"))
+    line = next(line for line in capsys.readouterr().out.splitlines() if "v4jax eval" in line)
+    argv = shlex.split(line)[1:]
+    assert argv[0] == "eval" and cli.main([*argv, f"--json={tmp_path / 'eval.json'}"]) == 0
+    [loss] = [r["value"] for r in json.loads((tmp_path / "eval.json").read_text()) if r["metric"] == "loss"]
+    assert loss == pytest.approx(summary["heldout_loss"], rel=1e-5)
+
+
+def test_a_hostile_summary_is_made_again(small, tmp_path):
+    summary = loop.train(small, str(tmp_path / "run"))
+    path = tmp_path / "run/summary.json"
+    for damage in (b"[" * 200_000, b'{"steps": 6, "steps": 6}', b"\xff", b'{"steps": 6, "heldout_loss": NaN}'):
+        path.write_bytes(damage)
+        assert loop.train(small, str(tmp_path / "run"))["heldout_loss"] == summary["heldout_loss"]
+        assert json.loads(path.read_text())["steps"] == 6
+
+
+def test_an_exported_model_is_no_run(small, tmp_path):
+    loop.train(small, str(tmp_path / "run"))
+    v4jax.save(v4jax.load(tmp_path / "run"), tmp_path / "exported", format="orbax")
+    with pytest.raises(UserError, match="exported holds an exported model.*train in another workdir"):
+        loop.train(small, str(tmp_path / "exported"))
 
 
 def test_a_finished_run_stays_and_another_model_in_its_workdir_is_refused(small, tmp_path, capsys):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.train.conftest import SgdTrainer, one_layer, with_train
+from v4jax.core.errors import UserError
 from v4jax.train import loop
 from v4jax.train.metrics import MetricsWriter, read_metrics, smooth
 from v4jax.train.optim import schedule
@@ -38,7 +39,7 @@ def scalars(workdir) -> set[tuple[str, int]]:
 
 def test_rates_and_speed_are_recorded_and_junk_is_not(config, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "Trainer", SgdTrainer)
-    monkeypatch.setattr(loop, "baselines", lambda corpus: {"xz": 2.0, "xz_kind": "alone", "trigram": 3.0})
+    monkeypatch.setattr("v4jax.train.summary.baselines", lambda corpus: {"xz": 2.0, "xz_kind": "alone", "trigram": 3.0})
     config = with_train(one_layer(config), lr=0.02, adam_lr=0.01, spike_action="skip")
     loop.train(config, str(tmp_path))
     steps = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "loss" in record]
@@ -63,3 +64,16 @@ def test_what_is_not_finite_is_left_out(tmp_path):
         {"step": 2, "rolled_back_from": 7.0},
     ]
     assert scalars(tmp_path) == {("grad_norm", 1)}
+
+
+def test_a_disk_that_fills_up_is_one_line(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write(1, {"loss": 1.0})
+    writer._file.close()
+    writer._file = open("/dev/full", "a", encoding="utf-8")  # every write fails with ENOSPC
+    with pytest.raises(UserError, match="cannot write .*metrics.jsonl: No space left on device; free some .* are good"):
+        writer.write(2, {"loss": 1.0})
+        writer.flush()
+    with pytest.raises(UserError, match="No space left on device"):
+        writer.close()
+    assert not writer._events.all_writers, "the thread that writes events has ended"

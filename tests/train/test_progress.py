@@ -1,10 +1,10 @@
-"""What a run says: a spinner on a terminal, lines elsewhere, and where everything lies at the end."""
+"""Progress of a run: a bar or a spinner on a terminal, lines elsewhere."""
 
 import io
 import sys
 import time
 
-from v4jax.train.progress import Progress, closing_lines, spinner
+from v4jax.train.progress import Progress, spinner
 
 
 class Terminal(io.StringIO):
@@ -43,16 +43,3 @@ def test_loading_and_compiling_are_lines_elsewhere(capsys):
         with progress.pause("compiling", line=True):
             pass
     assert capsys.readouterr().err == ""
-
-
-def test_the_last_lines_say_where_all_is_and_what_comes_next():
-    summary = {"heldout_loss": 1.5, "checkpoint": "my runs/a", "plot": "my runs/a/loss.png"}
-    text = {"heldout_bits_per_byte": 2.0, "xz_bits_per_byte": 2.5, "trigram_bits_per_byte": 2.75}
-    assert closing_lines(summary | text).splitlines() == [
-        "held-out loss  1.5000 nats a token, 2.000 bits per byte (xz 2.500, byte trigram 2.750)",
-        "checkpoint     my runs/a",
-        "plot           my runs/a/loss.png",
-        "summary        my runs/a/summary.json",
-        "next           v4jax generate --checkpoint='my runs/a' --prompt=\"Once upon a time\"",
-    ]
-    assert closing_lines(summary).splitlines()[-1].endswith("v4jax eval --checkpoint='my runs/a' --suite=needle")

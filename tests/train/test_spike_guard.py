@@ -113,7 +113,7 @@ class BadUpdate(Poisoned):
 @pytest.fixture
 def run(small, tmp_path, monkeypatch):
     """Trains with these batches spoilt, and returns the records of the run and what it raised."""
-    monkeypatch.setattr(loop, "baselines", lambda corpus: {"xz": 2.0, "xz_kind": "alone", "trigram": 3.0})
+    monkeypatch.setattr("v4jax.train.summary.baselines", lambda corpus: {"xz": 2.0, "xz_kind": "alone", "trigram": 3.0})
     monkeypatch.setattr(loop, "Trainer", Poisoned)
 
     def train(bad, **changes):

@@ -80,6 +80,19 @@ def test_of_several_processes_ctrl_c_is_handed_on_as_sigterm():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def test_jax_keeps_its_handler_where_it_came_first():
+    """A program joins the processes itself and then calls `train`: only JAX's handler makes all of them stop."""
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda *_: got.append("SIGTERM"))
+    try:
+        with StopSignals(shared=True):
+            send(signal.SIGTERM)
+            send(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert got == ["SIGTERM"] * 2
+
+
 def test_what_the_caller_ignores_stays_ignored_and_threads_install_nothing():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -102,8 +115,8 @@ PROGRAM = textwrap.dedent("""
         def __del__(self):  # Python drops what is raised in here
             print("running", flush=True)
             time.sleep(60)
-    with StopSignals(exits=True, patience=0.2 if sys.argv[1] == "blocked" else 600) as stop:
-        stop.last_words = lambda: "the last words"
+    with StopSignals(exits=True, patience=600 if sys.argv[1] in ("deferred", "in a destructor") else 0.2) as stop:
+        stop.last_words = lambda: "the last words" if sys.argv[1] != "the workdir is gone" else open("gone/checkpoints")
         stop.deferred = sys.argv[1] == "deferred"
         if sys.argv[1] == "in a destructor":
             Slow()
@@ -118,6 +131,7 @@ PROGRAM = textwrap.dedent("""
         ("deferred", [signal.SIGINT, signal.SIGINT], 130, "ended at once"),
         ("blocked", [signal.SIGTERM], 143, "the last words"),
         ("blocked", [signal.SIGINT], 130, "the last words"),
+        ("the workdir is gone", [signal.SIGTERM], 143, "nothing"),
         ("in a destructor", [signal.SIGTERM], 143, "the last words"),
         ("in a destructor", [signal.SIGINT], 130, "the last words"),
     ],

@@ -2,9 +2,10 @@
 
 import pytest
 
-from tests.train.conftest import with_train
-from tests.train.test_loop import losses
+from tests.train.conftest import SgdTrainer, one_layer, with_train
+from tests.train.test_loop import losses, stopped
 from v4jax.checkpoint.directory import read_config
+from v4jax.checkpoint.orbax import newest_extras
 from v4jax.config import ConfigError, Train, validate
 from v4jax.train import loop, time_budget
 from v4jax.train.time_budget import fit_steps
@@ -44,7 +45,7 @@ def read_default():
 
 
 def test_a_shortened_run_is_the_shorter_run_and_resumes_as_it(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "baselines", lambda corpus: {"xz": 2.0, "xz_kind": "alone", "trigram": 3.0})
+    monkeypatch.setattr("v4jax.train.summary.baselines", lambda corpus: {"xz": 2.0, "xz_kind": "alone", "trigram": 3.0})
     monkeypatch.setattr(time_budget, "MEASURED", 2)
     limited = with_train(config, steps=8, warmup=3, max_seconds=1e-3)
     summary = loop.train(limited, str(tmp_path / "limited"))
@@ -53,3 +54,28 @@ def test_a_shortened_run_is_the_shorter_run_and_resumes_as_it(config, tmp_path, 
     loop.train(with_train(config, steps=4, warmup=3), str(tmp_path / "shorter"))
     assert losses(tmp_path / "limited") == losses(tmp_path / "shorter")
     assert loop.train(limited, str(tmp_path / "limited")) == summary
+
+
+@pytest.fixture
+def small(config, monkeypatch):
+    """One layer, a simple optimizer, and no baselines."""
+    monkeypatch.setattr(loop, "Trainer", SgdTrainer)
+    monkeypatch.setattr("v4jax.train.summary.baselines", lambda corpus: {"xz": 2.0, "xz_kind": "alone", "trigram": 3.0})
+    return one_layer(config)
+
+
+def test_a_run_that_was_stopped_before_it_was_measured_is_measured_when_it_resumes(small, tmp_path, capsys):
+    limited = with_train(small, steps=30, warmup=20, checkpoint_every=2, max_seconds=1e-3)
+    assert "the checkpoint of step 3 is saved" in stopped(limited, tmp_path / "run", "save", 1)
+    assert loop.train(limited, str(tmp_path / "run"))["steps"] == 15
+    assert "the run makes 15 of 30 steps" in capsys.readouterr().err
+
+
+def test_more_steps_are_made_when_more_are_asked_for(small, tmp_path):
+    """A decision holds for one `train.steps` and `train.max_seconds`; others are measured again."""
+    roomy = with_train(small, steps=4, max_seconds=1e6)
+    assert loop.train(roomy, str(tmp_path / "run"))["steps"] == 4
+    assert loop.train(with_train(roomy, steps=14), str(tmp_path / "run"))["steps"] == 14
+    assert newest_extras(tmp_path / "run")["time_budget"] == {"requested_steps": 14, "max_seconds": 1e6, "steps": 14}
+    assert loop.train(with_train(roomy, steps=40, max_seconds=1e-3), str(tmp_path / "run"))["steps"] == 24
+    assert loop.train(with_train(roomy, steps=40, max_seconds=1e-3), str(tmp_path / "run"))["steps"] == 24

@@ -62,7 +62,8 @@ def write_orbax(
     for name, (tensor, given) in described(config.model, flat, path).items():
         stored = memory_dtype(tensor.role, given, wanted)
         load = lambda name=name, stored=stored: np.ascontiguousarray(np.asarray(flat[name]).astype(stored, copy=False))
-        pending[name] = _Pending(tensor.shape, stored, load)
+        if math.prod(tensor.shape):  # orbax cannot store an array without elements
+            pending[name] = _Pending(tensor.shape, stored, load)
     _refuse_run(path)
     copies, companions = tokenizer_files(tokenizer_dir), companions or Companions()
     with replace_directory(path, CONFIG_NAME, lambda name: replace_all or name == STEPS_NAME) as directory:

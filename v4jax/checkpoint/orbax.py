@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -30,7 +32,7 @@ from etils import epath
 
 from v4jax.checkpoint import checksums, param_mapping
 from v4jax.checkpoint.directory import CONFIG_NAME, read_config, save_config
-from v4jax.checkpoint.lazy_tensors import LazyTensors, memory_dtype, report
+from v4jax.checkpoint.lazy_tensors import FLOAT32, LazyTensors, memory_dtype, report
 from v4jax.checkpoint.path_alias import plain_path
 from v4jax.checkpoint.step import (
     COMPLETE,
@@ -39,6 +41,7 @@ from v4jax.checkpoint.step import (
     damaged,
     finished_steps,
     is_finished,
+    is_step,
     read_sums,
     steps_path,
 )
@@ -47,7 +50,7 @@ from v4jax.core import untrusted_json
 from v4jax.core.atomic import require_space, write_error
 from v4jax.core.errors import UserError
 from v4jax.nn import qdq
-from v4jax.parallel.distributed import barrier, is_primary
+from v4jax.parallel.distributed import all_gather_bytes, barrier, is_primary
 
 _EXTRAS = "extras"
 _TEMPORARY = ".orbax-checkpoint-tmp"  # suffix of the directory name while a step is being written
@@ -100,21 +103,21 @@ class TrainCheckpointer:
             step: number of the step; steps must be saved in increasing order.
             tree: {item: pytree of jax arrays}; the item `model` is a flat dict of per-layer names
                 (models/layer_stacks.py).
-            extras: JSON values to store with the arrays.
+            extras: JSON values to store with the arrays; NaN and infinities are not JSON.
 
         Raises:
             UserError: this save or the previous one cannot be written; the earlier checkpoints are intact.
             TypeError: a leaf of `tree` is not a jax array, or `extras` is not JSON.
-            ValueError: `model` has stacked names, or an item has a reserved name.
+            ValueError: `model` has stacked names, an item has a reserved name, or `extras` holds NaN or an infinity.
         """
         if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree)):
             raise TypeError("a checkpoint holds jax arrays; put other values into the extras")
-        items = {name: _flatten(item) for name, item in tree.items()}
+        items = {name: _with_elements(_flatten(item)) for name, item in tree.items()}
         if any(name.startswith("stacks.") for name in items.get(WEIGHTS, ())):
             raise ValueError("the model is saved by flat names; pass it through layer_stacks.to_layer_dict")
         for name in {_EXTRAS, checksums.DIRECTORY} & tree.keys():
             raise ValueError(f"an item of a checkpoint cannot be called {name!r}")
-        json.dumps(extras)  # raises here rather than in a thread of orbax
+        json.dumps(extras, allow_nan=False)  # raises here rather than in a thread of orbax
         self.wait()
         if step in self._manager.all_steps():
             return
@@ -156,7 +159,7 @@ class TrainCheckpointer:
         sums = read_sums(directory)
         for name, leaves in abstract_tree.items():
             wanted = _flatten(leaves)
-            item = _open_matching(directory, name, wanted, sums)
+            item = _open_matching(directory, name, _with_elements(wanted), sums)
             # Read one array at a time, without orbax: its threads flood the terminal when a file is damaged.
             arrays = [_to_device(item, place, leaf) for place, leaf in wanted.items()]
             tree[name] = jax.tree.unflatten(jax.tree.structure(leaves), arrays)
@@ -180,7 +183,7 @@ class TrainCheckpointer:
                 shutil.rmtree(directory)
             barrier("checkpoints cleared")
             for entry in self._path.iterdir():  # check first: orbax parses these files without a nesting limit
-                if entry.name.isdigit():
+                if is_step(entry):
                     untrusted_json.parse(untrusted_json.read_bytes(entry / COMPLETE))
             options = ocp.CheckpointManagerOptions(max_to_keep=self._keep)
             self._manager = ocp.CheckpointManager(plain_path(self._path), options=options)
@@ -200,18 +203,26 @@ class TrainCheckpointer:
         """
         if not is_primary():
             return []
-        half = lambda entry: entry.name.isdigit() and not is_finished(entry)
+        half = lambda entry: is_step(entry) and not is_finished(entry)
         return [entry for entry in self._path.iterdir() if entry.name.endswith(_TEMPORARY) or half(entry)]
 
     def _start(self, step: int, args: ocp.args.Composite, leaves: list[jax.Array]) -> None:
-        # Check the free space first, because orbax prints tracebacks when the disk fills up during a write.
-        require_space(self._path, sum(leaf.nbytes for leaf in leaves))
+        # Check the free space first, because orbax prints tracebacks when the disk fills up during a write. If one
+        # process has no space, none of them starts to write.
+        code = 0
+        try:
+            require_space(self._path, sum(leaf.nbytes for leaf in leaves))
+        except OSError as error:
+            code = error.errno
+        if code := max(map(int, all_gather_bytes(str(code).encode()))):
+            raise OSError(code, os.strerror(code))
         self._manager.save(step, args=args, force=True)
 
     def _guard(self, action: Callable[[], object]) -> None:
         """Run one stage of a save and turn a failed system call, such as a full disk, into a UserError.
 
-        The checkpointer stays usable: the unfinished step is deleted and the manager is opened again.
+        In a run of one process the checkpointer stays usable: the unfinished step is deleted and the manager is opened
+        again.
         """
         try:
             action()
@@ -219,6 +230,9 @@ class TrainCheckpointer:
             cause = system_error(error)
             if cause is None:
                 raise
+            failure = write_error(self._path, cause, "the earlier checkpoints are good")
+            if jax.process_count() > 1:  # opening again needs all processes, and the others may not have failed
+                raise failure from error
             with contextlib.suppress(OSError, ValueError):  # close() raises the same failure again
                 self._manager.close()
             # Delete the unfinished step, which occupies the full disk. Threads of orbax still write to it for a while.
@@ -227,7 +241,7 @@ class TrainCheckpointer:
                     shutil.rmtree(directory, ignore_errors=True)
                 time.sleep(0.05)
             self._open()  # open a new manager, because a manager loses track of its older steps when a save fails
-            raise write_error(self._path, cause, "the earlier checkpoints are good") from error
+            raise failure from error
 
 
 def newest_extras(workdir: str | os.PathLike) -> dict | None:
@@ -237,13 +251,16 @@ def newest_extras(workdir: str | os.PathLike) -> dict | None:
         The extras, or None if the run has no finished step.
 
     Raises:
-        UserError: the extras or the checksums of the step are damaged.
+        UserError: the extras or the checksums of the step are damaged, or the step is an exported model.
     """
     steps = finished_steps(workdir)
     if not steps:
         return None
     directory = steps_path(workdir) / str(steps[-1])
-    return _read_extras(directory, read_sums(directory).extras)
+    sums = read_sums(directory)
+    if sums.extras is None:
+        raise UserError(f"{workdir} holds an exported model, which has no place in its data; train in another workdir")
+    return _read_extras(directory, sums.extras)
 
 
 def _check_same_model(workdir: str | os.PathLike, old, new, path: str = "model") -> None:
@@ -269,6 +286,11 @@ def _flatten(tree) -> dict[str, object]:
     if len(flat) != len(leaves):
         raise ValueError("two leaves of the tree have the same name; rename one")
     return flat
+
+
+def _with_elements(flat: Mapping) -> dict:
+    """Drop arrays without elements, such as shared experts of a model that has none: orbax cannot store them."""
+    return {name: leaf for name, leaf in flat.items() if leaf.size}
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -305,14 +327,18 @@ class OrbaxTensors(LazyTensors):
             raise UserError(f"{path} has no finished checkpoint; train until the first one is saved, or copy it again")
         self._directory, self._wanted, self._mxfp4 = steps_path(path) / str(steps[-1]), dtype, mxfp4
         self._item = StepItem(self._directory, WEIGHTS, read_sums(self._directory) if verify else None)
-        wanted = {name: (tensor.shape, tensor.role == "index") for name, tensor in self._tensors.items()}
+        stored = {name: tensor for name, tensor in self._tensors.items() if math.prod(tensor.shape)}
+        wanted = {name: (tensor.shape, tensor.role == "index") for name, tensor in stored.items()}
         found = {name: (store.shape, store.dtype.numpy_dtype.kind in "iu") for name, store in self._item.stores.items()}
         _report_difference(self._directory, found, wanted, lambda shape, integer: f"{list(shape)}{' int' * integer}")
 
     def dtype(self, name: str) -> np.dtype:
-        return memory_dtype(self._tensors[name].role, self._item.stores[name].dtype.numpy_dtype, self._wanted)
+        store = self._item.stores.get(name)  # None for an array without elements
+        return memory_dtype(self._tensors[name].role, store.dtype.numpy_dtype if store else FLOAT32, self._wanted)
 
     def read(self, name: str, leading: int | slice = slice(None)) -> np.ndarray:
+        if name not in self._item.stores:
+            return np.zeros(self._tensors[name].shape, self.dtype(name))[leading]
         array = self._item.read(name, (leading,) if self._tensors[name].shape else ())
         if self._mxfp4 and ".experts." in name:
             array = np.asarray(_mxfp4(array))
@@ -350,12 +376,13 @@ def _open_matching(
     return item
 
 
-def _to_device(item: StepItem, name: str, leaf) -> jax.Array:
+def _to_device(item: StepItem | None, name: str, leaf) -> jax.Array:
     """Read the array `name` shard by shard onto the sharding of `leaf`, or onto the default device if it has none."""
     sharding = getattr(leaf, "sharding", None)
+    read = functools.partial(item.read, name) if leaf.size else np.zeros(leaf.shape, leaf.dtype).__getitem__
     if sharding is None:
-        return jax.device_put(item.read(name))
-    return jax.make_array_from_callback(tuple(leaf.shape), sharding, lambda index: item.read(name, index))
+        return jax.device_put(read(()))
+    return jax.make_array_from_callback(tuple(leaf.shape), sharding, read)
 
 
 def _report_difference(directory: pathlib.Path, found: dict, wanted: dict, describe: Callable[..., str]) -> None:

@@ -321,7 +321,14 @@ def shapes(model: Model) -> dict[str, tuple[int, ...]]:
 def _block(model: Model, kind: str, router: str, flat_prefix: str, hf_prefix: str) -> list[ParamInfo]:
     present = {"all", router} | ({"compressed"} if kind != "swa" else set()) | ({"csa"} if kind == "csa" else set())
     prefixes = (hf_prefix, f"model.{hf_prefix}")
-    return [_bind(rule, flat_prefix, prefixes, _sizes(model, kind)) for rule in _BLOCK if rule.layers in present]
+    sizes = _sizes(model, kind)
+    # The shared experts are stored as one expert of their total width.
+    shared = sizes | {"F": model.moe.moe_intermediate_size * model.moe.n_shared_experts}
+    return [
+        _bind(rule, flat_prefix, prefixes, shared if rule.flat.startswith("ffn.shared.") else sizes)
+        for rule in _BLOCK
+        if rule.layers in present
+    ]
 
 
 def _bind(rule: ParamRule, flat_prefix: str, prefixes: tuple[str, ...], sizes: dict[str, int]) -> ParamInfo:

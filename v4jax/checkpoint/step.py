@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import pathlib
+import re
 import stat
 from collections.abc import Iterator, Sequence
 
@@ -34,12 +35,17 @@ def finished_steps(path: str | os.PathLike) -> list[int]:
     steps = steps_path(path)
     if not steps.is_dir():
         return []
-    return sorted(int(entry.name) for entry in steps.iterdir() if entry.name.isdigit() and is_finished(entry))
+    return sorted(int(entry.name) for entry in steps.iterdir() if is_step(entry) and is_finished(entry))
 
 
 def steps_path(path: str | os.PathLike) -> pathlib.Path:
     """Return the absolute path of the subdirectory that holds the steps of a v4jax directory."""
     return pathlib.Path(os.path.realpath(path)) / STEPS_NAME
+
+
+def is_step(entry: pathlib.Path) -> bool:
+    """Return whether the name of a directory is a step number as orbax writes it: ASCII digits, no leading zeros."""
+    return re.fullmatch("0|[1-9][0-9]*", entry.name) is not None
 
 
 def is_finished(step: pathlib.Path) -> bool:

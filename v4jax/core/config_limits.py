@@ -67,7 +67,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.keep_checkpoints": _COUNT,
     "train.spike_window": _COUNT,
     "train.spike_patience": _COUNT,
-    "train.seed": (-(2**63), 2**63 - 1),
+    "train.seed": (0, 2**63 - 1),
     "train.momentum": (0.0, 1.0),
     "serve.max_num_seqs": _COUNT,
     "serve.max_model_len": _COUNT,

@@ -184,7 +184,7 @@ def _with_port(address: str, env: Mapping[str, str]) -> str:
 
 
 def _number(text: str) -> int:
-    if not text.strip().isdigit():
+    if not text.strip().isdecimal():
         raise UserError(f"the launcher's environment has {text!r} where a number belongs")
     return int(text)
 
@@ -344,9 +344,10 @@ def preempted(step: int) -> bool:
 
 @contextlib.contextmanager
 def peer_errors() -> Iterator[None]:
-    """Turn a collective that breaks because a peer has died into a one-line message and exit code 1.
+    """Turn a collective that breaks because a peer has died into a one-line message and exit code 75.
 
-    Other runtime errors, and all errors of a single process, are raised unchanged.
+    75 is EX_TEMPFAIL, on which a launcher starts the run again. A peer that ended because of a UserError has printed it
+    and has exit code 1. Other runtime errors, and all errors of a single process, are raised unchanged.
     """
     try:
         yield
@@ -361,13 +362,14 @@ def peer_errors() -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)
+        os._exit(os.EX_TEMPFAIL)
 
 
 def barrier(name: str) -> None:
     """Wait until every process has called this with the same name. A single process does not wait."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        with jax.transfer_guard("allow"):  # the training loop disallows transfers
+            multihost_utils.sync_global_devices(name)
 
 
 def all_gather_bytes(data: bytes) -> list[bytes]:
@@ -381,9 +383,10 @@ def all_gather_bytes(data: bytes) -> list[bytes]:
     """
     if jax.process_count() == 1:
         return [data]
-    sizes = multihost_utils.process_allgather(np.int32(len(data)))
-    if not sizes.any():
-        return [b""] * len(sizes)
-    room = 1 << int(sizes.max() - 1).bit_length()  # a power of two, so that few programs are compiled
-    rows = multihost_utils.process_allgather(np.frombuffer(data.ljust(room, b"\0"), np.uint8))
+    with jax.transfer_guard("allow"):  # the training loop disallows transfers
+        sizes = multihost_utils.process_allgather(np.int32(len(data)))
+        if not sizes.any():
+            return [b""] * len(sizes)
+        room = 1 << int(sizes.max() - 1).bit_length()  # a power of two, so that few programs are compiled
+        rows = multihost_utils.process_allgather(np.frombuffer(data.ljust(room, b"\0"), np.uint8))
     return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]

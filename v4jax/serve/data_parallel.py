@@ -12,6 +12,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from v4jax import config
@@ -32,6 +33,13 @@ class DataParallelGroup:
             self._rows = sharding.named(row_spec(sharding))
             here = jax.process_index()
             self._mine = [(i, one) for i, one in enumerate(sharding.mesh.devices.flat) if one.process_index == here]
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """All devices, including those of other processes, in the mesh's order."""
+        if self.sharding is None:
+            return [jnp.zeros(()).device]
+        return list(self.sharding.mesh.devices.flat)
 
     @property
     def processes(self) -> list[int]:

@@ -40,6 +40,7 @@ from v4jax.core.errors import UserError
 from v4jax.models.quantize import quantize_model
 from v4jax.models.transformer import Transformer
 from v4jax.serve import balance, data_parallel, model_steps, offload_connector
+from v4jax.serve.kv_cache_sizes import check_enough_memory, kv_cache_sizes
 from v4jax.serve.model_steps import DecodeState, KVCaches
 from v4jax.serve.request import PrefillChunk, Request, RequestStatus, SchedulerOutput
 from v4jax.serve.sampling import SamplerOutput, SamplingParams, make_sampling_tensors
@@ -114,6 +115,7 @@ class Engine:
         self.dp_group = on or data_parallel.data_parallel_group(None)
         validate_limits(self.model, limits, cache)
         data_parallel.validate_engine(self.dp_group, self.model, limits, cache)
+        check_enough_memory(self.model, limits, cache, self.dp_group)
         if any(run.repeats > 1 for run in model.stack_specs):
             raise UserError("the engine cannot run layers that are held stacked; load the model with scan=False")
         if limits.quantization == "fp8":
@@ -125,13 +127,9 @@ class Engine:
         self._weights = self._model_def.placed(weights)
         self.kv_cache_spec = KVCacheSpec(self.model, cache.kv_cache_dtype, cache.block_size, cache.kv_device_entries)
         block, slots = self.kv_cache_spec.block_size, limits.max_num_seqs
-        k = limits.num_speculative_tokens
-        self._table_width = -(-(limits.max_model_len + k) // block)
-        self._slack = 3 * k  # tokens: a snapshot holds up to 2k past its boundary, and k drafts may be rejected
-        num_snapshots = cache.num_state_snapshots if cache.enable_prefix_caching else 0
-        self._records = 1 + slots + num_snapshots  # state slot 0 is the null slot
-        snapshot_slots = range(1 + slots, self._records)
-        self._most_pages = self._pages(cache, self._records)
+        self._cache_sizes = kv_cache_sizes(self.kv_cache_spec, limits, cache)
+        self._table_width = self._cache_sizes.table_width
+        snapshot_slots = range(1 + slots, self._cache_sizes.num_state_slots)
         longest = block if limits.batch_invariant else limits.max_num_batched_tokens
         self._sizes = [longest] if limits.batch_invariant else chunk_sizes(longest)
         self._seed = self._digest(variables) if cache.enable_prefix_caching else None
@@ -142,45 +140,24 @@ class Engine:
             host_bytes = allocate.memory_stats(self._kv_caches)["kv_host_bytes"]
             _log.info(
                 "cache: CSA entries of %s tokens in host memory (%s bytes), %s of a layer on the device",
-                f"{(self._most_pages - 1) * block:,}",
+                f"{(self._cache_sizes.num_blocks - 1) * block:,}",
                 f"{host_bytes:,}",
                 f"{cache.kv_device_entries:,}",
             )
         self.kv_connector = offload_connector.build(self._kv_caches, self.dp_group, cache, self.kv_cache_spec)
         self.schedulers = [
             Scheduler(
-                BlockPool(self._most_pages, snapshot_slots),
+                BlockPool(self._cache_sizes.num_blocks, snapshot_slots),
                 slots,
                 block,
                 longest,
                 snapshot_interval_blocks=cache.snapshot_interval_blocks,
-                lookahead=k,
+                lookahead=limits.num_speculative_tokens,
                 replay=limits.batch_invariant,
                 kv_connector=self.kv_connector and self.kv_connector.device_connectors[rank],
             )
             for rank in range(self.dp_group.count)
         ]
-
-    def _pages(self, cache: config.Cache, records: int) -> int:
-        """Number of blocks of every pool, including the null block 0."""
-        k, block = self.limits.num_speculative_tokens, self.kv_cache_spec.block_size
-        if not cache.kv_cache_memory_bytes:
-            if not cache.kv_cache_tokens:
-                return 1 + self.limits.max_num_seqs * self._table_width
-            return 1 + -(-cache.kv_cache_tokens // block)
-        fixed = records * self.kv_cache_spec.state_bytes(self._slack, mtp=k > 0) + self.kv_cache_spec.device_cache_bytes
-        least = fixed + 2 * self.kv_cache_spec.block_bytes
-        if cache.kv_cache_memory_bytes < least:
-            parts = f"{records} records and one block of {block} tokens"
-            options = "max_num_seqs or num_state_snapshots"
-            if cache.kv_device_entries:
-                parts += " and the kv_device_entries"
-                options = "max_num_seqs, num_state_snapshots or kv_device_entries"
-            raise UserError(
-                f"a cache of {cache.kv_cache_memory_bytes:,} bytes on the device is too small: {parts} take "
-                f"{least:,}; give it more, or lower {options}"
-            )
-        return self.kv_cache_spec.blocks_for(cache.kv_cache_memory_bytes - fixed)
 
     def reset(self) -> None:
         """Drop all requests and the device's cache; the offload tiers keep their blocks.
@@ -206,7 +183,7 @@ class Engine:
     def _allocate(self) -> None:
         slots, k = self.limits.max_num_seqs, self.limits.num_speculative_tokens
         with jax.transfer_guard("allow"):
-            room = (self._most_pages, self._records, self._slack)
+            room = (self._cache_sizes.num_blocks, self._cache_sizes.num_state_slots, self._cache_sizes.slack)
             one = lambda kind: self.dp_group.replicate(allocate.allocate_layer(self.kv_cache_spec, kind, *room))
             self._kv_caches = KVCaches([[one(kind) for kind in run] for run in self._kinds], one("swa") if k else None)
             decode_state = DecodeState(*(jnp.zeros((slots + 1, *shape), jnp.int32) for shape in ((), (), (k,))))

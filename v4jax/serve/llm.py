@@ -20,6 +20,7 @@ from v4jax.serve import data_parallel
 from v4jax.serve import prompts as prompt_forms
 from v4jax.serve.engine import Engine, SampledTokens, validate_limits
 from v4jax.serve.engine_loop import EngineLoop
+from v4jax.serve.kv_cache_sizes import check_enough_memory
 from v4jax.serve.outputs import CompletionOutput, RequestOutput
 from v4jax.serve.prompts import Parsed, Prompt
 from v4jax.serve.sampling import Logprob, SamplerOutput, SamplingParams, is_int, short_repr
@@ -100,6 +101,7 @@ class LLM:
         validate_limits(stored.model, serve, cache)
         on = data_parallel.data_parallel_group(mesh)
         data_parallel.validate_engine(on, stored.model, serve, cache)
+        check_enough_memory(stored.model, serve, cache, on)
         if not isinstance(model, Transformer):  # last: reading weights may take minutes
             model = checkpoint.load(model, dtype=dtype, quantization=serve.quantization, placement=on.placement)
         self.tokenizer, self.engine = tokenizer, Engine(model, serve, cache, on)

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -19,19 +18,19 @@ from v4jax import config as configs
 from v4jax.checkpoint.directory import save_config
 from v4jax.checkpoint.orbax import TrainCheckpointer, finished_steps, newest_extras
 from v4jax.config import Config
+from v4jax.core import untrusted_json
 from v4jax.core.errors import UserError
 from v4jax.core.paths import local_path
-from v4jax.data.compression_baselines import baselines
 from v4jax.data.needle import SOURCE as NEEDLE
 from v4jax.data.pipeline import make_dataset
-from v4jax.data.sources import load_documents
 from v4jax.data.tokenizer import Tokenizer
-from v4jax.parallel.distributed import all_gather_bytes, barrier, is_primary, peer_errors, preempted
+from v4jax.parallel.distributed import all_gather_bytes, is_primary, peer_errors, preempted
 from v4jax.train import time_budget
 from v4jax.train.goodput import Goodput
-from v4jax.train.metrics import MetricsWriter, plot_loss, read_metrics
-from v4jax.train.progress import Progress, closing_lines, spinner
+from v4jax.train.metrics import MetricsWriter, read_metrics, write_errors
+from v4jax.train.progress import Progress, spinner
 from v4jax.train.stop_signals import StopSignals
+from v4jax.train.summary import baseline_marks, closing_lines, parse_summary, read_summary, write_summary
 from v4jax.train.trainer import Trainer, TrainState
 from v4jax.train.watchdog import Watchdog
 from v4jax.train.workdir_lock import workdir_lock
@@ -53,7 +52,8 @@ def train(config: Config, workdir: str, stop: StopSignals | None = None) -> dict
     Args:
       config: The run's config. Its model and data must match those of a run that `workdir` already holds.
       workdir: Directory of the run. Only one process, or one group of processes, may train in it at a time.
-      stop: Signal handlers that the caller has entered; None lets this function enter its own.
+      stop: Signal handlers that the caller entered before JAX joined the processes; None lets this function enter its
+        own.
 
     Returns:
       The values of summary.json.
@@ -65,7 +65,7 @@ def train(config: Config, workdir: str, stop: StopSignals | None = None) -> dict
       KeyboardInterrupt: After SIGINT.
     """
     config, workdir = configs.validate(config), local_path(workdir, "workdir")
-    with peer_errors(), contextlib.nullcontext(stop) if stop else StopSignals() as stop:
+    with peer_errors(), contextlib.nullcontext(stop) if stop else StopSignals(shared=jax.process_count() > 1) as stop:
         stop.shared, stop.last_words = jax.process_count() > 1, functools.partial(_where_it_stands, workdir)
         stop.check()
         try:
@@ -99,7 +99,8 @@ def _where_it_stands(workdir: pathlib.Path) -> str:
 class _Run:
     def __init__(self, config: Config, workdir: pathlib.Path, stop: StopSignals):
         self.opened = time.monotonic()
-        self.config = config = time_budget.resumed(config, workdir)
+        config, self.time_budget = time_budget.restore(config, workdir)  # the decision; None before it is made
+        self.config = config
         self.workdir, self.stop = workdir, stop
         self._check_steps()
         with spinner(f"{config.name}: loading the data", is_primary()):
@@ -129,16 +130,25 @@ class _Run:
             )
 
     def run(self) -> dict[str, object]:
-        with self.store:
-            if self.store.latest() == self.config.train.steps and (summary := self._finished()) is not None:
-                return summary
-            state, iterator, done = self._start()
-            self.stop.check()
-            if done < self.config.train.steps:
-                return self._steps(state, iterator, done)
-            # The run was stopped between its last checkpoint and its summary, so this process has timed no step.
-            self._open_metrics(done, {})
-            return self._finish(state, None)
+        """Train, unless the run is finished; returns the summary."""
+        try:
+            with self.store:
+                return self._run()
+        finally:
+            if self.writer:
+                with contextlib.suppress(UserError):  # an earlier write has raised it already
+                    self.writer.close()
+
+    def _run(self) -> dict[str, object]:
+        if self.store.latest() == self.config.train.steps and (summary := self._finished()) is not None:
+            return summary
+        state, iterator, done = self._start()
+        self.stop.check()
+        if done < self.config.train.steps:
+            return self._steps(state, iterator, done)
+        # The run was stopped between its last checkpoint and its summary, so this process has timed no step.
+        self._open_metrics(done, {})
+        return self._finish(state, None)
 
     def _start(self) -> tuple[TrainState, object, int]:
         """Initialize the state or restore the newest checkpoint.
@@ -188,7 +198,8 @@ class _Run:
         t, tokens = self.config.train, self.config.train.batch_size * self.config.data.seq_len
         waiting: list[tuple[int, dict[str, jax.Array]]] = []
         if is_primary():
-            (self.workdir / "summary.json").unlink(missing_ok=True)  # it belongs to a shorter run and marks it finished
+            with write_errors(self.workdir):  # the summary belongs to a shorter run and marks it finished
+                (self.workdir / "summary.json").unlink(missing_ok=True)
         self._open_metrics(step, {"started": self.began})
         progress = Progress(self.config.name, step, t.steps, tokens, is_primary())
         watchdog = Watchdog(t.hang_timeout_s, self.workdir / f"hang-{jax.process_index()}.txt", t.exit_on_hang)
@@ -197,7 +208,9 @@ class _Run:
             if self._evaluation_due(step):  # the run was stopped before or during this evaluation
                 self._measure(state, step, progress)
             first = step + 1
-            measured, begun = time_budget.MEASURED if t.max_seconds and step == 0 else 0, time.monotonic()
+            # This process times its own first steps, unless the number of steps is decided.
+            measured = time_budget.MEASURED if t.max_seconds and self.time_budget is None else 0
+            begun = time.monotonic()
             while step < t.steps:
                 step += 1
                 batch = self.trainer.shard_batch(next(iterator))
@@ -213,11 +226,11 @@ class _Run:
                 stopping |= self._stop_asked() | preempted(self.steps)
                 due = step == t.steps or step % t.checkpoint_every == 0
                 evaluate = self._evaluation_due(step)
-                if not (stopping or due or evaluate or step % t.log_every == 0 or step == measured):
+                if not (stopping or due or evaluate or step % t.log_every == 0 or self.steps == measured):
                     continue
                 spikes = self._flush_metrics(waiting, progress)
                 waiting.clear()
-                if step == measured and self._fit_steps(step, begun, compiled, progress):
+                if self.steps == measured and self._fit_steps(step, begun, compiled, progress):
                     t, first = self.config.train, step + 1  # a new Trainer compiles again
                     due |= step == t.steps
                 stopping |= self._stop_asked()
@@ -231,7 +244,11 @@ class _Run:
                         self._measure(state, step, progress)
                         stopping |= self._stop_asked()
                     if due or stopping:
-                        extras = {"data": iterator.get_state(), "heldout": self.heldout_losses}
+                        extras = {
+                            "data": iterator.get_state(),
+                            "heldout": self.heldout_losses,
+                            "time_budget": self.time_budget,
+                        }
                         self.store.save(step, self.trainer.to_tree(state), extras)
                 if stopping:
                     break
@@ -258,7 +275,15 @@ class _Run:
             measured = self._evaluate(state)
         if measured is not None:
             self.heldout_losses[step] = measured[0]
+            self._check_heldout_loss(step)
             self._write(step, {"heldout_loss": measured[0]})
+
+    def _check_heldout_loss(self, step: int) -> None:
+        """Raise UserError if the held-out loss is not finite, as finite parameters can yield."""
+        if not math.isfinite(self.heldout_losses[step]):
+            raise UserError(
+                f"the held-out loss is {self.heldout_losses[step]:.4g} at step {step}: {self._advice(step)}"
+            )
 
     def _spiked(self, state: TrainState, step: int, spikes: int, kept: bool) -> bool:
         """Whether the run must roll back to a checkpoint.
@@ -291,13 +316,15 @@ class _Run:
         `time.monotonic`. Returns whether the number changed; there is a new Trainer then.
         """
         t, now = self.config.train, time.monotonic()
-        seconds = (now - compiled) / step
+        seconds = (now - compiled) / self.steps
         steps = time_budget.fit_steps(t, step, seconds, compiled - begun, now - self.opened, len(self.heldout))
         steps = min(map(int, all_gather_bytes(str(steps).encode())))  # all processes must agree
+        self.time_budget = time_budget.record(t, steps)
         if steps == t.steps:
             return False
         self.config = time_budget.with_steps(self.config, steps)
-        self.trainer = Trainer(self.config)
+        with jax.transfer_guard("allow"):
+            self.trainer = Trainer(self.config)
         progress.shorten(steps)
         if is_primary():
             save_config(self.workdir, self.config)
@@ -374,11 +401,14 @@ class _Run:
             )
         return spikes
 
-    def _advice(self) -> str:
+    def _advice(self, bad: int | None = None) -> str:
+        """Return what the user can do, and the newest good checkpoint. `bad` is a step whose checkpoint is not good."""
         with contextlib.suppress(UserError):  # a save in progress may still become the newest checkpoint
             self.store.wait()
-        step = self.store.latest()
-        good = "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
+        steps = finished_steps(self.workdir)
+        good = f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
+        if bad in steps:
+            good = f"remove {self.workdir}/checkpoints/{bad} to go on from the one before"
         return f"lower train.lr or train.adam_lr, or raise train.warmup; {good}"
 
     def _roll_back(self, spiked: int) -> tuple[TrainState, int]:
@@ -429,66 +459,36 @@ class _Run:
         steps = self.config.train.steps
         with spinner(f"{self.config.name}: measuring the held-out loss", is_primary()):
             evaluated = self._evaluate(state)
-            marks = self._marks() if self.writer else {}
+            marks = baseline_marks(self.config.data) if self.writer and self.tokenizer is not None else {}
         if evaluated is None:
             self.stop.leave()
         self.heldout_losses[steps], bits_per_byte = evaluated
+        self._check_heldout_loss(steps)
         if self.writer is None:
-            barrier("summary")
-            return json.loads((self.workdir / "summary.json").read_text(encoding="utf-8"))
-        measured = {"heldout_loss": self.heldout_losses[steps]}
-        if self.tokenizer is not None:  # text data: bits per byte compare with other models
-            measured["heldout_bits_per_byte"] = bits_per_byte
-        records = read_metrics(self.workdir / "metrics.jsonl")
-        if not any(record["step"] == steps and measured.keys() <= record.keys() for record in records):
-            self.writer.write(steps, measured)
-        self.writer.close()
-        last = {name: value for record in records for name, value in record.items()}
-        if "goodput" in last:
-            print(
-                f"goodput {last['goodput']:.0%}: of the time since the run began, steps took so much", file=sys.stderr
-            )
+            return untrusted_json.parse(all_gather_bytes(b"")[0])
         summary = {
             "name": self.config.name,
             "steps": steps,
             "parameters": int(sum(array.size for array in state.params.values())),
-            "train_loss": last.get("loss"),
-            **measured,
+            "heldout_loss": self.heldout_losses[steps],
             **marks,
             "tokens_per_second": tokens_per_second,
-            "goodput": last.get("goodput"),
             "checkpoint": str(self.workdir),
-            "plot": str(plot_loss(self.workdir, self.heldout_losses)),
         }
-        partial = self.workdir / "summary.json.partial"
-        partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self.workdir / "summary.json")
-        barrier("summary")
-        print(closing_lines(summary), flush=True)
+        if self.tokenizer is not None:  # text data: bits per byte compare with other models
+            summary["heldout_bits_per_byte"] = bits_per_byte
+        summary = write_summary(self.writer, summary, self.heldout_losses)
+        all_gather_bytes(json.dumps(summary).encode())
+        print(closing_lines(summary, self.config.data), flush=True)
         return summary
-
-    def _marks(self) -> dict[str, float | str]:
-        """Bits per byte of simple compressors (xz, a byte trigram model) on the held-out text."""
-        if self.tokenizer is None:
-            return {}
-        marks = baselines(load_documents(self.config.data))
-        return {
-            "xz_bits_per_byte": marks["xz"],
-            "xz_kind": marks["xz_kind"],
-            "trigram_bits_per_byte": marks["trigram"],
-        }
 
     def _finished(self) -> dict[str, object] | None:
         """Read and print the summary of a finished run; None if a file is missing, damaged or of another length."""
-        data = b""
-        if is_primary() and (self.workdir / "loss.png").is_file():
-            with contextlib.suppress(OSError):
-                data = (self.workdir / "summary.json").read_bytes()
-        here = {"checkpoint": str(self.workdir), "plot": str(self.workdir / "loss.png")}  # the directory may have moved
+        data = read_summary(self.workdir) if is_primary() else b""
         try:
-            summary = json.loads(all_gather_bytes(data)[0]) | here
-            lines = closing_lines(summary)
-        except (ValueError, TypeError, KeyError, RecursionError):
+            summary = parse_summary(all_gather_bytes(data)[0], self.workdir)
+            lines = closing_lines(summary, self.config.data)
+        except (ValueError, TypeError, KeyError):
             return None
         if summary.get("steps") != self.config.train.steps:
             return None

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from v4jax.core import untrusted_json
+from v4jax.core.atomic import write_error
 from v4jax.core.errors import UserError
 
 _MOST = 1 << 30  # maximum size of a metrics file in bytes, enough for millions of records
 _EVENTS = ("started", "rolled_back_from")  # events of the run's history; they are not plotted, as they form no curve
 _SMOOTH = 0.95  # the smoothed curve weights a record at distance n by _SMOOTH**n
+
+
+@contextlib.contextmanager
+def write_errors(path: pathlib.Path) -> Iterator[None]:
+    """Turn an OSError of a write to `path`, or to a file in it, into a one-line UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(error.filename or path, error, "the checkpoints are good") from error
 
 
 class MetricsWriter:
@@ -31,7 +42,7 @@ class MetricsWriter:
       damaged: Number of damaged lines that the constructor dropped.
 
     Raises:
-      UserError: The files cannot be written.
+      UserError: The files cannot be written; every method may raise it.
     """
 
     def __init__(self, workdir: pathlib.Path, resume_step: int):
@@ -51,20 +62,25 @@ class MetricsWriter:
         Values that are not finite are left out, because JSON cannot represent them.
         """
         values = {name: value for name, value in values.items() if math.isfinite(value)}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        with write_errors(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             if name not in _EVENTS:
                 self._events.add_scalar(name, value, step)
 
     def flush(self) -> None:
         """Flush the buffered records and events to the operating system."""
-        self._file.flush()
-        self._events.flush()
+        with write_errors(self._path):
+            self._file.flush()
+            self._events.flush()
 
     def close(self) -> None:
         """Flush and close both files."""
-        self._file.close()
-        self._events.close()
+        with write_errors(self._path):
+            try:
+                self._file.close()
+            finally:  # ends the thread of the event writer
+                self._events.close()
 
     def _forget_after(self, step: int) -> int:
         """Drop the records of steps after `step`, and the damaged lines.

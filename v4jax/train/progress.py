@@ -1,12 +1,11 @@
-"""Progress of a run on the terminal: spinners, loss, tokens per second, time left, and the paths of the results."""
+"""Progress of a run on the terminal: spinners, loss, tokens per second and time left."""
 
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import rich.progress as rp
 
@@ -119,26 +118,3 @@ def spinner(text: str, show: bool = True) -> Iterator[None]:
     if show:
         print(text, file=sys.stderr, flush=True)
     yield
-
-
-def closing_lines(summary: Mapping[str, object]) -> str:
-    """Format the last lines of a finished run: the held-out loss, the paths of its files and a command to try next.
-
-    Args:
-      summary: Contents of summary.json. It has bits per byte only if the run was trained on text.
-    """
-    workdir = str(summary["checkpoint"])
-    heldout = f"{summary['heldout_loss']:.4f} nats a token"
-    command = f"v4jax eval --checkpoint={shlex.quote(workdir)} --suite=needle"
-    if "heldout_bits_per_byte" in summary:  # the run was trained on text
-        marks = f"xz {summary['xz_bits_per_byte']:.3f}, byte trigram {summary['trigram_bits_per_byte']:.3f}"
-        heldout += f", {summary['heldout_bits_per_byte']:.3f} bits per byte ({marks})"
-        command = f'v4jax generate --checkpoint={shlex.quote(workdir)} --prompt="Once upon a time"'
-    rows = {
-        "held-out loss": heldout,
-        "checkpoint": workdir,
-        "plot": str(summary["plot"]),
-        "summary": f"{workdir}/summary.json",
-        "next": command,
-    }
-    return "\n".join(f"{name:<15}{value}" for name, value in rows.items())

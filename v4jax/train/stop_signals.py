@@ -38,6 +38,7 @@ class StopSignals:
         into others.
       patience: Seconds until a process is ended whose main thread is inside a long call that delays signal handlers
         (compiling, waiting for a device). After a second SIGINT the process is ended without this wait.
+      shared: Whether JAX has joined several processes already. Its handler of SIGTERM then stays installed.
 
     Attributes:
       asked: Number of the first signal, or None.
@@ -46,10 +47,10 @@ class StopSignals:
       last_words: Returns the line that a process prints when it ends at once.
     """
 
-    def __init__(self, exits: bool = False, patience: float = 5.0):
+    def __init__(self, exits: bool = False, patience: float = 5.0, shared: bool = False):
         self.asked: int | None = None
         self.deferred = False
-        self.shared = False
+        self.shared = shared
         self.last_words: Callable[[], str] = lambda: "stopped before anything was computed"
         self._exits, self._patience = exits, patience
         self._interrupts = 0
@@ -61,7 +62,7 @@ class StopSignals:
             return self
         if self._exits:
             self._start_watching()
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in (signal.SIGINT,) if self.shared else (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(signum) is not signal.SIG_IGN:
                 self._previous[signum] = signal.signal(signum, self._handle)
         return self
@@ -101,7 +102,7 @@ class StopSignals:
 
     def _end_at_once(self, signum: int) -> NoReturn:
         if self._exits:
-            _end(128 + signum, self.last_words())
+            _end(128 + signum, self.last_words)
         if signum == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)
@@ -122,7 +123,7 @@ class StopSignals:
             if not select.select([read_end], [], [], wait)[0]:
                 deadline = None
                 if not self.deferred and not self.shared:
-                    _end(code, self.last_words())
+                    _end(code, self.last_words)
                 continue
             signals = os.read(read_end, 64)
             if not signals:
@@ -133,7 +134,7 @@ class StopSignals:
                 if signum in self._previous and deadline is None and not self.deferred:
                     deadline, code = time.monotonic() + self._patience, 128 + signum
             if interrupts > 1:
-                _end(128 + signal.SIGINT, "ended at once; the newest finished checkpoint is as it was")
+                _end(128 + signal.SIGINT, lambda: "ended at once; the newest finished checkpoint is as it was")
 
 
 def _say(line: str) -> None:
@@ -144,8 +145,10 @@ def _say(line: str) -> None:
         pass  # the terminal is gone; the run must still be saved
 
 
-def _end(code: int, line: str) -> NoReturn:
-    if sys.stderr is not None and sys.stderr.isatty():
-        os.write(2, _SHOW_CURSOR)
-    _say(line)
-    os._exit(code)
+def _end(code: int, line: Callable[[], str]) -> NoReturn:
+    try:
+        if sys.stderr is not None and sys.stderr.isatty():
+            os.write(2, _SHOW_CURSOR)
+        _say(line())
+    finally:  # the terminal or the workdir may be gone, and the process must end nevertheless
+        os._exit(code)

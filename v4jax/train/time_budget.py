@@ -2,7 +2,8 @@
 
 The first steps do not depend on the number of steps, because the learning rate warms up. After `MEASURED` steps the
 time of a step is known. If the remaining steps would take too long, the run gets fewer steps, and the learning-rate
-schedule ends at the new last step. The number is written to v4jax.json, so a resumed run keeps it.
+schedule ends at the new last step. Every later checkpoint stores the decision, so a resumed run keeps it. A run that is
+resumed with another `train.steps` or `train.max_seconds`, or was stopped before the decision, measures again.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import dataclasses
 import os
 
 from v4jax import config as configs
-from v4jax.checkpoint.directory import read_config
-from v4jax.checkpoint.orbax import finished_steps
+from v4jax.checkpoint.orbax import newest_extras
 from v4jax.config import Config
 
 MEASURED = 10  # number of steps after which the run decides
@@ -54,18 +54,24 @@ def fit_steps(
     return max(fitting, -(-train.steps // 2), done)
 
 
-def resumed(config: Config, workdir: str | os.PathLike) -> Config:
-    """Return `config` with the number of steps that an earlier process chose for the run in `workdir`.
+def record(train: configs.Train, steps: int) -> dict[str, float]:
+    """Return the decision that checkpoints store: a run configured as `train` got `steps` steps."""
+    return {"requested_steps": train.steps, "max_seconds": train.max_seconds, "steps": steps}
 
-    `config` is returned unchanged if it has no time budget, if the run has no checkpoint yet, or if the run had
-    another time budget.
+
+def restore(config: Config, workdir: str | os.PathLike) -> tuple[Config, dict[str, float] | None]:
+    """Apply the decision that the newest checkpoint of the run in `workdir` stores.
+
+    Returns:
+      `config` with the stored number of steps, and the stored `record`. If there is no decision, or it was made for
+      another number of steps or another budget: `config` unchanged, and None.
     """
-    if not config.train.max_seconds or not finished_steps(workdir):
-        return config
-    stored = read_config(workdir).train
-    if stored.max_seconds != config.train.max_seconds:
-        return config
-    return with_steps(config, min(stored.steps, config.train.steps))
+    if not config.train.max_seconds:
+        return config, None
+    stored = (newest_extras(workdir) or {}).get("time_budget")
+    if stored is None or stored != record(config.train, stored["steps"]):
+        return config, None
+    return with_steps(config, stored["steps"]), stored
 
 
 def with_steps(config: Config, steps: int) -> Config:
