@@ -1,11 +1,10 @@
 """Names and layouts of DeepSeek-V4 tensors: one table that maps v4jax flat names to Hugging Face names.
 
 A rule pairs a flat name and its axis letters with the released name and its axes (spec 9.1) and, if it differs, with
-the module name of transformers (spec 12.3). The letters are those of `core/axes.py` plus A (a second hidden axis) and
-Z (2 L). The axes of a released tensor are separated by spaces: "JL Q" means that the axes J and L are merged, followed
-by Q. A letter in braces inside a name pins that axis: the checkpoint has one tensor per value of the axis. The axes
-therefore determine every shape and the conversion in both directions, which is a transpose and a reshape and keeps
-every bit.
+the module name of transformers (spec 12.3). The letters are those of `core/axes.py`; 1 and 3 are axes of that size. The
+axes of a released tensor are separated by spaces: "JL Q" means that the axes J and L are merged, followed by Q. A
+letter in braces inside a name pins that axis: the checkpoint has one tensor per value of the axis. The axes therefore
+determine every shape and the conversion in both directions, which is a transpose and a reshape and keeps every bit.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from functools import cache
 import numpy as np
 
 from v4jax.config import Model
+from v4jax.core.layer_spec import LayerSpec
 
 # The role of a tensor decides its dtype (lazy_tensors.py): "f32" tensors are always float32, "norm" scales are never
 # narrowed, "index" tensors are integers, and every other tensor is a "matrix".
@@ -36,7 +36,8 @@ class ParamRule:
         released_axes: axes of the released tensor.
         others: further (name, axes) that the reader accepts.
         role: decides the dtype (lazy_tensors.py).
-        layers: the layers that have this tensor.
+        layers: names of attention, mlp or residual (`LayerSpec`). A layer has this tensor if it has one of these parts;
+            () stands for every layer.
     """
 
     flat: str
@@ -45,7 +46,7 @@ class ParamRule:
     released_axes: str
     others: tuple[tuple[str, str], ...] = ()
     role: str = "matrix"
-    layers: str = "all"  # all | compressed (csa, hca) | csa | bias | hash
+    layers: tuple[str, ...] = ()
 
 
 def _same(*names: str, axes: str) -> tuple[tuple[str, str], ...]:
@@ -64,7 +65,7 @@ _HEAD_MHC = (
     ParamRule("head_mhc.base", "Y", "hc_head_base", "Y", _same("hc_head.hc_base", axes="Y"), role="f32"),
     ParamRule("head_mhc.scale", "1", "hc_head_scale", "1", _same("hc_head.hc_scale", axes="1"), role="f32"),
 )
-_BLOCK = (
+_LAYER = (
     ParamRule("attn_norm.scale", "D", "attn_norm.weight", "D", _same("input_layernorm.weight", axes="D"), role="norm"),
     ParamRule(
         "ffn_norm.scale", "D", "ffn_norm.weight", "D", _same("post_attention_layernorm.weight", axes="D"), role="norm"
@@ -100,7 +101,7 @@ _BLOCK = (
         "attn.compressor.wkv.weight",
         "W D",
         _same("self_attn.compressor.kv_proj.weight", axes="W D"),
-        layers="compressed",
+        layers=("csa", "hca"),
     ),
     ParamRule(
         "attn.compressor.gate",
@@ -108,7 +109,7 @@ _BLOCK = (
         "attn.compressor.wgate.weight",
         "W D",
         _same("self_attn.compressor.gate_proj.weight", axes="W D"),
-        layers="compressed",
+        layers=("csa", "hca"),
     ),
     ParamRule(
         "attn.compressor.ape",
@@ -117,7 +118,7 @@ _BLOCK = (
         "P W",
         _same("self_attn.compressor.position_bias", axes="P W"),
         role="f32",
-        layers="compressed",
+        layers=("csa", "hca"),
     ),
     ParamRule(
         "attn.compressor.norm.scale",
@@ -126,7 +127,7 @@ _BLOCK = (
         "H",
         _same("self_attn.compressor.kv_norm.weight", axes="H"),
         role="norm",
-        layers="compressed",
+        layers=("csa", "hca"),
     ),
     # indexer
     ParamRule(
@@ -135,7 +136,7 @@ _BLOCK = (
         "attn.indexer.wq_b.weight",
         "JL Q",
         _same("self_attn.compressor.indexer.q_b_proj.weight", axes="JL Q"),
-        layers="csa",
+        layers=("csa",),
     ),
     ParamRule(
         "attn.indexer.weight",
@@ -143,32 +144,32 @@ _BLOCK = (
         "attn.indexer.weights_proj.weight",
         "J D",
         _same("self_attn.compressor.indexer.scorer.weights_proj.weight", axes="J D"),
-        layers="csa",
+        layers=("csa",),
     ),
     ParamRule(
         "attn.indexer.compressor.kv",
-        "DZ",
+        "DW",
         "attn.indexer.compressor.wkv.weight",
-        "Z D",
-        _same("self_attn.compressor.indexer.kv_proj.weight", axes="Z D"),
-        layers="csa",
+        "W D",
+        _same("self_attn.compressor.indexer.kv_proj.weight", axes="W D"),
+        layers=("csa",),
     ),
     ParamRule(
         "attn.indexer.compressor.gate",
-        "DZ",
+        "DW",
         "attn.indexer.compressor.wgate.weight",
-        "Z D",
-        _same("self_attn.compressor.indexer.gate_proj.weight", axes="Z D"),
-        layers="csa",
+        "W D",
+        _same("self_attn.compressor.indexer.gate_proj.weight", axes="W D"),
+        layers=("csa",),
     ),
     ParamRule(
         "attn.indexer.compressor.ape",
-        "PZ",
+        "PW",
         "attn.indexer.compressor.ape",
-        "P Z",
-        _same("self_attn.compressor.indexer.position_bias", axes="P Z"),
+        "P W",
+        _same("self_attn.compressor.indexer.position_bias", axes="P W"),
         role="f32",
-        layers="csa",
+        layers=("csa",),
     ),
     ParamRule(
         "attn.indexer.compressor.norm.scale",
@@ -177,7 +178,7 @@ _BLOCK = (
         "L",
         _same("self_attn.compressor.indexer.kv_norm.weight", axes="L"),
         role="norm",
-        layers="csa",
+        layers=("csa",),
     ),
     # experts
     ParamRule("ffn.router.weight", "DE", "ffn.gate.weight", "E D", _same("mlp.gate.weight", axes="E D")),
@@ -188,7 +189,7 @@ _BLOCK = (
         "E",
         _same("mlp.gate.e_score_correction_bias", axes="E"),
         role="f32",
-        layers="bias",
+        layers=("moe",),
     ),
     ParamRule(
         "ffn.router.table",
@@ -197,7 +198,7 @@ _BLOCK = (
         "V K",
         _same("mlp.gate.tid2eid", axes="V K"),
         role="index",
-        layers="hash",
+        layers=("hash_moe",),
     ),
     ParamRule(
         "ffn.experts.gate_up",
@@ -225,8 +226,8 @@ _BLOCK = (
 _MTP = (
     ParamRule("embed_norm.scale", "D", "enorm.weight", "D", role="norm"),
     ParamRule("hidden_norm.scale", "D", "hnorm.weight", "D", role="norm"),
-    ParamRule("embed_proj", "DA", "e_proj.weight", "A D"),
-    ParamRule("hidden_proj", "DA", "h_proj.weight", "A D"),
+    ParamRule("embed_proj", "DO", "e_proj.weight", "O D"),
+    ParamRule("hidden_proj", "DO", "h_proj.weight", "O D"),
     ParamRule("norm.scale", "D", "norm.weight", "D", role="norm"),
 )
 
@@ -300,16 +301,13 @@ class ParamInfo:
 
 def tensors(model: Model) -> dict[str, ParamInfo]:
     """Return {flat name: tensor} for every tensor of a model, in the order in which they are written to files."""
-    result = [_bind(rule, "", ("", "model."), _sizes(model, "swa")) for rule in _ROOT + _HEAD_MHC]
-    for layer, kind in enumerate(model.layer_types):
-        router = "hash" if layer < model.moe.num_hash_layers else "bias"
-        result += _block(model, kind, router, f"layers.{layer}.", f"layers.{layer}.")
-    for draft in range(model.num_nextn_predict_layers):
-        sizes = _sizes(model, "swa")
-        result += [
-            _bind(rule, f"mtp.{draft}.", (f"mtp.{draft}.", f"model.mtp.{draft}."), sizes) for rule in _MTP + _HEAD_MHC
-        ]
-        result += _block(model, "swa", "bias", f"mtp.{draft}.block.", f"mtp.{draft}.")
+    result = [_bind(rule, "", ("", "model."), _sizes(model)) for rule in _ROOT + _HEAD_MHC]
+    for i, layer in enumerate(model.layers):
+        result += _layer(model, layer, f"layers.{i}.", f"layers.{i}.")
+    for i, layer in enumerate(model.mtp_layers):
+        prefixes = (f"mtp.{i}.", f"model.mtp.{i}.")
+        result += [_bind(rule, f"mtp.{i}.", prefixes, _sizes(model)) for rule in _MTP + _HEAD_MHC]
+        result += _layer(model, layer, f"mtp.{i}.block.", f"mtp.{i}.")
     return {tensor.name: tensor for tensor in result}
 
 
@@ -318,17 +316,20 @@ def shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in tensors(model).items()}
 
 
-def _block(model: Model, kind: str, router: str, flat_prefix: str, hf_prefix: str) -> list[ParamInfo]:
-    present = {"all", router} | ({"compressed"} if kind != "swa" else set()) | ({"csa"} if kind == "csa" else set())
+def _layer(model: Model, layer: LayerSpec, flat_prefix: str, hf_prefix: str) -> list[ParamInfo]:
     prefixes = (hf_prefix, f"model.{hf_prefix}")
-    sizes = _sizes(model, kind)
-    # The shared experts are stored as one expert of their total width.
-    shared = sizes | {"F": model.moe.moe_intermediate_size * model.moe.n_shared_experts}
-    return [
-        _bind(rule, flat_prefix, prefixes, shared if rule.flat.startswith("ffn.shared.") else sizes)
-        for rule in _BLOCK
-        if rule.layers in present
-    ]
+    sizes = _sizes(model) | _attention_sizes(model, layer.attention)
+    # The shared experts are stored as one expert of their total width. The indexer has a compressor of its own width.
+    special = {
+        "ffn.shared.": {"F": model.moe.moe_intermediate_size * model.moe.n_shared_experts},
+        "attn.indexer.": {"W": 2 * model.indexer.index_head_dim},
+    }
+    result = []
+    for rule in _LAYER:
+        if not rule.layers or layer.parts.intersection(rule.layers):
+            own = next((sizes for start, sizes in special.items() if rule.flat.startswith(start)), {})
+            result.append(_bind(rule, flat_prefix, prefixes, sizes | own))
+    return result
 
 
 def _bind(rule: ParamRule, flat_prefix: str, prefixes: tuple[str, ...], sizes: dict[str, int]) -> ParamInfo:
@@ -339,15 +340,16 @@ def _bind(rule: ParamRule, flat_prefix: str, prefixes: tuple[str, ...], sizes: d
     return ParamInfo(flat_prefix + rule.flat, shape, rule.role, rule.axes, every, used)
 
 
-def _sizes(model: Model, kind: str) -> dict[str, int]:
-    streams, width = model.mhc.hc_mult, model.head_dim * (2 if kind == "csa" else 1)
+def _sizes(model: Model) -> dict[str, int]:
+    """Return the size of each axis that does not depend on the layer."""
+    streams = model.mhc.hc_mult
     return {
         "1": 1,
         "3": 3,
         "U": 2,
         "V": model.vocab_size,
         "D": model.hidden_size,
-        "A": model.hidden_size,
+        "O": model.hidden_size,
         "X": streams,
         "Y": streams,
         "M": streams * streams + 2 * streams,
@@ -357,15 +359,17 @@ def _sizes(model: Model, kind: str) -> dict[str, int]:
         "G": model.o_groups,
         "R": model.o_lora_rank,
         "I": model.num_attention_heads * model.head_dim // model.o_groups,
-        "W": width,
-        "P": model.compress_rate(kind),
         "J": model.indexer.index_n_heads,
         "L": model.indexer.index_head_dim,
-        "Z": 2 * model.indexer.index_head_dim,
         "E": model.moe.n_routed_experts,
         "F": model.moe.moe_intermediate_size,
         "K": model.moe.num_experts_per_tok,
     }
+
+
+def _attention_sizes(model: Model, kind: str) -> dict[str, int]:
+    """Return the sizes of the compressor's axes in a layer of this attention kind."""
+    return {"W": model.head_dim * (2 if kind == "csa" else 1), "P": model.compress_rate(kind)}
 
 
 @cache

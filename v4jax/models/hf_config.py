@@ -13,9 +13,10 @@ import os
 import pathlib
 import sys
 
-from v4jax.config import ConfigError, HyperConnection, Indexer, Model, MoE, RoPE, check_values
+from v4jax.config import HyperConnection, Indexer, Model, MoE, RoPE
 from v4jax.core import untrusted_json
-from v4jax.core.errors import UserError
+from v4jax.core.config_limits import check_values
+from v4jax.core.errors import ConfigError, UserError
 
 MODEL_TYPE = "deepseek_v4"
 _LAYER_TYPES = {
@@ -184,22 +185,20 @@ def to_hf(model: Model, weights_dtype: str | None = None) -> dict:
         own["rope"] = {name: getattr(model.rope, name) for name in _YARN_FIELDS}
     if weights_dtype not in (None, model.dtype):
         own["dtype"] = model.dtype
-    layers, hashed = model.num_hidden_layers, model.moe.num_hash_layers
     return {
         "architectures": ["DeepseekV4ForCausalLM"],
         "model_type": MODEL_TYPE,
         "dtype": weights_dtype or model.dtype,
         **{name: getattr(model, name) for name in _MODEL_INTEGERS},
-        "num_hidden_layers": layers,
-        "layer_types": [_TYPE_OF_KIND[kind] for kind in model.layer_types],
+        "num_hidden_layers": model.num_hidden_layers,
+        "layer_types": [_TYPE_OF_KIND[layer.attention] for layer in model.layers],
         "compress_rates": {
             _TYPE_OF_KIND["csa"]: model.compress_rate_csa,
             _TYPE_OF_KIND["hca"]: model.compress_rate_hca,
         },
-        "compress_ratios": [model.compress_rate(kind) for kind in model.layer_types]
-        + [0] * model.num_nextn_predict_layers,
-        "mlp_layer_types": ["hash_moe"] * hashed + ["moe"] * (layers - hashed),
-        "num_hash_layers": hashed,
+        "compress_ratios": [model.compress_rate(layer.attention) for layer in model.layers + model.mtp_layers],
+        "mlp_layer_types": [layer.mlp for layer in model.layers],
+        "num_hash_layers": model.moe.num_hash_layers,
         "num_nextn_predict_layers": model.num_nextn_predict_layers,
         "qk_rope_head_dim": model.qk_rope_head_dim,
         "partial_rotary_factor": rope_factor,

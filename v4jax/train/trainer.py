@@ -221,8 +221,8 @@ class Trainer:
         layer, _, rest = rest.partition(".")
         for i, run in enumerate(self.runs):
             past = int(layer) - run.first
-            if past < run.repeats * len(run.kinds):
-                return f"stacks.{i}.{past % len(run.kinds)}.{rest}"
+            if past < run.repeats * len(run.pattern):
+                return f"stacks.{i}.{past % len(run.pattern)}.{rest}"
         raise ValueError(f"no layer {layer}")
 
     def _to_flat(self, params: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> dict[str, jax.Array]:
