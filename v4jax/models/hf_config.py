@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import os
 import pathlib
+import types
+from typing import NamedTuple
 
 from v4jax.config import Model
 from v4jax.core import untrusted_json
 from v4jax.core.errors import UserError
-from v4jax.models.hf import deepseek_v4
+from v4jax.models.hf import deepseek_v4, deepseek_v4_params
 from v4jax.models.hf.fields import Fields
+from v4jax.models.hf.param_rules import ParamRules
 
-# The module of each model_type: `read(fields)`, `write(model, weights_dtype)`, the fields that `write` replaces by
-# others (REPLACED) and the kinds of attention that the format describes (ATTENTION).
-MODEL_TYPES = {"deepseek_v4": deepseek_v4}
+
+class ModelType(NamedTuple):
+    """The format of one model_type.
+
+    Attributes:
+        config: a module with `read(fields)`, `write(model, weights_dtype)`, the fields that `write` replaces by others
+            (REPLACED) and the kinds of attention that the format describes (ATTENTION).
+        params: the names and axes of its tensors.
+    """
+
+    config: types.ModuleType
+    params: ParamRules
+
+
+MODEL_TYPES = {"deepseek_v4": ModelType(deepseek_v4, deepseek_v4_params.RULES)}
 
 
 def read(path: str | os.PathLike) -> Model:
@@ -58,7 +73,7 @@ def from_hf(values: dict, source: str = "config.json") -> Model:
     if not isinstance(found, str) or found not in MODEL_TYPES:
         known = ", ".join(map(repr, MODEL_TYPES))
         fields.fail(f"model_type is {found!r}; v4jax reads {known} only (V3 and V4.1 are other architectures)")
-    return MODEL_TYPES[found].read(fields)
+    return MODEL_TYPES[found].config.read(fields)
 
 
 def to_hf(model: Model, weights_dtype: str | None = None) -> dict:
@@ -71,12 +86,16 @@ def to_hf(model: Model, weights_dtype: str | None = None) -> dict:
     Raises:
         UserError: the format cannot describe this model.
     """
+    return model_type(model).config.write(model, weights_dtype)
+
+
+def model_type(model: Model) -> ModelType:
+    """Return the format that describes a model."""
     kinds = {layer.attention for layer in model.layers}
-    module = next(module for module in MODEL_TYPES.values() if kinds <= module.ATTENTION)
-    return module.write(model, weights_dtype)
+    return next(format for format in MODEL_TYPES.values() if kinds <= format.config.ATTENTION)
 
 
 def unknown_fields(values: dict) -> dict:
     """Return the fields of a config.json that v4jax neither reads nor writes, so that a conversion can copy them."""
-    written, replaced = to_hf(from_hf(values)), MODEL_TYPES[values["model_type"]].REPLACED
+    written, replaced = to_hf(from_hf(values)), MODEL_TYPES[values["model_type"]].config.REPLACED
     return {name: value for name, value in values.items() if name not in written and name not in replaced}

@@ -1,1 +1,1 @@
-"""Formats of Hugging Face's config.json, a module for each model_type. `models/hf_config.py` chooses among them."""
+"""Formats of Hugging Face checkpoints, two modules for each model_type. `models/hf_config.py` chooses among them."""
