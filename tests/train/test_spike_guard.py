@@ -79,8 +79,10 @@ class Poisoned(SgdTrainer):
 
     def __init__(self, config):
         super().__init__(config)
-        self.placed, model_loss = 0, self.model_loss
-        self.model_loss = lambda params, fixed, batch: self._spoil(*model_loss(params, fixed, batch), batch)
+        self.placed = 0
+
+    def model_loss(self, params, fixed, batch):
+        return self._spoil(*super().model_loss(params, fixed, batch), batch)
 
     def shard_batch(self, batch):
         self.placed += 1

@@ -81,7 +81,7 @@ def contiguous_caches(model: Transformer, batch: int, tokens: int) -> KVCacheLis
         cache = new_paged_layer_cache(config, kind, batch, pool, dtype)
         return jax.tree.map(lambda a: jnp.broadcast_to(a, (repeats, *a.shape)), cache) if repeats > 1 else cache
 
-    return [[one(kind, stack.repeats) for kind, _ in stack.kinds] for stack in model.stack_specs]
+    return [[one(layer.attention, stack.repeats) for layer in stack.pattern] for stack in model.stack_specs]
 
 
 def memory_stats(kv_caches) -> dict[str, float]:

@@ -205,7 +205,8 @@ class KVCacheSpec:
             past = self._record(kind, slack)
             return _bytes(past.window_ring_ZSH if self.num_device_entries and kind == "hca" else past)
 
-        kinds = [*self.model.layer_types, *(["swa"] if mtp else [])]
+        layers = self.model.layers + (self.model.mtp_layers if mtp else ())
+        kinds = [layer.attention for layer in layers]
         sizes = {kind: layer_bytes(kind) for kind in set(kinds)}
         return sum(sizes[kind] for kind in kinds)
 

@@ -26,6 +26,10 @@ class UserError(ValueError):
         super().__init__(text if len(text) <= _MESSAGE else f"{text[: _MESSAGE * 2 // 3]} ... {text[-_MESSAGE // 4 :]}")
 
 
+class ConfigError(UserError):
+    """A configuration is invalid. The message is one line that names the field and the cure."""
+
+
 def printable(text: str) -> str:
     """Return `text` on one line. White space becomes single spaces, control characters become escapes such as \\x1b."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), " ".join(text.split()))

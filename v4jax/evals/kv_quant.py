@@ -138,7 +138,8 @@ def _logits(model: Transformer, tokens_RT: jax.Array, kv_cache_dtype: str) -> ja
     """Return logits [R, T, V] of whole windows; attention reads entries back from a cache of `kv_cache_dtype`."""
     (R, T), shape = tokens_RT.shape, KVCacheSpec(model.config, kv_cache_dtype)
     pages = -(-T // shape.block_size)
-    state = [[allocate_layer(shape, kind, R * pages, R) for kind, _ in run.kinds] for run in model.stack_specs]
+    allocate = lambda layer: allocate_layer(shape, layer.attention, R * pages, R)
+    state = [[allocate(layer) for layer in stack.pattern] for stack in model.stack_specs]
     rows = jnp.arange(R, dtype=jnp.int32)
     place = CacheSlots(rows, rows[:, None] * pages + jnp.arange(pages, dtype=jnp.int32))
     x_BTXD, _, _ = model.forward_hidden(continuation_batch(tokens_RT, jnp.zeros(R, jnp.int32), None, place), state)

@@ -16,6 +16,7 @@ are in `cache/`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -71,17 +72,20 @@ class ForwardBatch:
 
     @property
     def valid_BT(self) -> jax.Array | None:
-        """bool [B, T], True for tokens among the first `num_valid_B` of a row that is in use (a row with a KV block).
+        """bool [B, T], True for the tokens that count; None if all do.
 
-        None means that every token is valid. The padding of packed rows (segment 0) counts as valid.
+        A token counts if it is among the first `num_valid_B` of its row, the row is in use (it has a KV block), and the
+        token belongs to a document (in packed rows, its segment is above 0). Experts, losses and expert loads leave out
+        all others.
         """
-        valid_BT = None
+        masks = []
+        if self.segments_BT is not None:
+            masks.append(self.segments_BT > 0)
         if self.num_valid_B is not None:
-            valid_BT = jnp.arange(self.tokens_BT.shape[1]) < self.num_valid_B[:, None]
+            masks.append(jnp.arange(self.tokens_BT.shape[1]) < self.num_valid_B[:, None])
         if self.cache_slots is not None:
-            owned_B1 = self.cache_slots.block_table_BA[:, :1] >= 0
-            valid_BT = jnp.broadcast_to(owned_B1, self.tokens_BT.shape) if valid_BT is None else valid_BT & owned_B1
-        return valid_BT
+            masks.append(self.cache_slots.block_table_BA[:, :1] >= 0)
+        return jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), self.tokens_BT.shape) if masks else None
 
     @property
     def slots(self) -> CacheSlots:

@@ -133,7 +133,7 @@ class Engine:
         longest = block if limits.batch_invariant else limits.max_num_batched_tokens
         self._sizes = [longest] if limits.batch_invariant else chunk_sizes(longest)
         self._seed = self._digest(variables) if cache.enable_prefix_caching else None
-        self._kinds = [[kind for kind, _ in run.kinds] for run in model.stack_specs]
+        self._kinds = [[layer.attention for layer in run.pattern] for run in model.stack_specs]
         self.schedulers: list[Scheduler] = []
         self.reset()
         if cache.kv_device_entries:
