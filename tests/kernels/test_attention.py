@@ -198,6 +198,17 @@ def test_attend_topk_by_closures_equals_the_reference_by_operands(impl, kv_cache
     assert not np.any(got[0].sum_BTN1[1, 1])
 
 
+def test_attend_entries_by_closures_equals_that_by_operands():
+    reader = _reader("fp8", jnp.dtype("float32"))
+    q_BTNH = jnp.asarray(np.random.default_rng(3).standard_normal((2, 2, N, MODEL.head_dim)), jnp.float32)
+    mask = lambda first, count: jnp.broadcast_to(first + jnp.arange(count) < 7, (2, 2, count))
+    by_closures, by_operands = (
+        attend_entries(q_BTNH, entries, mask, jnp.int32(7), kind="csa") for entries in (reader, reader.operands())
+    )
+    for one, other in zip(jax.tree.leaves(by_closures), jax.tree.leaves(by_operands), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_attend_topk_reference_reads_closures_where_there_are_no_operands():
     q_BTNH, keys_BSH, _ = _inputs(2, False)
     picks_BTK = jnp.asarray([[[6, 0], [1, -1]], [[2, 3], [4, 5]]], jnp.int32)

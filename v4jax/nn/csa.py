@@ -5,9 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
-from v4jax.kernels.attention import SoftmaxPartial, attend, attend_topk, use_gather
+from v4jax.kernels.attention import SoftmaxPartial, attend, attend_topk, use_gather, use_passes
 from v4jax.kernels.indexer import score, score_picked, topk_mask, topk_search
-from v4jax.kernels.tuning import tuned
 from v4jax.nn import qdq
 from v4jax.nn.attention import IndexerTrace
 from v4jax.nn.hca import HeavilyCompressedAttention
@@ -41,8 +40,7 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
         q_BTJL, w_BTJ = extra
         mask = self.entry_mask(seq_index_BT, segments_BT, view)
         k = min(self.model.indexer.index_topk, view.size)
-        if view.size == k > tuned("attention")["csa_entries_per_prefill_pass"]:
-            # The top-k covers all entries: a dense model, for comparison.
+        if use_passes(view.size, k):  # a dense model, for comparison
             return super().attend_compressed(q_BTNH, extra, seq_index_BT, segments_BT, view)
         if not use_gather(view.size, k, seq_index_BT.shape[1]):
             mask_BTC = mask(0, view.size)

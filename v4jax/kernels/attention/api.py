@@ -119,6 +119,11 @@ def attend_topk(
     return _TOPK[select(impl, _TOPK, _PREFERRED, portable="xla", operands=operands)](*operands)
 
 
+def use_passes(entries: int, k: int) -> bool:
+    """Return whether a query attends all entries (its top-k covers them) and they are too many to read at once."""
+    return entries == k > tuned("attention")["csa_entries_per_prefill_pass"]
+
+
 def use_gather(entries: int, k: int, queries: int) -> bool:
     """Return whether `queries` queries per row gather their k top-k entries; otherwise they read all through a mask.
 
