@@ -25,7 +25,8 @@ class EntrySource(Protocol):
     def read_entries(self, first: jax.Array, count: int) -> jax.Array:
         """Return entries first .. first + count - 1 of every row, [B, count, H].
 
-        `first` is any int32. An index beyond `size` gives an arbitrary stored entry, which the caller has to mask.
+        `first` is an int32 multiple of `count`, so that storage in blocks reads whole blocks where `count` allows. An
+        index beyond `size` gives an arbitrary stored entry, which the caller has to mask.
         """
         ...
 
