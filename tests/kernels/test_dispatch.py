@@ -4,6 +4,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from v4jax.core.errors import UserError
@@ -11,6 +12,7 @@ from v4jax.core.target_device import target_device, use_target_device
 from v4jax.kernels.dispatch import select
 from v4jax.kernels.grouped_mlp import api
 from v4jax.kernels.tuning import tuned
+from v4jax.parallel.rules import MeshRules, use_rules
 
 KNOWN, PREFERRED = ("ref", "fast", "plain"), {"cpu": "fast", "tpu": "plain"}
 
@@ -46,6 +48,14 @@ def test_target_device_prefers_concrete_arrays_to_the_mesh_to_the_default():
             assert target_device() == jax.devices()[0]
     with jax.default_device(last):
         assert target_device() == last
+
+
+def test_select_takes_the_platform_of_the_mesh_of_the_current_rules():
+    mesh = types.SimpleNamespace(devices=np.array([device("tpu")]))
+    with use_rules(MeshRules(mesh, None)):
+        assert select(None, KNOWN, PREFERRED) == "plain"
+        with use_rules(None):
+            assert select(None, KNOWN, PREFERRED) == "fast"
 
 
 def test_experts_of_an_unlisted_platform_are_the_ragged_ones(monkeypatch):
