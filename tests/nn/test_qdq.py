@@ -10,7 +10,8 @@ import pytest
 from tests.golden import weights
 from v4jax import config
 from v4jax.core import qtensor
-from v4jax.nn import indexer, qdq
+from v4jax.kernels.indexer import api, xla_scaled_dot
+from v4jax.nn import qdq
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling import SamplingParams
 
@@ -80,8 +81,8 @@ def test_keys_can_be_multiplied_as_they_are_stored(monkeypatch):
         calls.append(rows.values.dtype)
         return qtensor.scaled_dot(x, rows)
 
-    monkeypatch.setattr(indexer, "_CODED", ("cpu",))
-    monkeypatch.setattr(indexer, "scaled_dot", scaled_dot)
+    monkeypatch.setattr(api, "_PREFERRED_FP8", {"cpu": "xla_scaled_dot"})
+    monkeypatch.setattr(xla_scaled_dot, "scaled_dot", scaled_dot)
     np.testing.assert_allclose(logprobs(MODEL, "fp8"), plain, atol=1e-5)
     assert set(calls) == {np.dtype(np.uint8)}
     calls.clear()

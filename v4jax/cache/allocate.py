@@ -20,8 +20,8 @@ from v4jax.cache.kv_cache_spec import KVCacheSpec
 from v4jax.cache.paged_cache import FloatPool, PagedLayerCache, new_paged_layer_cache
 from v4jax.cache.pools import new_pool
 from v4jax.core.errors import UserError
+from v4jax.kernels.attention import use_gather
 from v4jax.models.transformer import KVCacheList, Transformer
-from v4jax.nn.csa import use_gather
 from v4jax.parallel.host_memory import is_host
 
 # Field of PagedLayerCache that lies in host memory where `kv_device_entries` is set.

@@ -16,7 +16,8 @@ from v4jax import config
 from v4jax.cache.entry_cache import DeviceEntryCache
 from v4jax.core.pytree import pytree
 from v4jax.core.qtensor import QTensor
-from v4jax.nn.attention import MAX_DECODE_QUERIES
+from v4jax.kernels.attention import PagedOperands
+from v4jax.kernels.tuning import tuned
 from v4jax.nn.kv_cache_interface import NO_TOKEN, CompressionWindows, ForwardBatch, WindowKV, identity_window
 from v4jax.parallel.host_memory import host_gather, host_scatter, is_host
 
@@ -39,6 +40,10 @@ class EntryPool:
 
     def raw_fp8(self) -> QTensor | None:
         """Return the stored rows undecoded if the format is plain e4m3 with scales, else None."""
+        return None
+
+    def operands(self, block_table_BA: jax.Array, compute: jnp.dtype) -> PagedOperands | None:
+        """Return the pool's planes with a block table, to be decoded to `compute`; None if no kernel can read them."""
         return None
 
     def write(self, page: jax.Array, slot: jax.Array, rows: jax.Array) -> EntryPool:
@@ -72,6 +77,9 @@ class FloatPool(EntryPool):
     def decode(self, compute: jnp.dtype) -> jax.Array:
         """Cast all rows to dtype `compute`."""
         return self.array.astype(compute)
+
+    def operands(self, block_table_BA: jax.Array, compute: jnp.dtype) -> PagedOperands:
+        return PagedOperands(self.array, None, None, block_table_BA, 0, self.array.dtype.name, jnp.dtype(compute))
 
 
 @pytree
@@ -149,18 +157,18 @@ class PagedEntryReader:
         """Return entries first .. first + count - 1 of every row, pending ones included, [B, count, H]."""
         return self._read_range(self.entries, first, count)
 
-    def read_index_keys(self, first, count, coded=False):
-        """Return the index keys of the same range, [B, count, L]; with `coded`, plain e4m3 keys as a QTensor."""
-        return self._read_range(self.index_keys, first, count, coded)
+    def read_index_keys(self, first, count, raw_fp8=False):
+        """Return the index keys of the same range, [B, count, L]; with `raw_fp8`, plain e4m3 keys as a QTensor."""
+        return self._read_range(self.index_keys, first, count, raw_fp8)
 
     def gather_entries(self, pick_BTK):
         """Return the entries at int32 pick_BTK, [B, T, K, H], and the reader after the read.
 
-        With host-resident entries, a call of at most `MAX_DECODE_QUERIES` queries per row reads through the device
+        With host-resident entries, a call of no more queries per row than a decode step has reads through the device
         cache, which then holds the fetched entries. A larger call reads from host memory directly.
         """
         slot_BTK = jnp.maximum(pick_BTK, 0)
-        if self.device_cache is None or pick_BTK.shape[1] > MAX_DECODE_QUERIES:
+        if self.device_cache is None or pick_BTK.shape[1] > tuned("attention")["max_decode_queries"]:
             return self._gather(self.entries, slot_BTK), self
         wanted_BTK = (pick_BTK >= 0) & ~self.pending_entries.at(slot_BTK, self.entries.shape[0])[0]
         hot, row_BTK = self.device_cache.fetch(self.entries, *self._physical(self.entries, slot_BTK), wanted_BTK)
@@ -171,7 +179,11 @@ class PagedEntryReader:
         """Return the index keys at int32 pick_BTK, [B, T, K, L]."""
         return self._gather(self.index_keys, jnp.maximum(pick_BTK, 0))
 
-    def _read_range(self, pool: EntryPool, first: jax.Array, count: int, coded: bool = False) -> jax.Array | QTensor:
+    def operands(self) -> PagedOperands | None:
+        """Return the planes of the pool and the block table; None if the entries are in host memory."""
+        return self.entries.operands(self.block_table_BA, self.dtype)
+
+    def _read_range(self, pool: EntryPool, first: jax.Array, count: int, raw_fp8: bool = False) -> jax.Array | QTensor:
         """Read `count` rows from `first` on: by block if `count` is a multiple of the block's rows, else row by row."""
         slots, pages = pool.shape[1], self.block_table_BA.shape[1]
         if count % slots:
@@ -179,7 +191,7 @@ class PagedEntryReader:
             return self._gather(pool, slot)
         numbers = jnp.minimum(first // slots + jnp.arange(count // slots), pages - 1)
         pages = pool.gather_blocks(self.block_table_BA[:, numbers])
-        rows = (coded and pages.raw_fp8()) or pages.decode(self.dtype)
+        rows = (raw_fp8 and pages.raw_fp8()) or pages.decode(self.dtype)
         rows = jax.tree.map(lambda a: a.reshape(a.shape[0], count, a.shape[-1]), rows)
         if pool is not self.entries:
             return rows

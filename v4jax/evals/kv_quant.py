@@ -23,9 +23,10 @@ from v4jax.data.sources import load_documents
 from v4jax.data.tokenizer import load_tokenizer
 from v4jax.evals.heldout import config_of
 from v4jax.evals.thresholds import read as read_bounds
+from v4jax.kernels.indexer import score
 from v4jax.models.transformer import Transformer, continuation_batch, full_batch
 from v4jax.nn.csa import CompressedSparseAttention
-from v4jax.nn.indexer import causal_mask, score
+from v4jax.nn.indexer import causal_mask
 from v4jax.nn.kv_cache_interface import CacheSlots, NoCache
 from v4jax.nn.linear import einsum
 from v4jax.nn.mhc import hc_pre

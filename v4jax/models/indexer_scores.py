@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.core.errors import UserError
+from v4jax.kernels.indexer import score
 from v4jax.models.transformer import Transformer, full_batch
 from v4jax.nn import qdq
-from v4jax.nn.indexer import score
 from v4jax.nn.kv_cache_interface import NoCache
 from v4jax.nn.linear import einsum
 from v4jax.nn.mhc import hc_pre

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from v4jax.core.pytree import pytree
 from v4jax.core.qtensor import QTensor
+from v4jax.kernels.attention import EntrySource
 from v4jax.parallel.context_parallel import active_context_shards
 
 NO_TOKEN = -(2**30)  # seq_index of an empty window row; it is older than every window, so no query attends it
@@ -138,36 +139,20 @@ class CompressionWindows:
     complete_BC: jax.Array
 
 
-class EntryReader(Protocol):
-    """Read access by index to the entries and index keys of one layer.
+class EntryReader(EntrySource, Protocol):
+    """Read access by index to the entries (see `EntrySource`) and index keys of one layer.
 
     Attributes:
         size: number of entries per row that the storage has room for.
         segments_BC: int32 [B, C], document of each entry; None if rows are not packed.
     """
 
-    size: int
     segments_BC: jax.Array | None
 
-    def read_entries(self, first: jax.Array, count: int) -> jax.Array:
-        """Return entries first .. first + count - 1 of every row, [B, count, H].
+    def read_index_keys(self, first: jax.Array, count: int, raw_fp8: bool = False) -> jax.Array | QTensor:
+        """Return the index keys of entries first .. first + count - 1 of every row, [B, count, L].
 
-        `first` is any int32. An index beyond `size` gives an arbitrary stored entry, which the caller has to mask.
-        """
-        ...
-
-    def read_index_keys(self, first: jax.Array, count: int, coded: bool = False) -> jax.Array | QTensor:
-        """Return the index keys of the same range, [B, count, L].
-
-        With `coded`, keys that are stored in e4m3 are returned as a QTensor instead of being dequantized.
-        """
-        ...
-
-    def gather_entries(self, pick_BTK: jax.Array) -> tuple[jax.Array, EntryReader]:
-        """Return the entries at int32 pick_BTK, [B, T, K, H], and the reader after the read.
-
-        A negative index gives some finite entry. The reader is returned because a cache may keep the entries that it
-        fetched (see `cache/entry_cache.py`).
+        With `raw_fp8`, keys that are stored in e4m3 are returned as a QTensor instead of being dequantized.
         """
         ...
 
@@ -242,7 +227,7 @@ class DenseEntries:
     def read_entries(self, first, count):
         return _run(self.kv_BCH, first, count)
 
-    def read_index_keys(self, first, count, coded=False):
+    def read_index_keys(self, first, count, raw_fp8=False):
         return _run(self.index_BCL, first, count)
 
     def gather_entries(self, pick_BTK):
@@ -250,6 +235,9 @@ class DenseEntries:
 
     def gather_index_keys(self, pick_BTK):
         return _picked(self.index_BCL, pick_BTK)
+
+    def operands(self) -> None:
+        return None
 
 
 @pytree

@@ -22,6 +22,7 @@ from v4jax import config
 from v4jax.config import MESH_AXES
 from v4jax.core.axes import ACTIVATION, LOGICAL, SPECIAL, logical
 from v4jax.core.errors import UserError
+from v4jax.core.target_device import use_target_device
 from v4jax.parallel.mesh import make_mesh
 
 _ACTIVE: contextvars.ContextVar[MeshRules | None] = contextvars.ContextVar("sharding", default=None)
@@ -186,11 +187,14 @@ def validate_used(layout: config.ShardingRules, letters: Sequence[str]) -> None:
 def use_rules(sharding: MeshRules | None) -> Iterator[None]:
     """Make these rules the current ones: `constrain` and `current_rules` use them inside the context.
 
+    Operations select their implementation for the devices of the mesh (`core.target_device`).
+
     The context must be active while a program is traced, because constraints become part of the traced program.
     """
     token = _ACTIVE.set(sharding)
     try:
-        yield
+        with use_target_device(sharding and sharding.mesh.devices.flat[0]):
+            yield
     finally:
         _ACTIVE.reset(token)
 

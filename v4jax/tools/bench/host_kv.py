@@ -25,8 +25,8 @@ from v4jax.cache.kv_cache_spec import KVCacheSpec
 from v4jax.config import Config, Model, Serve, load
 from v4jax.core.errors import UserError
 from v4jax.core.reporting import print_table
+from v4jax.kernels.attention import use_gather
 from v4jax.models.transformer import Transformer
-from v4jax.nn.csa import use_gather
 from v4jax.parallel.host_memory import is_host
 from v4jax.serve import LLM, SamplingParams, model_steps
 from v4jax.serve.model_steps import DecodeState, KVCaches
