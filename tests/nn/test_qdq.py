@@ -12,7 +12,7 @@ from v4jax import config
 from v4jax.core import qtensor
 from v4jax.nn import indexer, qdq
 from v4jax.serve.engine import Engine
-from v4jax.serve.sampling import SamplingParams
+from v4jax.serve.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.slow
 

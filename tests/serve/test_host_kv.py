@@ -51,7 +51,7 @@ def far(layers):
 
 
 def test_every_bit_is_that_of_the_engine_with_all_on_the_device(near, far):
-    before, answers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(far._kv_caches)}, []
+    before, answers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(far.model_runner.caches)}, []
     for engine in (near, far):
         new_books(engine, pages=2, chunk=16)
         answers.append(drive(engine, crowded(3, sampling=BITS)))  # rows of different lengths, one must make room
@@ -61,7 +61,7 @@ def test_every_bit_is_that_of_the_engine_with_all_on_the_device(near, far):
             answers[-1] += drive(engine, [Request(BASES[0][:400], BITS)])
         assert engine.stats()["hits"] > 0
     assert answers[0] == answers[1]
-    leaves, stats = jax.tree.leaves(far._kv_caches), far.stats()
+    leaves, stats = jax.tree.leaves(far.model_runner.caches), far.stats()
     here = [leaf for leaf in leaves if not is_host(leaf)]
     assert {leaf.sharding.memory_kind for leaf in here} == {"device"}
     assert stats["kv_bytes"] == sum(leaf.nbytes for leaf in here)

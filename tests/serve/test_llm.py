@@ -1,6 +1,8 @@
 """`LLM`: prompts in, text out, whole or in pieces, and every mistake one line."""
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -11,13 +13,14 @@ from prometheus_client import CollectorRegistry
 import v4jax
 from tests.serve import engine_harness
 from v4jax import checkpoint, config
+from v4jax.cache.block_hash import ExtraKey
 from v4jax.checkpoint.generation_config import GenerationConfig
 from v4jax.core.errors import UserError
 from v4jax.data.tokenizer import Detokenizer, Tokenizer
 from v4jax.serve import LLM, SamplingParams
 from v4jax.serve import llm as llm_module
-from v4jax.serve.llm import split_at_stop
 from v4jax.serve.metrics import EngineCollector
+from v4jax.serve.output_processor import split_at_stop
 
 pytestmark = pytest.mark.slow
 
@@ -52,11 +55,37 @@ def test_conversations_outlive_an_llm(model, tokenizer, tmp_path):
         )
     with LLM(model, tokenizer=tokenizer, **tiers, **LIMITS) as llm:
         assert "(256 are there)" in llm.cache_summary
-        assert llm.generate([prompt], greedy()) == [first]
+        [again] = llm.generate([prompt], greedy())
+        assert again.outputs == first.outputs
+        assert (first.num_cached_tokens, again.num_cached_tokens) == (0, 256)
         stats = llm.stats()
         assert stats["restored_blocks"] == stats["disk_block_hits"] == stats["host_block_misses"] == 1
     assert llm.cache_summary == "" and LLM(model, **LIMITS).cache_summary == ""
     llm.close()  # again does nothing
+
+
+UNCLOSED = """
+import sys
+from v4jax.serve import LLM, SamplingParams
+
+tiers = dict(kv_disk_bytes=1 << 30, kv_dir=sys.argv[2])
+llm = LLM(sys.argv[1], tokenizer="auto", max_model_len=576, max_num_batched_tokens=64, **tiers)
+sampling = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+stream = llm.stream([list(range(3, 303)), list(range(1000, 1300))], sampling)
+pieces = [next(stream) for _ in range(5)]
+"""
+
+
+@pytest.mark.multiprocess
+def test_idle_blocks_are_stored_when_the_process_ends(model, tmp_path):
+    """The LLM is not closed, and two requests are still running."""
+    checkpoint.save(model, tmp_path / "model")
+    command = [sys.executable, "-c", UNCLOSED, tmp_path / "model", tmp_path / "kv"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
+    with LLM(model, kv_disk_bytes=1 << 30, kv_dir=str(tmp_path / "kv"), kv_load_timeout_s=60.0, **LIMITS) as llm:
+        [out] = llm.generate([list(range(3, 303))], greedy(max_tokens=1))
+        assert out.num_cached_tokens == 256
 
 
 def test_an_empty_text_begins_a_document_and_tokens_are_counted(llm, tokenizer):
@@ -65,6 +94,33 @@ def test_an_empty_text_begins_a_document_and_tokens_are_counted(llm, tokenizer):
     assert empty.prompt_token_ids == [tokenizer.bos_id] and empty.token_ids == bos.token_ids
     counted = {name: llm.stats()[name] - before[name] for name in ("prompt_tokens", "generation_tokens")}
     assert counted == {"prompt_tokens": 2, "generation_tokens": 6}
+
+
+def test_prompts_of_different_cache_salts_never_share_a_block(llm):
+    ids = np.random.default_rng(7).integers(3, 2000, 600).tolist()
+    prompts = [{"prompt_token_ids": ids, "cache_salt": salt} for salt in ("a", "b", "a", "b", None)] + [ids]
+    outputs = [llm.generate([prompt], greedy(max_tokens=4))[0] for prompt in prompts]
+    assert [out.num_cached_tokens for out in outputs] == [0, 0, 512, 512, 0, 512]
+    assert all(out.token_ids == outputs[0].token_ids for out in outputs)
+    batch = llm.generate([{"prompt_token_ids": ids, "cache_salt": salt} for salt in ("c", "d")], greedy(max_tokens=4))
+    assert [out.num_cached_tokens for out in batch] == [0, 0]
+
+
+def test_extra_keys_part_blocks_from_their_first_token_on(llm):
+    ids = np.random.default_rng(8).integers(3, 2000, 600).tolist()
+    sampling = greedy(max_tokens=2)
+
+    def cached(*extra_keys):
+        request = llm.output_processor.new_request(None, ids, sampling, extra_keys=extra_keys)
+        list(llm.engine_loop.run([request]))
+        return request.num_cached_tokens
+
+    image = ExtraKey("image", offset=300, length=10)
+    assert cached() == 0
+    assert cached(image) == 256  # the block before it is shared, and has a snapshot since the image came
+    assert cached(image) == 512
+    assert cached(image._replace(identifier="other")) == 256
+    assert cached(ExtraKey("adapter")) == 0
 
 
 def test_public_names():
@@ -220,7 +276,7 @@ def test_stats_count_sequences_pages_and_hits(llm):
     llm.generate([[11] * 300] * 2, greedy(max_tokens=1))
     after = llm.stats()
     assert after["hits"] == before["hits"] + 1 and after["queries"] == before["queries"] + 2
-    assert after["kv_bytes"] == sum(a.nbytes for a in jax.tree.leaves(llm.engine._kv_caches))
+    assert after["kv_bytes"] == sum(a.nbytes for a in jax.tree.leaves(llm.engine.model_runner.caches))
     assert {"waiting", "running", "preemptions", "pages_free", "hit_rate", "hit_ceiling"} <= set(after)
 
 

@@ -32,7 +32,7 @@ from v4jax.core.errors import UserError
 from v4jax.models.transformer import Transformer
 from v4jax.serve import device_connector, model_steps
 from v4jax.serve.engine import Engine
-from v4jax.serve.sampling import SamplingParams
+from v4jax.serve.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.slow
 
@@ -160,9 +160,9 @@ def test_whatever_shapes_the_contents_is_in_the_key(model):
         cache = config.Cache(kv_cache_dtype=layout, block_size=block, kv_cache_tokens=256)
         engine = Engine(model, dataclasses.replace(LIMITS, **limits), cache)
         return (
-            engine._seed,
-            device_connector.block_schema(engine._kv_caches, "block").digest,
-            device_connector.block_schema(engine._kv_caches, "record").digest,
+            engine.hash_seed,
+            device_connector.block_schema(engine.model_runner.caches, "block").digest,
+            device_connector.block_schema(engine.model_runner.caches, "record").digest,
         )
 
     def other(**changes):
@@ -359,14 +359,14 @@ def test_copies_off_the_device_and_back_keep_every_bit_of_every_leaf(model, layo
         dataclasses.replace(LIMITS, num_speculative_tokens=1),
         config.Cache(kv_cache_dtype=layout, kv_cache_tokens=2048),
     )
-    rng, kinds = np.random.default_rng(0), device_connector.leaf_kinds(engine._kv_caches)
+    rng, kinds = np.random.default_rng(0), device_connector.leaf_kinds(engine.model_runner.caches)
 
     def rubbish(leaf):
         raw = rng.integers(0, 256, (*leaf.shape, leaf.dtype.itemsize), np.uint8)
         return jax.device_put(raw.view(leaf.dtype)[..., 0])  # NaN of every kind among them
 
     bits = lambda live: [np.array(leaf).view(np.uint8) for leaf in jax.tree.leaves(live)]
-    one, two = (jax.tree.map(rubbish, engine._kv_caches) for _ in range(2))
+    one, two = (jax.tree.map(rubbish, engine.model_runner.caches) for _ in range(2))
     source, before = bits(one), bits(two)
     for kind in ("block", "record"):
         numbers = np.array([3, 1, 4], np.int32)

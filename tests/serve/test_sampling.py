@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from v4jax.core.errors import UserError
-from v4jax.serve.sampling import SamplingFlags, SamplingParams, make_sampling_tensors, sample
+from v4jax.serve.sampler import SamplingFlags, make_sampling_tensors, sample
+from v4jax.serve.sampling_params import SamplingParams
 
 SAMPLE = functools.partial(jax.jit, static_argnums=3)(sample)
 LOGITS = np.array([2.0, -1.0, 0.5, 3.0, 0.5, -4.0, 1.0, 2.5], np.float32)

@@ -14,6 +14,7 @@ def select_scheduler(
     max_tokens: int,
     seed: bytes | None,
     num_offloaded: Callable[[Sequence[bytes]], Sequence[int]] | None = None,
+    extra_keys: Sequence[block_hash.ExtraKey] = (),
 ) -> Scheduler:
     """Choose the scheduler with the fewest tokens left to compute, the new request included.
 
@@ -26,11 +27,12 @@ def select_scheduler(
         max_tokens: maximum new tokens of the request.
         seed: seed of the prompt's block hashes; None ignores the caches.
         num_offloaded: maps block hashes to the number of prefix blocks in the tiers of each device; None without tiers.
+        extra_keys: extra keys of the prompt's block hashes.
     """
     if len(schedulers) == 1:
         return schedulers[0]
     block = schedulers[0].block_size
-    names = [] if seed is None else block_hash.block_hashes(seed, prompt[:-1], block)
+    names = [] if seed is None else block_hash.block_hashes(seed, prompt[:-1], block, extra_keys=extra_keys)
     held = num_offloaded(names) if num_offloaded is not None and names else [0] * len(schedulers)
 
     def cost(scheduler: Scheduler, held: int) -> tuple[int, int]:
