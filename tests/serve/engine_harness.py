@@ -147,11 +147,13 @@ def _take(answer, drawn, sampling):
 def check_settled(engine):
     """All books add up, and nobody holds anything."""
     stats = engine.stats()
-    assert stats["waiting"] == stats["running"] == stats["pages_in_use"] == 0 and not engine.busy
+    assert stats["num_requests_waiting"] == stats["num_requests_running"] == stats["num_blocks_in_use"] == 0
+    assert stats["kv_cache_usage_perc"] == 0
+    assert not engine.busy
     for scheduler in engine.schedulers:
         scheduler.check_invariants()
         one = scheduler.stats()
-        assert one["pages_free"] + one["pages_cached"] == scheduler.block_pool.capacity
+        assert one["num_blocks_free"] + one["num_blocks_cached"] == scheduler.block_pool.capacity
         assert not any(scheduler.block_pool._pins.values())
 
 

@@ -71,9 +71,9 @@ def test_what_a_device_knows_is_asked_of_that_device(meshed):
     known = prompt(300)
     others = [Request(prompt(200), GREEDY) for _ in range(3)]
     first = drive(meshed, [Request(known, GREEDY), *others])[0]
-    before = meshed.stats()["hits"]
+    before = meshed.stats()["prefix_cache_hits"]
     again, *_ = drive(meshed, [Request(known, GREEDY), Request(prompt(20), GREEDY)])
-    assert again == first and meshed.stats()["hits"] == before + 1
+    assert again == first and meshed.stats()["prefix_cache_hits"] == before + 256
 
 
 def test_experts_are_split_and_the_cache_is_each_device_s_own(meshed):
@@ -84,7 +84,7 @@ def test_experts_are_split_and_the_cache_is_each_device_s_own(meshed):
         assert not leaf.size or leaf.sharding.shard_shape(leaf.shape)[0] * DEVICES == leaf.shape[0]
     one = Engine(runner.model, LIMITS, CACHE, on())
     assert all(a is b for a, b in zip(one.model_runner.weights, runner.weights, strict=True))  # no second copy
-    assert one.stats()["kv_bytes"] == meshed.stats()["kv_bytes"]
+    assert one.stats()["kv_device_used_bytes"] == meshed.stats()["kv_device_used_bytes"]
 
 
 def test_pages_run_out_and_requests_leave(model, plain):
@@ -93,7 +93,7 @@ def test_pages_run_out_and_requests_leave(model, plain):
     asked = [Request(prompt(n), dataclasses.replace(GREEDY, max_tokens=40)) for n in (250, 255, 240, 252, 100, 250)]
     asked[4].join, asked[4].leave = 3, 6
     answers = drive(engine, asked)
-    assert engine.stats()["preemptions"]
+    assert engine.stats()["num_preemptions"]
     for request, answer in list(zip(asked, answers, strict=True))[:4]:
         assert answer.tokens == tokens_of(plain, [request.prompt], request.sampling)[0]
 

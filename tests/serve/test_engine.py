@@ -88,7 +88,8 @@ def test_every_leaf_belongs_to_a_page_or_to_a_record(model):
         for leaf in jax.tree.leaves((one.window_ring_ZSH, one.compressor_state)):
             assert leaf.shape[0] == records
             by_axis["records"] += leaf.nbytes
-    assert all(isinstance(one, PagedLayerCache) for one in kept) and sum(by_axis.values()) == engine.stats()["kv_bytes"]
+    assert all(isinstance(one, PagedLayerCache) for one in kept)
+    assert sum(by_axis.values()) == engine.stats()["kv_device_used_bytes"]
     assert by_axis["pages"] == pages * engine.kv_cache_spec.block_bytes
 
 
@@ -112,7 +113,7 @@ def test_logits_that_are_not_finite_end_that_request_alone(engine):
                 got[drawn.id].append(int(drawn.sampled.token_B[drawn.row, 0]))
         assert [got[i] for i in range(4)] == sound and len(got["bad"]) == 1
         check_settled(bad)
-        assert bad.stats()["pages_cached"] == bad.stats()["records_kept"] == 0  # nothing of it is kept
+        assert bad.stats()["num_blocks_cached"] == bad.stats()["num_snapshots_cached"] == 0  # nothing of it is kept
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(bad.model_runner.caches))
 
 

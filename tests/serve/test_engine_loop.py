@@ -63,7 +63,7 @@ def test_stream_and_stats_from_many_threads(llm):
         texts = [""] * len(prompts)
         for index, piece in llm.stream(prompts, GREEDY):
             texts[index] += piece
-            assert llm.stats()["running"] <= engine_harness.LIMITS.max_num_seqs
+            assert llm.stats()["num_requests_running"] <= engine_harness.LIMITS.max_num_seqs
         return texts
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
@@ -84,7 +84,8 @@ def test_streams_left_in_every_way_free_what_they_held(llm):
     other = threading.Thread(target=elsewhere.close)
     other.start()
     other.join()
-    assert llm.stats()["pages_in_use"] == llm.stats()["running"] == llm.stats()["waiting"] == 0
+    stats = llm.stats()
+    assert stats["num_blocks_in_use"] == stats["num_requests_running"] == stats["num_requests_waiting"] == 0
     assert tokens(llm.generate(PROMPTS[0], GREEDY)) == want
     engine_harness.check_settled(llm.engine)
 
@@ -107,7 +108,7 @@ def test_an_error_of_one_caller_is_no_others(llm, monkeypatch):
         list(llm.engine_loop.run(rows))
     assert len([piece for piece in others]) > 0
     assert tokens(llm.generate(PROMPTS[1], GREEDY)) == want
-    assert llm.stats()["running"] == 0
+    assert llm.stats()["num_requests_running"] == 0
 
 
 def test_close_while_others_generate_ends_them_with_one_line(model, tokenizer):
@@ -134,7 +135,7 @@ def test_close_while_others_generate_ends_them_with_one_line(model, tokenizer):
         with pytest.raises(UserError, match="this LLM is closed; make a new one to generate"):
             call()
     llm.close()  # again does nothing
-    assert llm.stats()["running"] == 0
+    assert llm.stats()["num_requests_running"] == 0
 
 
 def test_a_forked_process_is_told_at_once(llm, monkeypatch):
@@ -155,8 +156,8 @@ def test_the_engine_of_several_processes_serves_one_thread(llm, monkeypatch):
     first, second = (llm.stream(PROMPTS[0], GREEDY) for _ in range(2))
     next(first), next(second)
     first.close()
-    assert llm.stats()["running"] > 0 and len(list(second)) > 0
-    assert llm.stats()["pages_in_use"] == 0
+    assert llm.stats()["num_requests_running"] > 0 and len(list(second)) > 0
+    assert llm.stats()["num_blocks_in_use"] == 0
     with llm.engine_loop._driving, pytest.raises(UserError, match="serves one thread"):
         llm.generate(PROMPTS[0], GREEDY)
 
@@ -206,7 +207,7 @@ def test_submit_from_many_threads_streams_the_answers_of_generate(llm):
     assert [[joined(deltas) for deltas in each] for each in found] == want
     assert all(len(deltas) == GREEDY.max_tokens for each in found for deltas in each)
     assert [one for delta in found[1][1] for one in delta.logprobs] == logprobs
-    assert llm.stats()["running"] == 0
+    assert llm.stats()["num_requests_running"] == 0
     assert not llm.engine_loop._submitted
     engine_harness.check_settled(llm.engine)
 
@@ -222,7 +223,7 @@ def test_abort_ends_the_request_of_an_id_alone(llm):
     assert text == llm.tokenizer.decode(token_ids)
     assert joined(drain(other)) == want
     llm.engine_loop.abort(id)  # has ended
-    assert llm.stats()["pages_in_use"] == 0
+    assert llm.stats()["num_blocks_in_use"] == 0
     engine_harness.check_settled(llm.engine)
 
 
@@ -257,7 +258,7 @@ def test_generate_streams_in_an_event_loop_and_cancelling_aborts(llm):
         return answers
 
     assert [joined(deltas) for deltas in asyncio.run(serve())] == want
-    assert llm.stats()["running"] == 0
+    assert llm.stats()["num_requests_running"] == 0
     engine_harness.check_settled(llm.engine)
 
 
@@ -273,7 +274,7 @@ def test_a_callback_that_raises_aborts_its_request_alone(llm, caplog):
     llm.engine_loop.submit(request, broken)
     _, other = submit(llm, PROMPTS[0][1], GREEDY)
     assert joined(drain(other)) == want
-    assert llm.stats()["running"] == 0
+    assert llm.stats()["num_requests_running"] == 0
     assert [type(output).__name__ for output in called] == ["RequestOutput", "RuntimeError"]
     assert "the callback of a request failed" in caplog.text
     engine_harness.check_settled(llm.engine)

@@ -20,7 +20,6 @@ from v4jax.data.tokenizer import Detokenizer, Tokenizer
 from v4jax.serve import LLM, SamplingParams
 from v4jax.serve import llm as llm_module
 from v4jax.serve.metrics import EngineCollector
-from v4jax.serve.output_processor import split_at_stop
 
 pytestmark = pytest.mark.slow
 
@@ -246,9 +245,9 @@ def test_a_request_that_is_not_finite_ends_alone(model, llm, outputs, tokenizer)
 def test_a_stream_that_is_left_frees_what_it_held(llm, outputs):
     stream = llm.stream(PROMPTS, greedy())
     next(stream)
-    assert llm.stats()["pages_in_use"] > 0
+    assert llm.stats()["num_blocks_in_use"] > 0
     stream.close()
-    assert llm.stats()["pages_in_use"] == llm.stats()["running"] == 0 and not llm.engine.busy
+    assert llm.stats()["num_blocks_in_use"] == llm.stats()["num_requests_running"] == 0 and not llm.engine.busy
 
 
 def test_what_ends_early_holds_nothing(llm, outputs):
@@ -264,20 +263,21 @@ def test_streams_may_run_side_by_side_and_be_left(llm, outputs):
     next(left)
     left.close()
     found[0] += [piece for _, piece in first]
-    assert llm.stats()["running"] > 0
+    assert llm.stats()["num_requests_running"] > 0
     for index, piece in second:
         found[1 + index].append(piece)
     assert ["".join(pieces) for pieces in found.values()] == [out.text for out in outputs[:3]]
     engine_harness.check_settled(llm.engine)
 
 
-def test_stats_count_sequences_pages_and_hits(llm):
+def test_stats_count_requests_blocks_and_hits(llm):
     before = llm.stats()
     llm.generate([[11] * 300] * 2, greedy(max_tokens=1))
     after = llm.stats()
-    assert after["hits"] == before["hits"] + 1 and after["queries"] == before["queries"] + 2
-    assert after["kv_bytes"] == sum(a.nbytes for a in jax.tree.leaves(llm.engine.model_runner.caches))
-    assert {"waiting", "running", "preemptions", "pages_free", "hit_rate", "hit_ceiling"} <= set(after)
+    counted = {name: after[name] - before[name] for name in ("prefix_cache_hits", "prefix_cache_queries")}
+    assert counted == {"prefix_cache_hits": 256, "prefix_cache_queries": 512}
+    assert after["kv_device_used_bytes"] == sum(a.nbytes for a in jax.tree.leaves(llm.engine.model_runner.caches))
+    assert {"num_requests_waiting", "num_requests_running", "num_preemptions", "kv_cache_usage_perc"} <= set(after)
 
 
 def test_pieces_never_split_a_character(llm, tokenizer):
@@ -289,41 +289,6 @@ def test_pieces_never_split_a_character(llm, tokenizer):
         expected = [detokenizer.push(token) for token in out.token_ids]
         expected[-1] += detokenizer.flush()
         assert [piece for i, piece in llm.stream(PROMPTS, params) if i == row] == [piece for piece in expected if piece]
-
-
-@pytest.mark.parametrize(
-    "text, stops, result",
-    [
-        ("hello", [], ("hello", False, "")),
-        ("hello", ["lo"], ("hel", True, "")),
-        ("hel", ["lo"], ("he", False, "l")),
-        ("hello", ["ell", "hello"], ("h", True, "")),  # complete first
-        ("hello", ["lo", "ello"], ("h", True, "")),  # complete together: the longest
-        ("aab", ["aac"], ("aab", False, "")),
-        ("xaa", ["aac", "ab"], ("x", False, "aa")),
-        ("aaa", ["aab"], ("a", False, "aa")),
-        ("", ["a"], ("", False, "")),
-        ("abab", ["abac"], ("ab", False, "ab")),
-    ],
-)
-def test_split_at_stop(text, stops, result):
-    assert split_at_stop(text, stops) == result
-
-
-def test_cuts_between_tokens_do_not_matter_to_stop_strings():
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        text = "".join(rng.choice(list("ab"), 12))
-        stops = ["".join(rng.choice(list("ab"), rng.integers(2, 6))) for _ in range(3)]
-        results = set()
-        for _ in range(4):
-            shown, held, stopped, at = "", "", False, 0
-            while at < len(text) and not stopped:
-                size = rng.integers(1, 5)
-                new, stopped, held = split_at_stop(held + text[at : at + size], stops)
-                shown, at = shown + new, at + size
-            results.add(shown + held)
-        assert len(results) == 1
 
 
 @pytest.mark.parametrize(
@@ -478,7 +443,7 @@ def test_options_reach_the_engine(model):
     llm = LLM(model, **options, batch_invariant=True, max_model_len=576)
     assert llm.engine.limits == dataclasses.replace(config.Serve(), batch_invariant=True, max_model_len=576)
     dtype, stats = llm.engine.kv_cache_spec.kv_cache_dtype, llm.stats()
-    assert (dtype, stats["pages_free"], stats["records_spare"]) == ("fp8", 2, 3)
+    assert (dtype, stats["num_blocks_free"], stats["num_snapshots_free"]) == ("fp8", 2, 3)
     with pytest.raises(UserError, match="needs 3 pages of 256 tokens, but the cache has 2"):
         llm.generate([[5] * 550], greedy())
     assert LLM(model, num_speculative_tokens=1).engine.limits.num_speculative_tokens == 1
@@ -498,7 +463,7 @@ def test_a_directory_brings_its_tokenizer_and_limits(monkeypatch, model, tokeniz
     assert read == [("DIR", {"dtype": "bfloat16", "quantization": "none", "placement": None})]
     assert llm.tokenizer is tokenizer
     assert llm.engine.limits == config.Serve(max_num_seqs=2, max_model_len=50, max_num_batched_tokens=20)
-    assert (llm.engine.kv_cache_spec.name, llm.stats()["records_spare"]) == ("fp8", 3)
+    assert (llm.engine.kv_cache_spec.name, llm.stats()["num_snapshots_free"]) == ("fp8", 3)
 
     monkeypatch.setattr(llm_module, "load_tokenizer", lambda path, model: None)
     with pytest.raises(UserError, match="prompt 0 is text, which needs a tokenizer; put tokenizer.json into"):

@@ -146,14 +146,15 @@ def test_engine_a_reset_that_fails_is_tried_again(llm, answers, monkeypatch):
 def test_engine_drops_what_the_device_cached_and_counts_on(llm, answers, monkeypatch):
     works(llm, answers)
     before = llm.stats()
-    assert before["pages_cached"] > 0
+    assert before["num_blocks_cached"] > 0
     with monkeypatch.context() as patch:
         patch.setattr(model_steps, "decode", failing(model_steps.decode))
         with pytest.raises(Injected):
             llm.generate([[5]], GREEDY)
     after = llm.stats()
-    assert after["pages_cached"] == after["records_kept"] == after["pages_in_use"] == 0
-    assert after["queries"] >= before["queries"] and after["hits"] >= before["hits"] > 0
+    assert after["num_blocks_cached"] == after["num_snapshots_cached"] == after["num_blocks_in_use"] == 0
+    assert after["prefix_cache_queries"] >= before["prefix_cache_queries"]
+    assert after["prefix_cache_hits"] >= before["prefix_cache_hits"] > 0
 
 
 @pytest.mark.parametrize("where", ["pack_blocks", "unpack_blocks"])

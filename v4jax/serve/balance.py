@@ -45,8 +45,17 @@ def select_scheduler(
 
 
 def merge_stats(schedulers: Sequence[Scheduler]) -> dict[str, float]:
-    """Sum `Scheduler.stats` over the devices; rates are computed from the sums."""
+    """Combine `Scheduler.stats` of all devices: sums, and the mean of kv_cache_usage_perc.
+
+    prefix_cache_hit_rate is the fraction of hits in the queries of the prefix cache; prefix_cache_hit_ceiling the
+    fraction of repeats, the hit rate of an unlimited cache. The latter is an underestimate after very many queries
+    (`BlockPool.stats`).
+    """
     each = [scheduler.stats() for scheduler in schedulers]
     total = {name: sum(stats[name] for stats in each) for name in each[0]}
-    queries = max(total["queries"], 1)
-    return total | {"hit_rate": total["hits"] / queries, "hit_ceiling": total["repeated"] / queries}
+    queries = max(total["prefix_cache_queries"], 1)
+    return total | {
+        "kv_cache_usage_perc": total["kv_cache_usage_perc"] / len(each),  # all devices have equally many blocks
+        "prefix_cache_hit_rate": total["prefix_cache_hits"] / queries,
+        "prefix_cache_hit_ceiling": total["prefix_cache_repeats"] / queries,
+    }

@@ -166,17 +166,19 @@ class LLM:
     def stats(self) -> dict[str, float]:
         """Return the counters and gauges of the engine, between two of its steps.
 
-        Always: the numbers of waiting and running requests, KV blocks (`pages_*`), state snapshots (`records_*`),
-        prefix cache hits, bytes of the KV cache, and prompt_tokens and generation_tokens of the requests that have
-        ended.
+        Names are vLLM's where it has one. Always: num_requests_waiting, num_requests_running, num_preemptions,
+        kv_cache_usage_perc (a fraction), num_blocks_* and num_snapshots_* (KV blocks and state snapshots by state),
+        prefix_cache_queries and prefix_cache_hits (tokens), prompt_tokens and generation_tokens (of all requests since
+        the start), kv_device_used_bytes and kv_host_used_bytes (arrays of the KV cache on the devices and in host
+        memory).
 
         With num_speculative_tokens: spec_decode_num_drafts is the number of decode steps, summed over requests;
         spec_decode_num_draft_tokens and spec_decode_num_accepted_tokens are the tokens proposed and accepted in them.
 
-        With CSA entries in host memory (`cache.kv_device_entries`): hot_hits and hot_misses count the top-k entries of
-        decode steps, summed over layers, that were on the device and that were fetched from the host. hot_hit_rate is
-        the fraction of hits, hot_fetched_bytes the bytes fetched. kv_bytes counts the arrays on the device,
-        kv_host_bytes those in host memory.
+        With CSA entries in host memory (`cache.kv_device_entries`): device_entry_cache_hits and
+        device_entry_cache_misses count the top-k entries of decode steps, summed over layers, that were on the device
+        and that were fetched from the host. device_entry_cache_hit_rate is the fraction of hits,
+        device_entry_cache_fetched_bytes the bytes fetched.
 
         With offload tiers: host_* and disk_* report blocks, state snapshots and bytes stored in the tier, hits and
         misses of both, bytes moved, evictions, corrupt items, errors and the state of the circuit breaker. queue_*

@@ -107,7 +107,7 @@ class ModelRunner:
             _log.info(
                 "cache: CSA entries of %s tokens in host memory (%s bytes), %s of a layer on the device",
                 f"{(self.cache_sizes.num_blocks - 1) * block:,}",
-                f"{self.memory_stats()['kv_host_bytes']:,}",
+                f"{self.memory_stats()['kv_host_used_bytes']:,}",
                 f"{cache.kv_device_entries:,}",
             )
 

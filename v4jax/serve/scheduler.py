@@ -441,15 +441,35 @@ class Scheduler:
         return bool(self.requests or self._inflight)
 
     def stats(self) -> dict[str, float]:
-        """Current requests, preemptions since the start, and the counters of the block pool."""
-        counts = {"waiting": len(self._waiting), "running": len(self._active), "preemptions": self._preemptions}
+        """Counters and gauges, under vLLM's names where it has one.
+
+        Returns:
+            num_requests_waiting, num_requests_running: current requests.
+            num_preemptions: preemptions since the start.
+            kv_cache_usage_perc: blocks of running requests, as a fraction of all blocks.
+            prefix_cache_queries, prefix_cache_hits, prefix_cache_repeats: tokens since the start, in whole blocks, that
+                requests looked up, that they reused, and that they reused or had looked up before.
+            spec_decode_num_drafts, spec_decode_num_draft_tokens, spec_decode_num_accepted_tokens: with lookahead, the
+                decode steps of requests since the start, and the draft tokens proposed and accepted in them.
+            Numbers of blocks and state snapshots, and their evictions (`BlockPool.stats`).
+        """
+        pool = self.block_pool.stats()
+        counts = {
+            "num_requests_waiting": len(self._waiting),
+            "num_requests_running": len(self._active),
+            "num_preemptions": self._preemptions,
+            "kv_cache_usage_perc": pool["num_blocks_in_use"] / self.block_pool.capacity,
+            "prefix_cache_queries": pool["queries"] * self.block_size,
+            "prefix_cache_hits": pool["hits"] * self.block_size,
+            "prefix_cache_repeats": pool["repeated"] * self.block_size,
+        }
         if self.num_lookahead_tokens:
             counts |= {
                 "spec_decode_num_drafts": self._drafts,
                 "spec_decode_num_draft_tokens": self._drafts * self.num_lookahead_tokens,
                 "spec_decode_num_accepted_tokens": self._accepted,
             }
-        return counts | self.block_pool.stats()
+        return counts | {name: value for name, value in pool.items() if name.startswith("num_")}
 
     def check_invariants(self) -> None:
         """Raise AssertionError if the state is inconsistent."""
