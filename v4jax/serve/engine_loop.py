@@ -28,7 +28,6 @@ import logging
 import os
 import queue
 import threading
-import time
 import traceback
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -36,7 +35,6 @@ from typing import Any
 
 import jax
 
-from v4jax.cache.offload.manager import FLUSH_SECONDS
 from v4jax.core.errors import UserError
 from v4jax.serve.engine import Engine, SampledTokens
 from v4jax.serve.output_processor import RequestState
@@ -209,14 +207,13 @@ class EngineLoop:
 
         Args:
             seconds: maximum wait for the engine to finish its current step and close; None waits without limit. After
-                that time the engine closes in the background, if it still can. With several processes a step waits for
-                the other processes; the process may end while it does.
+                that time the engine closes in the background, if it still can. With several processes, whose steps wait
+                for each other, the end of this process does not wait for that; with one it does.
         """
         self._check_process()
         self._shared.closing = True
-        deadline = None if seconds is None else time.monotonic() + seconds
         answer: queue.SimpleQueue = queue.SimpleQueue()
-        self._tasks.put((functools.partial(_close, self._engine, deadline), answer))
+        self._tasks.put((self._engine.close, answer))
         try:
             if self._inline and seconds is not None:
                 self._answer(self._close_in_thread(answer, seconds))
@@ -255,7 +252,7 @@ class EngineLoop:
         """Return the caller's next event.
 
         The caller waits for the loop's thread, which is started if it is not running. With several processes the
-        caller's thread runs the engine itself, and `seconds` is ignored.
+        caller's thread runs the engine itself, without a time limit.
 
         Raises:
             queue.Empty: the loop's thread sent no event within `seconds`.
@@ -408,14 +405,6 @@ class EngineLoop:
             call.notify(error)
         except Exception:  # of a callback, such as one of an event loop that is closed
             _log.exception("the callback of a request failed at the end of the request")
-
-
-def _close(engine: Engine, deadline: float | None) -> None:
-    """Close the engine; idle blocks are stored until the deadline, for at most FLUSH_SECONDS."""
-    seconds = FLUSH_SECONDS
-    if deadline is not None:
-        seconds = min(seconds, max(0.0, deadline - time.monotonic()))
-    engine.close(seconds)
 
 
 @functools.cache
