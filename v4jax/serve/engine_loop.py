@@ -184,8 +184,13 @@ class EngineLoop:
         """
         event_loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[RequestOutput | BaseException] = asyncio.Queue()
-        put = lambda output: event_loop.call_soon_threadsafe(outputs.put_nowait, output)
-        id, output = self.submit(request, put), None
+        reading, output = True, None
+
+        def put(output: RequestOutput | BaseException) -> None:
+            if reading:  # else the event loop may have ended
+                event_loop.call_soon_threadsafe(outputs.put_nowait, output)
+
+        id = self.submit(request, put)
         try:
             while output is None or not output.finished:
                 output = await outputs.get()
@@ -193,6 +198,7 @@ class EngineLoop:
                     raise output
                 yield output
         finally:
+            reading = False
             self.abort(id)
 
     def do(self, task: Callable[[], Any]) -> Any:
