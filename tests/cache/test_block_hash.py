@@ -98,3 +98,58 @@ def test_digest_sees_every_piece_of_a_large_array(monkeypatch):
         changed[i] = 1
         digests.add(block_hash.tree_digest({"a": changed.view(ml_dtypes.float8_e4m3fn)}))
     assert len(digests) == 5
+
+
+TOKENS = list(range(12))
+GOLDEN_SEED = "99405f8230908ffd6f0a3d2951cd54f0"
+GOLDEN_HASHES = [
+    "3a0ca85d5631b8f09f9523846d154711",
+    "3825ae15c34bf51b18f968b79cd7ade6",
+    "66fb3713d6d142d5d6450f9fbef5f64a",
+]
+IMAGE = block_hash.ExtraKey("image", offset=5, length=4)  # tokens 5 to 8: blocks 1 and 2 of four tokens
+
+
+def hashes(*extra_keys, tokens=TOKENS):
+    return block_hash.block_hashes(b"parent", tokens, 4, extra_keys=extra_keys)
+
+
+def test_block_hashes_without_extra_keys_stay_those_of_stored_files():
+    seed = block_hash.hash_seed(b"weights", Shape(), "bf16", 256)
+    assert seed.hex() == GOLDEN_SEED
+    assert [name.hex() for name in block_hash.block_hashes(seed, TOKENS, 4)] == GOLDEN_HASHES
+    assert block_hash.block_hashes(seed, TOKENS, 4, extra_keys=()) == block_hash.block_hashes(seed, TOKENS, 4)
+
+
+def test_block_hashes_extra_keys_change_the_blocks_of_their_tokens_and_all_after():
+    plain = hashes()
+    assert hashes(IMAGE)[0] == plain[0]
+    assert not set(hashes(IMAGE)[1:]) & set(plain)
+    assert hashes(IMAGE._replace(identifier="other"))[1:] != hashes(IMAGE)[1:]
+    assert hashes(IMAGE._replace(offset=12)) == plain  # after the last block
+    assert hashes(IMAGE._replace(offset=9, length=1))[:2] == plain[:2]
+
+
+def test_block_hashes_tell_the_positions_of_extra_keys_apart():
+    distinct = [
+        hashes(),
+        hashes(IMAGE),
+        hashes(IMAGE._replace(offset=6)),
+        hashes(IMAGE, IMAGE._replace(offset=6)),
+        hashes(block_hash.ExtraKey("image")),  # of all tokens
+        hashes(block_hash.ExtraKey("adapter")),
+    ]
+    assert len({names[-1] for names in distinct}) == len(distinct)
+
+
+def test_block_hashes_do_not_depend_on_the_order_of_extra_keys():
+    adapter = block_hash.ExtraKey("adapter")
+    assert hashes(IMAGE, adapter) == hashes(adapter, IMAGE)
+
+
+def test_block_hashes_continue_a_chain_with_extra_keys():
+    keys = (IMAGE, block_hash.ExtraKey("adapter"))
+    whole = hashes(*keys)
+    for done in (1, 2):
+        rest = block_hash.block_hashes(whole[done - 1], TOKENS[4 * done :], 4, extra_keys=keys, start=4 * done)
+        assert whole[:done] + rest == whole

@@ -85,7 +85,7 @@ def test_the_longest_unused_goes_first_and_leaves_before_parents():
         blocks.check_invariants()
         order += before - set(blocks._page)
     assert order == [names(1, 2)[1], names(3, 4)[1], names(3)[0], names(1, 5)[1], names(1)[0]]
-    assert blocks.stats()["evictions"] == 5
+    assert blocks.stats()["num_block_evictions"] == 5
 
 
 def test_a_duplicate_stays_private_and_takes_over_when_the_other_is_gone():
@@ -99,7 +99,7 @@ def test_a_duplicate_stays_private_and_takes_over_when_the_other_is_gone():
     blocks.free(second)
     blocks.check_invariants([])
     assert [blocks._page[name] for name in names(1, 2, 3)] == [*first, second[2]]
-    assert blocks.stats()["pages_cached"] == 3  # duplicates are freed
+    assert blocks.stats()["num_blocks_cached"] == 3  # duplicates are freed
 
     again = blocks.allocate(2)
     assert publish(blocks, names(1, 2), again) == [False, False]
@@ -122,7 +122,7 @@ def test_retracted_pages_are_never_found_again_even_when_others_hold_them():
     blocks.free(shared)
     blocks.check_invariants([])
     assert blocks.touch(names(1)) == fresh != shared
-    assert blocks.stats()["records_spare"] == 1 and names(1, 2)[1] not in blocks._page
+    assert blocks.stats()["num_snapshots_free"] == 1 and names(1, 2)[1] not in blocks._page
 
 
 def test_records_are_evicted_by_use_but_not_while_pinned():
@@ -157,7 +157,7 @@ def test_use_renews_a_record():
     a, b, c = names(1, 2, 3)
     blocks.unpin(blocks.pin(a))
     assert blocks.reserve_snapshot(c) and list(blocks._record) == [a, c]
-    assert blocks.stats()["record_evictions"] == 1
+    assert blocks.stats()["num_snapshot_evictions"] == 1
 
 
 @pytest.mark.parametrize("forgotten", [True, False])
@@ -169,7 +169,7 @@ def test_a_record_that_went_wrong_returns(forgotten):
         blocks.drop_snapshot(name)
     blocks.commit_snapshot(name, record, valid=forgotten)
     blocks.check_invariants()
-    assert blocks.stats()["records_spare"] == 1
+    assert blocks.stats()["num_snapshots_free"] == 1
 
 
 def test_counts_of_hits_and_their_ceiling():

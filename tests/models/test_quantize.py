@@ -102,7 +102,7 @@ def test_llm_with_narrow_weights_equals_the_widened_model(tmp_path, model, narro
     of = lambda llm: llm.generate([[5, 6, 7]], greedy)[0].token_ids
     from_disk = LLM(tmp_path / "hf", quantization="fp8", **options)
     assert of(from_disk) == of(LLM(model, quantization="fp8", **options)) == of(LLM(widened(narrow), **options))
-    assert any(leaf.dtype == jnp.uint8 for leaf in from_disk.engine._weights)
+    assert any(leaf.dtype == jnp.uint8 for leaf in from_disk.engine.model_runner.weights)
     with pytest.raises(UserError, match="serve.quantization is 'fp4'; one of none, fp8"):
         LLM(model, quantization="fp4")
 

@@ -13,7 +13,7 @@ from v4jax.core import qtensor
 from v4jax.kernels.indexer import api, xla_scaled_dot
 from v4jax.nn import qdq
 from v4jax.serve.engine import Engine
-from v4jax.serve.sampling import SamplingParams
+from v4jax.serve.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.slow
 

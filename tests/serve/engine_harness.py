@@ -16,7 +16,7 @@ from v4jax import config
 from v4jax.cache.block_pool import BlockPool
 from v4jax.models.transformer import Transformer
 from v4jax.serve import model_steps
-from v4jax.serve.sampling import SamplingParams
+from v4jax.serve.sampling_params import SamplingParams
 from v4jax.serve.scheduler import Scheduler
 
 MODEL = config.Model(
@@ -100,7 +100,7 @@ def new_books(engine, pages=None, records=16, chunk=None, snapshot_interval_bloc
     """Forget all that the engine has cached; its arrays keep what they hold, so whatever is read unwritten is wrong."""
     assert not engine.busy
     old, slots = engine.schedulers[0], engine.limits.max_num_seqs
-    room = engine._kv_caches.layers[-1][-1].entries.shape[0]
+    room = engine.model_runner.caches.layers[-1][-1].entries.shape[0]
     assert pages is None or pages < room
     blocks = BlockPool(pages + 1 if pages else room, range(slots + 1, slots + 1 + records))
     engine.schedulers[0] = Scheduler(
@@ -147,11 +147,13 @@ def _take(answer, drawn, sampling):
 def check_settled(engine):
     """All books add up, and nobody holds anything."""
     stats = engine.stats()
-    assert stats["waiting"] == stats["running"] == stats["pages_in_use"] == 0 and not engine.busy
+    assert stats["num_requests_waiting"] == stats["num_requests_running"] == stats["num_blocks_in_use"] == 0
+    assert stats["kv_cache_usage_perc"] == 0
+    assert not engine.busy
     for scheduler in engine.schedulers:
         scheduler.check_invariants()
         one = scheduler.stats()
-        assert one["pages_free"] + one["pages_cached"] == scheduler.block_pool.capacity
+        assert one["num_blocks_free"] + one["num_blocks_cached"] == scheduler.block_pool.capacity
         assert not any(scheduler.block_pool._pins.values())
 
 

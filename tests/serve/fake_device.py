@@ -177,8 +177,8 @@ class World:
     def settled(self):
         """Nothing is left but cached blocks, and everyone got the answer it gets alone."""
         stats = self.scheduler.stats()
-        assert stats["pages_in_use"] == stats["waiting"] == stats["running"] == 0
-        assert stats["records_spare"] + stats["records_kept"] == len(self.blocks._records)
+        assert stats["num_blocks_in_use"] == stats["num_requests_waiting"] == stats["num_requests_running"] == 0
+        assert stats["num_snapshots_free"] + stats["num_snapshots_cached"] == len(self.blocks._records)
         assert not any(self.blocks._pins.values())
         assert self.admitted == sorted(self.admitted, key=lambda id: self.everyone[id].arrival), "first come"
         for id, row in self.everyone.items():

@@ -54,7 +54,7 @@ def tiered(
 def parked(engine):
     """Stats when everything that can move down has."""
     check_settled(engine)
-    assert engine.kv_connector.flush(engine._kv_caches, LONG)
+    assert engine.kv_connector.flush(engine.model_runner.caches, LONG)
     for tier in engine.kv_connector.transfer.tiers.values():
         tier.check_invariants()
     assert not any(bay.has_transfers for bay in engine.kv_connector.device_connectors)

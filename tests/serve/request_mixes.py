@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from tests.serve.engine_harness import MODEL, Request, drive, new_books
-from v4jax.serve.sampling import SamplingParams
+from v4jax.serve.sampling_params import SamplingParams
 
 MOST = 24  # new tokens
 GREEDY = SamplingParams(temperature=0.0, max_tokens=MOST)

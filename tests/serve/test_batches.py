@@ -16,8 +16,10 @@ from v4jax.cache.paged_cache import PagedLayerCache
 from v4jax.core.errors import UserError
 from v4jax.models.transformer import Transformer
 from v4jax.serve import model_steps
-from v4jax.serve.engine import Engine, chunk_sizes
-from v4jax.serve.sampling import SamplerOutput, SamplingParams
+from v4jax.serve.engine import Engine
+from v4jax.serve.model_runner import chunk_sizes
+from v4jax.serve.sampler import SamplerOutput
+from v4jax.serve.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.slow
 
@@ -100,10 +102,10 @@ def test_nothing_is_compiled_again_for_the_same_buckets(model, engine):
     longer = SamplingParams(temperature=0.0, max_tokens=30, top_k=3)
     new_books(engine, snapshot_interval_blocks=1)
     tokens_of(engine, [LONG, LONG[:530], [5] * 14, LONG[7:510]], longer)
-    assert engine.stats()["hits"]
+    assert engine.stats()["prefix_cache_hits"]
     new_books(engine, pages=2)
     tokens_of(engine, [LONG[:250], PROMPTS[1]], longer)
-    assert engine.stats()["preemptions"]
+    assert engine.stats()["num_preemptions"]
     tokens_of(Engine(model, LIMITS), PROMPTS, GREEDY)
     assert {name: program._cache_size() for name, program in compiled.items()} == before
 
@@ -125,7 +127,7 @@ def test_tables_and_options_cross_only_when_they_change(engine, monkeypatch):
 def test_padding_rows_stay_at_the_beginning(engine):
     """Readers walk as far as the row furthest on, and three requests run as four rows."""
     tokens_of(engine, PROMPTS[:3], GREEDY)
-    assert int(engine._decode_state.position_Z[0]) == 0
+    assert int(engine.model_runner.decode_state.position_Z[0]) == 0
 
 
 def test_shapes_are_few(model, monkeypatch):
@@ -174,7 +176,7 @@ def test_ending_early_frees_its_pages(engine, steps, how):
     engine.add_request("a", LONG[:300], GREEDY)
     for _ in range(steps):
         engine.step()
-    assert (engine.stats()["pages_in_use"] > 0) == (steps > 0)
+    assert (engine.stats()["num_blocks_in_use"] > 0) == (steps > 0)
     getattr(engine, how)("a")
     while engine.busy:
         engine.step()
@@ -200,9 +202,9 @@ def test_a_request_that_goes_wrong_while_it_decodes_leaves_nothing_behind(engine
             else:
                 failed.append((drawn.id, broken.stats()))
     assert found == {"bad": [bad], 0: expected[0], 1: expected[1]}
-    assert [(id, stats["pages_cached"]) for id, stats in failed] == [("bad", 0)]
+    assert [(id, stats["num_blocks_cached"]) for id, stats in failed] == [("bad", 0)]
     check_settled(broken)
-    for kept in jax.tree.leaves(broken._kv_caches, is_leaf=lambda leaf: isinstance(leaf, PagedLayerCache)):
+    for kept in jax.tree.leaves(broken.model_runner.caches, is_leaf=lambda leaf: isinstance(leaf, PagedLayerCache)):
         # Records beyond the slots are copied to before they are read.
         slots = [array[: 1 + LIMITS.max_num_seqs] for array in (kept.window_ring_ZSH, *kept.compressor_state.values())]
         assert all(np.isfinite(a).all() for a in jax.tree.leaves((slots, kept.entries, kept.index_keys)))

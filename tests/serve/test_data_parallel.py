@@ -13,7 +13,7 @@ from v4jax import config
 from v4jax.core.errors import UserError
 from v4jax.serve import data_parallel
 from v4jax.serve.engine import Engine
-from v4jax.serve.sampling import SamplingParams
+from v4jax.serve.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.slow
 
@@ -71,19 +71,20 @@ def test_what_a_device_knows_is_asked_of_that_device(meshed):
     known = prompt(300)
     others = [Request(prompt(200), GREEDY) for _ in range(3)]
     first = drive(meshed, [Request(known, GREEDY), *others])[0]
-    before = meshed.stats()["hits"]
+    before = meshed.stats()["prefix_cache_hits"]
     again, *_ = drive(meshed, [Request(known, GREEDY), Request(prompt(20), GREEDY)])
-    assert again == first and meshed.stats()["hits"] == before + 1
+    assert again == first and meshed.stats()["prefix_cache_hits"] == before + 256
 
 
 def test_experts_are_split_and_the_cache_is_each_device_s_own(meshed):
-    split = {leaf.sharding.spec for leaf in meshed._weights if leaf.sharding.shard_shape(leaf.shape) != leaf.shape}
+    runner = meshed.model_runner
+    split = {leaf.sharding.spec for leaf in runner.weights if leaf.sharding.shard_shape(leaf.shape) != leaf.shape}
     assert {(spec[0], len(spec)) for spec in split} == {("expert", 4), ("expert", 3)}  # EUDF and EFD
-    for leaf in jax.tree.leaves((meshed._kv_caches, meshed._decode_state, meshed._device_tables)):
+    for leaf in jax.tree.leaves((runner.caches, runner.decode_state, runner.block_tables)):
         assert not leaf.size or leaf.sharding.shard_shape(leaf.shape)[0] * DEVICES == leaf.shape[0]
-    one = Engine(meshed._model_def.model(meshed._weights), LIMITS, CACHE, on())
-    assert all(a is b for a, b in zip(one._weights, meshed._weights, strict=True))  # no second copy
-    assert one.stats()["kv_bytes"] == meshed.stats()["kv_bytes"]
+    one = Engine(runner.model, LIMITS, CACHE, on())
+    assert all(a is b for a, b in zip(one.model_runner.weights, runner.weights, strict=True))  # no second copy
+    assert one.stats()["kv_device_used_bytes"] == meshed.stats()["kv_device_used_bytes"]
 
 
 def test_pages_run_out_and_requests_leave(model, plain):
@@ -92,7 +93,7 @@ def test_pages_run_out_and_requests_leave(model, plain):
     asked = [Request(prompt(n), dataclasses.replace(GREEDY, max_tokens=40)) for n in (250, 255, 240, 252, 100, 250)]
     asked[4].join, asked[4].leave = 3, 6
     answers = drive(engine, asked)
-    assert engine.stats()["preemptions"]
+    assert engine.stats()["num_preemptions"]
     for request, answer in list(zip(asked, answers, strict=True))[:4]:
         assert answer.tokens == tokens_of(plain, [request.prompt], request.sampling)[0]
 
@@ -151,7 +152,7 @@ def pools(engine):
     """Pages of each device."""
     return [
         shard.data
-        for leaf in jax.tree.leaves(engine._kv_caches.layers[-1][-1].entries)
+        for leaf in jax.tree.leaves(engine.model_runner.caches.layers[-1][-1].entries)
         for shard in leaf.addressable_shards
     ]
 

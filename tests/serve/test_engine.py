@@ -13,8 +13,9 @@ from v4jax import config
 from v4jax.cache.paged_cache import PagedLayerCache
 from v4jax.core.errors import UserError
 from v4jax.serve import model_steps
-from v4jax.serve.engine import Engine, chunk_sizes, validate_limits
-from v4jax.serve.sampling import SamplingParams
+from v4jax.serve.engine import Engine, validate_limits
+from v4jax.serve.model_runner import chunk_sizes
+from v4jax.serve.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +55,7 @@ def test_nothing_is_compiled_again_whatever_the_context(engine):
 
 
 def engine_model(engine):
-    return engine._model_def.model(engine._weights)
+    return engine.model_runner.model
 
 
 def test_nothing_crosses_to_or_from_the_device_unasked(engine):
@@ -79,7 +80,7 @@ def test_every_leaf_belongs_to_a_page_or_to_a_record(model):
     records = 1 + LIMITS.max_num_seqs + 16
     assert pages != records
     by_axis = {"pages": 0, "records": 0}
-    kept = jax.tree.leaves(engine._kv_caches, is_leaf=lambda leaf: isinstance(leaf, PagedLayerCache))
+    kept = jax.tree.leaves(engine.model_runner.caches, is_leaf=lambda leaf: isinstance(leaf, PagedLayerCache))
     for one in kept:
         for leaf in jax.tree.leaves((one.entries, one.index_keys)):
             assert leaf.shape[0] == pages
@@ -87,7 +88,8 @@ def test_every_leaf_belongs_to_a_page_or_to_a_record(model):
         for leaf in jax.tree.leaves((one.window_ring_ZSH, one.compressor_state)):
             assert leaf.shape[0] == records
             by_axis["records"] += leaf.nbytes
-    assert all(isinstance(one, PagedLayerCache) for one in kept) and sum(by_axis.values()) == engine.stats()["kv_bytes"]
+    assert all(isinstance(one, PagedLayerCache) for one in kept)
+    assert sum(by_axis.values()) == engine.stats()["kv_device_used_bytes"]
     assert by_axis["pages"] == pages * engine.kv_cache_spec.block_bytes
 
 
@@ -111,8 +113,8 @@ def test_logits_that_are_not_finite_end_that_request_alone(engine):
                 got[drawn.id].append(int(drawn.sampled.token_B[drawn.row, 0]))
         assert [got[i] for i in range(4)] == sound and len(got["bad"]) == 1
         check_settled(bad)
-        assert bad.stats()["pages_cached"] == bad.stats()["records_kept"] == 0  # nothing of it is kept
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(bad._kv_caches))
+        assert bad.stats()["num_blocks_cached"] == bad.stats()["num_snapshots_cached"] == 0  # nothing of it is kept
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(bad.model_runner.caches))
 
 
 @pytest.mark.parametrize(

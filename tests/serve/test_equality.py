@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.serve.engine_harness import LIMITS, MODEL, Request, draw_model, drive, new_books
+from tests.serve.engine_harness import BLOCK, LIMITS, MODEL, Request, draw_model, drive, new_books
 from tests.serve.request_mixes import BASES, GREEDY, MOST, SAMPLED, Solo, books, check, companies, crowded, few, staying
 from v4jax.serve import model_steps
 from v4jax.serve.engine import Engine
@@ -49,7 +49,7 @@ def test_a_request_among_others_answers_as_alone(plain, solo, asked, books, chun
 def test_a_request_preempted_in_any_phase_of_compression_answers_as_alone(plain, solo, phase):
     new_books(plain, pages=2)
     answers = drive(plain, crowded(phase))
-    assert plain.stats()["preemptions"] == 1
+    assert plain.stats()["num_preemptions"] == 1
     check(crowded(phase), answers, solo)
 
 
@@ -72,8 +72,8 @@ def test_a_prefix_is_found_again_by_those_who_may(plain, solo):
     new_books(plain)
     for salt in ("", "", "other", "other"):
         assert drive(plain, [dataclasses.replace(request, salt=salt) for request in asked]) == alone
-        hits.append(plain.stats()["hits"])
-    assert hits == [0, 3, 3, 6]  # two blocks and one; those of strangers are not found
+        hits.append(plain.stats()["prefix_cache_hits"])
+    assert hits == [0, 3 * BLOCK, 3 * BLOCK, 6 * BLOCK]  # two blocks and one; those of strangers are not found
 
 
 def test_other_weights_find_nothing(plain, solo):
@@ -85,7 +85,7 @@ def test_other_weights_find_nothing(plain, solo):
     check(asked, drive(plain, asked), solo)
     other.schedulers[0] = plain.schedulers[0]  # the same books, as if they were one cache
     check(asked, drive(other, asked), alone)
-    assert other.stats()["hits"] == 0 and expected != solo(asked[0])
+    assert other.stats()["prefix_cache_hits"] == 0 and expected != solo(asked[0])
 
 
 # --- speculation ------------------------------------------------------------------------------------------------------

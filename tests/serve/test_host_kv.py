@@ -51,28 +51,28 @@ def far(layers):
 
 
 def test_every_bit_is_that_of_the_engine_with_all_on_the_device(near, far):
-    before, answers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(far._kv_caches)}, []
+    before, answers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(far.model_runner.caches)}, []
     for engine in (near, far):
         new_books(engine, pages=2, chunk=16)
         answers.append(drive(engine, crowded(3, sampling=BITS)))  # rows of different lengths, one must make room
-        assert engine.stats()["preemptions"] > 0
+        assert engine.stats()["num_preemptions"] > 0
         new_books(engine, pages=3, chunk=16)
         for _ in range(2):  # the second time from a prefix, in pages that held something else before
             answers[-1] += drive(engine, [Request(BASES[0][:400], BITS)])
-        assert engine.stats()["hits"] > 0
+        assert engine.stats()["prefix_cache_hits"] > 0
     assert answers[0] == answers[1]
-    leaves, stats = jax.tree.leaves(far._kv_caches), far.stats()
+    leaves, stats = jax.tree.leaves(far.model_runner.caches), far.stats()
     here = [leaf for leaf in leaves if not is_host(leaf)]
     assert {leaf.sharding.memory_kind for leaf in here} == {"device"}
-    assert stats["kv_bytes"] == sum(leaf.nbytes for leaf in here)
+    assert stats["kv_device_used_bytes"] == sum(leaf.nbytes for leaf in here)
     words, tail = there = [leaf for leaf in leaves if is_host(leaf)]
     assert {leaf.sharding.memory_kind for leaf in there} == {"pinned_host"} and tail.dtype == "float32"
-    assert stats["kv_host_bytes"] == words.nbytes + tail.nbytes
+    assert stats["kv_host_used_bytes"] == words.nbytes + tail.nbytes
     assert {leaf.unsafe_buffer_pointer() for leaf in leaves if leaf.nbytes > 4096} <= before  # updated in place
-    hits, misses = stats["hot_hits"], stats["hot_misses"]
-    assert hits > 0 and stats["hot_hit_rate"] == hits / (hits + misses)
-    assert stats["hot_fetched_bytes"] == misses * 4 * words.shape[-1] > 0
-    assert near.stats()["kv_host_bytes"] == 0 and "hot_hits" not in near.stats()
+    hits, misses = stats["device_entry_cache_hits"], stats["device_entry_cache_misses"]
+    assert hits > 0 and stats["device_entry_cache_hit_rate"] == hits / (hits + misses)
+    assert stats["device_entry_cache_fetched_bytes"] == misses * 4 * words.shape[-1] > 0
+    assert near.stats()["kv_host_used_bytes"] == 0 and "device_entry_cache_hits" not in near.stats()
 
 
 def test_blocks_that_return_from_lower_tiers_are_not_taken_for_what_lay_there_before(layers, near):
@@ -103,8 +103,8 @@ def test_drafts_and_invariance_keep_every_bit(options, queries):
         new_books(engine, pages=3)
         for _ in range(2):
             answers[-1] += drive(engine, [Request(BASES[0][:400], dataclasses.replace(BITS, temperature=0.0))])
-        assert engine.stats()["hits"] > 0
-    assert answers[0] == answers[1] and engine.stats()["hot_hits"] > 0
+        assert engine.stats()["prefix_cache_hits"] > 0
+    assert answers[0] == answers[1] and engine.stats()["device_entry_cache_hits"] > 0
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,10 @@ def test_the_devices_budget_counts_what_is_on_the_device(layers, caplog):
         with caplog.at_level("INFO"):
             engine = Engine(layers, LIMITS, config.Cache(kv_cache_memory_bytes=device, kv_device_entries=LEAST))
         stats = engine.stats()
-        pages = stats["pages_free"] + 1
-        assert device - engine.kv_cache_spec.block_bytes < stats["kv_bytes"] <= device
+        pages = stats["num_blocks_free"] + 1
+        assert device - engine.kv_cache_spec.block_bytes < stats["kv_device_used_bytes"] <= device
         held = pages * engine.kv_cache_spec.host_block_bytes + records * engine.kv_cache_spec.host_state_bytes()
-        assert stats["kv_host_bytes"] == held
+        assert stats["kv_host_used_bytes"] == held
         assert f"entries of {256 * (pages - 1):,} tokens in host memory" in caplog.records[-1].message
 
 

@@ -1,6 +1,8 @@
 """`LLM`: prompts in, text out, whole or in pieces, and every mistake one line."""
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -11,12 +13,12 @@ from prometheus_client import CollectorRegistry
 import v4jax
 from tests.serve import engine_harness
 from v4jax import checkpoint, config
+from v4jax.cache.block_hash import ExtraKey
 from v4jax.checkpoint.generation_config import GenerationConfig
 from v4jax.core.errors import UserError
 from v4jax.data.tokenizer import Detokenizer, Tokenizer
 from v4jax.serve import LLM, SamplingParams
 from v4jax.serve import llm as llm_module
-from v4jax.serve.llm import split_at_stop
 from v4jax.serve.metrics import EngineCollector
 
 pytestmark = pytest.mark.slow
@@ -52,11 +54,37 @@ def test_conversations_outlive_an_llm(model, tokenizer, tmp_path):
         )
     with LLM(model, tokenizer=tokenizer, **tiers, **LIMITS) as llm:
         assert "(256 are there)" in llm.cache_summary
-        assert llm.generate([prompt], greedy()) == [first]
+        [again] = llm.generate([prompt], greedy())
+        assert again.outputs == first.outputs
+        assert (first.num_cached_tokens, again.num_cached_tokens) == (0, 256)
         stats = llm.stats()
         assert stats["restored_blocks"] == stats["disk_block_hits"] == stats["host_block_misses"] == 1
     assert llm.cache_summary == "" and LLM(model, **LIMITS).cache_summary == ""
     llm.close()  # again does nothing
+
+
+UNCLOSED = """
+import sys
+from v4jax.serve import LLM, SamplingParams
+
+tiers = dict(kv_disk_bytes=1 << 30, kv_dir=sys.argv[2])
+llm = LLM(sys.argv[1], tokenizer="auto", max_model_len=576, max_num_batched_tokens=64, **tiers)
+sampling = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+stream = llm.stream([list(range(3, 303)), list(range(1000, 1300))], sampling)
+pieces = [next(stream) for _ in range(5)]
+"""
+
+
+@pytest.mark.multiprocess
+def test_idle_blocks_are_stored_when_the_process_ends(model, tmp_path):
+    """The LLM is not closed, and two requests are still running."""
+    checkpoint.save(model, tmp_path / "model")
+    command = [sys.executable, "-c", UNCLOSED, tmp_path / "model", tmp_path / "kv"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
+    with LLM(model, kv_disk_bytes=1 << 30, kv_dir=str(tmp_path / "kv"), kv_load_timeout_s=60.0, **LIMITS) as llm:
+        [out] = llm.generate([list(range(3, 303))], greedy(max_tokens=1))
+        assert out.num_cached_tokens == 256
 
 
 def test_an_empty_text_begins_a_document_and_tokens_are_counted(llm, tokenizer):
@@ -65,6 +93,33 @@ def test_an_empty_text_begins_a_document_and_tokens_are_counted(llm, tokenizer):
     assert empty.prompt_token_ids == [tokenizer.bos_id] and empty.token_ids == bos.token_ids
     counted = {name: llm.stats()[name] - before[name] for name in ("prompt_tokens", "generation_tokens")}
     assert counted == {"prompt_tokens": 2, "generation_tokens": 6}
+
+
+def test_prompts_of_different_cache_salts_never_share_a_block(llm):
+    ids = np.random.default_rng(7).integers(3, 2000, 600).tolist()
+    prompts = [{"prompt_token_ids": ids, "cache_salt": salt} for salt in ("a", "b", "a", "b", None)] + [ids]
+    outputs = [llm.generate([prompt], greedy(max_tokens=4))[0] for prompt in prompts]
+    assert [out.num_cached_tokens for out in outputs] == [0, 0, 512, 512, 0, 512]
+    assert all(out.token_ids == outputs[0].token_ids for out in outputs)
+    batch = llm.generate([{"prompt_token_ids": ids, "cache_salt": salt} for salt in ("c", "d")], greedy(max_tokens=4))
+    assert [out.num_cached_tokens for out in batch] == [0, 0]
+
+
+def test_extra_keys_part_blocks_from_their_first_token_on(llm):
+    ids = np.random.default_rng(8).integers(3, 2000, 600).tolist()
+    sampling = greedy(max_tokens=2)
+
+    def cached(*extra_keys):
+        request = llm.output_processor.new_request(None, ids, sampling, extra_keys=extra_keys)
+        list(llm.engine_loop.run([request]))
+        return request.num_cached_tokens
+
+    image = ExtraKey("image", offset=300, length=10)
+    assert cached() == 0
+    assert cached(image) == 256  # the block before it is shared, and has a snapshot since the image came
+    assert cached(image) == 512
+    assert cached(image._replace(identifier="other")) == 256
+    assert cached(ExtraKey("adapter")) == 0
 
 
 def test_public_names():
@@ -190,9 +245,9 @@ def test_a_request_that_is_not_finite_ends_alone(model, llm, outputs, tokenizer)
 def test_a_stream_that_is_left_frees_what_it_held(llm, outputs):
     stream = llm.stream(PROMPTS, greedy())
     next(stream)
-    assert llm.stats()["pages_in_use"] > 0
+    assert llm.stats()["num_blocks_in_use"] > 0
     stream.close()
-    assert llm.stats()["pages_in_use"] == llm.stats()["running"] == 0 and not llm.engine.busy
+    assert llm.stats()["num_blocks_in_use"] == llm.stats()["num_requests_running"] == 0 and not llm.engine.busy
 
 
 def test_what_ends_early_holds_nothing(llm, outputs):
@@ -208,20 +263,21 @@ def test_streams_may_run_side_by_side_and_be_left(llm, outputs):
     next(left)
     left.close()
     found[0] += [piece for _, piece in first]
-    assert llm.stats()["running"] > 0
+    assert llm.stats()["num_requests_running"] > 0
     for index, piece in second:
         found[1 + index].append(piece)
     assert ["".join(pieces) for pieces in found.values()] == [out.text for out in outputs[:3]]
     engine_harness.check_settled(llm.engine)
 
 
-def test_stats_count_sequences_pages_and_hits(llm):
+def test_stats_count_requests_blocks_and_hits(llm):
     before = llm.stats()
     llm.generate([[11] * 300] * 2, greedy(max_tokens=1))
     after = llm.stats()
-    assert after["hits"] == before["hits"] + 1 and after["queries"] == before["queries"] + 2
-    assert after["kv_bytes"] == sum(a.nbytes for a in jax.tree.leaves(llm.engine._kv_caches))
-    assert {"waiting", "running", "preemptions", "pages_free", "hit_rate", "hit_ceiling"} <= set(after)
+    counted = {name: after[name] - before[name] for name in ("prefix_cache_hits", "prefix_cache_queries")}
+    assert counted == {"prefix_cache_hits": 256, "prefix_cache_queries": 512}
+    assert after["kv_device_used_bytes"] == sum(a.nbytes for a in jax.tree.leaves(llm.engine.model_runner.caches))
+    assert {"num_requests_waiting", "num_requests_running", "num_preemptions", "kv_cache_usage_perc"} <= set(after)
 
 
 def test_pieces_never_split_a_character(llm, tokenizer):
@@ -233,41 +289,6 @@ def test_pieces_never_split_a_character(llm, tokenizer):
         expected = [detokenizer.push(token) for token in out.token_ids]
         expected[-1] += detokenizer.flush()
         assert [piece for i, piece in llm.stream(PROMPTS, params) if i == row] == [piece for piece in expected if piece]
-
-
-@pytest.mark.parametrize(
-    "text, stops, result",
-    [
-        ("hello", [], ("hello", False, "")),
-        ("hello", ["lo"], ("hel", True, "")),
-        ("hel", ["lo"], ("he", False, "l")),
-        ("hello", ["ell", "hello"], ("h", True, "")),  # complete first
-        ("hello", ["lo", "ello"], ("h", True, "")),  # complete together: the longest
-        ("aab", ["aac"], ("aab", False, "")),
-        ("xaa", ["aac", "ab"], ("x", False, "aa")),
-        ("aaa", ["aab"], ("a", False, "aa")),
-        ("", ["a"], ("", False, "")),
-        ("abab", ["abac"], ("ab", False, "ab")),
-    ],
-)
-def test_split_at_stop(text, stops, result):
-    assert split_at_stop(text, stops) == result
-
-
-def test_cuts_between_tokens_do_not_matter_to_stop_strings():
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        text = "".join(rng.choice(list("ab"), 12))
-        stops = ["".join(rng.choice(list("ab"), rng.integers(2, 6))) for _ in range(3)]
-        results = set()
-        for _ in range(4):
-            shown, held, stopped, at = "", "", False, 0
-            while at < len(text) and not stopped:
-                size = rng.integers(1, 5)
-                new, stopped, held = split_at_stop(held + text[at : at + size], stops)
-                shown, at = shown + new, at + size
-            results.add(shown + held)
-        assert len(results) == 1
 
 
 @pytest.mark.parametrize(
@@ -422,7 +443,7 @@ def test_options_reach_the_engine(model):
     llm = LLM(model, **options, batch_invariant=True, max_model_len=576)
     assert llm.engine.limits == dataclasses.replace(config.Serve(), batch_invariant=True, max_model_len=576)
     dtype, stats = llm.engine.kv_cache_spec.kv_cache_dtype, llm.stats()
-    assert (dtype, stats["pages_free"], stats["records_spare"]) == ("fp8", 2, 3)
+    assert (dtype, stats["num_blocks_free"], stats["num_snapshots_free"]) == ("fp8", 2, 3)
     with pytest.raises(UserError, match="needs 3 pages of 256 tokens, but the cache has 2"):
         llm.generate([[5] * 550], greedy())
     assert LLM(model, num_speculative_tokens=1).engine.limits.num_speculative_tokens == 1
@@ -442,7 +463,7 @@ def test_a_directory_brings_its_tokenizer_and_limits(monkeypatch, model, tokeniz
     assert read == [("DIR", {"dtype": "bfloat16", "quantization": "none", "placement": None})]
     assert llm.tokenizer is tokenizer
     assert llm.engine.limits == config.Serve(max_num_seqs=2, max_model_len=50, max_num_batched_tokens=20)
-    assert (llm.engine.kv_cache_spec.name, llm.stats()["records_spare"]) == ("fp8", 3)
+    assert (llm.engine.kv_cache_spec.name, llm.stats()["num_snapshots_free"]) == ("fp8", 3)
 
     monkeypatch.setattr(llm_module, "load_tokenizer", lambda path, model: None)
     with pytest.raises(UserError, match="prompt 0 is text, which needs a tokenizer; put tokenizer.json into"):

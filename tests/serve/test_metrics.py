@@ -33,9 +33,9 @@ def test_counts_are_those_of_stats(plain):
     tokens_of(plain, [[5, 6, 7]], SamplingParams(max_tokens=4, temperature=0.0))
     read, stats = scrape(plain), plain.stats()
     assert len(read) == len(stats)
-    assert read["v4jax_kv_bytes", ""] == ("gauge", stats["kv_bytes"])
-    assert read["v4jax_pages_free", ""] == ("gauge", stats["pages_free"])
-    assert read["v4jax_preemptions_total", ""] == ("counter", stats["preemptions"])
+    assert read["v4jax_kv_device_used_bytes", ""] == ("gauge", stats["kv_device_used_bytes"])
+    assert read["v4jax_num_blocks_free", ""] == ("gauge", stats["num_blocks_free"])
+    assert read["v4jax_num_preemptions_total", ""] == ("counter", stats["num_preemptions"])
 
 
 def test_tiers_are_labels(model, tmp_path):
@@ -50,13 +50,13 @@ def test_tiers_are_labels(model, tmp_path):
     assert read["v4jax_tier_budget", "host"] == ("gauge", stats["host_budget"])
     told = {*metrics._GAUGES, *(f"{tier}_{name}" for tier in metrics._TIERS for name in metrics._TIER_GAUGES)}
     only_disk = {f"host_{name}" for name in ("breaker_open", "paused", "read_ms_mean", "read_ms_max")}
-    assert told - only_disk - {"hot_hit_rate"} <= set(stats), "a gauge that the engine no longer has"
+    assert told - only_disk - {"device_entry_cache_hit_rate"} <= set(stats), "a gauge that the engine no longer has"
 
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_scrape_sees_what_happened_since(plain, count):
     new_books(plain)
-    before = scrape(plain)["v4jax_queries_total", ""][1]
+    before = scrape(plain)["v4jax_prefix_cache_queries_total", ""][1]
     prompt = np.random.default_rng(3).integers(3, 60, 300).tolist()
     tokens_of(plain, [prompt] * count, SamplingParams(max_tokens=2, temperature=0.0))
-    assert (scrape(plain)["v4jax_queries_total", ""][1] > before) == (count > 0)
+    assert (scrape(plain)["v4jax_prefix_cache_queries_total", ""][1] > before) == (count > 0)

@@ -32,7 +32,7 @@ from v4jax.core.errors import UserError
 from v4jax.models.transformer import Transformer
 from v4jax.serve import device_connector, model_steps
 from v4jax.serve.engine import Engine
-from v4jax.serve.sampling import SamplingParams
+from v4jax.serve.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.slow
 
@@ -71,12 +71,12 @@ def test_what_was_evicted_comes_back(model, alone, tmp_path, tiers):
             program._cache_size() for program in (model_steps.prefill, model_steps.decode, model_steps.sample_tokens)
         ]
         stats = parked(engine)
-        assert stats["hits"] == stats["restored_blocks"] == 2 * len(CHATS)
+        assert stats["prefix_cache_hits"] == stats["restored_blocks"] * 256 == 2 * len(CHATS) * 256
         assert stats["transfer_saved"] == 3 * len(CHATS) and stats["transfer_dropped"] == 0
         if tiers == "both":
             assert stats["host_evictions"] > 0 and stats["host_bytes"] <= 40_000
         lowest = "host" if tiers == "host" else "disk"
-        assert (stats[f"{lowest}_blocks"], stats[f"{lowest}_records"]) == (2 * len(CHATS), len(CHATS))
+        assert (stats[f"{lowest}_blocks"], stats[f"{lowest}_snapshots"]) == (2 * len(CHATS), len(CHATS))
 
 
 def test_conversations_survive_a_restart(model, alone, tmp_path):
@@ -86,8 +86,8 @@ def test_conversations_survive_a_restart(model, alone, tmp_path):
         assert one_by_one(engine, CHATS) == alone
         stats = parked(engine)
         assert stats["restored_blocks"] == stats["disk_block_hits"] == 2 * len(CHATS)
-        assert stats["disk_record_hits"] == len(CHATS) and stats["transfer_saved"] == 0
-        assert stats["hit_rate"] == stats["hit_ceiling"] == 1
+        assert stats["disk_snapshot_hits"] == len(CHATS) and stats["transfer_saved"] == 0
+        assert stats["prefix_cache_hit_rate"] == stats["prefix_cache_hit_ceiling"] == 1
 
 
 def test_one_conversation_goes_and_comes_twenty_times(model, plain, tmp_path):
@@ -138,7 +138,7 @@ def test_preempted_requests_come_back(model, solo, phase):
     with tiered(model, host=1 << 30, pages=2) as engine:
         for _ in range(2):
             check(crowded(phase), drive(engine, crowded(phase)), solo)
-        assert parked(engine)["preemptions"] == 2
+        assert parked(engine)["num_preemptions"] == 2
 
 
 # --- not another's ----------------------------------------------------------------------------------------------------
@@ -160,9 +160,9 @@ def test_whatever_shapes_the_contents_is_in_the_key(model):
         cache = config.Cache(kv_cache_dtype=layout, block_size=block, kv_cache_tokens=256)
         engine = Engine(model, dataclasses.replace(LIMITS, **limits), cache)
         return (
-            engine._seed,
-            device_connector.block_schema(engine._kv_caches, "block").digest,
-            device_connector.block_schema(engine._kv_caches, "record").digest,
+            engine.hash_seed,
+            device_connector.block_schema(engine.model_runner.caches, "block").digest,
+            device_connector.block_schema(engine.model_runner.caches, "record").digest,
         )
 
     def other(**changes):
@@ -259,7 +259,7 @@ def test_others_decode_while_one_waits_for_a_disk_that_hangs(model, solo, stored
             for drawn in engine.step():
                 tokens[drawn.id] += drawn.sampled.token_B[drawn.row, : drawn.count].tolist()
             if len(tokens["short"]) == GREEDY.max_tokens:
-                assert tokens["long"] or engine.stats()["waiting"] == 1 or gate.is_set()
+                assert tokens["long"] or engine.stats()["num_requests_waiting"] == 1 or gate.is_set()
                 gate.set()
         assert tokens["short"] == solo(short).tokens and engine.stats()["restored_blocks"] == 2
 
@@ -273,7 +273,7 @@ def test_pieces_that_are_missing_shorten_what_is_found(model, alone, stored):
     with tiered(model, stored) as engine:
         assert one_by_one(engine, CHATS) == alone
         stats = parked(engine)
-        assert stats["restored_blocks"] in (2, 4) and stats["disk_blocks"] == 8 and stats["disk_records"] == 4
+        assert stats["restored_blocks"] in (2, 4) and stats["disk_blocks"] == 8 and stats["disk_snapshots"] == 4
 
 
 def test_no_memory_for_copies_costs_time_only(model, alone, monkeypatch):
@@ -359,14 +359,14 @@ def test_copies_off_the_device_and_back_keep_every_bit_of_every_leaf(model, layo
         dataclasses.replace(LIMITS, num_speculative_tokens=1),
         config.Cache(kv_cache_dtype=layout, kv_cache_tokens=2048),
     )
-    rng, kinds = np.random.default_rng(0), device_connector.leaf_kinds(engine._kv_caches)
+    rng, kinds = np.random.default_rng(0), device_connector.leaf_kinds(engine.model_runner.caches)
 
     def rubbish(leaf):
         raw = rng.integers(0, 256, (*leaf.shape, leaf.dtype.itemsize), np.uint8)
         return jax.device_put(raw.view(leaf.dtype)[..., 0])  # NaN of every kind among them
 
     bits = lambda live: [np.array(leaf).view(np.uint8) for leaf in jax.tree.leaves(live)]
-    one, two = (jax.tree.map(rubbish, engine._kv_caches) for _ in range(2))
+    one, two = (jax.tree.map(rubbish, engine.model_runner.caches) for _ in range(2))
     source, before = bits(one), bits(two)
     for kind in ("block", "record"):
         numbers = np.array([3, 1, 4], np.int32)
@@ -404,7 +404,7 @@ def test_tiers_that_cannot_be_are_one_line(model, options, complaint):
 def test_the_devices_budget_bounds_all_arrays_of_the_cache(model):
     for device in (140_000, 151_040, 1_000_000):
         engine = Engine(model, LIMITS, config.Cache(kv_cache_memory_bytes=device))
-        held, page = engine.stats()["kv_bytes"], engine.kv_cache_spec.block_bytes
+        held, page = engine.stats()["kv_device_used_bytes"], engine.kv_cache_spec.block_bytes
         assert device - page < held <= device
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import os
+import queue
 import signal
 import threading
 import weakref
@@ -20,6 +21,7 @@ from tests.serve.offload_harness import LONG, tiered
 from v4jax import config
 from v4jax.serve import LLM, SamplingParams, data_parallel, device_connector, model_steps
 from v4jax.serve.engine import Engine
+from v4jax.serve.model_runner import ModelRunner
 
 OPTIONS = {name: getattr(LIMITS, name) for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens")}
 LONG_PROMPT = np.random.default_rng(1).integers(3, 2048, 300).tolist()  # a block of it is kept, with a record
@@ -103,6 +105,20 @@ def test_engine_two_callers_of_a_failed_step_both_raise(llm, answers, monkeypatc
     works(llm, answers)
 
 
+def test_engine_a_failed_step_reaches_submitted_requests(llm, answers, monkeypatch):
+    outputs = queue.SimpleQueue()
+    endless = dataclasses.replace(GREEDY, max_tokens=200)
+    with monkeypatch.context() as patch:
+        patch.setattr(model_steps, "decode", failing(model_steps.decode, times=10**9, skip=3))
+        for request in llm.make_requests(PROMPTS[:2], endless):
+            llm.engine_loop.submit(request, outputs.put)
+        errors = 0
+        while errors < 2:
+            errors += isinstance(outputs.get(timeout=300), Injected)
+    works(llm, answers)
+    assert not llm.engine_loop._submitted
+
+
 def test_engine_a_failing_wipe_ends_in_a_sound_engine(monkeypatch, answers):
     """Damaged logits of one request, and then the program that wipes its pages fails too."""
     damaged = next(i for i in range(300, 2048) if not any(i in ids for ids in [*answers, *PROMPTS]))
@@ -114,13 +130,13 @@ def test_engine_a_failing_wipe_ends_in_a_sound_engine(monkeypatch, answers):
             with pytest.raises(Injected):
                 llm.generate([*PROMPTS, [damaged]], GREEDY)
         works(llm, answers)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(llm.engine._kv_caches))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(llm.engine.model_runner.caches))
 
 
 def test_engine_a_reset_that_fails_is_tried_again(llm, answers, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(model_steps, "decode", failing(model_steps.decode))
-        patch.setattr(Engine, "_allocate", failing(Engine._allocate, times=2))
+        patch.setattr(ModelRunner, "reset", failing(ModelRunner.reset, times=2))
         for _ in range(2):  # the second call meets the second reset
             with pytest.raises(Injected):
                 llm.generate(PROMPTS, GREEDY)
@@ -130,14 +146,15 @@ def test_engine_a_reset_that_fails_is_tried_again(llm, answers, monkeypatch):
 def test_engine_drops_what_the_device_cached_and_counts_on(llm, answers, monkeypatch):
     works(llm, answers)
     before = llm.stats()
-    assert before["pages_cached"] > 0
+    assert before["num_blocks_cached"] > 0
     with monkeypatch.context() as patch:
         patch.setattr(model_steps, "decode", failing(model_steps.decode))
         with pytest.raises(Injected):
             llm.generate([[5]], GREEDY)
     after = llm.stats()
-    assert after["pages_cached"] == after["records_kept"] == after["pages_in_use"] == 0
-    assert after["queries"] >= before["queries"] and after["hits"] >= before["hits"] > 0
+    assert after["num_blocks_cached"] == after["num_snapshots_cached"] == after["num_blocks_in_use"] == 0
+    assert after["prefix_cache_queries"] >= before["prefix_cache_queries"]
+    assert after["prefix_cache_hits"] >= before["prefix_cache_hits"] > 0
 
 
 @pytest.mark.parametrize("where", ["pack_blocks", "unpack_blocks"])
@@ -150,7 +167,7 @@ def test_engine_tiers_survive_an_error_between_them_and_the_device(model, plain,
         engine_harness.new_books(engine, pages=2)
         tokens = lambda one: drive(engine, [one])[0].tokens
         assert [tokens(one) for one in asked[:2]] == want[:2]
-        assert engine.kv_connector.flush(engine._kv_caches, LONG)
+        assert engine.kv_connector.flush(engine.model_runner.caches, LONG)
         held = engine.stats()["host_blocks"]
         assert held == 2
         with monkeypatch.context() as patch:
@@ -217,7 +234,7 @@ def test_interrupt_ends_a_call_while_its_step_is_still_under_way(llm, answers, m
         patch.setattr(Engine, "step", slow)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(PROMPTS, GREEDY)
-        assert inside.is_set() and llm._loop._driving.locked()
+        assert inside.is_set() and llm.engine_loop._driving.locked()
         gate.set()
     signal.signal(signal.SIGINT, before)
     works(llm, answers)
@@ -243,7 +260,7 @@ def test_an_llm_that_nobody_holds_is_freed(model, tokenizer):
     llm = LLM(model, tokenizer=tokenizer, **OPTIONS)
     stream = llm.stream(PROMPTS, dataclasses.replace(GREEDY, max_tokens=200))
     next(stream)
-    thread, gone = llm._loop._shared.thread, weakref.ref(llm.engine)
+    thread, gone = llm.engine_loop._shared.thread, weakref.ref(llm.engine)
     del llm, stream
     thread.join(60)
     gc.collect()

@@ -15,7 +15,7 @@ from v4jax import config
 from v4jax.cache import block_hash
 from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES
 from v4jax.serve.engine import Engine
-from v4jax.serve.sampling import SamplingParams
+from v4jax.serve.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.slow
 
@@ -36,18 +36,21 @@ POOLS = [".layers[1][0].entries", ".layers[1][0].index_keys", ".layers[2][0].ent
 
 def leaves(engine):
     """Arrays of the cache by name."""
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(engine._kv_caches)}
+    return {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(engine.model_runner.caches)
+    }
 
 
 def change(engine, touch):
     """Put touch(name, array) in the place of every array of the cache; it may write to the numpy array it gets."""
     new = lambda path, leaf: jax.device_put(touch(jax.tree_util.keystr(path), np.array(leaf)))
-    engine._kv_caches = jax.tree_util.tree_map_with_path(new, engine._kv_caches)
+    engine.model_runner.caches = jax.tree_util.tree_map_with_path(new, engine.model_runner.caches)
 
 
 def boundary(engine):
     """(names, pages, record) that the last whole block of the prompt stands on."""
-    names = block_hash.block_hashes(block_hash.hash_seed(engine._seed, salt=""), PROMPT, BLOCK)
+    names = block_hash.block_hashes(block_hash.hash_seed(engine.hash_seed, salt=""), PROMPT, BLOCK)
     blocks = engine.schedulers[0].block_pool
     return names, [blocks._page[name] for name in names], blocks._record[names[-1]]
 
@@ -78,15 +81,16 @@ def test_every_leaf_belongs_to_a_page_or_to_a_record(model, layout):
         pool, plane = re.fullmatch(r"(.*\.(?:entries|index_keys))(\..*)", name).groups()
         assert pool in POOLS and named[name].shape[0] == pages
     # And the engine holds no other arrays: the heads follow from the tokens, tables from the books.
+    runner = engine.model_runner
     arrays = lambda value: any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
-    held = {name for name, value in vars(engine).items() if arrays(value)}
-    assert held == {"_weights", "_kv_caches", "_decode_state", "_device_tables"}
-    assert all(leaf.shape[0] == 1 + LIMITS.max_num_seqs for leaf in [*engine._decode_state, engine._device_tables])
+    held = {name for name, value in vars(runner).items() if arrays(value)}
+    assert held == {"weights", "caches", "decode_state", "block_tables"}
+    assert all(leaf.shape[0] == 1 + LIMITS.max_num_seqs for leaf in [*runner.decode_state, runner.block_tables])
 
 
 def test_going_on_from_a_record_gives_every_bit_of_the_uninterrupted_run(kept, uninterrupted):
     assert drive(kept, ASKED) == uninterrupted
-    assert kept.stats()["hits"] == 2
+    assert kept.stats()["prefix_cache_hits"] == 2 * BLOCK
 
 
 def test_pages_and_a_record_are_all_it_takes(model, kept, uninterrupted):
@@ -94,7 +98,7 @@ def test_pages_and_a_record_are_all_it_takes(model, kept, uninterrupted):
     names, pages, record = boundary(kept)
     source, rng = leaves(kept), np.random.default_rng(0)
     engine = Engine(model, LIMITS)
-    blocks, seed = engine.schedulers[0].block_pool, block_hash.hash_seed(engine._seed, salt="")
+    blocks, seed = engine.schedulers[0].block_pool, block_hash.hash_seed(engine.hash_seed, salt="")
     given = blocks.allocate(5)
     moved = [given[4], given[2]]
     blocks.cache_block(seed, names[0], moved[0])
@@ -115,10 +119,12 @@ def test_pages_and_a_record_are_all_it_takes(model, kept, uninterrupted):
         return array
 
     change(engine, touch)
-    engine._decode_state = jax.tree.map(lambda a: jax.device_put(np.full(a.shape, 99, np.int32)), engine._decode_state)
+    engine.model_runner.decode_state = jax.tree.map(
+        lambda a: jax.device_put(np.full(a.shape, 99, np.int32)), engine.model_runner.decode_state
+    )
     blocks.commit_snapshot(b"another's", blocks._record[b"another's"], valid=False)
     assert drive(engine, ASKED) == uninterrupted
-    assert engine.stats()["hits"] == 2
+    assert engine.stats()["prefix_cache_hits"] == 2 * BLOCK
 
 
 OVERLAP = slice(MODEL.compress_rate_csa, None)  # slots of the last window, as a block is a whole number of tails
@@ -144,7 +150,7 @@ def test_what_a_record_needs_at_a_boundary(kept, uninterrupted, name, slots, nee
 
     change(kept, touch)
     assert (drive(kept, ASKED) != uninterrupted) == needed
-    assert kept.stats()["hits"] == 2
+    assert kept.stats()["prefix_cache_hits"] == 2 * BLOCK
 
 
 @pytest.mark.parametrize("pool", POOLS)

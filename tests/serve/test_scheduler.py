@@ -62,7 +62,7 @@ def test_records_are_kept_at_the_last_boundary_and_periodically():
         world = World(pages=20, records=9, snapshot_interval_blocks=every)
         world.add(0, list(range(11)), 1)
         world.drain()
-        assert world.scheduler.stats()["records_kept"] == records
+        assert world.scheduler.stats()["num_snapshots_cached"] == records
 
 
 def test_decoding_moves_one_record_along(endless):
@@ -127,8 +127,9 @@ def test_a_prefix_is_found_up_to_the_last_record_and_by_its_own_tenant_only():
         solo(s, prompt, 1) for s in ["", "", *["other"] * 2, *[None] * 2]
     ]
     stats = world.scheduler.stats()
-    assert stats["hits"] == 6 and stats["queries"] == 12 and stats["repeated"] == 6
-    assert stats["pages_cached"] == 6
+    tokens = [stats[f"prefix_cache_{name}"] for name in ("hits", "queries", "repeats")]
+    assert tokens == [6 * 2, 12 * 2, 6 * 2]  # two a block
+    assert stats["num_blocks_cached"] == 6
 
 
 def test_a_burst_with_one_prefix_waits_for_the_first_to_compute_it():
@@ -136,8 +137,8 @@ def test_a_burst_with_one_prefix_waits_for_the_first_to_compute_it():
     for id in range(6):
         world.add(id, [1, 2, 3, 4, 5, 6, 10 + id], 2)
     world.drain()
-    assert world.scheduler.stats()["hits"] == 5 * 3
-    assert world.scheduler.stats()["preemptions"] == 0
+    assert world.scheduler.stats()["prefix_cache_hits"] == 5 * 3 * 2
+    assert world.scheduler.stats()["num_preemptions"] == 0
 
 
 def test_nobody_waits_for_a_record_that_could_not_be_kept(endless):
@@ -164,11 +165,11 @@ def test_what_ends_keeps_its_pages_until_the_plan_under_way_is_committed(endless
     world.flight.pop(0)
     assert row.status is RequestStatus.FINISHED
     assert row.block_ids
-    assert world.scheduler.stats()["pages_in_use"] == len(row.block_ids)
+    assert world.scheduler.stats()["num_blocks_in_use"] == len(row.block_ids)
     with pytest.raises(ValueError, match="in the order"):
         world.scheduler.update_from_output(first, {})
     world.scheduler.update_from_output(second, {})
-    assert not row.block_ids and not world.scheduler.busy and world.scheduler.stats()["pages_in_use"] == 0
+    assert not row.block_ids and not world.scheduler.busy and world.scheduler.stats()["num_blocks_in_use"] == 0
     world.scheduler.check_invariants()
 
 
@@ -212,9 +213,10 @@ def test_ending_at_any_moment_frees_everything(endless, steps, under_way, how):
     while world.flight:
         world.commit()
     stats = world.scheduler.stats()
-    assert not world.scheduler.busy and stats["pages_in_use"] == 0
+    assert not world.scheduler.busy and stats["num_blocks_in_use"] == 0
     if how == "fail_request":
-        assert stats["pages_cached"] == stats["records_kept"] == 0 and not set(own) & set(world.blocks._page.values())
+        assert stats["num_blocks_cached"] == stats["num_snapshots_cached"] == 0
+        assert not set(own) & set(world.blocks._page.values())
     else:
         ends = [row.block_hashes.index(name) + 1 for name in world.blocks._record]
         assert all(world.blocks.match_prefix(row.block_hashes[:end])[0] == end for end in ends), (
@@ -280,4 +282,4 @@ def test_a_burst_of_200_into_a_pool_for_8_gets_every_answer_right():
         world.add(id, [id % 2, 2, 3, 3, 1, 1, id % 3, 1, 1][: 3 + id % 7], 1 + id % 9)
     world.drain()
     assert all(row.status is RequestStatus.FINISHED for row in world.everyone.values())
-    assert world.scheduler.stats()["hits"] > 0
+    assert world.scheduler.stats()["prefix_cache_hits"] > 0

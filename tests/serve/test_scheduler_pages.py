@@ -39,7 +39,7 @@ def test_what_just_fits_is_admitted_and_the_next_waits_for_a_block_more_than_its
     for id in range(2):
         world.add(id, [id, 2, 3], 3)
     world.drain()
-    assert world.scheduler.stats()["preemptions"] == 0
+    assert world.scheduler.stats()["num_preemptions"] == 0
 
 
 def test_younger_ones_get_no_pages_while_an_older_one_waits_for_some(endless):
@@ -64,8 +64,8 @@ def test_the_youngest_is_preempted_and_resumes_with_the_same_answer(endless):
     world.drain()
     rows = world.everyone
     assert rows[0].preemptions == 0 and rows[2].preemptions > 0
-    assert world.scheduler.stats()["preemptions"] == sum(row.preemptions for row in rows.values())
-    assert world.scheduler.stats()["queries"] == 3  # coming back is no new query
+    assert world.scheduler.stats()["num_preemptions"] == sum(row.preemptions for row in rows.values())
+    assert world.scheduler.stats()["prefix_cache_queries"] == 3 * 2  # coming back is no new query
     assert all(len(row.tokens) == 12 for row in rows.values())
 
 
@@ -106,12 +106,12 @@ def test_only_as_many_as_needed_are_preempted_while_pages_are_on_their_way(endle
     for id in range(4):
         world.add(id, [id] * 7, 9)
     row = world.everyone[2]
-    until(world, lambda: world.scheduler.stats()["preemptions"], ahead=1)
+    until(world, lambda: world.scheduler.stats()["num_preemptions"], ahead=1)
     assert row.status is RequestStatus.PREEMPTED and row.block_ids and row.state_slot
     while len(world.flight) > 1:
         world.commit()
     world.step()
-    assert world.scheduler.stats()["preemptions"] == 1
+    assert world.scheduler.stats()["num_preemptions"] == 1
     world.drain()
 
 

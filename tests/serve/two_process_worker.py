@@ -16,7 +16,7 @@ from v4jax import config
 from v4jax.cache.offload import disk_tier
 from v4jax.parallel import distributed
 from v4jax.serve import LLM
-from v4jax.serve.sampling import SamplingParams
+from v4jax.serve.sampling_params import SamplingParams
 
 TOKENS = 512  # room on a device: one conversation
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)

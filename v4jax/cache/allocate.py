@@ -85,10 +85,11 @@ def contiguous_caches(model: Transformer, batch: int, tokens: int) -> KVCacheLis
 
 
 def memory_stats(kv_caches) -> dict[str, float]:
-    """Return `kv_bytes` (bytes on the device) and `kv_host_bytes` (bytes in host memory) of all caches in `kv_caches`.
+    """Return the bytes of all caches in `kv_caches`, `kv_device_used_bytes` and `kv_host_used_bytes`.
 
-    With host-resident entries, `hot_hits` and `hot_misses` count top-k entries of decode steps over all layers that
-    were found on the device and that were fetched; `hot_fetched_bytes` are the bytes fetched.
+    With host-resident entries, `device_entry_cache_hits` and `device_entry_cache_misses` count top-k entries of decode
+    steps over all layers that were found on the device and that were fetched; `device_entry_cache_fetched_bytes` are
+    the bytes fetched, and `device_entry_cache_hit_rate` is the fraction of hits.
     """
     held = {False: 0, True: 0}
     for array in jax.tree.leaves(kv_caches):
@@ -98,16 +99,16 @@ def memory_stats(kv_caches) -> dict[str, float]:
         for one in jax.tree.leaves(kv_caches, is_leaf=lambda a: isinstance(a, PagedLayerCache))
         if one.device_cache is not None
     ]
-    counts = {"kv_bytes": held[False], "kv_host_bytes": held[True]}
+    counts = {"kv_device_used_bytes": held[False], "kv_host_used_bytes": held[True]}
     if not caches:
         return counts
     counters = jax.device_get([one.device_cache.counters_5 for one in caches])
     hits, misses = sum(read_counters(count_5) for count_5 in counters).tolist()
     return counts | {
-        "hot_hits": hits,
-        "hot_misses": misses,
-        "hot_hit_rate": hits / max(hits + misses, 1),
-        "hot_fetched_bytes": misses * caches[0].entries.row_bytes,
+        "device_entry_cache_hits": hits,
+        "device_entry_cache_misses": misses,
+        "device_entry_cache_hit_rate": hits / max(hits + misses, 1),
+        "device_entry_cache_fetched_bytes": misses * caches[0].entries.row_bytes,
     }
 
 

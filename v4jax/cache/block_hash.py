@@ -1,8 +1,9 @@
 """Block hashes: a hash chain over token ids, so that equal hashes mean equal cache contents.
 
-The chain starts at a seed, which covers everything besides the tokens that the contents depend on: the weights
-themselves (training changes them under one name), config, precision, cache format and a tenant's salt. A difference in
-any of them gives a cache miss, never a false hit.
+The chain starts at a seed, which covers everything that the contents of every block depend on besides the tokens: the
+weights themselves (training changes them under one name), config, precision, cache format and a tenant's salt. What
+only some tokens depend on, such as the image behind placeholder tokens, is an extra key of the blocks of these tokens.
+A difference in any of them gives a cache miss, never a false hit.
 """
 
 from __future__ import annotations
@@ -10,11 +11,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
 SIZE = 16  # bytes per hash
 _PIECE = 16 << 20  # bytes that one thread hashes at a time; changing it changes `tree_digest`
+
+
+class ExtraKey(NamedTuple):
+    """Content that the token ids of a request do not tell; vLLM's `generate_block_hash_extra_keys` has the same parts.
+
+    Attributes:
+      identifier: hash or name of the content, such as the content hash of an image, or an adapter's id.
+      offset: position of the first token that depends on the content, such as the first placeholder token of an image.
+      length: number of these tokens; None for all tokens from `offset` on, generated ones too (an adapter).
+    """
+
+    identifier: str
+    offset: int = 0
+    length: int | None = None
 
 
 def hash_seed(weights_digest: bytes, *parts: object, salt: str = "") -> bytes:
@@ -32,23 +48,50 @@ def hash_seed(weights_digest: bytes, *parts: object, salt: str = "") -> bytes:
     return whole.digest()
 
 
-def block_hashes(parent: bytes, token_ids: Sequence[int] | np.ndarray, block: int) -> list[bytes]:
+def block_hashes(
+    parent: bytes,
+    token_ids: Sequence[int] | np.ndarray,
+    block: int,
+    *,
+    extra_keys: Sequence[ExtraKey] = (),
+    start: int = 0,
+) -> list[bytes]:
     """Return the hashes of the full blocks that follow `parent`. Tokens after the last full block are ignored.
 
-    A hash is blake2b over the preceding hash and the block's token ids as little-endian int32.
+    A hash is blake2b over the preceding hash, the block's token ids as little-endian int32 and the extra keys of the
+    block. Without extra keys it is blake2b over the former two alone.
 
     Args:
       parent: the seed or the hash of the preceding block.
       token_ids: token ids, which must fit in int32.
       block: tokens per block.
+      extra_keys: extra keys of the request. A key belongs to every block that has one of its tokens, and to the
+        position of its first token in that block.
+      start: position of token_ids[0] in the request, to which the offsets of the extra keys are relative.
     """
     count = len(token_ids) // block
+    extra_keys = sorted(extra_keys, key=lambda key: (key.offset, key.identifier))
     data = memoryview(np.asarray(token_ids[: count * block], "<i4").tobytes())
     names, size = [], 4 * block
-    for start in range(0, len(data), size):
-        parent = hashlib.blake2b(parent + data[start : start + size], digest_size=SIZE).digest()
+    for begin in range(0, len(data), size):
+        first = start + begin // 4
+        extra = _encode_extra_keys(extra_keys, first, first + block)
+        parent = hashlib.blake2b(parent + data[begin : begin + size] + extra, digest_size=SIZE).digest()
         names.append(parent)
     return names
+
+
+def _encode_extra_keys(extra_keys: Sequence[ExtraKey], start: int, end: int) -> bytes:
+    """Return the sorted extra keys of the tokens from `start` to `end` as bytes, b"" if there are none.
+
+    The offset of a key is relative to `start`. It is negative if the block holds a later part of the content.
+    """
+    found = b""
+    for identifier, offset, length in extra_keys:
+        if offset < end and (length is None or start < offset + length):
+            data = identifier.encode()
+            found += (offset - start).to_bytes(8, "little", signed=True) + len(data).to_bytes(4, "little") + data
+    return found
 
 
 def tree_digest(arrays: Mapping[str, np.ndarray]) -> bytes:

@@ -62,7 +62,7 @@ class BlockPool:
         self.reset()
         self._ever_seen: OrderedDict[bytes, None] = OrderedDict()
         self._remember = remember
-        self._count = Counter(queries=0, hits=0, repeated=0, evictions=0, record_evictions=0)
+        self._count = Counter(queries=0, hits=0, repeated=0, num_block_evictions=0, num_snapshot_evictions=0)
         # Arguments: kind, parent hash, block hash, block or slot id, whether it is being evicted.
         self.on_idle: Callable[[str, bytes, bytes, int, bool], None] | None = None
 
@@ -228,7 +228,7 @@ class BlockPool:
         del self._idle[page], self._name[page], self._page[name]
         self.drop_snapshot(name)  # no lookup can reach it without its block
         self._free.append(page)
-        self._count["evictions"] += 1
+        self._count["num_block_evictions"] += 1
 
     def _notify(self, kind: str, name: bytes, leaves: bool) -> None:
         """Call `on_idle` if the block of the hash is idle and there is such a block or committed snapshot."""
@@ -257,7 +257,7 @@ class BlockPool:
                 return None
             self._notify("record", old, True)
             self.drop_snapshot(old)
-            self._count["record_evictions"] += 1
+            self._count["num_snapshot_evictions"] += 1
         record = self._free_slots.pop()
         self._record[name] = record
         self._uncommitted.add(name)
@@ -327,22 +327,24 @@ class BlockPool:
         """Return the state of the pool and its counters.
 
         Returns:
-          pages_free, pages_cached (idle), pages_in_use: current number of blocks in each state.
-          records_spare, records_kept: current number of free snapshot slots and of findable or reserved snapshots.
+          num_blocks_free, num_blocks_cached (idle), num_blocks_in_use: current number of blocks in each state.
+          num_snapshots_free, num_snapshots_cached: current number of free snapshot slots and of findable or reserved
+            snapshots.
           queries, hits, repeated: blocks since the start that requests looked up, that they reused, and that they
             reused or had looked up before.
-          evictions, record_evictions: blocks evicted since the start, and snapshots evicted to make room for others.
+          num_block_evictions, num_snapshot_evictions: blocks evicted since the start, and snapshots evicted to make
+            room for others.
           hit_rate: hits / queries.
           hit_ceiling: repeated / queries, the hit rate of an unlimited cache. It is an underestimate if more than
             `remember` hashes were looked up.
         """
         queries = max(self._count["queries"], 1)
         return {
-            "pages_free": len(self._free),
-            "pages_cached": len(self._idle),
-            "pages_in_use": self.capacity - len(self._free) - len(self._idle),
-            "records_spare": len(self._free_slots),
-            "records_kept": len(self._record),
+            "num_blocks_free": len(self._free),
+            "num_blocks_cached": len(self._idle),
+            "num_blocks_in_use": self.capacity - len(self._free) - len(self._idle),
+            "num_snapshots_free": len(self._free_slots),
+            "num_snapshots_cached": len(self._record),
             **self._count,
             "hit_rate": self._count["hits"] / queries,
             "hit_ceiling": self._count["repeated"] / queries,

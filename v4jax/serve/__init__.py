@@ -2,7 +2,7 @@
 
 from v4jax.config import Mesh as MeshConfig
 from v4jax.serve.llm import LLM
-from v4jax.serve.outputs import CompletionOutput, RequestOutput
-from v4jax.serve.sampling import Logprob, SamplingParams
+from v4jax.serve.outputs import CompletionOutput, Logprob, RequestOutput
+from v4jax.serve.sampling_params import SamplingParams
 
 __all__ = ["LLM", "CompletionOutput", "Logprob", "MeshConfig", "RequestOutput", "SamplingParams"]

@@ -1,20 +1,28 @@
 """Shares one engine among callers on many threads; a separate thread runs the engine's steps while there is work.
 
-Callers submit requests to the loop and wait for text. The requests of all callers share the engine's batch. Python
-handles signals (Ctrl-C, SIGALRM) in the main thread, so a signal ends the wait of one caller at once and never
-interrupts a step. The thread starts with the first request and ends when no work is left. An unreferenced `LLM` can
-therefore be freed, and a program ends without waiting for an idle thread.
+`EngineLoop.run` waits for the outputs of requests, `submit` passes them to a callback, and `generate` to a coroutine.
+The requests of all callers share the engine's batch. Python handles signals (Ctrl-C, SIGALRM) in the main thread, so a
+signal ends the wait of one caller at once and never interrupts a step. The thread starts with the first request and
+ends when no work is left. An unreferenced `LLM` can therefore be freed, and a program ends without waiting for an idle
+thread.
 
-The loop holds only weak references to calls. Before every step it looks for calls that were interrupted, closed or
-garbage collected, and aborts their requests. An exception in the engine ends all running requests, every caller raises
-it, and the engine resets itself (`engine.Engine.reset`).
+The loop holds only weak references to the calls of `run`. Before every step it looks for calls that were interrupted,
+closed or garbage collected, and aborts their requests. An exception in the engine ends all running requests, every
+caller gets it, and the engine resets itself (`engine.Engine.reset`).
 
 With several processes, all processes must run the same steps. The caller's own thread then runs the steps, only one
-thread may call, and after an exception the engine is unusable.
+thread may call `run`, nobody `submit`, and after an exception the engine is unusable.
+
+When the process ends, loops that were not closed end their threads and store the idle blocks of their engines. A loop
+that is garbage collected stores none: the collector may run in any thread and while it holds any lock, also one that
+the copy to the tiers needs. Neither does a process that a signal kills.
 """
 
 from __future__ import annotations
 
+import asyncio
+import atexit
+import functools
 import itertools
 import logging
 import os
@@ -22,49 +30,41 @@ import queue
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 
 from v4jax.core.errors import UserError
 from v4jax.serve.engine import Engine, SampledTokens
-from v4jax.serve.sampling import SamplingParams
+from v4jax.serve.output_processor import RequestState
+from v4jax.serve.outputs import RequestOutput
 
 _CLOSED = "this LLM is closed; make a new one to generate"
 _log = logging.getLogger(__name__)
-
-
-class OutputProcessor(Protocol):
-    """One request of a caller: the input of the engine, and the object that receives its output.
-
-    prompt_ids: token ids of the prompt. sampling: sampling options. finish_reason: None until the request has ended;
-    the caller reads results only then. The loop's thread calls both methods.
-    """
-
-    prompt_ids: list[int]
-    sampling: SamplingParams
-    finish_reason: str | None
-
-    def take(self, drawn: SampledTokens) -> None:
-        """Append the tokens of one step; set `finish_reason` if they end the request."""
-        ...
-
-    def shown(self) -> str:
-        """Return the text to stream that became complete since the last call; may be ""."""
-        ...
+_loops: weakref.WeakSet[EngineLoop] = weakref.WeakSet()
 
 
 class _Call:
-    """The requests of one `EngineLoop.run`.
+    """Requests that one caller waits for.
 
-    events: (index of the request, new text), and at the end None or the exception that ended the call. left: the caller
-    no longer waits.
+    Attributes:
+        ids: request id -> index in `requests`.
+        stream: whether the caller wants outputs while they are generated.
+        notify: takes (index, output), and at the end None or the exception that ended the call. The thread of the
+            engine calls it.
+        left: the caller no longer waits.
     """
 
-    def __init__(self, requests: Sequence[OutputProcessor], stream: bool):
-        self.requests, self.stream, self.left = requests, stream, False
-        self.events: queue.SimpleQueue[tuple[int, str] | BaseException | None] = queue.SimpleQueue()
+    def __init__(
+        self,
+        requests: Sequence[RequestState],
+        ids: Iterator[int],
+        stream: bool,
+        notify: Callable[[tuple[int, RequestOutput] | BaseException | None], object],
+    ):
+        self.requests, self.stream, self.notify, self.left = requests, stream, notify, False
+        self.ids = {next(ids): index for index in range(len(requests))}
 
 
 class _Shared:
@@ -89,38 +89,117 @@ class EngineLoop:
         self._inbox: queue.SimpleQueue[weakref.ref[_Call]] = queue.SimpleQueue()
         self._tasks: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue]] = queue.SimpleQueue()
         self._due: list[tuple[Callable[[], Any], queue.SimpleQueue]] = []  # tasks to run at the end of this turn
-        self._running: dict[weakref.ref[_Call], dict[int, int]] = {}  # per call: request id -> index
+        self._submitted: dict[int, _Call] = {}  # calls of `submit`, which nobody else may hold
+        self._running: dict[weakref.ref[_Call], set[int]] = {}  # ids of the running requests of each call
         self._call: dict[int, weakref.ref[_Call]] = {}  # running request id -> its call
         self._ended: list[tuple[weakref.ref[_Call], BaseException | None]] = []  # calls to notify
-        # Also runs at process exit, before the tiers are closed, because no thread may compute while JAX shuts down.
         weakref.finalize(self, _stop, self._shared)
+        _loops.add(self)
+        _register_exit_handler()
 
     # --- called by any thread --------------------------------------------------------------------------------------
 
-    def run(self, requests: Sequence[OutputProcessor], stream: bool = False) -> Iterator[tuple[int, str]]:
+    def run(self, requests: Sequence[RequestState], stream: bool = False) -> Iterator[tuple[int, RequestOutput]]:
         """Run requests to their end.
+
+        Closing the iterator aborts the requests that are left.
 
         Args:
             requests: requests that `Engine.check` accepted.
-            stream: yield the text of the requests as it is generated; otherwise nothing is yielded.
+            stream: yield what the requests generate as it is generated; otherwise nothing is yielded.
 
         Yields:
-            (index of the request, new text); the text is never empty.
+            (index of the request, `RequestState.delta` after a step).
 
         Raises:
             UserError: the loop is closed, or is closed before the requests end.
             BaseException: any exception that left a step of the engine.
         """
-        call = _Call(requests, stream)
+        events: queue.SimpleQueue = queue.SimpleQueue()
+        call = _Call(requests, self._ids, stream, events.put)
         try:
             self._check_open()
             self._inbox.put(weakref.ref(call))
-            while (event := self._next(call.events)) is not None:
+            while (event := self._next(events)) is not None:
                 if isinstance(event, BaseException):
                     raise event
                 yield event
         finally:
             call.left = True
+
+    def submit(self, request: RequestState, on_output: Callable[[RequestOutput | BaseException], object]) -> int:
+        """Run one request and return at once; any thread may call it.
+
+        Args:
+            request: a request that `Engine.check` accepted.
+            on_output: takes `RequestState.delta` after every step with new tokens, up to one that is `finished`, or an
+                exception: a UserError if the loop is closed, else one that left a step of the engine. The thread of the
+                engine calls it between two steps, so it must be quick. If it raises, the request is aborted.
+
+        Returns:
+            The id of the request, for `abort`.
+
+        Raises:
+            UserError: the loop is closed, or the engine has several processes, whose steps the caller of `run` makes.
+        """
+        self._check_open()
+        if self._inline:
+            raise UserError("an engine of several processes computes in the thread of its caller; use LLM.generate")
+
+        def notify(event: tuple[int, RequestOutput] | BaseException | None) -> None:
+            if event is None and request.finish_reason is None:
+                request.abort()
+                event = (0, request.delta())
+            if event is not None:
+                on_output(event if isinstance(event, BaseException) else event[1])
+
+        call = _Call([request], self._ids, True, notify)
+        [id] = call.ids
+        self._submitted[id] = call
+        self._inbox.put(weakref.ref(call))
+        self._wake()
+        return id
+
+    def abort(self, request_id: int) -> None:
+        """End a request of `submit` before the next step; its last output has the finish_reason "abort".
+
+        Any thread may call it. An id of a request that has ended is ignored.
+        """
+        if (call := self._submitted.get(request_id)) is not None:
+            call.left = True
+
+    async def generate(self, request: RequestState) -> AsyncIterator[RequestOutput]:
+        """Run one request from an asyncio event loop.
+
+        Closing the iterator, or cancelling its task, aborts the request.
+
+        Args:
+            request: a request that `Engine.check` accepted.
+
+        Yields:
+            `RequestState.delta` after every step with new tokens; the last one is `finished`.
+
+        Raises:
+            UserError, BaseException: see `submit`.
+        """
+        event_loop = asyncio.get_running_loop()
+        outputs: asyncio.Queue[RequestOutput | BaseException] = asyncio.Queue()
+        reading, output = True, None
+
+        def put(output: RequestOutput | BaseException) -> None:
+            if reading:  # else the event loop may have ended
+                event_loop.call_soon_threadsafe(outputs.put_nowait, output)
+
+        id = self.submit(request, put)
+        try:
+            while output is None or not output.finished:
+                output = await outputs.get()
+                if isinstance(output, BaseException):
+                    raise output
+                yield output
+        finally:
+            reading = False
+            self.abort(id)
 
     def do(self, task: Callable[[], Any]) -> Any:
         """Call `task` between two steps, when it may use the engine, and return its result."""
@@ -134,16 +213,34 @@ class EngineLoop:
 
         Args:
             seconds: maximum wait for the engine to finish its current step and close; None waits without limit. After
-                that time the engine closes in the background, if it still can.
+                that time the engine closes in the background, if it still can. With several processes, whose steps wait
+                for each other, the end of this process does not wait for that; with one it does.
         """
         self._check_process()
         self._shared.closing = True
         answer: queue.SimpleQueue = queue.SimpleQueue()
         self._tasks.put((self._engine.close, answer))
         try:
-            self._answer(self._next(answer, seconds))
+            if self._inline and seconds is not None:
+                self._answer(self._close_in_thread(answer, seconds))
+            else:
+                self._answer(self._next(answer, seconds))
         except queue.Empty:
             _log.info("the engine is still at a step after %s seconds and is not closed", seconds)
+
+    def _close_in_thread(self, answer: queue.SimpleQueue, seconds: float) -> Any:
+        """Run the engine in a thread until the task of `close` is done; raise queue.Empty after `seconds`."""
+
+        def run() -> None:
+            try:
+                with self._driving, jax.default_device(self._device):
+                    while answer.empty():
+                        self._turn()
+            except BaseException as error:  # BaseException, because the caller waits for this thread
+                answer.put((False, error))
+
+        threading.Thread(target=run, name="v4jax-engine", daemon=True).start()
+        return answer.get(timeout=seconds)
 
     def _check_open(self) -> None:
         self._check_process()
@@ -161,15 +258,15 @@ class EngineLoop:
         """Return the caller's next event.
 
         The caller waits for the loop's thread, which is started if it is not running. With several processes the
-        caller's thread runs the engine itself, and `seconds` is ignored.
+        caller's thread runs the engine itself, without a time limit.
 
         Raises:
             queue.Empty: the loop's thread sent no event within `seconds`.
             UserError: with several processes, another thread is running the engine.
         """
         if not self._inline:
-            if events.empty() and not self._driving.locked():
-                threading.Thread(target=self._drive, name="v4jax-engine", daemon=True).start()
+            if events.empty():
+                self._wake()
             return events.get(timeout=seconds)
         while events.empty():
             if not self._driving.acquire(blocking=False):
@@ -179,6 +276,11 @@ class EngineLoop:
             finally:
                 self._driving.release()
         return events.get()
+
+    def _wake(self) -> None:
+        """Start the thread of the engine if it is not running."""
+        if not self._driving.locked():
+            threading.Thread(target=self._drive, name="v4jax-engine", daemon=True).start()
 
     def _answer(self, event: tuple[bool, Any]) -> Any:
         worked, result = event
@@ -235,13 +337,16 @@ class EngineLoop:
             ref = self._inbox.get()
             if (call := ref()) is None:
                 continue
-            ids = self._running[ref] = {}
+            self._running[ref] = set()
             if self._shared.closing:
                 continue
-            for index, request in enumerate(call.requests):
-                ids[id := next(self._ids)], self._call[id] = index, ref
-                self._engine.add_request(id, request.prompt_ids, request.sampling)
-            if not ids:  # no prompts
+            self._running[ref].update(call.ids)
+            for id, index in call.ids.items():
+                self._call[id], request = ref, call.requests[index]
+                self._engine.add_request(
+                    id, request.prompt_token_ids, request.sampling, request.cache_salt, request.extra_keys
+                )
+            if not call.ids:  # no prompts
                 self._end(ref)
         closing = self._shared.closing
         for ref in [ref for ref in self._running if closing or (call := ref()) is None or call.left]:
@@ -252,19 +357,19 @@ class EngineLoop:
         ref = self._call.get(drawn.id)
         if ref is None or (call := ref()) is None:
             return
-        ids = self._running[ref]
-        request = call.requests[ids[drawn.id]]
+        index = call.ids[drawn.id]
+        request = call.requests[index]
         try:
-            request.take(drawn)
-            text = request.shown() if call.stream else ""
+            request.update(drawn)
+            if call.stream and (output := request.delta()) is not None:
+                call.notify((index, output))
         except Exception as error:  # such as a failing tokenizer; other callers are not affected
             return self._cancel(ref, error)
-        if text:
-            call.events.put((ids[drawn.id], text))
         if request.finish_reason is not None:
             self._engine.finish_request(drawn.id)
-            del ids[drawn.id], self._call[drawn.id]
-            if not ids:
+            self._running[ref].remove(drawn.id)
+            del self._call[drawn.id]
+            if not self._running[ref]:
                 self._end(ref)
 
     def _cancel(self, ref: weakref.ref[_Call], error: BaseException | None) -> None:
@@ -283,7 +388,7 @@ class EngineLoop:
 
     def _end(self, ref: weakref.ref[_Call], error: BaseException | None = None) -> None:
         for id in self._running.pop(ref):
-            del self._call[id]
+            self._call.pop(id, None)
         self._ended.append((ref, error))
 
     def _tell(self) -> None:
@@ -291,13 +396,43 @@ class EngineLoop:
         ended, self._ended = self._ended, []
         for ref, error in ended:
             if (call := ref()) is not None:
-                call.events.put(error)
+                self._notify_end(call, error)
         due, self._due = self._due, []
         for task, answer in due:
             try:
                 answer.put((True, task()))
             except BaseException as error:
                 answer.put((False, error))
+
+    def _notify_end(self, call: _Call, error: BaseException | None) -> None:
+        for id in call.ids:
+            self._submitted.pop(id, None)
+        try:
+            call.notify(error)
+        except Exception:  # of a callback, such as one of an event loop that is closed
+            _log.exception("the callback of a request failed at the end of the request")
+
+
+@functools.cache
+def _register_exit_handler() -> None:
+    """Call `_close_all` when the process ends.
+
+    Handlers run in reverse order. The first loop registers this one, so it runs before JAX shuts down, while no thread
+    may compute, and before the finalizers of the offload tiers.
+    """
+    atexit.register(_close_all)
+
+
+def _close_all() -> None:
+    """End the threads of all loops, then store their idle blocks in the offload tiers."""
+    for loop in list(_loops):
+        if loop._process == os.getpid():
+            _stop(loop._shared)
+            if loop._driving.acquire(blocking=False):  # not if a step hangs in a `close` that did not wait for it
+                try:
+                    loop._engine.close()
+                except Exception:
+                    _log.exception("the idle blocks of an engine were not stored at the end of the process")
 
 
 def _stop(shared: _Shared) -> None:

@@ -5,26 +5,24 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import threading
 from collections.abc import Iterator, Sequence
-
-import jax
 
 from v4jax import checkpoint, config
 from v4jax.cache.offload.manager import FLUSH_SECONDS
 from v4jax.checkpoint.generation_config import GENERATION_NAME, GenerationConfig, read_generation_config
 from v4jax.core.errors import UserError, suggest
-from v4jax.data.tokenizer import Detokenizer, Tokenizer, load_tokenizer
+from v4jax.data.tokenizer import Tokenizer, load_tokenizer
 from v4jax.models.transformer import Transformer
 from v4jax.serve import data_parallel
 from v4jax.serve import prompts as prompt_forms
-from v4jax.serve.engine import Engine, SampledTokens, validate_limits
+from v4jax.serve.engine import Engine, validate_limits
 from v4jax.serve.engine_loop import EngineLoop
 from v4jax.serve.kv_cache_sizes import check_enough_memory
-from v4jax.serve.outputs import CompletionOutput, RequestOutput
+from v4jax.serve.output_processor import OutputProcessor, RequestState
+from v4jax.serve.outputs import RequestOutput
 from v4jax.serve.prompts import Parsed, Prompt
-from v4jax.serve.sampling import Logprob, SamplerOutput, SamplingParams, is_int, short_repr
-from v4jax.serve.stop_tokens import Ends, find_ends, warn_of_bos
+from v4jax.serve.sampling_params import SamplingParams, is_int, short_repr
+from v4jax.serve.stop_tokens import find_ends, warn_of_bos
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +56,8 @@ class LLM:
             the checkpoint's config.
 
     Attributes:
+        engine, engine_loop, output_processor: the parts that a server uses with `make_requests`: `engine_loop.submit`
+            and `engine_loop.generate` run a request and stream its outputs.
         default_sampling_params: the sampling options that generation_config.json sets. They apply where no
             SamplingParams are passed, as in vLLM.
 
@@ -94,7 +94,7 @@ class LLM:
         self.default_sampling_params = generation.sampling
         self._check_defaults()
         self._bos_id, self._parses, self._warned = bos_id, parse_special_tokens, False
-        self._ends = find_ends(stored.model, generation, tokenizer, eos_id)
+        ends = find_ends(stored.model, generation, tokenizer, eos_id)
         if bos_id is None:
             warn_of_bos(stored.model, tokenizer)
         serve, cache = _engine_config(stored, options)
@@ -106,8 +106,8 @@ class LLM:
             model = checkpoint.load(model, dtype=dtype, quantization=serve.quantization, placement=on.placement)
         self.tokenizer, self.engine = tokenizer, Engine(model, serve, cache, on)
         self._description = f"{model!r}, max_num_seqs={serve.max_num_seqs}, max_model_len={serve.max_model_len}"
-        self._loop = EngineLoop(self.engine)
-        self._counting, self._tokens = threading.Lock(), {"prompt_tokens": 0, "generation_tokens": 0}
+        self.output_processor = OutputProcessor(tokenizer, ends)
+        self.engine_loop = EngineLoop(self.engine)
 
     def generate(
         self,
@@ -118,8 +118,9 @@ class LLM:
 
         Args:
             prompts: a string, a list of token ids, {"prompt": "..."} or {"prompt_token_ids": [...]}, or a list of
-                these. A string is encoded as the beginning of a document (see `LLM`, `bos_id`). The number of prompts
-                is not limited: prompts join and leave the running batch as it has room.
+                these. A dict may hold a "cache_salt", a string: cached blocks are shared only between prompts of the
+                same salt. A string is encoded as the beginning of a document (see `LLM`, `bos_id`). The number of
+                prompts is not limited: prompts join and leave the running batch as it has room.
             sampling_params: one SamplingParams for all prompts, or a list with one for each prompt. None means
                 `get_default_sampling_params()`.
 
@@ -130,10 +131,10 @@ class LLM:
         Raises:
             UserError: a request is invalid. It is raised before any request runs.
         """
-        rows = self._rows(prompts, sampling_params)
-        for _ in self._run(rows):
+        requests = self.make_requests(prompts, sampling_params)
+        for _ in self.engine_loop.run(requests):
             pass
-        return [row.output() for row in rows]
+        return [request.output() for request in requests]
 
     def stream(
         self,
@@ -156,7 +157,7 @@ class LLM:
                 ended with an error (after the last piece of all prompts).
         """
         self._need_tokenizer("streaming text")
-        return self._stream(self._rows(prompts, sampling_params))
+        return self._stream(self.make_requests(prompts, sampling_params))
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the SamplingParams of `default_sampling_params`, the options that generation_config.json sets."""
@@ -165,25 +166,25 @@ class LLM:
     def stats(self) -> dict[str, float]:
         """Return the counters and gauges of the engine, between two of its steps.
 
-        Always: the numbers of waiting and running requests, KV blocks (`pages_*`), state snapshots (`records_*`),
-        prefix cache hits, bytes of the KV cache, and prompt_tokens and generation_tokens of the requests that have
-        ended.
+        Names are vLLM's where it has one. Always: num_requests_waiting, num_requests_running, num_preemptions,
+        kv_cache_usage_perc (a fraction), num_blocks_* and num_snapshots_* (KV blocks and state snapshots by state),
+        prefix_cache_queries and prefix_cache_hits (tokens), prompt_tokens and generation_tokens (of all requests since
+        the start), kv_device_used_bytes and kv_host_used_bytes (arrays of the KV cache on the devices and in host
+        memory).
 
         With num_speculative_tokens: spec_decode_num_drafts is the number of decode steps, summed over requests;
         spec_decode_num_draft_tokens and spec_decode_num_accepted_tokens are the tokens proposed and accepted in them.
 
-        With CSA entries in host memory (`cache.kv_device_entries`): hot_hits and hot_misses count the top-k entries of
-        decode steps, summed over layers, that were on the device and that were fetched from the host. hot_hit_rate is
-        the fraction of hits, hot_fetched_bytes the bytes fetched. kv_bytes counts the arrays on the device,
-        kv_host_bytes those in host memory.
+        With CSA entries in host memory (`cache.kv_device_entries`): device_entry_cache_hits and
+        device_entry_cache_misses count the top-k entries of decode steps, summed over layers, that were on the device
+        and that were fetched from the host. device_entry_cache_hit_rate is the fraction of hits,
+        device_entry_cache_fetched_bytes the bytes fetched.
 
         With offload tiers: host_* and disk_* report blocks, state snapshots and bytes stored in the tier, hits and
         misses of both, bytes moved, evictions, corrupt items, errors and the state of the circuit breaker. queue_*
         report the items queued between the tiers.
         """
-        with self._counting:
-            tokens = dict(self._tokens)
-        return self._loop.do(self.engine.stats) | tokens
+        return self.engine_loop.do(lambda: self.engine.stats() | self.output_processor.stats())
 
     @property
     def cache_summary(self) -> str:
@@ -191,14 +192,17 @@ class LLM:
         connector = self.engine.kv_connector
         return "" if connector is None else connector.summary
 
-    def close(self) -> None:
+    def close(self, seconds: float | None = None) -> None:
         """Offload the idle blocks to the tiers, if there are any, and release the disk tier's directory.
 
-        Without this call, copies that are already queued are still stored when the process ends, but idle blocks that
-        were not yet copied off the device are lost. A crash loses both. Requests that run in other threads end with a
-        UserError, and so does every later request.
+        Requests that run in other threads end with a UserError, and so does every later request. Without this call,
+        the end of the process stores the idle blocks. If the LLM is garbage collected before, copies that are already
+        queued are stored, but idle blocks that were not yet copied off the device are lost. A crash loses both.
+
+        Args:
+            seconds: maximum wait; None waits for the current step without limit (`EngineLoop.close`).
         """
-        self._loop.close()
+        self.engine_loop.close(seconds)
 
     def __repr__(self) -> str:
         return f"LLM({self._description})"
@@ -210,24 +214,29 @@ class LLM:
         if kind is None or issubclass(kind, Exception):
             self.close()
         else:  # an interrupt must not wait for a step that is still being compiled
-            self._loop.close(FLUSH_SECONDS if self.cache_summary else 0.0)
+            self.engine_loop.close(FLUSH_SECONDS if self.cache_summary else 0.0)
 
-    def _stream(self, rows: list[RequestOutputProcessor]) -> Iterator[tuple[int, str]]:
-        yield from self._run(rows, stream=True)
-        for index, row in enumerate(rows):
-            if row.error:
-                raise UserError(f"prompt {index} was stopped: {row.error}")
+    def _stream(self, requests: list[RequestState]) -> Iterator[tuple[int, str]]:
+        for index, output in self.engine_loop.run(requests, stream=True):
+            if output.text:
+                yield index, output.text
+        for index, request in enumerate(requests):
+            if request.error:
+                raise UserError(f"prompt {index} was stopped: {request.error}")
 
-    def _run(self, rows: list[RequestOutputProcessor], stream: bool = False) -> Iterator[tuple[int, str]]:
-        """Run the requests like `EngineLoop.run`, and count their tokens when they end, also after an exception."""
-        try:
-            yield from self._loop.run(rows, stream)
-        finally:
-            with self._counting:
-                self._tokens["prompt_tokens"] += sum(len(row.prompt_ids) for row in rows)
-                self._tokens["generation_tokens"] += sum(len(row.token_ids) for row in rows)
+    def make_requests(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestState]:
+        """Encode and check prompts, and return one request for each, which `engine_loop` can run once.
 
-    def _rows(self, prompts, sampling_params) -> list[RequestOutputProcessor]:
+        Args:
+            prompts, sampling_params: as for `generate`.
+
+        Raises:
+            UserError: a request is invalid.
+        """
         parsed = prompt_forms.parse(prompts)
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
@@ -238,9 +247,10 @@ class LLM:
             raise UserError(f"sampling_params must be one SamplingParams or a list of them, got {got}")
         if len(sampling_params) != len(parsed):
             raise UserError(f"{len(sampling_params)} sampling_params for {len(parsed)} prompts; give one, or one each")
-        return [self._row(f"prompt {i}", *pair) for i, pair in enumerate(zip(parsed, sampling_params, strict=True))]
+        pairs = zip(parsed, sampling_params, strict=True)
+        return [self._make_request(f"prompt {i}", *pair) for i, pair in enumerate(pairs)]
 
-    def _row(self, name: str, prompt: Parsed, sampling: SamplingParams) -> RequestOutputProcessor:
+    def _make_request(self, name: str, prompt: Parsed, sampling: SamplingParams) -> RequestState:
         if sampling.stop:
             self._need_tokenizer(f"{name} uses stop strings, which")
         ids, size = self._ids(name, prompt), self.engine.model.vocab_size
@@ -250,11 +260,7 @@ class LLM:
             room = max(1, self.engine.limits.max_model_len - len(ids))
             sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
         self.engine.check(ids, sampling, name)
-        ends = Ends(frozenset(sampling.stop_token_ids), None)
-        if not sampling.ignore_eos:
-            ends = Ends(ends.ids | self._ends.ids, self._ends.eos_id)
-        detokenizer = Detokenizer(self.tokenizer) if self.tokenizer else None
-        return RequestOutputProcessor(prompt.text, ids, sampling, ends, detokenizer)
+        return self.output_processor.new_request(prompt.text, ids, sampling, prompt.cache_salt)
 
     def _ids(self, name: str, prompt: Parsed) -> list[int]:
         """Return the token ids of a prompt, encoded from its text if it was not given as ids; may be empty."""
@@ -282,110 +288,6 @@ class LLM:
     def _need_tokenizer(self, what: str) -> None:
         if self.tokenizer is None:
             raise UserError(f"{what} needs a tokenizer; put tokenizer.json into the checkpoint or pass tokenizer=")
-
-
-class RequestOutputProcessor:
-    """Text and tokens of one request, from submission to its RequestOutput; an `engine_loop.OutputProcessor`."""
-
-    def __init__(
-        self,
-        prompt: str | None,
-        prompt_ids: list[int],
-        sampling: SamplingParams,
-        ends: Ends,
-        detokenizer: Detokenizer | None,
-    ):
-        self.prompt, self.prompt_ids, self.sampling = prompt, prompt_ids, sampling
-        self.ends, self.detokenizer = ends, detokenizer
-        # text: safe to return. new: the end of `text` that `shown` has not returned. held: text after it, which may
-        # be the beginning of a stop string.
-        self.text, self.new, self.held = "", "", ""
-        self.token_ids: list[int] = []
-        self.logprobs: list[dict[int, Logprob]] = []
-        self.finish_reason: str | None = None
-        self.stop_reason: int | str | None = None
-        self.error: str | None = None
-
-    def take(self, drawn: SampledTokens) -> None:
-        """Append the tokens of one step, up to the token that finishes the request; later ones are ignored."""
-        for i in range(drawn.count):
-            if self.finish_reason is None:
-                self._take(jax.tree.map(lambda a, i=i: a[drawn.row, i], drawn.sampled))
-
-    def shown(self) -> str:
-        """Return the text that became safe to show since the last call."""
-        new, self.new = self.new, ""
-        return new
-
-    def output(self) -> RequestOutput:
-        logprobs = None if self.sampling.logprobs is None else self.logprobs
-        completion = CompletionOutput(0, self.text, self.token_ids, logprobs, self.finish_reason, self.stop_reason)
-        return RequestOutput(self.prompt, self.prompt_ids, [completion], self.error)
-
-    def _take(self, sampled: SamplerOutput) -> None:
-        if not sampled.finite_B:
-            position = len(self.prompt_ids) + len(self.token_ids)
-            self.error = (
-                f"the logits of token {position} are not finite; the weights may be damaged, or dtype too narrow"
-            )
-            return self._finish("error")
-        token = int(sampled.token_B)
-        self.token_ids.append(token)
-        if self.sampling.logprobs is not None:
-            self.logprobs.append(_logprobs(sampled, self.sampling.logprobs))
-        if token in self.ends.ids:
-            self.stop_reason = None if token == self.ends.eos_id else token
-            return self._finish("stop")
-        if self.detokenizer:
-            self._show(self.detokenizer.push(token))
-        if self.finish_reason is None and len(self.token_ids) == self.sampling.max_tokens:
-            self._finish("length")
-
-    def _finish(self, reason: str) -> None:
-        """End the request; text held back as a possible stop string becomes part of its text."""
-        if self.detokenizer:
-            self._show(self.detokenizer.flush())
-        if self.finish_reason is None:
-            self.finish_reason = reason
-            self.text, self.new, self.held = self.text + self.held, self.new + self.held, ""
-
-    def _show(self, text: str) -> None:
-        """Append decoded text, hold back a possible beginning of a stop string, and finish at a complete one."""
-        text = self.held + text
-        shown, stopped, self.held = split_at_stop(text, self.sampling.stop)
-        if stopped:
-            self.finish_reason = "stop"
-            here = [stop for stop in self.sampling.stop if text.startswith(stop, len(shown))]
-            self.stop_reason = min(here, key=len)  # of several that begin here, the shortest is complete first
-        self.text, self.new = self.text + shown, self.new + shown
-
-
-def split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool, str]:
-    """Split text into a part that is safe to show and a part that may belong to a stop string.
-
-    The stop string whose end comes first in the text counts, and of several with that end the longest. The result
-    therefore does not depend on how the text is cut into tokens.
-
-    Returns:
-        (safe text, whether a stop string ended it, held text). The held text is the longest end of `text` that is the
-        beginning of a stop string; it is "" if a stop string ended the text.
-    """
-    found = [(start + len(stop), start) for stop in stops if (start := text.find(stop)) >= 0]
-    if found:
-        return text[: min(found)[1]], True, ""
-    longest = max(map(len, stops), default=1)
-    for start in range(max(0, len(text) - longest + 1), len(text)):
-        if any(stop.startswith(text[start:]) for stop in stops):
-            return text[:start], False, text[start:]
-    return text, False, ""
-
-
-def _logprobs(sampled: SamplerOutput, count: int) -> dict[int, Logprob]:
-    """Return the Logprob of the sampled token, then of the `count` likeliest tokens, of one position."""
-    found = {int(sampled.token_B): Logprob(float(sampled.logprob_B), int(sampled.rank_B))}
-    for rank, (i, logprob) in enumerate(zip(sampled.top_ids_BK[:count], sampled.top_BK[:count], strict=True), 1):
-        found.setdefault(int(i), Logprob(float(logprob), rank))
-    return found
 
 
 def _check_types(model, tokenizer, mesh) -> None:

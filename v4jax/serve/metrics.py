@@ -6,7 +6,8 @@
     REGISTRY.register(v4jax.serve.metrics.EngineCollector(llm))
     start_http_server(9100)
 
-Metric names start with `v4jax_`. Sizes are in bytes, times in seconds. Metrics of a tier have the label `tier`.
+Metric names are `v4jax_` and the names of `LLM.stats`, which are vLLM's where it has one. Sizes are in bytes, times in
+seconds. Metrics of a tier have the label `tier`.
 """
 
 from __future__ import annotations
@@ -24,25 +25,26 @@ if TYPE_CHECKING:
 _TIERS = ("host", "disk")
 # Gauges and their help; a name of `LLM.stats` in neither table is a counter.
 _GAUGES = {
-    "waiting": "requests that wait to be admitted",
-    "running": "requests that read a prompt or decode",
-    "pages_free": "pages that hold nothing",
-    "pages_cached": "pages that nobody uses and prompts may find",
-    "pages_in_use": "pages of running requests",
-    "records_spare": "records that hold nothing",
-    "records_kept": "records that prompts may find",
-    "hit_rate": "blocks of prompts found on the device, of all asked for",
-    "hit_ceiling": "blocks of prompts asked for before, of all asked for: no cache finds more",
-    "kv_bytes": "all device arrays of the cache",
-    "kv_host_bytes": "arrays of the cache that live in host memory",
-    "hot_hit_rate": "picks of decode steps that were found on the device, of all of entries in host memory",
+    "num_requests_waiting": "requests that wait to be admitted",
+    "num_requests_running": "requests that prefill or decode",
+    "kv_cache_usage_perc": "blocks of running requests, as a fraction of all blocks",
+    "num_blocks_free": "blocks that hold nothing",
+    "num_blocks_cached": "blocks that no request uses and prompts may find",
+    "num_blocks_in_use": "blocks of running requests",
+    "num_snapshots_free": "slots of state snapshots that hold nothing",
+    "num_snapshots_cached": "state snapshots that prompts may find",
+    "prefix_cache_hit_rate": "prompt tokens found in the prefix cache of the device, of all looked up",
+    "prefix_cache_hit_ceiling": "prompt tokens looked up before, of all looked up: the hit rate of an unlimited cache",
+    "kv_device_used_bytes": "arrays of the KV cache on the devices",
+    "kv_host_used_bytes": "arrays of the KV cache in host memory",
+    "device_entry_cache_hit_rate": "top-k entries of decode steps found on the device, of all kept in host memory",
     "queue_idle": "idle blocks that wait to be copied down",
     "queue_saves": "copies on their way down",
     "queue_writes": "items that wait to be written to disk",
 }
 _TIER_GAUGES = {
     "blocks": "blocks held",
-    "records": "records held",
+    "snapshots": "state snapshots held",
     "bytes": "bytes held",
     "budget": "bytes that may be held",
     "breaker_open": "1 while reads are not tried",

@@ -27,7 +27,7 @@ from v4jax.nn.kv_cache_interface import CacheSlots
 from v4jax.parallel.host_memory import host_gather, host_scatter
 from v4jax.parallel.rules import MeshRules, use_rules
 from v4jax.serve.data_parallel import row_spec
-from v4jax.serve.sampling import SamplingFlags, SamplingTensors, sample
+from v4jax.serve.sampler import SamplingFlags, SamplingTensors, sample
 
 
 class KVCaches(NamedTuple):

@@ -1,10 +1,16 @@
-"""Results of `LLM.generate`, in the form of vLLM."""
+"""Results of a request, in the form of vLLM."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from v4jax.serve.sampling import Logprob
+
+class Logprob(NamedTuple):
+    """Log-probability (natural) of a token under the model, before temperature and filters, and its rank from 1."""
+
+    logprob: float
+    rank: int
 
 
 @dataclass
@@ -16,7 +22,8 @@ class CompletionOutput:
         text: generated text without the stop string; "" without a tokenizer.
         token_ids: generated token ids, including the token that ended the text.
         logprobs: for each token {id: Logprob}, the sampled token first; None if not requested.
-        finish_reason: "stop" (end of document, stop string or stop token), "length" (max_tokens) or "error".
+        finish_reason: "stop" (end of document, stop string or stop token), "length" (max_tokens), "abort" (the caller
+            aborted the request) or "error"; None in a part of a stream that is not the last.
         stop_reason: the stop string or the stop token id that ended the text; None for the eos token and for every
             other finish_reason.
     """
@@ -25,25 +32,35 @@ class CompletionOutput:
     text: str
     token_ids: list[int]
     logprobs: list[dict[int, Logprob]] | None
-    finish_reason: str
+    finish_reason: str | None
     stop_reason: int | str | None = None
 
 
 @dataclass
 class RequestOutput:
-    """Result of one prompt. The fields of its continuation are also properties: `out.text` is `out.outputs[0].text`.
+    """Result of one prompt, whole or a part of a stream.
+
+    The fields of its continuation are also properties: `out.text` is `out.outputs[0].text`.
 
     Attributes:
         prompt: text of the prompt; None if only token ids were given.
         prompt_token_ids: token ids of the prompt.
         outputs: the one continuation.
         error: description of the error if finish_reason is "error", else None.
+        num_cached_tokens: tokens of the prompt that were found in the prefix cache; None if the request ended before
+            its first token.
     """
 
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     error: str | None = None
+    num_cached_tokens: int | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the continuation has ended."""
+        return self.outputs[0].finish_reason is not None
 
     @property
     def text(self) -> str:
@@ -58,7 +75,7 @@ class RequestOutput:
         return self.outputs[0].logprobs
 
     @property
-    def finish_reason(self) -> str:
+    def finish_reason(self) -> str | None:
         return self.outputs[0].finish_reason
 
     @property

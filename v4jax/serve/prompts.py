@@ -6,18 +6,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from v4jax.core.errors import UserError
-from v4jax.serve.sampling import is_int, short_repr
+from v4jax.serve.sampling_params import is_int, short_repr
 
 Prompt = str | Sequence[int] | Mapping[str, object]
 _FORMS = 'a prompt is a string, a list of token ids, {"prompt": "..."} or {"prompt_token_ids": [...]}'
-_KEYS = {"prompt", "prompt_token_ids"}
+_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
 
 
 class Parsed(NamedTuple):
-    """One prompt as text, token ids or both. If both are given, the model runs on the ids."""
+    """One prompt as text, token ids or both. If both are given, the model runs on the ids.
+
+    cache_salt: cached blocks are shared only between prompts of the same salt; None is a salt of its own.
+    """
 
     text: str | None
     ids: list[int] | None
+    cache_salt: str | None = None
 
 
 def parse(prompts: Prompt | Iterable[Prompt]) -> list[Parsed]:
@@ -54,7 +58,10 @@ def _parse_mapping(name: str, prompt: Mapping) -> Parsed:
         raise UserError(f'{name} has {short_repr(text)} under "prompt", which must be a string')
     if ids is not None and not _is_ids(ids):
         raise UserError(f'{name} has {short_repr(ids)} under "prompt_token_ids", which must be a list of integers')
-    return Parsed(None if text is None else _text(name, text), None if ids is None else [int(i) for i in ids])
+    salt = prompt.get("cache_salt")
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise UserError(f'{name} has {short_repr(salt)} under "cache_salt", which must be a string that is not empty')
+    return Parsed(None if text is None else _text(name, text), None if ids is None else [int(i) for i in ids], salt)
 
 
 def _text(name: str, text: str) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from v4jax.cache.block_hash import ExtraKey
+
 
 class RequestStatus(enum.Enum):
     WAITING = enum.auto()
@@ -25,7 +27,10 @@ class Request:
     A run of a request lasts from admission to preemption or end.
 
     Attributes:
+        hash_seed: seed of its block hashes, its cache salt included; None excludes it from the prefix cache.
         tokens: prompt and generated token ids.
+        extra_keys: what its token ids do not tell; part of its block hashes.
+        num_cached_tokens: prompt tokens found in the prefix cache when it was first admitted.
         block_ids: its KV blocks, in order of position.
         state_slot: its state slot; 0 means none.
         num_prefill_tokens: tokens to prefill in the current run.
@@ -42,7 +47,9 @@ class Request:
     hash_seed: bytes | None
     arrival: int
     tokens: list[int]
+    extra_keys: tuple[ExtraKey, ...] = ()
     status: RequestStatus = RequestStatus.WAITING
+    num_cached_tokens: int = 0
     preemptions: int = 0
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks; grows with `tokens`
     max_len_reached: int = 0  # most tokens that it had before a preemption dropped some

@@ -123,7 +123,13 @@ class Scheduler:
     # --- requests --------------------------------------------------------------------------------------------------
 
     def add_request(
-        self, id: Hashable, prompt: Sequence[int], max_tokens: int, *, seed: bytes | None = None
+        self,
+        id: Hashable,
+        prompt: Sequence[int],
+        max_tokens: int,
+        *,
+        seed: bytes | None = None,
+        extra_keys: Sequence[block_hash.ExtraKey] = (),
     ) -> Request:
         """Queue a request.
 
@@ -132,6 +138,7 @@ class Scheduler:
             prompt: token ids, at least one.
             max_tokens: maximum new tokens, at least 1.
             seed: seed of its block hashes (`block_hash.hash_seed`); None excludes it from the prefix cache.
+            extra_keys: extra keys of its block hashes.
 
         Raises:
             UserError: the pool could not hold the request even alone.
@@ -141,7 +148,7 @@ class Scheduler:
             raise ValueError(f"request {id!r} is in use, has no prompt or is to add no tokens")
         self.check_fits(len(prompt), max_tokens)
         self.arrivals += 1
-        request = Request(id, tuple(prompt), max_tokens, seed, self.arrivals, list(prompt))
+        request = Request(id, tuple(prompt), max_tokens, seed, self.arrivals, list(prompt), tuple(extra_keys))
         self.requests[id] = request
         self._waiting.append(request)
         return request
@@ -278,6 +285,7 @@ class Scheduler:
             need = self._pages(len(request.tokens)) - found
         if not request.preemptions:
             self.block_pool.note(usable, found)
+            request.num_cached_tokens = found * self.block_size
         request.block_ids = self.block_pool.touch(usable[:found]) + self.block_pool.allocate(need)
         request.state_slot = self._slots.pop()
         request.status = RequestStatus.PREFILL
@@ -422,7 +430,9 @@ class Scheduler:
             parent = request.block_hashes[-1] if request.block_hashes else request.hash_seed
             done = len(request.block_hashes) * self.block_size
             if len(request.tokens) - done >= self.block_size:
-                request.block_hashes += block_hash.block_hashes(parent, request.tokens[done:], self.block_size)
+                request.block_hashes += block_hash.block_hashes(
+                    parent, request.tokens[done:], self.block_size, extra_keys=request.extra_keys, start=done
+                )
         return request.block_hashes
 
     @property
@@ -431,15 +441,35 @@ class Scheduler:
         return bool(self.requests or self._inflight)
 
     def stats(self) -> dict[str, float]:
-        """Current requests, preemptions since the start, and the counters of the block pool."""
-        counts = {"waiting": len(self._waiting), "running": len(self._active), "preemptions": self._preemptions}
+        """Counters and gauges, under vLLM's names where it has one.
+
+        Returns:
+            num_requests_waiting, num_requests_running: current requests.
+            num_preemptions: preemptions since the start.
+            kv_cache_usage_perc: blocks of running requests, as a fraction of all blocks.
+            prefix_cache_queries, prefix_cache_hits, prefix_cache_repeats: tokens since the start, in whole blocks, that
+                requests looked up, that they reused, and that they reused or had looked up before.
+            spec_decode_num_drafts, spec_decode_num_draft_tokens, spec_decode_num_accepted_tokens: with lookahead, the
+                decode steps of requests since the start, and the draft tokens proposed and accepted in them.
+            Numbers of blocks and state snapshots, and their evictions (`BlockPool.stats`).
+        """
+        pool = self.block_pool.stats()
+        counts = {
+            "num_requests_waiting": len(self._waiting),
+            "num_requests_running": len(self._active),
+            "num_preemptions": self._preemptions,
+            "kv_cache_usage_perc": pool["num_blocks_in_use"] / self.block_pool.capacity,
+            "prefix_cache_queries": pool["queries"] * self.block_size,
+            "prefix_cache_hits": pool["hits"] * self.block_size,
+            "prefix_cache_repeats": pool["repeated"] * self.block_size,
+        }
         if self.num_lookahead_tokens:
             counts |= {
                 "spec_decode_num_drafts": self._drafts,
                 "spec_decode_num_draft_tokens": self._drafts * self.num_lookahead_tokens,
                 "spec_decode_num_accepted_tokens": self._accepted,
             }
-        return counts | self.block_pool.stats()
+        return counts | {name: value for name, value in pool.items() if name.startswith("num_")}
 
     def check_invariants(self) -> None:
         """Raise AssertionError if the state is inconsistent."""

@@ -10,7 +10,7 @@ from v4jax import config
 from v4jax.checkpoint.generation_config import GenerationConfig
 from v4jax.core.errors import UserError
 from v4jax.data.tokenizer import Tokenizer
-from v4jax.serve.sampling import is_int, short_repr
+from v4jax.serve.sampling_params import is_int, short_repr
 
 _log = logging.getLogger(__name__)
 

@@ -61,7 +61,7 @@ def test_what_was_put_is_got_by_this_process_and_the_next(disk):
     got = [again.get(one.schema, one.block_hash) for one in stored]
     assert all(map(is_right, got)) and [one.parent for one in got] == [one.parent for one in stored]
     stats = again.stats()
-    assert (stats["blocks"], stats["records"], stats["reads"], stats["corrupt"]) == (3, 2, 5, 0)
+    assert (stats["blocks"], stats["snapshots"], stats["reads"], stats["corrupt"]) == (3, 2, 5, 0)
     assert stats["bytes"] == 5 * 4096
     again.close()
 
@@ -223,7 +223,7 @@ def test_a_flipped_bit_is_seen_wherever_it_is(disk):
         path.write_bytes(data)
     again = reopened(disk)
     assert [again.get(one.schema, one.block_hash) for one in stored] == [None] * 200
-    assert again.stats()["corrupt"] == 200 and again.stats()["blocks"] == again.stats()["records"] == 0
+    assert again.stats()["corrupt"] == 200 and again.stats()["blocks"] == again.stats()["snapshots"] == 0
     assert not files(again) and not again.stats()["breaker_open"]
     assert again.put(stored[0]) and is_right(again.get(stored[0].schema, stored[0].block_hash))
     again.close()

@@ -87,7 +87,7 @@ def test_look_ups_are_counted_by_tier_and_kind(make):
     # Of the host's three places the last things saved have one each; the disk is asked for what is not there.
     assert counted["host_block_hits"] + counted["host_block_misses"] == 7
     assert counted["disk_block_hits"] + counted["disk_block_misses"] == counted["host_block_misses"]
-    assert counted["disk_block_misses"] == 2 and counted["host_record_hits"] == 1
+    assert counted["disk_block_misses"] == 2 and counted["host_snapshot_hits"] == 1
     assert stats["transfer_saved"] == 6 and stats["disk_blocks"] == 5 and stats["disk_bytes_in"] > 5 * BLOCK.nbytes
 
 

@@ -265,11 +265,11 @@ class DiskTier:
         """Counters since the start, and the present state.
 
         Returns:
-          Counters by name, the number of blocks and records, bytes held and budget, and mean and longest time of a read
-          in ms. `breaker_open` is 1 while reads are stopped, `paused` is 1 while writes are stopped, else 0.
+          Counters by name, the number of blocks and snapshots, bytes held and budget, and mean and longest time of a
+          read in ms. `breaker_open` is 1 while reads are stopped, `paused` is 1 while writes are stopped, else 0.
         """
         with self._lock:
-            held = {"blocks": self._index.count["block"], "records": self._index.count["record"]}
+            held = {"blocks": self._index.count["block"], "snapshots": self._index.count["record"]}
             state = {"breaker_open": int(self._reads.open), "paused": int(self._writes.open)}
             mean = self._seconds / max(self._count["reads"], 1)
             times = {"read_ms_mean": 1e3 * mean, "read_ms_max": 1e3 * self._slowest}

@@ -157,9 +157,9 @@ class HostTier:
                 del self._items[key]
 
     def stats(self) -> dict[str, float]:
-        """Counters since the start, and the number of blocks and records, bytes held and budget now."""
+        """Counters since the start, and the number of blocks and snapshots, bytes held and budget now."""
         with self._lock:
-            held = {"blocks": self._index.count["block"], "records": self._index.count["record"]}
+            held = {"blocks": self._index.count["block"], "snapshots": self._index.count["record"]}
             return held | {"bytes": self._index.used, "budget": self._index.budget, **self._count}
 
     def check_invariants(self) -> None:

@@ -389,9 +389,9 @@ class OffloadManager:
             under_way = {"queue_saves": len(self._coming), "queue_writes": len(self._pending)}
             counts = {f"transfer_{name}": count for name, count in self._count.items()}
         looked = {
-            f"{tier}_{kind}_{what}": self._looked[f"{tier}_{kind}_{what}"]
+            f"{tier}_{stat}_{what}": self._looked[f"{tier}_{kind}_{what}"]
             for tier in self.tiers
-            for kind in ("block", "record")
+            for kind, stat in (("block", "block"), ("record", "snapshot"))
             for what in ("hits", "misses")
         }
         held = {f"{name}_{what}": value for name, tier in self.tiers.items() for what, value in tier.stats().items()}

@@ -20,7 +20,7 @@ from v4jax.core.errors import UserError
 from v4jax.core.reporting import print_table
 from v4jax.models.transformer import Transformer
 from v4jax.serve.engine import Engine
-from v4jax.serve.sampling import SamplingParams
+from v4jax.serve.sampling_params import SamplingParams
 from v4jax.tools.bench.measure import interleave
 from v4jax.tools.bench.report import record
 

@@ -304,7 +304,7 @@ def hit_rates(checkpoint: str) -> dict[int, tuple[float, bool]]:
             llm = LLM(model, kv_device_entries=slots, **limits)
             [answer] = llm.generate([prompt], dataclasses.replace(sampling, max_tokens=ASKED))
             answers.append(answer.token_ids)
-            out[slots] = llm.stats()["hot_hit_rate"], answers[0] == answer.token_ids
+            out[slots] = llm.stats()["device_entry_cache_hit_rate"], answers[0] == answer.token_ids
     return out
 
 

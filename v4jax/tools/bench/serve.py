@@ -17,7 +17,7 @@ from v4jax.core.errors import UserError
 from v4jax.core.reporting import print_table
 from v4jax.models.transformer import Transformer
 from v4jax.serve.engine import Engine
-from v4jax.serve.sampling import SamplingParams
+from v4jax.serve.sampling_params import SamplingParams
 from v4jax.tools.bench.measure import interleave
 from v4jax.tools.bench.report import record
 
@@ -158,15 +158,16 @@ def _burst(engine: Engine, requests: list[_Request], at: dict) -> list[dict]:
     answers = _serve(engine, requests)
     engine.schedulers[0].check_invariants()  # raises if the bookkeeping is inconsistent
     stats = engine.stats()
-    count = {name: int(stats[name] - before[name]) for name in ("preemptions", "hits", "evictions")}
+    names = ("num_preemptions", "prefix_cache_hits", "num_block_evictions")
+    count = {name: int(stats[name] - before[name]) for name in names}
     equal = sum(one.tokens == other.tokens for one, other in zip(answers, alone, strict=True))
-    leaked = engine.schedulers[0].block_pool.capacity - int(stats["pages_free"] + stats["pages_cached"])
+    leaked = engine.schedulers[0].block_pool.capacity - int(stats["num_blocks_free"] + stats["num_blocks_cached"])
     values = {
         "burst_equal_answers": (equal, "requests"),
         "burst_leaked_pages": (leaked, "pages"),
-        "burst_preemptions": (count["preemptions"], "preemptions"),
-        "burst_prefix_hits": (count["hits"], "blocks"),
-        "burst_evictions": (count["evictions"], "pages"),
+        "burst_preemptions": (count["num_preemptions"], "preemptions"),
+        "burst_prefix_hits": (count["prefix_cache_hits"] // engine.kv_cache_spec.block_size, "blocks"),
+        "burst_evictions": (count["num_block_evictions"], "pages"),
         "burst_tokens_per_second": (_speed(answers), "1/s"),
         "burst_time_to_first_token": (statistics.median(_first(answers)), "s"),
         "burst_time": (max(answer.stamps[-1] for answer in answers), "s"),

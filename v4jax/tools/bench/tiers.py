@@ -24,7 +24,7 @@ from v4jax.core.errors import UserError
 from v4jax.core.reporting import print_table
 from v4jax.models.transformer import Transformer
 from v4jax.serve.engine import Engine
-from v4jax.serve.sampling import SamplingParams
+from v4jax.serve.sampling_params import SamplingParams
 from v4jax.tools.bench import host_kv
 from v4jax.tools.bench.measure import interleave
 from v4jax.tools.bench.report import record, write
@@ -180,24 +180,24 @@ def _trace(config, model, serve, cache, conversations: int) -> list[dict]:
                     name,
                     f"{read / seconds:,.0f}",
                     f"{seconds:.1f}",
-                    f"{stats['hit_rate']:.0%}",
-                    f"{stats['hit_ceiling']:.0%}",
+                    f"{stats['prefix_cache_hit_rate']:.0%}",
+                    f"{stats['prefix_cache_hit_ceiling']:.0%}",
                     f"{hits['host']:,.0f}",
                     f"{hits['disk']:,.0f}",
                     f"{_resumable(stats):,.0f}",
-                    f"{_resumable(stats) / stats['kv_bytes'] * 1e9:,.0f}",
+                    f"{_resumable(stats) / stats['kv_device_used_bytes'] * 1e9:,.0f}",
                     f"{same:.1%}",
                 ]
             )
             at = {"config": config.name, "arm": name, "concurrency": BURST, "precision": cache.kv_cache_dtype}
             for metric, value, unit in [
                 ("tokens_per_second", read / seconds, "1/s"),
-                ("hit_rate", stats["hit_rate"], "ratio"),
-                ("hit_ceiling", stats["hit_ceiling"], "ratio"),
+                ("hit_rate", stats["prefix_cache_hit_rate"], "ratio"),
+                ("hit_ceiling", stats["prefix_cache_hit_ceiling"], "ratio"),
                 ("same_tokens", same, "ratio"),
                 ("resumable", _resumable(stats), "1"),
-                ("device_bytes", stats["kv_bytes"], "B"),
-                ("resumable_per_device_gb", _resumable(stats) / stats["kv_bytes"] * 1e9, "1"),
+                ("device_bytes", stats["kv_device_used_bytes"], "B"),
+                ("resumable_per_device_gb", _resumable(stats) / stats["kv_device_used_bytes"] * 1e9, "1"),
                 ("host_block_hits", hits["host"], "1"),
                 ("disk_block_hits", hits["disk"], "1"),
             ]:
@@ -221,7 +221,7 @@ def _trace(config, model, serve, cache, conversations: int) -> list[dict]:
 
 def _resumable(stats: dict[str, float]) -> float:
     """Return the number of places where a conversation can resume: state snapshots of the tier that has most."""
-    return max(stats["records_kept"], stats.get("host_records", 0), stats.get("disk_records", 0))
+    return max(stats["num_snapshots_cached"], stats.get("host_snapshots", 0), stats.get("disk_snapshots", 0))
 
 
 def turns(block: int, conversations: int, vocab: int, seed: int) -> Iterator[list[tuple[int, list[int]]]]:

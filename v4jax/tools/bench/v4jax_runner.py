@@ -15,7 +15,7 @@ from v4jax import checkpoint
 from v4jax.config import Config
 from v4jax.models.layer_stacks import to_stacked_dict
 from v4jax.serve.engine import Engine
-from v4jax.serve.sampling import SamplingParams
+from v4jax.serve.sampling_params import SamplingParams
 from v4jax.tools.bench import measure
 from v4jax.tools.bench.train import as_batch
 from v4jax.train.trainer import Trainer, TrainState
