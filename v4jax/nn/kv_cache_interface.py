@@ -135,15 +135,17 @@ class CompressionWindows:
 
 
 class EntryReader(Protocol):
-    """Read access by index to the entries and index keys of one layer.
+    """Read access by index to the entries and index keys of one layer."""
 
-    Attributes:
-        size: number of entries per row that the storage has room for.
-        segments_BC: int32 [B, C], document of each entry; None if rows are not packed.
-    """
+    @property
+    def size(self) -> int:
+        """Number of entries per row that the storage has room for."""
+        ...
 
-    size: int
-    segments_BC: jax.Array | None
+    @property
+    def segments_BC(self) -> jax.Array | None:
+        """int32 [B, C], document of each entry; None if rows are not packed."""
+        ...
 
     def read_entries(self, first: jax.Array, count: int) -> jax.Array:
         """Return entries first .. first + count - 1 of every row, [B, count, H].

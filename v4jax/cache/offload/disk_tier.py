@@ -245,7 +245,9 @@ class DiskTier:
         """
         gone = []
         while not self._index.has_room(self._reserved + size) and (key := self._index.next_victim()) is not None:
-            gone.append(key.file(self._index.remove(key).parent))
+            entry = self._index.remove(key)
+            assert entry is not None  # the index itself named the key
+            gone.append(key.file(entry.parent))
         self._count.update(evictions=len(gone))
         return gone
 
@@ -269,7 +271,7 @@ class DiskTier:
           in ms. `breaker_open` is 1 while reads are stopped, `paused` is 1 while writes are stopped, else 0.
         """
         with self._lock:
-            held = {"blocks": self._index.count["block"], "records": self._index.count["record"]}
+            held: dict[str, float] = {"blocks": self._index.count["block"], "records": self._index.count["record"]}
             state = {"breaker_open": int(self._reads.open), "paused": int(self._writes.open)}
             mean = self._seconds / max(self._count["reads"], 1)
             times = {"read_ms_mean": 1e3 * mean, "read_ms_max": 1e3 * self._slowest}

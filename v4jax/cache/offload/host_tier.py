@@ -138,6 +138,7 @@ class HostTier:
                 return False, gone
             while not self._index.has_room(item.schema.nbytes):
                 key = self._index.next_victim()
+                assert key is not None  # an empty index has room for any item within the budget
                 self._index.remove(key)
                 gone.append(self._items.pop(key))
             self._index.add(item.key, item.parent, item.schema.nbytes)
@@ -159,7 +160,7 @@ class HostTier:
     def stats(self) -> dict[str, float]:
         """Counters since the start, and the number of blocks and records, bytes held and budget now."""
         with self._lock:
-            held = {"blocks": self._index.count["block"], "records": self._index.count["record"]}
+            held: dict[str, float] = {"blocks": self._index.count["block"], "records": self._index.count["record"]}
             return held | {"bytes": self._index.used, "budget": self._index.budget, **self._count}
 
     def check_invariants(self) -> None:

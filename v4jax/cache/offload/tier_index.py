@@ -36,7 +36,7 @@ class TierIndex:
     def __init__(self, budget: int, policy: str):
         self.budget, self.used = budget, 0
         self.entries: dict[BlockKey, IndexEntry] = {}
-        self.count = dict.fromkeys(KINDS, 0)
+        self.count: dict[str, int] = dict.fromkeys(KINDS, 0)
         self._blocks: defaultdict[bytes, set[BlockKey]] = defaultdict(set)  # by hash; several if schemas differ
         self._dependents: Counter[bytes] = Counter()  # by block hash: number of entries that need it
         self._policy = POLICIES[policy](budget, self._is_leaf)
