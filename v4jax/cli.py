@@ -215,7 +215,7 @@ COMMANDS = {
                 "token id before each prompt",
                 flags.DEFINE_integer,
                 options={"lower_bound": 0},
-                shown="as the tokenizer says",
+                shown="the tokenizer's",
             ),
             Flag(
                 "eos_id",

@@ -489,7 +489,7 @@ def _validate_mesh(mesh: Mesh) -> None:
         size = getattr(mesh, axis)
         _require(
             size == 1 or mesh.rules,
-            f"mesh.{axis} is {size}, but no layout says what to split; set mesh.rules "
+            f"mesh.{axis} is {size}, but mesh.rules is empty, so nothing is split; set mesh.rules "
             f"to one of {', '.join(sharding_names())}",
         )
 

@@ -1,4 +1,4 @@
-"""Indexer: scores, the tie rule, the mask that equals the picks, visibility, and its loss."""
+"""Indexer: scores, the tie rule, the mask that equals the top-k indices, visibility, and its loss."""
 
 import functools
 

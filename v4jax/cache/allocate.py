@@ -27,7 +27,7 @@ from v4jax.nn.csa import use_gather
 from v4jax.nn.kv_cache_interface import LayerCache
 from v4jax.parallel.host_memory import is_host
 
-# Field of PagedLayerCache that lies in host memory where `kv_device_entries` is set.
+# Field of PagedLayerCache that is stored in host memory where `kv_device_entries` is set.
 HOST_FIELDS = {"csa": "entries", "hca": "compressor_state"}
 
 

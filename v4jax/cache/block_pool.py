@@ -407,4 +407,4 @@ class BlockPool:
 def _require(condition: bool, rule: str) -> None:
     """Raise AssertionError, naming `rule`, if `condition` is false."""
     if not condition:
-        raise AssertionError(f"the books of the cache are wrong; the rule: {rule}")
+        raise AssertionError(f"the state of the cache is inconsistent; the rule: {rule}")

@@ -6,6 +6,7 @@ logical axes, and `parallel/rules.py` maps logical axes to mesh axes.
 """
 
 LETTERS = {
+    "A": "KV block of a row, in the order of its tokens (block tables)",
     "B": "batch row",
     "T": "token of this call (a query)",
     "S": "row that a query can attend (keys: window rows, then compressed entries)",
@@ -13,7 +14,8 @@ LETTERS = {
     "P": "token inside one compression window",
     "D": "hidden size",
     "O": "hidden size, on the output side of a square matrix",
-    "X": "residual stream of the hyper-connection (the copies); Y is a second one",
+    "X": "residual stream of the hyper-connection (the copies)",
+    "Y": "residual stream, on the output side of a mixing matrix",
     "M": "hyper-connection coefficient (X read, X write, X * X mix)",
     "N": "attention head",
     "H": "head dimension (keys equal values)",
@@ -29,6 +31,7 @@ LETTERS = {
     "F": "expert inner size",
     "U": "gate or up half of an expert (size 2)",
     "V": "vocabulary",
+    "Z": "state slot of the KV cache; in the device entry cache, KV block of the pool",
 }
 
 LOGICAL = {

@@ -284,7 +284,7 @@ class DiskTier:
             files = set(os.listdir(self._at)) - {private_directory.LOCK}
             booked = {key.file(entry.parent) for key, entry in self._index.entries.items()}
             if self._reserved or files != booked:
-                raise AssertionError(f"the disk tier's files and books differ in {files ^ booked or self._reserved}")
+                raise AssertionError(f"the disk tier's files and index differ in {files ^ booked or self._reserved}")
 
     def close(self) -> None:
         """Release the lock of the directory. The files stay."""

@@ -168,7 +168,7 @@ class HostTier:
         with self._lock:
             self._index.check_invariants()
             if self._items.keys() != self._index.entries.keys():
-                raise AssertionError("the host tier's items and books differ")
+                raise AssertionError("the host tier's items and index differ")
 
     def close(self) -> None:
         """Remove all items, which frees their memory."""

@@ -37,7 +37,7 @@ def run(
     if contexts and suite not in _WITH_CONTEXTS:
         raise UserError(f"suite {suite!r} has lengths of its own: drop --contexts")
     for path in filter(None, (json, plot)):
-        if not pathlib.Path(path).parent.is_dir():  # told now: some suites run for an hour
+        if not pathlib.Path(path).parent.is_dir():  # reported now: some suites run for an hour
             raise UserError(f"there is no directory for {path}; create it first")
     from v4jax.tools.bench import decode, eviction, generate, host_kv, kv, serve, tiers, train, vs_transformers
 
