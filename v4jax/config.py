@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import importlib.util
 import math
 import pathlib
@@ -19,7 +18,7 @@ import typing
 from dataclasses import dataclass, field
 
 from v4jax.core import config_limits
-from v4jax.core.errors import UserError
+from v4jax.core.errors import UserError, nearest, suggest
 from v4jax.core.paths import local_path
 
 
@@ -202,9 +201,7 @@ class Cache:
     num_state_snapshots: int = 16  # kept for prefix caching, at the last block boundary of each prompt and output
     snapshot_interval_blocks: int = 0  # blocks between further snapshots within a prompt; 0: none
     kv_cache_memory_bytes: int = 0  # accelerator memory for the KV cache in bytes; 0: as kv_cache_tokens needs
-    kv_device_entries: int = (
-        0  # entries per CSA layer kept on the device, the others in host memory; 0: all on the device
-    )
+    kv_device_entries: int = 0  # entries per CSA layer on the device, the others in host memory; 0: all on the device
     kv_host_bytes: int = 0  # host memory in bytes for blocks that are offloaded from the device; 0: none
     kv_disk_bytes: int = 0  # disk space in bytes in kv_dir for offloaded blocks; 0: none
     kv_dir: str = ""  # directory of the offloaded blocks on disk
@@ -279,8 +276,8 @@ def from_dict(cls, values: dict, path: str = ""):
     kwargs = {}
     for key, value in values.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {path + near[0]!r}?" if near else f"; known fields: {', '.join(sorted(known))}"
+            near = nearest(key, known)
+            hint = f"; did you mean {path + near!r}?" if near else f"; known fields: {', '.join(sorted(known))}"
             raise ConfigError(f"unknown config field {path + key!r}{hint}")
         hint_type = hints[key]
         if dataclasses.is_dataclass(hint_type):
@@ -337,9 +334,7 @@ def _function(name: str, directory: pathlib.Path, function: str, what: str, know
     if not path.is_file() and not name.endswith(".py"):
         path = pathlib.Path(f"{name}.py")  # `--config=mine` finds ./mine.py; a preset of that name has precedence
     if not path.is_file():
-        near = difflib.get_close_matches(name.removesuffix(".py"), known, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}?" if near else f"{what}s: {', '.join(known)}"
-        raise ConfigError(f"no {what} {name!r}; {hint}")
+        raise ConfigError(f"no {what} {name!r}; {suggest(name.removesuffix('.py'), known, f'{what}s', cutoff=0.3)}")
     module_spec = importlib.util.spec_from_file_location(f"v4jax_config_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)

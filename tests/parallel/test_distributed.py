@@ -77,6 +77,7 @@ def test_every_launcher_gives_the_place(environment, place):
         ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_NUM_PROCESSES or JAX_PROCESS_ID is not"),
         (JOBSET | {"JOB_COMPLETION_INDEX": "x"}, "'x' where a number belongs"),
         (MPI, "mpirun left no address"),
+        (SLURM | {"SLURM_STEP_NODELIST": ""}, "'' where a list of hosts belongs"),
         (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2"}, "4 processes on one host cannot share 3 devices"),
     ],
 )

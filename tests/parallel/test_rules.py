@@ -96,7 +96,7 @@ def test_clashes_and_unused_rules_are_errors():
         validate_used(ShardingRules("l", "fsdp", weights=(("embed", ("fsdp",)), ("q_lora_rank", ("fsdp",)))), ["DQ"])
     with pytest.raises(UserError, match="no parameter of this model follows the rule 'index_heads'"):
         validate_used(ShardingRules("l", "tensor", weights=(("index_heads", ("tensor",)),)), ["DQ", "D"])
-    with pytest.raises(UserError, match="mesh.tensor is 2, but no rule of layout 'fsdp' uses it"):
+    with pytest.raises(UserError, match="mesh.tensor is 2, but no rule of 'fsdp' uses it"):
         make_mesh_rules(Mesh("fsdp", tensor=2))
 
 

@@ -97,6 +97,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+def minimum(path: str) -> float:
+    """The least allowed value of an int field, by its dotted name."""
+    return RANGES.get(path, _INT)[0]
+
+
 def problem(part, path: str = "") -> str | None:
     """Find the first invalid field of a config dataclass.
 

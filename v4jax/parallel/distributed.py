@@ -144,7 +144,9 @@ def _slurm_local_tasks(env: Mapping[str, str]) -> int:
 def _tpu(env: Mapping[str, str]) -> ProcessInfo | None:
     """Detect several TPU hosts of a TPU VM or of GKE.
 
-    JAX reads coordinator, count and index from the same variables or from the metadata server.
+    Coordinator, count and index stay None, so that `initialize` skips `rendezvous`: on a TPU VM only the metadata
+    server knows them, and with several slices libtpu numbers the processes. JAX reads both. A host that does not start
+    therefore ends the others with JAX's own message.
     """
     hosts = [host for host in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
     many = len(hosts) > 1 or _number(env.get("MEGASCALE_NUM_SLICES", "1")) > 1

@@ -408,5 +408,5 @@ def _serve(todo: queue.SimpleQueue, work: Callable[..., None]) -> None:
         try:
             work(*arguments)
         except Exception:
-            _log.exception("the cache leaves out a block or record that could not be moved")
+            _log.exception("the cache leaves out a block or snapshot that could not be moved")
         del arguments  # otherwise a whole prefix stays in memory while the thread waits
