@@ -78,7 +78,7 @@ def calls(monkeypatch):
     module("v4jax.train.stop_signals", StopSignals=stop_signals.StopSignals)
     module("v4jax.serve", LLM=Engine, SamplingParams=lambda **kwargs: kwargs)
     module("v4jax.checkpoint.convert", convert=record("convert", "wrote B"))
-    module("v4jax.tools.bench", run=record("bench"))
+    monkeypatch.setattr(cli.bench, "run", record("bench"))
     module("v4jax.evals", run=record("eval"))
     return made
 
@@ -232,7 +232,7 @@ def test_convert_bench_eval_arguments(calls, config, capsys):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["trian"], "did you mean train?"),
+        (["trian"], "did you mean 'train'?"),
         (["frobnicate"], "commands: train, generate"),
         (["generate", "--promt=x"], "did you mean --prompt?"),
         (["generate", "--prompt=x"], "needs --checkpoint"),
