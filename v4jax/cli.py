@@ -302,12 +302,7 @@ COMMANDS = {
         "measure speed, as ratios taken in one run",
         "v4jax bench --suite=vs_transformers --config=small --json=vs_transformers.json",
         (
-            Flag(
-                "suite",
-                "what to measure",
-                flags.DEFINE_enum,
-                options={"required": True, "enum_values": list(bench.SUITES)},
-            ),
+            Flag("suite", "suite to run", flags.DEFINE_enum, options={"required": True, "enum_values": bench.SUITES}),
             _CHECKPOINT,
             Flag(
                 "rounds",
