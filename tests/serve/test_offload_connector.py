@@ -393,7 +393,7 @@ def test_copies_off_the_device_and_back_keep_every_bit_of_every_leaf(model, layo
         (dict(kv_admission_policy="none"), "one of all, second"),
         (dict(kv_eviction_policy="fifo"), "one of s3fifo, lru"),
         (dict(kv_host_bytes=1, enable_prefix_caching=False), "set cache.enable_prefix_caching to true"),
-        (dict(kv_cache_memory_bytes=1000), "too small: 21 records and one block"),
+        (dict(kv_cache_memory_bytes=1000), "too small: 21 state slots and one block"),
     ],
 )
 def test_tiers_that_cannot_be_are_one_line(model, options, complaint):
