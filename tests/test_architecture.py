@@ -151,7 +151,7 @@ def test_no_file_names_a_machine_or_a_registry(project_files):
         ("v4jax/serve/deep/d.py", "from ...train import loop", "serve (6) imports train (6)"),
         ("v4jax/core/e.py", "from ..nn.norm import Norm", "core (0) imports nn (3)"),
         ("v4jax/__init__.py", "from v4jax.serve import LLM", "config (1) imports serve (6)"),
-        ("v4jax/attic/f.py", "x = 1", "attic has no layer"),
+        ("v4jax/extra/f.py", "x = 1", "extra has no layer"),
         ("configs/g.py", "import jax", "not jax"),
         ("configs/h.py", "from v4jax import nn", "not v4jax.nn"),
         ("configs/bench/i.py", "import jax", "not jax"),

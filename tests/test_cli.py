@@ -78,7 +78,7 @@ def calls(monkeypatch):
     module("v4jax.train.stop_signals", StopSignals=stop_signals.StopSignals)
     module("v4jax.serve", LLM=Engine, SamplingParams=lambda **kwargs: kwargs)
     module("v4jax.checkpoint.convert", convert=record("convert", "wrote B"))
-    module("v4jax.tools.bench", run=record("bench"))
+    monkeypatch.setattr(cli.bench, "run", record("bench"))
     module("v4jax.evals", run=record("eval"))
     return made
 
@@ -230,9 +230,9 @@ def test_convert_bench_eval_arguments(calls, config, capsys):
 
 
 @pytest.mark.parametrize(
-    "argv, says",
+    "argv, message",
     [
-        (["trian"], "did you mean train?"),
+        (["trian"], "did you mean 'train'?"),
         (["frobnicate"], "commands: train, generate"),
         (["generate", "--promt=x"], "did you mean --prompt?"),
         (["generate", "--prompt=x"], "needs --checkpoint"),
@@ -272,12 +272,12 @@ def test_convert_bench_eval_arguments(calls, config, capsys):
         (["train", "--config=no/such.py"], "no config 'no/such.py'"),
     ],
 )
-def test_mistakes_are_one_line(capsys, argv, says):
-    assert says in one_line(capsys, argv)
+def test_mistakes_are_one_line(capsys, argv, message):
+    assert message in one_line(capsys, argv)
 
 
 @pytest.mark.parametrize(
-    "override, says",
+    "override, message",
     [
         ("train.step=3", "did you mean --config.train.steps?"),
         ("trane.steps=3", "did you mean --config.train.steps?"),
@@ -301,8 +301,8 @@ def test_mistakes_are_one_line(capsys, argv, says):
         ("data.source=\x1b[2J", "data.source is '\\x1b[2J', and must be a line"),
     ],
 )
-def test_wrong_overrides_are_one_line(capsys, config, override, says):
-    assert says in one_line(capsys, ["train", f"--config={config}", f"--config.{override}"])
+def test_wrong_overrides_are_one_line(capsys, config, override, message):
+    assert message in one_line(capsys, ["train", f"--config={config}", f"--config.{override}"])
 
 
 def test_a_prompt_file_must_be_utf8(capsys, tmp_path):

@@ -90,7 +90,7 @@ def test_lists_become_tuples():
 
 
 @pytest.mark.parametrize(
-    "part, change, says",
+    "part, change, message",
     [
         ("model", {"layer_types": ()}, "model.layer_types is empty"),
         ("model", {"layer_types": ("swa", "mla")}, "'mla'; layers are one of swa, csa, hca"),
@@ -109,12 +109,12 @@ def test_lists_become_tuples():
         ("serve", {"max_model_len": 10**9}, "serve.max_model_len"),
     ],
 )
-def test_impossible_values_are_one_line(part, change, says):
+def test_impossible_values_are_one_line(part, change, message):
     tiny = load("tiny")
     broken = dataclasses.replace(tiny, **{part: dataclasses.replace(getattr(tiny, part), **change)})
     with pytest.raises(ConfigError) as caught:
         validate(broken)
-    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_ratios_need_not_divide_each_other():

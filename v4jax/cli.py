@@ -21,14 +21,14 @@ from absl import flags
 import v4jax
 from v4jax import cli_completion
 from v4jax import config as config_lib
-from v4jax.cli_flags import Command, Flag, command_help, config_lines, did_you_mean, explicit_flags, parse
+from v4jax.cli_flags import SIMILAR, Command, Flag, command_help, config_lines, explicit_flags, parse
 from v4jax.core import compilation_cache
-from v4jax.core.errors import UserError, printable
+from v4jax.core.errors import UserError, printable, suggest
 from v4jax.core.malloc import tune_malloc
 from v4jax.core.timing import GenerationTimer
 from v4jax.engine_flags import CACHE_FLAGS, SAMPLING_FLAGS, SERVE_FLAGS, STORED
 from v4jax.evals import SUITES as EVALS
-from v4jax.tools.bench import SUITES as BENCHES
+from v4jax.tools import bench
 
 # --- commands ----------------------------------------------------------------------------------------------------
 
@@ -130,8 +130,6 @@ def _plan(values: flags.FlagValues, config: config_lib.Config) -> None:
 
 
 def _bench(values: flags.FlagValues, config: config_lib.Config | None) -> None:
-    from v4jax.tools import bench
-
     bench.run(values.suite, config=config, **explicit_flags(values, "checkpoint", "rounds", "contexts", "json", "plot"))
 
 
@@ -215,7 +213,7 @@ COMMANDS = {
                 "token id before each prompt",
                 flags.DEFINE_integer,
                 options={"lower_bound": 0},
-                shown="as the tokenizer says",
+                shown="the tokenizer's",
             ),
             Flag(
                 "eos_id",
@@ -304,7 +302,7 @@ COMMANDS = {
         "measure speed, as ratios taken in one run",
         "v4jax bench --suite=vs_transformers --config=small --json=vs_transformers.json",
         (
-            Flag("suite", "what to measure", flags.DEFINE_enum, options={"required": True, "enum_values": BENCHES}),
+            Flag("suite", "suite to run", flags.DEFINE_enum, options={"required": True, "enum_values": bench.SUITES}),
             _CHECKPOINT,
             Flag(
                 "rounds",
@@ -315,11 +313,11 @@ COMMANDS = {
             ),
             Flag(
                 "contexts",
-                "tokens of context, such as 1024,65536 (suites decode, generate, host_kv, tiers)",
+                f"tokens of context, such as 1024,65536 (suites {', '.join(bench.suites_with('contexts'))})",
                 flags.DEFINE_list,
             ),
             _JSON,
-            Flag("plot", "also draw the records to this PNG file (suites decode, host_kv, tiers)"),
+            Flag("plot", f"also draw the records to this PNG file (suites {', '.join(bench.suites_with('plot'))})"),
         ),
         has_config=True,
     ),
@@ -430,7 +428,7 @@ def _dispatch(argv: list[str]) -> None:
     elif name == "completion":
         print(cli_completion.script(COMMANDS, rest), end="")
     elif name not in COMMANDS:
-        raise UserError(f"no command {name!r}{did_you_mean(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+        raise UserError(f"no command {name!r}; {suggest(name, COMMANDS, 'commands', SIMILAR)}")
     elif {"--help", "-h"} & set(rest):
         print(command_help(name, COMMANDS[name]))
     else:

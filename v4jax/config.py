@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import importlib.util
 import math
 import pathlib
@@ -19,7 +18,7 @@ import typing
 from dataclasses import dataclass, field
 
 from v4jax.core.config_limits import check_values
-from v4jax.core.errors import ConfigError
+from v4jax.core.errors import ConfigError, nearest, suggest
 from v4jax.core.layer_spec import LAYER_CHOICES, LayerSpec
 from v4jax.core.paths import local_path
 
@@ -287,8 +286,8 @@ def from_dict(cls, values: dict, path: str = ""):
     kwargs = {}
     for key, value in values.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {path + near[0]!r}?" if near else f"; known fields: {', '.join(sorted(known))}"
+            near = nearest(key, known)
+            hint = f"; did you mean {path + near!r}?" if near else f"; known fields: {', '.join(sorted(known))}"
             raise ConfigError(f"unknown config field {path + key!r}{hint}")
         hint_type = hints[key]
         if dataclasses.is_dataclass(hint_type):
@@ -345,9 +344,7 @@ def _function(name: str, directory: pathlib.Path, function: str, what: str, know
     if not path.is_file() and not name.endswith(".py"):
         path = pathlib.Path(f"{name}.py")  # `--config=mine` finds ./mine.py; a preset of that name has precedence
     if not path.is_file():
-        near = difflib.get_close_matches(name.removesuffix(".py"), known, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}?" if near else f"{what}s: {', '.join(known)}"
-        raise ConfigError(f"no {what} {name!r}; {hint}")
+        raise ConfigError(f"no {what} {name!r}; {suggest(name.removesuffix('.py'), known, f'{what}s', cutoff=0.3)}")
     module_spec = importlib.util.spec_from_file_location(f"v4jax_config_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
@@ -484,7 +481,7 @@ def _validate_mesh(mesh: Mesh) -> None:
         size = getattr(mesh, axis)
         _require(
             size == 1 or mesh.rules,
-            f"mesh.{axis} is {size}, but no layout says what to split; set mesh.rules "
+            f"mesh.{axis} is {size}, but mesh.rules is empty, so nothing is split; set mesh.rules "
             f"to one of {', '.join(sharding_names())}",
         )
 

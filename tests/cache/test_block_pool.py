@@ -218,7 +218,7 @@ def test_check_sees_spoilt_books(spoil):
     blocks.free(fill(blocks, 1, 2, records=[0]))
     blocks.check_invariants([])
     spoil(blocks)
-    with pytest.raises(AssertionError, match="the books of the cache are wrong"):
+    with pytest.raises(AssertionError, match="the state of the cache is inconsistent"):
         blocks.check_invariants([])
 
 
@@ -272,7 +272,7 @@ class Owners(RuleBasedStateMachine):
         return [(self.blocks._page[name], name) for name in chain]
 
     @invariant()
-    def books(self):
+    def invariants(self):
         if hasattr(self, "blocks"):
             self.blocks.check_invariants([pages for pages, _ in self.owners])
             assert all(self.content[page] == name for name, page in self.blocks._page.items())

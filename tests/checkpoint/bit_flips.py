@@ -1,4 +1,4 @@
-"""Single bit flips at random places of a checkpoint's files: reading gives the same values or says what is wrong.
+"""Single bit flips at random places of a checkpoint's files: reading gives the same values or reports what is wrong.
 
 python -m tests.checkpoint.bit_flips 600 flips that many bits in each kind of directory and prints the outcomes.
 """
@@ -98,7 +98,7 @@ def outcome(kind: str, path: pathlib.Path, expected: tuple[Config, dict[str, byt
 
 
 def survey(kind: str, path: pathlib.Path, flips: int, seed: int) -> collections.Counter:
-    """Outcomes of so many flips by kind of file; each bit is put back."""
+    """Outcomes of `flips` flips by kind of file; each bit is put back."""
     expected, rng, seen = read(kind, path), np.random.default_rng(seed), collections.Counter()
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size)
     if kind == "run":  # the step that a resume takes, and the files of the run

@@ -1,4 +1,4 @@
-"""The persistent compilation cache: where it lies, when it is off, and that no state of its directory hurts a run."""
+"""The persistent compilation cache: where it is stored, when it is off, and that damage to its files hurts no run."""
 
 import importlib.metadata
 import os

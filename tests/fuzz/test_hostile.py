@@ -85,7 +85,7 @@ def test_nesting_in_a_tensor_header(changed):
 
 
 @pytest.mark.parametrize(
-    "change, says",
+    "change, message",
     [
         ({"n_routed_experts": 10**9}, "moe.n_routed_experts must be at most"),
         (
@@ -105,8 +105,8 @@ def test_nesting_in_a_tensor_header(changed):
         ({"hidden_act": "\x1b[2J"}, "hidden_act is '\\x1b[2J'"),
     ],
 )
-def test_values_of_a_config(changed, change, says):
-    assert says in refused(hf_config.read, changed("hf", "config.json", lambda values: values.update(change)))
+def test_values_of_a_config(changed, change, message):
+    assert message in refused(hf_config.read, changed("hf", "config.json", lambda values: values.update(change)))
 
 
 def test_more_experts_than_the_weights_hold_is_told_at_once(changed):
@@ -115,7 +115,7 @@ def test_more_experts_than_the_weights_hold_is_told_at_once(changed):
 
 
 @pytest.mark.parametrize(
-    "change, says",
+    "change, message",
     [
         (
             lambda v: v["config"]["cache"].update(kv_eviction_policy="foo"),
@@ -134,8 +134,8 @@ def test_more_experts_than_the_weights_hold_is_told_at_once(changed):
         (lambda v: v["config"].update(model=None), "config field 'model' is None"),
     ],
 )
-def test_values_of_a_stored_config(changed, change, says):
-    assert says in refused(checkpoint.load_config, changed("orbax", "v4jax.json", change))
+def test_values_of_a_stored_config(changed, change, message):
+    assert message in refused(checkpoint.load_config, changed("orbax", "v4jax.json", change))
 
 
 def test_a_pipe_among_the_files_of_arrays_is_not_waited_for(changed):
@@ -173,7 +173,7 @@ def test_arrays_larger_than_their_files_are_not_read(changed):
 
 
 @pytest.mark.parametrize(
-    "change, says",
+    "change, message",
     [
         (lambda v: v["model"]["vocab"].update(huge=10**9), "has a token id that is not in 0..16777215"),
         (lambda v: v["model"]["vocab"].update(huge=-1), "has a token id that is not in"),
@@ -194,8 +194,8 @@ def test_arrays_larger_than_their_files_are_not_read(changed):
         (lambda v: v.update(decoder=[]), "has a decoder that is no object"),
     ],
 )
-def test_values_of_a_tokenizer(changed, change, says):
-    assert says in refused(load_tokenizer, changed("tokenizers/bpe", "tokenizer.json", change), seeds.MODEL)
+def test_values_of_a_tokenizer(changed, change, message):
+    assert message in refused(load_tokenizer, changed("tokenizers/bpe", "tokenizer.json", change), seeds.MODEL)
 
 
 def test_a_pattern_that_backtracks_without_end_is_one_line(changed):

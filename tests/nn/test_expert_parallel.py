@@ -98,7 +98,7 @@ def test_tokens_of_nobody_stay():
 
 
 @pytest.mark.parametrize(
-    "layout, says",
+    "layout, message",
     [
         (
             ShardingRules("mine", "data", weights=(("expert", ("tensor",)),), activations=(("batch", ("data",)),)),
@@ -110,9 +110,9 @@ def test_tokens_of_nobody_stay():
         ),
     ],
 )
-def test_layouts_that_tokens_cannot_follow_are_refused(layout, says):
+def test_layouts_that_tokens_cannot_follow_are_refused(layout, message):
     mesh = make_mesh_rules(Mesh("tensor", data=4)).mesh
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         expert_parallel.validate_ep(MeshRules(mesh, layout))
 
 

@@ -94,7 +94,7 @@ def test_far_out_logits_give_finite_weights_and_gradients():
 
 
 def test_balance_loss_is_the_formula():
-    """Spec 3.3, row by row, padding left out; the fraction of picks carries no gradient."""
+    """Spec 3.3, row by row, padding left out; the fraction of chosen experts carries no gradient."""
     rng = np.random.RandomState(2)
     scores, picks = rng.random_sample((3, 6, 8)) + 0.1, np.argsort(rng.random_sample((3, 6, 8)), -1)[..., :3]
     valid = np.ones((3, 6), bool)

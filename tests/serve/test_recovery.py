@@ -161,10 +161,10 @@ def test_engine_drops_what_the_device_cached_and_counts_on(llm, answers, monkeyp
 def test_engine_tiers_survive_an_error_between_them_and_the_device(model, plain, monkeypatch, where):
     """A copy down that has no memory is left out; one up is an error like any other."""
     asked = [Request(prompt, GREEDY) for prompt in (LONG_PROMPT, LONG_PROMPT[::-1], LONG_PROMPT)]
-    engine_harness.new_books(plain, pages=11)
+    engine_harness.reset_cache(plain, pages=11)
     want = [answer.tokens for one in asked for answer in drive(plain, [one])]
     with tiered(model, host=1 << 24) as engine:
-        engine_harness.new_books(engine, pages=2)
+        engine_harness.reset_cache(engine, pages=2)
         tokens = lambda one: drive(engine, [one])[0].tokens
         assert [tokens(one) for one in asked[:2]] == want[:2]
         assert engine.kv_connector.flush(engine.model_runner.caches, LONG)
@@ -185,7 +185,7 @@ def test_engine_tiers_survive_an_error_between_them_and_the_device(model, plain,
 
 def test_engine_on_a_mesh_is_reset_too(model, plain, monkeypatch):
     asked = [Request(prompt, GREEDY) for prompt in PROMPTS]
-    engine_harness.new_books(plain)
+    engine_harness.reset_cache(plain)
     want = [answer.tokens for answer in drive(plain, asked)]
     limits = dataclasses.replace(LIMITS, max_num_seqs=2, max_num_batched_tokens=16)
     engine = Engine(

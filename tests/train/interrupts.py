@@ -3,7 +3,7 @@
 Each trial trains a micro model by the command line in a process of its own, sends it a signal at a random moment (from
 before the first import until after the end; in two of three trials while it trains), checks its exit code and that what
 it said is on disk, and lets a second process finish the run. Losses, held-out losses and the parameters at the end must
-be those of a run that nobody stopped, bit for bit.
+be those of an uninterrupted run, bit for bit.
 """
 
 from __future__ import annotations

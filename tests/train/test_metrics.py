@@ -1,4 +1,4 @@
-"""Records, their curves, and what TensorBoard is told."""
+"""Records, their curves, and what TensorBoard receives."""
 
 import struct
 

@@ -1,4 +1,4 @@
-"""Progress of a run: a bar or a spinner on a terminal, lines elsewhere."""
+"""Progress of a run: a bar or a spinner on a terminal, else lines."""
 
 import io
 import sys

@@ -174,17 +174,17 @@ def test_a_run_that_goes_back_again_and_again_gives_up(run):
 
 
 @pytest.mark.parametrize(
-    "trainer, says",
+    "trainer, message",
     [
         (BadGradient, "and the gradient norm (nan|inf) at step 6"),
         (BadUpdate, "the update of step 6 left values"),
     ],
 )
-def test_a_checkpoint_is_finite_or_is_not_finished(run, tmp_path, monkeypatch, trainer, says):
+def test_a_checkpoint_is_finite_or_is_not_finished(run, tmp_path, monkeypatch, trainer, message):
     monkeypatch.setattr(loop, "Trainer", trainer)
     monkeypatch.setattr(trainer, "bad", (6,))
     _, raised = run((), spike_action="off")
-    assert re.match(f".*{says}.*the last good checkpoint is step 3$", raised)
+    assert re.match(f".*{message}.*the last good checkpoint is step 3$", raised)
     assert finished_steps(tmp_path / "run") == [3]
     monkeypatch.setattr(trainer, "bad", ())
     records, raised = run((), spike_action="off")

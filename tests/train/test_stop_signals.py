@@ -126,7 +126,7 @@ PROGRAM = textwrap.dedent("""
 
 
 @pytest.mark.parametrize(
-    "where, signals, code, says",
+    "where, signals, code, message",
     [
         ("deferred", [signal.SIGINT, signal.SIGINT], 130, "ended at once"),
         ("blocked", [signal.SIGTERM], 143, "the last words"),
@@ -136,7 +136,7 @@ PROGRAM = textwrap.dedent("""
         ("in a destructor", [signal.SIGINT], 130, "the last words"),
     ],
 )
-def test_the_command_line_ends_wherever_its_main_thread_is(where, signals, code, says):
+def test_the_command_line_ends_wherever_its_main_thread_is(where, signals, code, message):
     command = [sys.executable, "-c", PROGRAM, where]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_sigint
@@ -151,7 +151,7 @@ def test_the_command_line_ends_wherever_its_main_thread_is(where, signals, code,
         finally:
             process.kill()
     assert process.returncode == code
-    assert [line for line in output.splitlines() if line] == [line for line in output.splitlines() if says in line]
+    assert [line for line in output.splitlines() if line] == [line for line in output.splitlines() if message in line]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

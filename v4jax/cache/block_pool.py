@@ -200,7 +200,7 @@ class BlockPool:
         for page in pages:
             self._invalid.add(page)
             _, name = self._name.get(page, (None, None))
-            if self._page.get(name) == page:
+            if name is not None and self._page.get(name) == page:
                 del self._page[name]
                 self.drop_snapshot(name)
 
@@ -213,7 +213,7 @@ class BlockPool:
             self._notify("record", name, False)
             self._notify("block", name, False)
             return
-        if self._page.get(name) in self._idle:
+        if name is not None and self._page.get(name) in self._idle:
             self._idle.move_to_end(self._page[name])  # a child may just have become idle
         self._name.pop(page, None)
         self._invalid.discard(page)
@@ -388,7 +388,9 @@ class BlockPool:
         place = {page: i for i, page in enumerate(self._idle)}
         for page, i in place.items():
             parent = self._page.get(self._name[page][0])
-            _require(place.get(parent, i + 1) > i, "idle parents are evicted after their idle children")
+            _require(
+                parent is None or place.get(parent, i + 1) > i, "idle parents are evicted after their idle children"
+            )
 
     def _check_records(self) -> None:
         """Check the states of the snapshot slots."""
@@ -407,4 +409,4 @@ class BlockPool:
 def _require(condition: bool, rule: str) -> None:
     """Raise AssertionError, naming `rule`, if `condition` is false."""
     if not condition:
-        raise AssertionError(f"the books of the cache are wrong; the rule: {rule}")
+        raise AssertionError(f"the state of the cache is inconsistent; the rule: {rule}")

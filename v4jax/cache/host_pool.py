@@ -40,7 +40,7 @@ class HostEntryPool(EntryPool):
     row: kv_cache_spec.EntryFormat = dataclasses.field(metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(blocks, rows per block, row width)."""
         return (*self.words.shape[:2], self.row.width)
 

@@ -27,7 +27,7 @@ class Bf16Pool(EntryPool):
     bits: jax.Array
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(blocks, rows per block, row width)."""
         return self.bits.shape
 
@@ -58,7 +58,7 @@ class QuantizedPool(EntryPool):
     row: kv_cache_spec.EntryFormat = dataclasses.field(metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(blocks, rows per block, row width)."""
         return (*self.values.shape[:2], self.row.width)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import os
 import pathlib
@@ -22,7 +21,7 @@ from v4jax.checkpoint.lazy_tensors import LazyTensors
 from v4jax.checkpoint.orbax import OrbaxTensors
 from v4jax.config import Config, Model
 from v4jax.core import dtypes
-from v4jax.core.errors import UserError
+from v4jax.core.errors import UserError, suggest
 from v4jax.core.qtensor import QTensor
 from v4jax.models import hf_config
 from v4jax.models.layer_stacks import LayerStack
@@ -157,8 +156,7 @@ def write(path, format: str, config: Config, tensors: Mapping, tokenizer_dir=Non
 def check_format(format: str) -> None:
     """Raise UserError for an unknown format."""
     if format not in directory.FORMATS:
-        near = difflib.get_close_matches(str(format), directory.FORMATS, n=1) or directory.FORMATS
-        raise UserError(f"no format {format!r:.60}; choose {' or '.join(near)}")
+        raise UserError(f"no format {format!r:.60}; {suggest(str(format), directory.FORMATS, 'formats')}")
 
 
 class ModelTensors(LazyTensors):

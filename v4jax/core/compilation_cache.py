@@ -7,6 +7,7 @@ and deletes damaged files. It imports jax only inside functions, so that help an
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import os
 import pathlib
@@ -149,9 +150,8 @@ def _is_whole(path: pathlib.Path) -> bool:
     data = path.read_bytes()
     try:
         if data.startswith(_ZSTANDARD):
-            from compression import zstd  # Python 3.14 and later, where JAX uses it; JAX uses zlib before
-
-            zstd.decompress(data)
+            # Python 3.14 and later, where JAX uses it; JAX uses zlib before.
+            importlib.import_module("compression.zstd").decompress(data)
         else:
             zlib.decompress(data)
     except ImportError:

@@ -97,6 +97,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+def minimum(path: str) -> float:
+    """The least allowed value of an int field, by its dotted name."""
+    return RANGES.get(path, _INT)[0]
+
+
 def check_values(part, path: str = "") -> None:
     """Check the type, range and choices of every field of a config.
 

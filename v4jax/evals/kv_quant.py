@@ -65,7 +65,7 @@ def run(
       heldout: As in `perplexity.run`.
 
     Returns:
-      One record per metric; `holds` says whether its bound holds.
+      One record per metric; `holds` is whether its bound holds.
 
     Raises:
       UserError: The checkpoint has no tokenizer or no CSA layers, there is too little text, or a bound is unknown.

@@ -45,7 +45,7 @@ def ep_experts(
         float32 [B, T, D].
 
     Raises:
-        UserError: the layout splits the experts in a way that `validate_ep` refuses.
+        UserError: the sharding rules split the experts in a way that `validate_ep` refuses.
     """
     validate_ep(sharding)
     if sharding.per_device:
@@ -60,7 +60,7 @@ def validate_ep(sharding: MeshRules) -> None:
         for axis in sharding.axes("weights", name):
             if (axis in tokens) != inside:
                 raise UserError(
-                    f"layout {sharding.rules.name!r}: mesh axis {axis!r} splits {name!r} and so must "
+                    f"sharding rules {sharding.rules.name!r}: mesh axis {axis!r} splits {name!r} and so must "
                     f"{'also' if inside else 'not'} split batch or token"
                 )
 

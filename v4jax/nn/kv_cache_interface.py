@@ -140,14 +140,12 @@ class CompressionWindows:
 
 
 class EntryReader(EntrySource, Protocol):
-    """Read access by index to the entries (see `EntrySource`) and index keys of one layer.
+    """Read access by index to the entries (see `EntrySource`) and index keys of one layer."""
 
-    Attributes:
-        size: number of entries per row that the storage has room for.
-        segments_BC: int32 [B, C], document of each entry; None if rows are not packed.
-    """
-
-    segments_BC: jax.Array | None
+    @property
+    def segments_BC(self) -> jax.Array | None:
+        """int32 [B, C], document of each entry; None if rows are not packed."""
+        ...
 
     def read_index_keys(self, first: jax.Array, count: int, raw_fp8: bool = False) -> jax.Array | QTensor:
         """Return the index keys of entries first .. first + count - 1 of every row, [B, count, L].

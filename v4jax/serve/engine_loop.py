@@ -382,7 +382,7 @@ class EngineLoop:
         self._engine.broken = True  # these requests end now, even if the exception was raised outside the engine
         traceback.clear_frames(error.__traceback__)  # frames may hold arrays that the reset must free
         if not self._running:
-            _log.error("the engine failed while nobody waited for it", exc_info=error)
+            _log.error("the engine failed while no request waited for it", exc_info=error)
         for ref in list(self._running):
             self._end(ref, error)
 

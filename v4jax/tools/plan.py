@@ -222,7 +222,7 @@ def _print(config: Config, topology: Topology, mesh, work: Workload, found: Cost
     title = (
         f"{config.name}: {number(counts.total)} parameters, {number(counts.active)} active; {work.mode} of "
         f"{work.rows} x {work.context} tokens on {topology.name} ({topology.chips} chips, {topology.devices} devices), "
-        f"layout {mesh.rules or 'none'} ({_axes(mesh)})"
+        f"sharding rules {mesh.rules or 'none'} ({_axes(mesh)})"
     )
     print_table(title, ["bytes of a device", "closed form", "of memory"], rows)
     collectives = [

@@ -64,18 +64,18 @@ def train(config: Config, workdir: str, stop: StopSignals | None = None) -> dict
       SystemExit: With code 143, after SIGTERM.
       KeyboardInterrupt: After SIGINT.
     """
-    config, workdir = configs.validate(config), local_path(workdir, "workdir")
+    config, directory = configs.validate(config), local_path(workdir, "workdir")
     with peer_errors(), contextlib.nullcontext(stop) if stop else StopSignals(shared=jax.process_count() > 1) as stop:
-        stop.shared, stop.last_words = jax.process_count() > 1, functools.partial(_where_it_stands, workdir)
+        stop.shared, stop.last_words = jax.process_count() > 1, functools.partial(_where_it_stands, directory)
         stop.check()
         try:
-            with workdir_lock(workdir):
-                return _Run(config, workdir, stop).run()
+            with workdir_lock(directory):
+                return _Run(config, directory, stop).run()
         except BaseException as error:
             if not _is_stop(error):
                 raise
             if is_primary():
-                print(_where_it_stands(workdir), flush=True)
+                print(_where_it_stands(directory), flush=True)
             if not isinstance(error, Exception):
                 raise
             stop.leave()
@@ -236,7 +236,7 @@ class _Run:
                 stopping |= self._stop_asked()
                 with watchdog.paused():
                     if self._spiked(state, step, spikes, stopping or due or evaluate):
-                        state = metrics = None  # device memory may not hold two states
+                        del state, metrics  # device memory may not hold two states
                         state, step = self._roll_back(step)
                         # A stopping run continues too: it saves the next step, with the data after the spike.
                         continue
@@ -430,6 +430,7 @@ class _Run:
             raise UserError(f"{_ROLLBACKS} times the run went back to step {step} and spiked again: {self._advice()}")
         with jax.transfer_guard("allow"):
             state = self._restore(step)[0] if step else self.trainer.init()
+            assert state.guard is not None  # only the guard asks for a rollback
             skips = jax.device_put(np.int32(0), state.guard.consecutive_skips.sharding)
         self.heldout_losses = {at: value for at, value in self.heldout_losses.items() if at <= step}
         self._open_metrics(step, {"rolled_back_from": spiked})

@@ -147,14 +147,14 @@ def smooth(values: Sequence[float]) -> np.ndarray:
     Returns:
       float64 [len(values)].
     """
-    values = np.asarray(values, np.float64)
-    total, weight = values.copy(), np.ones(len(values))
+    array = np.asarray(values, np.float64)
+    total, weight = array.copy(), np.ones(len(array))
     for turned in (slice(None), slice(None, None, -1)):
         sums = weights = 0.0
-        for i in range(len(values))[turned]:
+        for i in range(len(array))[turned]:
             total[i] += sums
             weight[i] += weights
-            sums, weights = _SMOOTH * (sums + values[i]), _SMOOTH * (weights + 1.0)
+            sums, weights = _SMOOTH * (sums + array[i]), _SMOOTH * (weights + 1.0)
     return total / weight
 
 
@@ -175,7 +175,7 @@ def plot_loss(workdir: pathlib.Path, heldout: dict[int, float]) -> pathlib.Path:
 
     records = read_metrics(workdir / "metrics.jsonl")
 
-    def column(name: str) -> tuple[list[int], list[float]]:
+    def column(name: str) -> tuple[list[float], list[float]]:
         found = [(record["step"], record[name]) for record in records if name in record]
         return [step for step, _ in found], [value for _, value in found]
 

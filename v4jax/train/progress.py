@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import rich.progress as rp
+from rich.console import Console
 
 
 class Progress:
@@ -41,7 +42,7 @@ class Progress:
             rp.TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
             rp.TimeRemainingColumn(),
         )
-        self._bar = rp.Progress(*columns, console=rp.Console(stderr=True), disable=not self._live)
+        self._bar = rp.Progress(*columns, console=Console(stderr=True), disable=not self._live)
         self._task = self._bar.add_task(name, total=steps, completed=done, loss="...", speed="...")
 
     def __enter__(self) -> Progress:
@@ -68,7 +69,7 @@ class Progress:
         self._bar.update(self._task, completed=step, loss=f"{loss:.3f}", speed=speed)
         if self._show and not self._live and (now - self._printed > 10 or step == self.steps):
             self._printed = now
-            left = "" if self.tokens_per_second is None else self._left(step)
+            left = "" if self.tokens_per_second is None else self._left(step, self.tokens_per_second)
             print(
                 f"{self.name} step {step}/{self.steps}  loss {loss:.3f}  {speed} tokens/s{left}",
                 file=sys.stderr,
@@ -80,8 +81,8 @@ class Progress:
         self.steps = steps
         self._bar.update(self._task, total=steps)
 
-    def _left(self, step: int) -> str:
-        seconds = (self.steps - step) * self.tokens_per_step / self.tokens_per_second
+    def _left(self, step: int, tokens_per_second: float) -> str:
+        seconds = (self.steps - step) * self.tokens_per_step / tokens_per_second
         return f"  {int(seconds // 60)}:{int(seconds % 60):02d} left"
 
     @contextlib.contextmanager
@@ -112,7 +113,7 @@ def spinner(text: str, show: bool = True) -> Iterator[None]:
       show: False prints nothing.
     """
     if show and sys.stderr.isatty():
-        with rp.Console(stderr=True).status(text):
+        with Console(stderr=True).status(text):
             yield
         return
     if show:

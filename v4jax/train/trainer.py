@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ class Trainer:
         train = config.train
         abstract = nnx.eval_shape(lambda: self._new_model(nnx.Rngs(0)))
         mark_low_precision(abstract, train.matmul_precision, train.expert_weight_format)
-        self.runs = abstract.stack_specs
+        self.runs = list(abstract.stack_specs)
         self._graph, self._params, self._fixed = nnx.split(abstract, nnx.Param, ...)
         leaves = nnx.to_flat_state(self._params)
         self._axes = {".".join(map(str, path)): leaf.letters for path, leaf in leaves}
@@ -127,6 +127,7 @@ class Trainer:
         Raises:
           UserError: The mesh does not split `train.batch_size` or `data.seq_len` evenly.
         """
+        assert self.sharding is not None
         shape = (self.config.train.batch_size, self.config.data.seq_len)
         for size, letter, name in zip(shape, "BT", ("train.batch_size", "data.seq_len"), strict=True):
             axes = self.sharding.activation(letter)[0] or ()
@@ -139,6 +140,7 @@ class Trainer:
 
     def _local_indices(self, shape: tuple[int, int]):
         """The index into the global batch of each device of this process."""
+        assert self.batch_sharding is not None
         where = self.batch_sharding.devices_indices_map(shape)
         mine = [index for device, index in where.items() if device.process_index == jax.process_index()]
         return mine or list(where.values())  # devices of an ahead-of-time topology belong to no process
@@ -149,12 +151,12 @@ class Trainer:
         An optimizer array takes the sharding of the parameter whose name is the last key of its path. Scalars and all
         other leaves are replicated.
         """
+        of_params = self._param_sharding
+        assert of_params is not None
 
         def of(path, leaf):
-            name = getattr(path[-1], "key", None) if path else None
-            if name in self._param_sharding and leaf.ndim:
-                return self._param_sharding[name]
-            return self._replicated
+            name = getattr(path[-1], "key", "") if path else ""
+            return of_params.get(name, self._replicated) if leaf.ndim else self._replicated
 
         return jax.tree_util.tree_map_with_path(of, state)
 
@@ -181,9 +183,11 @@ class Trainer:
         if self.sharding is None:
             return jax.device_put(batch)
         rows, first = self.config.train.batch_size, self.process_share[0] * len(batch["tokens_BT"])
+        sharding = self.batch_sharding
+        assert sharding is not None
 
         def array(mine):
-            shape, sharding = (rows, mine.shape[1]), self.batch_sharding
+            shape = (rows, mine.shape[1])
             local = lambda index: mine[slice(*(i - first for i in index[0].indices(rows)[:2])), index[1]]
             places = sharding.addressable_devices_indices_map(shape).items()
             # Explicit transfers pass the loop's `jax.transfer_guard`; `make_array_from_callback` counts as implicit.
@@ -221,7 +225,7 @@ class Trainer:
     def abstract_tree(self) -> dict[str, Any]:
         """`to_tree` of `abstract`; on a mesh, with the shardings that a restored checkpoint must have."""
         tree = jax.eval_shape(lambda state: self._tree(state, self._to_flat), self.abstract())
-        if self.sharding is None:
+        if self.sharding is None or self.state_sharding is None:
             return tree
         letters = {name: self._axes.get(self._stacked_name(name), "") for name in tree["model"]}
         shapes = {name: leaf.shape for name, leaf in tree["model"].items()}
@@ -289,7 +293,7 @@ class Trainer:
         loads = parts.pop("load_E")
         fixed = {name: self._balanced(name, array, loads) for name, array in state.fixed.items()}
         metrics = parts | {"grad_norm": optax.tree.norm(grads), "max_load": jnp.max(loads.max(1) / loads.mean(1))}
-        params, guard = optax.apply_updates(state.params, updates), state.guard
+        params, guard = cast("dict[str, jax.Array]", optax.apply_updates(state.params, updates)), state.guard
         updated = state.step if guard is None else state.step - guard.skipped  # skipped steps do not advance a schedule
         metrics |= {name: rate(updated) for name, rate in self._rates.items()}
         if guard is not None:

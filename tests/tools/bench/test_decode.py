@@ -126,7 +126,7 @@ def test_generate_reads_prompts_through_the_engine(monkeypatch, capsys):
     assert found == [*expected, ("peak_memory", 20, "B", "fp8", 1)]
     assert records[-1]["value"] > 2**26
     assert all(r["value"] > 0 for r in records)
-    assert "cache layout fp8: one request at a time" in capsys.readouterr().out
+    assert "kv_cache_dtype fp8: one request at a time" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The peer suite: both arms on one small model, and what it says without torch."""
+"""The transformers suite: both arms on one small model, and its message without torch."""
 
 import dataclasses
 import importlib.util

@@ -30,7 +30,7 @@ def open_private(path: pathlib.Path) -> int:
             raise UserError(f"{path} {error.strerror}") from error
         if path.is_symlink():
             raise UserError(
-                f"{path} is a symbolic link, which can be turned elsewhere at any time; name the directory "
+                f"{path} is a symbolic link, whose target can change at any time; name the directory "
                 f"it leads to: {os.path.realpath(path)}"
             ) from error
         raise UserError(f"cannot keep the cache in {path}: {error.strerror}; name another") from error

@@ -14,13 +14,12 @@ from v4jax.core.qtensor import dequantize
 
 
 class EntrySource(Protocol):
-    """Entries of each batch row, addressed by their index in the row.
+    """Entries of each batch row, addressed by their index in the row."""
 
-    Attributes:
-        size: number of entries per row that the storage has room for.
-    """
-
-    size: int
+    @property
+    def size(self) -> int:
+        """Number of entries per row that the storage has room for."""
+        ...
 
     def read_entries(self, first: jax.Array, count: int) -> jax.Array:
         """Return entries first .. first + count - 1 of every row, [B, count, H].

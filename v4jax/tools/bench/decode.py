@@ -245,8 +245,8 @@ def _report(
         f"dense: every compressed entry, sparse: the top {model.indexer.index_topk}; {model.dtype} products; "
         f"medians of {len(next(iter(ms.values())))} x {STEPS} steps, arms in turn; {os.cpu_count()} CPU threads, "
         f"load average {'unknown' if load is None else load}.\n"
-        "Weights and entries are random numbers, entries of unit variance; what FP8 costs a trained model is told by"
-        " `v4jax eval --suite=kv_quant`."
+        "Weights and entries are random numbers, entries of unit variance; what FP8 costs a trained model is measured "
+        "by `v4jax eval --suite=kv_quant`."
     )
     records += _control(contexts, ms, at)
     if plot:
