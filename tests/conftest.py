@@ -33,7 +33,7 @@ if KEEPS and "PYTEST_XDIST_WORKER" not in os.environ:
 
 
 _MAX_BYTES = 4 << 30  # resident memory that a process of the tests may ever take
-_FULL_BYTES = 2 << 30  # resident memory from which compiled programs are dropped
+_FULL_BYTES = 3 << 29  # resident memory from which compiled programs are dropped
 _FULL_MAPPINGS = 20_000  # memory mappings from which they are; Linux allows a process 65,530
 _PEAKS: dict[str, int] = {}  # process -> its peak of resident memory, bytes
 
