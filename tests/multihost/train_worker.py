@@ -58,11 +58,11 @@ def main(index: int, port: int, text: str, workdir: pathlib.Path, how: str) -> i
     loop.Trainer = SgdTrainer
     config = micro_config.get_config(text)
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, rules="fsdp"))
-    if how == "stops":
-        train = dataclasses.replace(config.train, steps=100_000, checkpoint_every=100_000)
-        config = dataclasses.replace(config, train=train)
-        if index:
-            threading.Thread(target=stop_soon, args=[workdir], daemon=True).start()
+    every = 100_000 if how == "stops" else config.train.checkpoint_every
+    train = dataclasses.replace(config.train, steps=100_000, checkpoint_every=every)  # one program for both
+    config = dataclasses.replace(config, train=train)
+    if index and how == "stops":
+        threading.Thread(target=stop_soon, args=[workdir], daemon=True).start()
     elif index:
         fill_disk()
     try:

@@ -18,7 +18,7 @@ import optax
 import pytest
 
 import v4jax
-from tests.train.conftest import SgdTrainer, one_layer, with_train
+from tests.train.conftest import SHARED_SGD, SgdTrainer, one_layer, with_train
 from v4jax import cli
 from v4jax.checkpoint.orbax import finished_steps, newest_extras
 from v4jax.core.errors import UserError
@@ -63,7 +63,7 @@ def test_a_run_learns_and_leaves_everything(config, tmp_path):
 @pytest.fixture
 def small(config, monkeypatch):
     """One layer and a simple optimizer, so that little is compiled."""
-    monkeypatch.setattr(loop, "Trainer", SgdTrainer)
+    monkeypatch.setattr(loop, "Trainer", SHARED_SGD)
     return one_layer(config)
 
 
@@ -183,7 +183,7 @@ def wait_for(condition, process, seconds=240):
 @pytest.mark.multiprocess
 def test_sigkill_and_sigterm_lose_nothing_that_was_saved(config, tmp_path):
     """One process runs through; another is killed twice at arbitrary moments, once asked to stop, and then finishes."""
-    config = with_train(config, steps=120, checkpoint_every=10, log_every=1)
+    config = with_train(one_layer(config), steps=120, checkpoint_every=10, log_every=1)
     whole = child(config, tmp_path, tmp_path / "whole")
     assert whole.wait(300) == 0, whole.communicate()[0]
     workdir = tmp_path / "cut"
@@ -203,7 +203,7 @@ def test_sigkill_and_sigterm_lose_nothing_that_was_saved(config, tmp_path):
 
 
 def test_training_compiles_its_step_once(config):
-    trainer = Trainer(config)
+    trainer = Trainer(one_layer(config))
     state, rng = trainer.init(), np.random.default_rng(0)
     for _ in range(3):
         ids = rng.integers(3, 2048, (2, 34)).astype(np.int32)
@@ -219,8 +219,9 @@ def test_training_compiles_its_step_once(config):
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_one_line(config, tmp_path):
+    wild = with_train(one_layer(config), adam_lr=1e30, lr=1e30, clip_norm=1e30, warmup=0, steps=4)
     with pytest.raises(UserError, match="lower train.lr"):
-        loop.train(with_train(config, adam_lr=1e30, lr=1e30, clip_norm=1e30, warmup=0, steps=4), str(tmp_path / "run"))
+        loop.train(wild, str(tmp_path / "run"))
 
 
 class LargeTrainer(SgdTrainer):

@@ -154,7 +154,6 @@ def test_the_command_line_ends_wherever_its_main_thread_is(where, signals, code,
     assert [line for line in output.splitlines() if line] == [line for line in output.splitlines() if message in line]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_runs_stopped_at_random_moments_resume_to_the_bit(signum, tmp_path):
+def test_runs_stopped_at_random_moments_resume_to_the_bit(tmp_path):
     """More of them: `python -m tests.train.interrupts --count=50`."""
-    assert interrupts.trials(2, signum, tmp_path, seed=1).total() == 2
+    assert interrupts.trials(2, [signal.SIGTERM, signal.SIGINT], tmp_path, seed=1).total() == 2

@@ -350,6 +350,15 @@ class BlockPool:
             "hit_ceiling": self._count["repeated"] / queries,
         }
 
+    def contents(self) -> tuple[dict[bytes, int], dict[bytes, int]]:
+        """Return what the pool holds, as copies.
+
+        Returns:
+          (findable block of each block hash, snapshot slot of each block hash). The snapshots include those that are
+          reserved but not committed, and are in order of least recent use.
+        """
+        return dict(self._page), dict(self._record)
+
     def check_invariants(self, owners: Iterable[Sequence[int]] | None = None) -> None:
         """Check the consistency of the pool, in time linear in the number of blocks.
 

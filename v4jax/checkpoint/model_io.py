@@ -62,7 +62,7 @@ def load(
     """
     check_quantization(quantization)
     config, tensors = open_checkpoint(path, dtype, verify)
-    graphdef, state, runs = _structure(config.model, scan)
+    graphdef, state, runs = abstract_model(config.model, scan)
     filled = {}
     for place, variable, names, stacked in _arrays(state, runs):
         letters = "*" * stacked + variable.letters
@@ -72,10 +72,17 @@ def load(
 
 
 @functools.lru_cache(maxsize=8)
-def _structure(model: Model, scan: bool) -> tuple[nnx.GraphDef, nnx.State, tuple[LayerStack, ...]]:
-    """Return a model's graph, abstract state and layer stacks.
+def abstract_model(model: Model, scan: bool) -> tuple[nnx.GraphDef, nnx.State, tuple[LayerStack, ...]]:
+    """Trace a model without arrays.
 
     The result is cached, because tracing a model takes longer than reading a small checkpoint.
+
+    Args:
+        model: shapes of the model.
+        scan: store repeated layers stacked (models/layer_stacks.py).
+
+    Returns:
+        The graph, the abstract state and the layer stacks.
     """
     abstract = nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0), scan=scan))
     return *nnx.split(abstract), abstract.stack_specs

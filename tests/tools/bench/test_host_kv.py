@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from tests.golden import weights
-from tests.serve import engine_harness
+from tests.micro_model import one_layer
 from v4jax import config
 from v4jax.core.errors import UserError
 from v4jax.tools import bench
@@ -11,12 +11,7 @@ from v4jax.tools.bench import host_kv
 
 pytestmark = pytest.mark.slow
 
-MODEL = dataclasses.replace(
-    engine_harness.MODEL,
-    layer_types=("csa",),
-    num_nextn_predict_layers=0,
-    moe=dataclasses.replace(engine_harness.MODEL.moe, num_hash_layers=0),
-)
+MODEL = one_layer("csa", indexer=config.Indexer(index_n_heads=4, index_head_dim=8, index_topk=4))
 CONFIG = config.Config(name="tiny", model=MODEL)
 
 
