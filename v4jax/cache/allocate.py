@@ -17,9 +17,10 @@ import numpy as np
 
 from v4jax import config
 from v4jax.cache.entry_cache import read_counters
+from v4jax.cache.entry_pool import EntryPool, FloatPool
 from v4jax.cache.host_pool import new_host_entry_pool, pinned_zeros
 from v4jax.cache.kv_cache_spec import KVCacheSpec
-from v4jax.cache.paged_cache import EntryPool, FloatPool, PagedLayerCache, new_paged_layer_cache
+from v4jax.cache.paged_cache import PagedLayerCache, new_paged_layer_cache
 from v4jax.cache.pools import new_pool
 from v4jax.core.errors import UserError
 from v4jax.kernels.attention import use_gather

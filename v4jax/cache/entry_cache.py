@@ -16,7 +16,7 @@ from v4jax.core.pytree import pytree
 from v4jax.parallel.host_memory import host_gather, host_scatter
 
 if TYPE_CHECKING:
-    from v4jax.cache.paged_cache import EntryPool
+    from v4jax.cache.entry_pool import EntryPool
 
 _AT_ONCE = 128  # entries that one loop iteration fetches; a step without misses runs no iteration
 _NONE = -1  # no entry

@@ -18,7 +18,7 @@ from jax.sharding import SingleDeviceSharding
 from v4jax import config
 from v4jax.cache import kv_cache_spec
 from v4jax.cache.entry_cache import DeviceEntryCache, new_device_entry_cache
-from v4jax.cache.paged_cache import EntryPool
+from v4jax.cache.entry_pool import EntryPool
 from v4jax.cache.pools import zeros
 from v4jax.core.errors import UserError
 from v4jax.core.pytree import pytree

@@ -1,4 +1,4 @@
-"""Device pools of one layer's main entries or index keys, in every storage format (see `paged_cache.EntryPool`).
+"""Device pools of one layer's main entries or index keys, in every storage format (see `entry_pool.EntryPool`).
 
 The planes of a pool are separate arrays [blocks, entries per block, ...], not interleaved, so a read of one plane is
 contiguous. Planes of 16 bits or less are unsigned integers, so that an in-place write costs only the bytes that it
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from v4jax import config
 from v4jax.cache import kv_cache_spec
-from v4jax.cache.paged_cache import EntryPool, FloatPool
+from v4jax.cache.entry_pool import EntryPool, FloatPool
 from v4jax.core.pytree import pytree
 from v4jax.core.qtensor import QTensor, quantize
 from v4jax.kernels.attention import PagedOperands, decode_rows

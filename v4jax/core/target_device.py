@@ -11,6 +11,7 @@ import contextvars
 from collections.abc import Iterator
 
 import jax
+from jax.core import Tracer
 
 _TARGET: contextvars.ContextVar[jax.Device | None] = contextvars.ContextVar("target_device", default=None)
 
@@ -36,11 +37,11 @@ def target_device(*operands) -> jax.Device:
         device.
     """
     for leaf in jax.tree.leaves(operands):
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
             return min(leaf.devices(), key=lambda device: device.id)
     if (device := _TARGET.get()) is not None:
         return device
-    default = jax.config.jax_default_device
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]  JAX defines it at run time
     if isinstance(default, jax.Device):
         return default
     return jax.devices(default)[0]

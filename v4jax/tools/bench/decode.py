@@ -18,8 +18,9 @@ import numpy as np
 from flax import nnx
 
 from v4jax.cache.allocate import allocate_layer
+from v4jax.cache.entry_pool import EntryPool
 from v4jax.cache.kv_cache_spec import KVCacheSpec
-from v4jax.cache.paged_cache import EntryPool, PagedLayerCache
+from v4jax.cache.paged_cache import PagedLayerCache
 from v4jax.config import Config, Model
 from v4jax.core.errors import UserError
 from v4jax.core.reporting import print_table
