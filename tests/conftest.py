@@ -57,8 +57,9 @@ def _holds_much() -> bool:
 def free_programs():
     """Drop compiled programs between modules once they fill the process.
 
-    A worker that keeps all of them takes over 5 GB and so many memory mappings that XLA dies of a segmentation fault
-    while it compiles one more. A worker that drops them after every module traces and loads the shared ones again.
+    A worker that keeps all of them takes over 5 GB and more memory mappings than Linux allows, and XLA dies of a
+    segmentation fault while it compiles one more. A worker that drops them after every module traces and loads the
+    shared ones again.
     """
     yield
     if (jax := sys.modules.get("jax")) is not None and _holds_much():

@@ -72,7 +72,7 @@ def test_model_layers_follow_layer_types_and_num_hash_layers():
 
 
 @pytest.mark.parametrize(
-    "change, says",
+    "change, message",
     [
         ({"attention": "mla"}, "the attention of a layer is 'mla'; known: swa, csa, hca"),
         ({"mlp": "dense"}, "the mlp of a layer is 'dense'; known: moe, hash_moe"),
@@ -80,8 +80,8 @@ def test_model_layers_follow_layer_types_and_num_hash_layers():
         ({"engram": True}, "the engram of a layer is True; known: False"),
     ],
 )
-def test_layer_spec_refuses_unknown_values(change, says):
-    with pytest.raises(ConfigError, match=f"^{says}$"):
+def test_layer_spec_refuses_unknown_values(change, message):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
         LayerSpec(**({"attention": "swa", "mlp": "moe"} | change))
 
 

@@ -1,38 +1,38 @@
 """The axis letters in names such as `q_BTNH` and in einsum strings.
 
-In the modules of the model (`nn`, `models`) each letter has one meaning; what follows "elsewhere" is its meaning in
-other packages and in expert parallelism. Upper-case letters denote array axes. The suffix of a name lists its axes in
-order: `x_BTXD` has a batch, a token, a residual stream and a hidden axis. `LOGICAL` maps the letters to logical axis
-names. Parameters are declared with logical axes, and `parallel/rules.py` maps logical axes to mesh axes.
+In the modules of the model (`nn`, `models`) each letter has one meaning; what follows "outside the model" is its
+meaning in other packages and in expert parallelism. Upper-case letters denote array axes. The suffix of a name lists
+its axes in order: `x_BTXD` has a batch, a token, a residual stream and a hidden axis. `LOGICAL` maps the letters to
+logical axis names. Parameters are declared with logical axes, and `parallel/rules.py` maps logical axes to mesh axes.
 """
 
 LETTERS = {
     "A": "KV block of a row, in the order of its tokens (block tables)",
-    "B": "batch row; elsewhere also token of the flattened batch (expert kernels)",
+    "B": "batch row; outside the model also token of the flattened batch (expert kernels)",
     "T": "token of this call (a query)",
-    "S": "row that a query can attend (keys: window rows, then compressed entries); elsewhere slot of a ring, a cache",
-    "C": "compressed entry of a layer; elsewhere received row (token dispatch), column of a matrix",
-    "P": "token inside one compression window; elsewhere device (token dispatch), slot of a KV block, tile",
-    "D": "hidden size; elsewhere data-parallel rank (the engine)",
+    "S": "row that a query can attend (window rows, then compressed entries); outside the model slot of a ring, a cache",
+    "C": "compressed entry of a layer; outside the model received row (token dispatch), column of a matrix",
+    "P": "token inside one compression window; outside the model device (token dispatch), slot of a KV block, tile",
+    "D": "hidden size; outside the model data-parallel rank (the engine)",
     "O": "hidden size, on the output side of a square matrix",
     "X": "residual stream of the hyper-connection (the copies)",
     "Y": "residual stream, on the output side of a mixing matrix",
     "M": "hyper-connection coefficient (X read, X write, X * X mix)",
-    "N": "attention head; elsewhere item of a list",
+    "N": "attention head; outside the model item of a list",
     "H": "head dimension (keys equal values)",
-    "W": "compressor projection width: H (in the indexer L), doubled where windows overlap; elsewhere window of steps",
+    "W": "compressor projection width: H (indexer: L), doubled where windows overlap; outside the model window of steps",
     "Q": "query low rank",
-    "G": "output group; elsewhere both halves U of an expert merged (expert kernels)",
+    "G": "output group; outside the model both halves U of an expert merged (expert kernels)",
     "I": "inputs of one output group (heads of the group times H)",
-    "R": "output low rank; elsewhere row of a flattened array, such as one (token, expert)",
+    "R": "output low rank; outside the model row of a flattened array, such as one (token, expert)",
     "J": "indexer head",
     "L": "indexer head dimension",
-    "K": "experts active for a token; entries picked for a query; elsewhere draft token, top log-probability",
+    "K": "experts active for a token; entries picked for a query; outside the model draft token, top log-probability",
     "E": "routed expert",
     "F": "expert inner size",
     "U": "gate or up half of an expert (size 2)",
     "V": "vocabulary",
-    "Z": "state slot of the KV cache; elsewhere KV block of the pool (device entry cache)",
+    "Z": "state slot of the KV cache; outside the model KV block of the pool (device entry cache)",
 }
 
 LOGICAL = {

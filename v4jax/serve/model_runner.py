@@ -1,7 +1,7 @@
 """`ModelRunner`: the arrays of one engine, and the dispatch of its jitted steps (`model_steps`).
 
-The runner owns the weights, the KV caches, the decode state and the block tables. It computes what a `SchedulerOutput`
-says and decides nothing. Only sampled tokens are copied to the host; block tables and sampling options are uploaded
+The runner owns the weights, the KV caches, the decode state and the block tables. It runs a `SchedulerOutput`
+and decides nothing. Only sampled tokens are copied to the host; block tables and sampling options are uploaded
 only when they change.
 
 On a mesh one step runs the plans of all devices, padded to the largest batch and chunk among them.

@@ -273,7 +273,7 @@ def _rope(fields: Fields, own: dict) -> RoPE:
 
 
 def _check_shares(fields: Fields, parts: tuple[dict, ...]) -> None:
-    """Check that `main` and `compress` rotate as many channels as the rest of the file says."""
+    """Check that `main` and `compress` rotate as many channels as the rest of the file sets."""
     for part in parts:
         share = part.get("partial_rotary_factor", fields.values.get("partial_rotary_factor"))
         if share is None:  # transformers would rotate all channels, but only in `main` layers
