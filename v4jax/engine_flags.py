@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from absl import flags
 
 from v4jax import config
-from v4jax.cli_flags import Flag, define_size
+from v4jax.cli_flags import Flag, define_path, define_size
 from v4jax.core.config_limits import CHOICES
 
 STORED = "the checkpoint's"  # shown default of options that `LLM` takes from the checkpoint
@@ -27,12 +27,16 @@ _DEFINE = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Help of one option. least: lower bound of a number; choices: all values of a string; size: a number of bytes."""
+    """Help of one option.
+
+    least: lower bound of a number. choices: all values of a string. size: a number of bytes. path: a file or directory.
+    """
 
     help: str
     least: int | None = None
     choices: tuple[str, ...] = ()
     size: bool = False
+    path: bool = False
 
 
 SERVE = {
@@ -54,7 +58,7 @@ CACHE = {
     "kv_device_entries": Row("entries a CSA layer kept on the device, the rest in host memory; 0: all", least=0),
     "kv_host_bytes": Row("host memory for blocks that leave the device, such as 64GiB", size=True),
     "kv_disk_bytes": Row("disk space for them in --kv_dir, such as 1TiB", size=True),
-    "kv_dir": Row("directory that keeps them over restarts; one engine at a time"),
+    "kv_dir": Row("directory that keeps them over restarts; one engine at a time", path=True),
     "kv_eviction_policy": Row("eviction from a full host or disk", choices=CHOICES["cache.kv_eviction_policy"]),
     "kv_admission_policy": Row(
         "blocks that move to host and disk: all, or those asked for twice", choices=CHOICES["cache.kv_admission_policy"]
@@ -73,6 +77,8 @@ def _flag(name: str, row: Row, kind: type, default: object) -> Flag:
     options = {}
     if row.size:
         define = define_size
+    elif row.path:
+        define = define_path
     elif row.choices:
         define, options = flags.DEFINE_enum, {"enum_values": list(row.choices)}
     else:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Sequence
 
 from v4jax.config import Config, load
 from v4jax.core.errors import UserError
+from v4jax.core.paths import local_path
 from v4jax.core.reporting import write_json
 
 SUITES = ("decode", "eviction", "generate", "host_kv", "kv", "serve", "tiers", "train", "vs_transformers")
@@ -37,7 +37,7 @@ def run(
     if contexts and suite not in _WITH_CONTEXTS:
         raise UserError(f"suite {suite!r} has lengths of its own: drop --contexts")
     for path in filter(None, (json, plot)):
-        if not pathlib.Path(path).parent.is_dir():  # told now: some suites run for an hour
+        if not local_path(path, "file").parent.is_dir():  # told now: some suites run for an hour
             raise UserError(f"there is no directory for {path}; create it first")
     from v4jax.tools.bench import decode, eviction, generate, host_kv, kv, serve, tiers, train, vs_transformers
 
