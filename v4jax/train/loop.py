@@ -344,12 +344,8 @@ class _Run:
         if self.writer:
             self.writer.close()
         self.writer = MetricsWriter(self.workdir, step)
-        if self.writer.damaged:
-            print(
-                f"{self.workdir / 'metrics.jsonl'}: {self.writer.damaged} damaged lines are left out",
-                file=sys.stderr,
-                flush=True,
-            )
+        if self.writer.notice:
+            print(f"{self.workdir / 'metrics.jsonl'}: {self.writer.notice}", file=sys.stderr, flush=True)
         self._write(step, values)
         self.goodput = Goodput(read_metrics(self.workdir / "metrics.jsonl"))
 
