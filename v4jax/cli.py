@@ -233,7 +233,7 @@ COMMANDS = {
             _DTYPE,
             *SERVE_FLAGS.values(),
             *CACHE_FLAGS.values(),
-            Flag("mesh", "sharding rules over all devices: serve (experts split)", define_path, shown="one device"),
+            Flag("mesh", "sharding rules over all devices: serve (experts split)", shown="one device"),
             _COMPILATION_CACHE,
             *_PROCESS_FLAGS,
         ),
