@@ -25,6 +25,7 @@ LAYERS = {
     "tools": 7,
     "cli_flags": 8,
     "cli_completion": 9,
+    "cli_generate": 9,
     "engine_flags": 9,
     "cli": 10,
     "__main__": 11,

@@ -20,8 +20,6 @@ from v4jax import config as config_lib
 from v4jax.core.errors import UserError, nearest
 from v4jax.core.paths import local_path
 
-_PATHS = ("workdir", "checkpoint", "source", "target", "prompt_file", "kv_dir", "json", "plot")  # flags that are paths
-
 
 @dataclass(frozen=True)
 class Flag:
@@ -38,6 +36,11 @@ class Flag:
     def values(self) -> tuple[str, ...]:
         """All values of an enumeration; () for other flags."""
         return tuple(self.options.get("enum_values", ()))
+
+    @property
+    def is_path(self) -> bool:
+        """Whether the value is a path of a file or directory."""
+        return self.define in (define_path, define_paths)
 
     @property
     def form(self) -> str:
@@ -76,6 +79,16 @@ def define_size(name: str, default: int | None, help: str, flag_values: flags.Fl
     flags.DEFINE(_Size(), name, default, help, flag_values, **options)
 
 
+def define_path(name: str, default: str | None, help: str, flag_values: flags.FlagValues, **options) -> None:
+    """An absl flag of one path. `parse` refuses a URL."""
+    flags.DEFINE_string(name, default, help, flag_values, **options)
+
+
+def define_paths(name: str, default: tuple[str, ...], help: str, flag_values: flags.FlagValues, **options) -> None:
+    """An absl flag of a path that may be repeated. `parse` refuses URLs."""
+    flags.DEFINE_multi_string(name, default, help, flag_values, **options)
+
+
 def explicit_flags(values: flags.FlagValues, *names: str) -> dict:
     """Return the flags among `names` that the user gave; for the others, the callee's defaults apply."""
     return {name: values[name].value for name in names if values[name].present}
@@ -88,6 +101,8 @@ _FORMS = {
     flags.DEFINE_bool: "true|false",
     flags.DEFINE_list: "A,B,...",
     define_size: "BYTES",
+    define_path: "PATH",
+    define_paths: "PATH",
 }
 SIMILAR = 0.5  # least similarity of a flag or a command that a message suggests
 _WIDTH = 30  # columns of a flag in `--help`; a longer one has a line of its own
@@ -188,10 +203,11 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[flags.FlagValue
             break  # nothing will run
         if flag.options.get("required") and values[flag.name].value in (None, ""):
             raise UserError(f"{name} needs --{flag.name}: {flag.help}")
-    for name in set(_PATHS) & {flag.name for flag in command.flags}:
-        paths = values[name].value
-        for path in [paths] if isinstance(paths, str) else paths or ():
-            local_path(path, f"--{name}")
+    for flag in command.flags:
+        if flag.is_path:
+            given = values[flag.name].value
+            for path in [given] if isinstance(given, str) else given or ():
+                local_path(path, f"--{flag.name}")
     if config_dict is None:
         return values, None
     return values, config_lib.validate(config_lib.from_dict(config_lib.Config, config_dict.to_dict()))

@@ -374,10 +374,10 @@ def validate(config: Config) -> Config:
     check_serving(config.model, config.serve, config.cache)
     train, data = config.train, config.data
     for name, path in [
+        ("name", config.name),  # the default workdir is runs/NAME
         ("data.source", data.source),
         ("data.heldout", data.heldout),
         ("data.tokenizer", data.tokenizer),
-        ("cache.kv_dir", config.cache.kv_dir),
         ("mesh.rules", config.mesh.rules),
     ]:
         local_path(path, name)
@@ -406,6 +406,7 @@ def check_serving(model: Model, serve: Serve, cache: Cache) -> None:
     """Raise ConfigError if the limits of an engine and its cache contradict each other or the model."""
     check_values(serve, "serve.")
     check_values(cache, "cache.")
+    local_path(cache.kv_dir, "cache.kv_dir")
     _require(
         serve.max_model_len <= model.max_position_embeddings,
         f"serve.max_model_len {serve.max_model_len} exceeds "

@@ -13,7 +13,7 @@ import typing
 from absl import flags
 
 from v4jax import config
-from v4jax.cli_flags import Flag, define_size, field_comments
+from v4jax.cli_flags import Flag, define_path, define_size, field_comments
 from v4jax.core.config_limits import CHOICES, minimum
 
 STORED = "the checkpoint's"  # shown default of options that `LLM` takes from the checkpoint
@@ -38,6 +38,8 @@ def _flag(path: str, name: str, comment: str, kind: type, default: object) -> Fl
     define, options = _DEFINE[kind], {}
     if name.endswith("_bytes"):
         define = define_size
+    elif name == "kv_dir":
+        define = define_path
     elif path in CHOICES:
         define, options = flags.DEFINE_enum, {"enum_values": list(CHOICES[path])}
     elif kind is int:

@@ -72,6 +72,10 @@ def make(root: pathlib.Path) -> None:
                 }
             )
         )
+    (root / "tokenizers/unigram/tokenizer_config.json").write_text('{"model_max_length": 512}')
+    (root / "tokenizers/unigram/special_tokens_map.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, "unk_token": "<unk>"})
+    )
     (root / "hf" / "generation_config.json").write_text(
         json.dumps(
             {
@@ -229,6 +233,7 @@ KINDS = (
     Kind("run", "v4jax.json", resume, 2),
     *(Kind(f"tokenizers/{name}", "tokenizer.json", tokenize, 9) for name in ("bpe", "unigram", "wordpiece", "llama")),
     Kind("tokenizers/bpe", "tokenizer_config.json", tokenize, 8),
+    Kind("tokenizers/unigram", "special_tokens_map.json", tokenize, 5),
     Kind("data", "x.jsonl", lambda path: load_documents(Data(source=str(path / "x.jsonl"))), 6),
     Kind("data", "metrics.jsonl", lambda path: read_metrics(path / "metrics.jsonl"), 4),
     Kind("kv", "*.block", _kv, 6),

@@ -71,6 +71,7 @@ def refused(reads, *arguments) -> str:
         ("run", "checkpoints/1/_CHECKPOINT_METADATA", seeds.resume),
         ("tokenizers/bpe", "tokenizer.json", seeds.tokenize),
         ("tokenizers/bpe", "tokenizer_config.json", seeds.tokenize),
+        ("tokenizers/unigram", "special_tokens_map.json", seeds.tokenize),
         ("data", "x.jsonl", lambda path: load_documents(Data(source=str(path / "x.jsonl")))),
     ],
 )
@@ -82,6 +83,20 @@ def test_nesting_in_a_tensor_header(changed):
     path = changed("hf", "config.json", lambda values: None)
     (path / "model.safetensors").write_bytes(len(DEEP).to_bytes(8, "little") + DEEP.encode())
     assert "nested too deeply" in refused(v4jax.load, path)
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ('"t%d":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}', "has no complete header"),  # longer than any is read
+        ('"%d":{}', "it holds too many values"),
+    ],
+)
+def test_a_million_entries_of_a_tensor_header_are_refused_quickly(changed, entry, message):
+    path = changed("hf", "config.json", lambda values: None)
+    header = "{" + ",".join([entry % i for i in range(10**6)]) + "}"
+    (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"\0" * 4)
+    assert message in refused(v4jax.load, path)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +223,13 @@ def test_a_pattern_that_backtracks_without_end_is_one_line(changed):
 def test_a_byte_token_that_is_none_is_text(changed):
     path = changed("tokenizers/llama", "tokenizer.json", lambda values: values["model"]["vocab"].update({"<0xZZ>": 8}))
     assert load_tokenizer(path, seeds.MODEL).pieces[7:9] == [b"\n", b"<0xZZ>"]
+
+
+def test_a_special_tokens_map_counts_and_its_types_are_checked(changed):
+    path = changed("tokenizers/unigram", "special_tokens_map.json", lambda values: values.update(eos_token="<s>"))
+    assert load_tokenizer(path, seeds.MODEL).eos_id == 1
+    (path / "special_tokens_map.json").write_text('{"eos_token": [1]}')
+    assert "special_tokens_map.json has a eos_token that is no text" in refused(load_tokenizer, path, seeds.MODEL)
 
 
 @pytest.mark.parametrize("change", [{"bos_token": 5}, {"eos_token": {"text": "x"}}, {"pad_token": ["<s>"]}])

@@ -57,6 +57,13 @@ def llm(model, tokenizer):
 
 
 @pytest.fixture(scope="module")
+def speculating(model, tokenizer):
+    """An LLM whose MTP layer drafts 2 tokens in each step."""
+    with LLM(model, tokenizer=tokenizer, num_speculative_tokens=2, **OPTIONS) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
 def answers(llm):
     return [out.token_ids for out in llm.generate(PROMPTS, GREEDY)]
 
@@ -78,6 +85,19 @@ def test_engine_an_error_of_a_program_reaches_the_caller_and_the_next_call_works
             llm.generate([*PROMPTS, LONG_PROMPT], GREEDY)
         assert error.value.__cause__ is error.value.__context__ is None  # nothing masks it
     works(llm, answers)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_engine_an_error_of_the_draft_program_reaches_the_caller_and_the_next_call_works(
+    speculating, answers, monkeypatch, after
+):
+    works(speculating, answers)
+    with monkeypatch.context() as patch:
+        patch.setattr(model_steps, "propose_draft", failing(model_steps.propose_draft, after=after, skip=2))
+        with pytest.raises(Injected, match="RESOURCE_EXHAUSTED") as error:
+            speculating.generate([*PROMPTS, LONG_PROMPT], GREEDY)
+        assert error.value.__cause__ is error.value.__context__ is None
+    works(speculating, answers)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])

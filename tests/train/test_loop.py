@@ -317,9 +317,31 @@ def test_a_run_without_its_summary_makes_it_again_and_repeats_no_record(small, t
 
 def test_a_finished_run_goes_on_to_more_steps(small, tmp_path, capsys):
     loop.train(small, str(tmp_path / "run"))
-    longer = with_train(small, steps=8)
+    shown = ["loading the data", "initializing the parameters", "compiling", "measuring the held-out loss"]
+    lines = [line.removeprefix("micro: ") for line in capsys.readouterr().err.splitlines()]
+    assert [line for line in lines if line in shown] == shown
+    longer, metrics = with_train(small, steps=8), tmp_path / "run/metrics.jsonl"
+    metrics.unlink()
+    metrics.mkdir()  # no state of the metrics stops a run
     assert loop.train(longer, str(tmp_path / "run"))["steps"] == 8
-    assert "going on from step 6 of 8" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "going on from step 6 of 8" in err and "micro: restoring the checkpoint" in err
+    assert "metrics.jsonl: it cannot be read (it is no regular file); it is now metrics.jsonl.1" in err
+    assert list(losses(tmp_path / "run")) == [7, 8]
+
+
+def test_a_tokenizer_that_adds_no_bos_gets_one_in_the_run(small, tmp_path):
+    """The run's rows begin with bos, so the tokenizer that the run keeps puts bos before a prompt."""
+    packaged, source = Tokenizer(), tmp_path / "tokenizer"
+    packaged.save(source)
+    spec = json.loads((source / "tokenizer.json").read_text())
+    spec["post_processor"] = None
+    (source / "tokenizer.json").write_text(json.dumps(spec))
+    assert Tokenizer(source).encode_document("") == []
+    config = dataclasses.replace(small, data=dataclasses.replace(small.data, tokenizer=str(source)))
+    with loop._Run(config, tmp_path / "run", StopSignals()).store:
+        kept = Tokenizer(tmp_path / "run")
+    assert kept.encode_document("the king") == [kept.bos_id, *packaged.encode("the king")]
 
 
 def test_a_second_trainer_in_a_workdir_is_refused_at_once(small, tmp_path):

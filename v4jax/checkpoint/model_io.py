@@ -22,6 +22,7 @@ from v4jax.checkpoint.orbax import OrbaxTensors
 from v4jax.config import Config, Model
 from v4jax.core import dtypes
 from v4jax.core.errors import UserError, suggest
+from v4jax.core.paths import local_path
 from v4jax.core.qtensor import QTensor
 from v4jax.models import hf_config
 from v4jax.models.layer_stacks import LayerStack
@@ -154,6 +155,7 @@ def save(
 
 def write(path, format: str, config: Config, tensors: Mapping, tokenizer_dir=None, **options) -> None:
     """Write tensors in either format; arguments as in `write_hf` and `write_orbax`."""
+    local_path(path, "target")
     if format == "huggingface":
         write_hf(path, config.model, tensors, tokenizer_dir, **options)
     else:

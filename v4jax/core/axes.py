@@ -10,7 +10,7 @@ LETTERS = {
     "A": "KV block of a row, in the order of its tokens (block tables)",
     "B": "batch row; outside the model also token of the flattened batch (expert kernels)",
     "T": "token of this call (a query)",
-    "S": "row that a query can attend (window rows, then compressed entries); outside the model slot of a ring or cache",
+    "S": "row that a query can attend (window rows, then compressed entries); outside the model slot of a ring",
     "C": "compressed entry of a layer; outside the model received row (token dispatch), column of a matrix",
     "P": "token inside one compression window; outside the model device (token dispatch), slot of a KV block, tile",
     "D": "hidden size; outside the model data-parallel rank (the engine)",

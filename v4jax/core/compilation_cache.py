@@ -18,6 +18,7 @@ import warnings
 import zlib
 
 from v4jax.core.errors import UserError
+from v4jax.core.paths import local_path
 
 OFF = "off"
 # jaxlib 0.12 crashed with a segmentation fault while it serialized programs (twice in long test runs). From this
@@ -91,8 +92,9 @@ def enable(choice: str | None) -> pathlib.Path | None:
 
 def _usable(choice: str | None) -> pathlib.Path | None:
     """Create and sweep the cache directory. Return it, or None if it is the default one and cannot be used."""
+    chosen = None if choice is None else local_path(choice, "--compilation_cache")
     try:
-        directory = pathlib.Path(choice).expanduser() if choice is not None else default_directory()
+        directory = default_directory() if chosen is None else chosen.expanduser()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         problem = _distrust(directory)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory

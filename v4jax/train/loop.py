@@ -21,6 +21,7 @@ from v4jax.config import Config
 from v4jax.core import untrusted_json
 from v4jax.core.errors import UserError
 from v4jax.core.paths import local_path
+from v4jax.core.spinner import spinner
 from v4jax.data.needle import SOURCE as NEEDLE
 from v4jax.data.pipeline import make_dataset
 from v4jax.data.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ from v4jax.parallel.distributed import all_gather_bytes, is_primary, peer_errors
 from v4jax.train import time_budget
 from v4jax.train.goodput import Goodput
 from v4jax.train.metrics import MetricsWriter, read_metrics, write_errors
-from v4jax.train.progress import Progress, spinner
+from v4jax.train.progress import Progress
 from v4jax.train.stop_signals import StopSignals
 from v4jax.train.summary import baseline_marks, closing_lines, parse_summary, read_summary, write_summary
 from v4jax.train.trainer import Trainer, TrainState
@@ -343,12 +344,8 @@ class _Run:
         if self.writer:
             self.writer.close()
         self.writer = MetricsWriter(self.workdir, step)
-        if self.writer.damaged:
-            print(
-                f"{self.workdir / 'metrics.jsonl'}: {self.writer.damaged} damaged lines are left out",
-                file=sys.stderr,
-                flush=True,
-            )
+        if self.writer.notice:
+            print(f"{self.workdir / 'metrics.jsonl'}: {self.writer.notice}", file=sys.stderr, flush=True)
         self._write(step, values)
         self.goodput = Goodput(read_metrics(self.workdir / "metrics.jsonl"))
 

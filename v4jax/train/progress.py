@@ -1,4 +1,4 @@
-"""Progress of a run on the terminal: spinners, loss, tokens per second and time left."""
+"""Progress of a run on the terminal: loss, tokens per second and time left."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import time
 from collections.abc import Iterator
 
 import rich.progress as rp
-from rich.console import Console
+
+from v4jax.core.spinner import spinner_name
 
 
 class Progress:
@@ -34,15 +35,16 @@ class Progress:
         self._paused = 0.0
         self._printed = time.monotonic()
         self._show, self._live = show, show and sys.stderr.isatty()
+        console = Console(stderr=True)
         columns = (
-            rp.SpinnerColumn(),
+            rp.SpinnerColumn(spinner_name(console)),
             rp.TextColumn("{task.description}"),
             rp.BarColumn(),
             rp.MofNCompleteColumn(),
             rp.TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
             rp.TimeRemainingColumn(),
         )
-        self._bar = rp.Progress(*columns, console=Console(stderr=True), disable=not self._live)
+        self._bar = rp.Progress(*columns, console=console, disable=not self._live)
         self._task = self._bar.add_task(name, total=steps, completed=done, loss="...", speed="...")
 
     def __enter__(self) -> Progress:
@@ -102,20 +104,3 @@ class Progress:
         finally:
             self._bar.update(self._task, description=self.name)
             self._paused += time.monotonic() - begun
-
-
-@contextlib.contextmanager
-def spinner(text: str, show: bool = True) -> Iterator[None]:
-    """Show a spinner during slow work outside of a `Progress`; if stderr is no terminal, print a line instead.
-
-    Args:
-      text: Description of the work.
-      show: False prints nothing.
-    """
-    if show and sys.stderr.isatty():
-        with Console(stderr=True).status(text):
-            yield
-        return
-    if show:
-        print(text, file=sys.stderr, flush=True)
-    yield

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import pathlib
 from collections.abc import Sequence
 
 from v4jax.config import Config, load
 from v4jax.core.errors import UserError
+from v4jax.core.paths import local_path
 from v4jax.core.reporting import write_json
 
 # Suite, a module of this package -> the options that its `run` takes beside the config.
@@ -57,7 +57,7 @@ def run(
         if options[option] and option not in SUITES[suite]:
             raise UserError(f"suite {suite!r} {cure}: drop --{option}")
     for path in filter(None, (json, plot)):
-        if not pathlib.Path(path).parent.is_dir():  # reported now: some suites run for an hour
+        if not local_path(path, "file").parent.is_dir():  # reported now: some suites run for an hour
             raise UserError(f"there is no directory for {path}; create it first")
     if contexts:
         options["contexts"] = _lengths(contexts)
