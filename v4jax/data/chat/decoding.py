@@ -2,7 +2,8 @@
 
 A marker may arrive in pieces. Text that can still become a marker is held back, so every way of cutting a reply into
 chunks gives the same reasoning, content and calls. Malformed markup never fails. It gives what the official stream
-parser of DeepSeek gives: unknown text between tool calls is dropped, an unfinished call keeps its partial arguments.
+parser (deepseek-recipe 0.2.0) gives: unknown text between tool calls is dropped, an unfinished call keeps its partial
+arguments. Two things are better here. A parameter name may contain spaces, and quotes in it are escaped.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class Start(enum.Enum):
     CONTENT = "content"
     CONTENT_CONTINUED = "content_continued"
     TOOL_CALLS = "tool_calls"
+    PLAIN = "plain"  # text without markup of reasoning, of a model with a chat template of its own
 
 
 class ReplyDecoder:
@@ -119,11 +121,17 @@ class ReplyDecoder:
             Start.CONTENT: lambda: self._enter_content(leading=True),
             Start.CONTENT_CONTINUED: lambda: self._enter_content(leading=False),
             Start.TOOL_CALLS: self._enter_calls,
+            Start.PLAIN: lambda: self._enter(self._content, self._stop_markers() + self._calls_markers()),
         }
         begin[start]()
 
     def push(self, text: str) -> list[Delta]:
         """Return the deltas that the next text of the reply completes."""
+        if text and not self._held and not self.finished and self._triggers.isdisjoint(text):
+            for marker in self._markers:  # no marker can begin in this text
+                marker.step(text[0])
+            self._put(text)
+            return self._take()
         for char in text:
             if self.finished:
                 break
@@ -159,6 +167,7 @@ class ReplyDecoder:
     def _enter(self, on_text: Callable[[str], None], markers: list[_Marker]) -> None:
         self._on_text = on_text
         self._markers = markers
+        self._triggers = frozenset(marker.trigger for marker in markers) | {"\n"}
 
     def _enter_reasoning(self, leading: bool) -> None:
         markers = self._calls_markers()
@@ -291,13 +300,15 @@ class _Marker:
 
     Attributes:
         length: number of the last characters that can be the beginning of the marker.
+        trigger: first character of the text.
     """
 
-    __slots__ = ("action", "length", "_text", "_borders", "_matched", "_newlines", "_counts")
+    __slots__ = ("action", "length", "trigger", "_text", "_borders", "_matched", "_newlines", "_counts")
 
     def __init__(self, text: str, action: Callable[[], None], *, newlines: bool = False):
         self.action = action
         self.length = 0
+        self.trigger = text[0]
         self._text = text
         self._borders = _borders(text)
         self._matched = 0

@@ -154,7 +154,13 @@ def render(conversation: Conversation, version: Version, *, add_generation_promp
     Raises:
         UserError: an effort that the encoding does not have.
     """
-    return list(_parts(normalize(conversation), version, add_generation_prompt))
+    parts: list[Part] = []
+    for part in _parts(normalize(conversation), version, add_generation_prompt):
+        if isinstance(part, Special) or not parts or isinstance(parts[-1], Special):
+            parts.append(part)
+        else:  # a tokenizer must see the text between two special tokens at once
+            parts[-1] += part
+    return parts
 
 
 def text_of(parts: list[Part]) -> str:
