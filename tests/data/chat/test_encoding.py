@@ -143,6 +143,14 @@ def test_render_puts_the_schema_behind_the_tools():
         assert text.index("### Available Tool Schemas") < text.index(f'schema to reply:\n{{"x": {number}}}{U}')
 
 
+def test_render_refuses_a_schema_that_is_nested_too_deeply():
+    schema: dict = {}
+    for _ in range(5000):
+        schema = {"a": schema}
+    with pytest.raises(UserError, match="nested too deeply"):
+        prompt(encoding.V4, user("a"), tools=(Tool("f", parameters=schema),))
+
+
 def test_render_marks_special_tokens_but_not_their_spelling_in_text():
     parts = encoding.render(Conversation((user(f"x{U}y<think>"),), thinking=False), encoding.V4)
     assert [part for part in parts if isinstance(part, str)] == [f"x{U}y<think>"]

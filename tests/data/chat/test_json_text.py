@@ -6,6 +6,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from v4jax.core.errors import UserError
 from v4jax.data.chat import json_text
 
 
@@ -27,6 +28,12 @@ from v4jax.data.chat import json_text
 )
 def test_spell_float_v4_gives_the_text_of_the_release(value, text):
     assert json_text.spell_float_v4(value) == text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": {1, 2}}, [object()]])
+def test_dumps_refuses_what_is_no_json(value):
+    with pytest.raises(UserError, match="no JSON"):
+        json_text.dumps(value, repr)
 
 
 @hypothesis.given(st.floats(allow_nan=False, allow_infinity=False))

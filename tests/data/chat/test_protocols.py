@@ -150,6 +150,22 @@ def test_messages_refuses_what_the_oracle_refuses(body, complaint):
     assert oracle.is_refused("Messages", body | {"max_tokens": 5})
 
 
+def test_images_and_deferred_tools_are_refused():
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    with pytest.raises(UserError, match="text blocks"):
+        from_chat_completions({"messages": [{"role": "user", "content": [image]}]})
+    with pytest.raises(UserError, match="text blocks"):
+        from_responses({"input": [{"role": "user", "content": [{"type": "input_image"}]}]})
+    with pytest.raises(UserError, match="type is 'image'"):
+        from_messages({"messages": [{"role": "user", "content": [{"type": "image"}]}]})
+    with pytest.raises(UserError, match="system is a number"):
+        from_messages({"messages": [USER], "system": 3})
+    with pytest.raises(UserError, match="define the tool as a function"):
+        from_responses({"input": "x", "tools": [{"type": "namespace", "name": "n", "tools": []}]})
+    with pytest.raises(UserError, match="defer_loading"):
+        from_responses({"input": "x", "tools": [{"type": "function", "name": "f", "defer_loading": True}]})
+
+
 def test_parallel_tool_calls_reach_the_conversation():
     assert from_chat_completions({"messages": [USER]}).parallel_tool_calls
     assert not from_chat_completions({"messages": [USER], "parallel_tool_calls": False}).parallel_tool_calls

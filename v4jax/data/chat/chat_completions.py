@@ -120,6 +120,8 @@ def parse_function(source: dict, where: str, schema: str = "parameters") -> Tool
         where: path of the object, for messages.
         schema: name of the field of the schema.
     """
+    if fields.get(source, "defer_loading", bool, where, False):
+        raise UserError(f"{where}.defer_loading is true, which is not supported; send the tool without it")
     parameters = fields.get(source, schema, dict, where, {})
     kind = parameters.get("type", "object")
     if kind != "object":
