@@ -165,7 +165,7 @@ class ChatEncoder:
             if prompt.rstrip().endswith(encoding.THINK):
                 start = Start.REASONING
             elif encoding.END_THINK in source:
-                start = Start.CONTENT_CONTINUED if conversation.continue_final_message else Start.CONTENT
+                start = Start.CONTENT_CONTINUED if conversation.continue_final_message else Start.OPEN
             else:
                 start = Start.PLAIN
             return ReplyDecoder(start, parse_tool_calls=encoding.DSML in source, **options)
