@@ -134,20 +134,21 @@ class ReplyDecoder:
                 marker.step(text[0])
             self._put(text)
             return self._take()
-        for char in text:
-            if self.finished:
-                break
-            self._held += char
+        if self.finished:
+            return []
+        text, begin = self._held + text, 0  # text[begin:] is not put out yet
+        for end in range(len(self._held) + 1, len(text) + 1):
             # A list, because every marker must see the character.
-            full = [marker for marker in self._markers if marker.step(char)]
+            full = [marker for marker in self._markers if marker.step(text[end - 1])]
             if full:
-                self._put(self._held[: len(self._held) - full[0].length])
-                self._held = ""
+                self._put(text[begin : end - full[0].length])
+                begin = end
                 full[0].action()
-        if not self.finished:
-            length = max((marker.length for marker in self._markers), default=0)
-            self._put(self._held[: len(self._held) - length])
-            self._held = self._held[len(self._held) - length :]
+                if self.finished:
+                    return self._take()
+        held = len(text) - max((marker.length for marker in self._markers), default=0)
+        self._put(text[begin:held])
+        self._held = text[held:]
         return self._take()
 
     def finish(self) -> list[Delta]:
