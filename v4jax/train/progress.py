@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 
 import rich.progress as rp
+from rich.console import Console
+from rich.console import Console
 
 from v4jax.core.spinner import spinner_name
 
