@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import rich.progress as rp
 from rich.console import Console
-from rich.console import Console
 
 from v4jax.core.spinner import spinner_name
 
