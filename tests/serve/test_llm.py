@@ -457,7 +457,7 @@ def test_a_directory_brings_its_tokenizer_and_limits(monkeypatch, model, tokeniz
     assert read == [("DIR", {"dtype": "bfloat16", "quantization": "none", "placement": None})]
     assert llm.tokenizer is tokenizer
     assert llm.engine.limits == config.Serve(max_num_seqs=2, max_model_len=50, max_num_batched_tokens=20)
-    assert (llm.engine.kv_cache_spec.name, llm.stats()["records_spare"]) == ("fp8", 3)
+    assert (llm.engine.kv_cache_spec.kv_cache_dtype, llm.stats()["records_spare"]) == ("fp8", 3)
 
     monkeypatch.setattr(llm_module, "load_tokenizer", lambda path, model: None)
     with pytest.raises(UserError, match="prompt 0 is text, which needs a tokenizer; put tokenizer.json into"):
