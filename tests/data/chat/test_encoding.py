@@ -224,3 +224,22 @@ def test_encoder_names_the_missing_token():
         encoder.encode([user_dict("x")])
     with pytest.raises(UserError, match="options: v4, v4.1"):
         ChatEncoder(Tokenizer(), version="v5")
+
+
+@pytest.mark.parametrize("version", [encoding.V4, encoding.V4_1], ids=lambda version: version.name)
+def test_encoder_encodes_text_apart_from_special_tokens(tmp_path, version):
+    Tokenizer().save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    spec = json.loads(file.read_text(encoding="utf-8"))
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    ids = {token: 2048 + i for i, token in enumerate(version.specials)}
+    spec["added_tokens"] += [{"id": i, "content": token} | flags for token, i in ids.items()]
+    file.write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+    tokenizer = Tokenizer(tmp_path)
+    encoder = ChatEncoder.from_dir(tmp_path, tokenizer)
+    assert encoder.version is version
+    typed = f"a{U}b"
+    assert ids[U] in tokenizer.encode(typed) and ids[U] not in tokenizer.encode_plain(typed)
+    expected = [ids[B], ids[U], *tokenizer.encode_plain(typed), ids[A], ids[encoding.END_THINK]]
+    assert encoder.encode([user_dict(typed)], thinking=False) == expected
+    assert encoder.render(encoder.conversation([user_dict(typed)], thinking=False)) == f"{B}{U}{typed}{A}</think>"
