@@ -457,7 +457,7 @@ def test_a_checkpoint_does_not_choose_where_the_cache_is_written(model, tmp_path
     assert str(elsewhere) in (tmp_path / "model/v4jax.json").read_text()
     with LLM(tmp_path / "model", **LIMITS) as llm:
         stats = llm.stats()
-        assert stats["records_spare"] == 7 and "disk" not in llm.cache_summary
+        assert stats["num_snapshots_free"] == 7 and "disk" not in llm.cache_summary
         assert not any(name.startswith("disk_") for name in stats)
     assert not elsewhere.exists()
     with LLM(tmp_path / "model", kv_disk_bytes=1 << 30, kv_dir=str(tmp_path / "mine"), **LIMITS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from v4jax import checkpoint, config
 from v4jax.cache.offload.manager import FLUSH_SECONDS
 from v4jax.checkpoint.generation_config import GENERATION_NAME, GenerationConfig, read_generation_config
 from v4jax.core.errors import UserError, suggest
+from v4jax.data.chat.encoder import ChatEncoder
 from v4jax.data.tokenizer import Tokenizer, load_tokenizer
 from v4jax.models.transformer import Transformer
 from v4jax.serve import data_parallel
@@ -94,6 +96,7 @@ class LLM:
         self.default_sampling_params = generation.sampling
         self._check_defaults()
         self._bos_id, self._parses, self._warned = bos_id, parse_special_tokens, False
+        self._directory = None if isinstance(model, Transformer) else model
         ends = find_ends(stored.model, generation, tokenizer, eos_id)
         if bos_id is None:
             warn_of_bos(stored.model, tokenizer)
@@ -158,6 +161,50 @@ class LLM:
         """
         self._need_tokenizer("streaming text")
         return self._stream(self.make_requests(prompts, sampling_params))
+
+    def chat(
+        self,
+        messages: Sequence[dict] | Sequence[Sequence[dict]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        **options,
+    ) -> list[RequestOutput]:
+        """Generate the reply to a conversation, or to each of several ones.
+
+        Args:
+            messages: messages of a conversation, {"role": "user", "content": "..."}, or a list of conversations.
+            sampling_params: as for `generate`.
+            add_generation_prompt: end the prompt with the beginning of the reply.
+            **options: options of `ChatEncoder.conversation`, such as tools, thinking and reasoning_effort.
+
+        Returns:
+            One RequestOutput per conversation. Its text is the reply as the model writes it;
+            `chat_encoder.decoder` separates reasoning, content and tool calls.
+
+        Raises:
+            UserError: there is no tokenizer, or a conversation or a request is invalid.
+        """
+        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+            raise UserError(f"messages are {short_repr(messages)}; give a list of messages, or a list of such lists")
+        conversations = [messages] if isinstance(messages[0], dict) else messages
+        prompts = [
+            {"prompt_token_ids": self.chat_encoder.encode(each, add_generation_prompt=add_generation_prompt, **options)}
+            for each in conversations
+        ]
+        return self.generate(prompts, sampling_params)
+
+    @functools.cached_property
+    def chat_encoder(self) -> ChatEncoder:
+        """Encoder of conversations: the chat template of the checkpoint's directory, else DeepSeek's encoding.
+
+        Raises:
+            UserError: there is no tokenizer, or the chat template cannot be read.
+        """
+        self._need_tokenizer("a chat")
+        if self._directory is None:
+            return ChatEncoder(self.tokenizer)
+        return ChatEncoder.from_dir(self._directory, self.tokenizer)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the SamplingParams of `default_sampling_params`, the options that generation_config.json sets."""
