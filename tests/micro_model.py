@@ -1,7 +1,8 @@
 """The one model of the tests: every kind of layer and every feature, small enough to compile in seconds.
 
 A test that needs another model names the fields in which its model differs. `tests/golden/weights.py` has the variant
-whose logits are stored, and `tests/serve/engine_harness.py` the one that engines serve.
+whose logits are stored, and `tests/serve/engine_harness.py` the one that engines serve. Its 4 indexer heads give ties
+(spec 11.4), so a test that compares picks with those of another program takes the variant with 16.
 """
 
 from v4jax.config import Indexer, Model, MoE

@@ -1,7 +1,6 @@
 import pytest
 
 from tests.golden import weights
-from tests.micro_model import one_layer
 from v4jax import config
 from v4jax.core.errors import UserError
 from v4jax.tools import bench
@@ -9,7 +8,11 @@ from v4jax.tools.bench import host_kv, tiers
 
 pytestmark = pytest.mark.slow
 
-MODEL = one_layer("csa", indexer=config.Indexer(index_n_heads=4, index_head_dim=8, index_topk=20))
+MODEL = weights.config(
+    layer_types=("csa",),
+    indexer=config.Indexer(index_n_heads=16, index_head_dim=16, index_topk=20),
+    moe=config.MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=0),
+)
 CONFIG = config.Config(name="tiny", model=MODEL, serve=config.Serve(max_num_batched_tokens=16))
 
 
