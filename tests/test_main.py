@@ -18,7 +18,7 @@ MOMENTS = [
     "flax.nnx",
     "v4jax.serve.llm",  # imports
     "v4jax.checkpoint:load:0",
-    "v4jax.serve.engine:Engine.reset:0",
+    "v4jax.serve.model_runner:ModelRunner.reset:0",
     "v4jax.serve.model_steps:prefill:0",
     "v4jax.serve.model_steps:decode:0",  # in the engine's thread, before it compiles
 ]

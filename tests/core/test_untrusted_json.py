@@ -77,8 +77,10 @@ TRUSTED = {  # file of v4jax -> why it parses JSON itself
     "core/untrusted_json.py": "the reader of untrusted JSON",
     "checkpoint/checksums.py": "text that it has just written itself",
     "data/build_corpus.py": "an archive whose SHA-256 was compared",
+    "data/chat/json_text.py": "text of a reply, whose length max_tokens bounds, with a bound on its nesting",
     "data/corpus.py": "files of the package",
     "data/tokenizer.py": "text that the tokenizers library wrote",
+    "kernels/tuning/__init__.py": "files of the package",
 }
 
 
