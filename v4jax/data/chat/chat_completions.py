@@ -105,7 +105,7 @@ def json_object_format(messages: list[Message]) -> ResponseFormat:
     """Return the format of a request for a JSON object.
 
     Raises:
-        UserError: the messages do not mention JSON. A model whose prompt does not ask for JSON may write spaces forever.
+        UserError: the messages do not mention JSON. Without such a prompt a model may write spaces forever.
     """
     if not mentions_json(messages):
         raise UserError("response_format json_object needs the word 'json' in a message; ask for JSON there")
