@@ -40,8 +40,8 @@ if [[ ! -f runs/tiny/summary.json ]]; then
 fi
 
 prompt="To be, or not to be"
-printf '\n%s' "$prompt"
-.venv/bin/v4jax generate --checkpoint=runs/tiny --prompt="$prompt" --max_tokens=120 --temperature=0.8 --seed=0
+text=$(.venv/bin/v4jax generate --checkpoint=runs/tiny --prompt="$prompt" --max_tokens=120 --temperature=0.8 --seed=0)
+printf '\n%s%s\n' "$prompt" "$text"
 
 .venv/bin/python - runs/tiny/summary.json <<'PYTHON'
 import json, sys
