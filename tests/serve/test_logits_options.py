@@ -1,4 +1,4 @@
-"""Penalties, biases, allowed ids and min_tokens: the sampler against vLLM's order in numpy, and the engine beside others.
+"""Penalties, biases, allowed ids and min_tokens: the sampler against vLLM's order in numpy, and in the engine.
 
 A request with these options has neighbors without them, which must keep every bit.
 """
@@ -107,7 +107,7 @@ def test_a_row_of_which_nothing_is_left_ignores_the_last_restriction():
     assert SAMPLE(logits, options, np.zeros(1, np.int32), plan).token_B[0] == 5
 
 
-# --- in the engine -----------------------------------------------------------------------------------------------------
+# --- in the engine ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

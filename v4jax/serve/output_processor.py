@@ -137,7 +137,10 @@ class RequestState:
                     completion.append(sampled)
                 else:
                     position = len(self.prompt_token_ids) + len(completion.token_ids)
-                    self.error = f"the logits of token {position} are not finite; the weights may be damaged, or dtype too narrow"
+                    self.error = (
+                        f"the logits of token {position} are not finite; "
+                        "the weights may be damaged, or dtype too narrow"
+                    )
                     completion.finish("error")
 
     def abort(self) -> None:

@@ -150,7 +150,7 @@ def sample(
 ) -> SamplerOutput:
     """Sample one token for every row, by the Gumbel-max trick.
 
-    The logits are changed in vLLM's order: the mask, allowed ids, `min_tokens`, biases, penalties, temperature, filters.
+    Logits are changed in vLLM's order: the mask, allowed ids, `min_tokens`, biases, penalties, temperature, filters.
     Log-probabilities are those of the unchanged logits.
 
     The noise of a row depends only on its seed and its position. Noise is indexed by token id, not by sorted order, so
