@@ -169,8 +169,8 @@ def prefill_with_logprobs(
         x_PXD, next_P = piece
         return logprobs(model.logits(x_PXD[None])[0], next_P, num_logprobs)
 
-    scored = jax.lax.map(score, (x_NPXD, next_NP))
-    return *results, jax.tree.map(lambda a: a.reshape(1, -1, *a.shape[2:])[:, :T], scored)
+    scored = jax.lax.map(score, (x_NPXD, next_NP))  # [pieces, positions of a piece, ...]
+    return *results, jax.tree.map(lambda a: a.reshape(1, T + pad, *a.shape[2:])[:, :T], scored)
 
 
 def _prefill(model: Transformer, kv_caches: KVCaches, tokens_1T, start_1, count_1, state_slot_1, block_table_ZA):
