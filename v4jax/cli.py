@@ -71,11 +71,10 @@ def _place(values: flags.FlagValues):
 
 
 def _generate(values: flags.FlagValues, _: None) -> None:
-    typed = explicit_flags(
-        values, *(flag.name for flag in SAMPLING_FLAGS if flag.name not in ("stop", "stop_token_ids"))
-    )
-    typed |= {"stop": [decode_flag("stop", text) for text in values.stop]} if values.stop else {}
-    typed |= {name: token_ids(values, name) for name in explicit_flags(values, "stop_token_ids")}
+    texts, ids = ("stop", "bad_words"), ("stop_token_ids", "allowed_token_ids")
+    typed = explicit_flags(values, *(flag.name for flag in SAMPLING_FLAGS if flag.name not in (*texts, *ids)))
+    typed |= {name: [decode_flag(name, text) for text in values[name].value] for name in texts if values[name].value}
+    typed |= {name: token_ids(values, name) for name in explicit_flags(values, *ids)}
     options = explicit_flags(values, "tokenizer", "dtype", "bos_id", "parse_special_tokens")
     options |= explicit_flags(values, *SERVE_FLAGS, *CACHE_FLAGS)
     options |= {name: token_ids(values, name) for name in explicit_flags(values, "eos_id")}
