@@ -127,6 +127,18 @@ class Tokenizer:
         backend = self._parsing_backend if parse_special_tokens else self._backend
         return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the token ids of text in which no added token is recognized, whether it is special or not.
+
+        DeepSeek's tokenizer.json marks <｜User｜> and <think> as added, but not as special, so `encode` finds them.
+        """
+        return self._plain_backend.encode(text, add_special_tokens=False).ids
+
+    def added_token_id(self, token: str) -> int | None:
+        """Return the id of an added token; None if the tokenizer has no such token."""
+        ids = {added.content: i for i, added in self._backend.get_added_tokens_decoder().items()}
+        return ids.get(token)
+
     def special_tokens_in(self, text: str) -> list[str]:
         """Return the special tokens whose spelling occurs in `text`."""
         added = self._backend.get_added_tokens_decoder().values()
@@ -184,6 +196,12 @@ class Tokenizer:
         backend = self._backend.copy()
         backend.encode_special_tokens = False
         return backend
+
+    @functools.cached_property
+    def _plain_backend(self) -> tokenizer_file.Guarded:
+        """A backend without added tokens."""
+        spec = json.loads(self._json) | {"added_tokens": [], "post_processor": None}
+        return tokenizer_file.build(spec, json.dumps(spec).encode(), self._path)
 
     def _put_bos_first(self) -> None:
         """Change the post-processor in tokenizer.json to add bos, so that transformers adds it too."""
