@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def start(args: argparse.Namespace, port: int, index: int) -> subprocess.Popen:
-    """One process, told its place by JAX's own variables."""
+    """One process, which gets its index from JAX's own variables."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}".strip()
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -87,7 +87,7 @@ def copy(index: int, child: subprocess.Popen) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A port on which no process listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

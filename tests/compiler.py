@@ -11,3 +11,6 @@ KEEPS = _HAS_BOTH
 QUICK = ["--xla_backend_optimization_level=0", *["--xla_cpu_use_fusion_emitters=false"] * _HAS_BOTH]
 FUSED = {"xla_cpu_use_fusion_emitters": True} if _HAS_BOTH else {}  # compiler options of jax.jit: fusions as users have
 AS_USERS = {"xla_backend_optimization_level": 3} | FUSED
+# Devices of one process meet in every collective. XLA aborts the process if one of them is 40 s late, as threads can be
+# on loaded cores, and the test that ran then fails without a message.
+PATIENT = ["--xla_cpu_collective_call_terminate_timeout_seconds=600"]

@@ -5,7 +5,6 @@ import io
 import pathlib
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import types
@@ -13,9 +12,10 @@ import types
 import pytest
 
 import v4jax
-from v4jax import cli
+from v4jax import cli, cli_generate
 from v4jax.cli_flags import parse
 from v4jax.config import load, preset_names
+from v4jax.core import compilation_cache
 from v4jax.core.errors import UserError
 from v4jax.models.param_count import count_parameters
 from v4jax.train import stop_signals
@@ -78,7 +78,7 @@ def calls(monkeypatch):
     module("v4jax.train.stop_signals", StopSignals=stop_signals.StopSignals)
     module("v4jax.serve", LLM=Engine, SamplingParams=lambda **kwargs: kwargs)
     module("v4jax.checkpoint.convert", convert=record("convert", "wrote B"))
-    module("v4jax.tools.bench", run=record("bench"))
+    monkeypatch.setattr(cli.bench, "run", record("bench"))
     module("v4jax.evals", run=record("eval"))
     return made
 
@@ -176,8 +176,46 @@ def test_generate_gives_the_cache_the_room_that_was_typed(calls, capsys):
     options = {"kv_cache_memory_bytes": 3 << 29, "kv_host_bytes": 512_000_000, "kv_disk_bytes": 1 << 40}
     assert calls[0] == ("LLM", ("DIR",), options | {"kv_dir": "kv", "kv_eviction_policy": "lru"})
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "cache: much"
-    assert re.fullmatch(r"1,234 prompt tokens, 5 generated; TTFT 0\.0\d s; then [\d,.]+ tokens/s", lines[1])
+    assert lines[:3] == ["loading DIR", "cache: much", "compiling and prefilling"]
+    assert re.fullmatch(r"1,234 prompt tokens, 5 generated; TTFT 0\.0\d s; then [\d,.]+ tokens/s", lines[3])
+
+
+def test_generate_spins_while_it_loads_and_until_the_first_piece(calls, monkeypatch):
+    @contextlib.contextmanager
+    def spinner(text, show):
+        calls.append(("begin", text, show))
+        yield
+        calls.append(("end", text, show))
+
+    monkeypatch.setattr(cli, "spinner", spinner)
+    monkeypatch.setattr(cli_generate, "spinner", spinner)
+    assert cli.main(["generate", "--checkpoint=DIR", "--prompt=a"]) == 0
+    loading, compiling = "loading DIR", "compiling and prefilling"
+    assert [call[:2] if call[0] in ("begin", "end") else call[0] for call in calls] == [
+        ("begin", loading),
+        "LLM",
+        ("end", loading),
+        ("begin", compiling),
+        "stream",
+        ("end", compiling),
+    ]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "--config=tiny"],
+        ["generate", "--checkpoint=DIR", "--prompt=a"],
+        ["eval", "--suite=perplexity", "--checkpoint=DIR"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_every_command_that_compiles_uses_the_compilation_cache(calls, monkeypatch, argv):
+    monkeypatch.setattr(compilation_cache, "enable", lambda choice: calls.append(("enable", choice)))
+    for flags, choice in ([], None), (["--compilation_cache=off"], "off"), (["--compilation_cache=c"], "c"):
+        calls.clear()
+        assert cli.main([*argv, *flags]) == 0
+        assert calls[0] == ("enable", choice) and len(calls) > 1  # before anything is compiled
 
 
 @pytest.mark.parametrize(
@@ -230,9 +268,9 @@ def test_convert_bench_eval_arguments(calls, config, capsys):
 
 
 @pytest.mark.parametrize(
-    "argv, says",
+    "argv, message",
     [
-        (["trian"], "did you mean train?"),
+        (["trian"], "did you mean 'train'?"),
         (["frobnicate"], "commands: train, generate"),
         (["generate", "--promt=x"], "did you mean --prompt?"),
         (["generate", "--prompt=x"], "needs --checkpoint"),
@@ -272,12 +310,12 @@ def test_convert_bench_eval_arguments(calls, config, capsys):
         (["train", "--config=no/such.py"], "no config 'no/such.py'"),
     ],
 )
-def test_mistakes_are_one_line(capsys, argv, says):
-    assert says in one_line(capsys, argv)
+def test_mistakes_are_one_line(capsys, argv, message):
+    assert message in one_line(capsys, argv)
 
 
 @pytest.mark.parametrize(
-    "override, says",
+    "override, message",
     [
         ("train.step=3", "did you mean --config.train.steps?"),
         ("trane.steps=3", "did you mean --config.train.steps?"),
@@ -301,14 +339,20 @@ def test_mistakes_are_one_line(capsys, argv, says):
         ("data.source=\x1b[2J", "data.source is '\\x1b[2J', and must be a line"),
     ],
 )
-def test_wrong_overrides_are_one_line(capsys, config, override, says):
-    assert says in one_line(capsys, ["train", f"--config={config}", f"--config.{override}"])
+def test_wrong_overrides_are_one_line(capsys, config, override, message):
+    assert message in one_line(capsys, ["train", f"--config={config}", f"--config.{override}"])
 
 
 def test_a_prompt_file_must_be_utf8(capsys, tmp_path):
     (tmp_path / "p.txt").write_bytes(b"abc\xff")
     argv = ["generate", "--checkpoint=x", f"--prompt_file={tmp_path / 'p.txt'}"]
     assert "is not UTF-8 (byte 3)" in one_line(capsys, argv)
+
+
+@pytest.mark.parametrize("argument", ["--prompt=-", "--prompt_file=-"])
+def test_stdin_must_be_utf8(capsys, monkeypatch, argument):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff\n")))
+    assert f"{argument} is not UTF-8 (byte 2); convert it" in one_line(capsys, ["generate", "--checkpoint=x", argument])
 
 
 def test_errors_of_the_work_itself(monkeypatch, calls, capsys):
@@ -395,37 +439,6 @@ def test_a_config_is_found_beside_its_file(capsys, config, monkeypatch):
     assert cli.main(["train", "--config=tiny", "--show_config"]) == 0  # the preset
     capsys.readouterr()
     assert "did you mean 'tiny'" in one_line(capsys, ["train", "--config=tinny"])
-
-
-COMPLETIONS = [
-    ("v4jax ", {"train", "generate", "convert", "plan", "bench", "eval", "completion", "--help", "--version"}),
-    ("v4jax tr", {"train"}),
-    ("v4jax train --config=ti", {"tiny"}),
-    ("v4jax train --wor", {"--workdir="}),
-    ("v4jax train --config.train.hang_t", {"--config.train.hang_timeout_s="}),
-    ("v4jax bench --suite=tr", {"train"}),
-    ("v4jax generate --prompt=x --kv_eviction_policy=", {"s3fifo", "lru"}),
-    ("v4jax generate --checkpoint=ru", set()),
-    ("v4jax generate --co", {"--compilation_cache=", "--coordinator="}),
-]
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_completion_completes(capsys, tmp_path, shell):
-    if shutil.which(shell) is None:
-        pytest.skip(f"no {shell} here")
-    assert cli.main(["completion", shell]) == 0
-    out = capsys.readouterr().out
-    (tmp_path / "v4jax.sh").write_text(out if shell == "bash" else out.split("autoload")[0])
-    lines = "\n".join(f"try {shlex.quote(line)}" for line, _ in COMPLETIONS)
-    (tmp_path / "try.sh").write_text(
-        f"compopt() {{ :; }}\nsource {tmp_path / 'v4jax.sh'}\n"
-        'try() { COMP_LINE="$1"; COMP_POINT=${#1}; _v4jax; echo "${COMPREPLY[*]}"; }\n' + lines
-    )
-    done = subprocess.run([shell, str(tmp_path / "try.sh")], capture_output=True, text=True, check=True)
-    whole = lambda line, words: {line.split()[-1].split("=")[0] + "=" + w if "=" in line[-20:] else w for w in words}
-    for (line, words), found in zip(COMPLETIONS, done.stdout.split("\n"), strict=False):
-        assert set(found.split()) == (words if shell == "bash" else whole(line, words)), line
 
 
 def test_version(capsys):

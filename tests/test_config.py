@@ -13,6 +13,7 @@ from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES
 from v4jax.cache.offload.eviction import POLICIES
 from v4jax.config import Config, ConfigError, Data, Model, from_dict, load, preset_names, to_dict, validate
 from v4jax.core.config_limits import CHOICES, RANGES
+from v4jax.core.layer_spec import LayerSpec
 from v4jax.models.quantize import QUANTIZATIONS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -63,12 +64,33 @@ def test_dict_round_trip_and_misspelled_fields():
         from_dict(Config, values)
 
 
+def test_model_layers_follow_layer_types_and_num_hash_layers():
+    model = dataclasses.replace(load("tiny").model, layer_types=("swa", "csa", "hca"))
+    assert model.layers == (LayerSpec("swa", "hash_moe"), LayerSpec("csa", "moe"), LayerSpec("hca", "moe"))
+    assert model.mtp_layers == (LayerSpec("swa", "moe"),)
+    assert dataclasses.replace(model, num_nextn_predict_layers=0).mtp_layers == ()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"attention": "mla"}, "the attention of a layer is 'mla'; known: swa, csa, hca"),
+        ({"mlp": "dense"}, "the mlp of a layer is 'dense'; known: moe, hash_moe"),
+        ({"residual": "plain"}, "the residual of a layer is 'plain'; known: mhc"),
+        ({"engram": True}, "the engram of a layer is True; known: False"),
+    ],
+)
+def test_layer_spec_refuses_unknown_values(change, message):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        LayerSpec(**({"attention": "swa", "mlp": "moe"} | change))
+
+
 def test_lists_become_tuples():
     assert from_dict(Model, {"layer_types": ["swa", "csa"]}).layer_types == ("swa", "csa")
 
 
 @pytest.mark.parametrize(
-    "part, change, says",
+    "part, change, message",
     [
         ("model", {"layer_types": ()}, "model.layer_types is empty"),
         ("model", {"layer_types": ("swa", "mla")}, "'mla'; layers are one of swa, csa, hca"),
@@ -87,12 +109,12 @@ def test_lists_become_tuples():
         ("serve", {"max_model_len": 10**9}, "serve.max_model_len"),
     ],
 )
-def test_impossible_values_are_one_line(part, change, says):
+def test_impossible_values_are_one_line(part, change, message):
     tiny = load("tiny")
     broken = dataclasses.replace(tiny, **{part: dataclasses.replace(getattr(tiny, part), **change)})
     with pytest.raises(ConfigError) as caught:
         validate(broken)
-    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_ratios_need_not_divide_each_other():

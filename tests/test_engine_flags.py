@@ -4,7 +4,8 @@ import dataclasses
 import inspect
 
 from v4jax import cli, config
-from v4jax.engine_flags import CACHE, CACHE_FLAGS, SAMPLING_FLAGS, SERVE, SERVE_FLAGS
+from v4jax.core.config_limits import CHOICES, RANGES
+from v4jax.engine_flags import CACHE_FLAGS, SAMPLING_FLAGS, SERVE_FLAGS
 from v4jax.serve import LLM, SamplingParams
 
 FLAGS = {flag.name: flag for flag in cli.COMMANDS["generate"].flags}
@@ -14,10 +15,19 @@ def names(fields_of: type) -> set[str]:
     return {field.name for field in dataclasses.fields(fields_of)}
 
 
-def test_every_field_of_the_engine_and_its_cache_has_a_flag():
-    assert set(SERVE) == names(config.Serve)
-    assert set(CACHE) == names(config.Cache)
-    assert {flag.name for flag in [*SERVE_FLAGS.values(), *CACHE_FLAGS.values()]} <= set(FLAGS)
+def test_every_field_of_the_engine_and_its_cache_has_a_flag_with_help():
+    assert set(SERVE_FLAGS) == names(config.Serve)
+    assert set(CACHE_FLAGS) == names(config.Cache)
+    engine = [*SERVE_FLAGS.values(), *CACHE_FLAGS.values()]
+    assert {flag.name for flag in engine} <= set(FLAGS)
+    assert all(flag.help and "(see" not in flag.help for flag in engine)
+
+
+def test_bounds_and_choices_are_those_of_the_config():
+    assert SERVE_FLAGS["max_num_seqs"].options == {"lower_bound": RANGES["serve.max_num_seqs"][0]}
+    assert CACHE_FLAGS["block_size"].options == {"lower_bound": 0}
+    assert CACHE_FLAGS["kv_cache_dtype"].values == CHOICES["cache.kv_cache_dtype"]
+    assert CACHE_FLAGS["kv_host_bytes"].form == "BYTES"
 
 
 def test_every_argument_of_llm_has_a_flag():

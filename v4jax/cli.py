@@ -7,28 +7,38 @@ flags, so it can be called from Python.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import errno
 import os
-import pathlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from absl import flags
 
 import v4jax
 from v4jax import cli_completion
 from v4jax import config as config_lib
-from v4jax.cli_flags import Command, Flag, command_help, config_lines, did_you_mean, explicit_flags, parse
+from v4jax.cli_flags import (
+    SIMILAR,
+    Command,
+    Flag,
+    command_help,
+    config_lines,
+    define_path,
+    define_paths,
+    explicit_flags,
+    parse,
+)
+from v4jax.cli_generate import decode_flag, read_prompts, token_ids, write_streams
 from v4jax.core import compilation_cache
-from v4jax.core.errors import UserError, printable
+from v4jax.core.errors import UserError, printable, suggest
 from v4jax.core.malloc import tune_malloc
+from v4jax.core.spinner import spinner
 from v4jax.core.timing import GenerationTimer
 from v4jax.engine_flags import CACHE_FLAGS, SAMPLING_FLAGS, SERVE_FLAGS, STORED
 from v4jax.evals import SUITES as EVALS
-from v4jax.tools.bench import SUITES as BENCHES
+from v4jax.tools import bench
 
 # --- commands ----------------------------------------------------------------------------------------------------
 
@@ -64,35 +74,30 @@ def _generate(values: flags.FlagValues, _: None) -> None:
     typed = explicit_flags(
         values, *(flag.name for flag in SAMPLING_FLAGS if flag.name not in ("stop", "stop_token_ids"))
     )
-    typed |= {"stop": [_typed("stop", text) for text in values.stop]} if values.stop else {}
-    typed |= {name: _ids(values, name) for name in explicit_flags(values, "stop_token_ids")}
+    typed |= {"stop": [decode_flag("stop", text) for text in values.stop]} if values.stop else {}
+    typed |= {name: token_ids(values, name) for name in explicit_flags(values, "stop_token_ids")}
     options = explicit_flags(values, "tokenizer", "dtype", "bos_id", "parse_special_tokens")
     options |= explicit_flags(values, *SERVE_FLAGS, *CACHE_FLAGS)
-    options |= {name: _ids(values, name) for name in explicit_flags(values, "eos_id")}
-    prompts = _prompts(values)
+    options |= {name: token_ids(values, name) for name in explicit_flags(values, "eos_id")}
+    prompts = read_prompts(values)
     from v4jax.parallel import distributed
     from v4jax.serve import LLM, SamplingParams
 
     compilation_cache.enable(values.compilation_cache)
     SamplingParams(**typed)  # mistakes come before minutes of loading
     options |= _mesh(values)
-    with distributed.peer_errors(), LLM(values.checkpoint, **options) as llm, GenerationTimer() as timer:
-        if llm.cache_summary and distributed.is_primary():
+    shows = distributed.is_primary()  # every process runs the same steps, and the first one prints
+    with distributed.peer_errors(), contextlib.ExitStack() as opened:
+        with spinner(f"loading {values.checkpoint}", shows):
+            llm = opened.enter_context(LLM(values.checkpoint, **options))
+        timer = opened.enter_context(GenerationTimer())
+        if llm.cache_summary and shows:
             print(f"cache: {llm.cache_summary}", file=sys.stderr)
         pieces = timer.watch(llm.stream(prompts, SamplingParams(**{**llm.default_sampling_params, **typed})))
-        if distributed.is_primary():
-            _write_streams(pieces, prompts)
-            stats = llm.stats()
+        write_streams(pieces, prompts, shows)
+        stats = llm.stats()
+        if shows:
             print(timer.summary(stats["prompt_tokens"], stats["generation_tokens"]), file=sys.stderr)
-        else:
-            collections.deque(pieces, maxlen=0)  # every process runs the same steps
-
-
-def _ids(values: flags.FlagValues, name: str) -> list[int]:
-    """Parse the token ids of a flag such as --eos_id=1,5."""
-    if not all(text.strip().isdecimal() for text in values[name].value):
-        raise UserError(f"--{name}={','.join(values[name].value):.60} is no list of token ids such as 1,5")
-    return [int(text) for text in values[name].value]
 
 
 def _mesh(values: flags.FlagValues) -> dict[str, config_lib.Mesh]:
@@ -130,8 +135,6 @@ def _plan(values: flags.FlagValues, config: config_lib.Config) -> None:
 
 
 def _bench(values: flags.FlagValues, config: config_lib.Config | None) -> None:
-    from v4jax.tools import bench
-
     bench.run(values.suite, config=config, **explicit_flags(values, "checkpoint", "rounds", "contexts", "json", "plot"))
 
 
@@ -154,8 +157,8 @@ def _eval(values: flags.FlagValues, _: None) -> None:
     evals.run(values.suite, values.checkpoint, **explicit_flags(values, *options))
 
 
-_CHECKPOINT = Flag("checkpoint", "directory of a run, an orbax checkpoint or Hugging Face weights")
-_NEEDED_CHECKPOINT = Flag(_CHECKPOINT.name, _CHECKPOINT.help, options={"required": True})
+_CHECKPOINT = Flag("checkpoint", "directory of a run, an orbax checkpoint or Hugging Face weights", define_path)
+_NEEDED_CHECKPOINT = dataclasses.replace(_CHECKPOINT, options={"required": True})
 _DTYPE = Flag(
     "dtype",
     "type of the weights",
@@ -166,6 +169,7 @@ _DTYPE = Flag(
 _COMPILATION_CACHE = Flag(
     "compilation_cache",
     "directory of compiled programs for the next run, or off",
+    define_path,
     shown="$JAX_COMPILATION_CACHE_DIR, else ~/.cache/v4jax/jax; off from jaxlib 0.12 on",
 )
 _PROCESS_FLAGS = (
@@ -175,7 +179,7 @@ _PROCESS_FLAGS = (
     Flag("local_devices", "GPUs of this process, such as 0,1", flags.DEFINE_list, shown="all it sees"),
     Flag("join_timeout", "seconds to wait for all processes", flags.DEFINE_integer, 300, options={"lower_bound": 1}),
 )
-_JSON = Flag("json", "also write the records to this file")
+_JSON = Flag("json", "also write the records to this file", define_path)
 
 COMMANDS = {
     "train": Command(
@@ -183,7 +187,7 @@ COMMANDS = {
         "train a model, or resume a run that was stopped",
         "v4jax train --config=tiny --workdir=runs/tiny --config.train.steps=200",
         (
-            Flag("workdir", "directory of the run", shown="runs/<name of the config>"),
+            Flag("workdir", "directory of the run", define_path, shown="runs/<name of the config>"),
             _COMPILATION_CACHE,
             *_PROCESS_FLAGS,
         ),
@@ -205,17 +209,17 @@ COMMANDS = {
             Flag(
                 "prompt_file",
                 "UTF-8 file holding one prompt, or - for stdin; may be repeated",
-                flags.DEFINE_multi_string,
+                define_paths,
                 (),
             ),
             *SAMPLING_FLAGS,
-            Flag("tokenizer", "tokenizer.json", shown=STORED),
+            Flag("tokenizer", "tokenizer.json", define_path, shown=STORED),
             Flag(
                 "bos_id",
                 "token id before each prompt",
                 flags.DEFINE_integer,
                 options={"lower_bound": 0},
-                shown="as the tokenizer says",
+                shown="the tokenizer's",
             ),
             Flag(
                 "eos_id",
@@ -237,8 +241,8 @@ COMMANDS = {
         "turn Hugging Face weights into a v4jax checkpoint, or back",
         "v4jax convert --source=HF_DIR --target=DIR",
         (
-            Flag("source", "directory to read", options={"required": True}),
-            Flag("target", "directory to write", options={"required": True}),
+            Flag("source", "directory to read", define_path, options={"required": True}),
+            Flag("target", "directory to write", define_path, options={"required": True}),
             Flag(
                 "format",
                 "format to write",
@@ -304,7 +308,7 @@ COMMANDS = {
         "measure speed, as ratios taken in one run",
         "v4jax bench --suite=vs_transformers --config=small --json=vs_transformers.json",
         (
-            Flag("suite", "what to measure", flags.DEFINE_enum, options={"required": True, "enum_values": BENCHES}),
+            Flag("suite", "suite to run", flags.DEFINE_enum, options={"required": True, "enum_values": bench.SUITES}),
             _CHECKPOINT,
             Flag(
                 "rounds",
@@ -315,11 +319,15 @@ COMMANDS = {
             ),
             Flag(
                 "contexts",
-                "tokens of context, such as 1024,65536 (suites decode, generate, host_kv, tiers)",
+                f"tokens of context, such as 1024,65536 (suites {', '.join(bench.suites_with('contexts'))})",
                 flags.DEFINE_list,
             ),
             _JSON,
-            Flag("plot", "also draw the records to this PNG file (suites decode, host_kv, tiers)"),
+            Flag(
+                "plot",
+                f"also draw the records to this PNG file (suites {', '.join(bench.suites_with('plot'))})",
+                define_path,
+            ),
         ),
         has_config=True,
     ),
@@ -337,8 +345,8 @@ COMMANDS = {
             _NEEDED_CHECKPOINT,
             _COMPILATION_CACHE,
             _JSON,
-            Flag("data", "perplexity, kv_quant: text files, where the checkpoint was trained on files"),
-            Flag("heldout", "perplexity, kv_quant: files of held-out text"),
+            Flag("data", "perplexity, kv_quant: text files, where the checkpoint was trained on files", define_path),
+            Flag("heldout", "perplexity, kv_quant: files of held-out text", define_path),
             Flag("kv_cache_dtype", "kv_quant, needle: format of the cache, fp8 or fp8_fp4"),
             Flag("context", "kv_quant: tokens of a window", flags.DEFINE_integer, options={"lower_bound": 2}),
             Flag("windows", "kv_quant: how many windows", flags.DEFINE_integer, options={"lower_bound": 1}),
@@ -349,54 +357,6 @@ COMMANDS = {
         ),
     ),
 }
-
-
-def _prompts(values: flags.FlagValues) -> list[str]:
-    """Return the prompts of the command line, of files and of stdin, which is read at most once."""
-    stdin = [*values.prompt, *values.prompt_file].count("-")
-    if stdin > 1:
-        raise UserError("stdin holds one prompt; give one of --prompt=- and --prompt_file=- once")
-    typed = [_read_prompt("-") if text == "-" else _typed("prompt", text) for text in values.prompt]
-    prompts = [*typed, *map(_read_prompt, values.prompt_file)]
-    if not prompts:
-        raise UserError('generate needs something to continue; add --prompt="..." or --prompt_file=FILE')
-    return prompts
-
-
-def _read_prompt(path: str) -> str:
-    """Read a prompt file, or stdin for "-", without its last line break."""
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
-        return data.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
-    except OSError as error:
-        raise UserError(f"cannot read --prompt_file={path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompt_file={path} is not UTF-8 (byte {error.start}); convert it first") from error
-
-
-def _typed(flag: str, text: str) -> str:
-    """Decode the text of a flag as UTF-8, independent of the locale by which Python decoded the arguments."""
-    try:
-        return os.fsencode(text).decode("utf-8")
-    except UnicodeEncodeError:  # not from the command line, where every byte has a stand-in
-        return text
-    except UnicodeDecodeError as error:
-        raise UserError(f"--{flag} is not UTF-8 (byte {error.start}); convert it first") from error
-
-
-def _write_streams(pieces: Iterable[tuple[int, str]], prompts: list[str]) -> None:
-    """Print `(prompt index, text)` pieces: the first answer as it streams, the complete others after it."""
-    rest = [""] * len(prompts)
-    if len(prompts) > 1:
-        print(f"==> {prompts[0]}")
-    for index, text in pieces:
-        if index:
-            rest[index] += text
-        else:
-            print(text, end="", flush=True)
-    print()
-    for prompt, text in list(zip(prompts, rest, strict=True))[1:]:
-        print(f"\n==> {prompt}\n{text}")
 
 
 # --- entry -------------------------------------------------------------------------------------------------------
@@ -430,7 +390,7 @@ def _dispatch(argv: list[str]) -> None:
     elif name == "completion":
         print(cli_completion.script(COMMANDS, rest), end="")
     elif name not in COMMANDS:
-        raise UserError(f"no command {name!r}{did_you_mean(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+        raise UserError(f"no command {name!r}; {suggest(name, COMMANDS, 'commands', SIMILAR)}")
     elif {"--help", "-h"} & set(rest):
         print(command_help(name, COMMANDS[name]))
     else:

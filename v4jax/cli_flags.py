@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import inspect
 import re
 import shlex
@@ -18,10 +17,8 @@ from dataclasses import dataclass, field
 from absl import flags
 
 from v4jax import config as config_lib
-from v4jax.core.errors import UserError
+from v4jax.core.errors import UserError, nearest
 from v4jax.core.paths import local_path
-
-_PATHS = ("workdir", "checkpoint", "source", "target", "prompt_file", "kv_dir", "json", "plot")  # flags that are paths
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,11 @@ class Flag:
     def values(self) -> tuple[str, ...]:
         """All values of an enumeration; () for other flags."""
         return tuple(self.options.get("enum_values", ()))
+
+    @property
+    def is_path(self) -> bool:
+        """Whether the value is a path of a file or directory."""
+        return self.define in (define_path, define_paths)
 
     @property
     def form(self) -> str:
@@ -77,6 +79,16 @@ def define_size(name: str, default: int | None, help: str, flag_values: flags.Fl
     flags.DEFINE(_Size(), name, default, help, flag_values, **options)
 
 
+def define_path(name: str, default: str | None, help: str, flag_values: flags.FlagValues, **options) -> None:
+    """An absl flag of one path. `parse` refuses a URL."""
+    flags.DEFINE_string(name, default, help, flag_values, **options)
+
+
+def define_paths(name: str, default: tuple[str, ...], help: str, flag_values: flags.FlagValues, **options) -> None:
+    """An absl flag of a path that may be repeated. `parse` refuses URLs."""
+    flags.DEFINE_multi_string(name, default, help, flag_values, **options)
+
+
 def explicit_flags(values: flags.FlagValues, *names: str) -> dict:
     """Return the flags among `names` that the user gave; for the others, the callee's defaults apply."""
     return {name: values[name].value for name in names if values[name].present}
@@ -89,7 +101,10 @@ _FORMS = {
     flags.DEFINE_bool: "true|false",
     flags.DEFINE_list: "A,B,...",
     define_size: "BYTES",
+    define_path: "PATH",
+    define_paths: "PATH",
 }
+SIMILAR = 0.5  # least similarity of a flag or a command that a message suggests
 _WIDTH = 30  # columns of a flag in `--help`; a longer one has a line of its own
 
 
@@ -126,7 +141,7 @@ def _explained(flag: Flag) -> str:
 
 def config_lines(config: config_lib.Config) -> list[str]:
     """Every field as the argument that sets it to its value, with the comment of the field in `v4jax/config.py`."""
-    comments = dict(_comments(type(config)))
+    comments = dict(field_comments(type(config)))
     lines = []
     for path, value in _leaves(config_lib.to_dict(config)):
         argument = shlex.quote(f"--config.{path}={_typed(value)}")
@@ -146,7 +161,7 @@ def _typed(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _comments(group: type, prefix: str = "") -> Iterable[tuple[str, str]]:
+def field_comments(group: type, prefix: str = "") -> Iterable[tuple[str, str]]:
     """(dotted path, comment) of the fields of a config dataclass and of its groups, read from its source."""
     groups = {field.name: field.default_factory for field in dataclasses.fields(group)}
     for line in inspect.getsource(group).splitlines():
@@ -156,7 +171,7 @@ def _comments(group: type, prefix: str = "") -> Iterable[tuple[str, str]]:
         if match[2]:
             yield prefix + match[1], match[2]
         if dataclasses.is_dataclass(groups[match[1]]):
-            yield from _comments(groups[match[1]], f"{prefix}{match[1]}.")
+            yield from field_comments(groups[match[1]], f"{prefix}{match[1]}.")
 
 
 def parse(name: str, command: Command, argv: list[str]) -> tuple[flags.FlagValues, config_lib.Config | None]:
@@ -174,9 +189,9 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[flags.FlagValue
         extra = values(["v4jax", *argv])[1:]
     except flags.UnrecognizedFlagError as error:
         known = [flag.name for flag in command.flags] + (["config"] if command.has_config else [])
-        raise UserError(
-            f"{name} has no flag --{error.flagname}{did_you_mean(error.flagname, known, '--')}; see v4jax {name} --help"
-        ) from error
+        near = nearest(error.flagname, known, SIMILAR)
+        hint = f"; did you mean --{near}?" if near else ""
+        raise UserError(f"{name} has no flag --{error.flagname}{hint}; see v4jax {name} --help") from error
     except flags.IllegalFlagValueError as error:
         raise UserError(_illegal_value(values, str(error))) from error
     except flags.Error as error:
@@ -188,10 +203,11 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[flags.FlagValue
             break  # nothing will run
         if flag.options.get("required") and values[flag.name].value in (None, ""):
             raise UserError(f"{name} needs --{flag.name}: {flag.help}")
-    for name in set(_PATHS) & {flag.name for flag in command.flags}:
-        paths = values[name].value
-        for path in [paths] if isinstance(paths, str) else paths or ():
-            local_path(path, f"--{name}")
+    for flag in command.flags:
+        if flag.is_path:
+            given = values[flag.name].value
+            for path in [given] if isinstance(given, str) else given or ():
+                local_path(path, f"--{flag.name}")
     if config_dict is None:
         return values, None
     return values, config_lib.validate(config_lib.from_dict(config_lib.Config, config_dict.to_dict()))
@@ -284,12 +300,13 @@ def _unknown_field(path: str, leaves: list[str]) -> str:
         return f"config field {path!r} is a group; set a field of it, such as --config.{inside[0]}=..."
     parent, _, last = path.rpartition(".")
     siblings = {leaf.rpartition(".")[2]: leaf for leaf in leaves if leaf.rpartition(".")[0] == parent}
-    near = [siblings[key] for key in difflib.get_close_matches(last, siblings, n=1)]
-    near = near or [leaf for leaf in leaves if leaf.rpartition(".")[2] == last]
-    near = near or difflib.get_close_matches(path, leaves, n=1)
-    if not near:
+    if sibling := nearest(last, siblings):
+        best = siblings[sibling]
+    else:
+        of_that_name = [leaf for leaf in leaves if leaf.rpartition(".")[2] == last]
+        best = nearest(path, of_that_name, cutoff=0.0) or nearest(path, leaves)
+    if best is None:
         return f"unknown config field {path!r}; groups: {', '.join(sorted({x.partition('.')[0] for x in leaves}))}"
-    best = max(near, key=lambda leaf: difflib.SequenceMatcher(None, path, leaf).ratio())
     return f"unknown config field {path!r}; did you mean --config.{best}?"
 
 
@@ -301,9 +318,3 @@ def _illegal_value(values: flags.FlagValues, message: str) -> str:
         return message
     wanted = values[match[1]].parser.syntactic_help or "true or false"
     return f"--{match[1]}={match[2]} is not {wanted}"
-
-
-def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """The end of a message about an unknown word: "; did you mean ...?", or nothing if no known word is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""

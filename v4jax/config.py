@@ -11,20 +11,16 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import importlib.util
 import math
 import pathlib
 import typing
 from dataclasses import dataclass, field
 
-from v4jax.core import config_limits
-from v4jax.core.errors import UserError
+from v4jax.core.config_limits import check_values
+from v4jax.core.errors import ConfigError, nearest, suggest
+from v4jax.core.layer_spec import LAYER_CHOICES, LayerSpec
 from v4jax.core.paths import local_path
-
-
-class ConfigError(UserError):
-    """A configuration is invalid. The message is one line that names the field and the cure."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,6 @@ class HyperConnection:
     hc_eps: float = 1e-6  # epsilon of the coefficients and of the Sinkhorn normalization
 
 
-LAYER_KINDS = ("swa", "csa", "hca")
 MODALITIES = ("text",)  # kinds of input that models of this version can read
 
 
@@ -115,8 +110,22 @@ class Model:
         """Number of backbone layers, without MTP layers."""
         return len(self.layer_types)
 
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """The parts of each backbone layer. All other modules read these instead of the fields behind them."""
+        hashed = self.moe.num_hash_layers
+        return tuple(
+            LayerSpec(kind, "hash_moe" if i < hashed else "moe", engram=i in self.engram_layers)
+            for i, kind in enumerate(self.layer_types)
+        )
+
+    @property
+    def mtp_layers(self) -> tuple[LayerSpec, ...]:
+        """The parts of the layer inside each MTP layer (spec 5.1)."""
+        return (LayerSpec("swa", "moe"),) * self.num_nextn_predict_layers
+
     def compress_rate(self, kind: str) -> int:
-        """Tokens per compressed entry of a layer kind; 0 for "swa", which has only the sliding window."""
+        """Tokens per compressed entry of an attention kind; 0 for "swa", which has only the sliding window."""
         return {"swa": 0, "csa": self.compress_rate_csa, "hca": self.compress_rate_hca}[kind]
 
     @property
@@ -202,9 +211,7 @@ class Cache:
     num_state_snapshots: int = 16  # kept for prefix caching, at the last block boundary of each prompt and output
     snapshot_interval_blocks: int = 0  # blocks between further snapshots within a prompt; 0: none
     kv_cache_memory_bytes: int = 0  # accelerator memory for the KV cache in bytes; 0: as kv_cache_tokens needs
-    kv_device_entries: int = (
-        0  # entries per CSA layer kept on the device, the others in host memory; 0: all on the device
-    )
+    kv_device_entries: int = 0  # entries per CSA layer kept on the device, others in host memory; 0: all on the device
     kv_host_bytes: int = 0  # host memory in bytes for blocks that are offloaded from the device; 0: none
     kv_disk_bytes: int = 0  # disk space in bytes in kv_dir for offloaded blocks; 0: none
     kv_dir: str = ""  # directory of the offloaded blocks on disk
@@ -279,8 +286,8 @@ def from_dict(cls, values: dict, path: str = ""):
     kwargs = {}
     for key, value in values.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {path + near[0]!r}?" if near else f"; known fields: {', '.join(sorted(known))}"
+            near = nearest(key, known)
+            hint = f"; did you mean {path + near!r}?" if near else f"; known fields: {', '.join(sorted(known))}"
             raise ConfigError(f"unknown config field {path + key!r}{hint}")
         hint_type = hints[key]
         if dataclasses.is_dataclass(hint_type):
@@ -337,9 +344,7 @@ def _function(name: str, directory: pathlib.Path, function: str, what: str, know
     if not path.is_file() and not name.endswith(".py"):
         path = pathlib.Path(f"{name}.py")  # `--config=mine` finds ./mine.py; a preset of that name has precedence
     if not path.is_file():
-        near = difflib.get_close_matches(name.removesuffix(".py"), known, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}?" if near else f"{what}s: {', '.join(known)}"
-        raise ConfigError(f"no {what} {name!r}; {hint}")
+        raise ConfigError(f"no {what} {name!r}; {suggest(name.removesuffix('.py'), known, f'{what}s', cutoff=0.3)}")
     module_spec = importlib.util.spec_from_file_location(f"v4jax_config_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
@@ -369,10 +374,10 @@ def validate(config: Config) -> Config:
     check_serving(config.model, config.serve, config.cache)
     train, data = config.train, config.data
     for name, path in [
+        ("name", config.name),  # the default workdir is runs/NAME
         ("data.source", data.source),
         ("data.heldout", data.heldout),
         ("data.tokenizer", data.tokenizer),
-        ("cache.kv_dir", config.cache.kv_dir),
         ("mesh.rules", config.mesh.rules),
     ]:
         local_path(path, name)
@@ -397,24 +402,11 @@ def validate(config: Config) -> Config:
     return config
 
 
-def check_values(part, path: str = "") -> None:
-    """Check the type, range and choices of every field against `core.config_limits`.
-
-    Args:
-        part: a Config or one of its groups.
-        path: dotted name of `part` in a Config with a trailing dot, such as "model."; "" for a Config.
-
-    Raises:
-        ConfigError: a value is invalid.
-    """
-    if found := config_limits.problem(part, path):
-        raise ConfigError(found)
-
-
 def check_serving(model: Model, serve: Serve, cache: Cache) -> None:
     """Raise ConfigError if the limits of an engine and its cache contradict each other or the model."""
     check_values(serve, "serve.")
     check_values(cache, "cache.")
+    local_path(cache.kv_dir, "cache.kv_dir")
     _require(
         serve.max_model_len <= model.max_position_embeddings,
         f"serve.max_model_len {serve.max_model_len} exceeds "
@@ -443,7 +435,8 @@ def check_serving(model: Model, serve: Serve, cache: Cache) -> None:
 def _validate_model(m: Model) -> None:
     _require(len(m.layer_types) > 0, "model.layer_types is empty; give one of swa, csa, hca per layer")
     for kind in m.layer_types:
-        _require(kind in LAYER_KINDS, f"model.layer_types has {kind!r}; layers are one of {', '.join(LAYER_KINDS)}")
+        known = LAYER_CHOICES["attention"]
+        _require(kind in known, f"model.layer_types has {kind!r}; layers are one of {', '.join(known)}")
     _require(
         m.num_attention_heads % m.o_groups == 0,
         f"model.num_attention_heads {m.num_attention_heads} is not a multiple of model.o_groups {m.o_groups}",
@@ -489,7 +482,7 @@ def _validate_mesh(mesh: Mesh) -> None:
         size = getattr(mesh, axis)
         _require(
             size == 1 or mesh.rules,
-            f"mesh.{axis} is {size}, but no layout says what to split; set mesh.rules "
+            f"mesh.{axis} is {size}, but mesh.rules is empty, so nothing is split; set mesh.rules "
             f"to one of {', '.join(sharding_names())}",
         )
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run by train.sh on every host, in the home directory: setup.sh BUCKET DIR. What is there already is kept.
+# Run by train.sh on every host, in the home directory: setup.sh BUCKET DIR. What is installed already is kept.
 # Hardware: a TPU VM (Ubuntu; its images for v4 to v6e bring Python 3.10, and v4jax needs 3.11).
 set -euo pipefail
 

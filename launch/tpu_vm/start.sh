@@ -8,7 +8,7 @@ metadata() {
     "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
 }
 
-# A plain TPU VM sets no TPU_WORKER_HOSTNAMES (GKE does), so v4jax is told its place by JAX's own variables. An entry is
+# A plain TPU VM sets no TPU_WORKER_HOSTNAMES (GKE does), so v4jax gets its place from JAX's own variables. An entry is
 # the name of a host, or NAME:ID:ADDRESS on older machines.
 index=$(metadata agent-worker-number)
 IFS=, read -ra hosts <<< "$(metadata worker-network-endpoints)"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on Cloud TPU VMs, from a machine with gcloud.
 # Hardware: one TPU v5p slice of 64 chips, topology 4x4x4 (accelerator type v5p-128, 16 hosts), of whose memory `v4jax
-# plan` says 82 % is used, or any other slice whose name and zone are given.
+# plan` reports 82 % is used, or any other slice whose name and zone are given.
 #
 #   launch/tpu_vm/train.sh NAME ZONE gs://BUCKET/DIR train --config=v4_flash --config.mesh.rules=pod \
 #     --config.mesh.expert=64 --config.train.batch_size=128

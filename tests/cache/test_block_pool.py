@@ -57,6 +57,14 @@ def test_what_a_sequence_left_is_found_up_to_the_last_record():
     blocks.check_invariants([pages[:3], pages[:3]])
 
 
+def findable(blocks: BlockPool) -> dict[bytes, int]:
+    return blocks.contents()[0]
+
+
+def snapshots(blocks: BlockPool) -> dict[bytes, int]:
+    return blocks.contents()[1]
+
+
 def test_a_record_alone_or_a_page_alone_is_no_hit():
     blocks = BlockPool(9, [1])
     chain = names(1)
@@ -74,16 +82,16 @@ def test_the_longest_unused_goes_first_and_leaves_before_parents():
     blocks = BlockPool(7)
     for tokens in [(1, 2), (3, 4), (1, 5)]:
         chain = names(*tokens)
-        known = [name for name in chain if name in blocks._page]
+        known = [name for name in chain if name in findable(blocks)]
         pages = blocks.touch(known) + blocks.allocate(len(chain) - len(known))
         publish(blocks, chain, pages)
         blocks.free(pages)
     order = []
     for _ in range(6):
-        before = set(blocks._page)
+        before = set(findable(blocks))
         blocks.allocate(1)
         blocks.check_invariants()
-        order += before - set(blocks._page)
+        order += before - set(findable(blocks))
     assert order == [names(1, 2)[1], names(3, 4)[1], names(3)[0], names(1, 5)[1], names(1)[0]]
     assert blocks.stats()["num_block_evictions"] == 5
 
@@ -98,7 +106,7 @@ def test_a_duplicate_stays_private_and_takes_over_when_the_other_is_gone():
     blocks.free(first)
     blocks.free(second)
     blocks.check_invariants([])
-    assert [blocks._page[name] for name in names(1, 2, 3)] == [*first, second[2]]
+    assert [findable(blocks)[name] for name in names(1, 2, 3)] == [*first, second[2]]
     assert blocks.stats()["num_blocks_cached"] == 3  # duplicates are freed
 
     again = blocks.allocate(2)
@@ -122,7 +130,7 @@ def test_retracted_pages_are_never_found_again_even_when_others_hold_them():
     blocks.free(shared)
     blocks.check_invariants([])
     assert blocks.touch(names(1)) == fresh != shared
-    assert blocks.stats()["num_snapshots_free"] == 1 and names(1, 2)[1] not in blocks._page
+    assert blocks.stats()["num_snapshots_free"] == 1 and names(1, 2)[1] not in findable(blocks)
 
 
 def test_records_are_evicted_by_use_but_not_while_pinned():
@@ -131,7 +139,7 @@ def test_records_are_evicted_by_use_but_not_while_pinned():
     a, b, c = names(1, 2, 3)
     assert blocks.reserve_snapshot(a) is None  # there is one
     record = blocks.pin(a)
-    assert blocks.reserve_snapshot(c) is not None and b not in blocks._record
+    assert blocks.reserve_snapshot(c) is not None and b not in snapshots(blocks)
     assert blocks.reserve_snapshot(b) is None  # one is pinned, the other is being written
     blocks.drop_snapshot(a)
     assert blocks.match_prefix([a]) == (0, None)  # forgotten
@@ -148,7 +156,7 @@ def test_records_that_others_used_are_not_superseded():
     blocks.unpin(blocks.pin(a))
     blocks.drop_snapshot(a, unless_used=True)
     blocks.drop_snapshot(b, unless_used=True)
-    assert list(blocks._record) == [a]
+    assert list(snapshots(blocks)) == [a]
 
 
 def test_use_renews_a_record():
@@ -156,7 +164,7 @@ def test_use_renews_a_record():
     fill(blocks, 1, 2, 3, records=[0, 1])
     a, b, c = names(1, 2, 3)
     blocks.unpin(blocks.pin(a))
-    assert blocks.reserve_snapshot(c) and list(blocks._record) == [a, c]
+    assert blocks.reserve_snapshot(c) and list(snapshots(blocks)) == [a, c]
     assert blocks.stats()["num_snapshot_evictions"] == 1
 
 
@@ -218,7 +226,7 @@ def test_check_sees_spoilt_books(spoil):
     blocks.free(fill(blocks, 1, 2, records=[0]))
     blocks.check_invariants([])
     spoil(blocks)
-    with pytest.raises(AssertionError, match="the books of the cache are wrong"):
+    with pytest.raises(AssertionError, match="the state of the cache is inconsistent"):
         blocks.check_invariants([])
 
 
@@ -256,7 +264,7 @@ class Owners(RuleBasedStateMachine):
             pages, found = self.owners.pop(which % len(self.owners))
             if failed:
                 self.blocks.invalidate(pages[found:])
-                assert not set(pages[found:]) & set(self.blocks._page.values())
+                assert not set(pages[found:]) & set(findable(self.blocks).values())
             self.blocks.free(pages)
 
     @rule()
@@ -269,13 +277,13 @@ class Owners(RuleBasedStateMachine):
         self.blocks.drop_snapshot(names(token)[0], unless_used=unless_used)
 
     def _found(self, chain):
-        return [(self.blocks._page[name], name) for name in chain]
+        return [(findable(self.blocks)[name], name) for name in chain]
 
     @invariant()
-    def books(self):
+    def invariants(self):
         if hasattr(self, "blocks"):
             self.blocks.check_invariants([pages for pages, _ in self.owners])
-            assert all(self.content[page] == name for name, page in self.blocks._page.items())
+            assert all(self.content[page] == name for name, page in findable(self.blocks).items())
 
     def teardown(self):
         if hasattr(self, "blocks"):
@@ -287,7 +295,7 @@ class Owners(RuleBasedStateMachine):
             assert (
                 self.blocks.num_available() == self.blocks.capacity == len(self.blocks.allocate(self.blocks.capacity))
             )
-            assert not self.blocks._record  # gone with their pages
+            assert not snapshots(self.blocks)  # gone with their pages
 
 
 TestOwners = Owners.TestCase

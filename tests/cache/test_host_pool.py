@@ -53,7 +53,7 @@ def test_a_pool_in_host_memory_reads_as_one_on_the_device(layout):
 
 
 class Copies:
-    """A far pool of numbered rows and its copies, beside plain books of what was asked for when."""
+    """A far pool of numbered rows and its copies, beside a plain record of what was asked for when."""
 
     def __init__(self, copies):
         far, hot = new_host_entry_pool(SMALL, PAGES, SLOTS, "fp8", copies, WORDS)

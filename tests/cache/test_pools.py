@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.golden import weights
 from v4jax import config
+from v4jax.cache.entry_pool import FloatPool
 from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES, entry_format
-from v4jax.cache.paged_cache import FloatPool
 from v4jax.cache.pools import Bf16Pool, QuantizedPool, new_pool
 from v4jax.core import qtensor
 

@@ -1,4 +1,4 @@
-"""Single bit flips at random places of a checkpoint's files: reading gives the same values or says what is wrong.
+"""Single bit flips at random places of a checkpoint's files: reading gives the same values or reports what is wrong.
 
 python -m tests.checkpoint.bit_flips 600 flips that many bits in each kind of directory and prints the outcomes.
 """
@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.micro_model import micro
 from v4jax.checkpoint import TrainCheckpointer, checksums, export, hf, param_mapping
 from v4jax.checkpoint.model_io import open_checkpoint
-from v4jax.config import Config, Data, Indexer, Model, MoE, Serve
+from v4jax.config import Config, Data, Model, Serve
 from v4jax.core.errors import UserError
 
 _LEAF = {"w": jnp.arange(3000, dtype=jnp.float32).reshape(60, 50) ** 0.5, "b": jnp.full((7,), 2.5, jnp.bfloat16)}
@@ -26,24 +27,7 @@ EXTRAS = {"data": {"row": 1234, "identity": {"seed": 7}}, "heldout": {"10": 2.25
 
 def config() -> Config:
     """The smallest model with every kind of tensor."""
-    model = Model(
-        vocab_size=32,
-        hidden_size=32,
-        layer_types=("swa", "csa", "hca"),
-        num_attention_heads=2,
-        head_dim=16,
-        qk_rope_head_dim=8,
-        q_lora_rank=16,
-        o_groups=2,
-        o_lora_rank=8,
-        sliding_window=8,
-        compress_rate_hca=8,
-        dtype="float32",
-        max_position_embeddings=4096,
-        num_nextn_predict_layers=0,
-        indexer=Indexer(index_n_heads=4, index_head_dim=8, index_topk=2),
-        moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=1),
-    )
+    model = micro(vocab_size=32, num_nextn_predict_layers=0)
     return Config("flips", model, data=Data(seq_len=64), serve=Serve(max_model_len=512))
 
 
@@ -98,7 +82,7 @@ def outcome(kind: str, path: pathlib.Path, expected: tuple[Config, dict[str, byt
 
 
 def survey(kind: str, path: pathlib.Path, flips: int, seed: int) -> collections.Counter:
-    """Outcomes of so many flips by kind of file; each bit is put back."""
+    """Outcomes of `flips` flips by kind of file; each bit is put back."""
     expected, rng, seen = read(kind, path), np.random.default_rng(seed), collections.Counter()
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size)
     if kind == "run":  # the step that a resume takes, and the files of the run

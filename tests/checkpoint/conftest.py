@@ -7,34 +7,30 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.micro_model import micro
 from v4jax.checkpoint import model_io, param_mapping
-from v4jax.config import HyperConnection, Indexer, Model, MoE, RoPE
+from v4jax.config import Indexer, Model, MoE, RoPE
 from v4jax.models.layer_stacks import from_layer_dict
 from v4jax.models.transformer import Transformer
 
 
 @pytest.fixture
 def tiny() -> Model:
-    """The tiny config of spec 12.1: all layer kinds, a hash layer, two output groups, YaRN, MTP."""
-    return Model(
+    """The tiny config of spec 12.1: the micro model with more layers and heads, and YaRN."""
+    return micro(
         vocab_size=128,
         hidden_size=64,
         layer_types=("swa", "csa", "hca", "csa", "hca"),
         num_attention_heads=4,
         head_dim=32,
-        qk_rope_head_dim=8,
         q_lora_rank=24,
-        o_groups=2,
         o_lora_rank=16,
-        sliding_window=8,
-        compress_rate_csa=4,
         compress_rate_hca=16,
+        dtype="bfloat16",
         max_position_embeddings=512,
-        num_nextn_predict_layers=1,
         rope=RoPE(yarn_factor=8.0, yarn_original=64),
         indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=3),
         moe=MoE(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, num_hash_layers=1),
-        mhc=HyperConnection(),
     )
 
 
@@ -61,7 +57,7 @@ def build():
     """Function (model, flat tensors, scan) -> a Transformer that holds them."""
 
     def make(model: Model, flat, scan: bool = False) -> Transformer:
-        graphdef, abstract, runs = model_io._structure(model, scan)
+        graphdef, abstract, runs = model_io.abstract_model(model, scan)
         return nnx.merge(graphdef, from_layer_dict(jax.tree.map(jnp.asarray, flat), abstract, runs))
 
     return make

@@ -48,7 +48,7 @@ def test_a_damaged_array_is_named_with_its_file_and_the_way_back(tmp_path, steps
 
 
 def test_shards_verify_what_they_read(tmp_path):
-    """Saved in 8 shards, read in others: a region reads the parts that cover it, and damage elsewhere is not seen."""
+    """Saved in 8 shards, read in others: a region reads the parts that cover it, and damage outside is not seen."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     place = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
     value = np.arange(64 * 6, dtype=np.float32).reshape(64, 6)
@@ -97,7 +97,11 @@ def test_convert_takes_a_damaged_source_if_told(tmp_path, kind):
         content = bytearray(file.read_bytes())
         content[SafetensorsDir(file).info("head.weight").start] ^= 1
         file.write_bytes(content)
-    with pytest.raises(UserError, match="damaged"):
+    named = {
+        "orbax": r"checkpoints/0 is damaged \(model: head.weight differs .*, in .*process_0/d/\w+\)",
+        "huggingface": r"m/model.safetensors holds 'head.weight', which differs from its checksum; the file is damaged",
+    }
+    with pytest.raises(UserError, match=named[kind]):
         convert(tmp_path / "m", tmp_path / "other")
     assert not (tmp_path / "other").exists()
     convert(tmp_path / "m", tmp_path / "other", verify=False)
@@ -130,6 +134,6 @@ def test_edited_config_is_said_once_and_taken(tmp_path, caplog):
         for _ in range(2):
             bit_flips.read(kind, tmp_path / kind)
         assert [record.message for record in caplog.records] == [
-            f"{file} is not as v4jax wrote it: if nobody edited it, it is damaged; copy it again"
+            f"{file} is not as v4jax wrote it: if no user edited it, it is damaged; copy it again"
         ]
         assert load_config(tmp_path / kind).model.rope.rope_theta == 20000

@@ -194,7 +194,7 @@ def test_what_is_refused(tmp_path, source):
         convert(tmp_path / "nowhere", tmp_path / "new")
     with pytest.raises(UserError, match="is no checkpoint"):
         convert(tmp_path / "full", tmp_path / "new")
-    with pytest.raises(UserError, match="no format 'torch'; choose huggingface or orbax"):
+    with pytest.raises(UserError, match="no format 'torch'; formats: huggingface, orbax"):
         convert(source, tmp_path / "new", format="torch")
     assert sorted(os.listdir(tmp_path)) == ["full", "link", "source"]
 

@@ -84,7 +84,7 @@ def test_paths_in_a_checkpoint_are_not_followed(tmp_path):
     """Who publishes a checkpoint chooses neither where an engine writes nor what is read."""
     tiny = config_lib.load("tiny")
     cache = dataclasses.replace(
-        tiny.cache, kv_disk_bytes=1 << 20, kv_dir=str(tmp_path / "elsewhere"), num_state_snapshots=7
+        tiny.cache, kv_disk_bytes=1 << 20, kv_dir=str(tmp_path / "other"), num_state_snapshots=7
     )
     data = dataclasses.replace(tiny.data, source="/etc/passwd", heldout="/etc/group", tokenizer="/etc/hosts")
     mesh = dataclasses.replace(tiny.mesh, rules=str(tmp_path / "code.py"))

@@ -280,11 +280,12 @@ def test_missing_unexpected_and_wrong_tensors_in_one_line(saved):
     assert " and 2 more; unexpected: extra.weight; wrong: norm.weight has shape [65] instead of [64]; check" in message
 
 
-def test_hash_table_out_of_range(saved):
+@pytest.mark.parametrize("expert", [8, -1])
+def test_hash_table_out_of_range(saved, expert):
     path, _, _ = saved
-    _rewrite(path, lambda t: t["layers.0.ffn.gate.tid2eid"].__setitem__((3, 1), 8))
+    _rewrite(path, lambda t: t["layers.0.ffn.gate.tid2eid"].__setitem__((3, 1), expert))
     tensors = hf.read_hf(path)[1]
-    with pytest.raises(UserError, match="names expert 8, but the model has 8"):
+    with pytest.raises(UserError, match=f"names expert {expert}, but the model has 8"):
         tensors["layers.0.ffn.router.table"]
 
 

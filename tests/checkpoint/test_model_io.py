@@ -266,7 +266,7 @@ def test_targets_that_are_something_else(tmp_path, hf_dir, build, longer, random
     with pytest.raises(UserError, match="m exists and is no model directory"):
         v4jax.save(model, tmp_path / "m", format=format)
     v4jax.save(model, tmp_path / "m", format=other)  # its own kind is replaced
-    with pytest.raises(UserError, match="no format 'orbac'; choose orbax"):
+    with pytest.raises(UserError, match="no format 'orbac'; did you mean 'orbax'"):
         v4jax.save(model, tmp_path / "x", format="orbac")
     assert sorted(os.listdir(tmp_path)) == ["d", "m"]
 

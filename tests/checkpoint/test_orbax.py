@@ -126,7 +126,7 @@ def test_layers_stacked_or_not_share_a_checkpoint(tmp_path, config, build, rando
         store.save(1, {"model": flat}, {})
         store.wait()
         for scan in (False, True):
-            _, state, runs = model_io._structure(model, scan)
+            _, state, runs = model_io.abstract_model(model, scan)
             there_and_back = lambda flat, state=state, runs=runs: to_layer_dict(
                 from_layer_dict(flat, state, runs), runs
             )

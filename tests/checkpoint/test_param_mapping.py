@@ -33,7 +33,7 @@ def test_shapes_are_those_of_the_model(tiny, shared):
         model = load(shared).model
     else:
         model = dataclasses.replace(tiny, moe=dataclasses.replace(tiny.moe, n_shared_experts=shared))
-    _, abstract, runs = model_io._structure(model, False)
+    _, abstract, runs = model_io.abstract_model(model, False)
     flat = jax.eval_shape(lambda tree: to_layer_dict(tree, runs), abstract)
     assert param_mapping.shapes(model) == {name: array.shape for name, array in flat.items()}
 

@@ -44,6 +44,13 @@ def test_a_directory_of_something_else_is_not_replaced(tmp_path):
     assert sorted(os.listdir(tmp_path / "m")) == ["marker", "part1"]
 
 
+def test_plain_files_of_the_reserved_names_are_replaced(model):
+    (model.parent / ".m.partial").write_text("no directory")
+    (model.parent / ".m.previous").write_text("no directory")
+    _write(model, "part1")
+    assert os.listdir(model.parent) == ["m"] and (model / "part1").read_text() == "new"
+
+
 def test_death_between_the_two_renames_is_repaired(model):
     os.rename(model, model.parent / ".m.previous")
     (model.parent / ".m.partial").mkdir()

@@ -1,4 +1,4 @@
-"""The persistent compilation cache: where it lies, when it is off, and that no state of its directory hurts a run."""
+"""The persistent compilation cache: where it is stored, when it is off, and that damage to its files hurts no run."""
 
 import importlib.metadata
 import os
@@ -17,7 +17,6 @@ import sys
 from v4jax.core import compilation_cache
 from jax import monitoring
 import jax
-compilation_cache._MIN_COMPILE_SECONDS = 0.0
 compilation_cache.is_safe = lambda version: sys.argv[2] == "safe"
 hits = []
 monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None)
@@ -30,7 +29,8 @@ print(directory, len(hits))
 def run(choice, tmp_path, safe="safe", **environment):
     """(directory, cache hits) of a process that compiles one function; nothing may appear on stderr."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMP", "JAX_PERS", "XDG_"))}
-    kept |= {"HOME": str(tmp_path / "home"), "XLA_FLAGS": ""} | environment
+    kept |= {"HOME": str(tmp_path / "home"), "XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    kept |= environment
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(choice), safe], env=kept, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     directory, hits = done.stdout.split()

@@ -1,5 +1,8 @@
 """Lock files: one owner, named to the others, and none after its process is dead."""
 
+import errno
+import fcntl
+import os
 import subprocess
 import sys
 
@@ -24,6 +27,17 @@ def test_a_lock_has_one_owner_and_dies_with_it(tmp_path):
         with pytest.raises(Locked, match="^you$"):
             take_lock(path)
     take_lock(path).close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_an_os_error(tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError) as caught:
+        take_lock(tmp_path / "lock")
+    assert caught.value.errno == number
 
 
 def test_a_link_is_no_lock(tmp_path):

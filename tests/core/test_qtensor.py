@@ -55,7 +55,7 @@ def test_every_e4m3_code(impl, dtype):
     got = dequantize(CODES, ONE[None], "fp8", dtype, impl)
     assert got.dtype == dtype
     np.testing.assert_array_equal(got.astype(jnp.float32), want)
-    np.testing.assert_array_equal(np.signbit(got[:255]), np.signbit(want[:255]))  # of a NaN, the sign says nothing
+    np.testing.assert_array_equal(np.signbit(got[:255]), np.signbit(want[:255]))  # the sign of a NaN means nothing
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -20,7 +20,7 @@ def events(clock, timer, *steps):
     """Pieces that arrive after `steps`: (seconds that pass, of them compiling)."""
     for index, (seconds, compiling) in enumerate(steps):
         clock[0] += compiling
-        if compiling:  # the inner event ends first and lies inside of the outer one
+        if compiling:  # the inner event ends first and is inside the outer one
             timer._compiled("/jax/core/compile/jaxpr_trace_duration", compiling / 2)
             timer._compiled("/jax/core/compile/backend_compile_duration", compiling)
         timer._compiled("/jax/other", 1000.0)
@@ -51,4 +51,4 @@ def test_the_events_are_those_of_jax():
     seen = len(timer._spans)
     assert seen >= 2  # tracing and compiling
     jax.jit(lambda x: x - 3.0)(1.0)
-    assert len(timer._spans) == seen, "nobody listens any more"
+    assert len(timer._spans) == seen, "no listener is left"

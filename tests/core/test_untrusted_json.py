@@ -1,7 +1,9 @@
 """JSON of unknown origin: what is refused, with which words, and that it is refused at once."""
 
+import ast
 import json
 import os
+import pathlib
 import time
 
 import pytest
@@ -53,7 +55,7 @@ def test_what_is_read():
     [
         (lambda path: os.mkfifo(path), "no regular file"),
         (lambda path: path.symlink_to("/dev/zero"), "no regular file"),
-        (lambda path: path.mkdir(), "no regular file|Is a directory"),
+        (lambda path: path.mkdir(), "no regular file"),
         (lambda path: path.symlink_to(path), "symbolic links"),
         (lambda path: path.write_bytes(b"") or os.truncate(path, 1 << 40), "are the most that is read"),
         (lambda path: path.write_bytes(b"[1]"), "holds no JSON object"),
@@ -65,6 +67,56 @@ def test_files_that_are_no_object(tmp_path, make, complaint):
     with pytest.raises(UserError, match=complaint) as error:
         read_object(tmp_path / "x.json")
     assert "x.json" in str(error.value)
+
+
+# --- the one reader ----------------------------------------------------------------------------------------------
+
+ROOT = pathlib.Path(__file__).resolve().parents[2] / "v4jax"
+READERS = {"load", "loads", "JSONDecoder", "decoder", "scanner"}  # names of the module json that parse
+TRUSTED = {  # file of v4jax -> why it parses JSON itself
+    "core/untrusted_json.py": "the reader of untrusted JSON",
+    "checkpoint/checksums.py": "text that it has just written itself",
+    "data/build_corpus.py": "an archive whose SHA-256 was compared",
+    "data/corpus.py": "files of the package",
+    "data/tokenizer.py": "text that the tokenizers library wrote",
+}
+
+
+def json_readers(root: pathlib.Path) -> dict[str, list[int]]:
+    """{file: lines} of all uses of a parser of the module json, under whatever name it was imported."""
+    found = {}
+    for path in sorted(root.rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        imports = [node for node in nodes if isinstance(node, ast.Import)]
+        modules = {alias.asname or "json" for node in imports for alias in node.names if alias.name == "json"}
+        lines = [
+            node.lineno
+            for node in nodes
+            if (isinstance(node, ast.Attribute) and node.attr in READERS and getattr(node.value, "id", "") in modules)
+            or (isinstance(node, ast.ImportFrom) and node.module in ("json", "json.decoder", "json.scanner"))
+        ]
+        if lines:
+            found[path.relative_to(root).as_posix()] = lines
+    return found
+
+
+def test_nothing_else_reads_json():
+    assert set(json_readers(ROOT)) == set(TRUSTED)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import json\ndef f(path):\n    return json.load(open(path))",
+        "import json as j\nlines = map(j.loads, [])",
+        "from json import loads",
+        "import json\njson.JSONDecoder().raw_decode('1')",
+    ],
+)
+def test_json_finder_sees_a_planted_breach(tmp_path, source):
+    (tmp_path / "a.py").write_text(source)
+    (tmp_path / "b.py").write_text("import json\njson.dumps(1)\nfrom v4jax.core import untrusted_json")
+    assert list(json_readers(tmp_path)) == ["a.py"]
 
 
 # --- messages ----------------------------------------------------------------------------------------------------

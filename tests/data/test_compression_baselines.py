@@ -10,7 +10,7 @@ from v4jax.data.corpus import Corpus, Document, load_corpus
 
 @pytest.fixture(scope="module")
 def small():
-    """Two small books of each kind: xz is slow on the whole corpus."""
+    """Two small texts of each kind: xz is slow on the whole corpus."""
     texts = {d.name: d for d in load_corpus().train}
     return Corpus([texts["Mark"], texts["Luke"]], [texts["John"]])
 

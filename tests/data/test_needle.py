@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 
@@ -26,6 +27,15 @@ def same(a, b):
     for x, y in zip(a, b, strict=True):
         for name in x:
             np.testing.assert_array_equal(x[name], y[name])
+
+
+def test_another_number_of_questions_is_refused():
+    iterator = iter(make_dataset(config(), None, seed=0))
+    take(iterator, 2)
+    state, other = iterator.get_state(), config()
+    other = dataclasses.replace(other, data=dataclasses.replace(other.data, questions=3))
+    with pytest.raises(UserError, match=r"changed: data.questions 4 -> 3\)"):
+        iter(make_dataset(other, None, seed=0)).set_state(state)
 
 
 def test_a_haystack_has_each_needle_once_in_its_own_stretch():

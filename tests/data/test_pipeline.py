@@ -2,6 +2,7 @@ import dataclasses
 import json
 import pathlib
 
+import grain.python as grain
 import numpy as np
 import pytest
 
@@ -115,6 +116,14 @@ def test_other_data_is_refused_or_read_from_its_first_row(config, tmp_path, chan
     again = iter(make_dataset(other, TOKENIZER, seed=seed))  # the new data is now the run's
     again.set_state(json.loads(json.dumps(allowed.get_state())))
     assert again.get_state() == allowed.get_state()
+
+
+def test_another_shuffle_of_grain_is_refused(config, monkeypatch):
+    """The order of the rows is hashed, because another version of grain may shuffle in another way."""
+    state, shuffle = _state_after(config, 5), grain.MapDataset.shuffle
+    monkeypatch.setattr(grain.MapDataset, "shuffle", lambda dataset, **_: shuffle(dataset, seed=77))
+    with pytest.raises(UserError, match=r"changed: the shuffle of this grain version\)"):
+        iter(make_dataset(config, TOKENIZER, seed=1)).set_state(state)
 
 
 def test_another_tokenizer_is_refused(config, tmp_path):

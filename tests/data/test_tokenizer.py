@@ -1,4 +1,5 @@
 import json
+import pathlib
 
 import pytest
 import tokenizers
@@ -68,10 +69,16 @@ def test_save_and_load(tmp_path):
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
 
 
+def saved_spec(directory: pathlib.Path) -> dict:
+    """Return tokenizer.json of the built-in tokenizer, which is saved into `directory`."""
+    TOKENIZER.save(directory)
+    return json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+
+
 def test_a_document_begins_as_the_post_processor_says(tmp_path):
     assert TOKENIZER.encode_document("To be") == [0, *TOKENIZER.encode("To be")]
     assert TOKENIZER.encode_document("") == [0] and TOKENIZER.encode_document("", add_special_tokens=False) == []
-    spec = json.loads(TOKENIZER._json)
+    spec = saved_spec(tmp_path)
     silent, byte_level = {"post_processor": None}, {"post_processor": spec["pre_tokenizer"]}
     named = {"bos_token": "<bos>", "eos_token": "<eos>"}
     for change in (silent, byte_level):
@@ -88,7 +95,7 @@ def test_a_document_begins_as_the_post_processor_says(tmp_path):
 
 
 def test_a_bos_that_the_post_processor_ignores_is_said(tmp_path, caplog):
-    spec = json.loads(TOKENIZER._json)
+    spec = saved_spec(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"post_processor": None}))
     config = {"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))

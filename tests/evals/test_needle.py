@@ -66,7 +66,7 @@ def test_a_bin_is_judged_by_both_accuracies_and_their_difference():
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """A random model that says it learned from needles."""
+    """A random model whose config claims that it learned from needles."""
     path = tmp_path_factory.mktemp("needle") / "toy"
     config = Config("toy", MODEL, Data(source="needle", seq_len=64, questions=2), serve=Serve(max_model_len=4096))
     checkpoint.save(weights.build(MODEL, weights.random_flat(MODEL, 3)), path, format="orbax", config=config)

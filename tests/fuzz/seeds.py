@@ -17,11 +17,12 @@ import tokenizers
 
 import v4jax
 from tests.cache.offload.block_fixtures import chain, is_right, items
+from tests.micro_model import micro
 from v4jax import checkpoint
 from v4jax.cache.offload.disk_tier import DiskTier
 from v4jax.checkpoint import convert, export, hf, param_mapping
 from v4jax.checkpoint.generation_config import read_generation_config
-from v4jax.config import Config, Data, HyperConnection, Indexer, Model, MoE, RoPE, Serve
+from v4jax.config import Config, Data, HyperConnection, RoPE, Serve
 from v4jax.data.sources import load_documents
 from v4jax.data.tokenizer import Detokenizer, Tokenizer, load_tokenizer, token_bytes
 from v4jax.evals.heldout import config_of
@@ -30,25 +31,10 @@ from v4jax.serve import SamplingParams
 from v4jax.tools import plan
 from v4jax.train.metrics import read_metrics
 
-MODEL = Model(
+MODEL = micro(
     vocab_size=320,
-    hidden_size=32,
-    layer_types=("swa", "csa", "hca"),
-    num_attention_heads=2,
-    head_dim=16,
-    qk_rope_head_dim=4,
-    q_lora_rank=8,
-    o_groups=1,
-    o_lora_rank=8,
-    sliding_window=8,
-    compress_rate_csa=4,
-    compress_rate_hca=8,
     max_position_embeddings=512,
-    num_nextn_predict_layers=1,
-    dtype="float32",
     rope=RoPE(yarn_factor=8.0, yarn_original=64),
-    indexer=Indexer(index_n_heads=2, index_head_dim=8, index_topk=3),
-    moe=MoE(n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, num_hash_layers=1),
     mhc=HyperConnection(hc_mult=2, hc_sinkhorn_iters=2),
 )
 CONFIG = Config("fuzz", MODEL, data=Data(seq_len=64), serve=Serve(max_model_len=512))
@@ -86,6 +72,10 @@ def make(root: pathlib.Path) -> None:
                 }
             )
         )
+    (root / "tokenizers/unigram/tokenizer_config.json").write_text('{"model_max_length": 512}')
+    (root / "tokenizers/unigram/special_tokens_map.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, "unk_token": "<unk>"})
+    )
     (root / "hf" / "generation_config.json").write_text(
         json.dumps(
             {
@@ -243,6 +233,7 @@ KINDS = (
     Kind("run", "v4jax.json", resume, 2),
     *(Kind(f"tokenizers/{name}", "tokenizer.json", tokenize, 9) for name in ("bpe", "unigram", "wordpiece", "llama")),
     Kind("tokenizers/bpe", "tokenizer_config.json", tokenize, 8),
+    Kind("tokenizers/unigram", "special_tokens_map.json", tokenize, 5),
     Kind("data", "x.jsonl", lambda path: load_documents(Data(source=str(path / "x.jsonl"))), 6),
     Kind("data", "metrics.jsonl", lambda path: read_metrics(path / "metrics.jsonl"), 4),
     Kind("kv", "*.block", _kv, 6),

@@ -71,6 +71,7 @@ def refused(reads, *arguments) -> str:
         ("run", "checkpoints/1/_CHECKPOINT_METADATA", seeds.resume),
         ("tokenizers/bpe", "tokenizer.json", seeds.tokenize),
         ("tokenizers/bpe", "tokenizer_config.json", seeds.tokenize),
+        ("tokenizers/unigram", "special_tokens_map.json", seeds.tokenize),
         ("data", "x.jsonl", lambda path: load_documents(Data(source=str(path / "x.jsonl")))),
     ],
 )
@@ -85,7 +86,21 @@ def test_nesting_in_a_tensor_header(changed):
 
 
 @pytest.mark.parametrize(
-    "change, says",
+    "entry, message",
+    [
+        ('"t%d":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}', "has no complete header"),  # longer than any is read
+        ('"%d":{}', "it holds too many values"),
+    ],
+)
+def test_a_million_entries_of_a_tensor_header_are_refused_quickly(changed, entry, message):
+    path = changed("hf", "config.json", lambda values: None)
+    header = "{" + ",".join([entry % i for i in range(10**6)]) + "}"
+    (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"\0" * 4)
+    assert message in refused(v4jax.load, path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
     [
         ({"n_routed_experts": 10**9}, "moe.n_routed_experts must be at most"),
         (
@@ -105,8 +120,8 @@ def test_nesting_in_a_tensor_header(changed):
         ({"hidden_act": "\x1b[2J"}, "hidden_act is '\\x1b[2J'"),
     ],
 )
-def test_values_of_a_config(changed, change, says):
-    assert says in refused(hf_config.read, changed("hf", "config.json", lambda values: values.update(change)))
+def test_values_of_a_config(changed, change, message):
+    assert message in refused(hf_config.read, changed("hf", "config.json", lambda values: values.update(change)))
 
 
 def test_more_experts_than_the_weights_hold_is_told_at_once(changed):
@@ -115,7 +130,7 @@ def test_more_experts_than_the_weights_hold_is_told_at_once(changed):
 
 
 @pytest.mark.parametrize(
-    "change, says",
+    "change, message",
     [
         (
             lambda v: v["config"]["cache"].update(kv_eviction_policy="foo"),
@@ -134,8 +149,8 @@ def test_more_experts_than_the_weights_hold_is_told_at_once(changed):
         (lambda v: v["config"].update(model=None), "config field 'model' is None"),
     ],
 )
-def test_values_of_a_stored_config(changed, change, says):
-    assert says in refused(checkpoint.load_config, changed("orbax", "v4jax.json", change))
+def test_values_of_a_stored_config(changed, change, message):
+    assert message in refused(checkpoint.load_config, changed("orbax", "v4jax.json", change))
 
 
 def test_a_pipe_among_the_files_of_arrays_is_not_waited_for(changed):
@@ -173,7 +188,7 @@ def test_arrays_larger_than_their_files_are_not_read(changed):
 
 
 @pytest.mark.parametrize(
-    "change, says",
+    "change, message",
     [
         (lambda v: v["model"]["vocab"].update(huge=10**9), "has a token id that is not in 0..16777215"),
         (lambda v: v["model"]["vocab"].update(huge=-1), "has a token id that is not in"),
@@ -194,8 +209,8 @@ def test_arrays_larger_than_their_files_are_not_read(changed):
         (lambda v: v.update(decoder=[]), "has a decoder that is no object"),
     ],
 )
-def test_values_of_a_tokenizer(changed, change, says):
-    assert says in refused(load_tokenizer, changed("tokenizers/bpe", "tokenizer.json", change), seeds.MODEL)
+def test_values_of_a_tokenizer(changed, change, message):
+    assert message in refused(load_tokenizer, changed("tokenizers/bpe", "tokenizer.json", change), seeds.MODEL)
 
 
 def test_a_pattern_that_backtracks_without_end_is_one_line(changed):
@@ -208,6 +223,13 @@ def test_a_pattern_that_backtracks_without_end_is_one_line(changed):
 def test_a_byte_token_that_is_none_is_text(changed):
     path = changed("tokenizers/llama", "tokenizer.json", lambda values: values["model"]["vocab"].update({"<0xZZ>": 8}))
     assert load_tokenizer(path, seeds.MODEL).pieces[7:9] == [b"\n", b"<0xZZ>"]
+
+
+def test_a_special_tokens_map_counts_and_its_types_are_checked(changed):
+    path = changed("tokenizers/unigram", "special_tokens_map.json", lambda values: values.update(eos_token="<s>"))
+    assert load_tokenizer(path, seeds.MODEL).eos_id == 1
+    (path / "special_tokens_map.json").write_text('{"eos_token": [1]}')
+    assert "special_tokens_map.json has a eos_token that is no text" in refused(load_tokenizer, path, seeds.MODEL)
 
 
 @pytest.mark.parametrize("change", [{"bos_token": 5}, {"eos_token": {"text": "x"}}, {"pad_token": ["<s>"]}])

@@ -2,7 +2,7 @@
 
 Each file holds token ids and the logits that transformers' `deepseek_v4` gives for them in float32, with the weights
 of `weights.random_flat(model, SEED)`. They keep the parity checks alive where torch is not installed; make them anew
-when a case of `weights.CASES` changes, and only then: `tests/golden/test_golden.py` says whether they still hold.
+when a case of `weights.CASES` changes, and only then: `tests/golden/test_golden.py` tests whether they still hold.
 """
 
 import pathlib

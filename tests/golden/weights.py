@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tests.micro_model import micro
 from v4jax.checkpoint import param_mapping
 from v4jax.config import HyperConnection, Indexer, Model, MoE, RoPE
 from v4jax.models.layer_stacks import from_layer_dict
@@ -27,31 +28,21 @@ _FAN_IN = {
 
 
 def config(**changes) -> Model:
-    """A small model with every feature: three layer kinds, both routings, indexer, YaRN, clamps within reach."""
+    """Return the micro model in the variant of the stored logits: without MTP, with YaRN and clamps within reach."""
     fields = dict(
         vocab_size=64,
-        hidden_size=32,
-        layer_types=("swa", "csa", "hca"),
         num_attention_heads=4,
-        head_dim=16,
-        qk_rope_head_dim=8,
         q_lora_rank=24,
-        o_groups=2,
         o_lora_rank=16,
-        sliding_window=8,
-        compress_rate_csa=4,
         compress_rate_hca=16,
-        max_position_embeddings=4096,
         num_nextn_predict_layers=0,
-        dtype="float32",
         rope=RoPE(yarn_factor=8.0, yarn_original=64),
         indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=3),
         moe=MoE(
             n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, num_hash_layers=1, swiglu_limit=1.0
         ),
-        mhc=HyperConnection(),
     )
-    return Model(**(fields | changes))
+    return micro(**fields | changes)
 
 
 # Golden cases: a usual model, and one where what the first fixes differs (groups, ratios, YaRN off, odd window).

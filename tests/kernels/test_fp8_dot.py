@@ -56,7 +56,7 @@ def arrays():
     return (x, w, dy), (y, dx, dw)
 
 
-@pytest.mark.parametrize("impl", ["ref", "tiled", None])
+@pytest.mark.parametrize("impl", ["ref", "xla_tiled", None])
 def test_the_three_products_are_those_of_the_loops(arrays, impl):
     (x, w, dy), wanted = arrays
     products = jax.jit(lambda x, w, dy: with_gradients(lambda x, w: fp8_dot.dot(x, w, impl), dy, x, w))
@@ -75,7 +75,7 @@ def test_rounding_is_that_of_the_loops_bit_for_bit(arrays):
 
 def test_products_of_short_axes_need_no_filling():
     x, w = jnp.ones((1, 3, 8)), jnp.full((8, 1, 5), 0.375)
-    for y in jax.jit(lambda x, w: (fp8_dot.dot(x, w), fp8_dot.dot(x, w, "tiled")))(x, w):
+    for y in jax.jit(lambda x, w: (fp8_dot.dot(x, w), fp8_dot.dot(x, w, "xla_tiled")))(x, w):
         np.testing.assert_array_equal(y, np.full((1, 3, 1, 5), 3.0))
 
 
@@ -94,7 +94,7 @@ def test_experts_round_what_meets_their_matrices():
         return jax.jit(lambda *arguments: with_gradients(function, dy, *arguments))(x, share, gate_up, down[:, 0])
 
     wanted, plain = both("ref", True), both("ref", False)
-    for impl in ("blocks", "ragged"):
+    for impl in ("xla_blocked", "xla_ragged_dot"):
         for got, want in zip(both(impl, True), wanted, strict=True):
             np.testing.assert_allclose(got, want, atol=2e-2 * np.abs(want).max())
     for got, want in zip(wanted, plain, strict=True):

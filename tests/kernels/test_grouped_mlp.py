@@ -15,7 +15,7 @@ from v4jax.kernels.grouped_mlp.xla_blocked import block_rows
 
 pytestmark = pytest.mark.slow
 
-FAST = ["blocks", "ragged"]
+FAST = ["xla_blocked", "xla_ragged_dot"]
 LIMIT = 0.7  # within reach of the random values, so that both clamps act
 
 
@@ -107,5 +107,5 @@ def test_blocks_are_near_the_mean_load(rows, count):
 
 
 def test_an_unknown_implementation_is_one_clear_line():
-    with pytest.raises(UserError, match="unknown implementation 'fast'; one of ref, blocks, ragged"):
+    with pytest.raises(UserError, match="unknown implementation 'fast'; one of ref, xla_blocked, xla_ragged_dot"):
         experts(*_case(2, 3, 1, 2, 4, "random", 0), limit=1.0, impl="fast")

@@ -9,6 +9,7 @@ from v4jax import config
 from v4jax.config import Config, Data, HyperConnection, Indexer, Model, MoE, RoPE, validate
 from v4jax.core.errors import UserError
 from v4jax.models import hf_config
+from v4jax.models.hf import deepseek_v4
 
 
 def released(**changes) -> dict:
@@ -352,7 +353,7 @@ def v4_config():
 def test_transformers_reads_and_rewrites_the_same_model(tmp_path, v4_config, model):
     (tmp_path / "config.json").write_text(json.dumps(hf_config.to_hf(model)))
     theirs = v4_config.from_pretrained(tmp_path)
-    assert theirs.layer_types == [hf_config._TYPE_OF_KIND[kind] for kind in model.layer_types]
+    assert theirs.layer_types == [deepseek_v4._TYPE_OF_KIND[kind] for kind in model.layer_types]
     assert theirs.mlp_layer_types.count("hash_moe") == model.moe.num_hash_layers
     assert theirs.compress_rates == {
         "compressed_sparse_attention": model.compress_rate_csa,

@@ -7,7 +7,8 @@ import pytest
 import v4jax
 from tests.golden import weights
 from v4jax.core.errors import UserError
-from v4jax.nn import csa, indexer
+from v4jax.kernels import indexer
+from v4jax.nn import csa
 
 
 @pytest.mark.parametrize("kv_qdq", [False, True])

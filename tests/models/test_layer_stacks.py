@@ -10,6 +10,7 @@ from v4jax import config
 from v4jax.cache.allocate import contiguous_caches
 from v4jax.checkpoint import param_mapping
 from v4jax.core.errors import UserError
+from v4jax.core.layer_spec import LayerSpec
 from v4jax.models.layer_stacks import LayerStack, from_layer_dict, stacks, to_layer_dict
 
 pytestmark = pytest.mark.slow
@@ -21,18 +22,18 @@ LONG = weights.config(
 
 def test_runs_of_the_released_schedules():
     flash, pro = config.load("v4_flash").model, config.load("v4_pro").model
-    pair = (("hca", False), ("csa", False))
+    pair = (LayerSpec("hca", "moe"), LayerSpec("csa", "moe"))
     assert stacks(flash, True) == [
-        LayerStack(0, (("swa", True),), 2),
-        LayerStack(2, (("csa", True),), 1),
+        LayerStack(0, (LayerSpec("swa", "hash_moe"),), 2),
+        LayerStack(2, (LayerSpec("csa", "hash_moe"),), 1),
         LayerStack(3, pair, 20),
     ]
     assert stacks(pro, True) == [
-        LayerStack(0, (("hca", True),), 2),
-        LayerStack(2, (("csa", True),), 1),
+        LayerStack(0, (LayerSpec("hca", "hash_moe"),), 2),
+        LayerStack(2, (LayerSpec("csa", "hash_moe"),), 1),
         LayerStack(3, pair, 29),
     ]
-    assert stacks(flash, False) == [LayerStack(i, ((k, i < 3),), 1) for i, k in enumerate(flash.layer_types)]
+    assert stacks(flash, False) == [LayerStack(i, (layer,), 1) for i, layer in enumerate(flash.layers)]
 
 
 @pytest.mark.parametrize("schedule", ["s", "sc", "sscchh", "schchc", "chchsss", "cscscsh"])
@@ -42,12 +43,12 @@ def test_runs_cover_the_schedule_in_order(schedule, num_hash_layers):
     model = weights.config(layer_types=kinds, moe=config.MoE(8, 2, 16, num_hash_layers=num_hash_layers))
     for scan in (True, False):
         covered = [
-            (run.layer(position, repeat), kind)
+            (run.layer(position, repeat), layer)
             for run in stacks(model, scan)
             for repeat in range(run.repeats)
-            for position, kind in enumerate(run.kinds)
+            for position, layer in enumerate(run.pattern)
         ]
-        assert covered == [(i, (kind, i < num_hash_layers)) for i, kind in enumerate(kinds)]
+        assert covered == list(enumerate(model.layers))
 
 
 @pytest.mark.parametrize("scan", [False, True])

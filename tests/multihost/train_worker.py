@@ -19,7 +19,7 @@ import optax
 from tests.multihost import micro_config
 from v4jax.checkpoint import orbax
 from v4jax.core.errors import UserError
-from v4jax.parallel.distributed import ProcessInfo, start
+from v4jax.parallel.distributed import ProcessInfo, initialize
 from v4jax.train import loop
 from v4jax.train.trainer import Trainer
 
@@ -54,15 +54,15 @@ def fill_disk() -> None:
 
 def main(index: int, port: int, text: str, workdir: pathlib.Path, how: str) -> int:
     """Train as process `index` of two."""
-    start(ProcessInfo("test", f"127.0.0.1:{port}", 2, index), 120)
+    initialize(ProcessInfo("test", f"127.0.0.1:{port}", 2, index), 120)
     loop.Trainer = SgdTrainer
     config = micro_config.get_config(text)
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, rules="fsdp"))
-    if how == "stops":
-        train = dataclasses.replace(config.train, steps=100_000, checkpoint_every=100_000)
-        config = dataclasses.replace(config, train=train)
-        if index:
-            threading.Thread(target=stop_soon, args=[workdir], daemon=True).start()
+    every = 100_000 if how == "stops" else config.train.checkpoint_every
+    train = dataclasses.replace(config.train, steps=100_000, checkpoint_every=every)  # one program for both
+    config = dataclasses.replace(config, train=train)
+    if index and how == "stops":
+        threading.Thread(target=stop_soon, args=[workdir], daemon=True).start()
     elif index:
         fill_disk()
     try:

@@ -63,7 +63,7 @@ def test_an_entry_by_hand():
     pairs = [np.array([first, 10 * first]), np.array([pooled, 10 * pooled])]
     want = [pair / np.sqrt(np.mean(pair**2) + model.rms_norm_eps) for pair in pairs]
     freq = frequencies(model.rope, 2, compressed=True).astype(np.float64)
-    want[1] = reference.rotate(want[1], 2, freq)  # entry 1 lies at the position of its first token
+    want[1] = reference.rotate(want[1], 2, freq)  # entry 1 has the position of its first token
     np.testing.assert_allclose(_run(module, x)[0][0], want, atol=1e-5)
 
 

@@ -12,6 +12,7 @@ from v4jax.config import Mesh, ShardingRules
 from v4jax.core.errors import UserError
 from v4jax.kernels.grouped_mlp import experts
 from v4jax.nn import expert_parallel
+from v4jax.parallel import token_dispatch
 from v4jax.parallel.rules import MeshRules, make_mesh_rules
 
 pytestmark = pytest.mark.slow
@@ -97,7 +98,7 @@ def test_tokens_of_nobody_stay():
 
 
 @pytest.mark.parametrize(
-    "layout, says",
+    "layout, message",
     [
         (
             ShardingRules("mine", "data", weights=(("expert", ("tensor",)),), activations=(("batch", ("data",)),)),
@@ -109,9 +110,9 @@ def test_tokens_of_nobody_stay():
         ),
     ],
 )
-def test_layouts_that_tokens_cannot_follow_are_refused(layout, says):
+def test_layouts_that_tokens_cannot_follow_are_refused(layout, message):
     mesh = make_mesh_rules(Mesh("tensor", data=4)).mesh
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         expert_parallel.validate_ep(MeshRules(mesh, layout))
 
 
@@ -139,7 +140,7 @@ def ragged_by_the_book(operand, output, input_offsets, send_sizes, output_offset
 def test_offsets_of_the_ragged_way_are_right(monkeypatch):
     """XLA:CPU has no ragged_all_to_all, so its documentation stands in; uneven routing, several rounds."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_the_book)
-    monkeypatch.setattr(expert_parallel, "_NO_RAGGED", set())
+    monkeypatch.setattr(token_dispatch, "NO_RAGGED", set())
     sharding = make_mesh_rules(MESHES["expert, fsdp"])
     *dense, picks = arguments(True)
     got = jax.jit(lambda *a: expert_parallel.ep_experts(sharding, a[0], picks, *a[1:], 1.0))(*dense)

@@ -1,70 +1,16 @@
-"""Indexer: scores, the tie rule, the mask that equals the picks, visibility, and its loss."""
-
-import functools
+"""Indexer: visibility of entries, and its loss."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.golden import weights
 from v4jax.models.transformer import full_batch
-from v4jax.nn import indexer
 from v4jax.nn.attention import index_loss
-from v4jax.nn.csa import _topk_mask
-from v4jax.nn.indexer import causal_mask, score, topk_search
-from v4jax.nn.kv_cache_interface import DenseEntries, NoCache
-
-# Few values, so that most are tied; minus zero is what negative weights make of inactive heads.
-TIED = st.lists(st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 0.0, 0.5, 2.0]), min_size=9, max_size=9)
-
-CHOSEN = jax.jit(_topk_mask, static_argnums=1)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _search(scores_C, k, piece):
-    """`search` over entries whose keys give these scores: what is above 0 by one head, what is below by another."""
-    finite = jnp.where(scores_C > -jnp.inf, scores_C, 0.0)
-    keys_CL = jnp.stack([jnp.maximum(finite, 0), jnp.maximum(-finite, 0)], -1)
-    view = DenseEntries(keys_CL[None], keys_CL[None])
-    index = lambda first, count: first + jnp.arange(count)
-    readable = lambda *piece: ((index(*piece) < 9) & (scores_C > -jnp.inf)[jnp.minimum(index(*piece), 8)])[None, None]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(indexer, "_FEW_PIECE", piece)
-        patch.setattr(indexer, "_FEW_NUMBERS", 0)
-        return topk_search(jnp.eye(2)[None, None], jnp.array([[[1.0, -1.0]]]), view, readable, jnp.int32(9), k)[0, 0]
-
-
-def _picks(scores, k):
-    """The rule in plain Python: higher score first, of equals the lower index, invisible ones never."""
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    return [i if scores[i] > -np.inf else -1 for i in order[:k]]
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(scores=TIED, k=st.integers(1, 9), piece=st.sampled_from([4, 1024]))
-def test_ties_go_to_the_lowest_index_and_the_mask_is_that_set(scores, k, piece):
-    array = jnp.asarray(scores, jnp.float32)[None, None]
-    picks = _search(array[0, 0], k, piece).tolist()
-    assert picks == _picks(scores, k)
-    chosen = np.flatnonzero(np.asarray(CHOSEN(array, k))[0, 0] & (np.asarray(scores) > -np.inf)).tolist()
-    assert chosen == sorted(i for i in picks if i >= 0)
-
-
-def test_scores_are_the_formula():
-    """relu before the weight, the weight may be negative; an entry no head likes scores exactly zero."""
-    rng = np.random.RandomState(0)
-    q, w, keys = rng.standard_normal((2, 3, 4, 5)), rng.standard_normal((2, 3, 4)), rng.standard_normal((2, 6, 5))
-    q[..., 0], keys[:, 5] = -np.abs(q[..., 0]), [1, 0, 0, 0, 0]
-    got = np.asarray(score(*(jnp.asarray(a, jnp.float32) for a in (q, w, keys))))
-    want = np.zeros((2, 3, 6))
-    for b, t, c, j in np.ndindex(2, 3, 6, 4):
-        want[b, t, c] += w[b, t, j] * max(q[b, t, j] @ keys[b, c], 0)
-    np.testing.assert_allclose(got, want, atol=1e-5)
-    assert (got < 0).any() and not got[..., 5].any()
+from v4jax.nn.indexer import causal_mask
+from v4jax.nn.kv_cache_interface import NoCache
 
 
 @pytest.mark.parametrize("ratio", [2, 4, 16])

@@ -10,7 +10,8 @@ import pytest
 from tests.golden import weights
 from v4jax import config
 from v4jax.core import qtensor
-from v4jax.nn import indexer, qdq
+from v4jax.kernels.indexer import api, xla_scaled_dot
+from v4jax.nn import qdq
 from v4jax.serve.engine import Engine
 from v4jax.serve.sampling_params import SamplingParams
 
@@ -45,11 +46,19 @@ def test_keys_are_turned_before_they_are_rounded_and_products_survive():
     assert np.abs(np.asarray(qdq.keys(outlier))).min() > 0  # spread over all channels, none lost under the scale
 
 
+def hadamard(size: int) -> np.ndarray:
+    """Return the orthonormal Hadamard matrix in Sylvester's order, float32 [size, size]."""
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix / np.float32(np.sqrt(size))
+
+
 @pytest.mark.parametrize("function", [qdq.keys, lambda x: qdq.entries(x, 0)])
 def test_gradients_pass_straight_through(function):
     x = jnp.asarray(np.random.RandomState(1).standard_normal((2, 64)), jnp.float32)
     gradient = jax.grad(lambda x: jnp.sum(jnp.square(function(x))) / 2)(x)
-    back = function(x) if function is not qdq.keys else qdq.keys(x) @ qdq._hadamard(64)
+    back = function(x) if function is not qdq.keys else qdq.keys(x) @ hadamard(64)
     np.testing.assert_allclose(gradient, back, rtol=1e-5, atol=1e-5)
 
 
@@ -80,8 +89,8 @@ def test_keys_can_be_multiplied_as_they_are_stored(monkeypatch):
         calls.append(rows.values.dtype)
         return qtensor.scaled_dot(x, rows)
 
-    monkeypatch.setattr(indexer, "_CODED", ("cpu",))
-    monkeypatch.setattr(indexer, "scaled_dot", scaled_dot)
+    monkeypatch.setattr(api, "_PREFERRED_FP8", {"cpu": "xla_scaled_dot"})
+    monkeypatch.setattr(xla_scaled_dot, "scaled_dot", scaled_dot)
     np.testing.assert_allclose(logprobs(MODEL, "fp8"), plain, atol=1e-5)
     assert set(calls) == {np.dtype(np.uint8)}
     calls.clear()

@@ -9,7 +9,7 @@ from flax import nnx
 from tests.golden import weights
 from v4jax.config import MoE
 from v4jax.nn.linear import Buffer
-from v4jax.nn.router import Router, balance_loss, hash_table
+from v4jax.nn.router import HashRouter, TopKRouter, balance_loss, hash_table
 
 MODEL = weights.config(
     hidden_size=16,
@@ -22,8 +22,8 @@ TOKENS = weights.tokens(MODEL, (2, 5))
 call = jax.jit(lambda router, x, tokens: router(x, tokens))
 
 
-def _router(hashed=False, bias=None):
-    router = Router(MODEL, hashed, nnx.Rngs(0))
+def _router(cls=TopKRouter, bias=None):
+    router = cls(MODEL, nnx.Rngs(0))
     router.weight = nnx.Param(jnp.asarray(np.random.RandomState(1).standard_normal((16, 8)), jnp.float32))
     if bias is not None:
         router.bias = Buffer(jnp.asarray(bias, jnp.float32))
@@ -55,7 +55,7 @@ def test_bias_moves_the_choice_and_never_the_weight():
 
 
 def test_hash_layers_choose_by_token_and_weigh_by_score():
-    router = _router(hashed=True)
+    router = _router(HashRouter)
     picks, w, scores = call(router, X, TOKENS)
     np.testing.assert_array_equal(picks, np.asarray(router.table[...])[TOKENS])
     chosen = np.take_along_axis(_scores(router), np.asarray(picks), -1)
@@ -94,7 +94,7 @@ def test_far_out_logits_give_finite_weights_and_gradients():
 
 
 def test_balance_loss_is_the_formula():
-    """Spec 3.3, row by row, padding left out; the fraction of picks carries no gradient."""
+    """Spec 3.3, row by row, padding left out; the fraction of chosen experts carries no gradient."""
     rng = np.random.RandomState(2)
     scores, picks = rng.random_sample((3, 6, 8)) + 0.1, np.argsort(rng.random_sample((3, 6, 8)), -1)[..., :3]
     valid = np.ones((3, 6), bool)

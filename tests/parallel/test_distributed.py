@@ -72,16 +72,17 @@ def test_every_launcher_gives_the_place(environment, place):
 
 
 @pytest.mark.parametrize(
-    "environment, says",
+    "environment, message",
     [
         ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_NUM_PROCESSES or JAX_PROCESS_ID is not"),
         (JOBSET | {"JOB_COMPLETION_INDEX": "x"}, "'x' where a number belongs"),
         (MPI, "mpirun left no address"),
+        (SLURM | {"SLURM_STEP_NODELIST": ""}, "'' where a list of hosts belongs"),
         (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2"}, "4 processes on one host cannot share 3 devices"),
     ],
 )
-def test_an_environment_that_is_incomplete_is_one_line(environment, says):
-    with pytest.raises(UserError, match=says):
+def test_an_environment_that_is_incomplete_is_one_line(environment, message):
+    with pytest.raises(UserError, match=message):
         detect_process(environment)
 
 
@@ -137,7 +138,7 @@ def test_processes_that_were_started_differently_are_refused_at_once():
     twice = [ProcessInfo("flags", f"127.0.0.1:{port}", 3, index) for index in (0, 1, 1)]
     for said in together(twice, 60):
         assert "two processes were started as process 1 of 3" in said
-    assert time.monotonic() - begun < 50, "nobody waits for those that cannot come"
+    assert time.monotonic() - begun < 50, "no process waits for those that cannot come"
 
 
 def test_a_peer_that_was_restarted_while_the_others_gather_is_welcome():

@@ -73,7 +73,7 @@ def test_constrain_follows_the_rules_in_force_only():
 
 
 @pytest.mark.parametrize(
-    "layout, says",
+    "layout, message",
     [
         (ShardingRules("l", "data", weights=(("hidden", ("data",)),)), "'hidden' follows no logical axis"),
         (ShardingRules("l", "data", weights=(("embed", ("model",)),)), "names the mesh axis 'model'"),
@@ -86,8 +86,8 @@ def test_constrain_follows_the_rules_in_force_only():
         (ShardingRules("l", "rows"), "fill is 'rows'"),
     ],
 )
-def test_rules_without_meaning_are_errors(layout, says):
-    with pytest.raises(UserError, match=says):
+def test_rules_without_meaning_are_errors(layout, message):
+    with pytest.raises(UserError, match=message):
         validate_rules(layout)
 
 
@@ -96,7 +96,7 @@ def test_clashes_and_unused_rules_are_errors():
         validate_used(ShardingRules("l", "fsdp", weights=(("embed", ("fsdp",)), ("q_lora_rank", ("fsdp",)))), ["DQ"])
     with pytest.raises(UserError, match="no parameter of this model follows the rule 'index_heads'"):
         validate_used(ShardingRules("l", "tensor", weights=(("index_heads", ("tensor",)),)), ["DQ", "D"])
-    with pytest.raises(UserError, match="mesh.tensor is 2, but no rule of layout 'fsdp' uses it"):
+    with pytest.raises(UserError, match="mesh.tensor is 2, but no rule of 'fsdp' uses it"):
         make_mesh_rules(Mesh("fsdp", tensor=2))
 
 
@@ -109,7 +109,7 @@ def test_a_size_that_devices_do_not_divide_is_named():
 
 def test_axes_without_a_layout_and_unknown_layouts_are_refused():
     tiny = config.load("tiny")
-    with pytest.raises(ConfigError, match="mesh.fsdp is 2, but no layout says what to split"):
+    with pytest.raises(ConfigError, match="mesh.fsdp is 2, but mesh.rules is empty"):
         config.validate(dataclasses.replace(tiny, mesh=Mesh(fsdp=2)))
     with pytest.raises(ConfigError, match="no sharding 'fspd'; did you mean 'fsdp'"):
         make_mesh_rules(Mesh("fspd"))

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.micro_model import divisible
 from tests.parallel.meshes import MESHES
 from tests.train.conftest import micro_config
 from v4jax import config as config_lib
@@ -24,10 +25,10 @@ FULL = "pod, rows split"  # this mesh trains all layer kinds, the others one CSA
 def small(mesh: Mesh | None = None, full: bool = False, **train) -> config_lib.Config:
     """A model whose axes eight devices divide: a CSA layer, and if `full` also HCA, and a window layer in MTP."""
     config = micro_config("unused", **{"batch_size": 8, "steps": 20, "lr": 2e-3, "adam_lr": 2e-3, **train})
-    moe = dataclasses.replace(config.model.moe, n_routed_experts=8)
-    moe = dataclasses.replace(moe, num_hash_layers=int(full))
-    kinds = {"layer_types": ("csa", "hca")} if full else {"layer_types": ("csa",), "num_nextn_predict_layers": 0}
-    model = dataclasses.replace(config.model, moe=moe, **kinds)
+    model = divisible()
+    if full:
+        moe = dataclasses.replace(model.moe, num_hash_layers=1)
+        model = divisible(layer_types=("csa", "hca"), num_nextn_predict_layers=1, moe=moe)
     return dataclasses.replace(config, model=model, mesh=mesh or Mesh())
 
 

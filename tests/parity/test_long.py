@@ -49,7 +49,7 @@ def case():
 def transformers_logits(net, ids: np.ndarray, first: int, chunk: int) -> np.ndarray:
     """Logits [B, T, V] of `ids` [B, T] at positions from `first` on, read in calls of `chunk` tokens.
 
-    The cache is told how many entries `first` tokens would have left. None of them is there to be seen, but they decide
+    The cache gets as many entries as `first` tokens would have left. None of them is there to be seen, but they decide
     at which position the next entry is rotated.
     """
     cache = transformers.DynamicCache(config=net.config)

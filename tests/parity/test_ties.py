@@ -14,7 +14,7 @@ ATOL = 1e-4  # of the standard deviation of the logits
 
 
 def stable_topk(scores, k, dim=-1):
-    """`torch.Tensor.topk` by the rule of `nn/indexer.py`: of equal scores the lower index."""
+    """`torch.Tensor.topk` by the rule of `kernels/indexer`: of equal scores the lower index."""
     order = torch.sort(scores, dim=dim, descending=True, stable=True)
     return torch.return_types.topk((order.values[..., :k], order.indices[..., :k]))
 

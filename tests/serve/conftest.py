@@ -17,7 +17,7 @@ def model():
 
 @pytest.fixture(scope="session")
 def plain(model):
-    """An engine that all modules share. What it has cached is whatever ran before; see `engine_harness.new_books`."""
+    """An engine that all modules share. What it has cached is whatever ran before; see `engine_harness.reset_cache`."""
     return Engine(model, engine_harness.LIMITS)
 
 

@@ -96,7 +96,7 @@ class Answer:
         return Answer(self.tokens[:count], self.logprobs[:count])
 
 
-def new_books(engine, pages=None, records=16, chunk=None, snapshot_interval_blocks=0):
+def reset_cache(engine, pages=None, records=16, chunk=None, snapshot_interval_blocks=0):
     """Forget all that the engine has cached; its arrays keep what they hold, so whatever is read unwritten is wrong."""
     assert not engine.busy
     old, slots = engine.schedulers[0], engine.limits.max_num_seqs
@@ -145,7 +145,7 @@ def _take(answer, drawn, sampling):
 
 
 def check_settled(engine):
-    """All books add up, and nobody holds anything."""
+    """The state is consistent, and no request holds anything."""
     stats = engine.stats()
     assert stats["num_requests_waiting"] == stats["num_requests_running"] == stats["num_blocks_in_use"] == 0
     assert stats["kv_cache_usage_perc"] == 0

@@ -31,7 +31,7 @@ def solo(salt, prompt, max_tokens):
 
 
 class World:
-    """A scheduler, the device, and an engine that commits when it is told to."""
+    """A scheduler, the device, and an engine that commits on demand."""
 
     def __init__(self, *, pages=9, records=4, slots=3, block=2, chunk=4, random_seed=0, **options):
         self.blocks = BlockPool(pages, range(slots + 1, slots + 1 + records))

@@ -8,7 +8,7 @@ Four ways, the first three with a host tier and so few pages that blocks move al
   where calls begin and end; a profile function raises at one of these points, drawn from all those of a run;
 * command: SIGINT to `v4jax generate`, from its first import on, which must end with status 130 and one line.
 
-After each strike the same requests are run again, and must get their undisturbed answers; the books must be free of
+After each strike the same requests are run again, and must get their undisturbed answers; the cache must be free of
 leaks, the host tier must be sound, and nothing may be on its way for ever.
 """
 
@@ -29,7 +29,7 @@ import jax
 import numpy as np
 
 import v4jax
-from tests.serve.engine_harness import LIMITS, MODEL, Request, check_settled, draw_model, drive, new_books
+from tests.serve.engine_harness import LIMITS, MODEL, Request, check_settled, draw_model, drive, reset_cache
 from tests.serve.offload_harness import LONG, tiered
 from v4jax.data.tokenizer import Tokenizer
 from v4jax.serve import LLM, SamplingParams
@@ -50,7 +50,7 @@ def guards():
 
 
 def sound(engine):
-    """Raise AssertionError for anything leaked, in the engine's books or on the way to the tiers."""
+    """Raise AssertionError for anything leaked, in the engine's state or on the way to the tiers."""
     check_settled(engine)
     assert engine.kv_connector.transfer.flush(LONG)
     assert not engine.kv_connector.transfer._coming
@@ -59,7 +59,7 @@ def sound(engine):
 
 @contextlib.contextmanager
 def struck_after(seconds, signum):
-    """Raise Struck in the main thread after so many seconds, unless the block has ended."""
+    """Raise Struck in the main thread after the given number of seconds, unless the block has ended."""
     armed = True
 
     def strike(*_):
@@ -86,12 +86,12 @@ def small_llm(model):
     """An LLM with a host tier and few pages."""
     limits = {name: getattr(LIMITS, name) for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens")}
     with LLM(model, tokenizer=Tokenizer(), kv_host_bytes=1 << 24, kv_load_timeout_s=LONG, **limits) as llm:
-        new_books(llm.engine, pages=3)
+        reset_cache(llm.engine, pages=3)
         yield llm
 
 
 def generate(llm, count, seed=0, others=0):
-    """Strike `count` calls of `generate` and `stream`; with `others`, while so many threads generate undisturbed."""
+    """Strike `count` calls of `generate` and `stream`; with `others`, while this many threads generate undisturbed."""
     rng, tally, before = np.random.default_rng(seed), collections.Counter(), guards()
     answers = lambda prompts: [out.token_ids for out in llm.generate(prompts, GREEDY)]
     want = answers(PROMPTS)

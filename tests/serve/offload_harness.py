@@ -3,7 +3,7 @@
 import contextlib
 
 from tests.cache.offload.faulty_files import FaultyFiles
-from tests.serve.engine_harness import LIMITS, check_settled, drive, new_books
+from tests.serve.engine_harness import LIMITS, check_settled, drive, reset_cache
 from v4jax import config
 from v4jax.cache.offload.disk_tier import DiskTier
 from v4jax.serve import offload_connector
@@ -26,7 +26,7 @@ def tiered(
     layout="auto",
     admission="all",
     hot=0,
-    **books,
+    **cache_sizes,
 ):
     """An engine that is closed at the end. files: file system of its disk tier. Three pages hold any one request."""
     with_disk = {"kv_dir": str(directory), "kv_disk_bytes": disk} if directory is not None else {}
@@ -44,7 +44,7 @@ def tiered(
         engine = Engine(model, limits, cache)
     finally:
         offload_connector.DiskTier = opened
-    new_books(engine, pages=pages, **books)
+    reset_cache(engine, pages=pages, **cache_sizes)
     try:
         yield engine
     finally:
@@ -57,7 +57,7 @@ def parked(engine):
     assert engine.kv_connector.flush(engine.model_runner.caches, LONG)
     for tier in engine.kv_connector.transfer.tiers.values():
         tier.check_invariants()
-    assert not any(bay.has_transfers for bay in engine.kv_connector.device_connectors)
+    assert not any(connector.has_transfers for connector in engine.kv_connector.device_connectors)
     return engine.stats()
 
 

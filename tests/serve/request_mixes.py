@@ -1,4 +1,4 @@
-"""Companies of requests drawn by hypothesis, and what each of them answers alone."""
+"""Mixes of requests drawn by hypothesis, and what each of them answers alone."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from tests.serve.engine_harness import MODEL, Request, drive, new_books
+from tests.serve.engine_harness import MODEL, Request, drive, reset_cache
 from v4jax.serve.sampling_params import SamplingParams
 
 MOST = 24  # new tokens
@@ -30,13 +30,13 @@ class Solo:
         sampling = dataclasses.replace(request.sampling, max_tokens=MOST)
         key = (*request.prompt, sampling)
         if key not in self.known:
-            new_books(self.engine)
+            reset_cache(self.engine)
             [self.known[key]] = drive(self.engine, [Request(request.prompt, sampling)])
         return self.known[key].cut(request.sampling.max_tokens)
 
 
 @st.composite
-def companies(draw, logprobs=(None,)):
+def request_mix(draw, logprobs=(None,)):
     """Two to six requests that share prefixes, come while others run and may be ended early."""
 
     def one():
@@ -56,7 +56,7 @@ def companies(draw, logprobs=(None,)):
 
 
 # Three pages hold any one request.
-books = st.fixed_dictionaries(
+cache_sizes = st.fixed_dictionaries(
     {
         "pages": st.integers(3, 5),
         "records": st.sampled_from([0, 1, 2, 16]),

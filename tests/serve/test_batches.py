@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.serve.engine_harness import LIMITS, MODEL, check_settled, draw_model, new_books, tokens_of
+from tests.serve.engine_harness import LIMITS, MODEL, check_settled, draw_model, reset_cache, tokens_of
 from v4jax import config
 from v4jax.cache.paged_cache import PagedLayerCache
 from v4jax.core.errors import UserError
@@ -31,13 +31,13 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 
 @pytest.fixture
 def engine(plain):
-    new_books(plain)
+    reset_cache(plain)
     return plain
 
 
 @pytest.fixture(scope="module")
 def together(plain):
-    new_books(plain)
+    reset_cache(plain)
     return tokens_of(plain, PROMPTS, GREEDY)
 
 
@@ -50,7 +50,7 @@ def test_rows_of_different_length_equal_each_alone(engine, together):
 
 @pytest.mark.parametrize("chunk", [1, 3, 7])
 def test_chunks_of_the_prompt_do_not_matter(engine, together, chunk):
-    new_books(engine, chunk=chunk)
+    reset_cache(engine, chunk=chunk)
     assert tokens_of(engine, PROMPTS, GREEDY) == together
 
 
@@ -59,7 +59,7 @@ def test_sampled_tokens_do_not_depend_on_the_batch_or_on_chunks(engine):
     first = tokens_of(engine, PROMPTS, sampling)
     assert tokens_of(engine, PROMPTS[::-1], sampling) == first[::-1]
     assert tokens_of(engine, PROMPTS[:1], sampling) == first[:1]
-    new_books(engine, chunk=7)
+    reset_cache(engine, chunk=7)
     assert tokens_of(engine, PROMPTS, sampling) == first
     assert tokens_of(engine, PROMPTS, dataclasses.replace(sampling, seed=12)) != first
 
@@ -100,10 +100,10 @@ def test_nothing_is_compiled_again_for_the_same_buckets(model, engine):
         tokens_of(engine, prompts, GREEDY)
     before = {name: program._cache_size() for name, program in compiled.items()}
     longer = SamplingParams(temperature=0.0, max_tokens=30, top_k=3)
-    new_books(engine, snapshot_interval_blocks=1)
+    reset_cache(engine, snapshot_interval_blocks=1)
     tokens_of(engine, [LONG, LONG[:530], [5] * 14, LONG[7:510]], longer)
     assert engine.stats()["prefix_cache_hits"]
-    new_books(engine, pages=2)
+    reset_cache(engine, pages=2)
     tokens_of(engine, [LONG[:250], PROMPTS[1]], longer)
     assert engine.stats()["num_preemptions"]
     tokens_of(Engine(model, LIMITS), PROMPTS, GREEDY)

@@ -142,7 +142,7 @@ def test_what_one_device_let_go_comes_back_on_any(meshed, model, plain, tmp_path
             assert (stats["restored_blocks"] > 0) == bool(again or restored)
         assert stats["transfer_dropped"] == stats["disk_corrupt"] == 0
         if places_of:
-            assert all(bay.num_restored for bay in engine.kv_connector.device_connectors)
+            assert all(connector.num_restored for connector in engine.kv_connector.device_connectors)
             assert "each of 2 devices" in engine.kv_connector.summary
             assert tokens_of(engine, prompts, GREEDY) == expected  # all at once
         engine.close(60.0)
@@ -158,7 +158,7 @@ def pools(engine):
 
 
 @pytest.mark.parametrize(
-    "where, limits, cache, says",
+    "where, limits, cache, message",
     [
         (dict(layout="serve", count=4, tensor=2), {}, {}, "else over tensor"),
         (dict(layout="fsdp"), {}, {}, r"set mesh.rules \(--mesh\) to 'serve'"),
@@ -167,6 +167,6 @@ def pools(engine):
         ({}, {}, {"kv_device_entries": 64}, "kv_device_entries needs an engine on one device"),
     ],
 )
-def test_what_cannot_be_is_one_line(model, where, limits, cache, says):
-    with pytest.raises(UserError, match=says):
+def test_what_cannot_be_is_one_line(model, where, limits, cache, message):
+    with pytest.raises(UserError, match=message):
         Engine(model, dataclasses.replace(LIMITS, **limits), config.Cache(**cache), on=on(**where))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.serve.engine_harness import BLOCK, LIMITS, MODEL, check_settled, draw_model, new_books, tokens_of
+from tests.serve.engine_harness import BLOCK, LIMITS, MODEL, check_settled, draw_model, reset_cache, tokens_of
 from v4jax import config
 from v4jax.cache.paged_cache import PagedLayerCache
 from v4jax.core.errors import UserError
@@ -26,7 +26,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 
 @pytest.fixture
 def engine(plain):
-    new_books(plain)
+    reset_cache(plain)
     return plain
 
 

@@ -76,12 +76,12 @@ def test_streams_left_in_every_way_free_what_they_held(llm):
     streams = [llm.stream(prompts, ENDLESS) for prompts in PROMPTS[:3]]
     for stream in streams:
         next(stream)
-    closed, collected, elsewhere = streams
+    closed, collected, in_thread = streams
     del streams, stream
     closed.close()
     del collected
     gc.collect()
-    other = threading.Thread(target=elsewhere.close)
+    other = threading.Thread(target=in_thread.close)
     other.start()
     other.join()
     stats = llm.stats()

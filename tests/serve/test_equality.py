@@ -1,6 +1,6 @@
 """What a request answers does not depend on what else runs: property-based, against its answer alone.
 
-One engine a mode for the whole module, with new books for every example; its arrays keep what earlier examples wrote.
+One engine a mode for the whole module, with an empty cache an example; its arrays keep what earlier examples wrote.
 """
 
 import dataclasses
@@ -11,8 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.serve.engine_harness import BLOCK, LIMITS, MODEL, Request, draw_model, drive, new_books
-from tests.serve.request_mixes import BASES, GREEDY, MOST, SAMPLED, Solo, books, check, companies, crowded, few, staying
+from tests.serve.engine_harness import BLOCK, LIMITS, MODEL, Request, draw_model, drive, reset_cache
+from tests.serve.request_mixes import (
+    BASES,
+    GREEDY,
+    MOST,
+    SAMPLED,
+    Solo,
+    cache_sizes,
+    check,
+    crowded,
+    few,
+    request_mix,
+    staying,
+)
 from v4jax.serve import model_steps
 from v4jax.serve.engine import Engine
 from v4jax.serve.request import RequestStatus
@@ -36,9 +48,9 @@ def solo(plain):
 
 
 @few(max_examples=25)
-@given(asked=companies(), books=books, chunk=st.sampled_from([7, 64]))
-def test_a_request_among_others_answers_as_alone(plain, solo, asked, books, chunk):
-    new_books(plain, **books, chunk=chunk)
+@given(asked=request_mix(), cache_sizes=cache_sizes, chunk=st.sampled_from([7, 64]))
+def test_a_request_among_others_answers_as_alone(plain, solo, asked, cache_sizes, chunk):
+    reset_cache(plain, **cache_sizes, chunk=chunk)
     answers = drive(plain, asked)
     again = drive(plain, staying(asked[:2]))  # what was kept is right, too
     check(asked, answers, solo)
@@ -47,7 +59,7 @@ def test_a_request_among_others_answers_as_alone(plain, solo, asked, books, chun
 
 @pytest.mark.parametrize("phase", range(MODEL.compress_rate_hca))
 def test_a_request_preempted_in_any_phase_of_compression_answers_as_alone(plain, solo, phase):
-    new_books(plain, pages=2)
+    reset_cache(plain, pages=2)
     answers = drive(plain, crowded(phase))
     assert plain.stats()["num_preemptions"] == 1
     check(crowded(phase), answers, solo)
@@ -55,7 +67,7 @@ def test_a_request_preempted_in_any_phase_of_compression_answers_as_alone(plain,
 
 @pytest.mark.parametrize("chunk", [3, 7])
 def test_a_request_preempted_while_it_reads_its_prompt_answers_as_alone(plain, solo, chunk):
-    new_books(plain, pages=2, chunk=chunk)
+    reset_cache(plain, pages=2, chunk=chunk)
     asked, states = crowded(length=200), []
     leave = plain.schedulers[0]._retire
     plain.schedulers[0]._retire = lambda sequence, state: (
@@ -69,7 +81,7 @@ def test_a_request_preempted_while_it_reads_its_prompt_answers_as_alone(plain, s
 def test_a_prefix_is_found_again_by_those_who_may(plain, solo):
     asked, hits = [Request(BASES[0][:513], SAMPLED), Request(BASES[0][:300], GREEDY)], []
     alone = [solo(request) for request in asked]
-    new_books(plain)
+    reset_cache(plain)
     for salt in ("", "", "other", "other"):
         assert drive(plain, [dataclasses.replace(request, salt=salt) for request in asked]) == alone
         hits.append(plain.stats()["prefix_cache_hits"])
@@ -81,9 +93,9 @@ def test_other_weights_find_nothing(plain, solo):
     alone = Solo(other)
     asked = [Request(BASES[0][:300], GREEDY)]
     expected = alone(asked[0])
-    new_books(plain)
+    reset_cache(plain)
     check(asked, drive(plain, asked), solo)
-    other.schedulers[0] = plain.schedulers[0]  # the same books, as if they were one cache
+    other.schedulers[0] = plain.schedulers[0]  # the same scheduler, as if they were one cache
     check(asked, drive(other, asked), alone)
     assert other.stats()["prefix_cache_hits"] == 0 and expected != solo(asked[0])
 
@@ -123,9 +135,9 @@ def drafted(speculating, solo):
 
 
 @few(max_examples=15)
-@given(asked=companies(), books=books)
-def test_speculation_changes_nothing(drafted, speculating, solo, asked, books):
-    new_books(speculating, **books)
+@given(asked=request_mix(), cache_sizes=cache_sizes)
+def test_speculation_changes_nothing(drafted, speculating, solo, asked, cache_sizes):
+    reset_cache(speculating, **cache_sizes)
     answers = drafted(asked)
     again = drafted(staying(asked[:2]))
     check(asked, answers, solo)
@@ -139,14 +151,14 @@ def test_right_drafts_save_steps(drafted, speculating, solo, monkeypatch, right,
     alone = [solo(request) for request in asked]
     steps, decode = [], model_steps.decode
     monkeypatch.setattr(model_steps, "decode", lambda *args: steps.append(0) or decode(*args))
-    new_books(speculating)
+    reset_cache(speculating)
     assert drafted(asked, right) == alone
     assert least <= 1 + len(steps) <= most  # the first token comes with the prompt
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_drafts_of_the_layer_itself_change_nothing(speculating, solo, sampling):
-    new_books(speculating)
+    reset_cache(speculating)
     asked = [Request(BASES[0][:length], sampling) for length in (9, 250, 256)]
     check(asked, drive(speculating, asked), solo)
 
@@ -154,7 +166,7 @@ def test_drafts_of_the_layer_itself_change_nothing(speculating, solo, sampling):
 def test_speculating_engines_report_the_same_log_probabilities(drafted, speculating, solo):
     asked = [Request(BASES[0][:9], dataclasses.replace(SAMPLED, logprobs=2))]
     alone = [solo(request) for request in asked]
-    new_books(speculating)
+    reset_cache(speculating)
     answers = drafted(asked)
     assert [answer.tokens for answer in answers] == [answer.tokens for answer in alone]
     flat = lambda answers: np.array([[chosen, *top] for answer in answers for chosen, top in answer.logprobs])

@@ -10,7 +10,7 @@ import pytest
 
 from tests.compiler import FUSED
 from tests.golden import weights
-from tests.serve.engine_harness import LIMITS, MODEL, Request, compiled, drive, new_books
+from tests.serve.engine_harness import LIMITS, MODEL, Request, compiled, drive, reset_cache
 from tests.serve.offload_harness import one_by_one, tiered
 from tests.serve.request_mixes import BASES, SAMPLED, crowded
 from v4jax import config
@@ -53,10 +53,10 @@ def far(layers):
 def test_every_bit_is_that_of_the_engine_with_all_on_the_device(near, far):
     before, answers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(far.model_runner.caches)}, []
     for engine in (near, far):
-        new_books(engine, pages=2, chunk=16)
+        reset_cache(engine, pages=2, chunk=16)
         answers.append(drive(engine, crowded(3, sampling=BITS)))  # rows of different lengths, one must make room
         assert engine.stats()["num_preemptions"] > 0
-        new_books(engine, pages=3, chunk=16)
+        reset_cache(engine, pages=3, chunk=16)
         for _ in range(2):  # the second time from a prefix, in pages that held something else before
             answers[-1] += drive(engine, [Request(BASES[0][:400], BITS)])
         assert engine.stats()["prefix_cache_hits"] > 0
@@ -77,7 +77,7 @@ def test_every_bit_is_that_of_the_engine_with_all_on_the_device(near, far):
 
 def test_blocks_that_return_from_lower_tiers_are_not_taken_for_what_lay_there_before(layers, near):
     chats = [Request(base[:513], BITS) for base in BASES] * 2  # of three pages each
-    new_books(near, pages=3, chunk=16)
+    reset_cache(near, pages=3, chunk=16)
     expected = one_by_one(near, chats)
     with tiered(layers, host=1 << 30, layout="fp8_fp4", hot=LEAST, chunk=16) as engine:
         assert one_by_one(engine, chats) == expected
@@ -98,9 +98,9 @@ def test_drafts_and_invariance_keep_every_bit(options, queries):
     limits, answers = dataclasses.replace(LIMITS, max_num_batched_tokens=16, **options), []
     for hot in (0, queries * TWO.indexer.index_topk):
         engine = Engine(model, limits, config.Cache(kv_cache_dtype="fp8_fp4", kv_device_entries=hot))
-        new_books(engine, pages=2)
+        reset_cache(engine, pages=2)
         answers.append(drive(engine, crowded(3, sampling=BITS)))  # in turn, or one must make room for the other
-        new_books(engine, pages=3)
+        reset_cache(engine, pages=3)
         for _ in range(2):
             answers[-1] += drive(engine, [Request(BASES[0][:400], dataclasses.replace(BITS, temperature=0.0))])
         assert engine.stats()["prefix_cache_hits"] > 0

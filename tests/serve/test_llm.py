@@ -449,6 +449,21 @@ def test_options_reach_the_engine(model):
     assert LLM(model, num_speculative_tokens=1).engine.limits.num_speculative_tokens == 1
 
 
+def test_a_checkpoint_does_not_choose_where_the_cache_is_written(model, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    cache = config.Cache(kv_disk_bytes=1 << 30, kv_dir=str(elsewhere), kv_host_bytes=1 << 20, num_state_snapshots=7)
+    stored = config.Config(model=model.config, cache=cache)
+    v4jax.save(model, tmp_path / "model", format="orbax", config=stored)
+    assert str(elsewhere) in (tmp_path / "model/v4jax.json").read_text()
+    with LLM(tmp_path / "model", **LIMITS) as llm:
+        stats = llm.stats()
+        assert stats["records_spare"] == 7 and "disk" not in llm.cache_summary
+        assert not any(name.startswith("disk_") for name in stats)
+    assert not elsewhere.exists()
+    with LLM(tmp_path / "model", kv_disk_bytes=1 << 30, kv_dir=str(tmp_path / "mine"), **LIMITS):
+        assert (tmp_path / "mine").is_dir() and not elsewhere.exists()
+
+
 def test_a_directory_brings_its_tokenizer_and_limits(monkeypatch, model, tokenizer):
     read = []
     stored = config.Config(
@@ -463,7 +478,7 @@ def test_a_directory_brings_its_tokenizer_and_limits(monkeypatch, model, tokeniz
     assert read == [("DIR", {"dtype": "bfloat16", "quantization": "none", "placement": None})]
     assert llm.tokenizer is tokenizer
     assert llm.engine.limits == config.Serve(max_num_seqs=2, max_model_len=50, max_num_batched_tokens=20)
-    assert (llm.engine.kv_cache_spec.name, llm.stats()["num_snapshots_free"]) == ("fp8", 3)
+    assert (llm.engine.kv_cache_spec.kv_cache_dtype, llm.stats()["num_snapshots_free"]) == ("fp8", 3)
 
     monkeypatch.setattr(llm_module, "load_tokenizer", lambda path, model: None)
     with pytest.raises(UserError, match="prompt 0 is text, which needs a tokenizer; put tokenizer.json into"):

@@ -5,7 +5,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from tests.serve.engine_harness import new_books, tokens_of
+from tests.serve.engine_harness import reset_cache, tokens_of
 from tests.serve.offload_harness import tiered
 from v4jax.serve import SamplingParams, metrics
 from v4jax.serve.metrics import EngineCollector
@@ -29,7 +29,7 @@ def scrape(engine) -> dict[tuple[str, str], tuple[str, float]]:
 
 
 def test_counts_are_those_of_stats(plain):
-    new_books(plain)
+    reset_cache(plain)
     tokens_of(plain, [[5, 6, 7]], SamplingParams(max_tokens=4, temperature=0.0))
     read, stats = scrape(plain), plain.stats()
     assert len(read) == len(stats)
@@ -48,14 +48,16 @@ def test_tiers_are_labels(model, tmp_path):
     assert read["v4jax_tier_read_seconds_mean", "disk"] == ("gauge", 0.25)
     assert read["v4jax_tier_corrupt_total", "disk"] == ("counter", 3)
     assert read["v4jax_tier_budget", "host"] == ("gauge", stats["host_budget"])
-    told = {*metrics._GAUGES, *(f"{tier}_{name}" for tier in metrics._TIERS for name in metrics._TIER_GAUGES)}
+    described = {*metrics._GAUGES, *(f"{tier}_{name}" for tier in metrics._TIERS for name in metrics._TIER_GAUGES)}
     only_disk = {f"host_{name}" for name in ("breaker_open", "paused", "read_ms_mean", "read_ms_max")}
-    assert told - only_disk - {"device_entry_cache_hit_rate"} <= set(stats), "a gauge that the engine no longer has"
+    assert described - only_disk - {"device_entry_cache_hit_rate"} <= set(stats), (
+        "a gauge that the engine no longer has"
+    )
 
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_scrape_sees_what_happened_since(plain, count):
-    new_books(plain)
+    reset_cache(plain)
     before = scrape(plain)["v4jax_prefix_cache_queries_total", ""][1]
     prompt = np.random.default_rng(3).integers(3, 60, 300).tolist()
     tokens_of(plain, [prompt] * count, SamplingParams(max_tokens=2, temperature=0.0))

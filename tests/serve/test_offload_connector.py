@@ -23,9 +23,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cache.offload.faulty_files import FaultyFiles, failing
-from tests.serve.engine_harness import BLOCK, LIMITS, MODEL, Request, draw_model, drive, new_books
+from tests.serve.engine_harness import BLOCK, LIMITS, MODEL, Request, draw_model, drive, reset_cache
 from tests.serve.offload_harness import LONG, one_by_one, parked, tiered
-from tests.serve.request_mixes import BASES, GREEDY, Solo, check, companies, crowded, few, staying
+from tests.serve.request_mixes import BASES, GREEDY, Solo, check, crowded, few, request_mix, staying
 from v4jax import config
 from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES
 from v4jax.core.errors import UserError
@@ -51,7 +51,7 @@ def solo(plain):
 @pytest.fixture(scope="module")
 def alone(plain):
     """Answers of the chats by an engine without tiers."""
-    new_books(plain, pages=11)
+    reset_cache(plain, pages=11)
     return one_by_one(plain, CHATS)
 
 
@@ -99,7 +99,7 @@ def test_one_conversation_goes_and_comes_twenty_times(model, plain, tmp_path):
             one_by_one(engine, CHATS[1:2])  # which takes all pages
         return answers
 
-    new_books(plain, pages=11)
+    reset_cache(plain, pages=11)
     expected = turns(plain)
     with tiered(model, tmp_path, host=30_000) as engine:
         assert turns(engine) == expected
@@ -125,9 +125,9 @@ def roomy(model):
 
 
 @few(max_examples=15)
-@given(asked=companies(), pages=st.integers(3, 5), room=st.sampled_from([1 << 30, 20_000]))
+@given(asked=request_mix(), pages=st.integers(3, 5), room=st.sampled_from([1 << 30, 20_000]))
 def test_a_request_among_others_answers_as_alone(roomy, solo, asked, pages, room):
-    new_books(roomy[room], pages=pages)
+    reset_cache(roomy[room], pages=pages)
     for some in (asked, staying(asked[:2]), asked):
         check(some, drive(roomy[room], some), solo)
     parked(roomy[room])
@@ -393,7 +393,7 @@ def test_copies_off_the_device_and_back_keep_every_bit_of_every_leaf(model, layo
         (dict(kv_admission_policy="none"), "one of all, second"),
         (dict(kv_eviction_policy="fifo"), "one of s3fifo, lru"),
         (dict(kv_host_bytes=1, enable_prefix_caching=False), "set cache.enable_prefix_caching to true"),
-        (dict(kv_cache_memory_bytes=1000), "too small: 21 records and one block"),
+        (dict(kv_cache_memory_bytes=1000), "too small: 21 state slots and one block"),
     ],
 )
 def test_tiers_that_cannot_be_are_one_line(model, options, complaint):

@@ -57,6 +57,13 @@ def llm(model, tokenizer):
 
 
 @pytest.fixture(scope="module")
+def speculating(model, tokenizer):
+    """An LLM whose MTP layer drafts 2 tokens in each step."""
+    with LLM(model, tokenizer=tokenizer, num_speculative_tokens=2, **OPTIONS) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
 def answers(llm):
     return [out.token_ids for out in llm.generate(PROMPTS, GREEDY)]
 
@@ -78,6 +85,19 @@ def test_engine_an_error_of_a_program_reaches_the_caller_and_the_next_call_works
             llm.generate([*PROMPTS, LONG_PROMPT], GREEDY)
         assert error.value.__cause__ is error.value.__context__ is None  # nothing masks it
     works(llm, answers)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_engine_an_error_of_the_draft_program_reaches_the_caller_and_the_next_call_works(
+    speculating, answers, monkeypatch, after
+):
+    works(speculating, answers)
+    with monkeypatch.context() as patch:
+        patch.setattr(model_steps, "propose_draft", failing(model_steps.propose_draft, after=after, skip=2))
+        with pytest.raises(Injected, match="RESOURCE_EXHAUSTED") as error:
+            speculating.generate([*PROMPTS, LONG_PROMPT], GREEDY)
+        assert error.value.__cause__ is error.value.__context__ is None
+    works(speculating, answers)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
@@ -161,10 +181,10 @@ def test_engine_drops_what_the_device_cached_and_counts_on(llm, answers, monkeyp
 def test_engine_tiers_survive_an_error_between_them_and_the_device(model, plain, monkeypatch, where):
     """A copy down that has no memory is left out; one up is an error like any other."""
     asked = [Request(prompt, GREEDY) for prompt in (LONG_PROMPT, LONG_PROMPT[::-1], LONG_PROMPT)]
-    engine_harness.new_books(plain, pages=11)
+    engine_harness.reset_cache(plain, pages=11)
     want = [answer.tokens for one in asked for answer in drive(plain, [one])]
     with tiered(model, host=1 << 24) as engine:
-        engine_harness.new_books(engine, pages=2)
+        engine_harness.reset_cache(engine, pages=2)
         tokens = lambda one: drive(engine, [one])[0].tokens
         assert [tokens(one) for one in asked[:2]] == want[:2]
         assert engine.kv_connector.flush(engine.model_runner.caches, LONG)
@@ -185,7 +205,7 @@ def test_engine_tiers_survive_an_error_between_them_and_the_device(model, plain,
 
 def test_engine_on_a_mesh_is_reset_too(model, plain, monkeypatch):
     asked = [Request(prompt, GREEDY) for prompt in PROMPTS]
-    engine_harness.new_books(plain)
+    engine_harness.reset_cache(plain)
     want = [answer.tokens for answer in drive(plain, asked)]
     limits = dataclasses.replace(LIMITS, max_num_seqs=2, max_num_batched_tokens=16)
     engine = Engine(

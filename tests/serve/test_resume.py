@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.serve.engine_harness import BLOCK, LIMITS, MODEL, Request, drive, new_books
+from tests.serve.engine_harness import BLOCK, LIMITS, MODEL, Request, drive, reset_cache
 from v4jax import config
 from v4jax.cache import block_hash
 from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES
@@ -57,14 +57,14 @@ def boundary(engine):
 
 @pytest.fixture(scope="module")
 def uninterrupted(plain):
-    new_books(plain)
+    reset_cache(plain)
     return drive(plain, ASKED)
 
 
 @pytest.fixture
 def kept(plain, uninterrupted):
     """The engine when the prompt has been read once."""
-    new_books(plain)
+    reset_cache(plain)
     assert drive(plain, ASKED) == uninterrupted
     return plain
 
@@ -80,7 +80,7 @@ def test_every_leaf_belongs_to_a_page_or_to_a_record(model, layout):
     for name in named.keys() - records:
         pool, plane = re.fullmatch(r"(.*\.(?:entries|index_keys))(\..*)", name).groups()
         assert pool in POOLS and named[name].shape[0] == pages
-    # And the engine holds no other arrays: the heads follow from the tokens, tables from the books.
+    # And the engine holds no other arrays: the heads follow from the tokens, tables from the block pool.
     runner = engine.model_runner
     arrays = lambda value: any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
     held = {name for name, value in vars(runner).items() if arrays(value)}

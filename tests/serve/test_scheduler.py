@@ -10,7 +10,7 @@ from v4jax.serve.request import RequestStatus
 
 
 def run(world, steps):
-    """Plans of so many steps, each committed at once."""
+    """Plans of `steps` steps, each committed at once."""
     plans = []
     for _ in range(steps):
         plans.append(world.step())
@@ -270,7 +270,7 @@ def test_a_failure_takes_its_record_along_even_behind_the_page_of_another(endles
 
 
 def test_unknown_requests_cannot_be_ended():
-    assert World().scheduler.abort_request("nobody") is False
+    assert World().scheduler.abort_request("unknown") is False
 
 
 # --- everything at once ----------------------------------------------------------------------------------------------

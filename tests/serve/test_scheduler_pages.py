@@ -50,10 +50,10 @@ def test_younger_ones_get_no_pages_while_an_older_one_waits_for_some(endless):
         world.commit()
     world.step()
     rows[1].block_ids += world.blocks.allocate(1)  # so that it needs fewer now
-    elsewhere = world.blocks.allocate(world.blocks.num_available() - 1)
+    held = world.blocks.allocate(world.blocks.num_available() - 1)
     assert world.step() is None and rows[2].status is RequestStatus.PREEMPTED
     assert world.blocks.num_available() == 1
-    world.blocks.free(elsewhere)
+    world.blocks.free(held)
     world.drain()
 
 
@@ -117,7 +117,7 @@ def test_only_as_many_as_needed_are_preempted_while_pages_are_on_their_way(endle
 
 def test_nobody_overtakes_a_sequence_that_is_being_preempted(endless):
     world = World(pages=11, records=0, slots=3, block=3)
-    elsewhere = world.blocks.allocate(5)
+    held = world.blocks.allocate(5)
     world.add("old", [1], 8)
     young = world.add("young", [2] * 3, 8)
     while young.status is not RequestStatus.PREEMPTED:
@@ -125,7 +125,7 @@ def test_nobody_overtakes_a_sequence_that_is_being_preempted(endless):
             world.commit()
         world.step()
     assert len(world.flight) == 1, "the case is that the step which preempts has nothing to run"
-    world.blocks.free(elsewhere)
+    world.blocks.free(held)
     world.add("late", [3], 2)
     plan = world.step()
     assert decoded(plan) == ["old"] and plan.prefill is None

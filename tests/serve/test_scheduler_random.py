@@ -61,7 +61,7 @@ class Serving(RuleBasedStateMachine):
             assert not set(own) & set(self.world.blocks._page.values())
 
     @invariant()
-    def books(self):
+    def invariants(self):
         if hasattr(self, "world"):
             self.world.check()
 

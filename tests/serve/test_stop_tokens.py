@@ -15,7 +15,7 @@ MODEL = Model(layer_types=("swa",))
 
 
 @pytest.mark.parametrize(
-    "model, file, tokenizer, ids, eos, says",
+    "model, file, tokenizer, ids, eos, warnings",
     [
         (1, None, 1, {1}, 1, False),
         (1, None, None, {1}, 1, False),
@@ -32,11 +32,11 @@ MODEL = Model(layer_types=("swa",))
         (1, (7,), 9, {7, 9}, 9, True),
     ],
 )
-def test_one_rule_settles_what_ends_a_text(caplog, model, file, tokenizer, ids, eos, says):
+def test_one_rule_settles_what_ends_a_text(caplog, model, file, tokenizer, ids, eos, warnings):
     tokenizer = None if tokenizer is None else Tokenizer(eos_id=tokenizer)
     ends = find_ends(Model(layer_types=("swa",), eos_id=model), GenerationConfig(file), tokenizer)
     assert ends == Ends(frozenset(ids), eos)
-    assert len(caplog.records) == says and all("\n" not in record.message for record in caplog.records)
+    assert len(caplog.records) == warnings and all("\n" not in record.message for record in caplog.records)
 
 
 def test_a_disagreement_names_what_each_file_says(caplog):

@@ -1,4 +1,4 @@
-"""An engine over several processes, each with tiers of its own: all keep the same books, whoever fetches."""
+"""An engine over several processes, each with tiers of its own: all keep the same state, whoever fetches."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_what_processes_let_go_comes_back_and_stays_over_a_restart(model, plain,
     expected = tokens_of(plain, two_process_worker.prompts(), two_process_worker.GREEDY)
     save(model, tmp_path / "model")  # no process is to hold all of it
     [read, again], its = both(tmp_path / "model", tmp_path / "kv", "rr")
-    assert [read, again] == its  # one's books say what the other's tiers gave
+    assert [read, again] == its  # one process counts what the other's tiers gave
     assert read["answers"] == again["answers"] == expected
     assert [read["restored"], again["restored"]] == [0, 8]  # a block each: two conversations share a device
 
@@ -57,7 +57,7 @@ def test_what_processes_let_go_comes_back_and_stays_over_a_restart(model, plain,
     assert all(said["answers"] == expected for said in mine + its)
     assert [said["restored"] for said in mine] == [said["restored"] for said in its]
     assert mine[0]["restored"] == 8  # each request went where its blocks are
-    assert mine[1]["restored"] == 12  # one disk hangs: nobody waits for it long, and what the other has comes back
+    assert mine[1]["restored"] == 12  # one disk hangs: no request waits for it long, and what the other has comes back
     assert mine[2]["late"] == 0 < its[1]["late"]
 
     assert {path.name for path in (tmp_path / "kv").iterdir()} == {"0", "1"}

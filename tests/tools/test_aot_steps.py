@@ -31,7 +31,7 @@ def tiny():
 
 @pytest.mark.parametrize("copies", [0, 2])
 def test_rows_decode_as_on_one_device(tiny, copies):
-    """copies: with the entries in host memory, and room for so many times what a step picks; or all on the device."""
+    """copies: device entries, as a multiple of a step's top-k entries; 0 keeps all entries on the device."""
     hot = dataclasses.replace(tiny.cache, kv_device_entries=copies * ROWS * tiny.model.indexer.index_topk)
     work = Mesh("serve"), Workload("decode", 256, DEVICES * ROWS), jax.devices()[:DEVICES]
     step = aot_steps.serve(dataclasses.replace(tiny, cache=hot), *work)
@@ -67,13 +67,13 @@ def test_rows_decode_as_on_one_device(tiny, copies):
 
 
 @pytest.mark.parametrize(
-    "mesh, rows, says",
+    "mesh, rows, message",
     [
         (Mesh("serve"), 6, "6 rows cannot be split over 4"),
         (Mesh("serve", tensor=2), 8, "else over tensor"),
         (Mesh("expert"), 8, "splits more"),
     ],
 )
-def test_steps_that_cannot_be_are_one_line(tiny, mesh, rows, says):
-    with pytest.raises(UserError, match=says):
+def test_steps_that_cannot_be_are_one_line(tiny, mesh, rows, message):
+    with pytest.raises(UserError, match=message):
         aot_steps.serve(tiny, mesh, Workload("decode", 256, rows), jax.devices()[:4])

@@ -71,8 +71,8 @@ def test_launch_examples_fit_their_hardware(path, tmp_path, capsys):
         status = main(["plan", f"--topology={topology}", "--analytic", f"--json={out}", *flags])
         assert status == 0, capsys.readouterr().out
         value = {r["metric"]: r["value"] for r in json.loads(out.read_text()) if r.get("part", "total") == "total"}
-        for said in re.findall(r"says (\d+) %", " ".join(text.replace("\n#", "").split())):
-            assert round(100 * value["device_bytes"] / value["device_bytes_limit"]) == int(said)
+        for share in re.findall(r"reports (\d+) %", " ".join(text.replace("\n#", "").split())):
+            assert round(100 * value["device_bytes"] / value["device_bytes_limit"]) == int(share)
 
 
 def test_what_the_examples_were_does_not_fit():

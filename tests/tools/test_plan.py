@@ -1,4 +1,4 @@
-"""The closed form of the planner: exact where it can be, plausible elsewhere, and clear about what it cannot."""
+"""The closed form of the planner: exact where it can be, else plausible, and clear about what it cannot."""
 
 import dataclasses
 import json
@@ -46,8 +46,8 @@ def test_topologies_by_name():
         "h100:8x8": "1 sizes",
         "v5e:0x4": "up",
     }
-    for text, says in wrong.items():
-        with pytest.raises(UserError, match=says):
+    for text, message in wrong.items():
+        with pytest.raises(UserError, match=message):
             parse(text)
     for chip in CHIPS.values():
         assert [t.chips for t in listed(chip)] == sorted(t.chips for t in listed(chip))
@@ -262,15 +262,15 @@ def test_work_of_attention():
 
 
 @pytest.mark.parametrize(
-    "arguments, says",
+    "arguments, message",
     [
         (("v5p:4x4x4", "train", 4096, 7), "7 rows cannot be split|cannot be split"),
         (("v5q:4x4x4",), "no topology"),
     ],
 )
-def test_plans_that_cannot_be_are_one_line(arguments, says):
+def test_plans_that_cannot_be_are_one_line(arguments, message):
     flagship = dataclasses.replace(config_lib.load("v4_1t"), mesh=Mesh("pod", expert=64))
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         plan.run(flagship, *arguments, analytic=True)
 
 
@@ -290,7 +290,7 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 """
     assert aot.collective_bytes(text) == {"all-gather": 5 * 64 + 64, "all-reduce": 4}
     counted = text.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
-    assert aot.collective_bytes(counted) == {"all-gather": 64, "all-reduce": 4}  # nobody knows how often
+    assert aot.collective_bytes(counted) == {"all-gather": 64, "all-reduce": 4}  # the number of iterations is unknown
     condition = """%c (p: (s32[], /*index=1*/f32[4])) -> pred[] {
   %n = s32[]{:T(128)} constant(7)
   ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT

@@ -1,4 +1,4 @@
-"""What a compiler writes when it has placed all buffers says what it says of the finished program."""
+"""The memory report that a compiler dumps once all buffers are placed equals that of the finished program."""
 
 import os
 

@@ -1,37 +1,24 @@
 """A model and a corpus small enough to train in a test."""
 
+import copy
 import dataclasses
 
+import jax
+import numpy as np
 import optax
 import pytest
 
-from v4jax.config import Config, Data, Indexer, Model, MoE, Train
+from tests.micro_model import micro
+from v4jax.config import Config, Data, Train
 from v4jax.train.trainer import Trainer
 
 WORDS = "the king and his fool went over the hill to see the storm come in from the sea".split()
 
 
 def micro_config(source: str, **train) -> Config:
-    """Every feature on, in a model that compiles in seconds."""
-    model = Model(
-        vocab_size=2048,
-        hidden_size=32,
-        layer_types=("swa", "csa", "hca"),
-        num_attention_heads=2,
-        head_dim=16,
-        qk_rope_head_dim=8,
-        q_lora_rank=16,
-        o_groups=2,
-        o_lora_rank=8,
-        sliding_window=8,
-        compress_rate_hca=8,
-        dtype="float32",
-        max_position_embeddings=4096,
-        indexer=Indexer(index_n_heads=4, index_head_dim=8, index_topk=2),
-        moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=1),
-    )
+    """Return a config that trains the micro model on the text file `source`; `train` are fields of `config.Train`."""
     defaults = dict(steps=6, batch_size=2, warmup=2, log_every=2, checkpoint_every=3, eval_rows=4)
-    return Config("micro", model, Data(source=source, seq_len=32), Train(**defaults | train))
+    return Config("micro", micro(), Data(source=source, seq_len=32), Train(**defaults | train))
 
 
 @pytest.fixture
@@ -65,6 +52,37 @@ class SgdTrainer(Trainer):
         super().__init__(config, optax.chain(self.before, optax.sgd(0.1, momentum=0.9)))
 
 
+def sharing(kind: type[Trainer]):
+    """Return a stand-in for the class `kind` whose trainers share compiled programs and initial states.
+
+    A trainer that differs only in fields that no program depends on is a copy of an earlier one. Most tests of the loop
+    start several runs of one shape, and compiling is most of their time.
+    """
+    trainers, states = {}, {}
+
+    def make(config: Config) -> Trainer:
+        unused = dict(max_seconds=0.0, log_every=1, eval_every=0, eval_rows=0, checkpoint_every=1, keep_checkpoints=1)
+        data = dataclasses.replace(config.data, source="", on_change="refuse")
+        key = dataclasses.replace(with_train(config, **unused), name="", data=data)
+        if key not in trainers:
+            trainers[key] = kind(config)
+        trainer = copy.copy(trainers[key])
+        trainer.config = config
+
+        def init():
+            if key not in states:
+                states[key] = jax.device_get(trainers[key].init())
+            return jax.device_put(jax.tree.map(np.copy, states[key]))  # a step donates its state
+
+        trainer.init = init
+        return trainer
+
+    return make
+
+
 def with_train(config: Config, **changes) -> Config:
     """`config` with other training fields."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+
+
+SHARED_SGD = sharing(SgdTrainer)

@@ -3,7 +3,7 @@
 Each trial trains a micro model by the command line in a process of its own, sends it a signal at a random moment (from
 before the first import until after the end; in two of three trials while it trains), checks its exit code and that what
 it said is on disk, and lets a second process finish the run. Losses, held-out losses and the parameters at the end must
-be those of a run that nobody stopped, bit for bit.
+be those of an uninterrupted run, bit for bit.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -124,8 +125,13 @@ def check(code: int, output: str, workdir: pathlib.Path, signum: signal.Signals,
     return "stopped and saved"
 
 
-def trials(count: int, signum: signal.Signals, directory: pathlib.Path, seed: int = 0) -> collections.Counter[str]:
-    """How often each thing happened in `count` trials. Raises AssertionError at the first that fails."""
+def trials(
+    count: int, signals: list[signal.Signals], directory: pathlib.Path, seed: int = 0
+) -> collections.Counter[str]:
+    """How often each thing happened in `count` trials, which send the signals in turn.
+
+    Raises AssertionError at the first that fails.
+    """
     rng, text, seen = random.Random(seed), write_text(directory / "story.txt"), collections.Counter()
     for name in ("first", "whole"):  # the first fills the cache of programs
         begun = time.monotonic()
@@ -135,7 +141,7 @@ def trials(count: int, signum: signal.Signals, directory: pathlib.Path, seed: in
         seconds = time.monotonic() - begun
     wanted = result(directory / "whole")
     assert result(directory / "first") == wanted
-    for trial in range(count):
+    for trial, signum in zip(range(count), itertools.cycle(signals), strict=False):
         workdir = directory / f"cut{trial}"
         process = start(text, workdir)
         when = moment(rng, seconds, workdir, process)
@@ -160,7 +166,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        seen = trials(args.count, signal.Signals[f"SIG{args.signal}"], pathlib.Path(directory), args.seed)
+        seen = trials(args.count, [signal.Signals[f"SIG{args.signal}"]], pathlib.Path(directory), args.seed)
     print(f"SIG{args.signal}: {seen.total()} of {args.count} runs were resumed to the bit")
     for what, number in seen.most_common():
         print(f"  {number:3d}  {what}")

@@ -18,7 +18,7 @@ import optax
 import pytest
 
 import v4jax
-from tests.train.conftest import SgdTrainer, one_layer, with_train
+from tests.train.conftest import SHARED_SGD, SgdTrainer, one_layer, with_train
 from v4jax import cli
 from v4jax.checkpoint.orbax import finished_steps, newest_extras
 from v4jax.core.errors import UserError
@@ -63,7 +63,7 @@ def test_a_run_learns_and_leaves_everything(config, tmp_path):
 @pytest.fixture
 def small(config, monkeypatch):
     """One layer and a simple optimizer, so that little is compiled."""
-    monkeypatch.setattr(loop, "Trainer", SgdTrainer)
+    monkeypatch.setattr(loop, "Trainer", SHARED_SGD)
     return one_layer(config)
 
 
@@ -183,7 +183,7 @@ def wait_for(condition, process, seconds=240):
 @pytest.mark.multiprocess
 def test_sigkill_and_sigterm_lose_nothing_that_was_saved(config, tmp_path):
     """One process runs through; another is killed twice at arbitrary moments, once asked to stop, and then finishes."""
-    config = with_train(config, steps=120, checkpoint_every=10, log_every=1)
+    config = with_train(one_layer(config), steps=120, checkpoint_every=10, log_every=1)
     whole = child(config, tmp_path, tmp_path / "whole")
     assert whole.wait(300) == 0, whole.communicate()[0]
     workdir = tmp_path / "cut"
@@ -203,7 +203,7 @@ def test_sigkill_and_sigterm_lose_nothing_that_was_saved(config, tmp_path):
 
 
 def test_training_compiles_its_step_once(config):
-    trainer = Trainer(config)
+    trainer = Trainer(one_layer(config))
     state, rng = trainer.init(), np.random.default_rng(0)
     for _ in range(3):
         ids = rng.integers(3, 2048, (2, 34)).astype(np.int32)
@@ -219,8 +219,9 @@ def test_training_compiles_its_step_once(config):
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_one_line(config, tmp_path):
+    wild = with_train(one_layer(config), adam_lr=1e30, lr=1e30, clip_norm=1e30, warmup=0, steps=4)
     with pytest.raises(UserError, match="lower train.lr"):
-        loop.train(with_train(config, adam_lr=1e30, lr=1e30, clip_norm=1e30, warmup=0, steps=4), str(tmp_path / "run"))
+        loop.train(wild, str(tmp_path / "run"))
 
 
 class LargeTrainer(SgdTrainer):
@@ -316,9 +317,31 @@ def test_a_run_without_its_summary_makes_it_again_and_repeats_no_record(small, t
 
 def test_a_finished_run_goes_on_to_more_steps(small, tmp_path, capsys):
     loop.train(small, str(tmp_path / "run"))
-    longer = with_train(small, steps=8)
+    shown = ["loading the data", "initializing the parameters", "compiling", "measuring the held-out loss"]
+    lines = [line.removeprefix("micro: ") for line in capsys.readouterr().err.splitlines()]
+    assert [line for line in lines if line in shown] == shown
+    longer, metrics = with_train(small, steps=8), tmp_path / "run/metrics.jsonl"
+    metrics.unlink()
+    metrics.mkdir()  # no state of the metrics stops a run
     assert loop.train(longer, str(tmp_path / "run"))["steps"] == 8
-    assert "going on from step 6 of 8" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "going on from step 6 of 8" in err and "micro: restoring the checkpoint" in err
+    assert "metrics.jsonl: it cannot be read (it is no regular file); it is now metrics.jsonl.1" in err
+    assert list(losses(tmp_path / "run")) == [7, 8]
+
+
+def test_a_tokenizer_that_adds_no_bos_gets_one_in_the_run(small, tmp_path):
+    """The run's rows begin with bos, so the tokenizer that the run keeps puts bos before a prompt."""
+    packaged, source = Tokenizer(), tmp_path / "tokenizer"
+    packaged.save(source)
+    spec = json.loads((source / "tokenizer.json").read_text())
+    spec["post_processor"] = None
+    (source / "tokenizer.json").write_text(json.dumps(spec))
+    assert Tokenizer(source).encode_document("") == []
+    config = dataclasses.replace(small, data=dataclasses.replace(small.data, tokenizer=str(source)))
+    with loop._Run(config, tmp_path / "run", StopSignals()).store:
+        kept = Tokenizer(tmp_path / "run")
+    assert kept.encode_document("the king") == [kept.bos_id, *packaged.encode("the king")]
 
 
 def test_a_second_trainer_in_a_workdir_is_refused_at_once(small, tmp_path):

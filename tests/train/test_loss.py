@@ -39,11 +39,15 @@ def batch():
     }
 
 
-def gradients(config, batch):
+def gradients(config, *batches):
+    """Return of each batch the largest gradient of every parameter."""
     trainer = Trainer(config)
     state = trainer.init()
-    objective = lambda params: loss(trainer.model(params, state.fixed), batch, config.train)[0]
-    return {name: float(jnp.abs(g).max()) for name, g in jax.jit(jax.grad(objective))(state.params).items()}
+    objective = lambda params, batch: loss(trainer.model(params, state.fixed), batch, config.train)[0]
+    largest = jax.jit(
+        lambda params, batch: jax.tree.map(lambda g: jnp.abs(g).max(), jax.grad(objective)(params, batch))
+    )
+    return [jax.device_get(largest(state.params, batch)) for batch in batches]
 
 
 def of_kinds(config, *schedule, **changes):
@@ -56,8 +60,8 @@ def of_kinds(config, *schedule, **changes):
 
 def test_indexer_learns_from_its_loss_alone(config, batch):
     config = of_kinds(config, "csa", num_nextn_predict_layers=0)
-    without = gradients(with_train(config, indexer_loss_weight=0.0), batch)
-    only = gradients(with_train(config, indexer_loss_weight=1.0, mtp_loss_weight=0.0, balance_loss_weight=0.0), batch)
+    [without] = gradients(with_train(config, indexer_loss_weight=0.0), batch)
+    [only] = gradients(with_train(config, indexer_loss_weight=1.0, mtp_loss_weight=0.0, balance_loss_weight=0.0), batch)
     indexer = [name for name in without if ".indexer." in name]
     assert indexer and all(without[name] == 0 for name in indexer)
     assert all(only[name] > 0 for name in indexer)
@@ -78,6 +82,5 @@ def test_padding_changes_nothing(config, batch):
 def test_mtp_predicts_the_token_after_the_next(config, batch):
     """With the second targets masked, the MTP layer gets no gradient."""
     config = of_kinds(with_train(config, balance_loss_weight=0.0), "swa")
-    none = gradients(config, batch | {"targets2_BT": np.full((2, 32), -1, np.int32)})
-    some = gradients(config, batch)
+    none, some = gradients(config, batch | {"targets2_BT": np.full((2, 32), -1, np.int32)}, batch)
     assert none["mtp.0.hidden_proj"] == 0 and some["mtp.0.hidden_proj"] > 0

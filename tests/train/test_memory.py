@@ -1,4 +1,4 @@
-"""What is asked to lie in host memory lies there, and changes no number."""
+"""State that is offloaded to host memory is stored in host memory, and changes no number."""
 
 import dataclasses
 

@@ -1,5 +1,6 @@
-"""Records, their curves, and what TensorBoard is told."""
+"""Records, their curves, and what TensorBoard receives."""
 
+import os
 import struct
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from tests.train.conftest import SgdTrainer, one_layer, with_train
 from v4jax.core.errors import UserError
 from v4jax.train import loop
-from v4jax.train.metrics import MetricsWriter, read_metrics, smooth
+from v4jax.train.metrics import MetricsWriter, plot_loss, read_metrics, smooth
 from v4jax.train.optim import schedule
 
 
@@ -64,6 +65,58 @@ def test_what_is_not_finite_is_left_out(tmp_path):
         {"step": 2, "rolled_back_from": 7.0},
     ]
     assert scalars(tmp_path) == {("grad_norm", 1)}
+
+
+@pytest.mark.parametrize(
+    "make, why",
+    [
+        (lambda path: path.write_bytes(b"") or os.truncate(path, (1 << 30) + 1), "1,073,741,825 bytes"),
+        (lambda path: path.mkdir(), "no regular file"),
+        (os.mkfifo, "no regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "no regular file"),
+        (lambda path: path.symlink_to("missing"), "No such file"),
+        (lambda path: path.symlink_to(path.name), "symbolic links"),
+    ],
+    ids=["too large", "directory", "pipe", "device", "dangling link", "link to itself"],
+)
+def test_metrics_that_cannot_be_read_are_renamed_and_begin_anew(tmp_path, make, why):
+    path = tmp_path / "metrics.jsonl"
+    (tmp_path / "metrics.jsonl.1").write_text("of an earlier time")
+    make(path)
+    before = path.lstat()
+    writer = MetricsWriter(tmp_path, 3)
+    assert why in writer.notice and "it is now metrics.jsonl.2, and the records begin anew" in writer.notice
+    writer.write(4, {"loss": 1.0})
+    writer.close()
+    assert read_metrics(path) == [{"step": 4, "loss": 1.0}]
+    assert (tmp_path / "metrics.jsonl.2").lstat().st_ino == before.st_ino
+    assert MetricsWriter(tmp_path, 4).notice == "" and not (tmp_path / "missing").exists()
+
+
+def test_the_plot_draws_what_the_metrics_hold(tmp_path, monkeypatch):
+    """Loss, both learning rates and tokens/s by step, as the axes hold them."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    writer = MetricsWriter(tmp_path, 0)
+    rows = [{"loss": 5.0 - i, "lr": 0.1 * i, "adam_lr": 0.2 * i, "tokens_per_second": 100.0 + i} for i in (1, 2, 3)]
+    for step, row in enumerate(rows, 1):
+        writer.write(step, row)
+    writer.write(3, {"heldout_loss": 2.5})
+    writer.close()
+    plot_loss(tmp_path, {3: 2.5})
+    [figure] = drawn
+    loss, rate, speed = figure.axes
+    data = lambda axes: {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert data(loss)["training"] == [4.0, 3.0, 2.0] and data(loss)["held out"] == [2.5]
+    assert data(rate) == {
+        "matrices (Muon)": [row["lr"] for row in rows],
+        "the rest (AdamW)": [row["adam_lr"] for row in rows],
+    }
+    [line] = speed.lines
+    assert list(line.get_xdata()) == [1, 2, 3] and list(line.get_ydata()) == [101.0, 102.0, 103.0]
+    assert "learning rate" in rate.get_ylabel() and "tokens/s" in speed.get_ylabel()
 
 
 def test_a_disk_that_fills_up_is_one_line(tmp_path):

@@ -1,4 +1,4 @@
-"""Muon and AdamW do what spec 8.1 says."""
+"""Muon and AdamW follow spec 8.1."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def first_update(letters: str, shape: tuple[int, ...], train: Train = TRAIN, see
 @pytest.mark.parametrize(
     "letters, shape", [("DQ", (48, 16)), ("QNH", (16, 4, 8)), ("GRD", (2, 8, 40)), ("MXD", (24, 4, 16))]
 )
-def test_muon_orthogonalises_whole_matrices(letters, shape):
+def test_muon_orthogonalizes_whole_matrices(letters, shape):
     update = first_update(letters, shape)
     inputs, outputs = MATRICES[letters]
     order = [letters.index(letter) for letter in inputs + outputs]

@@ -1,10 +1,12 @@
-"""Progress of a run: a bar or a spinner on a terminal, lines elsewhere."""
+"""Progress of a run: a bar or a spinner on a terminal, else lines."""
 
 import io
 import sys
 import time
+import types
 
-from v4jax.train.progress import Progress, spinner
+from v4jax.core.spinner import spinner
+from v4jax.train.progress import Progress
 
 
 class Terminal(io.StringIO):
@@ -31,6 +33,22 @@ def test_loading_and_compiling_spin_on_a_terminal(monkeypatch):
     with Progress("tiny", 0, 10, 64) as progress, progress.pause("compiling", line=True):
         wait_for(terminal, "tiny (compiling)")
     assert "tiny: compiling" not in terminal.getvalue()
+
+
+def test_bars_and_spinners_are_ascii_on_an_ascii_terminal(monkeypatch):
+    """Python escapes what stderr's encoding lacks, so other characters would show as \\u280b."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace", write_through=True)
+    terminal.isatty = lambda: True
+    shown = lambda: terminal.buffer.getvalue().decode("ascii")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with spinner("loading the data"):
+        wait_for(types.SimpleNamespace(getvalue=shown), "loading the data")
+    with Progress("tiny", 0, 10, 64) as progress:
+        progress.update(5, 2.5)
+        wait_for(types.SimpleNamespace(getvalue=shown), "tiny")
+    assert "loss 2.500" in shown() and "\\u" not in shown() and "\\x" not in shown()
 
 
 def test_loading_and_compiling_are_lines_elsewhere(capsys):

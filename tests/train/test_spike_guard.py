@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.train.conftest import SgdTrainer, one_layer, with_train
+from tests.train.conftest import SgdTrainer, one_layer, sharing, with_train
 from v4jax.checkpoint.orbax import TrainCheckpointer, finished_steps
 from v4jax.config import Train, validate
 from v4jax.core.errors import UserError
@@ -79,8 +79,10 @@ class Poisoned(SgdTrainer):
 
     def __init__(self, config):
         super().__init__(config)
-        self.placed, model_loss = 0, self.model_loss
-        self.model_loss = lambda params, fixed, batch: self._spoil(*model_loss(params, fixed, batch), batch)
+        self.placed = 0
+
+    def model_loss(self, params, fixed, batch):
+        return self._spoil(*super().model_loss(params, fixed, batch), batch)
 
     def shard_batch(self, batch):
         self.placed += 1
@@ -110,11 +112,14 @@ class BadUpdate(Poisoned):
         return total * jnp.where(batch["positions_BT"].max() >= 4000, 1e12, 1.0), parts
 
 
+SHARED = {kind: sharing(kind) for kind in (Poisoned, BadGradient, BadUpdate)}
+
+
 @pytest.fixture
 def run(small, tmp_path, monkeypatch):
     """Trains with these batches spoilt, and returns the records of the run and what it raised."""
     monkeypatch.setattr("v4jax.train.summary.baselines", lambda corpus: {"xz": 2.0, "xz_kind": "alone", "trigram": 3.0})
-    monkeypatch.setattr(loop, "Trainer", Poisoned)
+    monkeypatch.setattr(loop, "Trainer", SHARED[Poisoned])
 
     def train(bad, **changes):
         monkeypatch.setattr(Poisoned, "bad", bad)
@@ -172,17 +177,17 @@ def test_a_run_that_goes_back_again_and_again_gives_up(run):
 
 
 @pytest.mark.parametrize(
-    "trainer, says",
+    "trainer, message",
     [
         (BadGradient, "and the gradient norm (nan|inf) at step 6"),
         (BadUpdate, "the update of step 6 left values"),
     ],
 )
-def test_a_checkpoint_is_finite_or_is_not_finished(run, tmp_path, monkeypatch, trainer, says):
-    monkeypatch.setattr(loop, "Trainer", trainer)
+def test_a_checkpoint_is_finite_or_is_not_finished(run, tmp_path, monkeypatch, trainer, message):
+    monkeypatch.setattr(loop, "Trainer", SHARED[trainer])
     monkeypatch.setattr(trainer, "bad", (6,))
     _, raised = run((), spike_action="off")
-    assert re.match(f".*{says}.*the last good checkpoint is step 3$", raised)
+    assert re.match(f".*{message}.*the last good checkpoint is step 3$", raised)
     assert finished_steps(tmp_path / "run") == [3]
     monkeypatch.setattr(trainer, "bad", ())
     records, raised = run((), spike_action="off")
@@ -196,7 +201,7 @@ def test_before_the_first_checkpoint_none_is_called_good(run, tmp_path):
 
 
 def test_an_update_that_overflows_is_rolled_back(run, monkeypatch):
-    monkeypatch.setattr(loop, "Trainer", BadUpdate)
+    monkeypatch.setattr(loop, "Trainer", SHARED[BadUpdate])
     monkeypatch.setattr(BadUpdate, "bad", (6,))
     records, raised = run((), spike_action="rollback")
     assert raised is None and [r["rolled_back_from"] for r in records if "rolled_back_from" in r] == [6]

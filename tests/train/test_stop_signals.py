@@ -126,7 +126,7 @@ PROGRAM = textwrap.dedent("""
 
 
 @pytest.mark.parametrize(
-    "where, signals, code, says",
+    "where, signals, code, message",
     [
         ("deferred", [signal.SIGINT, signal.SIGINT], 130, "ended at once"),
         ("blocked", [signal.SIGTERM], 143, "the last words"),
@@ -136,7 +136,7 @@ PROGRAM = textwrap.dedent("""
         ("in a destructor", [signal.SIGINT], 130, "the last words"),
     ],
 )
-def test_the_command_line_ends_wherever_its_main_thread_is(where, signals, code, says):
+def test_the_command_line_ends_wherever_its_main_thread_is(where, signals, code, message):
     command = [sys.executable, "-c", PROGRAM, where]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_sigint
@@ -151,10 +151,9 @@ def test_the_command_line_ends_wherever_its_main_thread_is(where, signals, code,
         finally:
             process.kill()
     assert process.returncode == code
-    assert [line for line in output.splitlines() if line] == [line for line in output.splitlines() if says in line]
+    assert [line for line in output.splitlines() if line] == [line for line in output.splitlines() if message in line]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_runs_stopped_at_random_moments_resume_to_the_bit(signum, tmp_path):
+def test_runs_stopped_at_random_moments_resume_to_the_bit(tmp_path):
     """More of them: `python -m tests.train.interrupts --count=50`."""
-    assert interrupts.trials(2, signum, tmp_path, seed=1).total() == 2
+    assert interrupts.trials(2, [signal.SIGTERM, signal.SIGINT], tmp_path, seed=1).total() == 2

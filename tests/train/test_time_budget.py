@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.train.conftest import SgdTrainer, one_layer, with_train
+from tests.train.conftest import SHARED_SGD, one_layer, with_train
 from tests.train.test_loop import losses, stopped
 from v4jax.checkpoint.directory import read_config
 from v4jax.checkpoint.orbax import newest_extras
@@ -47,6 +47,7 @@ def read_default():
 def test_a_shortened_run_is_the_shorter_run_and_resumes_as_it(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("v4jax.train.summary.baselines", lambda corpus: {"xz": 2.0, "xz_kind": "alone", "trigram": 3.0})
     monkeypatch.setattr(time_budget, "MEASURED", 2)
+    config = one_layer(config)
     limited = with_train(config, steps=8, warmup=3, max_seconds=1e-3)
     summary = loop.train(limited, str(tmp_path / "limited"))
     assert summary["steps"] == 4 and read_config(tmp_path / "limited").train.steps == 4
@@ -59,7 +60,7 @@ def test_a_shortened_run_is_the_shorter_run_and_resumes_as_it(config, tmp_path, 
 @pytest.fixture
 def small(config, monkeypatch):
     """One layer, a simple optimizer, and no baselines."""
-    monkeypatch.setattr(loop, "Trainer", SgdTrainer)
+    monkeypatch.setattr(loop, "Trainer", SHARED_SGD)
     monkeypatch.setattr("v4jax.train.summary.baselines", lambda corpus: {"xz": 2.0, "xz_kind": "alone", "trigram": 3.0})
     return one_layer(config)
 

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Step:
-    """A step's result that is ready when it is told to be."""
+    """A step's result whose readiness the test sets."""
 
     def __init__(self, ready: bool):
         self.ready = ready

@@ -9,27 +9,36 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from v4jax import config
 from v4jax.cache.entry_cache import read_counters
+from v4jax.cache.entry_pool import EntryPool, FloatPool
 from v4jax.cache.host_pool import new_host_entry_pool, pinned_zeros
 from v4jax.cache.kv_cache_spec import KVCacheSpec
-from v4jax.cache.paged_cache import FloatPool, PagedLayerCache, new_paged_layer_cache
+from v4jax.cache.paged_cache import PagedLayerCache, new_paged_layer_cache
 from v4jax.cache.pools import new_pool
 from v4jax.core.errors import UserError
+from v4jax.kernels.attention import use_gather
 from v4jax.models.transformer import KVCacheList, Transformer
-from v4jax.nn.csa import use_gather
+from v4jax.nn.kv_cache_interface import LayerCache
 from v4jax.parallel.host_memory import is_host
 
-# Field of PagedLayerCache that lies in host memory where `kv_device_entries` is set.
+# Field of PagedLayerCache that is stored in host memory where `kv_device_entries` is set.
 HOST_FIELDS = {"csa": "entries", "hca": "compressor_state"}
 
 
 def allocate_layer(
-    spec: KVCacheSpec, kind: str, pages: int, records: int, slack: int = 0, host=None
+    spec: KVCacheSpec,
+    kind: str,
+    pages: int,
+    records: int,
+    slack: int = 0,
+    host: Callable[..., jax.Array] | None = None,
 ) -> PagedLayerCache:
     """Allocate the empty cache of one layer.
 
@@ -46,19 +55,24 @@ def allocate_layer(
     """
     model = spec.model
     host_field = HOST_FIELDS.get(kind) if spec.num_device_entries else None
-    size = (pages, spec.entries(kind), spec.kv_cache_dtype) if kind != "swa" else ()
-    pool = lambda part: None if host_field == "entries" and part == "main" else new_pool(model, part, *size)
+    slots = spec.entries(kind) if kind != "swa" else 0
+
+    def pool(part: str) -> EntryPool | None:
+        if host_field == "entries" and part == "main":
+            return None
+        return new_pool(model, part, pages, slots, spec.kv_cache_dtype)
+
     cache = new_paged_layer_cache(model, kind, records, pool, jnp.dtype(model.dtype), slack)
-    if host_field and host is None:
+    if host_field is None:
+        return cache
+    if host is None:
         [device] = cache.window_ring_ZSH.devices()
         host = functools.partial(pinned_zeros, device)
     if host_field == "entries":
-        main, hot = new_host_entry_pool(model, *size, spec.num_device_entries, host)
+        main, hot = new_host_entry_pool(model, pages, slots, spec.kv_cache_dtype, spec.num_device_entries, host)
         return dataclasses.replace(cache, entries=main, device_cache=hot)
-    if host_field == "compressor_state":
-        state = {name: host(a.shape, a.dtype) for name, a in cache.compressor_state.items()}
-        return dataclasses.replace(cache, compressor_state=state)
-    return cache
+    state = {name: host(a.shape, a.dtype) for name, a in cache.compressor_state.items()}
+    return dataclasses.replace(cache, compressor_state=state)
 
 
 def contiguous_caches(model: Transformer, batch: int, tokens: int) -> KVCacheList:
@@ -74,14 +88,14 @@ def contiguous_caches(model: Transformer, batch: int, tokens: int) -> KVCacheLis
     """
     config, dtype = model.config, jnp.dtype(model.config.dtype)
 
-    def one(kind, repeats):
+    def one(kind: str, repeats: int) -> LayerCache:
         width = {"main": config.head_dim, "index": config.indexer.index_head_dim}
         slots = max(1, tokens // config.compress_rate(kind)) if kind != "swa" else 0
         pool = lambda part: FloatPool(jnp.zeros((batch, slots, width[part]), dtype))
         cache = new_paged_layer_cache(config, kind, batch, pool, dtype)
         return jax.tree.map(lambda a: jnp.broadcast_to(a, (repeats, *a.shape)), cache) if repeats > 1 else cache
 
-    return [[one(kind, stack.repeats) for kind, _ in stack.kinds] for stack in model.stack_specs]
+    return [[one(layer.attention, stack.repeats) for layer in stack.pattern] for stack in model.stack_specs]
 
 
 def memory_stats(kv_caches) -> dict[str, float]:
@@ -99,11 +113,11 @@ def memory_stats(kv_caches) -> dict[str, float]:
         for one in jax.tree.leaves(kv_caches, is_leaf=lambda a: isinstance(a, PagedLayerCache))
         if one.device_cache is not None
     ]
-    counts = {"kv_device_used_bytes": held[False], "kv_host_used_bytes": held[True]}
+    counts: dict[str, float] = {"kv_device_used_bytes": held[False], "kv_host_used_bytes": held[True]}
     if not caches:
         return counts
     counters = jax.device_get([one.device_cache.counters_5 for one in caches])
-    hits, misses = sum(read_counters(count_5) for count_5 in counters).tolist()
+    hits, misses = np.sum([read_counters(count_5) for count_5 in counters], axis=0).tolist()
     return counts | {
         "device_entry_cache_hits": hits,
         "device_entry_cache_misses": misses,

@@ -200,7 +200,7 @@ class BlockPool:
         for page in pages:
             self._invalid.add(page)
             _, name = self._name.get(page, (None, None))
-            if self._page.get(name) == page:
+            if name is not None and self._page.get(name) == page:
                 del self._page[name]
                 self.drop_snapshot(name)
 
@@ -213,7 +213,7 @@ class BlockPool:
             self._notify("record", name, False)
             self._notify("block", name, False)
             return
-        if self._page.get(name) in self._idle:
+        if name is not None and self._page.get(name) in self._idle:
             self._idle.move_to_end(self._page[name])  # a child may just have become idle
         self._name.pop(page, None)
         self._invalid.discard(page)
@@ -350,6 +350,15 @@ class BlockPool:
             "hit_ceiling": self._count["repeated"] / queries,
         }
 
+    def contents(self) -> tuple[dict[bytes, int], dict[bytes, int]]:
+        """Return what the pool holds, as copies.
+
+        Returns:
+          (findable block of each block hash, snapshot slot of each block hash). The snapshots include those that are
+          reserved but not committed, and are in order of least recent use.
+        """
+        return dict(self._page), dict(self._record)
+
     def check_invariants(self, owners: Iterable[Sequence[int]] | None = None) -> None:
         """Check the consistency of the pool, in time linear in the number of blocks.
 
@@ -388,7 +397,9 @@ class BlockPool:
         place = {page: i for i, page in enumerate(self._idle)}
         for page, i in place.items():
             parent = self._page.get(self._name[page][0])
-            _require(place.get(parent, i + 1) > i, "idle parents are evicted after their idle children")
+            _require(
+                parent is None or place.get(parent, i + 1) > i, "idle parents are evicted after their idle children"
+            )
 
     def _check_records(self) -> None:
         """Check the states of the snapshot slots."""
@@ -407,4 +418,4 @@ class BlockPool:
 def _require(condition: bool, rule: str) -> None:
     """Raise AssertionError, naming `rule`, if `condition` is false."""
     if not condition:
-        raise AssertionError(f"the books of the cache are wrong; the rule: {rule}")
+        raise AssertionError(f"the state of the cache is inconsistent; the rule: {rule}")

@@ -6,7 +6,7 @@ invalidated. A copy therefore always equals the pool's entry, so outputs do not 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,18 @@ import numpy as np
 from v4jax.core.pytree import pytree
 from v4jax.parallel.host_memory import host_gather, host_scatter
 
+if TYPE_CHECKING:
+    from v4jax.cache.entry_pool import EntryPool
+
 _AT_ONCE = 128  # entries that one loop iteration fetches; a step without misses runs no iteration
 _NONE = -1  # no entry
 
 
+@runtime_checkable
 class HostPool(Protocol):
     """A pool of entries in host memory."""
 
-    def fetch(self, page: jax.Array, slot: jax.Array):
+    def fetch(self, page: jax.Array, slot: jax.Array) -> EntryPool:
         """Copy the encoded rows at int32 block [...] and slot [...] to the device, as a pool of arrays [..., n]."""
         ...
 
@@ -39,7 +43,7 @@ class DeviceEntryCache:
       counters_5: uint32 [5], number of steps, then hits and misses as (low, high) words of 64 bits.
     """
 
-    rows: object
+    rows: EntryPool
     slot_of_entry_ZP: jax.Array
     entry_of_slot_S: jax.Array
     last_used_S: jax.Array
@@ -125,7 +129,7 @@ class DeviceEntryCache:
         return self.invalidate(*entries, self.lookup(*entries))
 
 
-def new_device_entry_cache(rows, pages: int, slots: int) -> DeviceEntryCache:
+def new_device_entry_cache(rows: EntryPool, pages: int, slots: int) -> DeviceEntryCache:
     """Allocate an empty device cache.
 
     Args:

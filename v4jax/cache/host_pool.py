@@ -18,7 +18,7 @@ from jax.sharding import SingleDeviceSharding
 from v4jax import config
 from v4jax.cache import kv_cache_spec
 from v4jax.cache.entry_cache import DeviceEntryCache, new_device_entry_cache
-from v4jax.cache.paged_cache import EntryPool
+from v4jax.cache.entry_pool import EntryPool
 from v4jax.cache.pools import zeros
 from v4jax.core.errors import UserError
 from v4jax.core.pytree import pytree
@@ -40,7 +40,7 @@ class HostEntryPool(EntryPool):
     row: kv_cache_spec.EntryFormat = dataclasses.field(metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(blocks, rows per block, row width)."""
         return (*self.words.shape[:2], self.row.width)
 

@@ -205,7 +205,8 @@ class KVCacheSpec:
             past = self._record(kind, slack)
             return _bytes(past.window_ring_ZSH if self.num_device_entries and kind == "hca" else past)
 
-        kinds = [*self.model.layer_types, *(["swa"] if mtp else [])]
+        layers = self.model.layers + (self.model.mtp_layers if mtp else ())
+        kinds = [layer.attention for layer in layers]
         sizes = {kind: layer_bytes(kind) for kind in set(kinds)}
         return sum(sizes[kind] for kind in kinds)
 
@@ -225,7 +226,7 @@ class KVCacheSpec:
           UserError: fewer than 2 blocks fit, or the model has window layers only and needs no blocks.
         """
         if not self.block_bytes:
-            raise UserError("a model of window layers alone keeps no pages, so no byte budget says how many")
+            raise UserError("a model of window layers alone has no pages, so a byte budget gives no number of pages")
         if budget < 2 * self.block_bytes:
             raise UserError(
                 f"a cache of {budget:,} bytes holds no page beside the spare one: a page of {self.block_size} tokens "

@@ -13,65 +13,21 @@ import jax
 import jax.numpy as jnp
 
 from v4jax import config
-from v4jax.cache.entry_cache import DeviceEntryCache
+from v4jax.cache.entry_cache import DeviceEntryCache, HostPool
+from v4jax.cache.entry_pool import EntryPool
 from v4jax.core.pytree import pytree
 from v4jax.core.qtensor import QTensor
-from v4jax.nn.attention import MAX_DECODE_QUERIES
-from v4jax.nn.kv_cache_interface import NO_TOKEN, CompressionWindows, ForwardBatch, WindowKV, identity_window
+from v4jax.kernels.attention import PagedOperands
+from v4jax.kernels.tuning import tuned
+from v4jax.nn.kv_cache_interface import (
+    NO_TOKEN,
+    CompressionWindows,
+    EntryReader,
+    ForwardBatch,
+    WindowKV,
+    identity_window,
+)
 from v4jax.parallel.host_memory import host_gather, host_scatter, is_host
-
-
-class EntryPool:
-    """Base class of the pools of entries or index keys: arrays [blocks, slots, ...], addressed by block and slot.
-
-    A subclass defines the storage format by `encode` and `decode`. `shape` is (blocks, rows per block, row width).
-    """
-
-    shape: tuple[int, int, int]
-
-    def encode(self, rows: jax.Array) -> EntryPool:
-        """Encode `rows` [..., width] into the storage format, as a pool of arrays [..., n]."""
-        raise NotImplementedError
-
-    def decode(self, compute: jnp.dtype) -> jax.Array:
-        """Decode all rows of this pool to [..., width] in dtype `compute`."""
-        raise NotImplementedError
-
-    def raw_fp8(self) -> QTensor | None:
-        """Return the stored rows undecoded if the format is plain e4m3 with scales, else None."""
-        return None
-
-    def write(self, page: jax.Array, slot: jax.Array, rows: jax.Array) -> EntryPool:
-        """Write `rows` [..., width] at int32 block [...] and slot [...]; drop those out of range."""
-        return jax.tree.map(lambda a, new: host_scatter(a, new, page, slot), self, self.encode(rows))
-
-    def gather(self, page: jax.Array, slot: jax.Array, compute: jnp.dtype) -> jax.Array:
-        """Read rows [..., width] as `compute` at block [...] and slot [...]; out of range, an arbitrary row."""
-        return jax.tree.map(lambda a: host_gather(a, page, slot), self).decode(compute)
-
-    def gather_blocks(self, page: jax.Array) -> EntryPool:
-        """Read all rows of the given blocks, undecoded, as a pool of arrays [..., slots, n]."""
-        return jax.tree.map(lambda a: host_gather(a, page), self)
-
-
-@pytree
-class FloatPool(EntryPool):
-    """A pool that stores rows in a plain float dtype: array [blocks, slots, width]."""
-
-    array: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(blocks, rows per block, row width)."""
-        return self.array.shape
-
-    def encode(self, rows: jax.Array) -> FloatPool:
-        """Cast `rows` [..., width] to the pool's dtype."""
-        return FloatPool(rows.astype(self.array.dtype))
-
-    def decode(self, compute: jnp.dtype) -> jax.Array:
-        """Cast all rows to dtype `compute`."""
-        return self.array.astype(compute)
 
 
 @pytree
@@ -145,33 +101,42 @@ class PagedEntryReader:
         """Number of entries that the block table of a row has room for."""
         return self.block_table_BA.shape[1] * self.entries.shape[1]
 
-    def read_entries(self, first, count):
+    def read_entries(self, first: jax.Array, count: int) -> jax.Array:
         """Return entries first .. first + count - 1 of every row, pending ones included, [B, count, H]."""
-        return self._read_range(self.entries, first, count)
+        rows = self._read_range(self.entries, first, count)
+        assert not isinstance(rows, QTensor)  # entries are decoded
+        return rows
 
-    def read_index_keys(self, first, count, coded=False):
-        """Return the index keys of the same range, [B, count, L]; with `coded`, plain e4m3 keys as a QTensor."""
-        return self._read_range(self.index_keys, first, count, coded)
+    def read_index_keys(self, first: jax.Array, count: int, raw_fp8: bool = False) -> jax.Array | QTensor:
+        """Return the index keys of the same range, [B, count, L]; with `raw_fp8`, plain e4m3 keys as a QTensor."""
+        assert self.index_keys is not None  # only CSA layers read index keys
+        return self._read_range(self.index_keys, first, count, raw_fp8)
 
-    def gather_entries(self, pick_BTK):
+    def gather_entries(self, pick_BTK: jax.Array) -> tuple[jax.Array, PagedEntryReader]:
         """Return the entries at int32 pick_BTK, [B, T, K, H], and the reader after the read.
 
-        With host-resident entries, a call of at most `MAX_DECODE_QUERIES` queries per row reads through the device
+        With host-resident entries, a call of no more queries per row than a decode step has reads through the device
         cache, which then holds the fetched entries. A larger call reads from host memory directly.
         """
         slot_BTK = jnp.maximum(pick_BTK, 0)
-        if self.device_cache is None or pick_BTK.shape[1] > MAX_DECODE_QUERIES:
+        if self.device_cache is None or pick_BTK.shape[1] > tuned("attention")["max_decode_queries"]:
             return self._gather(self.entries, slot_BTK), self
+        assert isinstance(self.entries, HostPool) and self.pending_entries is not None  # with a device cache
         wanted_BTK = (pick_BTK >= 0) & ~self.pending_entries.at(slot_BTK, self.entries.shape[0])[0]
         hot, row_BTK = self.device_cache.fetch(self.entries, *self._physical(self.entries, slot_BTK), wanted_BTK)
         rows = hot.rows.gather(jnp.zeros_like(row_BTK), row_BTK, self.dtype)
         return self._overlay_pending(rows, slot_BTK), dataclasses.replace(self, device_cache=hot)
 
-    def gather_index_keys(self, pick_BTK):
+    def gather_index_keys(self, pick_BTK: jax.Array) -> jax.Array:
         """Return the index keys at int32 pick_BTK, [B, T, K, L]."""
+        assert self.index_keys is not None  # only CSA layers read index keys
         return self._gather(self.index_keys, jnp.maximum(pick_BTK, 0))
 
-    def _read_range(self, pool: EntryPool, first: jax.Array, count: int, coded: bool = False) -> jax.Array | QTensor:
+    def operands(self) -> PagedOperands | None:
+        """Return the planes of the pool and the block table; None if the entries are in host memory."""
+        return self.entries.operands(self.block_table_BA, self.dtype)
+
+    def _read_range(self, pool: EntryPool, first: jax.Array, count: int, raw_fp8: bool = False) -> jax.Array | QTensor:
         """Read `count` rows from `first` on: by block if `count` is a multiple of the block's rows, else row by row."""
         slots, pages = pool.shape[1], self.block_table_BA.shape[1]
         if count % slots:
@@ -179,7 +144,7 @@ class PagedEntryReader:
             return self._gather(pool, slot)
         numbers = jnp.minimum(first // slots + jnp.arange(count // slots), pages - 1)
         pages = pool.gather_blocks(self.block_table_BA[:, numbers])
-        rows = (coded and pages.raw_fp8()) or pages.decode(self.dtype)
+        rows = (raw_fp8 and pages.raw_fp8()) or pages.decode(self.dtype)
         rows = jax.tree.map(lambda a: a.reshape(a.shape[0], count, a.shape[-1]), rows)
         if pool is not self.entries:
             return rows
@@ -291,6 +256,7 @@ class PagedLayerCache:
         ratio: int,
     ) -> PagedLayerCache:
         """Write complete entries at their index. Incomplete ones get a block out of range and are dropped."""
+        assert self.entries is not None  # only layers with compression append
         block_table_BA, (pages, slots, _) = chunk.slots.block_table_BA, self.entries.shape
         number = jnp.minimum(windows.index_BC // slots, block_table_BA.shape[1] - 1)
         page_BC = jnp.where(windows.complete_BC, jnp.take_along_axis(block_table_BA, number, axis=1), pages)
@@ -304,7 +270,8 @@ class PagedLayerCache:
             main, index = _in_place(write, (self.entries, self.index_keys), windows.complete_BC.any())
             return dataclasses.replace(self, entries=main, index_keys=index)
         old_BC = self.device_cache.lookup(page_BC, slot_BC)
-        rows = jax.eval_shape(self.entries.encode, kv_BCH)
+        encode = self.entries.encode
+        rows = jax.eval_shape(encode, kv_BCH)
         rows = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), rows)
 
         def forget(pools):
@@ -312,7 +279,7 @@ class PagedLayerCache:
             # and both paths must agree bit for bit.
             index, hot, _ = pools
             index, hot = index.write(page_BC, slot_BC, index_BCL), hot.invalidate(page_BC, slot_BC, old_BC)
-            return index, hot, self.entries.encode(kv_BCH)
+            return index, hot, encode(kv_BCH)
 
         index, hot, rows = _in_place(forget, (self.index_keys, self.device_cache, rows), windows.complete_BC.any())
         new = PendingEntries(rows, page_BC, slot_BC, windows.index_BC)
@@ -322,15 +289,17 @@ class PagedLayerCache:
         """Return a reader of the batch rows' blocks in `dtype`, each batch row repeated `times` times."""
         if self.entries is None:
             return None
-        block_table_BA = chunk.slots.block_table_BA
-        rows = (self.pending_entries, block_table_BA)
+        pending, block_table_BA = self.pending_entries, chunk.slots.block_table_BA
         if times > 1:
-            rows = jax.tree.map(lambda a: jnp.repeat(a, times, axis=0), rows)
-        return PagedEntryReader(self.entries, self.index_keys, self.device_cache, *rows, dtype)
+            pending, block_table_BA = jax.tree.map(lambda a: jnp.repeat(a, times, axis=0), (pending, block_table_BA))
+        return PagedEntryReader(self.entries, self.index_keys, self.device_cache, pending, block_table_BA, dtype)
 
-    def with_reader(self, view: PagedEntryReader | None) -> PagedLayerCache:
+    def with_reader(self, view: EntryReader | None) -> PagedLayerCache:
         """Take over the device cache of a reader, which holds the entries that the reader fetched."""
-        return self if self.device_cache is None else dataclasses.replace(self, device_cache=view.device_cache)
+        if self.device_cache is None:
+            return self
+        assert isinstance(view, PagedEntryReader)  # made by `reader`
+        return dataclasses.replace(self, device_cache=view.device_cache)
 
     def map_state(self, change: Callable[[jax.Array], jax.Array]) -> PagedLayerCache:
         """Apply `change` to every array of state slots."""
@@ -356,6 +325,7 @@ class PagedLayerCache:
         first = done[(0,) * done.ndim]
         cache = self
         if self.pending_entries is not None:
+            assert self.entries is not None and self.device_cache is not None  # pending ones are host-resident
             new, *_ = jax.lax.optimization_barrier((self.pending_entries, self.device_cache.entry_of_slot_S, first))
             page_BC = jnp.where(self.device_cache.entry_of_slot_S[0] < 0, new.page_BC, self.entries.shape[0])
             write_plane = lambda a, rows: host_scatter(a, rows, page_BC, new.slot_BC)
@@ -377,7 +347,7 @@ def new_paged_layer_cache(
     model: config.Model,
     kind: str,
     records: int,
-    pool: Callable[[str], EntryPool],
+    pool: Callable[[str], EntryPool | None],
     dtype: jnp.dtype,
     slack: int = 0,
 ) -> PagedLayerCache:
@@ -387,7 +357,7 @@ def new_paged_layer_cache(
       model: the model's config.
       kind: layer type ("swa", "csa" or "hca").
       records: number of state slots.
-      pool: makes the pool of entries for "main" and that of index keys for "index".
+      pool: makes the pool of entries for "main" and that of index keys for "index"; None leaves it out.
       dtype: dtype of the window ring. Compressor state is float32.
       slack: extra rows of each ring, the number of tokens that speculative decoding may go back.
     """

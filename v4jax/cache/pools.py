@@ -1,4 +1,4 @@
-"""Device pools of one layer's main entries or index keys, in every storage format (see `paged_cache.EntryPool`).
+"""Device pools of one layer's main entries or index keys, in every storage format (see `entry_pool.EntryPool`).
 
 The planes of a pool are separate arrays [blocks, entries per block, ...], not interleaved, so a read of one plane is
 contiguous. Planes of 16 bits or less are unsigned integers, so that an in-place write costs only the bytes that it
@@ -8,16 +8,16 @@ writes. XLA:CPU would update a bfloat16 array through a float32 copy of the whol
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
 from v4jax import config
 from v4jax.cache import kv_cache_spec
-from v4jax.cache.paged_cache import EntryPool, FloatPool
+from v4jax.cache.entry_pool import EntryPool, FloatPool
 from v4jax.core.pytree import pytree
-from v4jax.core.qtensor import QTensor, dequantize, quantize
+from v4jax.core.qtensor import QTensor, quantize
+from v4jax.kernels.attention import PagedOperands, decode_rows
 
 
 @pytree
@@ -27,7 +27,7 @@ class Bf16Pool(EntryPool):
     bits: jax.Array
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(blocks, rows per block, row width)."""
         return self.bits.shape
 
@@ -35,7 +35,10 @@ class Bf16Pool(EntryPool):
         return Bf16Pool(jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16))
 
     def decode(self, compute: jnp.dtype) -> jax.Array:
-        return jax.lax.bitcast_convert_type(self.bits, jnp.bfloat16).astype(compute)
+        return decode_rows(self.bits, None, None, 0, "bfloat16", compute)
+
+    def operands(self, block_table_BA: jax.Array, compute: jnp.dtype) -> PagedOperands:
+        return PagedOperands(self.bits, None, None, block_table_BA, 0, "bfloat16", jnp.dtype(compute))
 
 
 @pytree
@@ -55,7 +58,7 @@ class QuantizedPool(EntryPool):
     row: kv_cache_spec.EntryFormat = dataclasses.field(metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(blocks, rows per block, row width)."""
         return (*self.values.shape[:2], self.row.width)
 
@@ -77,14 +80,12 @@ class QuantizedPool(EntryPool):
 
     def decode(self, compute: jnp.dtype) -> jax.Array:
         """Dequantize all rows to [..., width] in dtype `compute`, which is float32 or bfloat16."""
-        x = dequantize(self.values, self.scales[..., : self._groups], self.row.format, compute)
-        if self.rotary is None:
-            return x
-        rotary = self.rotary.decode(compute)
-        # Concatenate in pieces, because XLA:CPU would write the values twice in a concatenation along the last axis.
-        piece = math.gcd(x.shape[-1], self.row.rotary)
-        both = [a.reshape(*a.shape[:-1], -1, piece) for a in (x, rotary)]
-        return jnp.concatenate(both, axis=-2).reshape(*x.shape[:-1], self.row.width)
+        rotary = self.rotary and self.rotary.bits
+        return decode_rows(self.values, self.scales, rotary, self.row.group, self.row.format, compute)
+
+    def operands(self, block_table_BA: jax.Array, compute: jnp.dtype) -> PagedOperands:
+        planes = self.values, self.scales, self.rotary and self.rotary.bits
+        return PagedOperands(*planes, block_table_BA, self.row.group, self.row.format, jnp.dtype(compute))
 
 
 def new_pool(model: config.Model, kind: str, pages: int, entries_per_page: int, kv_cache_dtype: str) -> EntryPool:

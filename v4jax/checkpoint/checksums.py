@@ -148,8 +148,8 @@ def warn_of_changes(directory: pathlib.Path, known: Mapping[str, str]) -> None:
 
 @functools.lru_cache(maxsize=64)  # one warning per file, however often it is read
 def warn_of_change(file: pathlib.Path) -> None:
-    """Log that a text file has changed. This is no error, because users edit such files; nobody edits weights."""
-    _log.warning("%s is not as v4jax wrote it: if nobody edited it, it is damaged; copy it again", file)
+    """Log that a text file has changed. This is no error, because users edit such files, but no weights."""
+    _log.warning("%s is not as v4jax wrote it: if no user edited it, it is damaged; copy it again", file)
 
 
 # --- the files of a step -----------------------------------------------------------------------------------------

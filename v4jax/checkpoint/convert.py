@@ -17,6 +17,7 @@ from v4jax.checkpoint.extra_files import companions_of
 from v4jax.checkpoint.lazy_tensors import LazyTensors
 from v4jax.checkpoint.model_io import check_format, open_checkpoint, write
 from v4jax.core.errors import UserError
+from v4jax.core.paths import local_path
 
 _REPORT_SECONDS = 10.0
 
@@ -80,7 +81,7 @@ def convert(
     check_format(format)
     if os.path.realpath(source) == os.path.realpath(target):
         raise UserError(f"source and target are both {target}; choose another target")
-    path = pathlib.Path(target)
+    path = local_path(target, "target")
     if not overwrite and path.is_dir() and any(path.iterdir()):
         raise UserError(f"{target} is not empty; choose another target, or pass --overwrite to replace all of it")
     config, tensors = open_checkpoint(source, dtype, verify)

@@ -368,9 +368,10 @@ def _check_finite(array: np.ndarray, name: str, info) -> None:
 
 
 def _expert_ids(table: np.ndarray, experts: int, info) -> np.ndarray:
-    if table.size and (table.min() < 0 or table.max() >= experts):
+    unknown = table[(table < 0) | (table >= experts)]
+    if unknown.size:
         raise UserError(
-            f"{info.file}: the hash table names expert {table.max()}, but the model has {experts}; "
+            f"{info.file}: the hash table names expert {unknown[0]}, but the model has {experts}; "
             "check that config.json and weights belong together"
         )
     return table.astype(np.int32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import os
 import pathlib
@@ -22,7 +21,8 @@ from v4jax.checkpoint.lazy_tensors import LazyTensors
 from v4jax.checkpoint.orbax import OrbaxTensors
 from v4jax.config import Config, Model
 from v4jax.core import dtypes
-from v4jax.core.errors import UserError
+from v4jax.core.errors import UserError, suggest
+from v4jax.core.paths import local_path
 from v4jax.core.qtensor import QTensor
 from v4jax.models import hf_config
 from v4jax.models.layer_stacks import LayerStack
@@ -63,7 +63,7 @@ def load(
     """
     check_quantization(quantization)
     config, tensors = open_checkpoint(path, dtype, verify)
-    graphdef, state, runs = _structure(config.model, scan)
+    graphdef, state, runs = abstract_model(config.model, scan)
     filled = {}
     for place, variable, names, stacked in _arrays(state, runs):
         letters = "*" * stacked + variable.letters
@@ -73,10 +73,17 @@ def load(
 
 
 @functools.lru_cache(maxsize=8)
-def _structure(model: Model, scan: bool) -> tuple[nnx.GraphDef, nnx.State, tuple[LayerStack, ...]]:
-    """Return a model's graph, abstract state and layer stacks.
+def abstract_model(model: Model, scan: bool) -> tuple[nnx.GraphDef, nnx.State, tuple[LayerStack, ...]]:
+    """Trace a model without arrays.
 
     The result is cached, because tracing a model takes longer than reading a small checkpoint.
+
+    Args:
+        model: shapes of the model.
+        scan: store repeated layers stacked (models/layer_stacks.py).
+
+    Returns:
+        The graph, the abstract state and the layer stacks.
     """
     abstract = nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0), scan=scan))
     return *nnx.split(abstract), abstract.stack_specs
@@ -148,6 +155,7 @@ def save(
 
 def write(path, format: str, config: Config, tensors: Mapping, tokenizer_dir=None, **options) -> None:
     """Write tensors in either format; arguments as in `write_hf` and `write_orbax`."""
+    local_path(path, "target")
     if format == "huggingface":
         write_hf(path, config.model, tensors, tokenizer_dir, **options)
     else:
@@ -157,8 +165,7 @@ def write(path, format: str, config: Config, tensors: Mapping, tokenizer_dir=Non
 def check_format(format: str) -> None:
     """Raise UserError for an unknown format."""
     if format not in directory.FORMATS:
-        near = difflib.get_close_matches(str(format), directory.FORMATS, n=1) or directory.FORMATS
-        raise UserError(f"no format {format!r:.60}; choose {' or '.join(near)}")
+        raise UserError(f"no format {format!r:.60}; {suggest(str(format), directory.FORMATS, 'formats')}")
 
 
 class ModelTensors(LazyTensors):

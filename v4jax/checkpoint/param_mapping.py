@@ -1,11 +1,7 @@
-"""Names and layouts of DeepSeek-V4 tensors: one table that maps v4jax flat names to Hugging Face names.
+"""Names and layouts of tensors: the mapping between v4jax flat names and Hugging Face names.
 
-A rule pairs a flat name and its axis letters with the released name and its axes (spec 9.1) and, if it differs, with
-the module name of transformers (spec 12.3). The letters are those of `core/axes.py` plus A (a second hidden axis) and
-Z (2 L). The axes of a released tensor are separated by spaces: "JL Q" means that the axes J and L are merged, followed
-by Q. A letter in braces inside a name pins that axis: the checkpoint has one tensor per value of the axis. The axes
-therefore determine every shape and the conversion in both directions, which is a transpose and a reshape and keeps
-every bit.
+The rules of each model type are tables in `v4jax/models/hf` (see `ParamRule` there). They determine every shape and the
+conversion in both directions, which is a transpose and a reshape and keeps every bit.
 """
 
 from __future__ import annotations
@@ -20,215 +16,9 @@ from functools import cache
 import numpy as np
 
 from v4jax.config import Model
-
-# The role of a tensor decides its dtype (lazy_tensors.py): "f32" tensors are always float32, "norm" scales are never
-# narrowed, "index" tensors are integers, and every other tensor is a "matrix".
-
-
-@dataclass(frozen=True)
-class ParamRule:
-    """One row of the table.
-
-    Attributes:
-        flat: flat name, without the prefix of the layer.
-        axes: axis letters of the flat tensor.
-        released: released name (spec 9.1), without the prefix of the layer.
-        released_axes: axes of the released tensor.
-        others: further (name, axes) that the reader accepts.
-        role: decides the dtype (lazy_tensors.py).
-        layers: the layers that have this tensor.
-    """
-
-    flat: str
-    axes: str
-    released: str
-    released_axes: str
-    others: tuple[tuple[str, str], ...] = ()
-    role: str = "matrix"
-    layers: str = "all"  # all | compressed (csa, hca) | csa | bias | hash
-
-
-def _same(*names: str, axes: str) -> tuple[tuple[str, str], ...]:
-    return tuple((name, axes) for name in names)
-
-
-# Besides the module names, three further spellings occur in files of transformers' save_pretrained, because its reverse
-# renaming keeps embed_tokens.weight and hc_head.hc_* unchanged and writes attn.norm for attn.kv_norm.
-_ROOT = (
-    ParamRule("embed.table", "VD", "embed.weight", "V D", _same("embed_tokens.weight", axes="V D")),
-    ParamRule("head.weight", "DV", "head.weight", "V D", _same("lm_head.weight", axes="V D")),
-    ParamRule("norm.scale", "D", "norm.weight", "D", role="norm"),
-)
-_HEAD_MHC = (
-    ParamRule("head_mhc.fn", "YXD", "hc_head_fn", "Y XD", _same("hc_head.hc_fn", axes="Y XD"), role="f32"),
-    ParamRule("head_mhc.base", "Y", "hc_head_base", "Y", _same("hc_head.hc_base", axes="Y"), role="f32"),
-    ParamRule("head_mhc.scale", "1", "hc_head_scale", "1", _same("hc_head.hc_scale", axes="1"), role="f32"),
-)
-_BLOCK = (
-    ParamRule("attn_norm.scale", "D", "attn_norm.weight", "D", _same("input_layernorm.weight", axes="D"), role="norm"),
-    ParamRule(
-        "ffn_norm.scale", "D", "ffn_norm.weight", "D", _same("post_attention_layernorm.weight", axes="D"), role="norm"
-    ),
-    ParamRule("attn_mhc.fn", "MXD", "hc_attn_fn", "M XD", _same("attn_hc.fn", axes="M XD"), role="f32"),
-    ParamRule("attn_mhc.base", "M", "hc_attn_base", "M", _same("attn_hc.base", axes="M"), role="f32"),
-    ParamRule("attn_mhc.scale", "3", "hc_attn_scale", "3", _same("attn_hc.scale", axes="3"), role="f32"),
-    ParamRule("ffn_mhc.fn", "MXD", "hc_ffn_fn", "M XD", _same("ffn_hc.fn", axes="M XD"), role="f32"),
-    ParamRule("ffn_mhc.base", "M", "hc_ffn_base", "M", _same("ffn_hc.base", axes="M"), role="f32"),
-    ParamRule("ffn_mhc.scale", "3", "hc_ffn_scale", "3", _same("ffn_hc.scale", axes="3"), role="f32"),
-    # attention
-    ParamRule("attn.q_down", "DQ", "attn.wq_a.weight", "Q D", _same("self_attn.q_a_proj.weight", axes="Q D")),
-    ParamRule(
-        "attn.q_norm.scale", "Q", "attn.q_norm.weight", "Q", _same("self_attn.q_a_norm.weight", axes="Q"), role="norm"
-    ),
-    ParamRule("attn.q_up", "QNH", "attn.wq_b.weight", "NH Q", _same("self_attn.q_b_proj.weight", axes="NH Q")),
-    ParamRule("attn.kv", "DH", "attn.wkv.weight", "H D", _same("self_attn.kv_proj.weight", axes="H D")),
-    ParamRule(
-        "attn.kv_norm.scale",
-        "H",
-        "attn.kv_norm.weight",
-        "H",
-        _same("self_attn.kv_norm.weight", "attn.norm.weight", axes="H"),
-        role="norm",
-    ),
-    ParamRule("attn.sink", "N", "attn.attn_sink", "N", _same("self_attn.sinks", axes="N"), role="f32"),
-    ParamRule("attn.o_down", "GIR", "attn.wo_a.weight", "GR I", _same("self_attn.o_a_proj.weight", axes="GR I")),
-    ParamRule("attn.o_up", "GRD", "attn.wo_b.weight", "D GR", _same("self_attn.o_b_proj.weight", axes="D GR")),
-    # compressor
-    ParamRule(
-        "attn.compressor.kv",
-        "DW",
-        "attn.compressor.wkv.weight",
-        "W D",
-        _same("self_attn.compressor.kv_proj.weight", axes="W D"),
-        layers="compressed",
-    ),
-    ParamRule(
-        "attn.compressor.gate",
-        "DW",
-        "attn.compressor.wgate.weight",
-        "W D",
-        _same("self_attn.compressor.gate_proj.weight", axes="W D"),
-        layers="compressed",
-    ),
-    ParamRule(
-        "attn.compressor.ape",
-        "PW",
-        "attn.compressor.ape",
-        "P W",
-        _same("self_attn.compressor.position_bias", axes="P W"),
-        role="f32",
-        layers="compressed",
-    ),
-    ParamRule(
-        "attn.compressor.norm.scale",
-        "H",
-        "attn.compressor.norm.weight",
-        "H",
-        _same("self_attn.compressor.kv_norm.weight", axes="H"),
-        role="norm",
-        layers="compressed",
-    ),
-    # indexer
-    ParamRule(
-        "attn.indexer.q_up",
-        "QJL",
-        "attn.indexer.wq_b.weight",
-        "JL Q",
-        _same("self_attn.compressor.indexer.q_b_proj.weight", axes="JL Q"),
-        layers="csa",
-    ),
-    ParamRule(
-        "attn.indexer.weight",
-        "DJ",
-        "attn.indexer.weights_proj.weight",
-        "J D",
-        _same("self_attn.compressor.indexer.scorer.weights_proj.weight", axes="J D"),
-        layers="csa",
-    ),
-    ParamRule(
-        "attn.indexer.compressor.kv",
-        "DZ",
-        "attn.indexer.compressor.wkv.weight",
-        "Z D",
-        _same("self_attn.compressor.indexer.kv_proj.weight", axes="Z D"),
-        layers="csa",
-    ),
-    ParamRule(
-        "attn.indexer.compressor.gate",
-        "DZ",
-        "attn.indexer.compressor.wgate.weight",
-        "Z D",
-        _same("self_attn.compressor.indexer.gate_proj.weight", axes="Z D"),
-        layers="csa",
-    ),
-    ParamRule(
-        "attn.indexer.compressor.ape",
-        "PZ",
-        "attn.indexer.compressor.ape",
-        "P Z",
-        _same("self_attn.compressor.indexer.position_bias", axes="P Z"),
-        role="f32",
-        layers="csa",
-    ),
-    ParamRule(
-        "attn.indexer.compressor.norm.scale",
-        "L",
-        "attn.indexer.compressor.norm.weight",
-        "L",
-        _same("self_attn.compressor.indexer.kv_norm.weight", axes="L"),
-        role="norm",
-        layers="csa",
-    ),
-    # experts
-    ParamRule("ffn.router.weight", "DE", "ffn.gate.weight", "E D", _same("mlp.gate.weight", axes="E D")),
-    ParamRule(
-        "ffn.router.bias",
-        "E",
-        "ffn.gate.bias",
-        "E",
-        _same("mlp.gate.e_score_correction_bias", axes="E"),
-        role="f32",
-        layers="bias",
-    ),
-    ParamRule(
-        "ffn.router.table",
-        "VK",
-        "ffn.gate.tid2eid",
-        "V K",
-        _same("mlp.gate.tid2eid", axes="V K"),
-        role="index",
-        layers="hash",
-    ),
-    ParamRule(
-        "ffn.experts.gate_up",
-        "EUDF",
-        "ffn.experts.{E}.w{U:1,3}.weight",
-        "F D",
-        (("mlp.experts.gate_up_proj", "E UF D"),),
-    ),
-    ParamRule("ffn.experts.down", "EFD", "ffn.experts.{E}.w2.weight", "D F", (("mlp.experts.down_proj", "E D F"),)),
-    ParamRule(
-        "ffn.shared.gate_up",
-        "DUF",
-        "ffn.shared_experts.w{U:1,3}.weight",
-        "F D",
-        (("mlp.shared_experts.{U:gate,up}_proj.weight", "F D"),),
-    ),
-    ParamRule(
-        "ffn.shared.down",
-        "FD",
-        "ffn.shared_experts.w2.weight",
-        "D F",
-        _same("mlp.shared_experts.down_proj.weight", axes="D F"),
-    ),
-)
-_MTP = (
-    ParamRule("embed_norm.scale", "D", "enorm.weight", "D", role="norm"),
-    ParamRule("hidden_norm.scale", "D", "hnorm.weight", "D", role="norm"),
-    ParamRule("embed_proj", "DA", "e_proj.weight", "A D"),
-    ParamRule("hidden_proj", "DA", "h_proj.weight", "A D"),
-    ParamRule("norm.scale", "D", "norm.weight", "D", role="norm"),
-)
+from v4jax.core.layer_spec import LayerSpec
+from v4jax.models import hf_config
+from v4jax.models.hf.param_rules import ParamRule
 
 # Tensors that the reader ignores: the MTP copies of embedding and head, which transformers' converter drops too.
 IGNORED = re.compile(r"(model\.)?mtp\.\d+\.(embed|embed_tokens|emb\.tok_emb|head|shared_head\.head|lm_head)\.weight")
@@ -300,16 +90,14 @@ class ParamInfo:
 
 def tensors(model: Model) -> dict[str, ParamInfo]:
     """Return {flat name: tensor} for every tensor of a model, in the order in which they are written to files."""
-    result = [_bind(rule, "", ("", "model."), _sizes(model, "swa")) for rule in _ROOT + _HEAD_MHC]
-    for layer, kind in enumerate(model.layer_types):
-        router = "hash" if layer < model.moe.num_hash_layers else "bias"
-        result += _block(model, kind, router, f"layers.{layer}.", f"layers.{layer}.")
-    for draft in range(model.num_nextn_predict_layers):
-        sizes = _sizes(model, "swa")
-        result += [
-            _bind(rule, f"mtp.{draft}.", (f"mtp.{draft}.", f"model.mtp.{draft}."), sizes) for rule in _MTP + _HEAD_MHC
-        ]
-        result += _block(model, "swa", "bias", f"mtp.{draft}.block.", f"mtp.{draft}.")
+    rules = hf_config.model_type(model).params
+    result = [_bind(rule, "", ("", "model."), _sizes(model)) for rule in rules.root]
+    for i, layer in enumerate(model.layers):
+        result += _layer(rules.layer, model, layer, f"layers.{i}.", f"layers.{i}.")
+    for i, layer in enumerate(model.mtp_layers):
+        prefixes = (f"mtp.{i}.", f"model.mtp.{i}.")
+        result += [_bind(rule, f"mtp.{i}.", prefixes, _sizes(model)) for rule in rules.mtp]
+        result += _layer(rules.layer, model, layer, f"mtp.{i}.block.", f"mtp.{i}.")
     return {tensor.name: tensor for tensor in result}
 
 
@@ -318,17 +106,22 @@ def shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in tensors(model).items()}
 
 
-def _block(model: Model, kind: str, router: str, flat_prefix: str, hf_prefix: str) -> list[ParamInfo]:
-    present = {"all", router} | ({"compressed"} if kind != "swa" else set()) | ({"csa"} if kind == "csa" else set())
+def _layer(
+    rules: tuple[ParamRule, ...], model: Model, layer: LayerSpec, flat_prefix: str, hf_prefix: str
+) -> list[ParamInfo]:
     prefixes = (hf_prefix, f"model.{hf_prefix}")
-    sizes = _sizes(model, kind)
-    # The shared experts are stored as one expert of their total width.
-    shared = sizes | {"F": model.moe.moe_intermediate_size * model.moe.n_shared_experts}
-    return [
-        _bind(rule, flat_prefix, prefixes, shared if rule.flat.startswith("ffn.shared.") else sizes)
-        for rule in _BLOCK
-        if rule.layers in present
-    ]
+    sizes = _sizes(model) | _attention_sizes(model, layer.attention)
+    # The shared experts are stored as one expert of their total width. The indexer has a compressor of its own width.
+    special = {
+        "ffn.shared.": {"F": model.moe.moe_intermediate_size * model.moe.n_shared_experts},
+        "attn.indexer.": {"W": 2 * model.indexer.index_head_dim},
+    }
+    result = []
+    for rule in rules:
+        if not rule.layers or layer.parts.intersection(rule.layers):
+            own = next((sizes for start, sizes in special.items() if rule.flat.startswith(start)), {})
+            result.append(_bind(rule, flat_prefix, prefixes, sizes | own))
+    return result
 
 
 def _bind(rule: ParamRule, flat_prefix: str, prefixes: tuple[str, ...], sizes: dict[str, int]) -> ParamInfo:
@@ -339,15 +132,16 @@ def _bind(rule: ParamRule, flat_prefix: str, prefixes: tuple[str, ...], sizes: d
     return ParamInfo(flat_prefix + rule.flat, shape, rule.role, rule.axes, every, used)
 
 
-def _sizes(model: Model, kind: str) -> dict[str, int]:
-    streams, width = model.mhc.hc_mult, model.head_dim * (2 if kind == "csa" else 1)
+def _sizes(model: Model) -> dict[str, int]:
+    """Return the size of each axis that does not depend on the layer."""
+    streams = model.mhc.hc_mult
     return {
         "1": 1,
         "3": 3,
         "U": 2,
         "V": model.vocab_size,
         "D": model.hidden_size,
-        "A": model.hidden_size,
+        "O": model.hidden_size,
         "X": streams,
         "Y": streams,
         "M": streams * streams + 2 * streams,
@@ -357,15 +151,17 @@ def _sizes(model: Model, kind: str) -> dict[str, int]:
         "G": model.o_groups,
         "R": model.o_lora_rank,
         "I": model.num_attention_heads * model.head_dim // model.o_groups,
-        "W": width,
-        "P": model.compress_rate(kind),
         "J": model.indexer.index_n_heads,
         "L": model.indexer.index_head_dim,
-        "Z": 2 * model.indexer.index_head_dim,
         "E": model.moe.n_routed_experts,
         "F": model.moe.moe_intermediate_size,
         "K": model.moe.num_experts_per_tok,
     }
+
+
+def _attention_sizes(model: Model, kind: str) -> dict[str, int]:
+    """Return the sizes of the compressor's axes in a layer of this attention kind."""
+    return {"W": model.head_dim * (2 if kind == "csa" else 1), "P": model.compress_rate(kind)}
 
 
 @cache

@@ -136,8 +136,10 @@ def _link(source, target) -> None:
 
 
 def _remove(path: pathlib.Path) -> None:
-    if path.exists():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync_directory(path: pathlib.Path) -> None:

@@ -7,6 +7,7 @@ and deletes damaged files. It imports jax only inside functions, so that help an
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import os
 import pathlib
@@ -17,6 +18,7 @@ import warnings
 import zlib
 
 from v4jax.core.errors import UserError
+from v4jax.core.paths import local_path
 
 OFF = "off"
 # jaxlib 0.12 crashed with a segmentation fault while it serialized programs (twice in long test runs). From this
@@ -90,8 +92,9 @@ def enable(choice: str | None) -> pathlib.Path | None:
 
 def _usable(choice: str | None) -> pathlib.Path | None:
     """Create and sweep the cache directory. Return it, or None if it is the default one and cannot be used."""
+    chosen = None if choice is None else local_path(choice, "--compilation_cache")
     try:
-        directory = pathlib.Path(choice).expanduser() if choice is not None else default_directory()
+        directory = default_directory() if chosen is None else chosen.expanduser()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         problem = _distrust(directory)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
@@ -149,9 +152,8 @@ def _is_whole(path: pathlib.Path) -> bool:
     data = path.read_bytes()
     try:
         if data.startswith(_ZSTANDARD):
-            from compression import zstd  # Python 3.14 and later, where JAX uses it; JAX uses zlib before
-
-            zstd.decompress(data)
+            # Python 3.14 and later, where JAX uses it; JAX uses zlib before.
+            importlib.import_module("compression.zstd").decompress(data)
         else:
             zlib.decompress(data)
     except ImportError:

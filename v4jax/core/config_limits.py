@@ -13,7 +13,7 @@ import math
 import types
 import typing
 
-from v4jax.core.errors import printable
+from v4jax.core.errors import ConfigError, printable
 
 MAX_LAYERS = 1024
 _MAX_TEXT = 4096  # characters
@@ -97,27 +97,30 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def problem(part, path: str = "") -> str | None:
-    """Find the first invalid field of a config dataclass.
+def minimum(path: str) -> float:
+    """The least allowed value of an int field, by its dotted name."""
+    return RANGES.get(path, _INT)[0]
+
+
+def check_values(part, path: str = "") -> None:
+    """Check the type, range and choices of every field of a config.
 
     Args:
-        part: the config or one of its nested dataclasses.
-        path: dotted name of `part` in the config with a trailing dot; "" for the config itself.
+        part: a config dataclass or one of its nested dataclasses.
+        path: dotted name of `part` in the config with a trailing dot, such as "model."; "" for the config itself.
 
-    Returns:
-        One line that names the field and the problem, or None if all fields are valid.
+    Raises:
+        ConfigError: a value is invalid. The message names the field and the problem.
     """
     for name, hint in _hints(type(part)).items():
         value, where = getattr(part, name), path + name
-        if dataclasses.is_dataclass(hint):
-            if type(value) is not hint:
-                return f"{where} is {value!r}, and must be a group of fields"
-            found = problem(value, f"{where}.")
+        if not dataclasses.is_dataclass(hint):
+            if found := _problem(value, hint, where):
+                raise ConfigError(found)
+        elif type(value) is hint:
+            check_values(value, f"{where}.")
         else:
-            found = _problem(value, hint, where)
-        if found:
-            return found
-    return None
+            raise ConfigError(f"{where} is {value!r}, and must be a group of fields")
 
 
 @functools.cache
@@ -126,6 +129,7 @@ def _hints(cls: type) -> dict[str, object]:
 
 
 def _problem(value, hint, where: str) -> str | None:
+    """Return one line that names the field and what is wrong with its value, or None if the value is valid."""
     if not _fits(value, hint):
         return f"{where} is {value!r}, and must be {_described(hint)}"
     if where == "model.layer_types" and len(value) > MAX_LAYERS:

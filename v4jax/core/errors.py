@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 _VALUE = 200  # maximum number of characters of one name or value in a message
 _MESSAGE = 1000  # maximum number of characters of a message
@@ -26,15 +26,25 @@ class UserError(ValueError):
         super().__init__(text if len(text) <= _MESSAGE else f"{text[: _MESSAGE * 2 // 3]} ... {text[-_MESSAGE // 4 :]}")
 
 
+class ConfigError(UserError):
+    """A configuration is invalid. The message is one line that names the field and the cure."""
+
+
 def printable(text: str) -> str:
     """Return `text` on one line. White space becomes single spaces, control characters become escapes such as \\x1b."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), " ".join(text.split()))
 
 
-def suggest(name: str, known: Sequence[str]) -> str:
-    """Return the hint of a message on an unknown option `name`: the closest known one, or all of them if none is."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"options: {', '.join(known)}"
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the word of `known` nearest to a mistyped `word`, or None. cutoff: least similarity, 0 to 1."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return near[0] if near else None
+
+
+def suggest(word: str, known: Iterable[str], what: str = "options", cutoff: float = 0.6) -> str:
+    """Return the hint of a message on an unknown `word`: the nearest known one, or all of them if none is near."""
+    near = nearest(word, known, cutoff)
+    return f"did you mean {near!r}?" if near else f"{what}: {', '.join(known)}"
 
 
 def _cut(match: re.Match) -> str:

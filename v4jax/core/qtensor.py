@@ -127,13 +127,13 @@ def scaled_dot(x_BRL: jax.Array, rows_BCL: QTensor) -> jax.Array:
     Returns:
         float32 [B, R, C].
     """
-    x_BRL = QTensor(*quantize(x_BRL, "fp8", rows_BCL.shape[-1] // rows_BCL.scales.shape[-1]))
+    codes_BRL = QTensor(*quantize(x_BRL, "fp8", rows_BCL.shape[-1] // rows_BCL.scales.shape[-1]))
     values = lambda a: jax.lax.bitcast_convert_type(a.values, jnp.float8_e4m3fn)
     scales = lambda a: jax.lax.bitcast_convert_type(a.scales, jnp.float8_e8m0fnu)
     return jax.lax.scaled_dot(
-        values(x_BRL),
+        values(codes_BRL),
         values(rows_BCL),
-        lhs_scale=scales(x_BRL),
+        lhs_scale=scales(codes_BRL),
         rhs_scale=scales(rows_BCL),
         dimension_numbers=(((2,), (2,)), ((0,), (0,))),
         preferred_element_type=jnp.float32,

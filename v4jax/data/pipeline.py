@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 import numpy as np
@@ -46,7 +47,7 @@ class BatchIterator:
         self._row += self._batches.size
         return batch
 
-    def get_state(self) -> dict[str, object]:
+    def get_state(self) -> dict[str, Any]:
         """Return the position after the last batch as JSON values.
 
         Returns:

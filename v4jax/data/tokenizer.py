@@ -18,6 +18,7 @@ import tokenizers
 from v4jax import config
 from v4jax.core.atomic import replace_file
 from v4jax.core.errors import UserError
+from v4jax.core.paths import local_path
 from v4jax.data import tokenizer_file
 from v4jax.data.corpus import ASSETS
 
@@ -62,7 +63,7 @@ class Tokenizer:
         model: config.Model | None = None,
         add_bos: bool = False,
     ):
-        path = ASSETS if os.fspath(path) == "auto" else pathlib.Path(path)
+        path = ASSETS if os.fspath(path) == "auto" else local_path(path, "tokenizer")
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise UserError(f"no tokenizer {path}; give a tokenizer.json, a directory with one, or 'auto'")
@@ -96,7 +97,7 @@ class Tokenizer:
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write tokenizer.json and tokenizer_config.json. Transformers then gives the ids of `encode_document`."""
-        directory = pathlib.Path(directory)
+        directory = local_path(directory, "directory")
         directory.mkdir(parents=True, exist_ok=True)
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         config = {name: None if i is None else self._backend.id_to_token(i) for name, i in ids.items()}

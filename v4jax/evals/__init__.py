@@ -6,6 +6,7 @@ import importlib
 import inspect
 
 from v4jax.core.errors import UserError
+from v4jax.core.paths import local_path
 from v4jax.core.reporting import write_json
 
 SUITES = ("kv_quant", "needle", "perplexity")
@@ -27,6 +28,9 @@ def run(suite: str, checkpoint: str, json: str | None = None, **options) -> list
     """
     if suite not in SUITES:
         raise UserError(f"unknown suite {suite!r}; one of {', '.join(SUITES)}")
+    for name, path in {"checkpoint": checkpoint, "json": json, **options}.items():
+        if name in ("checkpoint", "json", "data", "heldout") and path is not None:
+            local_path(path, name)
     home = importlib.import_module(f"v4jax.evals.{suite}")
     for name in options:
         if name not in inspect.signature(home.run).parameters:

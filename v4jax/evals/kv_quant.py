@@ -23,9 +23,10 @@ from v4jax.data.sources import load_documents
 from v4jax.data.tokenizer import load_tokenizer
 from v4jax.evals.heldout import config_of
 from v4jax.evals.thresholds import read as read_bounds
+from v4jax.kernels.indexer import score
 from v4jax.models.transformer import Transformer, continuation_batch, full_batch
 from v4jax.nn.csa import CompressedSparseAttention
-from v4jax.nn.indexer import causal_mask, score
+from v4jax.nn.indexer import causal_mask
 from v4jax.nn.kv_cache_interface import CacheSlots, NoCache
 from v4jax.nn.linear import einsum
 from v4jax.nn.mhc import hc_pre
@@ -64,7 +65,7 @@ def run(
       heldout: As in `perplexity.run`.
 
     Returns:
-      One record per metric; `holds` says whether its bound holds.
+      One record per metric; `holds` is whether its bound holds.
 
     Raises:
       UserError: The checkpoint has no tokenizer or no CSA layers, there is too little text, or a bound is unknown.
@@ -138,7 +139,8 @@ def _logits(model: Transformer, tokens_RT: jax.Array, kv_cache_dtype: str) -> ja
     """Return logits [R, T, V] of whole windows; attention reads entries back from a cache of `kv_cache_dtype`."""
     (R, T), shape = tokens_RT.shape, KVCacheSpec(model.config, kv_cache_dtype)
     pages = -(-T // shape.block_size)
-    state = [[allocate_layer(shape, kind, R * pages, R) for kind, _ in run.kinds] for run in model.stack_specs]
+    allocate = lambda layer: allocate_layer(shape, layer.attention, R * pages, R)
+    state = [[allocate(layer) for layer in stack.pattern] for stack in model.stack_specs]
     rows = jnp.arange(R, dtype=jnp.int32)
     place = CacheSlots(rows, rows[:, None] * pages + jnp.arange(pages, dtype=jnp.int32))
     x_BTXD, _, _ = model.forward_hidden(continuation_batch(tokens_RT, jnp.zeros(R, jnp.int32), None, place), state)

@@ -56,7 +56,7 @@ def run(
       bounds: Bounds of every bin that override the defaults, such as "accuracy=0.9,lost=0.02".
 
     Returns:
-      Records by bin and metric; `holds` says whether the bound holds.
+      Records by bin and metric; `holds` is whether the bound holds.
 
     Raises:
       UserError: The checkpoint was trained on other data, a context is impossible, or a bound is unknown.

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.core.errors import UserError
+from v4jax.kernels.indexer import score
 from v4jax.models.transformer import Transformer, full_batch
 from v4jax.nn import qdq
-from v4jax.nn.indexer import score
 from v4jax.nn.kv_cache_interface import NoCache
 from v4jax.nn.linear import einsum
 from v4jax.nn.mhc import hc_pre
@@ -30,12 +30,12 @@ def indexer_scores(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
     Raises:
         UserError: The model has no CSA layer, or its layers are stacked.
     """
-    shape = model.config
-    if "csa" not in shape.layer_types or any(spec.repeats > 1 for spec in model.stack_specs):
+    shape, kinds = model.config, [layer.attention for layer in model.config.layers]
+    if "csa" not in kinds or any(spec.repeats > 1 for spec in model.stack_specs):
         raise UserError("indexer_scores needs a model with a csa layer, trained with train.scan=false")
     chunk, x_BTXD = full_batch(jnp.asarray(tokens_BT, jnp.int32)), model.embed.embed_streams(tokens_BT)
     layers = [layer for stack in model.stacks for layer in stack]
-    first = shape.layer_types.index("csa")
+    first = kinds.index("csa")
     for layer in layers[:first]:
         x_BTXD, _, _ = layer(x_BTXD, chunk, NoCache())
     layer = layers[first]

@@ -14,26 +14,25 @@ from flax import nnx
 
 from v4jax import config
 from v4jax.core.errors import UserError
-
-LayerKind = tuple[str, bool]  # (attention kind, whether the token id chooses the experts)
+from v4jax.core.layer_spec import LayerSpec
 
 
 class LayerStack(NamedTuple):
-    """Consecutive layers of a repeated pattern, from `first` to `first + repeats * len(kinds) - 1`.
+    """Consecutive layers of a repeated pattern, from `first` to `first + repeats * len(pattern) - 1`.
 
     Attributes:
         first: index of the first layer in the model.
-        kinds: the pattern, one kind per layer.
+        pattern: the layers that repeat.
         repeats: number of times that the pattern occurs.
     """
 
     first: int
-    kinds: tuple[LayerKind, ...]
+    pattern: tuple[LayerSpec, ...]
     repeats: int
 
     def layer(self, position: int, repeat: int) -> int:
         """Return the model's layer index of the layer at `position` of the pattern in repeat `repeat`."""
-        return self.first + repeat * len(self.kinds) + position
+        return self.first + repeat * len(self.pattern) + position
 
 
 def stacks(model: config.Model, scan: bool) -> list[LayerStack]:
@@ -42,19 +41,17 @@ def stacks(model: config.Model, scan: bool) -> list[LayerStack]:
     From each first layer the longest repetition of a pattern of one or two layers becomes a stack. Without `scan`
     each layer is a stack of its own.
     """
-    kinds = [(kind, i < model.moe.num_hash_layers) for i, kind in enumerate(model.layer_types)]
-    specs, i = [], 0
-    while i < len(kinds):
-        best = LayerStack(i, (kinds[i],), 1)
+    layers, specs, i = model.layers, [], 0
+    while i < len(layers):
+        best = LayerStack(i, layers[i : i + 1], 1)
         for period in (1, 2) if scan else ():
-            pattern = kinds[i : i + period]
-            repeats = 1
-            while kinds[i + repeats * period : i + (repeats + 1) * period] == pattern:
+            pattern, repeats = layers[i : i + period], 1
+            while layers[i + repeats * period : i + (repeats + 1) * period] == pattern:
                 repeats += 1
-            if repeats > 1 and repeats * period > best.repeats * len(best.kinds):
-                best = LayerStack(i, tuple(pattern), repeats)
+            if repeats > 1 and repeats * period > best.repeats * len(best.pattern):
+                best = LayerStack(i, pattern, repeats)
         specs.append(best)
-        i += best.repeats * len(best.kinds)
+        i += best.repeats * len(best.pattern)
     return specs
 
 

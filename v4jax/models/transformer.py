@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from v4jax import config
 from v4jax.core.errors import UserError
+from v4jax.core.layer_spec import LAYER_CHOICES, LayerSpec
 from v4jax.models.layer_stacks import stacks
 from v4jax.nn.decoder_layer import DecoderLayer
 from v4jax.nn.embed import Embed, LMHead
@@ -50,14 +51,14 @@ class Transformer(nnx.Module):
         self.embed = Embed(model, rngs)
         self.stacks = nnx.List(
             [
-                nnx.List([_decoder_layers(model, *kind, spec.repeats, rngs) for kind in spec.kinds])
-                for spec in self.stack_specs
+                nnx.List([_decoder_layers(model, layer, stack.repeats, rngs) for layer in stack.pattern])
+                for stack in self.stack_specs
             ]
         )
         self.head_mhc = HyperHead(model, rngs)
         self.norm = RMSNorm("D", model.hidden_size, model.rms_norm_eps)
         self.head = LMHead(model, rngs)
-        self.mtp = nnx.List([MTP(model, rngs) for _ in range(model.num_nextn_predict_layers)])
+        self.mtp = nnx.List([MTP(model, layer, rngs) for layer in model.mtp_layers])
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Run the full forward pass without a cache.
@@ -74,9 +75,9 @@ class Transformer(nnx.Module):
         return _logits(self, jnp.asarray(_checked(tokens_BT, self.config.vocab_size), jnp.int32))
 
     def __repr__(self) -> str:
-        model, kinds = self.config, {kind: self.config.layer_types.count(kind) for kind in config.LAYER_KINDS}
+        model, kinds = self.config, [layer.attention for layer in self.config.layers]
         count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self)))
-        layers = ", ".join(f"{number} {kind}" for kind, number in kinds.items() if number)
+        layers = ", ".join(f"{kinds.count(kind)} {kind}" for kind in LAYER_CHOICES["attention"] if kind in kinds)
         return (
             f"Transformer({count:,} parameters, {model.dtype}, {model.num_hidden_layers} layers: {layers}, "
             f"{model.num_nextn_predict_layers} MTP, vocabulary {model.vocab_size:,})"
@@ -137,7 +138,7 @@ class Transformer(nnx.Module):
 
     def no_cache(self) -> KVCacheList:
         """Return the caches for a call whose tokens are the full sequence, without earlier tokens."""
-        return [[NoCache() for _ in spec.kinds] for spec in self.stack_specs]
+        return [[NoCache() for _ in stack.pattern] for stack in self.stack_specs]
 
 
 def full_batch(
@@ -203,13 +204,11 @@ def _logits(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
     return model.logits(model.forward_hidden(full_batch(tokens_BT), model.no_cache())[0])
 
 
-def _decoder_layers(model: config.Model, kind: str, hashed: bool, repeats: int, rngs: nnx.Rngs) -> DecoderLayer:
+def _decoder_layers(model: config.Model, layer: LayerSpec, repeats: int, rngs: nnx.Rngs) -> DecoderLayer:
     """Create one decoder layer, or `repeats` stacked ones whose arrays have a leading axis."""
     if repeats == 1:
-        return DecoderLayer(model, kind, hashed, rngs)
-    return jax.vmap(lambda key: DecoderLayer(model, kind, hashed, nnx.Rngs(key)))(
-        jax.random.split(rngs.params(), repeats)
-    )
+        return DecoderLayer(model, layer, rngs)
+    return jax.vmap(lambda key: DecoderLayer(model, layer, nnx.Rngs(key)))(jax.random.split(rngs.params(), repeats))
 
 
 def _stack_body(x_BTXD, layers, pasts, chunk):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
-from v4jax.core.pytree import pytree
+from v4jax.kernels.attention import SoftmaxPartial, attend_window, map_query_tiles
 from v4jax.nn import qdq
 from v4jax.nn.kv_cache_interface import (
     NO_TOKEN,
@@ -30,14 +30,6 @@ from v4jax.nn.linear import einsum, normal_param, param
 from v4jax.nn.norm import RMSNorm, rms
 from v4jax.nn.rope import angles, frequencies, rotate
 from v4jax.parallel.context_parallel import ContextShards, active_context_shards
-
-_QUERY_TILE = 128  # queries per tile, rounded down to a multiple of the window, at least one window
-_MASKED_MAX = -1e30  # lower bound of the logit maximum; finite, so that a fully masked query sums to 0 and not to NaN
-# At or below this many queries per row (a decode step, draft tokens included) the keys are the left matmul operand:
-# XLA:CPU would transpose them first as the right operand.
-MAX_DECODE_QUERIES = 8
-# Up to this many tiles are batched. More tiles are computed one by one, and the backward pass recomputes their softmax.
-_MAX_BATCHED_TILES = 8
 
 
 class SlidingWindowAttention(nnx.Module):
@@ -115,32 +107,11 @@ class SlidingWindowAttention(nnx.Module):
     def _attend(
         self, q_BTNH, extra, rows: WindowKV, chunk: ForwardBatch, past: LayerCache
     ) -> tuple[jax.Array, jax.Array, LayerCache]:
-        """Attend in tiles of queries, so that memory grows with tile size times row length, not with its square."""
-        window, T = self.model.sliding_window, q_BTNH.shape[1]
-        size = window * max(1, _QUERY_TILE // window)  # a tile reads its own rows and the `window` rows before them
+        """Attend in tiles of queries. Only reads of a single tile change the cache."""
         queries = (q_BTNH, chunk.seq_index_BT, chunk.segments_BT, *extra)
-        if T <= size:
-            o, loss, view = self._attend_tile(queries, rows, past.reader(chunk, self.dtype))
-            return o, loss, past.with_reader(view)
-        B, tiles, pad = q_BTNH.shape[0], -(-T // size), -T % size
-        tiled = lambda a: a.reshape(B, tiles, size, *a.shape[2:])
-        split = lambda a: tiled(jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)))
-
-        def overlapping(a):  # [B, window + T, ...] to [B, tiles, window + size, ...]
-            before = tiled(a[:, : tiles * size])[:, :, :window]
-            return jnp.concatenate([before, tiled(a[:, window:])], axis=2)
-
-        arguments = (jax.tree.map(split, queries), jax.tree.map(overlapping, rows.padded(pad)))
-        if tiles <= _MAX_BATCHED_TILES:  # merge tiles into the batch axis: matmuls read the arrays without a copy
-            merged = jax.tree.map(lambda a: a.reshape(B * tiles, *a.shape[2:]), arguments)
-            o, loss, _ = self._attend_tile(*merged, past.reader(chunk, self.dtype, times=tiles))
-        else:
-            view = past.reader(chunk, self.dtype)
-            walk = jax.checkpoint(lambda tile: self._attend_tile(*tile, view)[:2])
-            out = jax.lax.map(walk, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), arguments))
-            o, loss = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B * tiles, *a.shape[2:]), out)
-        join = lambda a: a.reshape(B, tiles * size, *a.shape[2:])[:, :T]
-        return join(o), join(loss), past
+        reader = lambda times: past.reader(chunk, self.dtype, times)
+        o, loss, view = map_query_tiles(self._attend_tile, queries, rows, reader, self.model.sliding_window)
+        return o, loss, past if view is None else past.with_reader(view)
 
     def _attend_context_parallel(
         self, split: ContextShards, q_BTNH, extra, rows: WindowKV, entries: DenseEntries | None
@@ -168,44 +139,18 @@ class SlidingWindowAttention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, EntryReader | None]:
         """Compute one softmax over window rows, compressed entries and the sink (spec 2.3, steps 9 to 11)."""
         q_BTNH, seq_index_BT, segments_BT, *extra = queries
-        ago_BTS = seq_index_BT[:, :, None] - rows.seq_index_BS[:, None, :]
-        seen_BTS = (ago_BTS >= 0) & (ago_BTS < self.model.sliding_window)
-        if segments_BT is not None:
-            seen_BTS &= segments_BT[:, :, None] == rows.segments_BS[:, None, :]
-        part, scored = attend(q_BTNH, rows.kv_BSH, seen_BTS)[0], None
+        index, segments = (seq_index_BT, rows.seq_index_BS), (segments_BT, rows.segments_BS)
+        part = attend_window(q_BTNH, rows.kv_BSH, *index, *segments, window=self.model.sliding_window)
+        scored = None
         if view is not None and view.size:  # size is 0 if a call without history is shorter than one window
             far, scored, view = self.attend_compressed(q_BTNH, extra, seq_index_BT, segments_BT, view)
             part = part.merge(far)
-        sink_N1 = self.sink[...].astype(jnp.float32)[:, None]
-        peak = jnp.maximum(part.max_BTN1, jax.lax.stop_gradient(sink_N1))
-        shrink = jnp.exp(part.max_BTN1 - peak)
-        total = part.sum_BTN1 * shrink + jnp.exp(sink_N1 - peak)
+        o_BTNH, max_BTN1, sum_BTN1 = part.normalize(self.sink[...])
         loss_BT = jnp.zeros(seq_index_BT.shape, jnp.float32)
         if scored is not None:
-            mass_BTC = jnp.sum(scored.p_BTNC * (jnp.exp(far.max_BTN1 - peak) / total), axis=2)
+            mass_BTC = jnp.sum(scored.p_BTNC * (jnp.exp(far.max_BTN1 - max_BTN1) / sum_BTN1), axis=2)
             loss_BT = index_loss(scored.scores_BTC, scored.mask_BTC, mass_BTC)
-        return (part.o_BTNH * (shrink / total)).astype(self.dtype), loss_BT, view
-
-
-@pytree
-class SoftmaxPartial:
-    """Unnormalized attention over a subset of the keys, per query and head, all float32.
-
-    Attributes:
-        max_BTN1: maximum of the logits. It has no gradient, because no normalized result depends on it.
-        sum_BTN1: sum of exp(logit - max).
-        o_BTNH: sum of exp(logit - max) times the value.
-    """
-
-    max_BTN1: jax.Array
-    sum_BTN1: jax.Array
-    o_BTNH: jax.Array
-
-    def merge(self, other: SoftmaxPartial) -> SoftmaxPartial:
-        """Return the attention over the union of both subsets, which must be disjoint."""
-        peak = jnp.maximum(self.max_BTN1, other.max_BTN1)
-        a, b = jnp.exp(self.max_BTN1 - peak), jnp.exp(other.max_BTN1 - peak)
-        return SoftmaxPartial(peak, self.sum_BTN1 * a + other.sum_BTN1 * b, self.o_BTNH * a + other.o_BTNH * b)
+        return o_BTNH.astype(self.dtype), loss_BT, view
 
 
 class IndexerTrace(NamedTuple):
@@ -214,32 +159,6 @@ class IndexerTrace(NamedTuple):
     scores_BTC: jax.Array
     mask_BTC: jax.Array
     p_BTNC: jax.Array
-
-
-def attend(q_BTNH: jax.Array, keys: jax.Array, mask_BTS: jax.Array) -> tuple[SoftmaxPartial, jax.Array]:
-    """Attend to keys, which are also the values.
-
-    Args:
-        q_BTNH: [B, T, N, H], queries.
-        keys: [B, S, H] if all queries of a batch row share the keys, or [B, T, S, H] if each query has its own.
-        mask_BTS: bool [B, T, S], True for the keys that a query attends.
-
-    Returns:
-        The partial softmax and exp(logit - max), float32 [B, T, N, S]. A fully masked query has sum 0.
-    """
-    letters = "BSH" if keys.ndim == 3 else "BTSH"
-    keys = keys.astype(q_BTNH.dtype)
-    if q_BTNH.shape[1] <= MAX_DECODE_QUERIES:  # keys as the left operand: see MAX_DECODE_QUERIES
-        out = "BSTN" if keys.ndim == 3 else "BTSN"
-        logits = jnp.einsum(f"{letters},BTNH->{out}", keys, q_BTNH, preferred_element_type=jnp.float32)
-        logits = jnp.moveaxis(logits, out.index("S"), -1)
-    else:
-        logits = jnp.einsum(f"BTNH,{letters}->BTNS", q_BTNH, keys, preferred_element_type=jnp.float32)
-    logits = jnp.where(mask_BTS[:, :, None], logits * q_BTNH.shape[-1] ** -0.5, -jnp.inf)
-    peak = jax.lax.stop_gradient(jnp.maximum(logits.max(-1, keepdims=True), _MASKED_MAX))
-    p_BTNS = jnp.exp(logits - peak)
-    o_BTNH = jnp.einsum(f"BTNS,{letters}->BTNH", p_BTNS.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
-    return SoftmaxPartial(peak, p_BTNS.sum(-1, keepdims=True), o_BTNH), p_BTNS
 
 
 def index_loss(scores_BTC: jax.Array, mask_BTC: jax.Array, mass_BTC: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.core.errors import UserError
-from v4jax.kernels.grouped_mlp import best, experts
+from v4jax.kernels.grouped_mlp import experts
 from v4jax.parallel.rules import MeshRules
 from v4jax.parallel.token_dispatch import TokenDispatcher
 
@@ -23,7 +23,6 @@ from v4jax.parallel.token_dispatch import TokenDispatcher
 # round, which costs time but drops no token. The value is an estimate: one round is enough for routing that the balance
 # rules hold within a third of the mean.
 _CAPACITY_FACTOR = 1.5
-_NO_RAGGED = {"cpu"}  # platforms without `lax.ragged_all_to_all`
 
 
 def ep_experts(
@@ -46,7 +45,7 @@ def ep_experts(
         float32 [B, T, D].
 
     Raises:
-        UserError: the layout splits the experts in a way that `validate_ep` refuses.
+        UserError: the sharding rules split the experts in a way that `validate_ep` refuses.
     """
     validate_ep(sharding)
     if sharding.per_device:
@@ -61,7 +60,7 @@ def validate_ep(sharding: MeshRules) -> None:
         for axis in sharding.axes("weights", name):
             if (axis in tokens) != inside:
                 raise UserError(
-                    f"layout {sharding.rules.name!r}: mesh axis {axis!r} splits {name!r} and so must "
+                    f"sharding rules {sharding.rules.name!r}: mesh axis {axis!r} splits {name!r} and so must "
                     f"{'also' if inside else 'not'} split batch or token"
                 )
 
@@ -102,7 +101,8 @@ _routed.defvjp(_save, _gradients)
 
 def _forward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EUDF, down_EFD, picks_BTK):
     """Run the experts on one device's tokens with its shard of the matrices (the shard_map body)."""
-    rounds, one = _dispatch_plan(sharding, _products(sharding, limit, fp8), picks_BTK, gate_up_EUDF.shape[0])
+    products = functools.partial(experts, limit=limit, fp8=fp8)
+    rounds, one = _dispatch_plan(sharding, products, picks_BTK, gate_up_EUDF.shape[0])
     arguments = (_flat(x_BTD), _flat(weights_BTK), *_gathered(sharding, x_BTD.dtype, gate_up_EUDF, down_EFD))
     first = one(jnp.int32(0), *arguments)  # outside the loop, so that it can overlap with independent work
     y_BD = jax.lax.fori_loop(1, rounds, lambda turn, y: y + one(turn, *arguments), first)
@@ -111,7 +111,8 @@ def _forward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EUDF, down_EFD, p
 
 def _backward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EUDF, down_EFD, picks_BTK, dy_BTD):
     """Recompute each round with its gradients; those of a matrix are summed over the devices that used it."""
-    rounds, one = _dispatch_plan(sharding, _products(sharding, limit, fp8), picks_BTK, gate_up_EUDF.shape[0])
+    products = functools.partial(experts, limit=limit, fp8=fp8)
+    rounds, one = _dispatch_plan(sharding, products, picks_BTK, gate_up_EUDF.shape[0])
     arguments = (_flat(x_BTD), _flat(weights_BTK), *_gathered(sharding, x_BTD.dtype, gate_up_EUDF, down_EFD))
     pull = lambda turn: jax.vjp(functools.partial(one, turn), *arguments)[1](_flat(dy_BTD))
     add = lambda turn, sums: jax.tree.map(jnp.add, sums, pull(turn))
@@ -124,11 +125,6 @@ def _backward(sharding, limit, fp8, x_BTD, weights_BTK, gate_up_EUDF, down_EFD, 
         dgate_up.astype(gate_up_EUDF.dtype),
         ddown.astype(down_EFD.dtype),
     )
-
-
-def _products(sharding, limit, fp8):
-    """Return the expert kernel for the mesh's platform, which may differ from the backend of this process."""
-    return functools.partial(experts, limit=limit, fp8=fp8, impl=best(sharding.platform))
 
 
 def _dispatch_plan(sharding, products, picks_BTK, experts_here):
@@ -148,8 +144,7 @@ def _dispatch_plan(sharding, products, picks_BTK, experts_here):
     count_PP = counts_PE.reshape(P, P, experts_here).sum(-1)
     most = P * B * min(K, experts_here)
     room = min(most, -(-int(_CAPACITY_FACTOR * B * K) // 8) * 8)
-    ragged = sharding.platform not in _NO_RAGGED
-    dispatcher = TokenDispatcher(axes, ragged, room, jax.lax.axis_index(axes), count_PP)
+    dispatcher = TokenDispatcher(axes, sharding.platform, room, jax.lax.axis_index(axes), count_PP)
     # Rows without an expert come last and are not sent.
     destination_R = jnp.minimum(picks_R[order_R] // experts_here, P - 1)
     # Received rows are ordered by source, then by expert, so the counts alone give the expert of a slot.

@@ -5,21 +5,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
+from v4jax.kernels.attention import SoftmaxPartial, attend_entries
 from v4jax.nn import qdq
-from v4jax.nn.attention import MAX_DECODE_QUERIES, SlidingWindowAttention, SoftmaxPartial, attend
+from v4jax.nn.attention import SlidingWindowAttention
 from v4jax.nn.compressor import Compressor
 from v4jax.nn.indexer import causal_mask
 from v4jax.nn.kv_cache_interface import EntryReader, ForwardBatch, LayerCache
-
-_MAX_SINGLE_PASS = 1024  # up to this many entries are read at once, more in pieces up to the last visible one
-_FEW_PIECE = 1024  # entries per read in a decode step, where the logits of few queries take little memory
 
 
 class HeavilyCompressedAttention(SlidingWindowAttention):
     """A window layer that also attends all its compressed entries."""
 
     kind = "hca"
-    piece = 256  # entries per read in a prefill
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         super().__init__(model, rngs)
@@ -37,13 +34,8 @@ class HeavilyCompressedAttention(SlidingWindowAttention):
     def attend_compressed(
         self, q_BTNH: jax.Array, extra, seq_index_BT, segments_BT, view: EntryReader
     ) -> tuple[SoftmaxPartial, None, EntryReader]:
-        readable = self.entry_mask(seq_index_BT, segments_BT, view)
-        if view.size <= _MAX_SINGLE_PASS:
-            return attend(q_BTNH, view.read_entries(0, view.size), readable(0, view.size))[0], None, view
-        size = self.piece if seq_index_BT.shape[1] > MAX_DECODE_QUERIES else _FEW_PIECE
-        read = lambda i: attend(q_BTNH, view.read_entries(i * size, size), readable(i * size, size))[0]
-        last = -(-self.num_visible(seq_index_BT) // size)
-        return jax.lax.fori_loop(1, last, lambda i, part: part.merge(read(i)), read(0)), None, view
+        mask, num_visible = self.entry_mask(seq_index_BT, segments_BT, view), self.num_visible(seq_index_BT)
+        return attend_entries(q_BTNH, view, mask, num_visible, kind=self.kind), None, view
 
     def entry_mask(self, seq_index_BT: jax.Array, segments_BT: jax.Array | None, view: EntryReader):
         """Return a function (first, count) to bool [B, T, count]: True for complete entries of the query's document."""

@@ -16,6 +16,7 @@ are in `cache/`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 
 from v4jax.core.pytree import pytree
 from v4jax.core.qtensor import QTensor
+from v4jax.kernels.attention import EntrySource
 from v4jax.parallel.context_parallel import active_context_shards
 
 NO_TOKEN = -(2**30)  # seq_index of an empty window row; it is older than every window, so no query attends it
@@ -71,17 +73,20 @@ class ForwardBatch:
 
     @property
     def valid_BT(self) -> jax.Array | None:
-        """bool [B, T], True for tokens among the first `num_valid_B` of a row that is in use (a row with a KV block).
+        """bool [B, T], True for the tokens that count; None if all do.
 
-        None means that every token is valid. The padding of packed rows (segment 0) counts as valid.
+        A token counts if it is among the first `num_valid_B` of its row, the row is in use (it has a KV block), and the
+        token belongs to a document (in packed rows, its segment is above 0). Experts, losses and expert loads leave out
+        all others.
         """
-        valid_BT = None
+        masks = []
+        if self.segments_BT is not None:
+            masks.append(self.segments_BT > 0)
         if self.num_valid_B is not None:
-            valid_BT = jnp.arange(self.tokens_BT.shape[1]) < self.num_valid_B[:, None]
+            masks.append(jnp.arange(self.tokens_BT.shape[1]) < self.num_valid_B[:, None])
         if self.cache_slots is not None:
-            owned_B1 = self.cache_slots.block_table_BA[:, :1] >= 0
-            valid_BT = jnp.broadcast_to(owned_B1, self.tokens_BT.shape) if valid_BT is None else valid_BT & owned_B1
-        return valid_BT
+            masks.append(self.cache_slots.block_table_BA[:, :1] >= 0)
+        return jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), self.tokens_BT.shape) if masks else None
 
     @property
     def slots(self) -> CacheSlots:
@@ -134,36 +139,18 @@ class CompressionWindows:
     complete_BC: jax.Array
 
 
-class EntryReader(Protocol):
-    """Read access by index to the entries and index keys of one layer.
+class EntryReader(EntrySource, Protocol):
+    """Read access by index to the entries (see `EntrySource`) and index keys of one layer."""
 
-    Attributes:
-        size: number of entries per row that the storage has room for.
-        segments_BC: int32 [B, C], document of each entry; None if rows are not packed.
-    """
-
-    size: int
-    segments_BC: jax.Array | None
-
-    def read_entries(self, first: jax.Array, count: int) -> jax.Array:
-        """Return entries first .. first + count - 1 of every row, [B, count, H].
-
-        `first` is any int32. An index beyond `size` gives an arbitrary stored entry, which the caller has to mask.
-        """
+    @property
+    def segments_BC(self) -> jax.Array | None:
+        """int32 [B, C], document of each entry; None if rows are not packed."""
         ...
 
-    def read_index_keys(self, first: jax.Array, count: int, coded: bool = False) -> jax.Array | QTensor:
-        """Return the index keys of the same range, [B, count, L].
+    def read_index_keys(self, first: jax.Array, count: int, raw_fp8: bool = False) -> jax.Array | QTensor:
+        """Return the index keys of entries first .. first + count - 1 of every row, [B, count, L].
 
-        With `coded`, keys that are stored in e4m3 are returned as a QTensor instead of being dequantized.
-        """
-        ...
-
-    def gather_entries(self, pick_BTK: jax.Array) -> tuple[jax.Array, EntryReader]:
-        """Return the entries at int32 pick_BTK, [B, T, K, H], and the reader after the read.
-
-        A negative index gives some finite entry. The reader is returned because a cache may keep the entries that it
-        fetched (see `cache/entry_cache.py`).
+        With `raw_fp8`, keys that are stored in e4m3 are returned as a QTensor instead of being dequantized.
         """
         ...
 
@@ -238,7 +225,7 @@ class DenseEntries:
     def read_entries(self, first, count):
         return _run(self.kv_BCH, first, count)
 
-    def read_index_keys(self, first, count, coded=False):
+    def read_index_keys(self, first, count, raw_fp8=False):
         return _run(self.index_BCL, first, count)
 
     def gather_entries(self, pick_BTK):
@@ -246,6 +233,9 @@ class DenseEntries:
 
     def gather_index_keys(self, pick_BTK):
         return _picked(self.index_BCL, pick_BTK)
+
+    def operands(self) -> None:
+        return None
 
 
 @pytree

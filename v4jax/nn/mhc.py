@@ -7,10 +7,8 @@ from flax import nnx
 
 from v4jax import config
 from v4jax.kernels.sinkhorn import sinkhorn
+from v4jax.kernels.tuning import tuned
 from v4jax.nn.linear import normal_param, param
-
-# Up to this many tokens XLA:CPU is faster with the weight as left operand, beyond that with the tokens.
-_FEW_TOKENS = 16
 
 
 def _mean(n: int) -> np.ndarray:
@@ -28,7 +26,8 @@ def _coefficients(x_BTXD: jax.Array, fn_MXD: jax.Array, rms_norm_eps: float) -> 
     inverse_rms_BT = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=(-2, -1)) + rms_norm_eps)
     # Merge streams and hidden size into one axis V = X D. Otherwise XLA transposes and copies the weight in each call.
     fn_MV, x_BTV = fn_MXD.astype(jnp.float32).reshape(fn_MXD.shape[0], -1), x.reshape(*x.shape[:2], -1)
-    if x.shape[0] * x.shape[1] <= _FEW_TOKENS:
+    # For few tokens XLA:CPU is faster with the weight as the left operand, for more with the tokens.
+    if x.shape[0] * x.shape[1] <= tuned("mhc")["max_tokens_weight_left"]:
         return jnp.einsum("MV,BTV->MBT", fn_MV, x_BTV) * inverse_rms_BT
     return jnp.moveaxis(jnp.einsum("BTV,MV->BTM", x_BTV, fn_MV), -1, 0) * inverse_rms_BT
 

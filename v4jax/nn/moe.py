@@ -43,23 +43,31 @@ class ExpertWeights(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """The feed-forward sublayer. Layers with `hashed` routing return a balance loss of 0 (spec 3.3)."""
+    """The feed-forward sublayer of a layer whose experts a `router` chooses."""
 
-    def __init__(self, model: config.Model, hashed: bool, rngs: nnx.Rngs):
+    def __init__(self, router: type[Router], model: config.Model, rngs: nnx.Rngs):
         moe = model.moe
-        self.hashed, self.limit, self.dtype = hashed, moe.swiglu_limit, jnp.dtype(model.dtype)
-        self.router = Router(model, hashed, rngs)
+        self.limit, self.dtype = moe.swiglu_limit, jnp.dtype(model.dtype)
+        self.router = router(model, rngs)
         self.experts = ExpertWeights(model, moe.moe_intermediate_size, moe.n_routed_experts, rngs)
         self.shared = ExpertWeights(model, moe.moe_intermediate_size * moe.n_shared_experts, None, rngs)
 
     def __call__(self, x_BTD: jax.Array, chunk: ForwardBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return y_BTD, the balance loss (float32 scalar) and the number of tokens of each expert, float32 [E]."""
+        """Apply the experts.
+
+        Args:
+            x_BTD: inputs of the layer.
+            chunk: the tokens; those that `chunk.valid_BT` leaves out go to no routed expert and are not counted.
+
+        Returns:
+            y_BTD, the balance loss (float32 scalar, 0 if the router has none) and the number of valid tokens of each
+            expert, float32 [E].
+        """
         picks_BTK, weights_BTK, scores_BTE = self.router(x_BTD, chunk.tokens_BT)
         matrices, fp8 = self.experts.matrices(), is_fp8(self.experts.gate_up)
         taken_BTK, valid_BT = picks_BTK, chunk.valid_BT
-        # Invalid tokens go to no expert: they are neither computed nor dispatched. The padding of packed rows is both.
         if valid_BT is not None:
-            taken_BTK = jnp.where(valid_BT[..., None], picks_BTK, scores_BTE.shape[-1])
+            taken_BTK = jnp.where(valid_BT[..., None], picks_BTK, scores_BTE.shape[-1])  # E is no expert
         if (sharding := current_rules()) is not None:
             routed = ep_experts(sharding, x_BTD, taken_BTK, weights_BTK, *matrices, self.limit, fp8)
         else:
@@ -71,6 +79,5 @@ class MoE(nnx.Module):
         h = swiglu(einsum("BTD,DUF->BTUF", x_BTD, self.shared.gate_up, self.dtype), self.limit).astype(self.dtype)
         shared = einsum("BTF,FD->BTD", h, self.shared.down, self.dtype)
         y_BTD = (routed + shared.astype(jnp.float32)).astype(x_BTD.dtype)
-        in_document_BT = None if chunk.segments_BT is None else chunk.segments_BT > 0
-        balance, load_E = balance_loss(scores_BTE, picks_BTK, in_document_BT)
-        return y_BTD, jnp.where(self.hashed, 0.0, balance), load_E
+        balance, load_E = balance_loss(scores_BTE, picks_BTK, valid_BT)
+        return y_BTD, balance if self.router.has_balance_loss else jnp.zeros_like(balance), load_E

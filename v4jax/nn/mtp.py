@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax import config
+from v4jax.core.layer_spec import LayerSpec
 from v4jax.nn.decoder_layer import DecoderLayer
 from v4jax.nn.kv_cache_interface import ForwardBatch, LayerCache
 from v4jax.nn.linear import einsum, normal_param
@@ -13,15 +14,15 @@ from v4jax.nn.norm import RMSNorm
 
 
 class MTP(nnx.Module):
-    """Sliding-window layer over (streams of the last layer, embedding of the next token); shares embedding and head."""
+    """A decoder layer over (streams of the last layer, embedding of the next token); shares embedding and head."""
 
-    def __init__(self, model: config.Model, rngs: nnx.Rngs):
+    def __init__(self, model: config.Model, layer: LayerSpec, rngs: nnx.Rngs):
         D = model.hidden_size
         self.dtype = jnp.dtype(model.dtype)
         self.embed_norm, self.hidden_norm = RMSNorm("D", D, model.rms_norm_eps), RMSNorm("D", D, model.rms_norm_eps)
         self.embed_proj = normal_param(rngs, "DO", (D, D), model.initializer_range)
         self.hidden_proj = normal_param(rngs, "DO", (D, D), model.initializer_range)
-        self.block = DecoderLayer(model, "swa", False, rngs)
+        self.block = DecoderLayer(model, layer, rngs)
         self.head_mhc = HyperHead(model, rngs)
         self.norm = RMSNorm("D", D, model.rms_norm_eps)
 

@@ -82,8 +82,9 @@ def active_context_shards() -> ContextShards | None:
     None if there are no current rules, if they do not split the token axis, or if they are `per_device`.
     """
     sharding = current_rules()
-    split = sharding is not None and not sharding.per_device and sharding.axes("activations", "token")
-    return ContextShards(sharding) if split else None
+    if sharding is None or sharding.per_device or not sharding.axes("activations", "token"):
+        return None
+    return ContextShards(sharding)
 
 
 def shard_local(function: Callable, *arguments):

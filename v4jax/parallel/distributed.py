@@ -7,6 +7,7 @@ VMs, or JAX's own variables). `initialize` joins the run. A single process does 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import socket
@@ -96,11 +97,15 @@ def _open_mpi(env: Mapping[str, str]) -> ProcessInfo | None:
     host = re.search(r"tcp[46]?://\[?([^],:]+)", uri)
     local = _number(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
     single = local == count  # then use the loopback: the daemon's address may only be reachable from outside
-    if not host and not single:
+    if single:
+        address = "127.0.0.1"
+    elif host:
+        address = host[1]
+    else:
         raise UserError("mpirun left no address of its first host; set JAX_COORDINATOR_ADDRESS=HOST:PORT (mpirun -x)")
     return ProcessInfo(
         "Open MPI",
-        _with_port("127.0.0.1" if single else host[1], env),
+        _with_port(address, env),
         count,
         _number(env["OMPI_COMM_WORLD_RANK"]),
         _own_devices(env, local, _number(env.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))),
@@ -139,7 +144,9 @@ def _slurm_local_tasks(env: Mapping[str, str]) -> int:
 def _tpu(env: Mapping[str, str]) -> ProcessInfo | None:
     """Detect several TPU hosts of a TPU VM or of GKE.
 
-    JAX reads coordinator, count and index from the same variables or from the metadata server.
+    Coordinator, count and index stay None, so that `initialize` skips `rendezvous`: on a TPU VM only the metadata
+    server knows them, and with several slices libtpu numbers the processes. JAX reads both. A host that does not start
+    therefore ends the others with JAX's own message.
     """
     hosts = [host for host in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
     many = len(hosts) > 1 or _number(env.get("MEGASCALE_NUM_SLICES", "1")) > 1
@@ -174,8 +181,14 @@ def _own_devices(env: Mapping[str, str], local: int, index: int) -> tuple[int, .
 
 
 def first_host(nodes: str) -> str:
-    """Return the first host of a Slurm node list: "node[003,007-9],x" gives "node003"."""
+    """Return the first host of a Slurm node list: "node[003,007-9],x" gives "node003".
+
+    Raises:
+        UserError: the list is empty or malformed.
+    """
     match = re.match(r"([^,\[]+)(?:\[([^],-]+)[^]]*\]([^,]*))?", nodes)
+    if match is None:
+        raise UserError(f"the launcher's environment has {nodes!r} where a list of hosts belongs")
     return match[1] + (match[2] or "") + (match[3] or "")
 
 
@@ -206,15 +219,15 @@ def initialize(process: ProcessInfo | None, timeout: int) -> None:
     if process is None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # affects the CPU backend only
-    options = {"initialization_timeout": timeout, "heartbeat_timeout_seconds": _HEARTBEAT}
+    join = functools.partial(
+        jax.distributed.initialize, initialization_timeout=timeout, heartbeat_timeout_seconds=_HEARTBEAT
+    )
     if process.coordinator is None:
-        jax.distributed.initialize(**options)
+        join()
         return
     rendezvous(process, timeout)
     devices = list(process.devices) if process.devices else None
-    jax.distributed.initialize(
-        process.coordinator, process.count, process.index, devices, cluster_detection_method="deactivate", **options
-    )
+    join(process.coordinator, process.count, process.index, devices, cluster_detection_method="deactivate")
 
 
 def rendezvous(process: ProcessInfo, timeout: float) -> None:
@@ -232,6 +245,7 @@ def rendezvous(process: ProcessInfo, timeout: float) -> None:
         UserError: processes are missing after `timeout` seconds (the message names them), two processes were started
             with different counts or the same index, or process 0 was not reached. Every process that joined raises it.
     """
+    assert process.coordinator is not None
     host, port = process.coordinator.rsplit(":", 1)
     end = time.monotonic() + timeout
     try:
@@ -259,6 +273,7 @@ def _gather(port: int, process: ProcessInfo, end: float) -> str:
         The answer: "" if all processes have joined, "missing 1, 2" if some have not by time `end` (of
         `time.monotonic`), else the message of `_wrong`.
     """
+    assert process.count is not None  # it is known where the coordinator is
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     came: dict[int, socket.socket] = {}
     peers, wrong = [], ""

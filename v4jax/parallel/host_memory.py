@@ -7,21 +7,23 @@ without a copy of the array if the elements have 32 bits. It rejects other width
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import compute_on
+from jax.typing import ArrayLike
 
-try:  # before jax 0.12 this function is `compute_on2`, and `compute_on` is a different one
-    from jax.experimental.compute_on import compute_on2 as compute_on
-except ImportError:
-    from jax.experimental.compute_on import compute_on
+# Before jax 0.12 this function is `compute_on2`, and `compute_on` is a different one.
+_compute_on: Callable[..., Callable] = getattr(compute_on, "compute_on2", compute_on.compute_on)
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
 # Negative indices are out of range in this module. They do not count from the end.
 
 
-def host_scatter(array: jax.Array, new: jax.Array, *index: jax.Array) -> jax.Array:
+def host_scatter(array: jax.Array, new: ArrayLike, *index: jax.Array) -> jax.Array:
     """Write rows into an array in device or host memory.
 
     Args:
@@ -40,7 +42,7 @@ def host_scatter(array: jax.Array, new: jax.Array, *index: jax.Array) -> jax.Arr
     rank, rest = at_N.ndim - 1, array.ndim - n
     new = jnp.broadcast_to(new, (*at_N.shape[:-1], *array.shape[n:]))
     numbers = lax.ScatterDimensionNumbers(tuple(range(rank, rank + rest)), tuple(range(n)), tuple(range(n)))
-    write = lambda *args: lax.scatter(*args, numbers, mode=lax.GatherScatterMode.FILL_OR_DROP)
+    write = lambda array, at, new: lax.scatter(array, at, new, numbers, mode=lax.GatherScatterMode.FILL_OR_DROP)
     return host_compute(write)(array, *jax.device_put((at_N, new), HOST))
 
 
@@ -62,7 +64,7 @@ def host_gather(array: jax.Array, *index: jax.Array) -> jax.Array:
     rank = at_N.ndim - 1
     numbers = lax.GatherDimensionNumbers(tuple(range(rank, rank + len(rest))), tuple(range(n)), tuple(range(n)))
     mode = lax.GatherScatterMode.PROMISE_IN_BOUNDS  # the device has clipped the indices
-    read = lambda *args: lax.gather(*args, numbers, (*[1] * n, *rest), mode=mode)
+    read = lambda array, at: lax.gather(array, at, numbers, (*[1] * n, *rest), mode=mode)
     return jax.device_put(host_compute(read)(array, jax.device_put(at_N, HOST)), DEVICE)
 
 
@@ -71,9 +73,9 @@ def is_host(array: jax.Array) -> bool:
     return jax.typeof(array).memory_space == HOST
 
 
-def host_compute(function):
+def host_compute(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Wrap `function` so that the host computes it on arrays in host memory. Its results stay in host memory."""
-    return compute_on(function, compute_type="device_host", out_memory_spaces=HOST)
+    return _compute_on(function, compute_type="device_host", out_memory_spaces=HOST)
 
 
 def _joined(index: tuple[jax.Array, ...]) -> jax.Array:

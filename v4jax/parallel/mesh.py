@@ -15,12 +15,12 @@ from v4jax.config import MESH_AXES
 from v4jax.core.errors import UserError
 
 
-def sizes(mesh: config.Mesh, layout: config.ShardingRules, devices: int) -> tuple[int, ...]:
+def sizes(mesh: config.Mesh, sharding_rules: config.ShardingRules, devices: int) -> tuple[int, ...]:
     """Return the size of each of MESH_AXES.
 
     Args:
         mesh: the configured sizes.
-        layout: its `fill` axis takes the remaining devices if its configured size is 1.
+        sharding_rules: its `fill` axis takes the remaining devices if its configured size is 1.
         devices: number of devices.
 
     Raises:
@@ -28,20 +28,22 @@ def sizes(mesh: config.Mesh, layout: config.ShardingRules, devices: int) -> tupl
     """
     size = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     named = ", ".join(f"mesh.{axis}={n}" for axis, n in size.items() if n > 1) or "no axis"
-    if size[layout.fill] == 1:
+    if size[sharding_rules.fill] == 1:
         others = math.prod(size.values())
         if devices % others:
             raise UserError(f"{devices} devices cannot be split by {named}; their product must divide {devices}")
-        size[layout.fill] = devices // others
+        size[sharding_rules.fill] = devices // others
     if math.prod(size.values()) != devices:
         raise UserError(
             f"{named} make {math.prod(size.values())} devices, but there are {devices}; "
-            f"leave mesh.{layout.fill} at 1 to give it what the others leave"
+            f"leave mesh.{sharding_rules.fill} at 1 to give it what the others leave"
         )
     return tuple(size.values())
 
 
-def make_mesh(mesh: config.Mesh, layout: config.ShardingRules, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    mesh: config.Mesh, sharding_rules: config.ShardingRules, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """Build the mesh. Every axis has type Auto, so the compiler inserts the collectives.
 
     Devices that are neighbors along the last axes are neighbors in the machine. If the devices have several slice
@@ -49,14 +51,14 @@ def make_mesh(mesh: config.Mesh, layout: config.ShardingRules, devices: Sequence
 
     Args:
         mesh: the configured sizes.
-        layout: names the axis that takes the remaining devices.
+        sharding_rules: names the axis that takes the remaining devices.
         devices: devices of the mesh. None takes all devices of all processes.
 
     Raises:
         UserError: the sizes do not fit the number of devices or of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = sizes(mesh, layout, len(devices))
+    shape = sizes(mesh, sharding_rules, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
         if shape[0] != slices:

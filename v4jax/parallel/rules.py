@@ -1,9 +1,9 @@
 """Sharding rules map the logical axes of each array to mesh axes. Nothing is inferred outside the rule table.
 
-Parameters carry axis letters (`nn/linear.py`). Letters have logical names (`core/axes.py`). A layout
+Parameters carry axis letters (`nn/linear.py`). Letters have logical names (`core/axes.py`). A set of rules
 (`configs/sharding`) lists the mesh axes that split each logical axis.
 
-Four mistakes in a layout are errors: a mesh axis that splits two axes of one array, a rule that no parameter uses, a
+Four mistakes in them are errors: a mesh axis that splits two axes of one array, a rule that no parameter uses, a
 mesh axis larger than 1 that splits nothing, and an axis size that is not a multiple of its number of shards.
 """
 
@@ -22,6 +22,7 @@ from v4jax import config
 from v4jax.config import MESH_AXES
 from v4jax.core.axes import ACTIVATION, LOGICAL, SPECIAL, logical
 from v4jax.core.errors import UserError
+from v4jax.core.target_device import use_target_device
 from v4jax.parallel.mesh import make_mesh
 
 _ACTIVE: contextvars.ContextVar[MeshRules | None] = contextvars.ContextVar("sharding", default=None)
@@ -33,7 +34,7 @@ class MeshRules:
 
     Attributes:
         mesh: the device mesh, with the axes MESH_AXES.
-        rules: the layout, two tables from logical axes to mesh axes.
+        rules: the rules, two tables from logical axes to mesh axes.
         per_device: True while the body of a `shard_map` over all mesh axes is traced. Its arrays are already one
             device's shards, so `constrain` must not split them again.
     """
@@ -101,44 +102,45 @@ def make_mesh_rules(mesh: config.Mesh, devices: Sequence[jax.Device] | None = No
     """Build the mesh of a config and load its sharding rules.
 
     Args:
-        mesh: sizes of the mesh axes and the name of a layout.
+        mesh: sizes of the mesh axes and the name of sharding rules.
         devices: devices of the mesh. None takes all devices of all processes.
 
     Returns:
-        The mesh and its rules, or None if the config names no layout.
+        The mesh and its rules, or None if the config names no rules.
 
     Raises:
-        UserError: the layout is invalid (`validate_rules`), the axis sizes do not fit the devices (`make_mesh`), or a
+        UserError: the rules are invalid (`validate_rules`), the axis sizes do not fit the devices (`make_mesh`), or a
             mesh axis larger than 1 appears in no rule.
     """
     if not mesh.rules:
         return None
-    layout = config.load_sharding(mesh.rules)
-    validate_rules(layout)
-    sharding = MeshRules(make_mesh(mesh, layout, devices), layout)
-    used = {axis for _, axes in layout.weights + layout.activations for axis in axes}
+    sharding_rules = config.load_sharding(mesh.rules)
+    validate_rules(sharding_rules)
+    sharding = MeshRules(make_mesh(mesh, sharding_rules, devices), sharding_rules)
+    used = {axis for _, axes in sharding_rules.weights + sharding_rules.activations for axis in axes}
     for axis, size in sharding.mesh.shape.items():
         if size > 1 and axis not in used:
             raise UserError(
-                f"mesh.{axis} is {size}, but no rule of layout {layout.name!r} uses it; set it to 1, or "
-                "take another layout"
+                f"mesh.{axis} is {size}, but no rule of {sharding_rules.name!r} uses it; set it to 1, or "
+                "take other rules"
             )
     return sharding
 
 
-def validate_rules(layout: config.ShardingRules) -> None:
-    """Check a layout without a model.
+def validate_rules(sharding_rules: config.ShardingRules) -> None:
+    """Check sharding rules without a model.
 
     Raises:
         UserError: a rule names an unknown logical axis, repeats a name, names an unknown mesh axis, or has none or a
             repeated one; two activation rules share a mesh axis; or `fill` is no mesh axis.
     """
+    title = f"sharding rules {sharding_rules.name!r}"
     words = set(LOGICAL.values()) | {word for names in SPECIAL.values() for word in names.values()}
     for table, known in (("weights", words), ("activations", set(ACTIVATION.values()))):
-        rules = getattr(layout, table)
+        rules = getattr(sharding_rules, table)
         names = [name for name, _ in rules]
         for name, axes in rules:
-            where = f"layout {layout.name!r}: {table} rule {name!r}"
+            where = f"{title}: {table} rule {name!r}"
             if name not in known:
                 raise UserError(f"{where} follows no logical axis; one of {', '.join(sorted(known))}")
             if names.count(name) > 1:
@@ -147,24 +149,25 @@ def validate_rules(layout: config.ShardingRules) -> None:
                 raise UserError(f"{where} names the mesh axis {unknown[0]!r}; one of {', '.join(MESH_AXES)}")
             if not axes or len(set(axes)) < len(axes):
                 raise UserError(f"{where} needs mesh axes, each once, not {axes}")
-    activations = [axis for _, axes in layout.activations for axis in axes]
+    activations = [axis for _, axes in sharding_rules.activations for axis in axes]
     if twice := [axis for axis in activations if activations.count(axis) > 1]:
-        raise UserError(f"layout {layout.name!r}: mesh axis {twice[0]!r} splits two axes of an activation; drop one")
-    if layout.fill not in MESH_AXES:
-        raise UserError(f"layout {layout.name!r}: fill is {layout.fill!r}; one of {', '.join(MESH_AXES)}")
+        raise UserError(f"{title}: mesh axis {twice[0]!r} splits two axes of an activation; drop one")
+    if sharding_rules.fill not in MESH_AXES:
+        raise UserError(f"{title}: fill is {sharding_rules.fill!r}; one of {', '.join(MESH_AXES)}")
 
 
-def validate_used(layout: config.ShardingRules, letters: Sequence[str]) -> None:
-    """Check the weight rules of a layout against the parameters of a model.
+def validate_used(sharding_rules: config.ShardingRules, letters: Sequence[str]) -> None:
+    """Check the weight rules against the parameters of a model.
 
     Args:
-        layout: the rules.
+        sharding_rules: the rules.
         letters: axis letters of every parameter. Parameters with fewer than two letters are not split and not checked.
 
     Raises:
         UserError: a mesh axis splits two axes of one parameter, or no parameter has the axis of a rule.
     """
-    rules, followed = dict(layout.weights), set()
+    rules, followed = dict(sharding_rules.weights), set()
+    title = f"sharding rules {sharding_rules.name!r}"
     for axes in letters:
         if len(axes) > 1:
             names = [name for name in logical(axes) if name in rules]
@@ -174,23 +177,26 @@ def validate_used(layout: config.ShardingRules, letters: Sequence[str]) -> None:
                 for axis in rules[name]:
                     if axis in taken:
                         raise UserError(
-                            f"layout {layout.name!r}: mesh axis {axis!r} splits both {taken[axis]!r} and "
+                            f"{title}: mesh axis {axis!r} splits both {taken[axis]!r} and "
                             f"{name!r} of a parameter {axes}; drop it from one rule"
                         )
                     taken[axis] = name
     if unused := [name for name in rules if name not in followed]:
-        raise UserError(f"layout {layout.name!r}: no parameter of this model follows the rule {unused[0]!r}; remove it")
+        raise UserError(f"{title}: no parameter of this model follows the rule {unused[0]!r}; remove it")
 
 
 @contextlib.contextmanager
 def use_rules(sharding: MeshRules | None) -> Iterator[None]:
     """Make these rules the current ones: `constrain` and `current_rules` use them inside the context.
 
+    Operations select their implementation for the devices of the mesh (`core.target_device`).
+
     The context must be active while a program is traced, because constraints become part of the traced program.
     """
     token = _ACTIVE.set(sharding)
     try:
-        yield
+        with use_target_device(sharding and sharding.mesh.devices.flat[0]):
+            yield
     finally:
         _ACTIVE.reset(token)
 
@@ -222,5 +228,5 @@ def _check(sharding: MeshRules, name: str, spec: tuple, names: tuple[str, ...], 
             product = " x ".join(f"mesh.{axis}={sharding.mesh.shape[axis]}" for axis in split)
             raise UserError(
                 f"{name}: its axis {word!r} of {size} is not a multiple of {product}; "
-                "make one of them smaller, or take another layout"
+                "make one of them smaller, or take other rules"
             )

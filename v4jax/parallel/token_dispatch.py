@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+NO_RAGGED = {"cpu"}  # platforms without `lax.ragged_all_to_all`
+
 
 @dataclass(frozen=True)
 class TokenDispatcher:
@@ -22,14 +24,14 @@ class TokenDispatcher:
 
     Attributes:
         axes: mesh axes along which rows move. P is the product of their sizes.
-        ragged: True uses `lax.ragged_all_to_all`, False the dense variant.
+        platform: platform of the devices, which decides between `lax.ragged_all_to_all` and the dense variant.
         room: rows of a round.
         me: int32 scalar, index of this device along `axes`.
         count_PP: int32 [source, destination], number of rows to send; the same array on every device.
     """
 
     axes: tuple[str, ...]
-    ragged: bool
+    platform: str
     room: int
     me: jax.Array
     count_PP: jax.Array
@@ -79,7 +81,7 @@ class TokenDispatcher:
         Returns:
             The rows that arrive on this device in this round, [room, D]. Empty slots are zero.
         """
-        if self.ragged:
+        if self.platform not in NO_RAGGED:
             source, slot, number = self._parts(turn)
             return jax.lax.ragged_all_to_all(
                 rows_RD,
@@ -110,7 +112,7 @@ class TokenDispatcher:
             [R, D] in the order of this device's sorted rows, zero in rows of other rounds. The sum over all rounds is
             the complete result.
         """
-        if self.ragged:
+        if self.platform not in NO_RAGGED:
             source, slot, number = self._parts(turn)
             return jax.lax.ragged_all_to_all(
                 done_CD,

@@ -51,9 +51,10 @@ class DataParallelGroup:
     @property
     def placement(self) -> ShardingFn | None:
         """Sharding of each weight while a checkpoint is read; None on one device."""
-        if self.sharding is None:
+        sharding = self.sharding
+        if sharding is None:
             return None
-        return lambda letters, _: self.sharding.named(self.sharding.weight(letters))
+        return lambda letters, _: sharding.named(sharding.weight(letters))
 
     def shard_rows(self, tree):
         """Upload numpy arrays that hold the rows of all devices; each device gets its own rows."""

@@ -19,7 +19,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ class DeviceKVConnector:
         synced: bool = False,
     ):
         self.is_local, self.transfer, self.schemas, self._synced = caches is not None, transfer, schemas, synced
-        if self.is_local:
+        if caches is not None:
             [device] = jax.tree.leaves(caches)[0].devices()
             self._kinds, self._pinned = leaf_kinds(caches), pinned_sharding(device)
             self._device = SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
@@ -93,7 +93,7 @@ class DeviceKVConnector:
         self._second_use = second_use
         self._lookups: OrderedDict[bytes, bool] = OrderedDict()  # whether more than one request looked up the block
         self._loads: dict[Request, PendingLoad | None] = {}
-        self._blocks: BlockPool | None = None
+        self._blocks: BlockPool  # `bind` sets it, before any request
         self.num_restored = 0
 
     def bind(self, block_pool: BlockPool) -> None:
@@ -174,6 +174,7 @@ class DeviceKVConnector:
             return True
         if not self._synced:
             load.num_loaded = self._result(load)
+        assert request.hash_seed is not None  # a request that was prefetched has block hashes
         if self._install(load, request.hash_seed) or load.again:
             return True
         retry = self._start_load(names, again=True)
@@ -204,9 +205,13 @@ class DeviceKVConnector:
                     if self.is_local:
                         self._transfers.append(LoadOp("block", pages[name], job.blocks[name]))
         if record is not None:
-            self._transfers += [LoadOp("record", record, job.record)] if self.is_local and new is not None else []
+            if self.is_local and new is not None:
+                assert job.record is not None  # the load brought what the pool lacks
+                self._transfers.append(LoadOp("record", record, job.record))
             blocks.commit_snapshot(names[-1], record, valid=new is not None)
-        blocks.free([blocks.lookup("block", name) for name in names] if new is not None else held)
+        if new is not None:
+            held = cast("list[int]", [blocks.lookup("block", name) for name in names])  # the pool has all of them
+        blocks.free(held)
         self.num_restored += len(new or ())
         return True
 
@@ -228,11 +233,12 @@ class DeviceKVConnector:
         idle: nothing waits for the device, so idle blocks are copied without the limit per call.
         """
         transfers, self._transfers = self._transfers, []
-        for (sort, kind), run in itertools.groupby(transfers, lambda move: (type(move), move.kind)):
-            if sort is LoadOp:
-                caches = self._load(caches, kind, list(run))
+        for (_, kind), run in itertools.groupby(transfers, lambda move: (type(move), move.kind)):
+            ops = list(run)  # of one type
+            if loads := [op for op in ops if isinstance(op, LoadOp)]:
+                caches = self._load(caches, kind, loads)
             else:
-                self._store(caches, kind, list(run))
+                self._store(caches, kind, [op for op in ops if isinstance(op, StoreOp)])
         for kind, backlog in self._backlog.items():
             room = self.transfer.num_free(self.schemas[kind])
             run = [backlog[name] for name in itertools.islice(backlog, room if idle else min(room, _BATCH))]
@@ -273,7 +279,7 @@ class DeviceKVConnector:
     def wait_for_load(self, seconds: float) -> bool:
         """Wait at most `seconds` for the load of the first waiting request; False if it has none."""
         request, load = next(iter(self._loads.items()), (None, None))
-        if load is None or not self.is_loading(request):
+        if request is None or load is None or not self.is_loading(request):
             return False
         if load.fetching:
             load.job.done.wait(seconds)

@@ -11,7 +11,7 @@ closed or garbage collected, and aborts their requests. An exception in the engi
 caller gets it, and the engine resets itself (`engine.Engine.reset`).
 
 With several processes, all processes must run the same steps. The caller's own thread then runs the steps, only one
-thread may call `run`, nobody `submit`, and after an exception the engine is unusable.
+thread may call `run`, no thread `submit`, and after an exception the engine is unusable.
 
 When the process ends, loops that were not closed end their threads and store the idle blocks of their engines. A loop
 that is garbage collected stores none: the collector may run in any thread and while it holds any lock, also one that
@@ -89,7 +89,7 @@ class EngineLoop:
         self._inbox: queue.SimpleQueue[weakref.ref[_Call]] = queue.SimpleQueue()
         self._tasks: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue]] = queue.SimpleQueue()
         self._due: list[tuple[Callable[[], Any], queue.SimpleQueue]] = []  # tasks to run at the end of this turn
-        self._submitted: dict[int, _Call] = {}  # calls of `submit`, which nobody else may hold
+        self._submitted: dict[int, _Call] = {}  # calls of `submit`, kept alive here
         self._running: dict[weakref.ref[_Call], set[int]] = {}  # ids of the running requests of each call
         self._call: dict[int, weakref.ref[_Call]] = {}  # running request id -> its call
         self._ended: list[tuple[weakref.ref[_Call], BaseException | None]] = []  # calls to notify
@@ -382,7 +382,7 @@ class EngineLoop:
         self._engine.broken = True  # these requests end now, even if the exception was raised outside the engine
         traceback.clear_frames(error.__traceback__)  # frames may hold arrays that the reset must free
         if not self._running:
-            _log.error("the engine failed while nobody waited for it", exc_info=error)
+            _log.error("the engine failed while no request waited for it", exc_info=error)
         for ref in list(self._running):
             self._end(ref, error)
 

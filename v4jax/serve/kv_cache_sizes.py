@@ -99,7 +99,7 @@ def _blocks_in_budget(spec: KVCacheSpec, cache: config.Cache, slots: int, slack:
     fixed = _fixed_bytes(spec, slots, slack)
     least = fixed + 2 * spec.block_bytes
     if cache.kv_cache_memory_bytes < least:
-        parts = f"{slots} records and one block of {spec.block_size} tokens"
+        parts = f"{slots} state slots and one block of {spec.block_size} tokens"
         options = "max_num_seqs or num_state_snapshots"
         if cache.kv_device_entries:
             parts += " and the kv_device_entries"

@@ -1,7 +1,7 @@
 """`ModelRunner`: the arrays of one engine, and the dispatch of its jitted steps (`model_steps`).
 
-The runner owns the weights, the KV caches, the decode state and the block tables. It computes what a `SchedulerOutput`
-says and decides nothing. Only sampled tokens are copied to the host; block tables and sampling options are uploaded
+The runner owns the weights, the KV caches, the decode state and the block tables. It runs a `SchedulerOutput`
+and decides nothing. Only sampled tokens are copied to the host; block tables and sampling options are uploaded
 only when they change.
 
 On a mesh one step runs the plans of all devices, padded to the largest batch and chunk among them.
@@ -101,7 +101,7 @@ class ModelRunner:
         block = self.kv_cache_spec.block_size
         self.chunk_sizes = [block] if limits.batch_invariant else chunk_sizes(limits.max_num_batched_tokens)
         self.weights_digest = weights_digest.weights_digest(variables) if cache.enable_prefix_caching else None
-        self._layer_kinds = [[kind for kind, _ in run.kinds] for run in model.stack_specs]
+        self._layer_kinds = [[layer.attention for layer in run.pattern] for run in model.stack_specs]
         self.reset()
         if cache.kv_device_entries:
             _log.info(

@@ -91,8 +91,10 @@ class OffloadConnector:
         self._dp_group, parts = dp_group, dp_group.split_devices(caches)
         self.schemas = {kind: block_schema(parts[0], kind) for kind in ("block", "record")}
         leaves = jax.tree.leaves(parts[0])
-        place = functools.partial(_to_host, pinned_sharding(*leaves[0].devices()))
-        self.transfer = OffloadManager(*self.schemas.values(), host, disk, place=place, deadline=deadline)
+        [device] = leaves[0].devices()
+        place = functools.partial(_to_host, pinned_sharding(device))
+        schemas = self.schemas["block"], self.schemas["record"]
+        self.transfer = OffloadManager(*schemas, host, disk, place=place, deadline=deadline)
         weakref.finalize(self, self.transfer.close)  # for an engine that was never closed, and at process exit
         self._processes, local_parts = dp_group.processes, iter(parts)
         self.multi_process = len(set(self._processes)) > 1

@@ -8,12 +8,12 @@ waits again, ahead of later arrivals. On readmission it prefills its prompt and 
 oldest request never waits for a younger one, and `add_request` refuses what does not fit alone, so every request ends.
 
 **Deterministic replay.** Prefill and decode of the same token differ in the last bits. Where bits matter,
-`deterministic_replay` makes a preempted request decode its tokens again (`Request.is_replay` says that the next token
+`deterministic_replay` makes a preempted request decode its tokens again (`Request.is_replay`: the next token
 is already known), and no block written by decoding is shared.
 
 **Async scheduling.** `schedule` may be called once before the last plan is committed. Plans run and are committed in
 order. A plan depends on lengths, not on token values: `Request.num_inflight_decodes` counts uncommitted decode steps,
-each of which adds 1 to 1 + num_lookahead_tokens tokens, so a request's position lies in a known range. Three rules
+each of which adds 1 to 1 + num_lookahead_tokens tokens, so a request's position is in a known range. Three rules
 make that safe:
 
 * Blocks are allocated for the upper end of the range, but never beyond max_tokens; the device must write rows that have
@@ -485,4 +485,4 @@ class Scheduler:
             "one prompt is read at a time": sum(s.status is RequestStatus.PREFILL for s in self._active) <= 1,
         }.items():
             if not holds:
-                raise AssertionError(f"the scheduler's books are wrong; the rule: {rule}")
+                raise AssertionError(f"the scheduler's state is inconsistent; the rule: {rule}")

@@ -175,13 +175,13 @@ def attention_flops(model: configs.Model, context: float) -> float:
     indexer's scores.
     """
     heads, total = 4 * model.num_attention_heads * model.head_dim, 0.0
-    for kind in model.layer_types:
+    for layer in model.layers:
         seen = min(model.sliding_window, context)
-        if kind == "csa":
+        if layer.attention == "csa":
             entries = context / model.compress_rate_csa
             seen += min(model.indexer.index_topk, entries)
             total += 2 * model.indexer.index_n_heads * model.indexer.index_head_dim * entries
-        elif kind == "hca":
+        elif layer.attention == "hca":
             seen += context / model.compress_rate_hca
         total += heads * seen
     return total
@@ -249,7 +249,7 @@ def _train(config: Config, topology: Topology, sharding: MeshRules, work: Worklo
     streams = tokens * m.mhc.hc_mult * D * width
     inside = _ROW_COPIES * 1.5 * tokens * K * D * 4
     runs = stacks(m, config.train.scan)
-    units, longest = sum(run.repeats for run in runs), max(len(run.kinds) for run in runs)
+    units, longest = sum(run.repeats for run in runs), max(len(run.pattern) for run in runs)
     kept = units * streams + longest * inside if config.train.remat else m.num_hidden_layers * inside
     if "streams" in config.train.offload:  # on the device: those in transfer and those in use
         kept, host = kept - max(units - 2, 0) * streams, host + units * streams
@@ -343,8 +343,9 @@ def _serve(config: Config, topology: Topology, sharding: MeshRules, work: Worklo
     # Share of the experts that a step's tokens select, if tokens spread evenly.
     met = 1 - (1 - m.moe.num_experts_per_tok / m.moe.n_routed_experts) ** (tokens * topology.devices)
     read = weights - experts * (1 - met)
-    entry, key, each = layout.entry_bytes, layout.key_bytes if "csa" in m.layer_types else 0, 0.0
-    for kind in m.layer_types:
+    kinds = [layer.attention for layer in m.layers]
+    entry, key, each = layout.entry_bytes, layout.key_bytes if "csa" in kinds else 0, 0.0
+    for kind in kinds:
         if kind == "csa":
             each += (
                 work.context / m.compress_rate_csa * key

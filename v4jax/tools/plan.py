@@ -10,6 +10,7 @@ import dataclasses
 
 from v4jax.config import MESH_AXES, Config, Mesh
 from v4jax.core.errors import UserError
+from v4jax.core.paths import local_path
 from v4jax.core.reporting import print_table, write_json
 from v4jax.models.param_count import count_parameters
 from v4jax.tools.cost_model import CostEstimate, Workload, default_mesh, estimate, smallest_topology
@@ -55,6 +56,8 @@ def run(
     Raises:
       UserError: The plan is impossible.
     """
+    if json:
+        local_path(json, "json")
     places = [parse(name) for name in topology.split(",")]
     if len(places) > 1 and not analytic:
         raise UserError("several topologies are compared in closed form; add --analytic, or name one")
@@ -222,7 +225,7 @@ def _print(config: Config, topology: Topology, mesh, work: Workload, found: Cost
     title = (
         f"{config.name}: {number(counts.total)} parameters, {number(counts.active)} active; {work.mode} of "
         f"{work.rows} x {work.context} tokens on {topology.name} ({topology.chips} chips, {topology.devices} devices), "
-        f"layout {mesh.rules or 'none'} ({_axes(mesh)})"
+        f"sharding rules {mesh.rules or 'none'} ({_axes(mesh)})"
     )
     print_table(title, ["bytes of a device", "closed form", "of memory"], rows)
     collectives = [

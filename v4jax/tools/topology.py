@@ -12,8 +12,8 @@ inside a slice, half of the sheet's bidirectional figure (links are 4 in a plane
 joins slices. The fast one of a GPU is NVLink (Infinity Fabric of AMD) inside a domain: 8 GPUs of a host, or a rack of
 GB200. Beyond it a GPU has a network card (NIC) of its own: 400 Gbit/s, 200 Gbit/s of an A100.
 
-Memory is what a program may fill. For TPUs libtpu 0.0.42 says so when one asks for more ("exceeds available HBM"); the
-sheets give 16, 32, 95 and 192 GiB. Of GPUs it is the sheet's figure, in 10^9 bytes.
+Memory is what a program may fill. For TPUs libtpu 0.0.42 reports it to a program that needs more ("exceeds available
+HBM"); the sheets give 16, 32, 95 and 192 GiB. Of GPUs it is the sheet's figure, in 10^9 bytes.
 """
 
 from __future__ import annotations

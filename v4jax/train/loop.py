@@ -21,6 +21,7 @@ from v4jax.config import Config
 from v4jax.core import untrusted_json
 from v4jax.core.errors import UserError
 from v4jax.core.paths import local_path
+from v4jax.core.spinner import spinner
 from v4jax.data.needle import SOURCE as NEEDLE
 from v4jax.data.pipeline import make_dataset
 from v4jax.data.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ from v4jax.parallel.distributed import all_gather_bytes, is_primary, peer_errors
 from v4jax.train import time_budget
 from v4jax.train.goodput import Goodput
 from v4jax.train.metrics import MetricsWriter, read_metrics, write_errors
-from v4jax.train.progress import Progress, spinner
+from v4jax.train.progress import Progress
 from v4jax.train.stop_signals import StopSignals
 from v4jax.train.summary import baseline_marks, closing_lines, parse_summary, read_summary, write_summary
 from v4jax.train.trainer import Trainer, TrainState
@@ -64,18 +65,18 @@ def train(config: Config, workdir: str, stop: StopSignals | None = None) -> dict
       SystemExit: With code 143, after SIGTERM.
       KeyboardInterrupt: After SIGINT.
     """
-    config, workdir = configs.validate(config), local_path(workdir, "workdir")
+    config, directory = configs.validate(config), local_path(workdir, "workdir")
     with peer_errors(), contextlib.nullcontext(stop) if stop else StopSignals(shared=jax.process_count() > 1) as stop:
-        stop.shared, stop.last_words = jax.process_count() > 1, functools.partial(_where_it_stands, workdir)
+        stop.shared, stop.last_words = jax.process_count() > 1, functools.partial(_where_it_stands, directory)
         stop.check()
         try:
-            with workdir_lock(workdir):
-                return _Run(config, workdir, stop).run()
+            with workdir_lock(directory):
+                return _Run(config, directory, stop).run()
         except BaseException as error:
             if not _is_stop(error):
                 raise
             if is_primary():
-                print(_where_it_stands(workdir), flush=True)
+                print(_where_it_stands(directory), flush=True)
             if not isinstance(error, Exception):
                 raise
             stop.leave()
@@ -236,7 +237,7 @@ class _Run:
                 stopping |= self._stop_asked()
                 with watchdog.paused():
                     if self._spiked(state, step, spikes, stopping or due or evaluate):
-                        state = metrics = None  # device memory may not hold two states
+                        del state, metrics  # device memory may not hold two states
                         state, step = self._roll_back(step)
                         # A stopping run continues too: it saves the next step, with the data after the spike.
                         continue
@@ -343,12 +344,8 @@ class _Run:
         if self.writer:
             self.writer.close()
         self.writer = MetricsWriter(self.workdir, step)
-        if self.writer.damaged:
-            print(
-                f"{self.workdir / 'metrics.jsonl'}: {self.writer.damaged} damaged lines are left out",
-                file=sys.stderr,
-                flush=True,
-            )
+        if self.writer.notice:
+            print(f"{self.workdir / 'metrics.jsonl'}: {self.writer.notice}", file=sys.stderr, flush=True)
         self._write(step, values)
         self.goodput = Goodput(read_metrics(self.workdir / "metrics.jsonl"))
 
@@ -430,6 +427,7 @@ class _Run:
             raise UserError(f"{_ROLLBACKS} times the run went back to step {step} and spiked again: {self._advice()}")
         with jax.transfer_guard("allow"):
             state = self._restore(step)[0] if step else self.trainer.init()
+            assert state.guard is not None  # only the guard asks for a rollback
             skips = jax.device_put(np.int32(0), state.guard.consecutive_skips.sharding)
         self.heldout_losses = {at: value for at, value in self.heldout_losses.items() if at <= step}
         self._open_metrics(step, {"rolled_back_from": spiked})

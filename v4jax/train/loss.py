@@ -61,7 +61,7 @@ def loss(model: Transformer, batch: Batch, train: config.Train) -> tuple[jax.Arr
         "indexer": train.indexer_loss_weight,
     }
     total = sum(weights[name] * value for name, value in parts.items() if weights[name])
-    return total, parts | {"load_E": loads}
+    return jnp.asarray(total), parts | {"load_E": loads}
 
 
 def heldout_nll(model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:

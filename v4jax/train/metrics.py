@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -32,14 +34,15 @@ class MetricsWriter:
     """Appends one record per step to `metrics.jsonl`, and the same scalars to TensorBoard events.
 
     The constructor drops the records of steps after `resume_step`, because a resumed run repeats those steps, and
-    every damaged line.
+    every damaged line. A file that cannot be read as a whole (larger than 1 GiB, or no regular file) is renamed, and
+    the records begin anew, because no state of the metrics may stop a run.
 
     Args:
       workdir: Directory of the run.
       resume_step: Last step of the checkpoint from which the run continues; 0 in a new run.
 
     Attributes:
-      damaged: Number of damaged lines that the constructor dropped.
+      notice: What the constructor dropped or renamed, as text; "" if nothing.
 
     Raises:
       UserError: The files cannot be written; every method may raise it.
@@ -50,7 +53,7 @@ class MetricsWriter:
 
         self._path = workdir / "metrics.jsonl"
         try:
-            self.damaged = self._forget_after(resume_step)
+            self.notice = self._forget_after(resume_step)
             self._file = self._path.open("a", encoding="utf-8")
             self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
         except OSError as error:
@@ -82,20 +85,32 @@ class MetricsWriter:
             finally:  # ends the thread of the event writer
                 self._events.close()
 
-    def _forget_after(self, step: int) -> int:
-        """Drop the records of steps after `step`, and the damaged lines.
+    def _forget_after(self, step: int) -> str:
+        """Drop the records of steps after `step` and the damaged lines, or rename a file that cannot be read.
 
         Returns:
-          Number of damaged lines, including a last line that a kill cut short.
+          The notice. It counts a last line that a kill cut short as damaged.
         """
-        if not self._path.exists():
-            return 0
-        records, damaged = _parse(_read(self._path))
+        if not os.path.lexists(self._path):
+            return ""
+        try:
+            data = untrusted_json.read_bytes(self._path, _MOST)
+        except (OSError, untrusted_json.JsonError) as error:
+            reason = getattr(error, "strerror", None) or error
+            return f"it cannot be read ({reason}); it is now {self._set_aside()}, and the records begin anew"
+        records, damaged = _parse(data)
         partial = self._path.with_suffix(".partial")
         kept = [json.dumps(record) + "\n" for record in records if record["step"] <= step]
         partial.write_text("".join(kept), encoding="utf-8")
         partial.replace(self._path)
-        return damaged
+        return f"{damaged} damaged lines are left out" if damaged else ""
+
+    def _set_aside(self) -> str:
+        """Rename the file to the first free name of metrics.jsonl.1, metrics.jsonl.2 and so on; returns that name."""
+        names = (self._path.with_name(f"{self._path.name}.{number}") for number in itertools.count(1))
+        aside = next(name for name in names if not os.path.lexists(name))
+        self._path.rename(aside)
+        return aside.name
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
@@ -106,12 +121,8 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
     Raises:
       UserError: `path` cannot be read as a file.
     """
-    return _parse(_read(path))[0]
-
-
-def _read(path: pathlib.Path) -> bytes:
     try:
-        return untrusted_json.read_bytes(path, _MOST)
+        return _parse(untrusted_json.read_bytes(path, _MOST))[0]
     except (OSError, untrusted_json.JsonError) as error:
         raise UserError(f"cannot read {path}: {error}; move it away") from error
 
@@ -147,14 +158,14 @@ def smooth(values: Sequence[float]) -> np.ndarray:
     Returns:
       float64 [len(values)].
     """
-    values = np.asarray(values, np.float64)
-    total, weight = values.copy(), np.ones(len(values))
+    array = np.asarray(values, np.float64)
+    total, weight = array.copy(), np.ones(len(array))
     for turned in (slice(None), slice(None, None, -1)):
         sums = weights = 0.0
-        for i in range(len(values))[turned]:
+        for i in range(len(array))[turned]:
             total[i] += sums
             weight[i] += weights
-            sums, weights = _SMOOTH * (sums + values[i]), _SMOOTH * (weights + 1.0)
+            sums, weights = _SMOOTH * (sums + array[i]), _SMOOTH * (weights + 1.0)
     return total / weight
 
 
@@ -175,7 +186,7 @@ def plot_loss(workdir: pathlib.Path, heldout: dict[int, float]) -> pathlib.Path:
 
     records = read_metrics(workdir / "metrics.jsonl")
 
-    def column(name: str) -> tuple[list[int], list[float]]:
+    def column(name: str) -> tuple[list[float], list[float]]:
         found = [(record["step"], record[name]) for record in records if name in record]
         return [step for step, _ in found], [value for _, value in found]
 

@@ -15,7 +15,7 @@ from v4jax.parallel.rules import current_rules
 
 # Axis letters of a parameter -> (input axes, output axes) of its matrices. All other axes (experts, gate or up, output
 # groups) enumerate matrices, and each matrix is orthogonalized separately. Parameters that are not listed use AdamW:
-# the technical report says so of embedding, head, norms, and mHC bases and scales. It does not name attention sinks
+# so does the technical report for embedding, head, norms, and mHC bases and scales. It does not name attention sinks
 # and `ape`; they are no matrices of a linear map, so they use AdamW as well.
 MATRICES = {
     "DQ": ("D", "Q"),
@@ -120,8 +120,8 @@ def orthogonalize(letters: str, leaves: Sequence[jax.Array]) -> list[jax.Array]:
     leaves = [turned(leaf, order) for leaf in leaves]
     if sharding is not None and sharding.mesh.size > 1:
         spec = [sharding.weight(letters)[i] for i in order]
-        lies = [PartitionSpec(*(None,) * (leaf.ndim - len(spec)), *spec) for leaf in leaves]
-        leaves = map_whole_matrices(function, leaves, len(sides), sharding, lies)
+        specs = [PartitionSpec(*(None,) * (leaf.ndim - len(spec)), *spec) for leaf in leaves]
+        leaves = map_whole_matrices(function, leaves, len(sides), sharding, specs)
     else:
         leaves = [jax.lax.map(function, leaf) if leaf.ndim > len(letters) else function(leaf) for leaf in leaves]
     return [turned(leaf, back) * (_UPDATE_RMS * math.sqrt(max(fans))) for leaf in leaves]

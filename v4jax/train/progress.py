@@ -1,4 +1,4 @@
-"""Progress of a run on the terminal: spinners, loss, tokens per second and time left."""
+"""Progress of a run on the terminal: loss, tokens per second and time left."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import time
 from collections.abc import Iterator
 
 import rich.progress as rp
+from rich.console import Console
+
+from v4jax.core.spinner import spinner_name
 
 
 class Progress:
@@ -33,15 +36,16 @@ class Progress:
         self._paused = 0.0
         self._printed = time.monotonic()
         self._show, self._live = show, show and sys.stderr.isatty()
+        console = Console(stderr=True)
         columns = (
-            rp.SpinnerColumn(),
+            rp.SpinnerColumn(spinner_name(console)),
             rp.TextColumn("{task.description}"),
             rp.BarColumn(),
             rp.MofNCompleteColumn(),
             rp.TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
             rp.TimeRemainingColumn(),
         )
-        self._bar = rp.Progress(*columns, console=rp.Console(stderr=True), disable=not self._live)
+        self._bar = rp.Progress(*columns, console=console, disable=not self._live)
         self._task = self._bar.add_task(name, total=steps, completed=done, loss="...", speed="...")
 
     def __enter__(self) -> Progress:
@@ -68,7 +72,7 @@ class Progress:
         self._bar.update(self._task, completed=step, loss=f"{loss:.3f}", speed=speed)
         if self._show and not self._live and (now - self._printed > 10 or step == self.steps):
             self._printed = now
-            left = "" if self.tokens_per_second is None else self._left(step)
+            left = "" if self.tokens_per_second is None else self._left(step, self.tokens_per_second)
             print(
                 f"{self.name} step {step}/{self.steps}  loss {loss:.3f}  {speed} tokens/s{left}",
                 file=sys.stderr,
@@ -80,8 +84,8 @@ class Progress:
         self.steps = steps
         self._bar.update(self._task, total=steps)
 
-    def _left(self, step: int) -> str:
-        seconds = (self.steps - step) * self.tokens_per_step / self.tokens_per_second
+    def _left(self, step: int, tokens_per_second: float) -> str:
+        seconds = (self.steps - step) * self.tokens_per_step / tokens_per_second
         return f"  {int(seconds // 60)}:{int(seconds % 60):02d} left"
 
     @contextlib.contextmanager
@@ -101,20 +105,3 @@ class Progress:
         finally:
             self._bar.update(self._task, description=self.name)
             self._paused += time.monotonic() - begun
-
-
-@contextlib.contextmanager
-def spinner(text: str, show: bool = True) -> Iterator[None]:
-    """Show a spinner during slow work outside of a `Progress`; if stderr is no terminal, print a line instead.
-
-    Args:
-      text: Description of the work.
-      show: False prints nothing.
-    """
-    if show and sys.stderr.isatty():
-        with rp.Console(stderr=True).status(text):
-            yield
-        return
-    if show:
-        print(text, file=sys.stderr, flush=True)
-    yield

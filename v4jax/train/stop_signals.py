@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
 _SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
 
@@ -54,7 +55,7 @@ class StopSignals:
         self.last_words: Callable[[], str] = lambda: "stopped before anything was computed"
         self._exits, self._patience = exits, patience
         self._interrupts = 0
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
         self._wakeup: tuple[int, int, int] | None = None  # read end, write end, previous wakeup descriptor
 
     def __enter__(self) -> StopSignals:

@@ -55,7 +55,7 @@ def write_summary(writer: MetricsWriter, summary: dict, heldout_losses: dict[int
         last = {name: value for record in records for name, value in record.items()}
         goodput = last.get("goodput")
         if goodput is not None:
-            print(f"goodput {goodput:.0%}: of the time since the run began, steps took so much", file=sys.stderr)
+            print(f"goodput {goodput:.0%}: of the time since the run began, steps took this share", file=sys.stderr)
         plot = str(plot_loss(workdir, heldout_losses))
         summary = summary | {"train_loss": last.get("loss"), "goodput": goodput, "plot": plot}
         replace_file(workdir / _NAME, (json.dumps(summary, indent=2) + "\n").encode())

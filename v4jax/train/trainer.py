@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -58,11 +59,10 @@ class Trainer:
         devices: Sequence[jax.Device] | None = None,
     ):
         self.config = config
-        train, streams = config.train, "streams" in config.train.offload
-        self._new = lambda rngs: Transformer(config.model, rngs, train.scan, train.remat, streams)
-        abstract = nnx.eval_shape(lambda: self._new(nnx.Rngs(0)))
+        train = config.train
+        abstract = nnx.eval_shape(lambda: self._new_model(nnx.Rngs(0)))
         mark_low_precision(abstract, train.matmul_precision, train.expert_weight_format)
-        self.runs = abstract.stack_specs
+        self.runs = list(abstract.stack_specs)
         self._graph, self._params, self._fixed = nnx.split(abstract, nnx.Param, ...)
         leaves = nnx.to_flat_state(self._params)
         self._axes = {".".join(map(str, path)): leaf.letters for path, leaf in leaves}
@@ -70,15 +70,35 @@ class Trainer:
         self.sharding = make_mesh_rules(config.mesh, devices)
         shapes = {".".join(map(str, path)): leaf.get_value().shape for path, leaf in leaves}
         self._place_on_mesh(shapes)
-        self.model_loss = lambda params, fixed, batch: loss(self.model(params, fixed), batch, config.train)
-        heldout = lambda state, batch: heldout_nll(self.model(state.params, state.fixed), batch)
-        state, batch = self.state_sharding, self.batch_sharding
         self._rates = {"lr": schedule(train, train.lr), "adam_lr": schedule(train, train.adam_lr)}
-        self.step = self._jit(self._step, (state, batch), (state, self._replicated), donate_argnums=0)
-        self.evaluate = self._jit(heldout, (state, batch), self._replicated)
-        self.finite = self._jit(self._finite, (state,), self._replicated)
-        # Unstacking layers slices arrays, so it is jitted. Without stacks it only renames, and jit would copy arrays.
-        self._flat = self._jit(self._to_flat, None, None) if train.scan else self._to_flat
+
+    @functools.cached_property
+    def step(self):
+        """The jitted training step: `_step`. The argument `state` is donated."""
+        state = self.state_sharding
+        return self._jit(self._step, (state, self.batch_sharding), (state, self._replicated), donate_argnums=0)
+
+    @functools.cached_property
+    def evaluate(self):
+        """The jitted evaluation of one batch: `_evaluate`."""
+        return self._jit(self._evaluate, (self.state_sharding, self.batch_sharding), self._replicated)
+
+    @functools.cached_property
+    def finite(self):
+        """The jitted check of a state: `_finite`."""
+        return self._jit(self._finite, (self.state_sharding,), self._replicated)
+
+    @functools.cached_property
+    def _flat(self):
+        """`_to_flat`, jitted if layers are stacked.
+
+        Unstacking layers slices arrays. Without stacks `_to_flat` only renames, and jit would copy the arrays.
+        """
+        return self._jit(self._to_flat, None, None) if self.config.train.scan else self._to_flat
+
+    def _new_model(self, rngs: nnx.Rngs) -> Transformer:
+        train = self.config.train
+        return Transformer(self.config.model, rngs, train.scan, train.remat, "streams" in train.offload)
 
     def _place_on_mesh(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Set the shardings of the state, the batch and replicated results; all are None without a mesh."""
@@ -107,6 +127,7 @@ class Trainer:
         Raises:
           UserError: The mesh does not split `train.batch_size` or `data.seq_len` evenly.
         """
+        assert self.sharding is not None
         shape = (self.config.train.batch_size, self.config.data.seq_len)
         for size, letter, name in zip(shape, "BT", ("train.batch_size", "data.seq_len"), strict=True):
             axes = self.sharding.activation(letter)[0] or ()
@@ -119,6 +140,7 @@ class Trainer:
 
     def _local_indices(self, shape: tuple[int, int]):
         """The index into the global batch of each device of this process."""
+        assert self.batch_sharding is not None
         where = self.batch_sharding.devices_indices_map(shape)
         mine = [index for device, index in where.items() if device.process_index == jax.process_index()]
         return mine or list(where.values())  # devices of an ahead-of-time topology belong to no process
@@ -129,12 +151,12 @@ class Trainer:
         An optimizer array takes the sharding of the parameter whose name is the last key of its path. Scalars and all
         other leaves are replicated.
         """
+        of_params = self._param_sharding
+        assert of_params is not None
 
         def of(path, leaf):
-            name = getattr(path[-1], "key", None) if path else None
-            if name in self._param_sharding and leaf.ndim:
-                return self._param_sharding[name]
-            return self._replicated
+            name = getattr(path[-1], "key", "") if path else ""
+            return of_params.get(name, self._replicated) if leaf.ndim else self._replicated
 
         return jax.tree_util.tree_map_with_path(of, state)
 
@@ -161,9 +183,11 @@ class Trainer:
         if self.sharding is None:
             return jax.device_put(batch)
         rows, first = self.config.train.batch_size, self.process_share[0] * len(batch["tokens_BT"])
+        sharding = self.batch_sharding
+        assert sharding is not None
 
         def array(mine):
-            shape, sharding = (rows, mine.shape[1]), self.batch_sharding
+            shape = (rows, mine.shape[1])
             local = lambda index: mine[slice(*(i - first for i in index[0].indices(rows)[:2])), index[1]]
             places = sharding.addressable_devices_indices_map(shape).items()
             # Explicit transfers pass the loop's `jax.transfer_guard`; `make_array_from_callback` counts as implicit.
@@ -181,7 +205,7 @@ class Trainer:
         return self._jit(self._build, None, self.state_sharding)(jax.random.key(self.config.train.seed))
 
     def _build(self, key: jax.Array) -> TrainState:
-        model = self._new(nnx.Rngs(key))
+        model = self._new_model(nnx.Rngs(key))
         params, fixed = (to_stacked_dict(tree) for tree in nnx.split(model, nnx.Param, ...)[1:])
         step, guard = jnp.zeros((), jnp.int32), new_guard(self.config.train)
         return TrainState(params, fixed, self._optimizer.init(params), step, guard)
@@ -201,7 +225,7 @@ class Trainer:
     def abstract_tree(self) -> dict[str, Any]:
         """`to_tree` of `abstract`; on a mesh, with the shardings that a restored checkpoint must have."""
         tree = jax.eval_shape(lambda state: self._tree(state, self._to_flat), self.abstract())
-        if self.sharding is None:
+        if self.sharding is None or self.state_sharding is None:
             return tree
         letters = {name: self._axes.get(self._stacked_name(name), "") for name in tree["model"]}
         shapes = {name: leaf.shape for name, leaf in tree["model"].items()}
@@ -221,8 +245,8 @@ class Trainer:
         layer, _, rest = rest.partition(".")
         for i, run in enumerate(self.runs):
             past = int(layer) - run.first
-            if past < run.repeats * len(run.kinds):
-                return f"stacks.{i}.{past % len(run.kinds)}.{rest}"
+            if past < run.repeats * len(run.pattern):
+                return f"stacks.{i}.{past % len(run.pattern)}.{rest}"
         raise ValueError(f"no layer {layer}")
 
     def _to_flat(self, params: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -245,7 +269,22 @@ class Trainer:
             guard = SpikeGuardState(*(guard[name] for name in CHECKPOINT_NAMES))
         return TrainState(params, fixed, tree["opt"], tree["step"], guard)
 
+    def model_loss(
+        self, params: dict[str, jax.Array], fixed: dict[str, jax.Array], batch: Batch
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The training loss of a batch, and its terms (see `train.loss.loss`)."""
+        return loss(self.model(params, fixed), batch, self.config.train)
+
+    def _evaluate(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """The next-token loss of a batch, summed, and its number of targets (see `train.loss.heldout_nll`)."""
+        return heldout_nll(self.model(state.params, state.fixed), batch)
+
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimizer step.
+
+        Returns:
+          The state after the step, and its metrics by name (scalars).
+        """
         if "optimizer" in self.config.train.offload:  # the output sharding moves the new state back to the host
             state = state._replace(opt=jax.device_put(state.opt, jax.memory.Space.Device))
         objective = lambda params: self.model_loss(params, state.fixed, batch)
@@ -254,7 +293,7 @@ class Trainer:
         loads = parts.pop("load_E")
         fixed = {name: self._balanced(name, array, loads) for name, array in state.fixed.items()}
         metrics = parts | {"grad_norm": optax.tree.norm(grads), "max_load": jnp.max(loads.max(1) / loads.mean(1))}
-        params, guard = optax.apply_updates(state.params, updates), state.guard
+        params, guard = cast("dict[str, jax.Array]", optax.apply_updates(state.params, updates)), state.guard
         updated = state.step if guard is None else state.step - guard.skipped  # skipped steps do not advance a schedule
         metrics |= {name: rate(updated) for name, rate in self._rates.items()}
         if guard is not None:

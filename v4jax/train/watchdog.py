@@ -22,6 +22,7 @@ class Result(Protocol):
 
     def is_ready(self) -> bool:
         """Return whether the value is computed, without waiting for it."""
+        ...
 
 
 class Watchdog:
@@ -92,6 +93,8 @@ class Watchdog:
         text = f"v4jax: no step has ended for {self._seconds:g} s, the last was step {self._step}; all threads:\n"
         with self._path.open("a", encoding="utf-8") as file:
             for out in (file, sys.__stderr__):
+                if out is None:  # a process without stderr
+                    continue
                 out.write(text)
                 out.flush()
                 faulthandler.dump_traceback(out, all_threads=True)

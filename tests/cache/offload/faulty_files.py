@@ -72,5 +72,5 @@ def failing(*operations: str, code: int = errno.EIO) -> Callable[[str, str], Non
 
 
 def slow(seconds: float, *operations: str) -> Callable[[str, str], None]:
-    """A fault: these operations take so much longer."""
+    """A fault: these operations take the given number of seconds longer."""
     return lambda operation, path: time.sleep(seconds) if operation in operations else None

@@ -1,6 +1,7 @@
 """The disk tier against what disks do. Numbers are those of the faults in v4jax/cache/README.md."""
 
 import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -328,6 +329,34 @@ def test_a_directory_that_others_can_turn_or_write_is_refused(tmp_path):
     with pytest.raises(UserError, match="can be written by every user.*chmod o-w"):
         DiskTier(shared, PLENTY, "lru")
     assert not list(real.iterdir()) and not list(shared.iterdir())
+
+
+def test_a_directory_of_another_user_is_refused_and_one_of_root_is_not(tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    other.mkdir(mode=0o700)
+    if os.geteuid() == 0:
+        os.chown(other, 12_345, -1)
+    owner = other.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(UserError, match=rf"other belongs to another user \(uid {owner}\), who could .*; name your own"):
+        DiskTier(other, PLENTY, "lru")
+    assert not list(other.iterdir())
+    monkeypatch.setattr(os, "geteuid", lambda: owner)
+    DiskTier(other, PLENTY, "lru").close()
+    monkeypatch.undo()
+    if os.geteuid() == 0:
+        os.chown(other, 0, -1)
+        monkeypatch.setattr(os, "geteuid", lambda: owner)
+        DiskTier(other, PLENTY, "lru").close()
+
+
+def test_a_directory_on_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"cannot lock .*kv: No locks available; name another"):
+        DiskTier(tmp_path / "kv", PLENTY, "lru")
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_a_disk_that_hangs_is_given_up_and_the_breaker_opens(make):
     gate.set()
     assert all(job.done.wait(LONG) for job in jobs)
     settled(transfer)
-    assert not written  # what came up late is there already
+    assert not written  # what loaded after the deadline is in the host tier already
 
 
 def test_what_is_on_the_host_does_not_wait_for_a_disk_that_hangs(make):
@@ -197,7 +197,7 @@ def test_what_is_on_the_host_does_not_wait_for_a_disk_that_hangs(make):
     assert all(job.done.wait(LONG) for job in jobs)
 
 
-# --- 1, 12, 13: what goes down too fast, or not at all ---------------------------------------------------------------
+# --- 1, 12, 13: offloads that are too fast, or fail -------------------------------------------------------------------
 
 
 def test_queues_are_bounded_when_the_disk_is_slow(make):

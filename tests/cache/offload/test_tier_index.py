@@ -74,7 +74,7 @@ def test_the_budget_holds():
     assert not shelf.has_room(3) and shelf.has_room(2)
     with pytest.raises(ValueError, match="do not fit"):
         shelf.add(BLOCK.key(names[2]), names[1], 3)
-    with pytest.raises(ValueError, match="there already"):
+    with pytest.raises(ValueError, match="the index contains"):
         shelf.add(BLOCK.key(names[0]), ROOT, 1)
     assert shelf.remove(BlockKey("block", names[2], BLOCK.digest)) is None
 

@@ -7,19 +7,16 @@ import numpy as np
 import pytest
 
 from tests.golden import weights
+from tests.micro_model import one_layer
 from v4jax import cli
-from v4jax.config import Cache, Config, Indexer, MoE, Serve
+from v4jax.config import Cache, Config, Indexer, Serve
 from v4jax.core.errors import UserError
 from v4jax.tools import bench
 from v4jax.tools.bench import decode, generate, report
 
 pytestmark = pytest.mark.slow
 
-MODEL = weights.config(
-    layer_types=("csa",),
-    indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=20),
-    moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=0),
-)
+MODEL = one_layer("csa", indexer=Indexer(index_n_heads=4, index_head_dim=8, index_topk=20))
 CONFIG = Config(name="mine", model=MODEL, serve=Serve(max_num_batched_tokens=16))
 CONTEXTS = (20, 300)
 
@@ -126,7 +123,7 @@ def test_generate_reads_prompts_through_the_engine(monkeypatch, capsys):
     assert found == [*expected, ("peak_memory", 20, "B", "fp8", 1)]
     assert records[-1]["value"] > 2**26
     assert all(r["value"] > 0 for r in records)
-    assert "cache layout fp8: one request at a time" in capsys.readouterr().out
+    assert "kv_cache_dtype fp8: one request at a time" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-from tests.golden import weights
+from tests.micro_model import micro
 from v4jax import config
 from v4jax.tools import bench
 from v4jax.tools.bench import eviction
 
-CONFIG = config.Config(name="tiny", model=weights.config())
+CONFIG = config.Config(name="tiny", model=micro())
 
 
 def test_the_replay_counts_what_each_policy_keeps(monkeypatch, capsys):

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from tests.golden import weights
-from tests.serve import engine_harness
+from tests.micro_model import one_layer
 from v4jax import config
 from v4jax.core.errors import UserError
 from v4jax.tools import bench
@@ -11,12 +11,7 @@ from v4jax.tools.bench import host_kv
 
 pytestmark = pytest.mark.slow
 
-MODEL = dataclasses.replace(
-    engine_harness.MODEL,
-    layer_types=("csa",),
-    num_nextn_predict_layers=0,
-    moe=dataclasses.replace(engine_harness.MODEL.moe, num_hash_layers=0),
-)
+MODEL = one_layer("csa", indexer=config.Indexer(index_n_heads=4, index_head_dim=8, index_topk=4))
 CONFIG = config.Config(name="tiny", model=MODEL)
 
 
@@ -30,7 +25,7 @@ def test_the_suite_measures_what_it_says(monkeypatch, tmp_path, capsys):
     value = {(record["metric"], record.get("context"), record.get("arm")): record["value"] for record in records}
     assert value["same_bits", 300, None] == 1 and 0 <= value["hit_rate", 300, None] < 1
     assert value["decode_speed", 300, "live"] > 0 and value["decode_speed_kept", 300, None] > 0
-    entries = 4096 // 4 + 64  # beside them the page that is given to nobody
+    entries = 4096 // 4 + 64  # beside them the null block
     saved = value["device_bytes_plain", 4096, None] - value["device_bytes_live", 4096, None]
     assert value["host_bytes_live", 4096, None] == entries * 28  # 8 numbers in 8 bits, 8 in 16, a scale, in whole words
     assert saved == entries * (28 - 4) - 17 * (28 + 8) - 20

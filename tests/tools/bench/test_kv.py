@@ -5,13 +5,13 @@ import json
 
 import pytest
 
-from tests.golden import weights
+from tests.micro_model import micro
 from v4jax.cache.kv_cache_spec import KV_CACHE_DTYPES
 from v4jax.config import Config
 from v4jax.core.errors import UserError
 from v4jax.tools import bench
 
-CONFIG = Config(name="mine", model=weights.config())
+CONFIG = Config(name="mine", model=micro())
 
 
 def test_sizes_by_formula_and_from_live_arrays(tmp_path, capsys):

@@ -7,18 +7,15 @@ import numpy as np
 import pytest
 
 from tests.golden import weights
-from v4jax.config import Cache, Config, Indexer, MoE, Serve
+from tests.micro_model import one_layer
+from v4jax.config import Cache, Config, Serve
 from v4jax.core.errors import UserError
 from v4jax.tools import bench
 from v4jax.tools.bench import serve
 
 pytestmark = pytest.mark.slow
 
-MODEL = weights.config(
-    layer_types=("csa",),
-    indexer=Indexer(index_n_heads=16, index_head_dim=16, index_topk=4),
-    moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=0),
-)
+MODEL = one_layer("csa")
 CONFIG = Config(
     name="mine", model=MODEL, serve=Serve(max_num_batched_tokens=16, max_model_len=64), cache=Cache(block_size=16)
 )

@@ -1,6 +1,7 @@
 import pytest
 
 from tests.golden import weights
+from tests.micro_model import one_layer
 from v4jax import config
 from v4jax.core.errors import UserError
 from v4jax.tools import bench
@@ -8,11 +9,7 @@ from v4jax.tools.bench import host_kv, tiers
 
 pytestmark = pytest.mark.slow
 
-MODEL = weights.config(
-    layer_types=("csa",),
-    indexer=config.Indexer(index_n_heads=16, index_head_dim=16, index_topk=20),
-    moe=config.MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=0),
-)
+MODEL = one_layer("csa", indexer=config.Indexer(index_n_heads=4, index_head_dim=8, index_topk=20))
 CONFIG = config.Config(name="tiny", model=MODEL, serve=config.Serve(max_num_batched_tokens=16))
 
 

@@ -1,4 +1,4 @@
-"""The peer suite: both arms on one small model, and what it says without torch."""
+"""The transformers suite: both arms on one small model, and its message without torch."""
 
 import dataclasses
 import importlib.util
@@ -6,19 +6,15 @@ import re
 
 import pytest
 
-from tests.golden import weights
-from v4jax.config import Config, Data, MoE
+from tests.micro_model import one_layer
+from v4jax.config import Config, Data
 from v4jax.core.errors import UserError
 from v4jax.tools import bench
 from v4jax.tools.bench import vs_transformers
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
-MODEL = weights.config(
-    layer_types=("csa",),
-    moe=MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=0),
-    dtype="bfloat16",
-)
+MODEL = one_layer("csa", dtype="bfloat16")
 CONFIG = Config(name="mine", model=MODEL, data=Data(seq_len=16))
 
 

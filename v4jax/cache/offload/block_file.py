@@ -145,7 +145,7 @@ def decode_payload(data: np.ndarray, schema: BlockSchema, block_hash: bytes, par
     start, table = data[: _HEADER.size], data[_HEADER.size + _SUM.size : split]
     magic, version, kind, length, *ids, payload_bytes, payload_sum = _HEADER.unpack(start)
     if (magic, version) != (_MAGIC, VERSION):
-        raise CorruptBlockError("no record of this format and version")
+        raise CorruptBlockError("no block file of this format and version")
     [header_sum] = _SUM.unpack(data[_HEADER.size : _HEADER.size + _SUM.size])
     if checksum(np.concatenate([start, table])) != header_sum:
         raise CorruptBlockError("the header fails its checksum")

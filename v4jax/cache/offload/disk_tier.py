@@ -245,7 +245,9 @@ class DiskTier:
         """
         gone = []
         while not self._index.has_room(self._reserved + size) and (key := self._index.next_victim()) is not None:
-            gone.append(key.file(self._index.remove(key).parent))
+            entry = self._index.remove(key)
+            assert entry is not None  # the index itself named the key
+            gone.append(key.file(entry.parent))
         self._count.update(evictions=len(gone))
         return gone
 
@@ -269,7 +271,7 @@ class DiskTier:
           read in ms. `breaker_open` is 1 while reads are stopped, `paused` is 1 while writes are stopped, else 0.
         """
         with self._lock:
-            held = {"blocks": self._index.count["block"], "snapshots": self._index.count["record"]}
+            held: dict[str, float] = {"blocks": self._index.count["block"], "snapshots": self._index.count["record"]}
             state = {"breaker_open": int(self._reads.open), "paused": int(self._writes.open)}
             mean = self._seconds / max(self._count["reads"], 1)
             times = {"read_ms_mean": 1e3 * mean, "read_ms_max": 1e3 * self._slowest}
@@ -282,7 +284,7 @@ class DiskTier:
             files = set(os.listdir(self._at)) - {private_directory.LOCK}
             booked = {key.file(entry.parent) for key, entry in self._index.entries.items()}
             if self._reserved or files != booked:
-                raise AssertionError(f"the disk tier's files and books differ in {files ^ booked or self._reserved}")
+                raise AssertionError(f"the disk tier's files and index differ in {files ^ booked or self._reserved}")
 
     def close(self) -> None:
         """Release the lock of the directory. The files stay."""

@@ -138,6 +138,7 @@ class HostTier:
                 return False, gone
             while not self._index.has_room(item.schema.nbytes):
                 key = self._index.next_victim()
+                assert key is not None  # an empty index has room for any item within the budget
                 self._index.remove(key)
                 gone.append(self._items.pop(key))
             self._index.add(item.key, item.parent, item.schema.nbytes)
@@ -159,7 +160,7 @@ class HostTier:
     def stats(self) -> dict[str, float]:
         """Counters since the start, and the number of blocks and snapshots, bytes held and budget now."""
         with self._lock:
-            held = {"blocks": self._index.count["block"], "snapshots": self._index.count["record"]}
+            held: dict[str, float] = {"blocks": self._index.count["block"], "snapshots": self._index.count["record"]}
             return held | {"bytes": self._index.used, "budget": self._index.budget, **self._count}
 
     def check_invariants(self) -> None:
@@ -167,7 +168,7 @@ class HostTier:
         with self._lock:
             self._index.check_invariants()
             if self._items.keys() != self._index.entries.keys():
-                raise AssertionError("the host tier's items and books differ")
+                raise AssertionError("the host tier's items and index differ")
 
     def close(self) -> None:
         """Remove all items, which frees their memory."""

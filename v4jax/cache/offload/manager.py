@@ -199,6 +199,7 @@ class OffloadManager:
           loose: The host tier does not hold the item, so that the queue alone keeps its memory. Its bytes then count
             against `room`, and the item is dropped if they do not fit.
         """
+        assert self.disk is not None
         key = item.key
         if key in self.disk:
             return
@@ -212,14 +213,17 @@ class OffloadManager:
             self._writes.put((key,))
 
     def _unqueue(self, key: BlockKey) -> bool:
-        item, loose = self._pending.pop(key, (None, False))
+        if key not in self._pending:
+            return False
+        item, loose = self._pending.pop(key)
         self._loose_bytes -= item.schema.nbytes if loose else 0
-        return item is not None
+        return True
 
     def _write(self, key: BlockKey) -> None:
         with self._lock:
             item, _ = self._pending.get(key, (None, False))
         if item is not None:  # None if the item was dropped from the queue in the meantime
+            assert self.disk is not None  # only `_to_disk` queues items
             try:
                 self.disk.put(item)
             finally:
@@ -358,7 +362,7 @@ class OffloadManager:
             item = None
         for tier in self.tiers.values():
             if item is None and (item := tier.get(schema, block_hash)) is not None and tier is self.disk:
-                item = item._replace(payload=self._place(item.payload))
+                item = item._replace(payload=self._place(np.asarray(item.payload)))
                 self._insert(item, stored=True)
         job.last_progress = time.monotonic()
         if item is None:
@@ -404,5 +408,5 @@ def _serve(todo: queue.SimpleQueue, work: Callable[..., None]) -> None:
         try:
             work(*arguments)
         except Exception:
-            _log.exception("the cache leaves out a block or record that could not be moved")
+            _log.exception("the cache leaves out a block or snapshot that could not be moved")
         del arguments  # otherwise a whole prefix stays in memory while the thread waits

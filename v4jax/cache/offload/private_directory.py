@@ -16,12 +16,14 @@ from typing import BinaryIO
 
 from v4jax.core.errors import UserError
 from v4jax.core.lock import Locked, take_lock
+from v4jax.core.paths import local_path
 
 LOCK = "lock"
 
 
 def open_private(path: pathlib.Path) -> int:
     """Open a directory, created with mode 0700 if missing. Raises UserError if it cannot be used or trusted."""
+    local_path(path, "cache.kv_dir")
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         return open_trusted(path)
@@ -30,7 +32,7 @@ def open_private(path: pathlib.Path) -> int:
             raise UserError(f"{path} {error.strerror}") from error
         if path.is_symlink():
             raise UserError(
-                f"{path} is a symbolic link, which can be turned elsewhere at any time; name the directory "
+                f"{path} is a symbolic link, whose target can change at any time; name the directory "
                 f"it leads to: {os.path.realpath(path)}"
             ) from error
         raise UserError(f"cannot keep the cache in {path}: {error.strerror}; name another") from error

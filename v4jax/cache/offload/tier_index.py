@@ -36,7 +36,7 @@ class TierIndex:
     def __init__(self, budget: int, policy: str):
         self.budget, self.used = budget, 0
         self.entries: dict[BlockKey, IndexEntry] = {}
-        self.count = dict.fromkeys(KINDS, 0)
+        self.count: dict[str, int] = dict.fromkeys(KINDS, 0)
         self._blocks: defaultdict[bytes, set[BlockKey]] = defaultdict(set)  # by hash; several if schemas differ
         self._dependents: Counter[bytes] = Counter()  # by block hash: number of entries that need it
         self._policy = POLICIES[policy](budget, self._is_leaf)
@@ -51,7 +51,7 @@ class TierIndex:
     def add(self, key: BlockKey, parent: bytes, size: int) -> None:
         """Add a new key of `size` bytes. Raises ValueError if the index contains it or it does not fit."""
         if key in self.entries or not self.has_room(size):
-            raise ValueError(f"{key} is there already, or {size} bytes do not fit")
+            raise ValueError(f"the index contains {key}, or {size} bytes do not fit")
         self.entries[key] = IndexEntry(parent, size)
         self.used += size
         self.count[key.kind] += 1
@@ -95,10 +95,10 @@ class TierIndex:
         hanging = Counter(_required_block(key, entry.parent) for key, entry in self.entries.items())
         blocks = {key for keys in self._blocks.values() for key in keys}
         if not (self.used == sizes <= self.budget and self._dependents == hanging):
-            raise AssertionError("the books of a tier are wrong: bytes, or what hangs on what")
+            raise AssertionError("the index of a tier is inconsistent: bytes or dependents")
         wanted = {key for key in self.entries if key.kind == "block"}
         if blocks != wanted or sum(self.count.values()) != len(self.entries):
-            raise AssertionError("the books of a tier are wrong: keys")
+            raise AssertionError("the index of a tier is inconsistent: keys")
 
     def _is_leaf(self, key: BlockKey) -> bool:
         return key.kind == "record" or not self._dependents[key.block_hash]

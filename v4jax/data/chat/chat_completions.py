@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from v4jax.core.errors import UserError
 from v4jax.data.chat import fields, json_text
 from v4jax.data.chat.conversation import (
@@ -122,6 +120,8 @@ def parse_function(source: dict, where: str, schema: str = "parameters") -> Tool
         where: path of the object, for messages.
         schema: name of the field of the schema.
     """
+    if fields.get(source, "defer_loading", bool, where, False):
+        raise UserError(f"{where}.defer_loading is true, which is not supported; send the tool without it")
     parameters = fields.get(source, schema, dict, where, {})
     kind = parameters.get("type", "object")
     if kind != "object":
@@ -191,10 +191,5 @@ def _response_format(body: dict, messages: list[Message]) -> ResponseFormat:
         holder = fields.get(field, "json_schema", dict, "response_format")
         return ResponseFormat(kind, schema=fields.get(holder, "schema", dict, "response_format.json_schema"))
     if kind == "regex":
-        regex = fields.get(field, "regex", str, "response_format")
-        try:
-            re.compile(regex)
-        except re.error as error:
-            raise UserError(f"response_format.regex is no regular expression: {error}") from error
-        return ResponseFormat(kind, regex=regex)
+        return ResponseFormat(kind, regex=fields.get(field, "regex", str, "response_format"))
     return ResponseFormat()

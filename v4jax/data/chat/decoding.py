@@ -14,7 +14,7 @@ import json
 import secrets
 from collections.abc import Callable, Iterable
 
-from v4jax.data.chat.encoding import DSML, END_THINK
+from v4jax.data.chat.encoding import DSML, END_THINK, THINK
 
 _OPEN = f"<{DSML}"
 _CLOSE = f"</{DSML}"
@@ -80,6 +80,7 @@ class Start(enum.Enum):
     CONTENT = "content"
     CONTENT_CONTINUED = "content_continued"
     TOOL_CALLS = "tool_calls"
+    OPEN = "open"  # content, unless the reply itself begins with <think>
     PLAIN = "plain"  # text without markup of reasoning, of a model with a chat template of its own
 
 
@@ -121,6 +122,7 @@ class ReplyDecoder:
             Start.CONTENT: lambda: self._enter_content(leading=True),
             Start.CONTENT_CONTINUED: lambda: self._enter_content(leading=False),
             Start.TOOL_CALLS: self._enter_calls,
+            Start.OPEN: lambda: self._enter_content(leading=True, opens=True),
             Start.PLAIN: lambda: self._enter(self._content, self._stop_markers() + self._calls_markers()),
         }
         begin[start]()
@@ -132,20 +134,21 @@ class ReplyDecoder:
                 marker.step(text[0])
             self._put(text)
             return self._take()
-        for char in text:
-            if self.finished:
-                break
-            self._held += char
+        if self.finished:
+            return []
+        text, begin = self._held + text, 0  # text[begin:] is not put out yet
+        for end in range(len(self._held) + 1, len(text) + 1):
             # A list, because every marker must see the character.
-            full = [marker for marker in self._markers if marker.step(char)]
+            full = [marker for marker in self._markers if marker.step(text[end - 1])]
             if full:
-                self._put(self._held[: len(self._held) - full[0].length])
-                self._held = ""
+                self._put(text[begin : end - full[0].length])
+                begin = end
                 full[0].action()
-        if not self.finished:
-            length = max((marker.length for marker in self._markers), default=0)
-            self._put(self._held[: len(self._held) - length])
-            self._held = self._held[len(self._held) - length :]
+                if self.finished:
+                    return self._take()
+        held = len(text) - max((marker.length for marker in self._markers), default=0)
+        self._put(text[begin:held])
+        self._held = text[held:]
         return self._take()
 
     def finish(self) -> list[Delta]:
@@ -172,11 +175,11 @@ class ReplyDecoder:
     def _enter_reasoning(self, leading: bool) -> None:
         markers = self._calls_markers()
         if leading:
-            markers.append(_LeadingNewline(lambda: self._enter_reasoning(leading=True)))
+            markers.append(_Leading("\n", lambda: self._enter_reasoning(leading=True)))
         markers.append(_Marker(END_THINK, lambda: self._enter_content(leading=True), newlines=True))
         self._enter(self._reasoning, markers)
 
-    def _enter_content(self, leading: bool) -> None:
+    def _enter_content(self, leading: bool, opens: bool = False) -> None:
         if self._json_output:
             markers = [_Marker(fence, self._enter_json) for fence in ("```json\n", "```\n")]
             markers += [_Marker(bracket, lambda b=bracket: self._enter_json(b)) for bracket in "{["]
@@ -184,7 +187,9 @@ class ReplyDecoder:
             markers = self._stop_markers()
         markers += self._calls_markers()
         if leading:
-            markers.append(_LeadingNewline(lambda: self._enter_content(leading=True)))
+            markers.append(_Leading("\n", lambda: self._enter_content(leading=True, opens=opens)))
+        if opens:
+            markers.append(_Leading(THINK, lambda: self._enter_reasoning(leading=True)))
         markers.append(_Marker(END_THINK, lambda: self._enter_content(leading=False)))
         self._is_blank = False  # whether a space has replaced the text so far
         self._enter(self._blank if self._json_output else self._content, markers)
@@ -330,22 +335,20 @@ class _Marker:
         return self._matched == len(self._text)
 
 
-class _LeadingNewline(_Marker):
-    """A marker that only the next character can complete."""
+class _Leading(_Marker):
+    """A marker that only the next characters can complete."""
 
-    __slots__ = ("_is_next",)
+    __slots__ = ("_is_possible",)
 
-    def __init__(self, action: Callable[[], None]):
-        super().__init__("\n", action)
-        self._is_next = True
+    def __init__(self, text: str, action: Callable[[], None]):
+        super().__init__(text, action)
+        self._is_possible = True
 
     def step(self, char: str) -> bool:
-        """Read the next character. Return whether it is the first one and a newline."""
-        if self._is_next and char == "\n":
-            self.length = 1
-            return True
-        self._is_next = False
-        return False
+        """Read the next character. Return whether all characters so far are the marker."""
+        self._is_possible = self._is_possible and self._text[self.length] == char
+        self.length = self.length + 1 if self._is_possible else 0
+        return self.length == len(self._text)
 
 
 def _borders(text: str) -> list[int]:

@@ -164,8 +164,10 @@ class ChatEncoder:
             prompt = self._apply_template(conversation, True, template_options or {})
             if prompt.rstrip().endswith(encoding.THINK):
                 start = Start.REASONING
+            elif encoding.END_THINK in source:
+                start = Start.CONTENT_CONTINUED if conversation.continue_final_message else Start.OPEN
             else:
-                start = Start.CONTENT if encoding.END_THINK in source else Start.PLAIN
+                start = Start.PLAIN
             return ReplyDecoder(start, parse_tool_calls=encoding.DSML in source, **options)
         return ReplyDecoder(
             _start(conversation),

@@ -1,7 +1,7 @@
 """DeepSeek's own prompt encoding of a conversation, in the versions V4 and V4.1.
 
-DeepSeek publishes no chat template; spec 9.5 and Appendix D list the rules. The prompt of V4 collects all system text
-at its beginning. V4.1 keeps every system message at its place, behind a marker.
+DeepSeek publishes no chat template. Its package deepseek-recipe 0.2.0 is the reference of the rules here. The prompt of
+V4 collects all system text at its beginning. V4.1 keeps every system message at its place, behind a marker.
 """
 
 from __future__ import annotations
@@ -152,14 +152,17 @@ def render(conversation: Conversation, version: Version, *, add_generation_promp
         Parts of the prompt in order. A str is plain text, in which a tokenizer must not recognize special tokens.
 
     Raises:
-        UserError: an effort that the encoding does not have.
+        UserError: an effort that the encoding does not have, or a schema that is no JSON or is nested too deeply.
     """
     parts: list[Part] = []
-    for part in _parts(normalize(conversation), version, add_generation_prompt):
-        if isinstance(part, Special) or not parts or isinstance(parts[-1], Special):
-            parts.append(part)
-        else:  # a tokenizer must see the text between two special tokens at once
-            parts[-1] += part
+    try:
+        for part in _parts(normalize(conversation), version, add_generation_prompt):
+            if isinstance(part, Special) or not parts or isinstance(parts[-1], Special):
+                parts.append(part)
+            else:  # a tokenizer must see the text between two special tokens at once
+                parts[-1] += part
+    except RecursionError as error:
+        raise UserError("a schema in tools or response_format is nested too deeply; simplify it") from error
     return parts
 
 

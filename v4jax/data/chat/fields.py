@@ -69,7 +69,7 @@ def text_content(source: dict, name: str, where: str, types: Sequence[str], defa
     content = source.get(name)
     if isinstance(content, str) or (content is None and default is not _REQUIRED):
         return default if content is None else content
-    path = f"{where}.{name}"
+    path = f"{where}.{name}" if where else name
     if not isinstance(content, list):
         raise UserError(f"{path} is {_type(content)}; it must be text or a list of text blocks")
     blocks = objects(source, name, where)

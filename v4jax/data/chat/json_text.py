@@ -6,6 +6,8 @@ import json
 import math
 from collections.abc import Callable
 
+from v4jax.core.errors import UserError
+
 _MAX_DEPTH = 127  # levels of nesting; deeper arguments of a tool call are taken as text, as in DeepSeek's converter
 _INT64_MIN, _UINT64_MAX = -(1 << 63), (1 << 64) - 1
 
@@ -28,6 +30,9 @@ def dumps(value: object, spell_float: Callable[[float], str]) -> str:
     Args:
         value: what `json.loads` returns, with string keys.
         spell_float: `repr` (V4.1) or `spell_float_v4` (V4).
+
+    Raises:
+        UserError: the value is no JSON.
     """
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
@@ -36,11 +41,17 @@ def dumps(value: object, spell_float: Callable[[float], str]) -> str:
     if isinstance(value, int):
         return str(value) if _INT64_MIN <= value <= _UINT64_MAX else spell_float(float(value))
     if isinstance(value, float):
+        if not math.isfinite(value):
+            raise UserError(f"{value} is no JSON number; replace it in the schemas of tools and response_format")
         return spell_float(value)
     if isinstance(value, dict):
         items = (f"{dumps(key, spell_float)}: {dumps(item, spell_float)}" for key, item in value.items())
         return "{" + ", ".join(items) + "}"
-    return "[" + ", ".join(dumps(item, spell_float) for item in value) + "]"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(dumps(item, spell_float) for item in value) + "]"
+    raise UserError(
+        f"a {type(value).__name__} is no JSON value; replace it in the schemas of tools and response_format"
+    )
 
 
 def spell_float_v4(value: float) -> str:

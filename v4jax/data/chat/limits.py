@@ -25,7 +25,7 @@ _MAX_SECONDS = 10.0  # checked at every step and every output
 _MAX_VALUE = 16 << 20  # characters or items of one value, and of the output
 _MAX_ITEMS = 1 << 20  # lists, objects and texts inside of one value
 _MAX_BUILT = 1 << 30  # characters or items of all values that one rendering builds
-_MAX_COUNT = 100_000  # columns, rows or width that an argument may ask for; the sandbox bounds range() so, too
+_MAX_COUNT = 100_000  # columns, rows or width that an argument may ask for; equals the sandbox's bound of range()
 _MAX_POWER = 10_000  # bits of a power or of a factor
 _WIDTH = re.compile(r"\d{5,}|%[^%a-zA-Z]*\*")  # a width in a format that pads to more than 9,999 characters
 _FILTERS = frozenset(
@@ -86,8 +86,8 @@ class Program:
         return "".join(parts)
 
 
-class _Steps(jinja2.ext.Extension):
-    """Counts steps, and knows the block {% generation %} of transformers."""
+class _Generation(jinja2.ext.Extension):
+    """The block {% generation %} of transformers."""
 
     tags = {"generation"}
 
@@ -105,7 +105,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def __init__(self):
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Steps, jinja2.ext.loopcontrols], finalize=_bounded
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], finalize=_bounded
         )
         self.filters = {name: self._guarded(name) for name in _FILTERS if name in self.filters}
         self.filters["tojson"] = _tojson

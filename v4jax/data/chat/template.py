@@ -70,7 +70,7 @@ class ChatTemplate:
         """
         messages = [_with_reasoning_names(message) for message in messages]
         if continue_final_message:
-            content = messages[-1].get("content")
+            content = messages[-1].get("content") if messages else None
             if not isinstance(content, str):
                 raise UserError("the final message has no text content that the model could continue")
             messages[-1]["content"] = content + _TAG

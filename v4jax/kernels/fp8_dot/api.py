@@ -11,8 +11,8 @@ from v4jax.kernels.dispatch import select
 from v4jax.kernels.fp8_dot import ref, xla_tiled
 from v4jax.kernels.fp8_dot.quantize import dequantize_tiles, tiles
 
-_IMPLEMENTATIONS = {"ref": ref, "tiled": xla_tiled}
-_BEST = {"gpu": "tiled"}
+_IMPLEMENTATIONS = {"ref": ref, "xla_tiled": xla_tiled}
+_PREFERRED = {"gpu": "xla_tiled"}
 
 
 def dot(x_BTD: jax.Array, w_DUF: jax.Array, impl: str | None = None) -> jax.Array:
@@ -25,7 +25,7 @@ def dot(x_BTD: jax.Array, w_DUF: jax.Array, impl: str | None = None) -> jax.Arra
     Args:
         x_BTD: activations [B, T, D].
         w_DUF: weights [D, U, F].
-        impl: "tiled" multiplies e4m3 operands tile by tile and scales the partial sums, for backends with FP8
+        impl: "xla_tiled" multiplies e4m3 operands tile by tile and scales the partial sums, for backends with FP8
             products. "ref" multiplies the same numbers as float32. None takes the best one of the backend. Operands
             and products of two numbers are equal bit for bit in both, so results differ only by the order of float32
             additions.
@@ -36,7 +36,7 @@ def dot(x_BTD: jax.Array, w_DUF: jax.Array, impl: str | None = None) -> jax.Arra
     Raises:
         UserError: `impl` is unknown.
     """
-    return _dot(x_BTD, w_DUF, select(impl, _IMPLEMENTATIONS, _BEST))
+    return _dot(x_BTD, w_DUF, select(impl, _IMPLEMENTATIONS, _PREFERRED, operands=(x_BTD, w_DUF)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

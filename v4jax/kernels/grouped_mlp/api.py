@@ -1,4 +1,4 @@
-"""Public API of the grouped expert MLP. It selects an implementation by backend."""
+"""Public API of the grouped expert MLP. It selects an implementation by platform."""
 
 import jax
 
@@ -7,14 +7,8 @@ from v4jax.kernels.dispatch import select
 from v4jax.kernels.fp8_dot import gradient_rows, round_rows
 from v4jax.kernels.grouped_mlp import ref, xla_blocked, xla_ragged_dot
 
-_IMPLEMENTATIONS = {"ref": ref.experts, "blocks": xla_blocked.experts, "ragged": xla_ragged_dot.experts}
-_BEST = {"cpu": "blocks", "tpu": "ragged", "gpu": "ragged"}
-_PORTABLE = "ragged"  # on platforms that _BEST does not list
-
-
-def best(platform: str) -> str:
-    """Return the name of the fastest implementation on a platform, such as "cpu", "gpu" or "tpu"."""
-    return _BEST.get(platform, _PORTABLE)
+_IMPLEMENTATIONS = {"ref": ref.experts, "xla_blocked": xla_blocked.experts, "xla_ragged_dot": xla_ragged_dot.experts}
+_PREFERRED = {"cpu": "xla_blocked"}
 
 
 def experts(
@@ -41,8 +35,8 @@ def experts(
         fp8: round the left operands of all products, forward and backward, in tiles of 1 x 128 along the hidden or
             inner size (spec 8.4; `kernels.fp8_dot`). The caller has rounded the matrices. The gradients of the matrices
             use the same tiles, because an expert has too few rows for tiles along the token axis.
-        impl: "ref", "blocks", "ragged", or None for the best of the backend. With 8-bit weights None selects "blocks",
-            because it dequantizes one expert at a time instead of all.
+        impl: "ref", "xla_blocked", "xla_ragged_dot", or None for the preferred one of the platform. With 8-bit weights
+            None selects "xla_blocked", because it dequantizes one expert at a time instead of all.
 
     Returns:
         float32 [B, D].
@@ -51,9 +45,9 @@ def experts(
         UserError: `impl` is unknown.
     """
     if impl is None and isinstance(gate_up_EUDF, QTensor):
-        impl = "blocks"
+        impl = "xla_blocked"
+    operands = (x_BD, picks_BK, weights_BK, gate_up_EUDF, down_EFD)
+    implementation = select(impl, _IMPLEMENTATIONS, _PREFERRED, portable="xla_ragged_dot", operands=operands)
     x_BD = round_rows(x_BD) if fp8 else x_BD
-    y_BD = _IMPLEMENTATIONS[select(impl, _IMPLEMENTATIONS, _BEST, portable=_PORTABLE)](
-        x_BD, picks_BK, weights_BK, gate_up_EUDF, down_EFD, limit=limit, fp8=fp8
-    )
+    y_BD = _IMPLEMENTATIONS[implementation](x_BD, *operands[1:], limit=limit, fp8=fp8)
     return gradient_rows(y_BD) if fp8 else y_BD

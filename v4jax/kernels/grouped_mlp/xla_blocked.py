@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from v4jax.kernels.fp8_dot import gradient_rows, round_rows
 from v4jax.kernels.fp8_dot.quantize import rows as tiled
 from v4jax.kernels.grouped_mlp.swiglu import swiglu
-
-_LARGEST = 128  # largest number of rows of a block
+from v4jax.kernels.tuning import tuned
 
 
 def experts(x_BD, picks_BK, weights_BK, gate_up_EUDF, down_EFD, *, limit, fp8=False):
@@ -40,7 +39,7 @@ def _single(x_1D, picks_1K, weights_1K, gate_up_EUDF, down_EFD, limit, fp8):
 
 
 def block_rows(rows: int, experts: int) -> int:
-    """Return the block size in rows: the mean load of an expert, rounded up to a power of two, at most `_LARGEST`.
+    """Return the block size in rows: the mean load of an expert, rounded up to a power of two, at most a tuned number.
 
     With this size padding stays a fraction of the work.
 
@@ -49,7 +48,7 @@ def block_rows(rows: int, experts: int) -> int:
         experts: number of experts.
     """
     mean = max(1, rows // experts)
-    return min(_LARGEST, 1 << (mean - 1).bit_length())
+    return min(tuned("grouped_mlp")["max_block_rows"], 1 << (mean - 1).bit_length())
 
 
 def _plan(picks_BK, E):
@@ -122,7 +121,7 @@ def _forward(x_BD, weights_BK, gate_up_EUDF, down_EFD, plan, limit, fp8):
     expert_of_block, in_use, row_of_slot, slot_of_row = plan
     D, F, size = x_BD.shape[1], down_EFD.shape[1], row_of_slot.size // expert_of_block.size
     x, w = _slots(x_BD, weights_BK, plan)
-    if size == _LARGEST:
+    if size == tuned("grouped_mlp")["max_block_rows"]:
         both_EDG = _side_by_side(gate_up_EUDF, x)
         first = lambda e, x: _dot("RD,DG->RG", x, both_EDG[e]).reshape(size, 2, F)
     else:

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-import pathlib
+import importlib
 from collections.abc import Sequence
 
 from v4jax.config import Config, load
 from v4jax.core.errors import UserError
+from v4jax.core.paths import local_path
 from v4jax.core.reporting import write_json
 
-SUITES = ("decode", "eviction", "generate", "host_kv", "kv", "serve", "tiers", "train", "vs_transformers")
-_WITH_CONTEXTS, _WITH_PLOT = ("decode", "generate", "host_kv", "tiers"), ("decode", "host_kv", "tiers")
-_WITH_CHECKPOINT = ("host_kv",)
+# Suite, a module of this package -> the options that its `run` takes beside the config.
+SUITES = {
+    "decode": ("rounds", "contexts", "plot"),
+    "eviction": (),
+    "generate": ("rounds", "contexts"),
+    "host_kv": ("rounds", "contexts", "plot", "checkpoint"),
+    "kv": (),
+    "serve": ("rounds",),
+    "tiers": ("rounds", "contexts", "plot"),
+    "train": ("rounds",),
+    "vs_transformers": ("rounds",),
+}
+
+
+_NOT_TAKEN = {
+    "checkpoint": "makes its own weights",
+    "plot": "draws no plot",
+    "contexts": "has lengths of its own",
+}
+
+
+def suites_with(option: str) -> list[str]:
+    """Names of the suites that take an option."""
+    return [suite for suite, options in SUITES.items() if option in options]
 
 
 def run(
@@ -30,31 +52,17 @@ def run(
     """
     if suite not in SUITES:
         raise UserError(f"unknown suite {suite!r}; one of {', '.join(SUITES)}")
-    if checkpoint and suite not in _WITH_CHECKPOINT:
-        raise UserError(f"suite {suite!r} makes its own weights: drop --checkpoint")
-    if plot and suite not in _WITH_PLOT:
-        raise UserError(f"suite {suite!r} draws no plot: drop --plot")
-    if contexts and suite not in _WITH_CONTEXTS:
-        raise UserError(f"suite {suite!r} has lengths of its own: drop --contexts")
+    options = {"rounds": rounds, "checkpoint": checkpoint, "contexts": contexts, "plot": plot}
+    for option, cure in _NOT_TAKEN.items():
+        if options[option] and option not in SUITES[suite]:
+            raise UserError(f"suite {suite!r} {cure}: drop --{option}")
     for path in filter(None, (json, plot)):
-        if not pathlib.Path(path).parent.is_dir():  # told now: some suites run for an hour
+        if not local_path(path, "file").parent.is_dir():  # reported now: some suites run for an hour
             raise UserError(f"there is no directory for {path}; create it first")
-    from v4jax.tools.bench import decode, eviction, generate, host_kv, kv, serve, tiers, train, vs_transformers
-
-    config = config or load("small")
-    lengths = {"contexts": _lengths(contexts)} if contexts else {}
-    suites = {
-        "decode": lambda: decode.run(config, rounds, plot=plot, **lengths),
-        "generate": lambda: generate.run(config, rounds, **lengths),
-        "kv": lambda: kv.run(config),
-        "host_kv": lambda: host_kv.run(config, rounds, checkpoint=checkpoint, plot=plot, **lengths),
-        "vs_transformers": lambda: vs_transformers.run(config, rounds),
-        "eviction": lambda: eviction.run(config),
-        "serve": lambda: serve.run(config, rounds),
-        "tiers": lambda: tiers.run(config, rounds, plot=plot, **lengths),
-        "train": lambda: train.run(config, rounds),
-    }
-    records = suites[suite]()
+    if contexts:
+        options["contexts"] = _lengths(contexts)
+    given = {option: options[option] for option in SUITES[suite] if options[option]}
+    records = importlib.import_module(f"v4jax.tools.bench.{suite}").run(config or load("small"), **given)
     if json:
         write_json(json, records)
     return records

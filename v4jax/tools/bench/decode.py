@@ -18,8 +18,9 @@ import numpy as np
 from flax import nnx
 
 from v4jax.cache.allocate import allocate_layer
+from v4jax.cache.entry_pool import EntryPool
 from v4jax.cache.kv_cache_spec import KVCacheSpec
-from v4jax.cache.paged_cache import EntryPool, PagedLayerCache
+from v4jax.cache.paged_cache import PagedLayerCache
 from v4jax.config import Config, Model
 from v4jax.core.errors import UserError
 from v4jax.core.reporting import print_table
@@ -245,8 +246,8 @@ def _report(
         f"dense: every compressed entry, sparse: the top {model.indexer.index_topk}; {model.dtype} products; "
         f"medians of {len(next(iter(ms.values())))} x {STEPS} steps, arms in turn; {os.cpu_count()} CPU threads, "
         f"load average {'unknown' if load is None else load}.\n"
-        "Weights and entries are random numbers, entries of unit variance; what FP8 costs a trained model is told by"
-        " `v4jax eval --suite=kv_quant`."
+        "Weights and entries are random numbers, entries of unit variance; what FP8 costs a trained model is measured "
+        "by `v4jax eval --suite=kv_quant`."
     )
     records += _control(contexts, ms, at)
     if plot:

@@ -104,7 +104,7 @@ def _report(config: Config, taken: dict[int, list[tuple[float, float]]]) -> list
             record("generate", "prefill_tokens_per_second", speed, "1/s", **where),
             record("generate", "decode_time", later, "ms", **where),
         ]
-    what = f"{config.name}, {config.model.dtype}, cache layout {config.cache.kv_cache_dtype}"
+    what = f"{config.name}, {config.model.dtype}, kv_cache_dtype {config.cache.kv_cache_dtype}"
     unit = 1 if sys.platform == "darwin" else 1024
     peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     records.append(record("generate", "peak_memory", [peak], "B", **at, context=max(taken)))

@@ -25,8 +25,8 @@ from v4jax.cache.kv_cache_spec import KVCacheSpec
 from v4jax.config import Config, Model, Serve, load
 from v4jax.core.errors import UserError
 from v4jax.core.reporting import print_table
+from v4jax.kernels.attention import use_gather
 from v4jax.models.transformer import Transformer
-from v4jax.nn.csa import use_gather
 from v4jax.parallel.host_memory import is_host
 from v4jax.serve import LLM, SamplingParams, model_steps
 from v4jax.serve.model_steps import DecodeState, KVCaches
@@ -261,7 +261,7 @@ def _speed(config: Config, rounds: int, contexts: Sequence[int]) -> list[dict]:
     header = ["context", "tokens/s, all on the device", "live", "speed kept", "same bits", "found on the device"]
     print_table(title, header, rows)
     print(
-        "Weights, entries and tokens are random numbers: picks jump about more than a trained model's.\n"
+        "Weights, entries and tokens are random numbers: top-k entries change more by step than a trained model's.\n"
         f"{os.cpu_count()} CPU threads; on a CPU host and device memory are one, and a fetch is a copy."
     )
     return records
@@ -316,7 +316,7 @@ def _show_hits(name: str, model: Model, hits: dict[int, tuple[float, bool]]) -> 
         at = {"config": name, "context": TEXT, "concurrency": 1, "slots": slots}
         records.append(record("host_kv", "hit_rate", [rate], "share", source="trained", same_tokens=same, **at))
     title = f"{name}, trained: {ASKED} tokens of its own text after {TEXT - ASKED:,}, topk {model.indexer.index_topk}"
-    print_table(title, ["copies a layer", "of all entries", "picks found on the device", "same tokens"], rows)
+    print_table(title, ["copies a layer", "of all entries", "top-k entries found on the device", "same tokens"], rows)
     return records
 
 
@@ -329,7 +329,9 @@ def _plot(path: str, sizes: dict[tuple[int, str], Bytes], hits: dict[int, tuple[
     if hits:
         axes[1].plot(list(hits), [rate for rate, _ in hits.values()], "o-")
         axes[1].set_xscale("log", base=2)
-        axes[1].set(xlabel="copies a layer", ylabel="picks found on the device", ylim=(0, 1), title="Trained model")
+        axes[1].set(
+            xlabel="copies a layer", ylabel="top-k entries found on the device", ylim=(0, 1), title="Trained model"
+        )
     for each in axes:
         each.grid(alpha=0.3, which="both")
     write(figure, path)

@@ -76,7 +76,7 @@ def run(config: Config, rounds: int) -> list[dict]:
         arm()
     taken = interleave(arms, rounds)
     at = {"config": config.name, "precision": config.cache.kv_cache_dtype}
-    what = f"{config.name}, {model.dtype}, cache layout {config.cache.kv_cache_dtype}, {os.cpu_count()} CPU threads"
+    what = f"{config.name}, {model.dtype}, kv_cache_dtype {config.cache.kv_cache_dtype}, {os.cpu_count()} CPU threads"
     return [*_throughput(taken, at, what), *_burst(engine, _requests(model, block, rng), at)]
 
 
