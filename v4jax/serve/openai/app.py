@@ -19,24 +19,35 @@ from v4jax.serve.openai.chat import chat_completions
 from v4jax.serve.openai.completions import completions
 from v4jax.serve.openai.endpoint import Call, Endpoint, Handler
 from v4jax.serve.openai.errors import ApiError
+from v4jax.serve.openai.messages import count_tokens, messages
+from v4jax.serve.openai.openapi import document
+from v4jax.serve.openai.responses import responses
 from v4jax.serve.openai.service import Service
+from v4jax.serve.openai.tokens import detokenize, tokenize
 
 
 def build_app(service: Service) -> Starlette:
     """Return the application of a service."""
 
     def route(path: str, handle: Handler, method: str = "POST", **options) -> Route:
-        return Route(path, Endpoint(service, handle, **options), methods=[method])
+        return Route(path, Endpoint(service, path, handle, **options), methods=[method])
 
+    anthropic = {"error_body": ApiError.anthropic_body, "error_event": "error"}
     routes = [
         route("/v1/completions", completions),
         route("/v1/chat/completions", chat_completions),
+        route("/v1/responses", responses),
+        route("/v1/messages", messages, **anthropic),
+        route("/v1/messages/count_tokens", count_tokens, **anthropic),
+        route("/tokenize", tokenize),
+        route("/detokenize", detokenize),
         route("/v1/models", _models, "GET"),
         route("/v1/models/{model:path}", _model, "GET"),
         route("/health", _health, "GET", is_open=True),
         route("/ready", _ready, "GET", is_open=True),
         route("/version", _version, "GET", is_open=True),
         route("/metrics", _metrics, "GET", is_open=True),
+        route("/openapi.json", _openapi, "GET", is_open=True),
     ]
     middleware = []
     if service.settings.allowed_origins:
@@ -108,3 +119,7 @@ async def _version(call: Call) -> None:
 
 async def _metrics(call: Call) -> None:
     await call.reply.body(await call.service.frontend.refresh_metrics(), CONTENT_TYPE_LATEST)
+
+
+async def _openapi(call: Call) -> None:
+    await call.reply.json(document())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 
@@ -25,7 +26,7 @@ class CompletionRequest:
 
     Attributes:
         prompts: texts or lists of token ids.
-        sampling: options of every continuation of every prompt, one list per prompt.
+        sampling: options of each continuation of a prompt, the same for all prompts.
         echo: the texts begin with their prompts.
         logprobs: number of likeliest tokens to report; None reports none.
         generates: False for max_tokens 0, which only echoes.
@@ -34,7 +35,7 @@ class CompletionRequest:
     """
 
     prompts: list[Prompt]
-    sampling: list[list[SamplingParams]]
+    sampling: list[SamplingParams]
     echo: bool
     logprobs: int | None
     generates: bool
@@ -46,13 +47,11 @@ async def completions(call: Call) -> None:
     """Answer a request to /v1/completions."""
     service = call.service
     model = protocol.model_name(call.body, service.model)
-    request = parse(call.body, service.llm.default_sampling_params)
-    sampling = [options for one in request.sampling for options in one]
-    prompts = [prompt for prompt, one in zip(request.prompts, request.sampling, strict=True) for _ in one]
-    salt = service.cache_salt(call)
-    with service.admit(call, len(sampling)):
-        states = await service.frontend.make_requests([_salted(prompt, salt) for prompt in prompts], sampling)
-        count = len(request.sampling[0])
+    request = await asyncio.to_thread(parse, call.body, service.llm.default_sampling_params)
+    count, salt = len(request.sampling), service.cache_salt(call)
+    with service.admit(call, len(request.prompts) * count):
+        prompts = [_salted(prompt, salt) for prompt in request.prompts for _ in range(count)]
+        states = await service.frontend.make_requests(prompts, request.sampling * len(request.prompts))
         call.prompt_tokens = sum(len(state.prompt_token_ids) for state in states[::count])
         choices = [_Choice(call, request, index, state) for index, state in enumerate(states)]
         header = {"id": f"cmpl-{call.id}", "object": "text_completion", "created": call.created, "model": model}
@@ -90,7 +89,7 @@ def parse(body: dict, defaults: dict) -> CompletionRequest:
         options["logprobs"] = logprobs
         if echo:
             options["prompt_logprobs"] = logprobs
-    sampling = [protocol.continuations(options, defaults, n) for _ in prompts]
+    sampling = protocol.continuations(options, defaults, n)
     as_ids = protocol.flag(body, "return_tokens_as_token_ids")
     streaming = protocol.stream_options(body)
     return CompletionRequest(prompts, sampling, echo, logprobs, max_tokens != 0, streaming, as_ids)
@@ -101,7 +100,7 @@ class _Choice:
 
     def __init__(self, call: Call, request: CompletionRequest, index: int, state: RequestState):
         self._call, self._request, self._index, self._state = call, request, index, state
-        self._counts_cached = index % len(request.sampling[0]) == 0  # only the first continuation of a prompt
+        self._counts_cached = index % len(request.sampling) == 0  # only the first continuation of a prompt
         self._logprobs = None
         if request.logprobs is not None:
             self._logprobs = CompletionLogprobs(call.service.llm.tokenizer, request.logprobs, request.as_ids)

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from v4jax.serve.openai.errors import ApiError, to_api_error
 from v4jax.serve.openai.frontend import Generation
 from v4jax.serve.openai.json_body import parse_object
+from v4jax.serve.openai.keys import Key
 from v4jax.serve.openai.stream import ClientTooSlow, Reply
 from v4jax.serve.output_processor import RequestState
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 _LARGE_BODY = 1 << 16  # bytes from which a body is parsed in a thread
+_CLIENT_GONE = 499  # status of a request whose client went away before the reply began
 _log = logging.getLogger(__name__)
 
 
@@ -42,6 +44,10 @@ class Call:
         prompt_tokens, cached_tokens, completion_tokens, reasoning_tokens: usage of the request so far.
         finish_reasons: why its continuations ended.
         cancel_reason: why it was cut off; None if it was not.
+        task: task that handles it.
+        key: key of its client; None on a server without keys and on open routes.
+        client: address of its client.
+        start: time of arrival on the monotonic clock, seconds.
     """
 
     service: Service
@@ -57,6 +63,9 @@ class Call:
     finish_reasons: list[str] = dataclasses.field(default_factory=list)
     cancel_reason: str | None = None
     task: asyncio.Task | None = None
+    key: Key | None = None
+    client: str = ""
+    start: float = dataclasses.field(default_factory=time.monotonic)
 
     def cancel(self, reason: str) -> None:
         """Stop handling the request, whose client no longer reads."""
@@ -88,6 +97,7 @@ class Endpoint:
 
     Args:
         service: what the server serves.
+        path: path of the route, for metrics and the audit log.
         handle: coroutine that sends the reply to a call. It may raise ApiError and UserError at any moment.
         error_body: body of an error in the protocol of the route.
         error_event: name of the event of an error in a stream; None for none.
@@ -97,13 +107,14 @@ class Endpoint:
     def __init__(
         self,
         service: Service,
+        path: str,
         handle: Handler,
         *,
         error_body: Callable[[ApiError], dict] = ApiError.openai_body,
         error_event: str | None = None,
         is_open: bool = False,
     ):
-        self._service, self._handle = service, handle
+        self._service, self._path, self._handle = service, path, handle
         self._error_body, self._error_event, self._is_open = error_body, error_event, is_open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -113,6 +124,7 @@ class Endpoint:
         id = sent_id if _REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(12)
         settings = self._service.settings
         call = Call(self._service, scope["path"], id, Reply(send, settings.send_timeout, {"x-request-id": id}))
+        call.client = (scope.get("client") or ("",))[0]
         call.task = asyncio.ensure_future(self._run(call, scope["method"], headers, receive))
         try:
             await call.task
@@ -126,6 +138,8 @@ class Endpoint:
         """Handle one request, with its errors."""
         watch: asyncio.Task | None = None
         try:
+            if self._service.keys is not None and not self._is_open:
+                call.key = self._service.keys.authenticate(headers)
             if method == "POST":
                 _check_content_type(headers)
                 raw = await _read_body(headers, receive, self._service.settings)
@@ -166,10 +180,29 @@ class Endpoint:
             call.cancel_reason = "slow_client"
 
     def _count(self, call: Call) -> None:
-        metrics = self._service.frontend.metrics
+        """Record a request that has ended: metrics, budget of its key, audit log."""
+        metrics, audit = self._service.frontend.metrics, self._service.audit
+        status = call.reply.status or _CLIENT_GONE
         if call.cancel_reason is not None:
             metrics.cancelled.labels(call.cancel_reason).inc()
-        metrics.http_requests.labels(call.path, str(call.reply.status or 499)).inc()  # 499: the client went away
+        metrics.http_requests.labels(self._path, str(status)).inc()
+        if call.key is not None:
+            call.key.tokens.use(call.prompt_tokens + call.completion_tokens)
+        if audit is not None and not self._is_open:
+            audit.write(
+                id=call.id,
+                key=call.key and call.key.name,
+                client=call.client,
+                path=self._path,
+                model=self._service.model,
+                status=status,
+                prompt_tokens=call.prompt_tokens,
+                cached_tokens=call.cached_tokens,
+                completion_tokens=call.completion_tokens,
+                finish_reasons=call.finish_reasons,
+                cancel_reason=call.cancel_reason,
+                seconds=round(time.monotonic() - call.start, 3),
+            )
 
 
 def _check_content_type(headers: Headers) -> None:

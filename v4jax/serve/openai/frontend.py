@@ -32,6 +32,7 @@ class Frontend:
         in_flight: engine requests that are admitted and have not ended.
         draining: no further request is admitted.
         idle: set while nothing is in flight.
+        generations: generations whose outputs are being read.
     """
 
     def __init__(self, llm: LLM, settings: Settings):
@@ -42,6 +43,7 @@ class Frontend:
         self.draining = False
         self.idle = asyncio.Event()
         self.idle.set()
+        self.generations: set[Generation] = set()
         self._settings = settings
         slots = llm.engine.limits.max_num_seqs * llm.engine.dp_group.count
         self._capacity = slots + settings.max_queued_requests
@@ -94,6 +96,11 @@ class Frontend:
         await asyncio.to_thread(self.monitor.refresh, _METRICS_WAIT)
         return self.metrics.text()
 
+    def cut_off(self) -> None:
+        """End all generations with an error, because the server ends."""
+        for generation in list(self.generations):
+            generation.fail(ApiError(503, "the server is shutting down, and the reply is cut off", retry_after=5))
+
     def note_end(self, seconds: float, finish_reason: str) -> None:
         """Count an engine request that has ended by itself after `seconds`."""
         self.metrics.finished.labels(finish_reason).inc()
@@ -142,6 +149,7 @@ class Generation:
         self._left = set(range(len(self.requests)))
         last: dict[int, float] = {}  # time of the last output of each request
         try:
+            self._frontend.generations.add(self)
             for index, request in enumerate(self.requests):
                 self._ids.append(engine_loop.submit(request, functools.partial(self._put, index)))
             while self._left:
@@ -152,6 +160,8 @@ class Generation:
                 index, output = event
                 if index not in self._left:
                     continue
+                if isinstance(output, ApiError):
+                    raise output
                 if isinstance(output, BaseException):
                     self._frontend.monitor.fail(output)
                     raise output
@@ -159,8 +169,14 @@ class Generation:
                 yield index, output
         finally:
             self._open = False
+            self._frontend.generations.discard(self)
             for id in self._ids:
                 engine_loop.abort(id)
+
+    def fail(self, error: ApiError) -> None:
+        """End the generation with an error."""
+        if self._left:
+            self._queue.put_nowait((min(self._left), error))
 
     def stop(self, index: int) -> None:
         """End one request, whose reply is complete."""

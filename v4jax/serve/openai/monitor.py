@@ -67,11 +67,15 @@ class EngineMonitor:
             self._failures, self._error = self._failures + 1, error
 
     @property
+    def seconds_without_step(self) -> float:
+        """Seconds that the reading under way has waited for the end of a step."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
+
+    @property
     def problem(self) -> str | None:
         """Why the engine serves no requests, as one line; None if it does."""
-        began = self._began
-        stuck = 0.0 if began is None else time.monotonic() - began
-        if stuck > self._timeout:
+        if (stuck := self.seconds_without_step) > self._timeout:
             return f"the engine is stuck: it has made no step for {stuck:.0f} seconds"
         if self._failures >= _MAX_FAILURES:
             return f"the last {self._failures} steps of the engine failed with {type(self._error).__name__}"

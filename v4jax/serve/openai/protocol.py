@@ -27,6 +27,8 @@ _NEUTRAL = {
     "frequency_penalty": 0,
     "repetition_penalty": 1,
     "logit_bias": {},
+    "allowed_token_ids": None,
+    "bad_words": [],
     "priority": 0,
     "prompt_logprobs": None,
     "structured_outputs": None,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from v4jax.data.chat.conversation import Conversation
 from v4jax.data.chat.decoding import DecodedToolCall, Delta, DeltaKind, Reply, ReplyDecoder
+from v4jax.data.chat.encoder import ChatEncoder
+from v4jax.data.chat.encoding import END_THINK
 from v4jax.serve.openai import protocol
 from v4jax.serve.openai.endpoint import Call
 from v4jax.serve.openai.errors import bad_request
@@ -52,6 +54,13 @@ def chat_options(body: dict) -> ChatOptions:
     if add and continues:
         raise bad_request("continue_final_message and add_generation_prompt exclude each other")
     return ChatOptions(body, add or continues, template)
+
+
+def encode_prompt(encoder: ChatEncoder, conversation: Conversation, settings: ChatOptions) -> list[int]:
+    """Return the token ids of the prompt of a conversation."""
+    return encoder.encode_conversation(
+        conversation, add_generation_prompt=settings.add_generation_prompt, template_options=settings.template
+    )
 
 
 @dataclasses.dataclass
@@ -110,9 +119,9 @@ class Replies:
         states: state of each reply.
     """
 
-    def __init__(self, call: Call, requests: list[RequestState], decoders: list[ReplyDecoder]):
+    def __init__(self, call: Call, requests: list[RequestState], decoders: list[ReplyDecoder], stops: Sequence[str]):
         self.states = [ReplyState(index, decoder) for index, decoder in enumerate(decoders)]
-        self._call, self._requests = call, requests
+        self._call, self._requests, self._stops = call, requests, stops
 
     @classmethod
     async def start(
@@ -145,11 +154,7 @@ class Replies:
         options |= _structured_outputs(conversation)
 
         def encode() -> tuple[list[int], list[ReplyDecoder]]:
-            ids = encoder.encode_conversation(
-                conversation,
-                add_generation_prompt=settings.add_generation_prompt,
-                template_options=settings.template,
-            )
+            ids = encode_prompt(encoder, conversation, settings)
             decoder = lambda: encoder.decoder(conversation, stop=stops, template_options=settings.template)
             return ids, [decoder() for _ in range(count)]
 
@@ -165,7 +170,7 @@ class Replies:
             prompt["cache_salt"] = salt
         requests = await service.frontend.make_requests([prompt] * count, sampling)
         call.prompt_tokens = len(ids)
-        return cls(call, requests, decoders)
+        return cls(call, requests, decoders, stops)
 
     async def parts(self) -> AsyncIterator[Part | None]:
         """Yield the parts of all replies as they are generated, and None after a time without one."""
@@ -198,6 +203,8 @@ class Replies:
             cut = output.finish_reason == "length" and not is_complete
             state.finish_reason = "length" if cut else "tool_calls" if calls else "stop"
             state.stop_reason = output.stop_reason
+            if is_complete and not calls:
+                state.stop_reason = _stop_string(self._requests[state.index].text, self._stops)
             self._call.finish_reasons.append(state.finish_reason)
         return Part(state, deltas, output.token_ids, positions)
 
@@ -209,6 +216,13 @@ class Replies:
             call.reasoning_tokens += len(output.token_ids)
         if state.index == 0 and len(state.ids) == len(output.token_ids):  # the first output of the first reply
             call.cached_tokens = output.num_cached_tokens or 0
+
+
+def _stop_string(text: str, stops: Sequence[str]) -> str | None:
+    """Return the stop string that ended the answer in `text`: the one whose end comes first, of several the longest."""
+    answer = text.rpartition(END_THINK)[2]
+    found = [(answer.find(stop) + len(stop), -len(stop), stop) for stop in stops if stop in answer]
+    return min(found)[2] if found else None
 
 
 def _structured_outputs(conversation: Conversation) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from v4jax.serve.openai.service import Service
 
 _log = logging.getLogger(__name__)
 _KEEP_ALIVE = 75  # seconds that an idle connection stays open; longer than the 60 of common proxies
+_STUCK_AT_EXIT = 30.0  # seconds without a step after which the process does not wait for the engine
 _CLOSE_SECONDS = 5.0  # wait for connections after all replies were sent
 
 
@@ -92,6 +93,7 @@ class Server(uvicorn.Server):
             print(f"draining: {frontend.in_flight} requests have {seconds:g} seconds to end", file=sys.stderr)
         if not await self._service.drain(seconds):
             _log.warning("%d requests are cut off after %g seconds", frontend.in_flight, seconds)
+            frontend.cut_off()
         self.should_exit = True
 
 
@@ -110,9 +112,10 @@ def serve(service: Service) -> None:
         raise UserError(f"the server cannot start: {error}") from error
     except SystemExit:  # uvicorn has logged the reason
         raise UserError(f"cannot listen on {settings.host}:{settings.port}; choose another --port or --host") from None
-    if service.frontend.monitor.problem is not None:
-        # The thread of a stuck engine never ends, and the interpreter would wait for it.
-        print(f"v4jax: {service.frontend.monitor.problem}", file=sys.stderr, flush=True)
+    stuck = service.frontend.monitor.seconds_without_step
+    if stuck > min(settings.engine_timeout, _STUCK_AT_EXIT):
+        # The interpreter would wait for the thread of the engine, which may never end.
+        print(f"v4jax: the engine has made no step for {stuck:.0f} seconds", file=sys.stderr, flush=True)
         os._exit(1)
     if server.signal == signal.SIGINT:
         raise KeyboardInterrupt

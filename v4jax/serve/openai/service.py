@@ -14,9 +14,11 @@ from v4jax.data.chat.encoder import ChatEncoder
 from v4jax.data.tokenizer import Tokenizer
 from v4jax.serve.llm import LLM
 from v4jax.serve.openai import protocol
+from v4jax.serve.openai.audit import AuditLog
 from v4jax.serve.openai.endpoint import Call
 from v4jax.serve.openai.errors import bad_request
 from v4jax.serve.openai.frontend import Frontend
+from v4jax.serve.openai.keys import read_keys
 from v4jax.serve.openai.settings import Settings
 from v4jax.serve.sampling_params import SamplingParams
 
@@ -33,6 +35,11 @@ class Service:
         model: name of the model for clients.
         frontend: requests on the engine.
         started: time of the start, seconds since 1970.
+        keys: keys of the clients; None lets every client in.
+        audit: the audit log; None for none.
+
+    Raises:
+        UserError: the file of keys or the audit log is unusable.
     """
 
     def __init__(self, llm: LLM, settings: Settings, encoder: ChatEncoder | None):
@@ -40,6 +47,8 @@ class Service:
         self.model = settings.served_model_name or "v4jax"
         self.frontend = Frontend(llm, settings)
         self.started = int(time.time())
+        self.keys = None if settings.api_keys is None else read_keys(settings.api_keys)
+        self.audit = None if settings.audit_log is None else AuditLog(settings.audit_log, settings.audit_log_bytes)
         self._encoder = encoder
 
     @property
@@ -70,12 +79,19 @@ class Service:
         return "the server is shutting down" if self.frontend.draining else self.frontend.monitor.problem
 
     def admit(self, call: Call, count: int) -> contextlib.AbstractContextManager[None]:
-        """Return a context with room for `count` engine requests of a call (`Frontend.admit`)."""
+        """Return a context with room for `count` engine requests of a call (`Frontend.admit`).
+
+        Raises:
+            ApiError: a budget of the key is used up, or see `Frontend.admit`.
+        """
+        if call.key is not None:
+            call.key.admit()
         return self.frontend.admit(count)
 
     def cache_salt(self, call: Call) -> str | None:
         """Return the cache salt of a call: cached blocks are shared only between calls of the same salt."""
-        return protocol.text(call.body, "cache_salt")
+        salt = protocol.text(call.body, "cache_salt")
+        return salt if call.key is None else f"{call.key.name}\0{salt or ''}"
 
     def warm_up(self) -> None:
         """Compile the programs of the engine, so that the first client does not wait for them."""
