@@ -32,7 +32,7 @@ class Running:
 
     def __init__(self, service, server):
         self.service, self.server, self.url = service, server, server.url
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.client = httpx.Client(base_url=self.url, timeout=300)
 
     @property
     def llm(self):

@@ -18,7 +18,7 @@ TOOL = {"name": "find", "description": "finds", "parameters": {"type": "object",
 
 @contextlib.contextmanager
 def playing(llm, monkeypatch, *texts, finish_reason="stop", error=None, pause=0.0):
-    """Inside the context, every request of `llm` gets `texts`, a token each, or an exception after them."""
+    """Inside the context, every request of `llm` gets `texts`, a token each, and after them `error`."""
     requests = []
 
     def submit(request, on_output):
@@ -29,12 +29,11 @@ def playing(llm, monkeypatch, *texts, finish_reason="stop", error=None, pause=0.
     def play(request, on_output):
         for number, text in enumerate(texts):
             threading.Event().wait(pause)
-            request.text += text
             last = number == len(texts) - 1 and error is None
             one = CompletionOutput(0, text, [7], None, finish_reason if last else None)
             on_output(RequestOutput(None, request.prompt_token_ids, [one], None, 2))
         if error is not None:
-            on_output(error)
+            on_output(error() if isinstance(error, type) else error)
 
     with monkeypatch.context() as patch:
         patch.setattr(llm.engine_loop, "submit", submit)

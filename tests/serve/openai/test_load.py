@@ -112,7 +112,7 @@ def test_a_failing_step_is_a_500_or_an_event(server, monkeypatch):
     with playing(server.llm, monkeypatch, "a", error=RuntimeError("secret detail")):
         lines = [line for line in server.post("/v1/completions", stream=True, **SHORT).text.split("\n") if line]
         assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == 500 and "secret" not in str(lines)
-    with playing(server.llm, monkeypatch, error=RuntimeError()):
+    with playing(server.llm, monkeypatch, error=RuntimeError):  # each time another exception
         for _ in range(3):
             server.post("/v1/completions", **SHORT)
     health = server.client.get("/health")
@@ -163,7 +163,7 @@ def test_long_and_slow_bodies(llm, encoder):
         sock.sendall(b"content-length: 100\r\n\r\n{")
         assert sock.recv(100).startswith(b"HTTP/1.1 408")
         sock.close()
-        assert server.client.get("/version", headers={"x-long": "a" * 100_000}).status_code == 400
+        assert server.client.get("/version", headers={"x-long": "a" * 50_000}).status_code in (400, 431)
 
 
 def test_a_server_that_ends_answers_and_admits_nothing(llm, encoder):
@@ -195,7 +195,7 @@ def test_requests_that_outlast_the_end_get_an_error(llm, encoder):
 def test_replies_do_not_depend_on_what_else_is_asked(server):
     async def ask(client, i):
         body = {"prompt": [5 + i, 6, 7], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-        response = await client.post("/v1/completions", json=body, timeout=60)
+        response = await client.post("/v1/completions", json=body, timeout=300)
         return response.json()["choices"][0]["text"]
 
     async def together():

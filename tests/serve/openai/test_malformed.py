@@ -1,6 +1,8 @@
 """Bodies that are no requests: 4xx, an error of one line in the shape of the API, and an engine that goes on."""
 
+import collections
 import json
+import random
 
 import pytest
 
@@ -118,6 +120,8 @@ CHATS = [
     {"chat_template": "{{ 1 }}"},
     {"chat_template_kwargs": 5},
     {"chat_template_kwargs": {"thinking": "yes"}},
+    {"chat_template_kwargs": {"tools": 1}},
+    {"chat_template_kwargs": {"self": 1}},
     {"stop": ["x"] * 1000},
     {"n": 10**9},
 ]
@@ -191,6 +195,35 @@ def test_other_content_types_methods_paths_and_models(server):
     assert server.client.get("/v1/models/gpt-5").status_code == 404
     response = server.post("/v1/messages", model="gpt-5", max_tokens=1, messages=CHAT["messages"])
     assert response.status_code == 404 and response.json()["error"]["type"] == "not_found_error"
+
+
+def test_random_bodies_are_answered_or_refused(server):
+    """Valid bodies of every path, in which random fields have random values."""
+    rng = random.Random(0)
+    junk = [None, True, 0, -1, 1, 2.5, 10**20, "", "x", "\x00", "json", [], [1], ["a"], [None], [[]], {}, {"type": "x"}]
+    junk += [{"a": [{}]}, [{}], [{"role": "user"}], [{"type": "function"}], {"type": "json_object"}, {"role": "x"}]
+    nested = ("role", "content", "tool_calls", "type", "function", "name", "reasoning_content", "parameters", "text")
+    document = server.client.get("/openapi.json").json()["paths"]
+    seen = collections.Counter()
+    for _ in range(600):
+        path = rng.choice([path for path, operations in document.items() if "post" in operations])
+        schema = document[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        body = {"prompt": "a", "messages": CHAT["messages"], "input": "a", "tokens": [5]}
+        body = {name: body[name] for name in schema["required"] if name in body}
+        body |= {"max_tokens": 1, "max_completion_tokens": 1, "max_output_tokens": 1}
+        for name in rng.sample(sorted(schema["properties"]), rng.randint(1, 3)):
+            value = rng.choice(junk)
+            if rng.random() < 0.4:
+                value = [{name: rng.choice(junk) for name in rng.sample(nested, 3)} | {"role": "assistant"}]
+            body[name] = value
+        body.pop("model", None)
+        response = server.post(path, **body)
+        assert response.status_code < 500, (path, body, response.text)
+        if response.status_code >= 400:
+            check_error(response)
+        seen[response.status_code] += 1
+    assert seen[200] > 50 and seen[400] > 200
+    server.wait_until_idle()
 
 
 def test_unknown_fields_and_nulls_are_ignored(server):

@@ -138,6 +138,7 @@ class Endpoint:
         """Handle one request, with its errors."""
         watch: asyncio.Task | None = None
         try:
+            _check_head(headers, self._service.settings.max_header_bytes)
             if self._service.keys is not None and not self._is_open:
                 call.key = self._service.keys.authenticate(headers)
             if method == "POST":
@@ -203,6 +204,12 @@ class Endpoint:
                 cancel_reason=call.cancel_reason,
                 seconds=round(time.monotonic() - call.start, 3),
             )
+
+
+def _check_head(headers: Headers, limit: int) -> None:
+    """Refuse a long head, which the parser lets pass if it arrives at once."""
+    if sum(len(name) + len(value) for name, value in headers.raw) > limit:
+        raise ApiError(431, f"the head of the request is longer than {limit:,} bytes")
 
 
 def _check_content_type(headers: Headers) -> None:

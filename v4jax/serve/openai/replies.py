@@ -18,6 +18,8 @@ from v4jax.serve.openai.errors import bad_request
 from v4jax.serve.output_processor import RequestState
 from v4jax.serve.outputs import Logprob, RequestOutput
 
+# Arguments of `ChatTemplate.render`, which other fields of a request set.
+_RESERVED = {"self", "messages", "tools", "add_generation_prompt", "continue_final_message"}
 _THINKING = ("thinking", "enable_thinking")  # names under which vLLM's clients turn thinking on and off
 
 
@@ -45,6 +47,8 @@ def chat_options(body: dict) -> ChatOptions:
     if body.get("chat_template") is not None:
         raise bad_request("chat_template is not accepted from a request; put chat_template.jinja into the checkpoint")
     template = protocol.mapping(body, "chat_template_kwargs")
+    if reserved := _RESERVED & template.keys():
+        raise bad_request(f"chat_template_kwargs has {sorted(reserved)[0]!r}; set it in the request itself")
     if body.get("thinking") is None and body.get("reasoning_effort") is None:
         for name in _THINKING:
             if template.get(name) is not None:
@@ -70,6 +74,7 @@ class ReplyState:
     Attributes:
         index: number of the reply.
         decoder: decoder of its text.
+        texts: text of each output.
         deltas: all deltas so far.
         ids, positions: generated tokens and their log-probabilities.
         finish_reason: "stop", "length" or "tool_calls"; None until the end.
@@ -79,6 +84,7 @@ class ReplyState:
 
     index: int
     decoder: ReplyDecoder
+    texts: list[str] = dataclasses.field(default_factory=list)
     deltas: list[Delta] = dataclasses.field(default_factory=list)
     ids: list[int] = dataclasses.field(default_factory=list)
     positions: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
@@ -189,6 +195,7 @@ class Replies:
 
     def _decode(self, state: ReplyState, output: RequestOutput) -> Part:
         """Decode one output, and end the reply where its text or its tokens end."""
+        state.texts.append(output.text)
         deltas = state.decoder.push(output.text)
         is_complete = state.decoder.finished  # before the end of the tokens
         if output.finished:
@@ -204,7 +211,7 @@ class Replies:
             state.finish_reason = "length" if cut else "tool_calls" if calls else "stop"
             state.stop_reason = output.stop_reason
             if is_complete and not calls:
-                state.stop_reason = _stop_string(self._requests[state.index].text, self._stops)
+                state.stop_reason = _stop_string("".join(state.texts), self._stops)
             self._call.finish_reasons.append(state.finish_reason)
         return Part(state, deltas, output.token_ids, positions)
 
@@ -230,6 +237,8 @@ def _structured_outputs(conversation: Conversation) -> dict[str, Any]:
     format = conversation.response_format
     if format.type == "text":
         return {}
+    if conversation.thinking:  # the reasoning would have to have the format too
+        raise bad_request("response_format needs a reply without reasoning; turn thinking off", "response_format")
     if format.type == "json_schema":
         return {"structured_outputs": {"json": format.schema}}
     if format.type == "regex":

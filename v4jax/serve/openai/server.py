@@ -16,6 +16,7 @@ from v4jax.serve.openai.app import build_app
 from v4jax.serve.openai.service import Service
 
 _log = logging.getLogger(__name__)
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _KEEP_ALIVE = 75  # seconds that an idle connection stays open; longer than the 60 of common proxies
 _STUCK_AT_EXIT = 30.0  # seconds without a step after which the process does not wait for the engine
 _CLOSE_SECONDS = 5.0  # wait for connections after all replies were sent
@@ -71,6 +72,9 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._event_loop = asyncio.get_running_loop()
+            settings = self._service.settings
+            if settings.api_keys is None and settings.host not in _LOOPBACK:
+                print(f"every client that reaches {settings.host} is let in; --api_keys asks for keys", file=sys.stderr)
             print(f"serving {self._service.model} at {self.url}", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

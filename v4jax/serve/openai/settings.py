@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from v4jax.core.errors import UserError
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -28,6 +30,9 @@ class Settings:
         audit_log_bytes: size at which the audit log is rotated; five old files are kept.
         allowed_origins: origins of web pages that may call the server (CORS); () for none, ("*",) for all.
         ssl_certfile, ssl_keyfile: certificate and key for TLS; None serves plain HTTP.
+
+    Raises:
+        UserError: there is a key without a certificate.
     """
 
     host: str = "127.0.0.1"
@@ -49,3 +54,7 @@ class Settings:
     allowed_origins: tuple[str, ...] = ()
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
+
+    def __post_init__(self):
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise UserError("--ssl_keyfile needs --ssl_certfile, the certificate of the key")
