@@ -128,7 +128,7 @@ class Generation:
         self.requests = list(requests)
         self._frontend, self._on_overflow = frontend, on_overflow
         self._interval = settings.heartbeat_interval
-        self._room = settings.max_unread_outputs
+        self._room = settings.max_unread_outputs * len(self.requests)
         self._event_loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, RequestOutput | BaseException]] = asyncio.Queue()
         self._ids: list[int] = []

@@ -21,7 +21,7 @@ class Settings:
         body_timeout: seconds in which the body of a request must arrive.
         request_timeout: seconds after which a request is aborted; 0 means no limit.
         send_timeout: seconds that a client may take to read a part of a stream, after which it is disconnected.
-        max_unread_outputs: outputs of a stream that may wait for a slow client, after which it is disconnected.
+        max_unread_outputs: outputs of a continuation that may wait for a slow client, after which it is disconnected.
         heartbeat_interval: seconds of silence of a stream after which a comment is sent.
         engine_timeout: seconds without a step after which `/health` reports the engine as stuck.
         drain_timeout: seconds that running requests have to end after SIGTERM.
