@@ -4,6 +4,9 @@ Every `step` asks the scheduler for a plan (one prefill chunk, and one decode st
 it to the device (`model_runner.ModelRunner`), and then collects the results of the plan before. The device computes
 while the host turns tokens into text.
 
+If a request in a plan has token masks (`token_masks`), the plan's forward is dispatched as always, but its sampling
+only after the results of the plan before have been collected. The device computes the forward meanwhile.
+
 On a mesh every device is a data-parallel rank with its own scheduler, state slots and blocks. One step runs the plans
 of all devices, padded to the largest batch and chunk among them. A request stays on the device to which it was
 assigned: the one with the fewest tokens left to compute, cached prompt blocks excluded.

@@ -30,7 +30,14 @@ from v4jax.serve.data_parallel import DataParallelGroup
 from v4jax.serve.kv_cache_sizes import kv_cache_sizes
 from v4jax.serve.model_steps import DecodeState, KVCaches
 from v4jax.serve.request import PrefillChunk, Request, SchedulerOutput
-from v4jax.serve.sampler import SamplerOutput, SamplingFlags, SamplingTensors, make_sampling_tensors, token_counts
+from v4jax.serve.sampler import (
+    SamplerOutput,
+    SamplingFlags,
+    SamplingTensors,
+    make_sampling_tensors,
+    round_up_logprobs,
+    token_counts,
+)
 from v4jax.serve.sampling_params import SamplingParams
 from v4jax.serve.token_masks import TokenMasks
 
@@ -272,7 +279,7 @@ class ModelRunner:
         scored = [count for count in scored if count is not None]
         step, more = model_steps.prefill, ()
         if scored:
-            step, more = model_steps.prefill_with_logprobs, (max(scored),)
+            step, more = model_steps.prefill_with_logprobs, (round_up_logprobs(max(scored)),)
         self.caches, x_D1XD, finite_D, *prompt_logprobs = step(
             self._model_def,
             self.weights,

@@ -104,9 +104,14 @@ def make_sampling_tensors(
     plan = SamplingFlags(
         needs_noise=bool(draws),
         needs_sort=any(row.top_k > 0 or row.top_p < 1 for row in draws),
-        logprobs=1 << (most - 1).bit_length() if most else most,
+        logprobs=None if most is None else round_up_logprobs(most),
     )
     return options, plan
+
+
+def round_up_logprobs(count: int) -> int:
+    """Round a number of log-probabilities up to a power of two, or 0, so that few programs are compiled."""
+    return 1 << (count - 1).bit_length() if count else 0
 
 
 def _logits_options(rows: Sequence[SamplingParams], prompt_lens: Sequence[int]) -> dict[str, np.ndarray]:

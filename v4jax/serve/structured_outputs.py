@@ -8,7 +8,6 @@ nothing can follow.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +17,7 @@ from v4jax.data.tokenizer import Tokenizer
 from v4jax.serve.sampling_params import StructuredOutputsParams
 from v4jax.serve.stop_tokens import Ends
 
-_MAX_CHARACTERS = 1 << 20  # of a schema, regular expression, grammar or all choices
+_MAX_CHARACTERS = 1 << 18  # of a schema, regular expression, grammar or all choices; more may take minutes to compile
 _CACHED_GRAMMARS = 128
 _MESSAGE_CHARACTERS = 200
 
@@ -82,8 +81,9 @@ class GrammarCompiler:
                 options["whitespace_pattern"] = params.whitespace_pattern
             schema = '{"type": "object"}' if params.structure == "json_object" else params.json
             return self._llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=options)
-        text = json.dumps(params.choice) if params.structure == "choice" else getattr(params, params.structure)
-        return self._llguidance.grammar_from(params.structure, text)
+        if params.structure == "choice":  # a regular expression; as a Lark grammar, many would take minutes
+            return self._llguidance.grammar_from("regex", "|".join(map(_regex, params.choice)))
+        return self._llguidance.grammar_from(params.structure, getattr(params, params.structure))
 
 
 class GrammarMask:
@@ -122,6 +122,11 @@ class _Vocabulary:
 
     def __call__(self, text: str) -> list[int]:
         return self._encode(text)
+
+
+def _regex(text: str) -> str:
+    """Return a regular expression that matches a text alone, in the syntax of the Rust crate regex."""
+    return "".join(c if c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
 
 
 def _one_line(message: object) -> str:
