@@ -1,4 +1,4 @@
-"""Replies of a model that says what a test wants: the engine is replaced by a list of texts."""
+"""Replies of a model that generates what a test wants: the engine is replaced by a list of texts."""
 
 import contextlib
 import threading

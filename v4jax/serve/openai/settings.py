@@ -9,7 +9,7 @@ from v4jax.core.errors import UserError
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one server; 0 seconds means no limit where a field says so.
+    """Settings of one server; 0 seconds means no limit where it is noted.
 
     Args:
         host: address to listen on. The default accepts only clients of this machine.
