@@ -14,7 +14,7 @@ import numpy as np
 
 from v4jax.serve.sampling_params import SamplingParams
 
-IN_PROMPT = 1 << 30  # bit of a token count that says that the prompt contains the token
+IN_PROMPT = 1 << 30  # bit of a token count, set if the prompt contains the token
 _NO_ID = 2**31 - 1  # fills up lists of ids; beyond every vocabulary, so scatters drop it
 
 
@@ -167,7 +167,7 @@ def sample(
         position_B: int32 [B], position of the new token in the sequence of its row.
         plan: the parts to compute; static under jit.
         count_BV: int32 [B, V], `token_counts` of each row; only with penalties.
-        mask_BW: int32 [B, ceil(V / 32)], bit i % 32 of word i // 32 says that id i may be sampled; None allows all.
+        mask_BW: int32 [B, ceil(V / 32)], bit i % 32 of word i // 32 is set if id i may be sampled; None allows all.
     """
     finite_B = jnp.isfinite(logits_BV).all(-1)
     model_logits_BV = jnp.where(finite_B[:, None], logits_BV, 0.0)

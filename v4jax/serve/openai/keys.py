@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import pathlib
 import re
 import time
 
 from starlette.datastructures import Headers
 
+from v4jax.core import untrusted_json
 from v4jax.core.errors import UserError
 from v4jax.serve.openai.errors import ApiError
 from v4jax.serve.sampling_params import is_int
@@ -107,10 +106,10 @@ def read_keys(path: str) -> Keys:
         UserError: the file cannot be read or has another form.
     """
     try:
-        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        content = untrusted_json.parse(untrusted_json.read_bytes(path))
     except OSError as error:
         raise UserError(f"cannot read --api_keys={path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # the text of the error could repeat a secret
+    except untrusted_json.JsonError as error:  # the text of the error could repeat a secret
         raise UserError(f'--api_keys={path} is no JSON; write {{"keys": [{{"name": ..., "sha256": ...}}]}}') from error
     items = content.get("keys") if isinstance(content, dict) else None
     if not isinstance(items, list) or not items:

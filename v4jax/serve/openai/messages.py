@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator
 
 from v4jax.data.chat.decoding import Delta, DeltaKind
+from v4jax.data.chat.json_text import parse_arguments
 from v4jax.serve.openai import protocol
 from v4jax.serve.openai.endpoint import Call
 from v4jax.serve.openai.errors import bad_request
@@ -126,11 +126,8 @@ def _content(state: ReplyState) -> list[dict]:
 
 def _input(arguments: str) -> dict:
     """Return the arguments of a call as an object; text that is none, such as that of a cut reply, is one field."""
-    try:
-        value = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        value = None
-    return value if isinstance(value, dict) else {"arguments": arguments}
+    value = parse_arguments(arguments or "{}")
+    return {"arguments": arguments} if value is None else value
 
 
 def _end(state: ReplyState) -> dict:
