@@ -47,7 +47,6 @@ def read_default():
 def test_a_shortened_run_is_the_shorter_run_and_resumes_as_it(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("v4jax.train.summary.baselines", lambda corpus: {"xz": 2.0, "xz_kind": "alone", "trigram": 3.0})
     monkeypatch.setattr(time_budget, "MEASURED", 2)
-    config = one_layer(config)
     limited = with_train(config, steps=8, warmup=3, max_seconds=1e-3)
     summary = loop.train(limited, str(tmp_path / "limited"))
     assert summary["steps"] == 4 and read_config(tmp_path / "limited").train.steps == 4
