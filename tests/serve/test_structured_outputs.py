@@ -204,7 +204,6 @@ def test_invalid_and_too_large_grammars_are_one_line_before_anything_runs(llm, f
         ({"json": {"a": object()}}, "is not JSON"),
         ({"jsn": {}}, "did you mean 'json'"),
     ],
-    ids=str,
 )
 def test_bad_options_are_one_line(form, words):
     with pytest.raises(UserError, match=words):
