@@ -126,3 +126,23 @@ def test_a_reply_fills_the_context_unless_it_is_limited(server, monkeypatch):
         reply = server.post("/v1/chat/completions", messages=MESSAGES).json()
     limit = server.llm.engine.limits.max_model_len
     assert requests[0].sampling.max_tokens == limit - reply["usage"]["prompt_tokens"]
+
+
+def test_response_format_constrains_the_answer(client):
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
+    reply = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "Answer with JSON."}],
+        max_tokens=40,
+        response_format=wanted,
+        extra_body={"thinking": {"type": "disabled"}},
+    )
+    assert json.loads(reply.choices[0].message.content)["city"] in ("Paris", "Rome")
+    assert reply.choices[0].finish_reason == "stop"

@@ -1,7 +1,6 @@
 """/v1/completions against `LLM.generate` of the same model."""
 
 import asyncio
-import dataclasses
 import json
 
 import pytest
@@ -134,24 +133,57 @@ def test_cached_tokens_are_in_the_usage(server):
     assert (usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]) == (300, 256)
 
 
-def test_options_that_sampling_params_lacks_are_refused_by_name(server):
+def test_options_of_sampling_params_are_fields(server):
     options = {
         "min_tokens": 2,
         "presence_penalty": 1,
         "frequency_penalty": 1,
         "repetition_penalty": 2,
-        "logit_bias": {"5": 1},
+        "logit_bias": {"5": 100},
         "priority": 1,
+        "allowed_token_ids": [5, 6],
+        "bad_words": ["the"],
     }
-    known = {field.name for field in dataclasses.fields(SamplingParams)}
     for name, value in options.items():
         response = server.post("/v1/completions", prompt="a", max_tokens=4, **{name: value})
-        if name in known:
-            assert response.status_code == 200, response.text
-        else:
-            assert response.status_code == 400 and name in response.json()["error"]["message"]
-    neutral = {"min_tokens": 0, "presence_penalty": 0, "repetition_penalty": 1.0, "logit_bias": {}, "priority": 0}
-    assert server.post("/v1/completions", prompt="a", max_tokens=1, **neutral).status_code == 200
+        assert response.status_code == 200, response.text
+    wanted = {"prompt": "a", "max_tokens": 3, "ignore_eos": True, "logprobs": 0, "return_tokens_as_token_ids": True}
+    for option in ({"logit_bias": {"5": 100}, "temperature": 0}, {"allowed_token_ids": [5]}):
+        [choice] = server.post("/v1/completions", **wanted, **option).json()["choices"]
+        assert choice["logprobs"]["tokens"] == ["token_id:5"] * 3
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["Ada", "Zoë"]}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_structured_outputs_constrain_the_text(server):
+    pytest.importorskip("llguidance")
+    ask = lambda **form: server.post("/v1/completions", prompt="a", max_tokens=60, seed=3, structured_outputs=form)
+    [choice] = ask(json=SCHEMA).json()["choices"]
+    value = json.loads(choice["text"])
+    assert value["name"] in ("Ada", "Zoë") and 0 <= value["age"] <= 99 and choice["finish_reason"] == "stop"
+    [choice] = ask(choice=["yes", "no"]).json()["choices"]
+    assert choice["text"] in ("yes", "no")
+    for form in ({"regex": "("}, {"choice": []}, {"json": SCHEMA, "regex": "a"}, {"jsn": {}}):
+        response = ask(**form)
+        assert response.status_code == 400, response.text
+    assert server.post("/v1/completions", prompt="a", structured_outputs=["yes"]).status_code == 400
+
+
+def test_echo_reports_the_logprobs_of_the_prompt(server, llm):
+    prompt = "To be, or not"
+    [choice] = server.post("/v1/completions", prompt=prompt, max_tokens=0, echo=True, logprobs=1).json()["choices"]
+    found = choice["logprobs"]["token_logprobs"]
+    ids = llm.tokenizer.encode_document(prompt)
+    assert len(found) == len(ids) and found[0] is None and all(value < 0 for value in found[1:])
+    out = expected(llm, prompt, max_tokens=1, prompt_logprobs=1)
+    wanted = [at[i].logprob for i, at in zip(ids[1:], out.prompt_logprobs[1:], strict=True)]
+    assert found[1:] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_async_client_streams(server, llm):

@@ -11,28 +11,34 @@ from collections.abc import Callable
 from typing import Any
 
 from v4jax.serve.openai.errors import ApiError, bad_request
-from v4jax.serve.sampling_params import SamplingParams, is_int, short_repr
+from v4jax.serve.sampling_params import SamplingParams, StructuredOutputsParams, is_int, short_repr
 
 MAX_LOGPROBS = 20  # log-probabilities of a position, as in OpenAI's API
 _MAX_STOPS = 64  # stop strings; every token is compared with all of them
 _MAX_STOP_CHARACTERS = 4096  # of one stop string
 _MAX_STOP_IDS = 1024
 _MAX_LOGIT_BIASES = 4096
-_SUPPORTED = frozenset(field.name for field in dataclasses.fields(SamplingParams))
-_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos")
-# Options with the value that changes nothing. Where `SamplingParams` has no such field, another value is an error.
-_NEUTRAL = {
-    "min_tokens": 0,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "repetition_penalty": 1,
-    "logit_bias": {},
-    "allowed_token_ids": None,
-    "bad_words": [],
-    "priority": 0,
-    "prompt_logprobs": None,
-    "structured_outputs": None,
-}
+# Fields that are options of `SamplingParams` of the same name.
+_OPTIONS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "min_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "priority",
+    "prompt_logprobs",
+    "structured_outputs",
+)
 
 
 def field(body: dict, name: str, good: Callable[[Any], bool], meaning: str, default: Any = None) -> Any:
@@ -128,7 +134,7 @@ def sampling_options(body: dict) -> dict[str, Any]:
     """Return the fields of the body that are options of `SamplingParams`, without `max_tokens` and log-probabilities.
 
     Raises:
-        ApiError: a field has an invalid value that `SamplingParams` does not check, or one that it does not support.
+        ApiError: a field has an invalid value that `SamplingParams` does not check.
     """
     options = {name: body[name] for name in _OPTIONS if body.get(name) is not None}
     if "temperature" in options:
@@ -137,11 +143,10 @@ def sampling_options(body: dict) -> dict[str, Any]:
     if is_int(seed) and -(2**63) <= seed < 0:
         options["seed"] = seed + 2**64
     _check_stops(options)
-    for name, neutral in _NEUTRAL.items():
-        value = body.get(name)
-        if value is None or value == neutral:
-            continue
-        options |= {name: _logit_bias(value) if name == "logit_bias" else value}
+    if "logit_bias" in options:
+        options["logit_bias"] = _logit_bias(options["logit_bias"])
+    if "structured_outputs" in options:
+        mapping(body, "structured_outputs")
     return options
 
 
@@ -149,12 +154,10 @@ def make_sampling(options: dict[str, Any], defaults: dict[str, Any]) -> Sampling
     """Return the SamplingParams of options, over the defaults of the checkpoint.
 
     Raises:
-        ApiError: an option is not supported yet.
         UserError: an option has an invalid value.
     """
-    for name in options:
-        if name not in _SUPPORTED:
-            raise bad_request(f"{name} is not supported by this version; send the request without it", name)
+    if (form := options.get("structured_outputs")) is not None:
+        options = options | {"structured_outputs": StructuredOutputsParams(**form)}
     return SamplingParams(**{**defaults, **options})
 
 
@@ -162,7 +165,7 @@ def continuations(options: dict[str, Any], defaults: dict[str, Any], count: int)
     """Return the SamplingParams of `count` continuations of one prompt. With a seed, each has the next seed.
 
     Raises:
-        ApiError, UserError: see `make_sampling`.
+        UserError: see `make_sampling`.
     """
     first = make_sampling(options, defaults)
     if first.seed is None:
