@@ -26,6 +26,7 @@ LAYERS = {
     "cli_flags": 8,
     "cli_completion": 9,
     "cli_generate": 9,
+    "cli_serve": 9,
     "engine_flags": 9,
     "cli": 10,
     "__main__": 11,

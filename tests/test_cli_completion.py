@@ -9,7 +9,7 @@ import pytest
 from v4jax import cli
 
 COMPLETIONS = [
-    ("v4jax ", {"train", "generate", "convert", "plan", "bench", "eval", "completion", "--help", "--version"}),
+    ("v4jax ", {"train", "generate", "convert", "plan", "bench", "eval", "serve", "completion", "--help", "--version"}),
     ("v4jax tr", {"train"}),
     ("v4jax train --config=ti", {"tiny"}),
     ("v4jax train --wor", {"--workdir="}),

@@ -41,6 +41,9 @@ def test_every_argument_of_llm_has_a_flag():
 def test_sampling_flags_are_those_of_sampling_params_and_show_its_defaults():
     unset = SamplingParams()
     said = {flag.name: flag.shown for flag in SAMPLING_FLAGS}
-    assert set(said) == names(SamplingParams) - {"logprobs"}  # text alone is printed
-    for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "ignore_eos"):
+    # The text of one continuation is printed, and requests of one call have no order; dicts are for Python.
+    python_alone = {"logprobs", "prompt_logprobs", "n", "priority", "logit_bias", "structured_outputs"}
+    assert set(said) == names(SamplingParams) - python_alone
+    penalties = ("presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens")
+    for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "ignore_eos", *penalties):
         assert said[name] == str(getattr(unset, name)).lower(), name

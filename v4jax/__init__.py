@@ -10,6 +10,7 @@ _HOMES = {  # name -> module, or module:name there
     "LLM": "v4jax.serve",
     "MeshConfig": "v4jax.serve",
     "SamplingParams": "v4jax.serve",
+    "StructuredOutputsParams": "v4jax.serve",
     "Tokenizer": "v4jax.data.tokenizer",
     "Trainer": "v4jax.train.trainer",
     "checkpoint_tensors": "v4jax.checkpoint.param_mapping:tensors",

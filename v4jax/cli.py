@@ -31,6 +31,7 @@ from v4jax.cli_flags import (
     parse,
 )
 from v4jax.cli_generate import decode_flag, read_prompts, token_ids, write_streams
+from v4jax.cli_serve import SETTINGS_FLAGS
 from v4jax.core import compilation_cache
 from v4jax.core.errors import UserError, printable, suggest
 from v4jax.core.malloc import tune_malloc
@@ -71,14 +72,11 @@ def _place(values: flags.FlagValues):
 
 
 def _generate(values: flags.FlagValues, _: None) -> None:
-    typed = explicit_flags(
-        values, *(flag.name for flag in SAMPLING_FLAGS if flag.name not in ("stop", "stop_token_ids"))
-    )
-    typed |= {"stop": [decode_flag("stop", text) for text in values.stop]} if values.stop else {}
-    typed |= {name: token_ids(values, name) for name in explicit_flags(values, "stop_token_ids")}
-    options = explicit_flags(values, "tokenizer", "dtype", "bos_id", "parse_special_tokens")
-    options |= explicit_flags(values, *SERVE_FLAGS, *CACHE_FLAGS)
-    options |= {name: token_ids(values, name) for name in explicit_flags(values, "eos_id")}
+    texts, ids = ("stop", "bad_words"), ("stop_token_ids", "allowed_token_ids")
+    typed = explicit_flags(values, *(flag.name for flag in SAMPLING_FLAGS if flag.name not in (*texts, *ids)))
+    typed |= {name: [decode_flag(name, text) for text in values[name].value] for name in texts if values[name].value}
+    typed |= {name: token_ids(values, name) for name in explicit_flags(values, *ids)}
+    options = _llm_options(values)
     prompts = read_prompts(values)
     from v4jax.parallel import distributed
     from v4jax.serve import LLM, SamplingParams
@@ -98,6 +96,27 @@ def _generate(values: flags.FlagValues, _: None) -> None:
         stats = llm.stats()
         if shows:
             print(timer.summary(stats["prompt_tokens"], stats["generation_tokens"]), file=sys.stderr)
+
+
+def _serve(values: flags.FlagValues, _: None) -> None:
+    try:
+        from v4jax.serve.openai.server import serve
+    except ImportError as error:
+        raise UserError(f"serve needs {error.name}; run pip install 'v4jax[serve]'") from error
+    from v4jax.serve.openai.service import load
+
+    compilation_cache.enable(values.compilation_cache)
+    settings = explicit_flags(values, *(flag.name for flag in SETTINGS_FLAGS))
+    mesh = {"mesh": config_lib.Mesh(values.mesh)} if values.mesh else {}
+    with load(values.checkpoint, settings, _llm_options(values) | mesh) as service:
+        serve(service)
+
+
+def _llm_options(values: flags.FlagValues) -> dict:
+    """Return the arguments of `LLM` that the user gave, but the mesh."""
+    options = explicit_flags(values, "tokenizer", "dtype", "bos_id", "parse_special_tokens")
+    options |= explicit_flags(values, *SERVE_FLAGS, *CACHE_FLAGS)
+    return options | {name: token_ids(values, name) for name in explicit_flags(values, "eos_id")}
 
 
 def _mesh(values: flags.FlagValues) -> dict[str, config_lib.Mesh]:
@@ -179,6 +198,27 @@ _PROCESS_FLAGS = (
     Flag("local_devices", "GPUs of this process, such as 0,1", flags.DEFINE_list, shown="all it sees"),
     Flag("join_timeout", "seconds to wait for all processes", flags.DEFINE_integer, 300, options={"lower_bound": 1}),
 )
+_LLM_FLAGS = (
+    Flag("tokenizer", "tokenizer.json", define_path, shown=STORED),
+    Flag(
+        "bos_id",
+        "token id before each prompt",
+        flags.DEFINE_integer,
+        options={"lower_bound": 0},
+        shown="the tokenizer's",
+    ),
+    Flag(
+        "eos_id",
+        "token ids that end a text, such as 1,5",
+        flags.DEFINE_list,
+        shown="as the checkpoint's files say",
+    ),
+    Flag("parse_special_tokens", "read <eos> in a prompt as that token, not as text", flags.DEFINE_bool, False),
+    _DTYPE,
+    *SERVE_FLAGS.values(),
+    *CACHE_FLAGS.values(),
+    Flag("mesh", "sharding rules over all devices: serve (experts split)", shown="one device"),
+)
 _JSON = Flag("json", "also write the records to this file", define_path)
 
 COMMANDS = {
@@ -213,28 +253,16 @@ COMMANDS = {
                 (),
             ),
             *SAMPLING_FLAGS,
-            Flag("tokenizer", "tokenizer.json", define_path, shown=STORED),
-            Flag(
-                "bos_id",
-                "token id before each prompt",
-                flags.DEFINE_integer,
-                options={"lower_bound": 0},
-                shown="the tokenizer's",
-            ),
-            Flag(
-                "eos_id",
-                "token ids that end a text, such as 1,5",
-                flags.DEFINE_list,
-                shown="as the checkpoint's files say",
-            ),
-            Flag("parse_special_tokens", "read <eos> in a prompt as that token, not as text", flags.DEFINE_bool, False),
-            _DTYPE,
-            *SERVE_FLAGS.values(),
-            *CACHE_FLAGS.values(),
-            Flag("mesh", "sharding rules over all devices: serve (experts split)", shown="one device"),
+            *_LLM_FLAGS,
             _COMPILATION_CACHE,
             *_PROCESS_FLAGS,
         ),
+    ),
+    "serve": Command(
+        _serve,
+        "serve a checkpoint over HTTP, with the APIs of OpenAI and Anthropic",
+        "v4jax serve --checkpoint=runs/tiny --port=8000",
+        (_NEEDED_CHECKPOINT, *SETTINGS_FLAGS, *_LLM_FLAGS, _COMPILATION_CACHE),
     ),
     "convert": Command(
         _convert,

@@ -80,8 +80,34 @@ SAMPLING_FLAGS = (
         options={"lower_bound": 0.0, "upper_bound": 1.0},
         shown="0.0",
     ),
+    Flag(
+        "presence_penalty",
+        "lower the logits of tokens that the text contains",
+        flags.DEFINE_float,
+        options={"lower_bound": -2.0, "upper_bound": 2.0},
+        shown="0.0",
+    ),
+    Flag(
+        "frequency_penalty",
+        "lower the logits of tokens as often as the text contains them",
+        flags.DEFINE_float,
+        options={"lower_bound": -2.0, "upper_bound": 2.0},
+        shown="0.0",
+    ),
+    Flag(
+        "repetition_penalty",
+        "divide the logits of tokens that prompt or text contain",
+        flags.DEFINE_float,
+        options={"lower_bound": 0.0},
+        shown="1.0",
+    ),
     Flag("seed", "the same seed gives the same text", flags.DEFINE_integer, shown="a new one every time"),
     Flag("stop", "end at this string; may be repeated", flags.DEFINE_multi_string, ()),
     Flag("stop_token_ids", "end at these token ids, such as 5,7", flags.DEFINE_list),
+    Flag(
+        "min_tokens", "do not end before this many tokens", flags.DEFINE_integer, options={"lower_bound": 0}, shown="0"
+    ),
+    Flag("allowed_token_ids", "sample these token ids alone, such as 5,7", flags.DEFINE_list),
+    Flag("bad_words", "never write this string; may be repeated", flags.DEFINE_multi_string, ()),
     Flag("ignore_eos", "go on after the end of the document", flags.DEFINE_bool, shown="false"),
 )

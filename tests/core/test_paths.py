@@ -16,14 +16,19 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 URL = "gs://bucket/x"
 TEXT = (flags.DEFINE_string, flags.DEFINE_multi_string, flags.DEFINE_list)
 NO_PATHS = {  # flags of text that name neither a file nor a directory
+    "allowed_origins": "web origins",
+    "allowed_token_ids": "numbers",
+    "bad_words": "text",
     "bounds": "numbers",
     "contexts": "numbers",
     "coordinator": "HOST:PORT",
     "eos_id": "numbers",
+    "host": "an address",
     "kv_cache_dtype": "a name",
     "local_devices": "numbers",
     "mesh": "a name",
     "prompt": "text",
+    "served_model_name": "a name",
     "stop": "text",
     "stop_token_ids": "numbers",
     "topology": "a name",

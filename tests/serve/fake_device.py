@@ -43,10 +43,10 @@ class World:
         self.flight = []  # (plan, gained, tables)
         self.salts, self.everyone, self.admitted = {}, {}, []
 
-    def add(self, id, prompt, max_tokens, salt=""):
+    def add(self, id, prompt, max_tokens, salt="", priority=0):
         self.salts[id] = salt
         seed = None if salt is None else block_hash.hash_seed(b"weights", salt=salt)
-        self.everyone[id] = self.scheduler.add_request(id, prompt, max_tokens, seed=seed)
+        self.everyone[id] = self.scheduler.add_request(id, prompt, max_tokens, seed=seed, priority=priority)
         return self.everyone[id]
 
     # --- the device ------------------------------------------------------------------------------------------------
@@ -155,8 +155,8 @@ class World:
         for plan, _, tables in self.flight:
             for row in plan.requests:  # what may still be written is still theirs
                 assert row.block_ids[: len(tables[row.id])] == tables[row.id] and row.state_slot
-        gone = [s.arrival for s in self.scheduler.requests.values() if s.status is RequestStatus.PREEMPTED]
-        assert min(gone, default=10**9) > max((s.arrival for s in self.scheduler._active), default=0)
+        gone = [s.rank for s in self.scheduler.requests.values() if s.status is RequestStatus.PREEMPTED]
+        assert min(gone, default=(10**9,)) > max((s.rank for s in self.scheduler._active), default=(-(10**9),))
         size = self.scheduler.block_size
         for name, page in self.blocks._page.items():
             salt, tokens = self.page[page][-1]
@@ -180,7 +180,8 @@ class World:
         assert stats["num_blocks_in_use"] == stats["num_requests_waiting"] == stats["num_requests_running"] == 0
         assert stats["num_snapshots_free"] + stats["num_snapshots_cached"] == len(self.blocks._records)
         assert not any(self.blocks._pins.values())
-        assert self.admitted == sorted(self.admitted, key=lambda id: self.everyone[id].arrival), "first come"
+        ranks = sorted((self.everyone[id].rank for id in self.admitted), key=lambda rank: rank[0])
+        assert ranks == sorted(ranks), "first come, of equal priorities"
         for id, row in self.everyone.items():
             answer = solo(self.salts[id], row.prompt, row.max_tokens)
             if row.status is RequestStatus.FINISHED:

@@ -67,6 +67,41 @@ def test_every_request_gets_what_it_gets_alone(meshed, plain):
     assert any(all(counts) for counts in homes)  # both devices had something to do at once
 
 
+class EvenIds:
+    """A token mask of even ids."""
+
+    def restrict(self, generated, mask_W):
+        mask_W &= np.int32(0x55555555)
+
+
+def test_penalties_masks_and_prompt_logprobs_are_those_of_one_device(meshed, plain):
+    penalized = dataclasses.replace(SAMPLED, logprobs=None, repetition_penalty=1.4, frequency_penalty=0.5)
+    scored = dataclasses.replace(GREEDY, prompt_logprobs=2, min_tokens=3, stop_token_ids=[5])
+    asked = [(prompt(20), penalized, ()), (prompt(70), scored, ()), (prompt(9), GREEDY, (EvenIds(),))]
+    asked += [(prompt(33), penalized, (EvenIds(),)), (prompt(5), GREEDY, ())]
+
+    def run(engine, requests):
+        tokens, scores = [[] for _ in requests], [None] * len(requests)
+        for id, (ids, sampling, masks) in enumerate(requests):
+            engine.add_request(id, ids, sampling, masks=masks)
+        while engine.busy:
+            for drawn in engine.step():
+                tokens[drawn.id] += drawn.sampled.token_B[drawn.row, : drawn.count].tolist()
+                scores[drawn.id] = drawn.prompt_logprobs or scores[drawn.id]
+        check_settled(engine)
+        return tokens, scores
+
+    tokens, scores = run(meshed, asked)
+    for i, one in enumerate(asked):
+        [alone], [scored_alone] = run(plain, [one])
+        assert tokens[i] == alone
+        assert (scores[i] is None) == (i != 1)
+        if i == 1:
+            for a, b in zip(scores[i], scored_alone, strict=True):
+                np.testing.assert_allclose(a[:69], b[:69], atol=1e-4)
+    assert all(token % 2 == 0 for token in tokens[2] + tokens[3]) and any(token % 2 for token in tokens[4])
+
+
 def test_what_a_device_knows_is_asked_of_that_device(meshed):
     known = prompt(300)
     others = [Request(prompt(200), GREEDY) for _ in range(3)]

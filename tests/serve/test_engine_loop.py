@@ -102,7 +102,7 @@ def test_an_error_of_one_caller_is_no_others(llm, monkeypatch):
         return push(self, token)
 
     rows = llm.make_requests(PROMPTS[0], GREEDY)
-    marked = rows[1].detokenizer
+    marked = rows[1].completions[0].detokenizer
     monkeypatch.setattr(Detokenizer, "push", broken)
     with pytest.raises(ZeroDivisionError, match="a bug of the tokenizer"):
         list(llm.engine_loop.run(rows))

@@ -45,15 +45,19 @@ def test_tokens_after_the_end_are_ignored_and_not_counted(processor):
     request = processor.new_request(None, [7], SamplingParams())
     request.update(step(30, EOS, 31))
     request.update(step(32))
-    assert request.token_ids == [30, EOS]
-    assert (request.finish_reason, request.stop_reason) == ("stop", None)
+    assert request.completions[0].token_ids == [30, EOS]
+    assert (request.completions[0].finish_reason, request.completions[0].stop_reason) == ("stop", None)
     assert processor.stats() == {"prompt_tokens": 1, "generation_tokens": 2}
 
 
 def test_ignore_eos_and_stop_token_ids_decide_what_ends(processor):
     request = processor.new_request(None, [7], SamplingParams(ignore_eos=True, stop_token_ids=[30]))
     request.update(step(EOS, 30))
-    assert (request.token_ids, request.finish_reason, request.stop_reason) == ([EOS, 30], "stop", 30)
+    assert (
+        request.completions[0].token_ids,
+        request.completions[0].finish_reason,
+        request.completions[0].stop_reason,
+    ) == ([EOS, 30], "stop", 30)
 
 
 def test_text_held_back_for_a_stop_string_is_in_the_last_delta(processor, tokenizer):
@@ -70,22 +74,53 @@ def test_abort_does_not_change_what_has_finished(processor):
     request = processor.new_request(None, [7], SamplingParams(max_tokens=1))
     request.update(step(30))
     request.abort()
-    assert request.finish_reason == "length"
+    assert request.completions[0].finish_reason == "length"
 
 
 def test_logits_that_are_not_finite_finish_with_an_error(processor):
     request = processor.new_request(None, [7, 8], SamplingParams())
     request.update(step(30))
     request.update(step(0, finite=False))
-    assert request.finish_reason == "error"
+    assert request.completions[0].finish_reason == "error"
     assert "token 3 are not finite" in request.output().error
     assert processor.stats() == {"prompt_tokens": 2, "generation_tokens": 1}
+
+
+def test_stop_strings_that_end_within_min_tokens_do_not_count(processor, tokenizer):
+    ids = [tokenizer.encode(letter)[0] for letter in "abab"]
+    for min_tokens, text in [(0, ""), (1, ""), (2, "ab"), (3, "ab"), (4, "abab")]:
+        request = processor.new_request(None, [7], SamplingParams(max_tokens=4, stop="ab", min_tokens=min_tokens))
+        for token in ids:
+            request.update(step(token))
+        output = request.output()
+        assert (output.text, output.finish_reason) == (text, "length" if min_tokens == 4 else "stop")
+
+
+def test_deltas_of_several_continuations_hold_what_is_new(processor):
+    request = processor.new_request(None, [7, 8], SamplingParams(n=3, max_tokens=2))
+    request.update(step(30), 1)
+    delta = request.delta()
+    assert ([one.index for one in delta.outputs], delta.finished, delta.num_unfinished) == ([1], False, 2)
+    request.update(step(31), 1)
+    request.update(step(EOS), 0)
+    delta = request.delta()
+    assert [(one.index, one.finish_reason) for one in delta.outputs] == [(0, "stop"), (1, "length")]
+    assert not delta.finished and request.delta() is None
+    request.abort()
+    delta = request.delta()
+    assert [(one.index, one.finish_reason) for one in delta.outputs] == [(2, "abort")] and delta.finished
+    assert [one.token_ids for one in request.output().outputs] == [[EOS], [30, 31], []]
+    assert processor.stats() == {"prompt_tokens": 2, "generation_tokens": 3}
 
 
 def test_without_a_tokenizer_texts_are_empty():
     request = OutputProcessor(None, Ends(frozenset(), None)).new_request(None, [7], SamplingParams(max_tokens=2))
     request.update(step(5, 6))
-    assert (request.output().text, request.output().token_ids, request.finish_reason) == ("", [5, 6], "length")
+    assert (request.output().text, request.output().token_ids, request.completions[0].finish_reason) == (
+        "",
+        [5, 6],
+        "length",
+    )
 
 
 @pytest.mark.parametrize(

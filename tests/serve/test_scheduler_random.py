@@ -30,10 +30,11 @@ class Serving(RuleBasedStateMachine):
         prompt=st.lists(st.sampled_from([1, 1, 2]), min_size=1, max_size=6),
         max_tokens=st.integers(1, 6),
         salt=st.sampled_from(["", "", "other", None]),
+        priority=st.sampled_from([0, 0, 0, -1, 1]),
     )
-    def come(self, prompt, max_tokens, salt):
+    def come(self, prompt, max_tokens, salt, priority):
         try:
-            self.world.add(len(self.world.everyone), prompt, max_tokens, salt)
+            self.world.add(len(self.world.everyone), prompt, max_tokens, salt, priority)
         except UserError:
             assert len(prompt) + max_tokens + 1 > self.world.blocks.capacity * self.world.scheduler.block_size
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import pathlib
 from dataclasses import dataclass, field
@@ -11,15 +10,15 @@ from v4jax.core.errors import UserError
 from v4jax.core.untrusted_json import read_object
 
 GENERATION_NAME = "generation_config.json"
-# Field of the file -> field of SamplingParams. These are the fields that vLLM reads, as far as v4jax supports them.
+# Field of the file -> field of SamplingParams. These are the fields that vLLM reads.
 _SAMPLING = {
     "temperature": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
     "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,6 @@ def read_generation_config(path: str | os.PathLike) -> GenerationConfig:
     if not file.is_file():
         return GenerationConfig()
     values = read_object(file)
-    if values.get("repetition_penalty") not in (None, 1):
-        _log.warning("%s asks for a repetition_penalty, which v4jax does not apply", file)
     sampling = {ours: values[theirs] for theirs, ours in _SAMPLING.items() if values.get(theirs) is not None}
     return GenerationConfig(_eos_ids(values, file) if "eos_token_id" in values else None, sampling)
 

@@ -140,6 +140,10 @@ class Tokenizer:
         ids = {added.content: i for i, added in self._backend.get_added_tokens_decoder().items()}
         return ids.get(token)
 
+    def id_to_token(self, id: int) -> str | None:
+        """Return the token of an id as the vocabulary spells it; None for an unused id."""
+        return self._backend.id_to_token(id)
+
     def special_tokens_in(self, text: str) -> list[str]:
         """Return the special tokens whose spelling occurs in `text`."""
         added = self._backend.get_added_tokens_decoder().values()

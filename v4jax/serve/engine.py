@@ -4,6 +4,9 @@ Every `step` asks the scheduler for a plan (one prefill chunk, and one decode st
 it to the device (`model_runner.ModelRunner`), and then collects the results of the plan before. The device computes
 while the host turns tokens into text.
 
+If a request in a plan has token masks (`token_masks`), the plan's forward is dispatched as always, but its sampling
+only after the results of the plan before have been collected. The device computes the forward meanwhile.
+
 On a mesh every device is a data-parallel rank with its own scheduler, state slots and blocks. One step runs the plans
 of all devices, padded to the largest batch and chunk among them. A request stays on the device to which it was
 assigned: the one with the fewest tokens left to compute, cached prompt blocks excluded.
@@ -21,7 +24,7 @@ import functools
 import logging
 import secrets
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -36,10 +39,11 @@ from v4jax.models.transformer import Transformer
 from v4jax.serve import balance, data_parallel, offload_connector
 from v4jax.serve.kv_cache_sizes import check_enough_memory
 from v4jax.serve.model_runner import ModelRunner, ModelRunnerOutput
-from v4jax.serve.request import Request, RequestStatus, SchedulerOutput
+from v4jax.serve.request import PrefillChunk, Request, RequestStatus, SchedulerOutput
 from v4jax.serve.sampler import SamplerOutput
 from v4jax.serve.sampling_params import SamplingParams
 from v4jax.serve.scheduler import Scheduler
+from v4jax.serve.token_masks import TokenMask, TokenMasks
 
 _ENDED = (RequestStatus.FINISHED, RequestStatus.ABORTED, RequestStatus.ERROR)
 _log = logging.getLogger(__name__)
@@ -51,6 +55,9 @@ class SampledTokens(NamedTuple):
     """New tokens of one request: the first `count` positions of row `row` of `sampled` (numpy arrays).
 
     num_cached_tokens: tokens of its prompt that were found in the prefix cache.
+    prompt_logprobs: with the first token, log-probabilities of its prompt tokens but the first, and possibly of tokens
+        after the prompt (`sampler.logprobs`, [T], [T], [T, K], [T, K]); None unless the request asks for them.
+    error: why the request has ended without these tokens; None if it has not.
     """
 
     id: Hashable
@@ -58,6 +65,8 @@ class SampledTokens(NamedTuple):
     row: int
     count: int
     num_cached_tokens: int
+    prompt_logprobs: tuple[np.ndarray, ...] | None = None
+    error: str | None = None
 
 
 class InflightStep(NamedTuple):
@@ -158,6 +167,8 @@ class Engine:
         """Reset the host state of all requests and schedulers."""
         self._scheduler_of: dict[Hashable, Scheduler] = {}
         self._sampling: dict[Hashable, SamplingParams] = {}
+        self._masks = TokenMasks()
+        self._prompt_logprobs: dict[Hashable, list[tuple[np.ndarray, ...]]] = {}  # of the chunks read so far
         self._inflight: deque[InflightStep] = deque()
         for scheduler in self.schedulers:
             scheduler.reset()
@@ -190,6 +201,15 @@ class Engine:
                 f"{limit}; shorten one of them or raise max_model_len (the model takes up to "
                 f"{self.model.max_position_embeddings})"
             )
+        biased = [i for i, _ in sampling.logit_bias]
+        for option, ids in [("allowed_token_ids", sampling.allowed_token_ids or ()), ("logit_bias", biased)]:
+            if ids and max(ids) >= self.model.vocab_size:
+                raise UserError(
+                    f"{name} has {max(ids)} in its {option}; the model's ids are 0 to {self.model.vocab_size - 1}"
+                )
+        for option in ("structured_outputs", "bad_words"):
+            if getattr(sampling, option) and self.limits.num_speculative_tokens:
+                raise UserError(f"{name} has {option}, which need an LLM without num_speculative_tokens")
         self.schedulers[0].check_fits(len(prompt), sampling.max_tokens)
 
     def add_request(
@@ -199,8 +219,11 @@ class Engine:
         sampling: SamplingParams,
         cache_salt: str | None = None,
         extra_keys: Sequence[block_hash.ExtraKey] = (),
+        *,
+        stop_ids: Collection[int] = (),
+        masks: Sequence[TokenMask] = (),
     ) -> None:
-        """Queue a request that `check` accepted.
+        """Queue a request that `check` accepted. Its `n` is not looked at.
 
         Args:
             id: unique among the current requests.
@@ -208,6 +231,8 @@ class Engine:
             sampling: sampling options.
             cache_salt: the request shares blocks only with requests of the same salt; None is a salt of its own.
             extra_keys: what the token ids do not tell, such as images; blocks are shared only where it is equal.
+            stop_ids: ids, beside its `stop_token_ids`, that are not sampled before its `min_tokens`.
+            masks: masks of the tokens that it may sample.
 
         Raises:
             ValueError: the id is in use.
@@ -215,7 +240,11 @@ class Engine:
         self._recover()
         if id in self._scheduler_of and id in self._scheduler_of[id].requests:
             raise ValueError(f"request {id!r} is in use")
+        if sampling.min_tokens:
+            stop_ids = tuple(sorted({*stop_ids, *sampling.stop_token_ids}))
+            sampling = dataclasses.replace(sampling, stop_token_ids=stop_ids)
         self._add(id, prompt, sampling, cache_salt or "", extra_keys)
+        self._masks.add(id, masks)
 
     @_reset_on_error
     def _add(
@@ -229,11 +258,15 @@ class Engine:
         if sampling.seed is None:
             sampling = dataclasses.replace(sampling, seed=secrets.randbits(64))
         seed = self.hash_seed and block_hash.hash_seed(self.hash_seed, salt=salt)
+        if sampling.prompt_logprobs is not None:
+            seed = None  # every token of its prompt has to be computed
         num_offloaded = self.kv_connector and self.kv_connector.num_offloaded_blocks
         scheduler = balance.select_scheduler(
             self.schedulers, prompt, sampling.max_tokens, seed, num_offloaded, extra_keys
         )
-        scheduler.add_request(id, prompt, sampling.max_tokens, seed=seed, extra_keys=extra_keys)
+        scheduler.add_request(
+            id, prompt, sampling.max_tokens, seed=seed, extra_keys=extra_keys, priority=sampling.priority
+        )
         self._scheduler_of[id] = scheduler
         self._sampling[id] = sampling
 
@@ -273,9 +306,13 @@ class Engine:
         plans = [scheduler.schedule() for scheduler in self.schedulers]
         any_plan = any(plan is not None for plan in plans)
         self._run_offload(waits=not any_plan and not self._inflight)
-        if any_plan:
-            self._inflight.append(InflightStep(plans, self.model_runner.execute(plans, self._sampling)))
-        drawn = self._collect(self._inflight.popleft()) if len(self._inflight) > any_plan else []
+        forward = self.model_runner.forward(plans, self._sampling) if any_plan else None
+        masked = forward is not None and any(request.id in self._masks for request in forward.requests)
+        if forward is not None and not masked:
+            self._inflight.append(InflightStep(plans, self.model_runner.sample(forward)))
+        drawn = self._collect(self._inflight.popleft()) if len(self._inflight) > (any_plan and not masked) else []
+        if masked:  # the tokens just collected decide which ones may follow
+            self._inflight.append(InflightStep(plans, self.model_runner.sample(forward, self._masks)))
         if not self._has_work:
             self._run_offload()
         return drawn
@@ -307,29 +344,49 @@ class Engine:
                 drawn += self._collect_device(device, plan, output)
         for id in [id for id, scheduler in self._scheduler_of.items() if id not in scheduler.requests]:
             del self._scheduler_of[id], self._sampling[id]
+            self._masks.remove(id)
+            self._prompt_logprobs.pop(id, None)
         return drawn
 
     def _collect_device(self, device: int, plan: SchedulerOutput, output: ModelRunnerOutput) -> list[SampledTokens]:
         """Commit the results of one device's plan and return its new tokens."""
         scheduler, drawn, failed = self.schedulers[device], [], []
         if chunk := plan.prefill:
+            request = chunk.request
             if not output.finite_D[device]:
-                failed.append(chunk.request)
+                failed.append(request)
+            prompt_logprobs = self._collect_prompt_logprobs(device, chunk, output)
             if chunk.last or failed:
                 sampled, row = (output.prefill.output, device) if chunk.last else (_NOT_FINITE, 0)
-                drawn.append(SampledTokens(chunk.request.id, sampled, row, 1, chunk.request.num_cached_tokens))
+                drawn.append(SampledTokens(request.id, sampled, row, 1, request.num_cached_tokens, prompt_logprobs))
         for row, (request, _) in enumerate(plan.decode, device * output.rows_per_device):
             sampled, count_B = output.decode
             drawn.append(SampledTokens(request.id, sampled, row, int(count_B[row]), request.num_cached_tokens))
         alive = {id: s for id, s in scheduler.requests.items() if s.status not in _ENDED}
-        drawn = [d for d in drawn if d.id in alive]
+        drawn = [d._replace(error=self._masks.errors.get(d.id)) for d in drawn if d.id in alive]
         failed += [alive[d.id] for d in drawn if not d.sampled.finite_B[d.row, : d.count].all()]
         for request in failed:
             self._fail(device, request)
         gained = {d.id: d.sampled.token_B[d.row, : d.count].tolist() for d in drawn}
         drawn = [d for d in drawn if not alive[d.id].is_replay]
+        for one in drawn:
+            if one.error is not None:
+                scheduler.abort_request(one.id)
         scheduler.update_from_output(plan, gained)
         return drawn
+
+    def _collect_prompt_logprobs(
+        self, device: int, chunk: PrefillChunk, output: ModelRunnerOutput
+    ) -> tuple[np.ndarray, ...] | None:
+        """Keep the log-probabilities of a chunk; return those of all chunks after the last one."""
+        sampling = self._sampling.get(chunk.request.id)
+        if output.prompt_logprobs is None or sampling is None or sampling.prompt_logprobs is None:
+            return None
+        if chunk.start == 0:
+            self._prompt_logprobs[chunk.request.id] = []
+        chunks = self._prompt_logprobs[chunk.request.id]
+        chunks.append(tuple(array[device, : chunk.count] for array in output.prompt_logprobs))
+        return tuple(map(np.concatenate, zip(*chunks, strict=True))) if chunk.last else None
 
     def _fail(self, device: int, request: Request) -> None:
         """End a request with non-finite logits, and zero the blocks it wrote before others may get them."""

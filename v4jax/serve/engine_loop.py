@@ -49,7 +49,7 @@ class _Call:
     """Requests that one caller waits for.
 
     Attributes:
-        ids: request id -> index in `requests`.
+        ids: id in the engine -> (index in `requests`, index of the continuation).
         stream: whether the caller wants outputs while they are generated.
         notify: takes (index, output), and at the end None or the exception that ended the call. The thread of the
             engine calls it.
@@ -64,7 +64,8 @@ class _Call:
         notify: Callable[[tuple[int, RequestOutput] | BaseException | None], object],
     ):
         self.requests, self.stream, self.notify, self.left = requests, stream, notify, False
-        self.ids = {next(ids): index for index in range(len(requests))}
+        pairs = [(i, n) for i, request in enumerate(requests) for n in range(len(request.completions))]
+        self.ids = {next(ids): pair for pair in pairs}
 
 
 class _Shared:
@@ -147,14 +148,14 @@ class EngineLoop:
             raise UserError("an engine of several processes computes in the thread of its caller; use LLM.generate")
 
         def notify(event: tuple[int, RequestOutput] | BaseException | None) -> None:
-            if event is None and request.finish_reason is None:
+            if event is None and not request.finished:
                 request.abort()
                 event = (0, request.delta())
             if event is not None:
                 on_output(event if isinstance(event, BaseException) else event[1])
 
         call = _Call([request], self._ids, True, notify)
-        [id] = call.ids
+        id = min(call.ids)
         self._submitted[id] = call
         self._inbox.put(weakref.ref(call))
         self._wake()
@@ -341,10 +342,16 @@ class EngineLoop:
             if self._shared.closing:
                 continue
             self._running[ref].update(call.ids)
-            for id, index in call.ids.items():
+            for id, (index, continuation) in call.ids.items():
                 self._call[id], request = ref, call.requests[index]
                 self._engine.add_request(
-                    id, request.prompt_token_ids, request.sampling, request.cache_salt, request.extra_keys
+                    id,
+                    request.prompt_token_ids,
+                    request.sampling_of(continuation),
+                    request.cache_salt,
+                    request.extra_keys,
+                    stop_ids=request.stop_ids,
+                    masks=request.completions[continuation].masks,
                 )
             if not call.ids:  # no prompts
                 self._end(ref)
@@ -357,15 +364,15 @@ class EngineLoop:
         ref = self._call.get(drawn.id)
         if ref is None or (call := ref()) is None:
             return
-        index = call.ids[drawn.id]
+        index, continuation = call.ids[drawn.id]
         request = call.requests[index]
         try:
-            request.update(drawn)
+            request.update(drawn, continuation)
             if call.stream and (output := request.delta()) is not None:
                 call.notify((index, output))
         except Exception as error:  # such as a failing tokenizer; other callers are not affected
             return self._cancel(ref, error)
-        if request.finish_reason is not None:
+        if request.completions[continuation].finish_reason is not None:
             self._engine.finish_request(drawn.id)
             self._running[ref].remove(drawn.id)
             del self._call[drawn.id]

@@ -25,6 +25,8 @@ from v4jax.serve.outputs import RequestOutput
 from v4jax.serve.prompts import Parsed, Prompt
 from v4jax.serve.sampling_params import SamplingParams, is_int, short_repr
 from v4jax.serve.stop_tokens import find_ends, warn_of_bos
+from v4jax.serve.structured_outputs import GrammarCompiler
+from v4jax.serve.token_masks import BadWords, TokenMask
 
 _log = logging.getLogger(__name__)
 
@@ -109,6 +111,7 @@ class LLM:
             model = checkpoint.load(model, dtype=dtype, quantization=serve.quantization, placement=on.placement)
         self.tokenizer, self.engine = tokenizer, Engine(model, serve, cache, on)
         self._description = f"{model!r}, max_num_seqs={serve.max_num_seqs}, max_model_len={serve.max_model_len}"
+        self._ends = ends
         self.output_processor = OutputProcessor(tokenizer, ends)
         self.engine_loop = EngineLoop(self.engine)
 
@@ -117,7 +120,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Generate one continuation of every prompt.
+        """Generate one continuation of every prompt, or `SamplingParams.n`.
 
         Args:
             prompts: a string, a list of token ids, {"prompt": "..."} or {"prompt_token_ids": [...]}, or a list of
@@ -156,11 +159,15 @@ class LLM:
             string. The pieces of one prompt concatenate to its text.
 
         Raises:
-            UserError: there is no tokenizer, or a request is invalid (both before any request runs), or a request
-                ended with an error (after the last piece of all prompts).
+            UserError: there is no tokenizer, or a request is invalid or has several continuations (both before any
+                request runs), or a request ended with an error (after the last piece of all prompts).
         """
         self._need_tokenizer("streaming text")
-        return self._stream(self.make_requests(prompts, sampling_params))
+        requests = self.make_requests(prompts, sampling_params)
+        for index, request in enumerate(requests):
+            if request.sampling.n > 1:
+                raise UserError(f"prompt {index} has n={request.sampling.n}; LLM.stream yields one continuation")
+        return self._stream(requests)
 
     def chat(
         self,
@@ -307,7 +314,30 @@ class LLM:
             room = max(1, self.engine.limits.max_model_len - len(ids))
             sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
         self.engine.check(ids, sampling, name)
-        return self.output_processor.new_request(prompt.text, ids, sampling, prompt.cache_salt)
+        masks = self._masks(name, sampling)
+        return self.output_processor.new_request(prompt.text, ids, sampling, prompt.cache_salt, masks=masks)
+
+    def _masks(self, name: str, sampling: SamplingParams) -> list[list[TokenMask]]:
+        """Return the token masks of each continuation."""
+        masks: list[list[TokenMask]] = [[] for _ in range(sampling.n)]
+        if sampling.structured_outputs is not None:
+            self._need_tokenizer(f"{name} has structured_outputs, which")
+            try:
+                grammars = self._grammar_compiler.masks(sampling.structured_outputs, sampling.n)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+            for own, grammar in zip(masks, grammars, strict=True):
+                own.append(grammar)
+        if sampling.bad_words:
+            self._need_tokenizer(f"{name} has bad_words, which")
+            bad_words = BadWords(self.tokenizer, sampling.bad_words)
+            for own in masks:
+                own.append(bad_words)
+        return masks
+
+    @functools.cached_property
+    def _grammar_compiler(self) -> GrammarCompiler:
+        return GrammarCompiler(self.tokenizer, self.engine.model.vocab_size, self._ends)
 
     def _ids(self, name: str, prompt: Parsed) -> list[int]:
         """Return the token ids of a prompt, encoded from its text if it was not given as ids; may be empty."""

@@ -30,8 +30,16 @@ from v4jax.serve.data_parallel import DataParallelGroup
 from v4jax.serve.kv_cache_sizes import kv_cache_sizes
 from v4jax.serve.model_steps import DecodeState, KVCaches
 from v4jax.serve.request import PrefillChunk, Request, SchedulerOutput
-from v4jax.serve.sampler import SamplerOutput, SamplingFlags, SamplingTensors, make_sampling_tensors
+from v4jax.serve.sampler import (
+    SamplerOutput,
+    SamplingFlags,
+    SamplingTensors,
+    make_sampling_tensors,
+    round_up_logprobs,
+    token_counts,
+)
 from v4jax.serve.sampling_params import SamplingParams
+from v4jax.serve.token_masks import TokenMasks
 
 _LEAST_CHUNK = 16  # tokens
 _PADDING = SamplingParams(temperature=0.0, seed=0)  # of a row that only fills up a batch
@@ -48,6 +56,39 @@ class Sampled(NamedTuple):
     count_B: jax.Array
 
 
+class Computed(NamedTuple):
+    """Logits of the rows that a step samples, and what sampling them takes.
+
+    Attributes:
+        logits_BTV: logits of the rows.
+        place: see `model_steps.sample_tokens`.
+        options: sampling options of the rows.
+        x_BTXD: streams of the rows.
+        requests: the rows that are no padding, {row: request}.
+    """
+
+    logits_BTV: jax.Array
+    place: tuple
+    options: tuple[SamplingTensors, SamplingFlags]
+    x_BTXD: jax.Array
+    requests: dict[int, Request]
+
+
+class Forward(NamedTuple):
+    """Results of a step before sampling; `ModelRunner.sample` makes a ModelRunnerOutput of them."""
+
+    finite_D: jax.Array | None
+    prompt_logprobs: tuple | None
+    prefill: Computed | None
+    decode: Computed | None
+    rows_per_device: int
+
+    @property
+    def requests(self) -> list[Request]:
+        """Requests of which a token is sampled."""
+        return [request for rows in (self.prefill, self.decode) if rows for request in rows.requests.values()]
+
+
 class ModelRunnerOutput(NamedTuple):
     """Results of one step, on the devices until `ModelRunner.get`.
 
@@ -56,12 +97,15 @@ class ModelRunnerOutput(NamedTuple):
         prefill: tokens sampled after the last chunks of prompts, one row per device; None without any last chunk.
         decode: tokens of the decode rows, `rows_per_device` rows per device; None without any.
         rows_per_device: padded decode rows of each device.
+        prompt_logprobs: log-probabilities of the tokens after each position of the chunks, arrays [devices, T, ...]
+            (`model_steps.prefill_with_logprobs`); None unless the request of a chunk asks for them.
     """
 
     finite_D: jax.Array | None
     prefill: Sampled | None
     decode: Sampled | None
     rows_per_device: int
+    prompt_logprobs: tuple | None = None
 
 
 class ModelRunner:
@@ -122,8 +166,10 @@ class ModelRunner:
         A program that failed may have taken the old arrays, or left NaN in them.
         """
         self.caches = self.decode_state = self.block_tables = None  # free before allocating: both may not fit
-        self._batch: tuple = ()  # (state slot, sampling options) of the rows of the last decode step, by device
+        # (state slot, prompt tokens, sampling options) of the rows of the last decode step, by device
+        self._batch: tuple = ()
         self._device_batch = None
+        self._token_counts = None  # int32 [slots, V] by state slot, from the first request with a penalty on
         slots, k = self._limits.max_num_seqs, self._limits.num_speculative_tokens
         with jax.transfer_guard("allow"):
             layers = [[self._allocate_layer(kind) for kind in run] for run in self._layer_kinds]
@@ -144,10 +190,8 @@ class ModelRunner:
 
     # --- steps -----------------------------------------------------------------------------------------------------
 
-    def execute(
-        self, plans: Sequence[SchedulerOutput | None], sampling: Mapping[Hashable, SamplingParams]
-    ) -> ModelRunnerOutput:
-        """Dispatch one step and return at once; `get` waits for the results.
+    def forward(self, plans: Sequence[SchedulerOutput | None], sampling: Mapping[Hashable, SamplingParams]) -> Forward:
+        """Dispatch one step up to its logits and return at once; `sample` dispatches the rest.
 
         Args:
             plans: the plan of each device; None for a device without work. At least one is a plan.
@@ -155,20 +199,31 @@ class ModelRunner:
         """
         self._copy_state([() if plan is None else plan.copies for plan in plans])
         self._set_block_tables([() if plan is None else plan.requests for plan in plans])
-        finite_D, prefill, decode = None, None, None
+        finite_D, prompt_logprobs, prefill, decode = None, None, None, None
         chunks = [None if plan is None else plan.prefill for plan in plans]
         if any(chunks):
-            finite_D, prefill = self._prefill(chunks, sampling)
+            finite_D, prompt_logprobs, prefill = self._prefill(chunks, sampling)
         rows = [[] if plan is None else [row.request for row in plan.decode] for plan in plans]
         size = min(1 << (max(map(len, rows)) - 1).bit_length(), self._limits.max_num_seqs)
         if any(rows):
             decode = self._decode(rows, size, sampling)
-        return ModelRunnerOutput(finite_D, prefill, decode, size)
+        return Forward(finite_D, prompt_logprobs, prefill, decode, size)
+
+    def sample(self, forward: Forward, masks: TokenMasks | None = None) -> ModelRunnerOutput:
+        """Dispatch the sampling of the newest step and return at once; `get` waits for the results.
+
+        Args:
+            forward: the result of the last call of `forward`.
+            masks: the tokens that requests may sample; None restricts none.
+        """
+        prefill, decode = (rows and self._sample(rows, masks) for rows in (forward.prefill, forward.decode))
+        return ModelRunnerOutput(forward.finite_D, prefill, decode, forward.rows_per_device, forward.prompt_logprobs)
 
     def get(self, output: ModelRunnerOutput) -> ModelRunnerOutput:
         """Wait for the results of a step and return them as numpy arrays, the rows of all devices."""
-        finite_D, prefill, decode = self._dp_group.get((output.finite_D, output.prefill, output.decode))
-        return ModelRunnerOutput(finite_D, prefill, decode, output.rows_per_device)
+        arrays = (output.finite_D, output.prefill, output.decode, output.prompt_logprobs)
+        finite_D, prefill, decode, prompt_logprobs = self._dp_group.get(arrays)
+        return ModelRunnerOutput(finite_D, prefill, decode, output.rows_per_device, prompt_logprobs)
 
     def zero(self, device: int, state_slot: int, block_ids: Sequence[int]) -> None:
         """Zero a state slot and blocks of one device (see `model_steps.zero_state`)."""
@@ -209,8 +264,8 @@ class ModelRunner:
 
     def _prefill(
         self, chunks: list[PrefillChunk | None], sampling: Mapping[Hashable, SamplingParams]
-    ) -> tuple[jax.Array, Sampled | None]:
-        """Prefill one chunk per device that has one; sample after a prompt's last chunk."""
+    ) -> tuple[jax.Array, tuple | None, Computed | None]:
+        """Prefill one chunk per device that has one; a prompt's last chunk gives logits."""
         longest = max(chunk.count for chunk in chunks if chunk)
         size = next(size for size in self.chunk_sizes if size >= longest)
         tokens_DT = np.zeros((len(chunks), size + 1), np.int32)
@@ -220,32 +275,59 @@ class ModelRunner:
                 known = chunk.request.tokens[chunk.start : chunk.start + chunk.count + 1]
                 tokens_DT[device, : len(known)] = known
                 scalars_3D[:, device] = chunk.start, chunk.count, chunk.request.state_slot
-        self.caches, x_D1XD, finite_D = model_steps.prefill(
+        scored = [sampling[chunk.request.id].prompt_logprobs for chunk in chunks if chunk]
+        scored = [count for count in scored if count is not None]
+        step, more = model_steps.prefill, ()
+        if scored:
+            step, more = model_steps.prefill_with_logprobs, (round_up_logprobs(max(scored)),)
+        self.caches, x_D1XD, finite_D, *prompt_logprobs = step(
             self._model_def,
             self.weights,
             self.caches,
             *self._dp_group.shard_rows((tokens_DT, *scalars_3D)),
             self.block_tables,
+            *more,
         )
+        prompt_logprobs = prompt_logprobs[0] if scored else None
         last = [chunk if chunk and chunk.last else None for chunk in chunks]
         if not any(last):
-            return finite_D, None
+            return finite_D, prompt_logprobs, None
         slots_positions = [(chunk.request.state_slot, chunk.start + chunk.count) if chunk else (0, 0) for chunk in last]
         state_slot_D, position_D = np.array(slots_positions, np.int32).T.copy()
-        options = self._sampling_tensors([[sampling[chunk.request.id]] if chunk else [] for chunk in last], 1)
+        requests = {device: chunk.request for device, chunk in enumerate(last) if chunk}
+        rows = [[(len(r.prompt), sampling[r.id])] if (r := requests.get(d)) else [] for d in range(len(last))]
+        self._count_known_tokens(requests, sampling)
         logits_DTV = model_steps.logits(self._model_def, self.weights, x_D1XD)
-        return finite_D, self._sample(
-            logits_DTV, self._dp_group.shard_rows((state_slot_D, position_D)), options, x_D1XD
+        place = self._dp_group.shard_rows((state_slot_D, position_D))
+        prefill = Computed(logits_DTV, place, self._sampling_tensors(rows, 1), x_D1XD, requests)
+        return finite_D, prompt_logprobs, prefill
+
+    def _count_known_tokens(self, requests: dict[int, Request], sampling: Mapping[Hashable, SamplingParams]) -> None:
+        """Set the token counts of requests with penalties, {device: request}, to their known tokens."""
+        penalized = {device: r for device, r in requests.items() if sampling[r.id].penalized}
+        if not penalized:
+            return
+        D, V = self._dp_group.count, self.config.vocab_size
+        if self._token_counts is None:
+            with jax.transfer_guard("allow"):
+                counts_ZV = jnp.zeros((self._limits.max_num_seqs + 1, V), jnp.int32)
+                self._token_counts = self._dp_group.replicate(counts_ZV)
+        state_slot_D, count_DV = np.zeros(D, np.int32), np.zeros((D, V), np.int32)
+        for device, request in penalized.items():
+            state_slot_D[device] = request.state_slot
+            count_DV[device] = token_counts(request.prompt, request.tokens[len(request.prompt) :], V)
+        self._token_counts = model_steps.set_token_counts(
+            self._model_def, self._token_counts, *self._dp_group.shard_rows((state_slot_D, count_DV))
         )
 
-    def _decode(self, rows: list[list[Request]], size: int, sampling: Mapping[Hashable, SamplingParams]) -> Sampled:
+    def _decode(self, rows: list[list[Request]], size: int, sampling: Mapping[Hashable, SamplingParams]) -> Computed:
         """Decode the rows of each device, padded to `size` rows per device."""
-        batch = tuple(tuple((request.state_slot, sampling[request.id]) for request in here) for here in rows)
+        batch = tuple(tuple((r.state_slot, len(r.prompt), sampling[r.id]) for r in here) for here in rows)
         if batch != self._batch:
             slot_DB = np.zeros((len(rows), size), np.int32)
             for device, here in enumerate(batch):
-                slot_DB[device, : len(here)] = [slot for slot, _ in here]
-            options = self._sampling_tensors([[params for _, params in here] for here in batch], size)
+                slot_DB[device, : len(here)] = [slot for slot, *_ in here]
+            options = self._sampling_tensors([[row[1:] for row in here] for here in batch], size)
             self._device_batch = (self._dp_group.shard_rows(slot_DB.reshape(-1)), options)
             self._batch = batch
         state_slot_B, options = self._device_batch
@@ -257,20 +339,37 @@ class ModelRunner:
             (state_slot_B, self.block_tables),
             self._limits.batch_invariant,
         )
-        return self._sample(logits_BTV, (state_slot_B, None), options, x_BTXD)
+        requests = {device * size + row: r for device, here in enumerate(rows) for row, r in enumerate(here)}
+        return Computed(logits_BTV, (state_slot_B, None), options, x_BTXD, requests)
 
-    def _sampling_tensors(self, params: list[list[SamplingParams]], size: int) -> tuple[SamplingTensors, SamplingFlags]:
-        """Build the sampling options, padded to `size` rows per device."""
-        rows = [row for here in params for row in [*here, *[_PADDING] * (size - len(here))]]
-        options, flags = make_sampling_tensors(rows)
+    def _sampling_tensors(
+        self, rows: list[list[tuple[int, SamplingParams]]], size: int
+    ) -> tuple[SamplingTensors, SamplingFlags]:
+        """Build the sampling options of (prompt tokens, params), padded to `size` rows per device."""
+        padded = [row for here in rows for row in [*here, *[(0, _PADDING)] * (size - len(here))]]
+        options, flags = make_sampling_tensors([params for _, params in padded], [length for length, _ in padded])
         return self._dp_group.shard_rows(options), flags
 
-    def _sample(self, logits_BTV: jax.Array, place, options, x_BTXD: jax.Array) -> Sampled:
+    def _sample(self, rows: Computed, masks: TokenMasks | None) -> Sampled:
         """Sample tokens of the positions just computed, and propose the draft tokens that follow."""
+        logits_BTV, place, options, x_BTXD, requests = rows
+        penalized = options[0].penalty_B3 is not None
+        mask_BW = masks and masks.fill(requests, len(logits_BTV), self.config.vocab_size)
         self.decode_state, sampled = model_steps.sample_tokens(
-            self._model_def, logits_BTV, self.decode_state, place, *options, self._limits.batch_invariant
+            self._model_def,
+            logits_BTV,
+            self.decode_state,
+            place,
+            *options,
+            self._limits.batch_invariant,
+            self._token_counts if penalized else None,
+            None if mask_BW is None else self._dp_group.shard_rows(mask_BW),
         )
         output, count_B = sampled
+        if penalized:
+            self._token_counts = model_steps.count_tokens(
+                self._model_def, self._token_counts, place[0], output.token_B, count_B
+            )
         if self.caches.mtp is not None:
             mtp, self.decode_state = model_steps.propose_draft(
                 self._model_def,

@@ -27,7 +27,9 @@ from v4jax.nn.kv_cache_interface import CacheSlots
 from v4jax.parallel.host_memory import host_gather, host_scatter
 from v4jax.parallel.rules import MeshRules, use_rules
 from v4jax.serve.data_parallel import row_spec
-from v4jax.serve.sampler import SamplingFlags, SamplingTensors, sample
+from v4jax.serve.sampler import SamplingFlags, SamplingTensors, logprobs, sample
+
+_SCORED_POSITIONS = 16  # prompt positions whose logits are in memory at once
 
 
 class KVCaches(NamedTuple):
@@ -132,7 +134,47 @@ def prefill(
         The KV caches, the streams [1, 1, X, D] of the last token, and bool [1], whether these are finite. A non-finite
         value reaches every later token through the sliding window.
     """
+    return _prefill(model_def.model(weights), kv_caches, tokens_1T, start_1, count_1, state_slot_1, block_table_ZA)[:3]
+
+
+@_jit_step(donate=(2,), static=(8,))
+def prefill_with_logprobs(
+    model_def,
+    weights,
+    kv_caches: KVCaches,
+    tokens_1T: jax.Array,
+    start_1,
+    count_1,
+    state_slot_1,
+    block_table_ZA,
+    num_logprobs: int,
+):
+    """Prefill one chunk as `prefill` does, and return log-probabilities of the tokens that follow each position, too.
+
+    Args:
+        num_logprobs: number of likeliest tokens that are reported at each position; static.
+
+    Returns:
+        The results of `prefill`, and `sampler.logprobs` of tokens_1T[:, 1:], each [1, T, ...].
+    """
     model = model_def.model(weights)
+    *results, x_BTXD = _prefill(model, kv_caches, tokens_1T, start_1, count_1, state_slot_1, block_table_ZA)
+    T = x_BTXD.shape[1]
+    pad = -T % _SCORED_POSITIONS  # logits of a whole chunk would need gigabytes
+    pieces = lambda a: a.reshape(-1, _SCORED_POSITIONS, *a.shape[1:])
+    x_NPXD = pieces(jnp.pad(x_BTXD[0], [(0, pad), (0, 0), (0, 0)]))
+    next_NP = pieces(jnp.pad(tokens_1T[0, 1:], (0, pad)))
+
+    def score(piece):
+        x_PXD, next_P = piece
+        return logprobs(model.logits(x_PXD[None])[0], next_P, num_logprobs)
+
+    scored = jax.lax.map(score, (x_NPXD, next_NP))  # [pieces, positions of a piece, ...]
+    return *results, jax.tree.map(lambda a: a.reshape(1, T + pad, *a.shape[2:])[:, :T], scored)
+
+
+def _prefill(model: Transformer, kv_caches: KVCaches, tokens_1T, start_1, count_1, state_slot_1, block_table_ZA):
+    """Return the results of `prefill` and the streams of all positions."""
     slots = CacheSlots(state_slot_1, block_table_ZA[state_slot_1])
     chunk = continuation_batch(tokens_1T[:, :-1], start_1, count_1, slots)
     x_BTXD, layers, _ = model.forward_hidden(chunk, kv_caches.layers)
@@ -140,7 +182,7 @@ def prefill(
     if mtp is not None:
         _, _, mtp, _ = model.mtp_forward(x_BTXD, tokens_1T[:, 1:], chunk, mtp)
     x_11XD = jax.lax.dynamic_slice_in_dim(x_BTXD, count_1[0] - 1, 1, axis=1)
-    return KVCaches(layers, mtp), x_11XD, jnp.isfinite(x_11XD).all((1, 2, 3))
+    return KVCaches(layers, mtp), x_11XD, jnp.isfinite(x_11XD).all((1, 2, 3)), x_BTXD
 
 
 @_jit_step(donate=(2,), static=(5,))
@@ -193,6 +235,8 @@ def sample_tokens(
     options: SamplingTensors,
     plan: SamplingFlags,
     invariant: bool,
+    token_counts_ZV: jax.Array | None,
+    mask_BW: jax.Array | None,
 ):
     """Sample a token at every computed position, and advance each row past its accepted draft tokens.
 
@@ -202,6 +246,8 @@ def sample_tokens(
     Args:
         place: (state_slot_B, position_B of the first sample; None means the position after each row's newest token).
         invariant: sample row by row, as in `decode`.
+        token_counts_ZV: int32 [slots, V], `sampler.token_counts` of each state slot; only if a row has penalties.
+        mask_BW: see `sample`; None allows all tokens.
 
     Returns:
         The decode state, and (`SamplerOutput` arrays [B, T, ...], count_B of the tokens that are valid).
@@ -212,14 +258,21 @@ def sample_tokens(
         position_B = decode_state.position_Z[state_slot_B] + 1
     each = lambda a: jnp.repeat(a, T, axis=0)
     position_BT = position_B[:, None] + jnp.arange(T)
+    drafts_BK = decode_state.draft_ZK[state_slot_B][:, : T - 1]
+    count_BTV = None if token_counts_ZV is None else _counts_before(token_counts_ZV[state_slot_B], drafts_BK)
     rows = (logits_BTV.reshape(B * T, V), jax.tree.map(each, options), position_BT.reshape(-1))
+    more = (None if count_BTV is None else count_BTV.reshape(B * T, V), jax.tree.map(each, mask_BW))
     if invariant:
-        one = lambda row: sample(*jax.tree.map(lambda a: a[None], row), plan)
-        sampled = jax.tree.map(lambda a: a[:, 0], jax.lax.map(one, rows))
+
+        def one(both):
+            row, extra = jax.tree.map(lambda a: a[None], both)
+            return sample(*row, plan, *extra)
+
+        sampled = jax.tree.map(lambda a: a[:, 0], jax.lax.map(one, (rows, more)))
     else:
-        sampled = sample(*rows, plan)
+        sampled = sample(*rows, plan, *more)
     sampled = jax.tree.map(lambda a: a.reshape(B, T, *a.shape[1:]), sampled)
-    right_BK = sampled.token_B[:, :-1] == decode_state.draft_ZK[state_slot_B][:, : T - 1]
+    right_BK = sampled.token_B[:, :-1] == drafts_BK
     more_B = jnp.cumprod(right_BK, axis=1).sum(1).astype(jnp.int32)
     newest_B = jnp.take_along_axis(sampled.token_B, more_B[:, None], axis=1)[:, 0]
     decode_state = decode_state._replace(
@@ -228,6 +281,27 @@ def sample_tokens(
         position_Z=decode_state.position_Z.at[state_slot_B].set(jnp.where(state_slot_B > 0, position_B + more_B, 0)),
     )
     return decode_state, (sampled, more_B + 1)
+
+
+def _counts_before(count_BV: jax.Array, drafts_BK: jax.Array) -> jax.Array:
+    """Token counts [B, 1 + K, V] before each position, if all draft tokens before it are accepted."""
+    counts = [count_BV]
+    for drafts_B in jnp.moveaxis(drafts_BK, 1, 0):
+        counts.append(counts[-1].at[jnp.arange(len(drafts_B)), drafts_B].add(1))
+    return jnp.stack(counts, axis=1)
+
+
+@_jit_step(weights=False, donate=(1,))
+def count_tokens(model_def, token_counts_ZV: jax.Array, state_slot_B, token_BT, count_B) -> jax.Array:
+    """Add the valid tokens of one step to the token counts; the arguments are results of `sample_tokens`."""
+    valid_BT = jnp.arange(token_BT.shape[1]) < count_B[:, None]
+    return token_counts_ZV.at[state_slot_B[:, None], token_BT].add(valid_BT.astype(jnp.int32))
+
+
+@_jit_step(weights=False, donate=(1,))
+def set_token_counts(model_def, token_counts_ZV: jax.Array, state_slot_1, count_1V) -> jax.Array:
+    """Set the token counts of one state slot."""
+    return token_counts_ZV.at[state_slot_1].set(count_1V)
 
 
 @_jit_step(donate=(2, 3))

@@ -18,7 +18,7 @@ class CompletionOutput:
     """One continuation of a prompt.
 
     Attributes:
-        index: number of the continuation, always 0.
+        index: number of the continuation, from 0 to `SamplingParams.n` - 1.
         text: generated text without the stop string; "" without a tokenizer.
         token_ids: generated token ids, including the token that ended the text.
         logprobs: for each token {id: Logprob}, the sampled token first; None if not requested.
@@ -40,15 +40,18 @@ class CompletionOutput:
 class RequestOutput:
     """Result of one prompt, whole or a part of a stream.
 
-    The fields of its continuation are also properties: `out.text` is `out.outputs[0].text`.
+    The fields of its first continuation are also properties: `out.text` is `out.outputs[0].text`.
 
     Attributes:
         prompt: text of the prompt; None if only token ids were given.
         prompt_token_ids: token ids of the prompt.
-        outputs: the one continuation.
+        outputs: the `SamplingParams.n` continuations; in a part of a stream those of which something is new.
         error: description of the error if finish_reason is "error", else None.
         num_cached_tokens: tokens of the prompt that were found in the prefix cache; None if the request ended before
             its first token.
+        prompt_logprobs: for each prompt token {id: Logprob}, the token itself first; the first entry is None. None if
+            not requested, and in a part of a stream that does not contain the first token.
+        num_unfinished: continuations that have not ended, beside those in `outputs`.
     """
 
     prompt: str | None
@@ -56,11 +59,13 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     error: str | None = None
     num_cached_tokens: int | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_unfinished: int = 0
 
     @property
     def finished(self) -> bool:
-        """Whether the continuation has ended."""
-        return self.outputs[0].finish_reason is not None
+        """Whether all continuations have ended."""
+        return not self.num_unfinished and all(one.finish_reason is not None for one in self.outputs)
 
     @property
     def text(self) -> str:

@@ -27,6 +27,7 @@ class Request:
     A run of a request lasts from admission to preemption or end.
 
     Attributes:
+        priority: lower ones are served first.
         hash_seed: seed of its block hashes, its cache salt included; None excludes it from the prefix cache.
         tokens: prompt and generated token ids.
         extra_keys: what its token ids do not tell; part of its block hashes.
@@ -48,6 +49,7 @@ class Request:
     arrival: int
     tokens: list[int]
     extra_keys: tuple[ExtraKey, ...] = ()
+    priority: int = 0
     status: RequestStatus = RequestStatus.WAITING
     num_cached_tokens: int = 0
     preemptions: int = 0
@@ -67,6 +69,11 @@ class Request:
     snapshots: list[bytes] = field(default_factory=list)  # hashes of the snapshots that it made
     decode_snapshot: bytes | None = None  # hash of the newest snapshot made while decoding
     pending_prefix_hash: bytes | None = None  # hash of the prefix that its prefill will publish
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Order in which requests are served."""
+        return self.priority, self.arrival
 
     @property
     def max_len(self) -> int:

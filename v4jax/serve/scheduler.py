@@ -1,11 +1,12 @@
 """Continuous-batching scheduler: a state machine over `cache.block_pool.BlockPool` that touches no device.
 
-`schedule` plans one step of the device; `update_from_output` commits its results. Requests are served first come,
-first served. The earliest waiting request is admitted when a state slot is free and the pool can give blocks for its
-tokens plus one block. One request prefills at a time, one chunk per step, while all others decode. When blocks run
-out, the request that arrived last is preempted: it frees its blocks (published ones stay findable until evicted) and
-waits again, ahead of later arrivals. On readmission it prefills its prompt and its generated tokens as one prompt. The
-oldest request never waits for a younger one, and `add_request` refuses what does not fit alone, so every request ends.
+`schedule` plans one step of the device; `update_from_output` commits its results. Requests are served in the order of
+their `Request.rank`: by priority, and first come, first served among equals; "older" means earlier in this order. The
+first waiting request is admitted when a state slot is free and the pool can give blocks for its tokens plus one
+block. One request prefills at a time, one chunk per step, while all others decode. When blocks run out, the youngest
+request is preempted: it frees its blocks (published ones stay findable until evicted) and waits again, ahead of
+younger ones. On readmission it prefills its prompt and its generated tokens as one prompt. A running request never
+waits for a younger one, and `add_request` refuses what does not fit alone, so every request ends.
 
 **Deterministic replay.** Prefill and decode of the same token differ in the last bits. Where bits matter,
 `deterministic_replay` makes a preempted request decode its tokens again (`Request.is_replay`: the next token
@@ -38,6 +39,7 @@ rings must reach that far back, as they must reach `num_lookahead_tokens` back t
 from __future__ import annotations
 
 import bisect
+import operator
 from collections import deque
 from collections.abc import Collection, Hashable, Mapping, Sequence
 
@@ -49,6 +51,7 @@ from v4jax.serve.request import DecodeRow, PrefillChunk, Request, RequestStatus,
 
 _PREFETCH_REQUESTS = 2  # waiting requests whose blocks are prefetched from the offload tiers
 _LIVE = (RequestStatus.PREFILL, RequestStatus.RUNNING, RequestStatus.PREEMPTED)
+_rank = operator.attrgetter("rank")
 
 
 class PendingOutput:
@@ -99,8 +102,8 @@ class Scheduler:
         self.deterministic_replay = replay
         self.rollback_tokens = 2 * lookahead if slack is None else slack
         self.requests: dict[Hashable, Request] = {}  # every request that waits or holds resources
-        self._waiting: list[Request] = []  # by arrival; each arrived after every active request
-        self._active: list[Request] = []  # by arrival
+        self._waiting: list[Request] = []  # by rank; each is younger than every active request of its priority
+        self._active: list[Request] = []  # by rank
         self._retiring: list[Request] = []
         self._most_slots, self._slots = slots, list(range(slots, 0, -1))
         self._inflight: deque[PendingOutput] = deque()
@@ -130,6 +133,7 @@ class Scheduler:
         *,
         seed: bytes | None = None,
         extra_keys: Sequence[block_hash.ExtraKey] = (),
+        priority: int = 0,
     ) -> Request:
         """Queue a request.
 
@@ -139,6 +143,7 @@ class Scheduler:
             max_tokens: maximum new tokens, at least 1.
             seed: seed of its block hashes (`block_hash.hash_seed`); None excludes it from the prefix cache.
             extra_keys: extra keys of its block hashes.
+            priority: requests with lower numbers are served first.
 
         Raises:
             UserError: the pool could not hold the request even alone.
@@ -148,9 +153,9 @@ class Scheduler:
             raise ValueError(f"request {id!r} is in use, has no prompt or is to add no tokens")
         self.check_fits(len(prompt), max_tokens)
         self.arrivals += 1
-        request = Request(id, tuple(prompt), max_tokens, seed, self.arrivals, list(prompt), tuple(extra_keys))
+        request = Request(id, tuple(prompt), max_tokens, seed, self.arrivals, list(prompt), tuple(extra_keys), priority)
         self.requests[id] = request
-        self._waiting.append(request)
+        bisect.insort(self._waiting, request, key=_rank)
         return request
 
     def check_fits(self, prompt_tokens: int, max_tokens: int) -> None:
@@ -297,7 +302,7 @@ class Scheduler:
             pending.sources.append(self.block_pool.pin(usable[found - 1]))
             pending.copies.append((record, request.state_slot))
         request.pending_prefix_hash = usable[-1] if found < len(usable) else None
-        self._active.append(self._waiting.pop(0))
+        bisect.insort(self._active, self._waiting.pop(0), key=_rank)
         return request
 
     def _snapshot(self, request: Request, boundary: int, pending: PendingOutput) -> None:
@@ -389,7 +394,7 @@ class Scheduler:
             self._free(request)
 
     def _free(self, request: Request) -> None:
-        """Free all resources; a preempted request is queued again, in order of arrival."""
+        """Free all resources; a preempted request is queued again, in order of rank."""
         self.block_pool.free(request.block_ids)
         if request.state_slot:
             self._slots.append(request.state_slot)
@@ -409,7 +414,7 @@ class Scheduler:
         request.num_published_blocks = 0
         request.last_snapshot_boundary = 0
         request.status = RequestStatus.WAITING
-        bisect.insort(self._waiting, request, key=lambda s: s.arrival)
+        bisect.insort(self._waiting, request, key=_rank)
 
     # --- helpers and statistics ------------------------------------------------------------------------------------
 
@@ -474,11 +479,13 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Raise AssertionError if the state is inconsistent."""
         self.block_pool.check_invariants([request.block_ids for request in self.requests.values()])
-        arrivals = [request.arrival for request in (*self._active, *self._waiting)]
+        active, waiting = list(map(_rank, self._active)), list(map(_rank, self._waiting))
+        arrivals = sorted((*active, *waiting), key=lambda rank: rank[0])  # stable: active ones first
         slots = [request.state_slot for request in (*self._active, *self._retiring)]
         waiting_slots = [request.state_slot for request in self._waiting]
         for rule, holds in {
-            "sequences are in order of arrival, active ones before waiting ones": arrivals == sorted(arrivals),
+            "sequences are in order of rank": [active, waiting] == [sorted(active), sorted(waiting)],
+            "of each priority, active ones come before waiting ones": arrivals == sorted(arrivals),
             "every slot is free or one sequence's": len({*self._slots, *slots}) == len(self._slots) + len(slots),
             "slots are held by the active and the leaving only": all(slots) and not any(waiting_slots),
             "no sequence is lost": len(arrivals) + len(self._retiring) == len(self.requests),
